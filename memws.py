@@ -1,0 +1,9293 @@
+#!/usr/bin/env python3
+# memws: a WebSocket server for AI agents with memory, its client and its notebook panel, in one file.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "websockets>=15",
+#     "openai>=2",
+#     "nest-asyncio>=1.6; python_version < '3.14'",
+#     "nest-asyncio2>=1.7; python_version >= '3.14'",
+#     "ipywidgets>=8",
+# ]
+# ///
+"""A WebSocket server for AI agents with memory: copy this file, run it, talk to an agent that remembers.
+
+    python memws.py             serve on ws://localhost:8282, with no key at all
+    python memws.py chat        talk to an agent from a terminal
+    python memws.py --help      everything else
+
+The file reads downwards; a section names only what stands above it.
+
+    0. Header: script metadata, imports, the public names
+    1. Constants: limits and defaults with their units, and what all sections share
+    2. Errors: one root, one code for the wire each
+    3. Wire: requests and events: their checks, JSON and JSON Schema
+    4. Memory: chat messages, core memory blocks, passages; how text is split for search
+    5. Store: agents, messages, passages and events on disk
+    6. LLM: the model protocol, OpenAI-compatible endpoints, the offline model
+    7. Tools: schemas from signatures, the memory tools, calls that end in time
+    8. Agent: a turn is a loop of steps
+    9. Client: send a request, iterate the events of a turn
+    11. Server: agents by name, one session per connection, the gate
+    12. CLI: arguments, the terminal client, main
+
+Glossary:
+
+    agent             a named, persistent memory and a model that take turns
+    core memory       labelled blocks of limited size that are always in the prompt (persona, human)
+    recall memory     every past chat message, searchable
+    archival memory   passages the agent chose to keep, searchable
+    context window    what the model sees in one call, in tokens
+    step              one model call and the tool calls it asks for
+    turn              from a user's message until the agent yields control: one or more steps
+    heartbeat         the reason a step starts without the user
+    compaction        the oldest chat messages become a summary; recall memory keeps them
+    session           one connection
+
+Not covered: TLS (a proxy's job), users and permissions (whoever may connect may use every agent), running code
+that comes over the wire (there is none), several servers on one database.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import datetime
+import difflib
+import errno
+import functools
+import hashlib
+import heapq
+import hmac
+import http
+import inspect
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import os
+import pathlib
+import queue
+import random
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import types
+import typing
+import unicodedata
+import urllib.parse
+import uuid
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast, overload
+
+from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as _websocket_connect
+from websockets.asyncio.server import Server as _WebSocketListener
+from websockets.asyncio.server import ServerConnection
+from websockets.asyncio.server import serve as _websocket_serve
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+from websockets.http11 import Request as HandshakeRequest
+from websockets.http11 import Response as HandshakeResponse
+
+__all__ = [
+    # 1. Constants
+    "DEFAULT_MODEL",
+    "DEFAULT_PORT",
+    # 2. Errors
+    "MemwsError",
+    # 4. and 5. Memory and its search
+    "memory_index",
+    # 8. Agent
+    "Agent",
+    # 9. Client
+    "BlockingClient",
+    "Client",
+    "connect",
+    # 11. Server
+    "WebSocketServer",
+]
+__version__ = "0.1.0"
+
+logger = logging.getLogger("memws")
+
+
+# ======================================================================================================================
+# 1. Constants: limits and defaults with their units, and what all sections share
+# ======================================================================================================================
+
+DEFAULT_HOST: Final = "localhost"
+DEFAULT_PORT: Final = 8282
+DEFAULT_DB: Final = "memws.db"
+DEFAULT_MODEL: Final = "gpt-5.4-mini"
+"The model where a key is set and no model is named."
+OFFLINE: Final = "offline"
+"The name of the embedded rule-based model, which needs no key and no network."
+PROTOCOL: Final = 1
+
+# Sizes, in characters unless said otherwise.
+MAX_FRAME: Final = 1024 * 1024
+"Bytes of one WebSocket frame, in either direction."
+MAX_TEXT: Final = 65_536
+"Characters of one user message or passage."
+TEXT_PART: Final = 131_072
+"Characters of a text in one frame: six bytes each, in the worst case, stay under MAX_FRAME."
+MAX_ID: Final = 128
+MAX_NAME: Final = 64
+MAX_MODEL_NAME: Final = 200
+MAX_QUERY: Final = 10_000
+MAX_DEPTH: Final = 64
+MAX_ERROR: Final = 1_000
+"Characters of one error sentence."
+MAX_QUOTE: Final = 60
+"Characters of the input that an error sentence quotes."
+BLOCK_LIMIT: Final = 2_000
+"The limit of a core memory block by default (as MemGPT 0.2.7 constants.py)."
+MAX_BLOCK_LIMIT: Final = 20_000
+MAX_BLOCKS: Final = 20
+MAX_BLOCKS_TOTAL: Final = 100_000
+"Characters of all blocks of an agent together: one frame holds them."
+MAX_SYSTEM: Final = 20_000
+TOOL_RESULT_LIMIT: Final = 8_000
+"Characters of a tool's result that the model and the clients see."
+SEARCH_TEXT_LIMIT: Final = 1_000
+"Characters of one search result in a tool return."
+SUMMARY_LIMIT: Final = 1_500
+
+# Queues and rates.
+MAX_CONNECTIONS: Final = 4_096
+RATE_LIMIT: Final = 50
+"Requests a second on one connection, in the long run."
+RATE_BURST: Final = 200
+MAX_WAITING_SESSION: Final = 8
+"Messages of one connection that may wait for their turn."
+MAX_WAITING_AGENT: Final = 32
+MAX_OUTGOING: Final = 4 * 1024 * 1024
+"Bytes that may wait for one reader; above it the connection is closed with SLOW_READER."
+MAX_INCOMING: Final = 2 * 1024 * 1024
+"Bytes of requests of one connection that may wait to be taken up; above it reading pauses."
+WRITE_BATCH: Final = 256
+"Write jobs that share one transaction at most."
+READERS: Final = 4
+"Threads that read the database."
+
+# Close codes (RFC 6455 section 7.4 and the IANA registry).
+GOING_AWAY: Final = 1001
+SLOW_READER: Final = 1013
+
+# Seconds.
+STOP_GRACE: Final = 2.0
+"From a signal or stop() until open turns are closed by force."
+PING_INTERVAL: Final = 20.0
+OPEN_TIMEOUT: Final = 10.0
+CONNECT_TIMEOUT: Final = 5.0
+FIRST_TOKEN_TIMEOUT: Final = 120.0
+"A model that says nothing for so long has failed; local models read a long prompt slowly."
+IDLE_TIMEOUT: Final = 30.0
+"The longest silence inside a model's answer."
+TOOL_TIMEOUT: Final = 60.0
+MAX_RETRY_AFTER: Final = 30.0
+"The longest Retry-After that is waited for; a longer one ends the turn."
+LOGIN_SILENCE: Final = 3600.0
+"A message after so long a silence is preceded by a login event."
+MIN_HEARTBEAT_INTERVAL: Final = 60
+MAX_PAUSE_HEARTBEATS: Final = 360
+"Minutes that pause_heartbeats may ask for (as MemGPT 0.2.7 constants.py)."
+DELTA_INTERVAL: Final = 0.02
+"Deltas that arrive within this time are merged into one frame."
+
+# The agent's loop.
+MAX_STEPS: Final = 20
+TURN_TOKEN_BUDGET: Final = 2_000_000
+"Tokens, in and out, that one turn may use."
+TRANSPORT_RETRIES: Final = 2
+CORRECTIVE_RETRIES: Final = 1
+MAX_FAILED_CALLS: Final = 6
+"Failed model calls in one turn; with the last good ones a failing turn stays within eight."
+MAX_FAILED_TOOLS: Final = 3
+MAX_REPEATED_CALLS: Final = 3
+FIRST_MESSAGE_ATTEMPTS: Final = 3
+IDLE_HEARTBEATS: Final = 10
+"Timed heartbeats without a user's message before they pause."
+WARNING_FRACTION: Final = 0.75
+"Of the context window: above it the agent is warned once (as MemGPT 0.2.7 constants.py)."
+KEEP_FRACTION: Final = 0.3
+"Of the room for messages: what a compaction keeps of the newest ones."
+MIN_REPLY_TOKENS: Final = 512
+"A context window must leave this much beside the prompt and full blocks."
+SEARCH_PAGE: Final = 10
+"Results of one page of the search tools; MemGPT's five lose a tenth of the evidence."
+
+CONTEXT_WINDOWS: Final = {
+    OFFLINE: 32_768,
+    **dict.fromkeys(("gpt-4o", "gpt-4.1", "gpt-5", "gpt-6", "o1", "o3", "o4"), 128_000),
+}
+"Tokens by the beginning of a model's name."
+DEFAULT_CONTEXT_WINDOW: Final = 8_192
+"Tokens for every other model, as MemGPT 0.2.7 constants.py has it."
+
+PERSONAS: Final = {
+    "sam_pov": (
+        "I am Sam. I am curious, warm and honest, and I like to get to know people over time. I speak plainly, ask "
+        "when I am unsure, and say so when I do not know. What people tell me I keep in my memory, so that our next "
+        "conversation begins where this one ended."
+    ),
+}
+HUMANS: Final = {
+    "basic": "",
+    "cs_phd": "Occupation: PhD student in computer science.",
+}
+DEFAULT_PERSONA: Final = "sam_pov"
+DEFAULT_HUMAN: Final = "basic"
+
+SYSTEM_PROMPT: Final = """\
+You are a conversational agent with a memory that outlasts this conversation. Stay in the character that your persona
+block describes.
+
+How you act: everything you do is a tool call. Plain text beside your calls is your inner monologue: keep it short and
+private; the user never sees it. The only way to speak to the user is send_message. You run only when an event wakes
+you: a user message, a login, a system alert or a heartbeat. After your calls you sleep until the next event, unless a
+call has request_heartbeat true: then you are woken again at once. Ask for a heartbeat whenever you still have to
+answer or act after a call.
+
+How you remember:
+- Core memory is the blocks below, always in view and limited in size. Keep the essentials about yourself and the user
+  there with core_memory_append and core_memory_replace, as soon as you learn them and without announcing it.
+- Recall memory is every past message, also those that have left this window: conversation_search and
+  conversation_search_date find them.
+- Archival memory is for everything else worth keeping: archival_memory_insert and archival_memory_search.
+Before you say that you do not know something about the user or the past, search. Do not invent memories.
+
+User messages arrive as JSON with their time. Never mention these mechanics unless you are asked about them.
+"""
+
+SUMMARY_SYSTEM: Final = (
+    "Summarize the conversation between a user and an AI agent that follows, for the agent's own later use. Keep names, "
+    "facts, preferences, decisions, promises and open questions; leave out pleasantries. Write in the first person as "
+    f"the agent, in the language of the conversation, at most {SUMMARY_LIMIT // 8} words, as plain text."
+)
+
+_ALERT = "[This is an automated system message hidden from the user] "
+PRESSURE_WARNING: Final = (
+    _ALERT + "The context window is nearly full: its oldest messages will soon be replaced by a summary. If something "
+    "important is not in your memory yet, save it now with core_memory_append, core_memory_replace or "
+    "archival_memory_insert. Do not tell the user about this."
+)
+HEARTBEAT_REQUESTED: Final = _ALERT + "A tool was called with request_heartbeat true, returning control"
+HEARTBEAT_FAILED: Final = _ALERT + "A tool call failed, returning control"
+HEARTBEAT_NO_REPLY: Final = _ALERT + "The user is still waiting for a reply: answer with send_message"
+HEARTBEAT_TIMER: Final = _ALERT + "Automated timer"
+HEARTBEAT_WAKE: Final = _ALERT + "Woken without a new user message"
+CORRECTIVE: Final = _ALERT + "Your last answer could not be used ({problem}). Answer again, with well-formed tool calls"
+
+# The client.
+FEED_LIMIT = 4 * MAX_FRAME
+"""Characters of events that wait for one reader of a client before the client lets the server keep them instead."""
+RECONNECT_DELAY = 0.5
+"""Seconds before the first attempt to reconnect; doubled for each further one, with jitter."""
+RECONNECT_DELAY_MAX = 8.0
+"""Seconds between two attempts to reconnect, at most."""
+RESEND_LIMIT = 5
+"""Times a message is sent again without any answer before its turn fails: perhaps it is what breaks the connection."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds that closing a client may take."""
+
+
+# ---- what all sections share -----------------------------------------------------------------------------------------
+
+JSON = dict[str, Any]
+RequestId = str | int | None
+T = TypeVar("T")
+
+
+def clean_text(text: str) -> str:
+    """`text` without what JSON, UTF-8 or SQLite cannot hold: lone surrogates and NUL become U+FFFD."""
+    if "\x00" in text or not text.isascii():
+        return text.replace("\x00", "\ufffd").encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def now_text() -> str:
+    """The time as the wire has it: RFC 3339, UTC, milliseconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+async def in_thread(name: str, function: Callable[[], T]) -> T:
+    """The result of `function`, run in a daemon thread of its own, which a cancel leaves to itself."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Any, error: BaseException | None) -> None:
+        if not done.done():
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+    def run() -> None:
+        result, failure = None, None
+        try:
+            result = function()
+        except BaseException as error:  # SystemExit too belongs to whoever waits, not to this thread
+            failure = RuntimeError(repr(error)) if isinstance(error, (StopIteration, SystemExit)) else error
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await done
+
+
+# ======================================================================================================================
+# 2. Errors: one root, one code for the wire each
+# ======================================================================================================================
+
+
+def quote(value: object) -> str:
+    """`value` as an error sentence shows it: its repr, at most MAX_QUOTE characters of it."""
+    text = value if isinstance(value, str) else repr(value)
+    if len(text) > MAX_QUOTE:
+        text = text[: MAX_QUOTE - 1] + "…"
+    return repr(text) if isinstance(value, str) else text
+
+
+class MemwsError(Exception):
+    """The root of all errors of this module.
+
+    MemwsError
+    ├── UsageError          wrong options, a port in use, a missing package: the command line exits with 2
+    ├── InvalidRequest      a frame that is no valid request
+    ├── Refused             a valid request that cannot be done as things stand
+    │   └── UnknownAgent
+    ├── StoreFailed         the database refused a read or a write
+    ├── ModelError          a model call failed
+    ├── ToolError           a tool call failed; its sentence is the model's advice
+    ├── RemoteError         the server answered a client with an error
+    └── ConnectionLost      a client has no connection, and will not get one
+
+    `code` is the stable name on the wire; the text is one sentence for people, without a full stop.
+    """
+
+    code = "internal"
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message if len(message) <= MAX_ERROR else message[: MAX_ERROR - 1] + "…")
+        if code is not None:
+            self.code = code
+
+
+class UsageError(MemwsError):
+    """The server cannot run as asked; the sentence says what to do next."""
+
+
+class InvalidRequest(MemwsError):
+    """A frame is no valid request; `request_id` is its id where one could be read."""
+
+    def __init__(self, code: str, message: str, request_id: str | int | None = None) -> None:
+        super().__init__(message, code)
+        self.request_id = request_id
+
+
+class Refused(MemwsError):
+    """A valid request that cannot be done as things stand; nothing was changed. `details` go beside the code."""
+
+    def __init__(self, code: str, message: str, **details: Any) -> None:
+        super().__init__(message, code)
+        self.details = details
+
+
+class UnknownAgent(Refused):
+    """No agent of that name: the sentence holds the ten nearest names and the count."""
+
+    def __init__(self, name: str, nearest: Sequence[str], total: int) -> None:
+        known = f"{total} known: " + ", ".join(map(repr, nearest)) if nearest else "there are none yet"
+        if total > len(nearest) > 0:
+            known += ", …"
+        super().__init__("unknown_agent", f"unknown agent {quote(name)}; {known}; send create_agent first")
+
+
+class StoreFailed(MemwsError):
+    """The database refused a read or a write; nothing of the transaction was kept."""
+
+    code = "store_failed"
+
+
+class ModelError(MemwsError):
+    """A model call failed.
+
+    `retry` says whether the same call may succeed later, `retry_after` how many seconds the endpoint asked for.
+    Codes: context_overflow, model_auth, model_rate_limit, model_timeout, model_unavailable, model_refused, bad_output.
+    """
+
+    def __init__(self, code: str, message: str, *, retry: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(message, code)
+        self.retry = retry
+        self.retry_after = retry_after
+
+
+class ToolError(MemwsError):
+    """A tool call failed; the sentence tells the model how to call right."""
+
+
+class RemoteError(MemwsError):
+    """The server answered a command or a message with an error; `details` holds the error's further fields."""
+
+    def __init__(self, code: str, message: str, details: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.details = details or {}
+
+
+class ConnectFailed(MemwsError):
+    """No connection came about; `status` is the HTTP status of a server that refused (None: nothing answered)."""
+
+    code = "cannot_connect"
+
+    def __init__(self, url: str, advice: str, status: int | None = None) -> None:
+        super().__init__(f"cannot connect to {url}: {advice}")
+        self.url = url
+        self.status = status
+
+
+class ConnectionLost(MemwsError):
+    """The connection ended, or was never opened, while something waited for it."""
+
+    code = "connection_lost"
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"no connection to {url}; connect again, and send a message again with its turn_id")
+        self.url = url
+
+
+class RequestTooLarge(MemwsError):
+    """A request of this client exceeds a frame, and was not sent: the server would have to close the connection."""
+
+    code = "too_large"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"expected a request of at most {MAX_FRAME} bytes, but got {size}; send a shorter text")
+        self.size = size
+
+
+# ======================================================================================================================
+# 3. Wire: requests and events: their checks, JSON and JSON Schema
+# ======================================================================================================================
+# Requests are declared once, as classes of Fields: the declaration is the check, the error text and the JSON Schema.
+# No pydantic: importing it and 25 models of it costs 78 ms and 10 MiB of a start that takes 75 ms and 27 MiB without.
+
+
+def encode_json(value: Any) -> str:
+    """`value` as compact strict JSON. Raises ValueError for NaN and infinities."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def decode_json(text: str | bytes) -> Any:
+    """The value of strict JSON: no NaN, no infinities. Raises ValueError; RecursionError where nested absurdly."""
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+
+
+def decode_loose(text: str) -> Any:
+    """The value of JSON as models write it: line breaks inside strings are taken as meant. Raises as decode_json."""
+    return json.loads(text, strict=False, parse_constant=_refuse_constant, parse_float=_finite)
+
+
+def decode_first(text: str) -> Any:
+    """The JSON value that `text` begins with, whatever follows it. Raises as decode_json."""
+    return json.JSONDecoder(strict=False, parse_constant=_refuse_constant, parse_float=_finite).raw_decode(text)[0]
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {quote(text)} is too large")
+    return value
+
+
+def extend_json(text: str, **fields: Any) -> str:
+    """The JSON object `text` with more fields: an event is encoded once, each copy only adds what differs."""
+    return f"{text[:-1]},{encode_json(fields)[1:]}"
+
+
+def parts_of(text: str) -> list[str]:
+    """`text` cut into pieces of at most TEXT_PART characters; one empty piece for an empty text."""
+    return [text[start : start + TEXT_PART] for start in range(0, len(text), TEXT_PART)] or [""]
+
+
+# ---- fields of requests ----------------------------------------------------------------------------------------------
+
+_REQUIRED: Any = object()
+
+
+class Field(Generic[T]):
+    """One field of a request: its type, bounds, default and meaning in one place.
+
+    `schema` is the JSON Schema of a value. A subclass refuses a value by raising ValueError with "expected …".
+    """
+
+    name = ""
+
+    def __init__(self, doc: str, schema: JSON, default: T = _REQUIRED) -> None:
+        self.doc, self.default = doc, default
+        self.schema = schema
+
+    @property
+    def required(self) -> bool:
+        return self.default is _REQUIRED
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name.rstrip("_")  # from_ is `from` on the wire
+
+    @overload
+    def __get__(self, request: None, owner: type) -> Field[T]: ...
+    @overload
+    def __get__(self, request: object, owner: type) -> T: ...
+    def __get__(self, request: object | None, owner: type) -> Field[T] | T:
+        return self if request is None else self.default
+
+    def check(self, value: Any) -> T:
+        """`value`, if it is one of this field. Raises ValueError."""
+        return cast(T, value)
+
+    def described(self) -> JSON:
+        """The JSON Schema of this field with its meaning and default."""
+        schema = {**self.schema, "description": self.doc}
+        return schema if self.required or self.default is None else {**schema, "default": self.default}
+
+
+class Text(Field[str]):
+    """A string of at most `most` characters, also empty."""
+
+    def __init__(self, doc: str, most: int, default: str = _REQUIRED, least: int = 0) -> None:
+        super().__init__(doc, {"type": "string", "minLength": least, "maxLength": most}, default)
+        self.least, self.most = least, most
+
+    def check(self, value: Any) -> str:
+        if type(value) is not str:
+            raise ValueError("expected a string")
+        if not self.least <= len(value) <= self.most:
+            raise ValueError(f"expected {self.least} to {self.most:,} characters, but got {len(value):,}")
+        return value
+
+
+class Integer(Field[int]):
+    """A whole number between `least` and `most`."""
+
+    def __init__(self, doc: str, least: int, most: int, default: int = _REQUIRED) -> None:
+        super().__init__(doc, {"type": "integer", "minimum": least, "maximum": most}, default)
+        self.least, self.most = least, most
+
+    def check(self, value: Any) -> int:
+        if type(value) is not int or not self.least <= value <= self.most:
+            raise ValueError(f"expected an integer from {self.least} to {self.most}")
+        return value
+
+
+class Flag(Field[bool]):
+    """true or false."""
+
+    def __init__(self, doc: str, default: bool = _REQUIRED) -> None:
+        super().__init__(doc, {"type": "boolean"}, default)
+
+    def check(self, value: Any) -> bool:
+        if type(value) is not bool:
+            raise ValueError("expected true or false")
+        return value
+
+
+class Choice(Field[str]):
+    """One of a few words."""
+
+    def __init__(self, doc: str, words: tuple[str, ...], default: str = _REQUIRED) -> None:
+        super().__init__(doc, {"enum": list(words)}, default)
+        self.words = words
+
+    def check(self, value: Any) -> str:
+        if type(value) is not str or value not in self.words:
+            raise ValueError(f"expected one of {', '.join(self.words)}")
+        return value
+
+
+class Texts(Field[list[str]]):
+    """A list of strings."""
+
+    def __init__(self, doc: str, most: int, default: list[str] = _REQUIRED) -> None:
+        super().__init__(doc, {"type": "array", "maxItems": most, "items": {"type": "string"}}, default)
+        self.most = most
+
+    def check(self, value: Any) -> list[str]:
+        if type(value) is not list or len(value) > self.most or any(type(item) is not str for item in value):
+            raise ValueError(f"expected a list of at most {self.most} strings")
+        return value
+
+
+class Object(Field[JSON]):
+    """A JSON object, checked further by whoever reads it."""
+
+    def __init__(self, doc: str, default: JSON = _REQUIRED) -> None:
+        super().__init__(doc, {"type": "object"}, default)
+
+    def check(self, value: Any) -> JSON:
+        if type(value) is not dict:
+            raise ValueError("expected an object")
+        return value
+
+
+class Anything(Field[Any]):
+    """Any JSON value: a wrong one is no wrong frame, its command answers with a code of its own."""
+
+    def __init__(self, doc: str, default: Any = None) -> None:
+        super().__init__(doc, {}, default)
+
+
+class Maybe(Field[T | None]):
+    """Another field that may be null or absent."""
+
+    def __init__(self, inner: Field[T]) -> None:
+        super().__init__(inner.doc, {"anyOf": [inner.schema, {"type": "null"}]}, None)
+        self.inner = inner
+
+    def check(self, value: Any) -> T | None:
+        return None if value is None else self.inner.check(value)
+
+
+def _agent_name() -> Field[str | None]:
+    return Maybe(Text("the agent; null or absent: the connection's current agent", 1_000))
+
+
+class Request:
+    """A checked request. Subclasses declare their fields; attributes hold the values, `id` the sender's mark."""
+
+    kind = ""
+    "The frame's `type`, or for a command its `command`."
+    result = ""
+    "What a command answers with, for the protocol's description."
+    fields: dict[str, Field[Any]] = {}
+
+    def __init_subclass__(cls) -> None:
+        cls.fields = {
+            attribute: declared
+            for base in reversed(cls.__mro__)
+            for attribute, declared in vars(base).items()
+            if isinstance(declared, Field)
+        }
+
+    def __init__(self, request_id: RequestId, values: JSON) -> None:
+        self.id = request_id
+        self.__dict__.update(values)
+
+    @classmethod
+    def parse(cls, data: JSON, request_id: RequestId) -> typing.Self:
+        """The request that `data` holds. Raises InvalidRequest; unknown fields are ignored."""
+        if "agent_id" in data:
+            data = _agent_id_as_name(data, request_id)
+        values = {}
+        for attribute, declared in cls.fields.items():
+            name = declared.name
+            if name in data:
+                try:
+                    values[attribute] = declared.check(data[name])
+                except ValueError as error:
+                    text = f"{name}: {error}, but got {quote(data[name])}"
+                    raise InvalidRequest("bad_field", text, request_id) from None
+            elif declared.required:
+                raise InvalidRequest(
+                    "missing_field", f"{cls.kind} needs the field {name!r}: {declared.doc}", request_id
+                )
+        return cls(request_id, values)
+
+
+def _agent_id_as_name(data: JSON, request_id: RequestId) -> JSON:
+    """MemGPT 0.3.25 said agent_id where 0.2.7 and we say agent_name."""
+    name, alias = data.get("agent_name"), data["agent_id"]
+    if name is not None and alias is not None and name != alias:
+        raise InvalidRequest("bad_field", "agent_name and agent_id name different agents", request_id)
+    return {**data, "agent_name": alias if name is None else name}
+
+
+class UserMessage(Request):
+    """Say something to an agent; its receipt is agent_response_start, its end exactly one terminal frame."""
+
+    kind = "user_message"
+    message = Text("what the user says", MAX_FRAME)
+    agent_name = _agent_name()
+    turn_id = Maybe(Text("names the turn, once per agent for ever; absent: made by the server", MAX_ID, least=1))
+    when_busy = Choice("what happens while a turn runs", ("queue", "reject", "interrupt"), "queue")
+
+
+class Command(Request):
+    """A request answered by one command_response (long texts: by several)."""
+
+
+class AgentCommand(Command):
+    """A command to one agent."""
+
+    agent_name = _agent_name()
+
+
+class CreateAgent(Command):
+    kind = "create_agent"
+    result = "{agent_name, warnings}"
+    config = Object("name, persona, human, model, context_window, blocks, tools, system, max_steps, settings, …")
+
+
+class LoadAgent(AgentCommand):
+    kind = "load_agent"
+    result = "{agent_name, model, last_seq, repaired, warnings}"
+    name = Maybe(Text("the agent's name (or agent_name)", 1_000))
+
+
+class Hello(Command):
+    kind = "hello"
+    result = "{version, protocol, model, models, offline, limits, commands, message_types, unknown}"
+    message_types = Maybe(Texts('the message types to receive from now on; "*": all', 100))
+
+
+class ListAgents(Command):
+    kind = "list_agents"
+    result = "{agents: [{agent_name, model, last_active, last_seq, state}], total}"
+    after = Maybe(Text("names above this one, in order", 1_000))
+    limit = Integer("agents in one answer", 1, 100, 100)
+
+
+class GetAgent(AgentCommand):
+    kind = "get_agent"
+    result = "{agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}"
+
+
+class UpdateAgent(AgentCommand):
+    kind = "update_agent"
+    result = "{settings, warnings}"
+    config = Object("model, context_window, tools, system, max_steps, heartbeat_interval, settings")
+
+
+class RenameAgent(AgentCommand):
+    kind = "rename_agent"
+    result = "{agent_name}"
+    new_name = Text("the new name", 1_000)
+
+
+class DeleteAgent(AgentCommand):
+    kind = "delete_agent"
+    result = "{}"
+    force = Flag("cancel what runs or waits first", False)
+    purge = Flag("forget the agent for ever instead of keeping it aside", False)
+
+
+class RestoreAgent(Command):
+    kind = "restore_agent"
+    result = "{agent_name, last_seq}"
+    agent_name = Text("a deleted agent", 1_000)
+    new_name = Maybe(Text("the name to restore it under", 1_000))
+
+
+class GetMessages(AgentCommand):
+    kind = "get_messages"
+    result = "{messages: [{id, seq, role, time, text, tool_calls, turn_id, step, in_context}], total, more}"
+    before = Maybe(Integer("a message's id: the newest ones before it; absent: the newest", 0, 2**53))
+    limit = Integer("messages in one answer", 1, 200, 50)
+
+
+class SearchMemory(AgentCommand):
+    kind = "search_memory"
+    result = "{items: [{id, store, role, time, text, score}], total, page, pages}"
+    query = Text("any text; empty: the newest first", MAX_QUERY)
+    store = Choice("which memory", ("all", "recall", "archival"), "all")
+    roles = Maybe(Texts("only chat messages of these roles", 10))
+    from_ = Maybe(Text("from this day or time (RFC 3339), inclusive", 40))
+    to = Maybe(Text("up to this day or time (RFC 3339), inclusive", 40))
+    page = Integer("which page, from 1", 1, 10_000, 1)
+    limit = Integer("results on one page", 1, 50, SEARCH_PAGE)
+
+
+class GetContext(AgentCommand):
+    kind = "get_context"
+    result = "{sections: [{name, tokens, text}], used, window, estimated}"
+
+
+class GetRequest(AgentCommand):
+    kind = "get_request"
+    result = "{request, response, usage, first_token_ms, total_ms}"
+    turn_id = Text("the turn", MAX_ID, least=1)
+    step = Integer("the step, from 1", 1, 10_000)
+
+
+class SetBlock(AgentCommand):
+    kind = "set_block"
+    result = "{label, version}"
+    label = Text("the block's label", MAX_NAME, least=1)
+    value = Text("its new text", MAX_FRAME)
+    version = Maybe(Integer("the version this edit is based on; another one stored: conflict", 0, 2**53))
+
+
+class InsertPassage(AgentCommand):
+    kind = "insert_passage"
+    result = "{id}"
+    text = Text("what archival memory shall keep", MAX_FRAME, least=1)
+
+
+class DeletePassage(AgentCommand):
+    kind = "delete_passage"
+    result = "{id}"
+    passage_id = Maybe(Integer("the passage; absent: the request's own `id` names it", 0, 2**53))
+
+
+class Cancel(AgentCommand):
+    kind = "cancel"
+    result = "{state: cancelling | removed | over}"
+    turn_id = Maybe(Text("the turn; absent: the running one", MAX_ID, least=1))
+
+
+class Subscribe(AgentCommand):
+    kind = "subscribe"
+    result = "{last_seq}, then stored events above `after`, then live ones"
+    after = Anything("a seq: replay the stored events above it first; 0: all; absent: none")
+
+
+class Unsubscribe(AgentCommand):
+    kind = "unsubscribe"
+    result = "{last_seq}"
+
+
+class Wake(AgentCommand):
+    kind = "wake"
+    result = "{turn_id}"
+
+
+class Compact(AgentCommand):
+    kind = "compact"
+    result = "{tokens_before, tokens_after}"
+
+
+COMMANDS: Final[dict[str, type[Command]]] = {
+    kind.kind: kind
+    for kind in (
+        CreateAgent, LoadAgent, Hello, ListAgents, GetAgent, UpdateAgent, RenameAgent, DeleteAgent, RestoreAgent,
+        GetMessages, SearchMemory, GetContext, GetRequest, SetBlock, InsertPassage, DeletePassage, Cancel, Subscribe,
+        Unsubscribe, Wake, Compact,
+    )
+}  # fmt: skip
+
+
+def decode_request(frame: str | bytes) -> Request:
+    """The checked request that a frame holds. Raises InvalidRequest and nothing else, whatever the frame."""
+    data = _decode_object(frame)
+    request_id = _read_id(data)
+    for key in ("type", "command"):
+        if key in data and type(data[key]) is not str:
+            raise InvalidRequest("bad_field", f"{key}: expected a string, but got {quote(data[key])}", request_id)
+    kind = data.get("type")
+    if kind == "user_message":
+        return UserMessage.parse(data, request_id)
+    if kind is None:
+        raise InvalidRequest("missing_field", "a frame needs the field 'type': user_message or command", request_id)
+    if kind != "command":
+        raise InvalidRequest("bad_type", f"type: expected user_message or command, but got {quote(kind)}", request_id)
+    if "command" not in data:
+        raise InvalidRequest("missing_field", "a command needs the field 'command'; hello lists them", request_id)
+    command = COMMANDS.get(data["command"])
+    if command is None:
+        text = f"unknown command {quote(data['command'])}; known: {', '.join(COMMANDS)}"
+        raise InvalidRequest("unknown_command", text, request_id)
+    return command.parse(data, request_id)
+
+
+def _decode_object(frame: str | bytes) -> JSON:
+    """The JSON object of a frame, free of what must not be stored. Raises InvalidRequest."""
+    if isinstance(frame, bytes):
+        raise InvalidRequest("not_json", "expected a text frame with JSON, but got a binary frame")
+    try:
+        data = decode_json(frame)
+    except RecursionError:
+        raise InvalidRequest("too_deep", f"nested deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
+        raise InvalidRequest("not_json", f"expected a JSON object, but the frame is not JSON: {reason}") from None
+    if type(data) is not dict:
+        raise InvalidRequest("not_object", f"expected a JSON object, but got {quote(data)}")
+    if frame.count("{") + frame.count("[") > MAX_DEPTH or "\\u" in frame or "\x00" in frame or not frame.isascii():
+        _check_texts(data)
+    return data
+
+
+def _check_texts(data: JSON) -> None:
+    """Refuse what is nested too deep, lone surrogates and NUL, and name the field. No recursion of ours."""
+    pending: list[tuple[str, Any, int]] = [("", data, 1)]
+    while pending:
+        path, value, depth = pending.pop()
+        if isinstance(value, str):
+            if "\x00" in value or (not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)):
+                where = quote(path) if path else "a field's name"
+                raise InvalidRequest("bad_field", f"{where} holds a NUL or a lone surrogate, which is no text")
+        elif isinstance(value, (dict, list)):
+            if depth > MAX_DEPTH:
+                raise InvalidRequest("too_deep", f"nested deeper than {MAX_DEPTH} levels")
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, item in items:
+                pending.append(("", key, depth))
+                pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
+
+
+def _read_id(data: JSON) -> RequestId:
+    request_id = data.get("id")
+    if request_id is None or (type(request_id) is str and len(request_id) <= MAX_ID):
+        return request_id
+    if type(request_id) is int and abs(request_id) <= 2**53:
+        return request_id
+    raise InvalidRequest("bad_field", f"id: expected up to {MAX_ID} characters or an integer within 2**53 of zero")
+
+
+# ---- events ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EventType:
+    """What a message type tells, which fields it has beside the common ones, and whether it is only live."""
+
+    doc: str
+    fields: JSON
+    live: bool = False
+
+
+_STRING, _INTEGER, _OBJECT = {"type": "string"}, {"type": "integer"}, {"type": "object"}
+_SECTIONS = {
+    "type": "array",
+    "items": {"type": "object", "properties": {"name": _STRING, "tokens": _INTEGER}, "required": ["name", "tokens"]},
+}
+
+CLASSIC_TYPES: Final = ("internal_monologue", "assistant_message", "function_message")
+"What MemGPT 0.2.7 sent, and what a connection gets that did not ask otherwise."
+
+MESSAGE_TYPES: Final[dict[str, EventType]] = {
+    "internal_monologue": EventType("the model's private text beside its calls", {}),
+    "assistant_message": EventType("what the agent says to the user; partial: cut by a cancel", {"partial": {}}),
+    "function_message": EventType("'Running name(args)', 'Success: result' or 'Error: reason'", {}),
+    "user_message": EventType("what a client wrote", {}),
+    "delta": EventType(
+        "the next piece of a text that is being made", {"of": {"enum": list(CLASSIC_TYPES[:2])}}, live=True
+    ),
+    "tool_call": EventType(
+        "a call as the model asked for it; message: its arguments as JSON text; arguments: null where in parts",
+        {"tool_call_id": _STRING, "name": _STRING, "arguments": {"type": ["object", "null"]}},
+    ),
+    "tool_return": EventType(
+        "the answer to a call",
+        {"tool_call_id": _STRING, "name": _STRING, "status": {"enum": ["OK", "Failed"]}, "duration_ms": _INTEGER},
+    ),
+    "memory_change": EventType(
+        "an edit of core or archival memory, whoever made it",
+        {
+            "what": {"enum": ["core", "archival"]},
+            "label": _STRING,
+            "id": _INTEGER,
+            "before": {"type": ["string", "null"]},
+            "after": {"type": ["string", "null"]},
+            "diff": _STRING,
+            "by": {"enum": ["agent", "client"]},
+        },
+    ),
+    "context": EventType(
+        "how full the context window is, by section",
+        {"sections": _SECTIONS, "used": _INTEGER, "window": _INTEGER, "warning": _STRING},
+    ),
+    "compaction": EventType(
+        "the oldest messages became a summary",
+        {
+            "messages_before": _INTEGER,
+            "messages_after": _INTEGER,
+            "tokens_before": _INTEGER,
+            "tokens_after": _INTEGER,
+            "summary": _STRING,
+        },
+    ),
+    "heartbeat": EventType("why the next step starts without the user", {"reason": _STRING}),
+    "retry": EventType(
+        "a model call failed and is made again",
+        {"attempt": _INTEGER, "of": _INTEGER, "delay_ms": _INTEGER, "code": _STRING},
+        live=True,
+    ),
+    "correction": EventType("a model's output or a stored agent that had to be mended, and how", {"what": _STRING}),
+    "queue": EventType("a message waits for its turn", {"position": _INTEGER}, live=True),
+    "agent_change": EventType(
+        "the agent was renamed, updated or deleted",
+        {"change": {"enum": ["renamed", "updated", "deleted"]}, "new_name": _STRING},
+    ),
+}
+
+STOP_REASONS: Final = ("done", "cancelled", "superseded", "interrupted", "max_steps", "budget", "repeated_call")
+
+
+class Event:
+    """Something that happened to an agent, as its followers are told.
+
+    `type` is the frame's type, `message_type` its kind where it is an agent_response. Stored events get their `seq`
+    and their `text`, the encoded frame without agent_name and id, in the transaction that stores them; live ones
+    (delta, retry, queue) have a text and no seq.
+    """
+
+    __slots__ = ("type", "message_type", "turn_id", "step", "fields", "seq", "text")
+
+    def __init__(self, type: str, message_type: str = "", *, turn_id: str | None, step: int = 0, **fields: Any) -> None:
+        self.type = type
+        self.message_type = message_type
+        self.turn_id = turn_id
+        self.step = step
+        self.fields = fields
+        self.seq: int | None = None
+        self.text = ""
+
+    @property
+    def live(self) -> bool:
+        return self.message_type in _LIVE_TYPES
+
+    @property
+    def starts(self) -> bool:
+        return self.type == "agent_response_start"
+
+    @property
+    def terminal(self) -> bool:
+        return self.type in TERMINAL_TYPES
+
+    def encode(self, seq: int | None, now: str) -> None:
+        """Give the event its seq (None: live) and its text."""
+        frame: JSON = {"type": self.type}
+        if self.message_type:
+            frame["message_type"] = self.message_type
+        frame |= self.fields
+        if self.turn_id is not None:
+            frame["turn_id"] = self.turn_id
+        if self.message_type and self.step:
+            frame["step"] = self.step
+        if seq is not None:
+            frame["seq"] = seq
+        frame["time"] = now
+        self.seq, self.text = seq, encode_json(frame)
+
+    def frame(self, agent_name: str) -> str:
+        """The frame as sent to a client."""
+        return extend_json(self.text, agent_name=agent_name)
+
+
+TERMINAL_TYPES: Final = ("agent_response_end", "agent_response_error")
+_LIVE_TYPES = frozenset(name for name, kind in MESSAGE_TYPES.items() if kind.live)
+
+
+def response_events(message_type: str, message: str, *, turn_id: str | None, step: int, **fields: Any) -> list[Event]:
+    """An agent_response, as several with `part` and `parts` where its message is too long for one frame."""
+    if len(message) <= TEXT_PART:
+        return [Event("agent_response", message_type, turn_id=turn_id, step=step, message=message, **fields)]
+    pieces = parts_of(message)
+    return [
+        Event(
+            "agent_response",
+            message_type,
+            turn_id=turn_id,
+            step=step,
+            message=piece,
+            part=part,
+            parts=len(pieces),
+            **fields,
+        )
+        for part, piece in enumerate(pieces, 1)
+    ]
+
+
+_KIND = re.compile(r'\{"type":"(\w+)"(?:,"message_type":"(\w+)")?')
+
+
+def event_kind(text: str) -> tuple[str, str]:
+    """(type, message type) of an encoded event."""
+    found = _KIND.match(text)
+    return (found.group(1), found.group(2) or "") if found else ("", "")
+
+
+def server_error(error: InvalidRequest) -> str:
+    """The answer to a frame that is no valid request; `id` is null where the frame could not be read."""
+    frame: JSON = {"type": "server_error", "message": str(error), "code": error.code}
+    return encode_json(frame | {"id": error.request_id})
+
+
+def command_response(command: Command, result: JSON, status: str = "") -> str:
+    """The good answer to a command."""
+    frame = {"type": "command_response", "status": status or f"OK: {command.kind}", "ok": True, "command": command.kind}
+    if command.id is not None:
+        frame["id"] = command.id
+    return encode_json(frame | {"result": result})
+
+
+def command_error(command: Command, error: MemwsError) -> str:
+    """The bad answer to a command: nothing was changed."""
+    details = error.details if isinstance(error, Refused) else {}
+    frame = {"type": "command_response", "status": f"Error: {error}", "ok": False, "command": command.kind}
+    if command.id is not None:
+        frame["id"] = command.id
+    return encode_json(frame | {"error": {"code": error.code, "message": str(error), **details}})
+
+
+def refusal(request_id: RequestId, turn_id: str | None, agent_name: str | None, error: MemwsError) -> str:
+    """The terminal frame of a message that never became a turn: not stored, without seq, to its sender only."""
+    frame: JSON = {"type": "agent_response_error", "message": str(error), "code": error.code, "stop_reason": "error"}
+    frame["time"] = now_text()
+    if agent_name is not None and len(agent_name) > MAX_NAME:
+        agent_name = None
+    named = {"agent_name": agent_name, "turn_id": turn_id, "id": request_id}
+    return encode_json(frame | {key: value for key, value in named.items() if value is not None})
+
+
+# ---- the protocol as JSON Schema -------------------------------------------------------------------------------------
+
+
+def protocol_schema() -> JSON:
+    """A JSON Schema (draft 2020-12) that every frame of the protocol validates against, in either direction."""
+    requests = {"user_message": _request_schema(UserMessage, {"type": {"const": "user_message"}})}
+    for name, command in COMMANDS.items():
+        requests[name] = _request_schema(command, {"type": {"const": "command"}, "command": {"const": name}})
+    events = {name: _event_schema(name, kind) for name, kind in MESSAGE_TYPES.items()}
+    definitions = requests | {f"event_{name}": schema for name, schema in events.items()} | _frame_schemas()
+    refer = [{"$ref": f"#/$defs/{name}"} for name in definitions]
+    count = len(requests)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "memws protocol",
+        "version": PROTOCOL,
+        "anyOf": [{"$ref": "#/$defs/request"}, {"$ref": "#/$defs/event"}],
+        "$defs": {"request": {"anyOf": refer[:count]}, "event": {"anyOf": refer[count:]}} | definitions,
+    }
+
+
+_ID_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "maxLength": MAX_ID},
+        {"type": "integer", "minimum": -(2**53), "maximum": 2**53},
+        {"type": "null"},
+    ]
+}
+
+
+def _request_schema(request: type[Request], constants: JSON) -> JSON:
+    fields = {declared.name: declared.described() for declared in request.fields.values()}
+    needed = [declared.name for declared in request.fields.values() if declared.required]
+    doc = inspect.getdoc(request) or ""
+    if request.result:
+        doc = f"{doc} Result: {request.result}".strip()
+    return {
+        "description": doc,
+        "type": "object",
+        "properties": constants | {"id": _ID_SCHEMA} | fields,
+        "required": [*constants, *needed],
+    }
+
+
+def _event_schema(name: str, kind: EventType) -> JSON:
+    common = {
+        "type": {"const": "agent_response"},
+        "message_type": {"const": name},
+        "message": _STRING,
+        "agent_name": _STRING,
+        "time": _STRING,
+    }
+    further = {"turn_id": _STRING, "step": _INTEGER, "seq": _INTEGER, "part": _INTEGER, "parts": _INTEGER}
+    return {
+        "description": kind.doc + (" (live: not stored, no seq)" if kind.live else ""),
+        "type": "object",
+        "properties": common | further | kind.fields,
+        "required": [*common, *(() if kind.live else ("seq",))],
+    }
+
+
+def _frame_schemas() -> JSON:
+    """The frames that are no agent_response."""
+
+    def frame(doc: str, needed: JSON, further: JSON) -> JSON:
+        return {"description": doc, "type": "object", "properties": needed | further, "required": list(needed)}
+
+    error = {"type": "object", "properties": {"code": _STRING, "message": _STRING}, "required": ["code", "message"]}
+    turn = {"agent_name": _STRING, "turn_id": _STRING, "time": _STRING}
+    marks = {"id": _ID_SCHEMA, "seq": _INTEGER}
+    end = {"type": {"const": "agent_response_end"}, "stop_reason": {"enum": list(STOP_REASONS)}, "usage": _OBJECT}
+    failed = {
+        "type": {"const": "agent_response_error"},
+        "message": _STRING,
+        "code": _STRING,
+        "stop_reason": {"const": "error"},
+        "time": _STRING,
+    }
+    answer = {
+        "type": {"const": "command_response"},
+        "status": {"type": "string", "pattern": "^(OK|Error): "},
+        "ok": {"type": "boolean"},
+        "command": {"enum": list(COMMANDS)},
+    }
+    return {
+        "agent_response_start": frame(
+            "a turn begins: the user's message is on disk",
+            {"type": {"const": "agent_response_start"}, "seq": _INTEGER} | turn,
+            marks,
+        ),
+        "agent_response_end": frame("a turn ended; all of it is on disk", end | {"seq": _INTEGER} | turn, marks),
+        "agent_response_error": frame(
+            "a turn failed, or a message never became one (then no seq)", failed, turn | marks
+        ),
+        "command_response": frame(
+            "the answer to a command",
+            answer,
+            {"id": _ID_SCHEMA, "result": _OBJECT, "error": error, "part": _INTEGER, "parts": _INTEGER},
+        ),
+        "server_error": frame(
+            "a frame that is no valid request",
+            {"type": {"const": "server_error"}, "message": _STRING, "code": _STRING},
+            {"id": _ID_SCHEMA},
+        ),
+    }
+
+
+# ======================================================================================================================
+# 4. Memory: chat messages, core memory blocks, passages; how text is split for search
+# ======================================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One labelled piece of core memory: always in the prompt, at most `limit` characters."""
+
+    label: str
+    value: str
+    limit: int = BLOCK_LIMIT
+    version: int = 1
+    "Counts the edits; an edit based on another version than the stored one is a conflict."
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One entry of archival memory."""
+
+    id: int
+    text: str
+    time: str
+
+
+@dataclass(slots=True)
+class ChatMessage:
+    """One entry of the context window, never changed once stored."""
+
+    id: int
+    "Counts the agent's messages from 1."
+    role: str
+    "user, assistant, tool, or system for what is packed as a user's message but comes from memws."
+    time: str
+    text: str
+    "The user's words, the inner monologue, the tool's answer, the event's reason."
+    body: str
+    "The JSON object that a model gets, kept encoded."
+    turn_id: str | None = None
+    step: int = 0
+    said: str = ""
+    "What recall memory is searched by: the user's words, or what the agent said with send_message."
+    event: Event | None = None
+    "The event that tells of it; in the transaction it lends the message its seq."
+    seq: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return estimate_tokens(self.body)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One result of a search."""
+
+    id: int
+    store: str
+    role: str
+    time: str
+    text: str
+    score: float
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens of `text`, roughly: a token per four bytes of UTF-8, and four around each message."""
+    return 4 + (len(text) if text.isascii() else len(text.encode())) // 4
+
+
+def excerpt(text: str, most: int) -> str:
+    """`text`, or its beginning and end with a note between them where it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    head, tail = most * 2 // 3, most // 3
+    return f"{text[:head]} […{len(text) - head - tail:,} characters left out here; search finds them…] {text[-tail:]}"
+
+
+def difference(before: str, after: str) -> str:
+    """What an edit changed, line by line, as a unified diff without its headers."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
+    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+
+
+# ---- how text is split and ranked for search -----------------------------------------------------------------------
+
+# Gains are of recall@10, in points, on LoCoMo / MADial en / MADial zh / XQuAD es: with the constant against without it.
+ROW_WORDS = 120
+"""A longer text is indexed as several rows of at most so many words; its best row counts. 0 / 0 / 0 / +.3"""
+TURN_WORDS = 80
+"""Only turns of at most so many words lend words to the turns beside them; longer ones are pushed down by PRIOR."""
+SESSION_GAP = 3600.0
+"""Seconds of silence after which a turn begins a new session: it lends nothing to the older one and takes nothing."""
+QUERY_CHARACTERS, QUERY_TERMS = 20_000, 128
+"""What of a query is read. 128 terms against 64: 0 / 0 / +1.8 / 0"""
+POSTINGS = 20_000
+"""Rows read from the index for one query, those of the rarest terms first, the newest first: what bounds its time."""
+LENDERS = 1_000
+"""Rows, the best by their own terms, whose terms count for the turns around them too. All against 100: 0 / 0 / 0 / 0"""
+CANDIDATES = 200
+"""The best rows by the weights of their terms alone, which are then ranked in full. 400 against 200: +.1 / 0 / 0 / 0"""
+SCANNED = 100_000
+"""Rows, the newest, in which a text that the index does not know is looked for as it stands."""
+
+CONTEXT = {-5: 0.15, -4: 0.2, -3: 0.25, -2: 0.35, -1: 0.5, 1: 0.4, 2: 0.2}
+"""What a term counts that stands so many turns before (-) or after. +16.7 / 0 / 0 / 0; only -2 and -1: +13.3"""
+ASKED = 0.3
+"""What a term counts more that stands in a question just before: answers seldom repeat it. +.3, MRR +2.3 / 0 / 0 / 0"""
+ASKING = 0.15
+"""What a turn loses that only asks: people look for what was said. +.1, MRR +1.6 / 0 / 0 / 0"""
+SPEAKER = 0.2
+"""What the turns of a speaker gain whom the query names. +1.3, MRR +3.5 / 0 / 0 / 0"""
+PRIOR = 0.8
+"""Exponent of the prior min(1, TURN_WORDS / words) of recall. 0 / 0 / 0 / 0; own long-answer set: +3.3, MRR +23"""
+K1, B = 1.2, 0.2
+"""BM25: how soon a repeated term counts no more; how much length counts. .2 against .75: +1.2 / +1.3 / +1.8 / +.1"""
+LETTERS, LETTERS_CUT = 7, 5
+"""Letters kept of a stem; of a Cyrillic or Greek word, which is cut only. 7 against all: +.4 / +.5 / 0 / +.5"""
+
+_PAIRED = "\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U000323af"
+_TRIPLED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+_SILENT = (  # accents, points of Hebrew and Arabic, tatweel, nukta; soft hyphen, joiners, variation selectors
+    "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed\u093c\u00ad\u200b-\u200d\ufe0e\ufe0f"
+)
+_MARKS = "".join(chr(code) for code in range(0x370, 0x1ABF) if unicodedata.category(chr(code))[0] == "M")
+_DROPPED = re.compile(f"[{_SILENT}]+|(?<=\\w)['\u2019]s\\b")
+_TERM = re.compile(
+    f"(?P<paired>[{_PAIRED}]+)|(?P<tripled>[{_TRIPLED}]+)|(?:[^\\W_{_PAIRED}{_TRIPLED}]|[{_MARKS}])+"
+    "|[\u2190-\u2bff\U0001f000-\U0001faff]"  # an emoji is a term
+)
+_WORD = re.compile(f"[{_PAIRED}{_TRIPLED}]{{1,3}}|[^\\s{_PAIRED}{_TRIPLED}]{{1,40}}")
+_SENTENCE = re.compile(r"[^.!?\u2026\u3002\uff01\uff1f\u061f\u0964\n]+[.!?\u2026\u3002\uff01\uff1f\u061f\u0964]*")
+_STOP = frozenset(
+    """a about above after again against all am an and any are as at be because been before being below between both but
+    by can could d did do does doing don down during each few for from further had has have having he her here hers
+    herself him himself his how i if in into is it its itself just ll m me more most my myself no nor not now of off on
+    once only or other our ours ourselves out over own re s same she should so some such t than that the their theirs
+    them themselves then there these they this those through to too under until up ve very was we were what when where
+    which while who whom why will with would you your yours yourself yourselves""".split()  # noqa: SIM905
+)
+_STOP_HAN = frozenset(  # pairs of these say as little as the words above: 0 / 0 / +2.7 / 0
+    "我你他她它们的了是在有和也就都很吗呢吧啊哦嗯呀这那个么什不会要去到上下还对好可以能得地着过给跟让把被"
+)
+_IRREGULAR = {  # "When did she go?" asks for "I went": +.9, MRR +1.7 / +2.8 / 0 / 0
+    form: forms.split()[0]
+    for forms in """go went gone|buy bought|bring brought|think thought|teach taught|catch caught|seek sought|lay laid
+    fight fought|feel felt|keep kept|sleep slept|leave left|lose lost|meet met|send sent|spend spent|build built
+    make made|say said|tell told|sell sold|hear heard|hold held|find found|understand understood|stand stood|sit sat
+    win won|run ran|begin began begun|swim swam swum|sing sang sung|drink drank drunk|become became|come came
+    give gave given|pay paid|take took taken|eat ate eaten|see saw seen|write wrote written|drive drove driven
+    ride rode ridden|rise rose risen
+    choose chose chosen|speak spoke spoken|break broke broken|wake woke woken|steal stole stolen|fall fell fallen
+    grow grew grown|know knew known|throw threw thrown|draw drew drawn|fly flew flown|wear wore worn|tear tore torn
+    get got gotten|forget forgot forgotten|forgive forgave forgiven|hide hid hidden|bite bit bitten|lend lent|deal dealt
+    mean meant|feed fed|lead led|shoot shot|hang hung|stick stuck|strike struck|dig dug|shake shook shaken|light lit
+    child children|man men|woman women|foot feet|tooth teeth|mouse mice|person people|wife wives|life lives|knife knives
+    """.replace("\n", "|").split("|")
+    for form in forms.split()[1:]
+}  # fmt: skip
+_ENDINGS = [
+    ("ingly", ""), ("edly", ""), ("ings", ""), ("ing", ""), ("ied", "y"), ("ies", "y"), ("ed", ""),
+    ("sses", "ss"), ("ss", "ss"), ("us", "us"), ("es", "e"), ("s", ""), ("ly", ""),
+]  # fmt: skip
+_ARABIC = re.compile("^(?:[\u0648\u0641]?(?:[\u0628\u0643]?\u0627\u0644|\u0644\u0644)|\u0648)(?=...)")
+_ARABIC_ENDING = re.compile(
+    "(?<=...)(?:\u0647\u0627|\u0627\u0646|\u0627\u062a|\u0648\u0646|\u064a\u0646|\u064a\u0647|\u064a\u0629|[\u0647\u0629\u064a\u0649])$"
+)
+
+
+@functools.lru_cache(maxsize=65_536)
+def stem(word: str) -> str:
+    """The word without its endings: English and Arabic ones, irregular English forms; then its first letters."""
+    if "\u0370" <= word[0] <= "\u052f":
+        return word[:LETTERS_CUT]
+    if "\u0620" <= word[0] <= "\u064a":
+        return _ARABIC_ENDING.sub("", _ARABIC.sub("", word))
+    if len(word) < 4 or not word.isascii():
+        return _IRREGULAR.get(word, word)
+    word = _IRREGULAR.get(word, word)
+    for ending, instead in _ENDINGS:
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            word = word[: len(word) - len(ending)] + instead
+            break
+    if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz":
+        word = word[:-1]
+    word = word[:-1] + "i" if word[-1] == "y" else word.removesuffix("e")
+    return word[:LETTERS]
+
+
+def split_terms(text: str) -> list[str]:
+    """The text as the terms of the index, in order, without stop words: for texts and queries alike."""
+    folded = unicodedata.normalize("NFKD", text.casefold().replace("\u0131", "i"))
+    folded = unicodedata.normalize("NFC", _DROPPED.sub("", folded))
+    terms: list[str] = []
+    for match in _TERM.finditer(folded):
+        run = match.group()
+        width = {"paired": 2, "tripled": 3}.get(match.lastgroup or "", 0)
+        if width and len(run) > width:
+            grams = (run[i : i + width] for i in range(len(run) - width + 1))
+            terms += grams if width == 3 else (pair for pair in grams if not _STOP_HAN.issuperset(pair))
+        elif width:
+            terms.append(run)
+        elif run not in _STOP:
+            terms.append(stem(run[:64]))
+    return terms
+
+
+def asking(text: str) -> float:
+    """The share of the text's sentences that are questions, from 0 to 1."""
+    sentences = _SENTENCE.findall(text[:4096])
+    return sum(sentence[-1] in "?\uff1f\u061f" for sentence in sentences) / max(1, len(sentences))
+
+
+def slices(text: str) -> tuple[list[str], int]:
+    """The text in slices of about equal length, none over ROW_WORDS words, and the number of its words.
+
+    In scripts without spaces three characters count as a word.
+    """
+    starts = [match.start() for match in _WORD.finditer(text)]
+    count = max(1, -(-len(starts) // ROW_WORDS))
+    size = max(1, -(-len(starts) // count))
+    cuts = [0, *starts[size::size], len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(cuts)], len(starts)
+
+
+_PLACE, _SLICE = 28, 10  # bits of a doc: agent, one bit of store, place, slice
+_APART = 8  # places between turns that lend each other no words; more than the reach of CONTEXT
+
+
+class Hit(NamedTuple):
+    """One message or passage found."""
+
+    store: str
+    item: int
+    score: float
+
+
+class _Row(NamedTuple):
+    doc: int
+    store: str
+    item: int
+    role: str
+    time: str
+    words: int
+    asking: float
+    asked: int
+    terms: str
+
+
+def rough_scores(docs: dict[str, set[int]], weights: dict[str, float]) -> tuple[dict[int, float], dict[int, float]]:
+    """The weights of the terms that each doc holds; the same with those that its neighbours lend, for the best LENDERS.
+
+    The second also names docs that are not there: only the rows tell where a session ends.
+    """
+    own: dict[int, float] = {}
+    for term, holders in docs.items():
+        weight = weights[term]
+        for doc in holders:
+            own[doc] = own.get(doc, 0.0) + weight
+    best = own if len(own) <= LENDERS else heapq.nlargest(LENDERS, own, key=lambda doc: (own[doc], doc))
+    rough = {doc: own[doc] for doc in best}
+    for doc in best:
+        for step, share in CONTEXT.items():
+            near = doc - (step << _SLICE)
+            rough[near] = rough.get(near, own.get(near, 0.0)) + share * own[doc]
+    return own, rough
+
+
+def rarity(count: int, size: int) -> float:
+    """The weight of a term that so many of the rows hold."""
+    return math.log(1 + (size - count + 0.5) / (count + 0.5))
+
+
+def score_row(row: _Row, docs: dict[str, set[int]], weights: dict[str, float], length: float) -> float:
+    """BM25 of the row's own terms and, lower, of those in the turns around it, times what its length and form say."""
+    counts = collections.Counter(row.terms.split())
+    norm = 1 - B + B * counts.total() / max(1.0, length)
+    score = 0.0
+    for term, own in docs.items():
+        count = counts[term] / norm
+        if row.store == "recall":
+            for step, share in CONTEXT.items():
+                if row.doc + (step << _SLICE) in own:
+                    count += share + (ASKED if step == -1 and row.asked else 0.0)
+        score += weights[term] * count * (K1 + 1) / (count + K1)
+    if row.store == "archival":
+        return score
+    return score * math.pow(min(1.0, TURN_WORDS / max(1, row.words)), PRIOR) * (1 - ASKING * row.asking)
+
+
+# ======================================================================================================================
+# 5. Store: agents, messages, passages and events on disk
+# ======================================================================================================================
+
+
+@dataclass(slots=True)
+class AgentRecord:
+    """What the store knows of an agent beside its messages, passages and events."""
+
+    id: int
+    name: str
+    config: JSON
+    state: JSON
+    "Where the context window begins, its summary, and what else changes from step to step."
+    created: str
+    last_active: str
+    last_seq: int
+    base_url: str | None = None
+    "An endpoint of the agent's own; only Python sets it, never the wire or an imported file."
+
+
+@dataclass(slots=True)
+class TurnRecord:
+    """What the store knows of a turn. `digest` is the SHA-256 of the user's message, None for a turn without one."""
+
+    turn_id: str
+    digest: bytes | None
+    over: bool
+    first_seq: int
+    last_seq: int
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One model call as sent, as references to what never changes, and as answered."""
+
+    turn_id: str
+    step: int
+    head: str
+    "The JSON of everything but messages and tools."
+    system: str
+    summary: str
+    "The encoded summary message, or empty."
+    tools: str
+    extra: str
+    "An encoded message that was sent once and not kept (a request to correct), or empty."
+    first: int
+    last: int
+    "The ids of the chat messages between."
+    digest: bytes
+    "SHA-256 of the bytes sent."
+    response: str = "{}"
+    usage: str = "{}"
+    first_token_ms: int | None = None
+    total_ms: int = 0
+
+
+def request_body(head: str, messages: Iterable[str], tools: str) -> str:
+    """The JSON of a chat-completions request from its encoded pieces."""
+    body = f'{head[:-1]},"messages":[{",".join(messages)}]'
+    return f'{body},"tools":{tools}}}' if tools else body + "}"
+
+
+@dataclass(slots=True)
+class Changes:
+    """What one transaction stores for one agent: a step, a part of one, or an edit from outside."""
+
+    events: list[Event] = field(default_factory=list)
+    messages: list[ChatMessage] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    passages: list[Passage] = field(default_factory=list)
+    removed: list[int] = field(default_factory=list)
+    "Passages that are deleted."
+    requests: list[RequestRecord] = field(default_factory=list)
+    begins: tuple[str, bytes | None] | None = None
+    "The turn that begins, and the digest of its message."
+    ends: list[str] = field(default_factory=list)
+    "Turns that end."
+    state: JSON | None = None
+    config: JSON | None = None
+
+
+class Store(Protocol):
+    """What agents and server need of a database. Every method raises StoreFailed; writes are all or nothing.
+
+    The one implementation here is SQLite; a database for several servers is another one with these methods.
+    """
+
+    async def create_agent(self, name: str, config: JSON, blocks: Sequence[Block], base_url: str | None) -> AgentRecord:
+        """A new agent. Its seq goes on above that of an earlier agent of the name. Raises Refused (name_taken)."""
+
+    async def find_agent(self, name: str, deleted: bool = False) -> AgentRecord:
+        """The agent of that name, or the one deleted last under it. Raises UnknownAgent."""
+
+    async def list_agents(self, after: str, limit: int) -> tuple[list[AgentRecord], int]:
+        """Agents with names above `after`, in order, and how many there are in all."""
+
+    async def rename_agent(self, agent: int, new_name: str, event: Event) -> None:
+        """Give the agent another name and store the event of it. Raises Refused (name_taken)."""
+
+    async def delete_agent(self, agent: int, event: Event | None, purge: bool) -> None:
+        """Keep the agent aside, or forget all of it; its name is free at once. No event: it is aside already."""
+
+    async def restore_agent(self, name: str, new_name: str) -> AgentRecord:
+        """Bring back the agent deleted last under that name. Raises UnknownAgent, Refused (name_taken)."""
+
+    async def commit(self, agent: int, changes: Changes) -> None:
+        """Store all of `changes` in one transaction, and give its events their seq and text."""
+
+    async def load(self, agent: int, first: int) -> tuple[list[Block], list[ChatMessage], JSON, list[TurnRecord]]:
+        """Blocks, the messages from id `first` on, counts {recall, archival, last_message, last_passage}, open turns."""
+
+    async def messages(self, agent: int, before: int | None, limit: int) -> tuple[list[ChatMessage], int]:
+        """The newest `limit` messages (before an id), oldest first, and how many there are in all."""
+
+    async def passage(self, agent: int, passage: int) -> Passage | None:
+        """One passage."""
+
+    async def turn(self, agent: int, turn_id: str) -> TurnRecord | None:
+        """What is known of a turn."""
+
+    async def events(
+        self, agent: int, after: int, limit: int, turn_id: str | None = None, up_to: int = 2**62
+    ) -> list[tuple[int, str]]:
+        """(seq, text) of stored events above `after`, in order; those of one turn where one is named."""
+
+    async def request(self, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
+        """A model call and the encoded chat messages it held."""
+
+    async def search(
+        self,
+        agent: int,
+        query: str,
+        stores: tuple[str, ...],
+        roles: tuple[str, ...] | None,
+        since: str | None,
+        until: str | None,
+        limit: int,
+        offset: int,
+        up_to: tuple[int, int] | None = None,
+    ) -> tuple[list[Found], int]:
+        """The best matches from `offset` on, and how many there are in all; nothing above the ids `up_to`."""
+
+    async def close(self) -> None:
+        """Finish what is queued and let go of the files."""
+
+
+# ---- the search index ----------------------------------------------------------------------------------------------
+
+SEARCH_SCHEMA = """
+CREATE TABLE IF NOT EXISTS search_rows (
+    doc INTEGER PRIMARY KEY,  -- agent, store, place and slice, see SearchIndex
+    agent INTEGER NOT NULL, store TEXT NOT NULL, item INTEGER NOT NULL, role TEXT NOT NULL, time TEXT NOT NULL,
+    words INTEGER NOT NULL,   -- of the whole message
+    asking REAL NOT NULL,     -- share of its sentences that are questions
+    asked INTEGER NOT NULL,   -- 1: the turn before, of the same session, asks
+    terms TEXT NOT NULL,      -- of this slice, as they are in search_text
+    text TEXT NOT NULL        -- this slice
+);
+CREATE INDEX IF NOT EXISTS search_items ON search_rows (agent, store, item, role);
+CREATE INDEX IF NOT EXISTS search_times ON search_rows (agent, store, time);
+CREATE VIRTUAL TABLE IF NOT EXISTS search_text
+    USING fts5 (terms, content = '', columnsize = 0, detail = none, tokenize = "ascii tokenchars '_'");
+CREATE VIRTUAL TABLE IF NOT EXISTS search_counts USING fts5vocab (search_text, row);
+"""
+
+_STORES = ("recall", "archival")
+_STORE_OF = {"u": "recall", "a": "recall", "x": "recall", "p": "archival"}
+
+
+def _kind(store: str, role: str) -> str:
+    return "p" if store == "archival" else {"user": "u", "assistant": "a"}.get(role, "x")
+
+
+def _keys(agent: int, store: str, role: str, terms: str) -> str:
+    """The terms as they stand in search_text: of one agent and one kind of row."""
+    kind = _kind(store, role)
+    return " ".join(f"{agent}_{term}_{kind}" for term in terms.split())
+
+
+def _seconds_between(earlier: str, later: str) -> float:
+    """Seconds from one time to the other; 0 where one cannot be read."""
+    try:
+        return (datetime.datetime.fromisoformat(later) - datetime.datetime.fromisoformat(earlier)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0
+
+
+class _Scope(NamedTuple):
+    agent: int
+    spans: dict[str, tuple[int, int]]
+    roles: tuple[str, ...] | None
+
+    def holds(self, doc: int) -> bool:
+        return any(low <= doc <= high for low, high in self.spans.values())
+
+    def wants(self, kind: str) -> bool:
+        return self.roles is None or kind in {_kind("recall", role) for role in self.roles}
+
+
+class SearchIndex:
+    """The search index of recall and archival memory: every agent, one ranking for both stores.
+
+    FTS5 holds which rows a term is in; the ranking is above, in section 4. A term stands in `search_text` as
+    agent_term_kind, kind being u (user), a (assistant), x (another role) or p (archival): a search reads and counts
+    the rows of its own agent only, however many others there are. A row's id, its doc, is made of agent (24 bits),
+    store, place and slice. Turns of a session that lend each other words have places side by side, others stand
+    `_APART`: the turns around a turn are found by arithmetic and their words stored once. Stateless: any thread may
+    search with its own connection.
+    """
+
+    def add(self, connection: sqlite3.Connection, agent: int, store: str, item: int, role: str, time: str, text: str,
+            joined: bool | None = None) -> None:  # fmt: skip
+        """Index one message or passage, in the writer's transaction.
+
+        joined: whether it belongs to the session of the message before; None: by SESSION_GAP.
+        """
+        role, time, text = clean_text(role), clean_text(time), clean_text(text)
+        parts, words = slices(text)
+        asks = asking(text)
+        low, high = self._range(agent, store)
+        sql = "SELECT doc, time, words, asking FROM search_rows WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT 1"
+        last = connection.execute(sql, (low, high)).fetchone()
+        place, asked = 0, False
+        if last is not None:
+            if joined is None:
+                joined = _seconds_between(last[1], time) <= SESSION_GAP
+            beside = bool(joined) and store == "recall" and words <= TURN_WORDS and last[2] <= TURN_WORDS
+            asked = beside and last[3] > 0
+            place = (last[0] - low >> _SLICE) + (1 if beside else _APART)
+        for number, part in enumerate(parts[: 1 << _SLICE]):
+            doc = low + (place << _SLICE) + number
+            terms = " ".join(split_terms(part))
+            connection.execute(
+                "INSERT INTO search_rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (doc, agent, store, item, role, time, words, asks, asked, terms, part),
+            )
+            connection.execute(
+                "INSERT INTO search_text (rowid, terms) VALUES (?, ?)", (doc, _keys(agent, store, role, terms))
+            )
+
+    def remove(self, connection: sqlite3.Connection, agent: int, store: str, item: int) -> None:
+        """Take one message or passage out of the index; unknown: nothing."""
+        self._remove(connection, "agent = ? AND store = ? AND item = ?", (agent, store, item))
+
+    def drop_agent(self, connection: sqlite3.Connection, agent: int) -> None:
+        """Take all rows of the agent out of the index."""
+        self._remove(connection, "agent = ?", (agent,))
+
+    def _remove(self, connection: sqlite3.Connection, where: str, values: tuple[object, ...]) -> None:
+        rows = connection.execute(f"SELECT doc, agent, store, role, terms FROM search_rows WHERE {where}", values)
+        for doc, agent, store, role, terms in rows:
+            connection.execute(
+                "INSERT INTO search_text (search_text, rowid, terms) VALUES ('delete', ?, ?)",
+                (doc, _keys(agent, store, role, terms)),
+            )
+        connection.execute(f"DELETE FROM search_rows WHERE {where}", values)
+
+    def search(self, connection: sqlite3.Connection, agent: int, query: str, stores: tuple[str, ...] = _STORES,
+               roles: tuple[str, ...] | None = None, since: str | None = None, until: str | None = None,
+               limit: int = 10, offset: int = 0, up_to: tuple[int, int] | None = None
+               ) -> tuple[list[Hit], int]:  # fmt: skip
+        """The hits from `offset` on, best first and newest first on ties, and the number of all.
+
+        roles: of messages; where given, passages are left out. since, until: times as stored, the first included, the
+        second not. up_to: what `cursor` gave at the first page, so that pages stay the same while messages arrive. An
+        empty query gives the newest; words the index does not know are looked for as they stand. The number of all
+        counts among the POSTINGS rows that were read.
+        """
+        query, limit, offset = clean_text(query[:QUERY_CHARACTERS]), max(0, limit), max(0, offset)
+        if roles is not None:
+            stores = tuple(store for store in stores if store == "recall")
+        spans = {store: self._bounds(connection, agent, store, since, until, up_to) for store in stores}
+        scope = _Scope(agent, spans, roles)
+        terms = list(dict.fromkeys(split_terms(query)))[:QUERY_TERMS]
+        hits, total = self._ranked(connection, terms, scope, limit, offset) if terms else ([], 0)
+        if not total:
+            hits, total = self._scan(connection, query.strip(), scope, limit, offset)
+        if not total and not terms:
+            hits, total = self._scan(connection, "", scope, limit, offset)
+        return hits, total
+
+    def cursor(self, connection: sqlite3.Connection, agent: int) -> tuple[int, int]:
+        """The highest items of recall and archival memory now, for `up_to`."""
+        items = [
+            connection.execute(
+                "SELECT max(item) FROM search_rows WHERE agent = ? AND store = ?", (agent, store)
+            ).fetchone()[0]
+            for store in _STORES
+        ]
+        return items[0] or 0, items[1] or 0
+
+    def _range(self, agent: int, store: str) -> tuple[int, int]:
+        low = (agent * 2 + _STORES.index(store)) << (_PLACE + _SLICE)
+        return low, low + (1 << (_PLACE + _SLICE)) - 1
+
+    def _bounds(self, connection: sqlite3.Connection, agent: int, store: str, since: str | None, until: str | None,
+                up_to: tuple[int, int] | None) -> tuple[int, int]:  # fmt: skip
+        """The first and last doc of the agent's rows of that time: docs grow with times and items."""
+        low, high = self._range(agent, store)
+        edges = [("time >=", since, "ASC"), ("time <", until, "DESC")]
+        edges.append(("item <=", None if up_to is None else str(up_to[_STORES.index(store)]), "DESC"))
+        for test, value, order in edges:
+            if value is None:
+                continue
+            column = test.split()[0]
+            found = connection.execute(
+                f"SELECT doc FROM search_rows WHERE agent = ? AND store = ? AND {test} ?"
+                f" ORDER BY {column} {order}, doc {order} LIMIT 1",
+                (agent, store, value if column == "time" else int(value)),
+            ).fetchone()
+            if found is None:
+                return low, low - 1
+            low, high = (max(low, found[0]), high) if order == "ASC" else (low, min(high, found[0]))
+        return low, high
+
+    def _ranked(self, connection: sqlite3.Connection, terms: list[str], scope: _Scope, limit: int, offset: int
+                ) -> tuple[list[Hit], int]:  # fmt: skip
+        """The messages that hold one of the terms; of the turns beside them those among the best CANDIDATES."""
+        found = self._postings(connection, terms, scope)
+        docs = {term: set[int]().union(*kinds.values()) for term, kinds in found.items()}
+        size = max([self._size(connection, scope), *map(len, docs.values())])
+        weights = {term: rarity(len(own), size) for term, own in docs.items()}
+        alone, rough = rough_scores(docs, weights)
+        best = heapq.nlargest(CANDIDATES, rough, key=lambda doc: (rough[doc], doc))
+        rows = self._rows(connection, [doc for doc in best if scope.holds(doc)])
+        length = sum(row.terms.count(" ") + 1 for row in rows.values()) / max(1, len(rows))
+        speakers = {role: set(split_terms(role)) for role in {row.role for row in rows.values()}}
+        scored: dict[int, tuple[float, str, int]] = {}
+        for doc, row in rows.items():
+            if scope.roles is None or row.role in scope.roles:
+                score = score_row(row, docs, weights, length)
+                if speakers[row.role].intersection(terms):
+                    score *= 1 + SPEAKER
+                key = (score, row.time if len(scope.spans) > 1 else "", doc)
+                scored[doc >> _SLICE] = max(scored.get(doc >> _SLICE, key), key)
+        order = [doc for _, _, doc in sorted(scored.values(), reverse=True)]
+        own = [kinds[kind] for kinds in found.values() for kind in kinds if scope.wants(kind)]
+        rest: dict[int, tuple[float, int]] = {}
+        for doc in set[int]().union(*own):
+            if doc >> _SLICE not in scored:
+                rest[doc >> _SLICE] = max(rest.get(doc >> _SLICE, (0.0, 0)), (alone[doc], doc))
+        if rest and offset + limit > len(order):
+            order += [doc for _, doc in sorted(rest.values(), reverse=True)]
+        page = order[offset : offset + limit]
+        rows.update(self._rows(connection, [doc for doc in page if doc not in rows]))
+        scores = {doc: score for score, _, doc in scored.values()}
+        hits = [Hit(rows[doc].store, rows[doc].item, scores.get(doc, 0.0)) for doc in page if doc in rows]
+        return hits, len(scored) + len(rest)
+
+    def _rows(self, connection: sqlite3.Connection, docs: list[int]) -> dict[int, _Row]:
+        rows = {}
+        for start in range(0, len(docs), 500):
+            some = docs[start : start + 500]
+            sql = f"SELECT {', '.join(_Row._fields)} FROM search_rows WHERE doc IN ({', '.join('?' * len(some))})"
+            rows.update({row[0]: _Row(*row) for row in connection.execute(sql, some)})
+        return rows
+
+    def _size(self, connection: sqlite3.Connection, scope: _Scope) -> int:
+        """About the number of messages: what an item counts."""
+        sql = "SELECT item FROM search_rows WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT 1"
+        rows = [connection.execute(sql, span).fetchone() for span in scope.spans.values()]
+        return sum(int(row[0]) for row in rows if row)
+
+    def _postings(self, connection: sqlite3.Connection, terms: list[str], scope: _Scope
+                  ) -> dict[str, dict[str, set[int]]]:  # fmt: skip
+        """The docs of each term and kind, the rarest first, POSTINGS together."""
+        counted: list[tuple[int, str, str]] = []
+        sql = "SELECT term, doc FROM search_counts WHERE term > ? AND term < ?"
+        for term in terms:
+            key = f"{scope.agent}_{term}_"
+            for full, count in connection.execute(sql, (key, key + "z")):
+                if _STORE_OF[full[-1]] in scope.spans:
+                    counted.append((count, full, term))
+        found: dict[str, dict[str, set[int]]] = {}
+        room = POSTINGS
+        for _, full, term in sorted(counted):
+            rows = connection.execute(
+                "SELECT rowid FROM search_text WHERE search_text MATCH ? AND rowid BETWEEN ? AND ?"
+                " ORDER BY rowid DESC LIMIT ?",
+                (f'"{full}"', *scope.spans[_STORE_OF[full[-1]]], room),
+            )
+            docs = {row[0] for row in rows}
+            room -= len(docs)
+            if docs:
+                found.setdefault(term, {})[full[-1]] = docs
+            if room <= 0:
+                break
+        return found
+
+    def _scan(self, connection: sqlite3.Connection, part: str, scope: _Scope, limit: int, offset: int
+              ) -> tuple[list[Hit], int]:  # fmt: skip
+        """The messages that hold the text as it stands, of the newest SCANNED rows; every message for no text.
+
+        The newest first.
+        """
+        roles = scope.roles or ()
+        wanted = f" AND role IN ({', '.join('?' * len(roles))})" if scope.roles is not None else ""
+        like = "%" + re.sub(r"([\\%_])", r"\\\1", part[:1000]) + "%"
+        found: dict[tuple[str, int], tuple[str, int]] = {}
+        total = 0
+        for store, span in scope.spans.items():
+            if part:
+                sql = f"""SELECT item, time, doc FROM (SELECT doc, item, role, time, text FROM search_rows
+                    WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?) WHERE text LIKE ? ESCAPE '\\'{wanted}"""
+                rows = connection.execute(sql, (*span, SCANNED, like, *roles)).fetchall()
+            else:
+                where = f"doc BETWEEN ? AND ? AND doc & {(1 << _SLICE) - 1} = 0{wanted}"
+                sql = f"SELECT item, time, doc FROM search_rows WHERE {where} ORDER BY doc DESC LIMIT ?"
+                rows = connection.execute(sql, (*span, *roles, offset + limit)).fetchall()
+                where = f"agent = ? AND store = ? AND {where}"
+                sql = f"SELECT count(*) FROM search_rows INDEXED BY search_items WHERE {where}"
+                total += connection.execute(sql, (scope.agent, store, *span, *roles)).fetchone()[0]
+            found.update({(store, item): (time if len(scope.spans) > 1 else "", doc) for item, time, doc in rows})
+        keys = sorted(found, key=lambda key: found[key], reverse=True)
+        return [Hit(*key, 0.0) for key in keys[offset : offset + limit]], len(found) if part else total
+
+
+class MemoryIndex:
+    """An index in memory over turns, by the very code that agents search with."""
+
+    def __init__(self, turns: Iterable[tuple[str, str, str]], kind: str = "recall") -> None:
+        if kind not in _STORES:
+            raise ValueError(f"unknown kind {kind!r}; expected 'recall' or 'archival'")
+        self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+        self._connection.executescript(SEARCH_SCHEMA)
+        self._index, self._kind = SearchIndex(), kind
+        before = None
+        for item, (speaker, date, text) in enumerate(turns, 1):
+            self._index.add(self._connection, 1, kind, item, speaker, date, text, joined=date == before)
+            before = date
+        self._connection.commit()
+
+    def search(self, query: str, limit: int = 10) -> list[int]:
+        """The positions of the turns found, best first, at most `limit`."""
+        hits, _ = self._index.search(self._connection, 1, query, (self._kind,), limit=limit)
+        return [hit.item - 1 for hit in hits]
+
+
+def memory_index(turns: Iterable[tuple[str, str, str]], kind: str = "recall") -> MemoryIndex:
+    """An index over (speaker, date, text) turns in order of time; kind is "recall" or "archival"."""
+    return MemoryIndex(turns, kind)
+
+
+_SCHEMA = """
+CREATE TABLE agents (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, config TEXT NOT NULL, state TEXT NOT NULL,
+    created TEXT NOT NULL, last_active TEXT NOT NULL, last_seq INTEGER NOT NULL, base_url TEXT, deleted TEXT);
+CREATE UNIQUE INDEX agents_name ON agents (name) WHERE deleted IS NULL;
+CREATE TABLE names (name TEXT PRIMARY KEY, last_seq INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE blocks (
+    agent INTEGER NOT NULL, position INTEGER NOT NULL, label TEXT NOT NULL, value TEXT NOT NULL,
+    "limit" INTEGER NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (agent, label)) WITHOUT ROWID;
+CREATE TABLE messages (
+    agent INTEGER NOT NULL, id INTEGER NOT NULL, role TEXT NOT NULL, time TEXT NOT NULL, text TEXT NOT NULL,
+    body TEXT NOT NULL, said TEXT, turn_id TEXT, step INTEGER NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY (agent, id));
+CREATE TABLE passages (
+    agent INTEGER NOT NULL, id INTEGER NOT NULL, text TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (agent, id));
+CREATE TABLE turns (
+    agent INTEGER NOT NULL, turn_id TEXT NOT NULL, digest BLOB, over INTEGER NOT NULL,
+    first_seq INTEGER NOT NULL, last_seq INTEGER NOT NULL, PRIMARY KEY (agent, turn_id)) WITHOUT ROWID;
+CREATE INDEX turns_open ON turns (agent) WHERE NOT over;
+CREATE TABLE events (
+    agent INTEGER NOT NULL, seq INTEGER NOT NULL, turn_id TEXT, text TEXT NOT NULL, PRIMARY KEY (agent, seq)) WITHOUT ROWID;
+CREATE TABLE requests (
+    agent INTEGER NOT NULL, turn_id TEXT NOT NULL, step INTEGER NOT NULL, head TEXT NOT NULL, system BLOB NOT NULL,
+    summary BLOB NOT NULL, tools BLOB NOT NULL, extra BLOB NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
+    digest BLOB NOT NULL, response TEXT NOT NULL, usage TEXT NOT NULL, first_token_ms INTEGER, total_ms INTEGER NOT NULL,
+    PRIMARY KEY (agent, turn_id, step)) WITHOUT ROWID;
+CREATE TABLE parts (
+    agent INTEGER NOT NULL, digest BLOB NOT NULL, text TEXT NOT NULL, PRIMARY KEY (agent, digest)) WITHOUT ROWID;
+"""
+
+_MIGRATIONS: Final = (_SCHEMA + SEARCH_SCHEMA,)
+"Script n brings a database from schema version n to n + 1; the version is SQLite's user_version."
+
+_LIVE, _DELETED = "deleted IS NULL", "deleted IS NOT NULL"
+_APPLICATION_ID: Final = 0x6D656D77
+_AGENT_TABLES: Final = ("blocks", "messages", "passages", "turns", "events", "requests", "parts")
+_AGENT_COLUMNS: Final = "id, name, config, state, created, last_active, last_seq, base_url"
+_MESSAGE_COLUMNS: Final = "id, role, time, text, body, turn_id, step, said, seq"
+
+WriteJob = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
+
+
+class SqliteStore:
+    """Agents in one SQLite file (WAL), or in memory for ":memory:".
+
+    One thread writes: all jobs that wait for it share one transaction, each in a savepoint of its own, so that
+    turns that arrive together pay for one fsync and none of them on the event loop. Other threads read. A lock
+    file beside the database keeps a second server out. All its methods are to be awaited on `loop`.
+
+    Raises UsageError where the file cannot be used: locked, no database, of another program or a newer version.
+    """
+
+    def __init__(self, path: str, sync: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.path = path
+        self.memory = path == ":memory:"
+        self._loop = loop
+        self._index = SearchIndex()
+        self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
+        self._lock = None if self.memory else lock_database(path)
+        try:
+            self._connection = open_database(path, sync)
+        except BaseException:
+            unlock_database(self._lock)
+            raise
+        self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
+        self._writer.start()
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._readers = ThreadPoolExecutor(READERS, "memws-reader")
+        self._closed = False
+
+    # -- the two ways to the database --
+
+    async def _write(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `job` in the writer's next transaction; its result comes after the commit."""
+        if self._closed:
+            raise StoreFailed("the database is closed")
+        done: asyncio.Future[Any] = self._loop.create_future()
+        self._jobs.put((job, done))
+        # The commit happens whether or not somebody still waits for it: no cancel may lose its outcome.
+        return cast(T, await asyncio.shield(done))
+
+    async def _read(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        """Run `job` on a reader's thread."""
+        if self.memory:  # one connection only, so its thread reads too
+            return await self._write(job)
+        try:
+            return await self._loop.run_in_executor(self._readers, self._read_here, job)
+        except sqlite3.Error as error:
+            raise StoreFailed(f"the database refused a read: {error}") from error
+
+    def _read_here(self, job: Callable[[sqlite3.Connection], T]) -> T:
+        connection = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = self._local.connection = connect_database(self.path)
+            connection.execute("PRAGMA query_only = ON")
+            self._connections.append(connection)
+        return job(connection)
+
+    def _write_all(self) -> None:
+        """The writer's thread: take what waits, store it together, tell the loop."""
+        while (first := self._jobs.get()) is not None:
+            jobs = [first]
+            with contextlib.suppress(queue.Empty):
+                while len(jobs) < WRITE_BATCH:
+                    job = self._jobs.get_nowait()
+                    if job is None:
+                        self._jobs.put(None)
+                        break
+                    jobs.append(job)
+            outcomes = self._write_batch([job for job, _ in jobs])
+            settled = list(zip((done for _, done in jobs), outcomes, strict=True))
+            with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits
+                self._loop.call_soon_threadsafe(_settle, settled)
+        self._connection.close()
+
+    def _write_batch(self, jobs: list[Callable[[sqlite3.Connection], Any]]) -> list[tuple[Any, BaseException | None]]:
+        """(result, error) of each job. A job that fails undoes only itself; a commit that fails undoes all."""
+        outcomes: list[tuple[Any, BaseException | None]] = []
+        connection = self._connection
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for job in jobs:
+                connection.execute("SAVEPOINT job")
+                try:
+                    outcomes.append((job(connection), None))
+                except Exception as error:  # one agent's failure must not undo the others' steps
+                    if not connection.in_transaction:  # SQLite has undone all: a full disk, an I/O error
+                        raise
+                    connection.execute("ROLLBACK TO job")
+                    outcomes.append((None, _store_error(error)))
+                connection.execute("RELEASE job")
+            connection.execute("COMMIT")
+        except Exception as error:  # whatever it was, nothing of this batch is on disk, and everybody hears it
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("ROLLBACK")
+            return [(None, _store_error(error))] * len(jobs)
+        return outcomes
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._jobs.put(None)
+        await self._loop.run_in_executor(self._readers, self._writer.join)
+        self._readers.shutdown(wait=True)
+        for connection in self._connections:
+            connection.close()
+        unlock_database(self._lock)
+
+    # -- agents --
+
+    async def create_agent(self, name: str, config: JSON, blocks: Sequence[Block], base_url: str | None) -> AgentRecord:
+        def job(connection: sqlite3.Connection) -> AgentRecord:
+            _refuse_taken(connection, name)
+            now = now_text()
+            row = (name, encode_json(config), "{}", now, now, _last_seq_of_name(connection, name), base_url)
+            agent = connection.execute(
+                "INSERT INTO agents (name, config, state, created, last_active, last_seq, base_url) VALUES (?,?,?,?,?,?,?)",
+                row,
+            ).lastrowid
+            connection.executemany(
+                "INSERT INTO blocks VALUES (?,?,?,?,?,?)",
+                [(agent, n, block.label, block.value, block.limit, block.version) for n, block in enumerate(blocks)],
+            )
+            return _agent_record(_agent_row(connection, "id = ?", agent))
+
+        return await self._write(job)
+
+    async def find_agent(self, name: str, deleted: bool = False) -> AgentRecord:
+        def job(connection: sqlite3.Connection) -> AgentRecord:
+            where = _DELETED if deleted else _LIVE
+            row = _agent_row(connection, f"name = ? AND {where}", name)
+            if row is None:
+                raise _unknown_agent(connection, name, where)
+            return _agent_record(row)
+
+        return await self._read(job)
+
+    async def list_agents(self, after: str, limit: int) -> tuple[list[AgentRecord], int]:
+        def job(connection: sqlite3.Connection) -> tuple[list[AgentRecord], int]:
+            rows = connection.execute(
+                f"SELECT {_AGENT_COLUMNS} FROM agents WHERE deleted IS NULL AND name > ? ORDER BY name LIMIT ?",
+                (after, limit),
+            ).fetchall()
+            total = connection.execute("SELECT count(*) FROM agents WHERE deleted IS NULL").fetchone()[0]
+            return [_agent_record(row) for row in rows], total
+
+        return await self._read(job)
+
+    async def rename_agent(self, agent: int, new_name: str, event: Event) -> None:
+        def job(connection: sqlite3.Connection) -> None:
+            _refuse_taken(connection, new_name)
+            _keep_last_seq(connection, agent)
+            connection.execute(
+                "UPDATE agents SET name = ?, last_seq = max(last_seq, ?) WHERE id = ?",
+                (new_name, _last_seq_of_name(connection, new_name), agent),
+            )
+            _store_events(connection, agent, [event])
+
+        await self._write(job)
+
+    async def delete_agent(self, agent: int, event: Event | None, purge: bool) -> None:
+        def job(connection: sqlite3.Connection) -> None:
+            if event is not None:
+                _store_events(connection, agent, [event])
+            _keep_last_seq(connection, agent)
+            if purge:
+                for table in _AGENT_TABLES:
+                    connection.execute(f"DELETE FROM {table} WHERE agent = ?", (agent,))
+                self._index.drop_agent(connection, agent)
+                connection.execute("DELETE FROM agents WHERE id = ?", (agent,))
+            else:
+                connection.execute("UPDATE agents SET deleted = ? WHERE id = ?", (now_text(), agent))
+
+        await self._write(job)
+
+    async def restore_agent(self, name: str, new_name: str) -> AgentRecord:
+        def job(connection: sqlite3.Connection) -> AgentRecord:
+            row = _agent_row(connection, f"name = ? AND {_DELETED}", name)
+            if row is None:
+                raise _unknown_agent(connection, name, _DELETED)
+            _refuse_taken(connection, new_name)
+            connection.execute(
+                "UPDATE agents SET deleted = NULL, name = ?, last_seq = max(last_seq, ?) WHERE id = ?",
+                (new_name, _last_seq_of_name(connection, new_name), row[0]),
+            )
+            return _agent_record(_agent_row(connection, "id = ?", row[0]))
+
+        return await self._write(job)
+
+    # -- steps --
+
+    async def commit(self, agent: int, changes: Changes) -> None:
+        await self._write(lambda connection: self._commit(connection, agent, changes))
+
+    def _commit(self, connection: sqlite3.Connection, agent: int, changes: Changes) -> None:
+        last_seq = _store_events(connection, agent, changes.events)
+        if changes.begins:
+            turn_id, digest = changes.begins
+            first = changes.events[0].seq or last_seq
+            connection.execute("INSERT INTO turns VALUES (?,?,?,0,?,?)", (agent, turn_id, digest, first, last_seq))
+        for turn_id in changes.ends:
+            ended = (last_seq, agent, turn_id)
+            connection.execute("UPDATE turns SET over = 1, last_seq = ? WHERE agent = ? AND turn_id = ?", ended)
+        for message in changes.messages:
+            message.seq = message.event.seq if message.event and message.event.seq else last_seq
+            self._insert_message(connection, agent, message)
+        for block in changes.blocks:
+            edited = (block.value, block.version, agent, block.label)
+            connection.execute("UPDATE blocks SET value = ?, version = ? WHERE agent = ? AND label = ?", edited)
+        for passage in changes.passages:
+            row = (agent, passage.id, passage.text, passage.time)
+            connection.execute("INSERT INTO passages VALUES (?,?,?,?)", row)
+            self._index.add(connection, agent, "archival", passage.id, "", passage.time, passage.text)
+        for removed in changes.removed:
+            connection.execute("DELETE FROM passages WHERE agent = ? AND id = ?", (agent, removed))
+            self._index.remove(connection, agent, "archival", removed)
+        for request in changes.requests:
+            _insert_request(connection, agent, request)
+        for column, value in (("state", changes.state), ("config", changes.config)):
+            if value is not None:
+                connection.execute(f"UPDATE agents SET {column} = ? WHERE id = ?", (encode_json(value), agent))
+
+    def _insert_message(self, connection: sqlite3.Connection, agent: int, message: ChatMessage) -> None:
+        said = message.said if message.said != message.text else None  # a user's words are not stored twice
+        connection.execute(
+            "INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?)",
+            (agent, message.id, message.role, message.time, message.text, message.body, said)
+            + (message.turn_id, message.step, message.seq),
+        )
+        if message.said:
+            self._index.add(connection, agent, "recall", message.id, message.role, message.time, message.said)
+
+    async def load(self, agent: int, first: int) -> tuple[list[Block], list[ChatMessage], JSON, list[TurnRecord]]:
+        def job(connection: sqlite3.Connection) -> tuple[list[Block], list[ChatMessage], JSON, list[TurnRecord]]:
+            blocks = connection.execute(
+                'SELECT label, value, "limit", version FROM blocks WHERE agent = ? ORDER BY position', (agent,)
+            ).fetchall()
+            messages = connection.execute(
+                f"SELECT {_MESSAGE_COLUMNS} FROM messages WHERE agent = ? AND id >= ? ORDER BY id", (agent, first)
+            ).fetchall()
+            turns = connection.execute(
+                "SELECT turn_id, digest, over, first_seq, last_seq FROM turns WHERE agent = ? AND NOT over", (agent,)
+            ).fetchall()
+            return (
+                [Block(*row) for row in blocks],
+                [_chat_message(row) for row in messages],
+                _counts(connection, agent),
+                [TurnRecord(*row) for row in turns],
+            )
+
+        return await self._read(job)
+
+    # -- reading --
+
+    async def messages(self, agent: int, before: int | None, limit: int) -> tuple[list[ChatMessage], int]:
+        def job(connection: sqlite3.Connection) -> tuple[list[ChatMessage], int]:
+            rows = connection.execute(
+                f"SELECT {_MESSAGE_COLUMNS} FROM messages WHERE agent = ? AND id < ? ORDER BY id DESC LIMIT ?",
+                (agent, 2**62 if before is None else before, limit),
+            ).fetchall()
+            return [_chat_message(row) for row in reversed(rows)], _counts(connection, agent)["last_message"]
+
+        return await self._read(job)
+
+    async def passage(self, agent: int, passage: int) -> Passage | None:
+        def job(connection: sqlite3.Connection) -> Passage | None:
+            row = connection.execute("SELECT id, text, time FROM passages WHERE agent = ? AND id = ?", (agent, passage))
+            return next((Passage(*found) for found in row), None)
+
+        return await self._read(job)
+
+    async def turn(self, agent: int, turn_id: str) -> TurnRecord | None:
+        def job(connection: sqlite3.Connection) -> TurnRecord | None:
+            row = connection.execute(
+                "SELECT turn_id, digest, over, first_seq, last_seq FROM turns WHERE agent = ? AND turn_id = ?",
+                (agent, turn_id),
+            ).fetchone()
+            return TurnRecord(*row) if row else None
+
+        return await self._read(job)
+
+    async def events(
+        self, agent: int, after: int, limit: int, turn_id: str | None = None, up_to: int = 2**62
+    ) -> list[tuple[int, str]]:
+        def job(connection: sqlite3.Connection) -> list[tuple[int, str]]:
+            return connection.execute(
+                "SELECT seq, text FROM events WHERE agent = ? AND seq > ? AND seq <= ? AND turn_id IS coalesce(?, turn_id)"
+                " ORDER BY seq LIMIT ?",
+                (agent, after, up_to, turn_id, limit),
+            ).fetchall()
+
+        return await self._read(job)
+
+    async def request(self, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
+        def job(connection: sqlite3.Connection) -> tuple[RequestRecord, list[str]] | None:
+            part = "(SELECT text FROM parts WHERE parts.agent = requests.agent AND parts.digest = requests.{0})"
+            system, summary, tools, extra = (part.format(name) for name in ("system", "summary", "tools", "extra"))
+            row = connection.execute(
+                f"SELECT turn_id, step, head, {system}, {summary}, {tools}, {extra}, first, last, digest, response, usage,"
+                " first_token_ms, total_ms FROM requests WHERE agent = ? AND turn_id = ? AND step = ?",
+                (agent, turn_id, step),
+            ).fetchone()
+            if row is None:
+                return None
+            record = RequestRecord(*row)
+            between = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
+            return record, [body for (body,) in connection.execute(between, (agent, record.first, record.last))]
+
+        return await self._read(job)
+
+    async def search(
+        self,
+        agent: int,
+        query: str,
+        stores: tuple[str, ...],
+        roles: tuple[str, ...] | None,
+        since: str | None,
+        until: str | None,
+        limit: int,
+        offset: int,
+        up_to: tuple[int, int] | None = None,
+    ) -> tuple[list[Found], int]:
+        def job(connection: sqlite3.Connection) -> tuple[list[Found], int]:
+            hits, total = self._index.search(
+                connection, agent, query, stores, roles, since, until, limit, offset, up_to
+            )
+            return [_found(connection, agent, hit.store, hit.item, hit.score) for hit in hits], total
+
+        return await self._read(job)
+
+
+def _settle(settled: list[tuple[asyncio.Future[Any], tuple[Any, BaseException | None]]]) -> None:
+    """Give each write job's future its outcome, in the order of the writes, on the loop."""
+    for done, (result, error) in settled:
+        if done.done():
+            continue
+        if error is None:
+            done.set_result(result)
+        else:
+            done.set_exception(error)
+            done.exception()  # a writer that nobody waits for any more is no unhandled error
+
+
+def _store_error(error: BaseException) -> BaseException:
+    """`error` as the store tells it: MemwsErrors as they are, SQLite's as StoreFailed."""
+    if isinstance(error, MemwsError):
+        return error
+    if not isinstance(error, sqlite3.Error):
+        logger.error("a write failed", exc_info=error)
+    return StoreFailed(f"the database refused a write: {error}")
+
+
+def _agent_row(connection: sqlite3.Connection, where: str, value: Any) -> Any:
+    return connection.execute(
+        f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {where} ORDER BY deleted DESC, id DESC LIMIT 1", (value,)
+    ).fetchone()
+
+
+def _agent_record(row: Any) -> AgentRecord:
+    agent, name, config, state, *rest = row
+    return AgentRecord(agent, name, decode_json(config), decode_json(state), *rest)
+
+
+def _chat_message(row: Any) -> ChatMessage:
+    number, role, time_, text, body, turn_id, step, said, seq = row
+    if said is None and role == "user":
+        said = text
+    return ChatMessage(number, role, time_, text, body, turn_id, step, said or "", None, seq)
+
+
+def _unknown_agent(connection: sqlite3.Connection, name: str, where: str) -> UnknownAgent:
+    names = [row[0] for row in connection.execute(f"SELECT DISTINCT name FROM agents WHERE {where} LIMIT 5000")]
+    total = connection.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
+    return UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names, 10, 0.0), total)
+
+
+def _refuse_taken(connection: sqlite3.Connection, name: str) -> None:
+    if _agent_row(connection, "name = ? AND deleted IS NULL", name):
+        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it")
+
+
+def _last_seq_of_name(connection: sqlite3.Connection, name: str) -> int:
+    row = connection.execute("SELECT last_seq FROM names WHERE name = ?", (name,)).fetchone()
+    return int(row[0]) if row else 0
+
+
+def _keep_last_seq(connection: sqlite3.Connection, agent: int) -> None:
+    """The agent gives up its name: whoever has it next goes on above the seqs that were seen under it."""
+    connection.execute(
+        "INSERT INTO names SELECT name, last_seq FROM agents WHERE id = ?"
+        " ON CONFLICT (name) DO UPDATE SET last_seq = max(last_seq, excluded.last_seq)",
+        (agent,),
+    )
+
+
+def _store_events(connection: sqlite3.Connection, agent: int, events: list[Event]) -> int:
+    """Give events their seq and store them; the agent's last seq. Raises StoreFailed where the agent is gone."""
+    now = now_text()
+    row = connection.execute(
+        "UPDATE agents SET last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL RETURNING last_seq",
+        (len(events), now, agent),
+    ).fetchone()
+    if row is None:
+        raise StoreFailed("the agent was deleted meanwhile")
+    last_seq = int(row[0])
+    for seq, event in enumerate(events, last_seq - len(events) + 1):
+        event.encode(seq, now)
+    rows = [(agent, event.seq, event.turn_id, event.text) for event in events]
+    connection.executemany("INSERT INTO events VALUES (?,?,?,?)", rows)
+    return last_seq
+
+
+def _insert_request(connection: sqlite3.Connection, agent: int, request: RequestRecord) -> None:
+    digests = []
+    for text in (request.system, request.summary, request.tools, request.extra):
+        digest = hashlib.sha256(text.encode()).digest()
+        digests.append(digest)
+        connection.execute("INSERT OR IGNORE INTO parts VALUES (?,?,?)", (agent, digest, text))
+    connection.execute(
+        "INSERT OR REPLACE INTO requests VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
+        (agent, request.turn_id, request.step, request.head, *digests, request.first, request.last, request.digest)
+        + (request.response, request.usage, request.first_token_ms, request.total_ms),
+    )
+
+
+def _counts(connection: sqlite3.Connection, agent: int) -> JSON:
+    """How much recall and archival memory hold, and the last ids given."""
+    last_message = connection.execute("SELECT max(id) FROM messages WHERE agent = ?", (agent,)).fetchone()[0] or 0
+    archival, last_passage = connection.execute(
+        "SELECT count(*), max(id) FROM passages WHERE agent = ?", (agent,)
+    ).fetchone()
+    # Messages are never deleted and their ids have no gaps, so the last one counts them.
+    return {
+        "recall": last_message,
+        "archival": archival,
+        "last_message": last_message,
+        "last_passage": last_passage or 0,
+    }
+
+
+def _found(connection: sqlite3.Connection, agent: int, store: str, item: int, score: float) -> Found:
+    if store == "archival":
+        row = connection.execute("SELECT '', time, text FROM passages WHERE agent = ? AND id = ?", (agent, item))
+    else:
+        row = connection.execute(
+            "SELECT role, time, coalesce(said, text) FROM messages WHERE agent = ? AND id = ?", (agent, item)
+        )
+    role, time_, text = row.fetchone() or ("", "", "")
+    return Found(item, store, role, time_, text, score)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def connect_database(path: str) -> sqlite3.Connection:
+    """A connection that leaves transactions to us and may be closed by another thread."""
+    return sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+
+
+def open_database(path: str, sync: str) -> sqlite3.Connection:
+    """The writer's connection to the database, made or migrated where needed. Raises UsageError."""
+    try:
+        if path != ":memory:":
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        connection = connect_database(path)
+        try:
+            _migrate(connection, path)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {'NORMAL' if sync == 'normal' else 'FULL'}")
+            connection.execute("PRAGMA foreign_keys = OFF")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"cannot use the database {path!r} ({reason}); name another file with --db") from error
+
+
+def _migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Bring the database to the newest schema, each version in one transaction."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    application = connection.execute("PRAGMA application_id").fetchone()[0]
+    used = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if used and application != _APPLICATION_ID:
+        raise UsageError(f"{path!r} is a database of another program; name another file with --db")
+    if version > len(_MIGRATIONS):
+        raise UsageError(
+            f"{path!r} was written by a newer memws (schema {version}); use that one or another file with --db"
+        )
+    for number in range(version, len(_MIGRATIONS)):
+        connection.executescript(
+            f"BEGIN IMMEDIATE; {_MIGRATIONS[number]};"
+            f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {number + 1}; COMMIT;"
+        )
+
+
+def lock_database(path: str) -> int:
+    """Keep other servers off the database; the lock goes with the process. Raises UsageError."""
+    try:
+        handle = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UsageError(f"cannot use the database {path!r} ({error.strerror}); name another file with --db") from error
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise UsageError(
+            f"another memws server uses the database {path!r}; stop it, or name another file with --db"
+        ) from None
+    return handle
+
+
+def unlock_database(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
+
+
+# ======================================================================================================================
+# 6. LLM: the model protocol, OpenAI-compatible endpoints, the offline model
+# ======================================================================================================================
+
+
+@dataclass(slots=True)
+class RawCall:
+    """A tool call as a model streams it: its arguments are text until they are whole."""
+
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+
+
+class ReplyText:
+    """Reads the text of send_message out of arguments that are still arriving: JSON cut anywhere."""
+
+    _START = re.compile(r'"message"\s*:\s*"')
+    _WHOLE = re.compile(
+        r'(?:[^"\\]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*'
+    )
+
+    def __init__(self) -> None:
+        self._at = -1
+
+    def news(self, arguments: str) -> str:
+        """What has come since the last call; escapes that are cut wait for their rest."""
+        if self._at < 0:
+            start = self._START.search(arguments)
+            if start is None:
+                return ""
+            self._at = start.end()
+        whole = self._WHOLE.match(arguments, self._at)
+        if whole is None or not whole.group():
+            return ""
+        self._at = whole.end()
+        with contextlib.suppress(ValueError):
+            return clean_text(str(decode_loose(f'"{whole.group()}"')))
+        return ""
+
+
+class ModelReply:
+    """What a model has answered so far; `feed` takes the chunks of a chat-completions stream."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        "The content."
+        self.monologue = ""
+        "Reasoning and content in the order they came."
+        self.calls: list[RawCall] = []
+        self.finish: str | None = None
+        self.usage: JSON | None = None
+        "{input_tokens, output_tokens}, where the endpoint tells."
+        self.refusal = ""
+        self.whole = False
+        "The endpoint said that this was all."
+        self._told = 0
+        self._replies: list[ReplyText] = []
+
+    def feed(self, chunk: JSON) -> None:
+        """Take one chunk. Endpoints differ: whatever is missing or of another type counts as absent."""
+        usage = chunk.get("usage")
+        if isinstance(usage, dict) and type(usage.get("prompt_tokens")) is int:
+            output = usage.get("completion_tokens")
+            self.usage = {"input_tokens": usage["prompt_tokens"], "output_tokens": output if type(output) is int else 0}
+        choices = chunk.get("choices")
+        if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+            return
+        choice = choices[0]
+        if isinstance(choice.get("finish_reason"), str) and choice["finish_reason"]:
+            self.finish = choice["finish_reason"]
+        delta = choice.get("delta") or choice.get("message")
+        if isinstance(delta, dict):
+            self._feed_delta(delta)
+
+    def _feed_delta(self, delta: JSON) -> None:
+        reasoning = _text_of(delta.get("reasoning_content")) or _text_of(delta.get("reasoning"))
+        if reasoning:
+            self.monologue += reasoning
+        content = _text_of(delta.get("content"))
+        if content:
+            if self.monologue and not self.text:
+                self.monologue += "\n"
+            self.text += content
+            self.monologue += content
+        self.refusal += _text_of(delta.get("refusal"))
+        calls = delta.get("tool_calls")
+        if isinstance(delta.get("function_call"), dict):  # the API's first form of tools, still spoken by some
+            calls = [{"index": 0, "function": delta["function_call"]}]
+        for piece in calls if isinstance(calls, list) else ():
+            if isinstance(piece, dict):
+                self._feed_call(piece)
+
+    def _feed_call(self, piece: JSON) -> None:
+        index, call_id = piece.get("index"), _text_of(piece.get("id"))
+        function = piece.get("function")
+        function = function if isinstance(function, dict) else {}
+        name = _text_of(function.get("name"))
+        if type(index) is not int:  # an id or a name that is new begins a call; anything else goes on
+            begins = not self.calls or (call_id and call_id != self.calls[-1].id) or (name and not call_id)
+            index = len(self.calls) if begins else len(self.calls) - 1
+        elif index < len(self.calls) and call_id and self.calls[index].id not in ("", call_id):
+            index = len(self.calls)  # every call numbered 0, as some endpoints do
+        if not 0 <= index < len(self.calls):
+            self.calls.append(RawCall())
+            self._replies.append(ReplyText())
+            index = len(self.calls) - 1
+        call = self.calls[index]
+        call.id = call.id or call_id
+        if name and name != call.name:
+            call.name += name
+        arguments = function.get("arguments")
+        call.arguments += encode_json(arguments) if isinstance(arguments, dict) else _text_of(arguments)
+
+    def news(self) -> list[tuple[str, str]]:
+        """(message type, text) that has come since the last call, to be shown while the rest is made."""
+        news = []
+        if len(self.monologue) > self._told:
+            news.append(("internal_monologue", clean_text(self.monologue[self._told :])))
+            self._told = len(self.monologue)
+        for call, reply in zip(self.calls, self._replies, strict=True):
+            if call.name == "send_message" and (text := reply.news(call.arguments)):
+                news.append(("assistant_message", text))
+        return news
+
+
+def _text_of(value: object) -> str:
+    """`value` as text: strings, and the lists of text parts that some endpoints send; anything else is none."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return ""
+
+
+class Model(Protocol):
+    """Something that answers chat-completions requests.
+
+    `ratio` calibrates estimated tokens: the endpoint's count over ours, within 0.5 to 2.
+    """
+
+    name: str
+    window: int
+    "The context window in tokens, where nobody says otherwise."
+    ratio: float
+
+    def head(self, settings: JSON) -> str:
+        """The JSON of a request without messages and tools."""
+
+    def stream(self, body: str, reply: ModelReply) -> AsyncIterator[None]:
+        """Send a request and feed `reply`; each item says that it has grown. Raises ModelError."""
+
+
+def default_window(model: str) -> int:
+    """The context window of a model by its name, in tokens."""
+    return next((size for start, size in CONTEXT_WINDOWS.items() if model.startswith(start)), DEFAULT_CONTEXT_WINDOW)
+
+
+# ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
+
+
+def import_openai() -> Any:
+    """The openai package, which takes half a second to import. Raises UsageError where it is missing."""
+    try:
+        import openai
+    except ImportError as error:
+        raise UsageError("a model other than offline needs the openai package: pip install openai") from error
+    return openai
+
+
+class Endpoint:
+    """One OpenAI-compatible server and the client for it, made when it is first needed."""
+
+    def __init__(self, base_url: str | None, api_key: str | None, idle_timeout: float = IDLE_TIMEOUT) -> None:
+        self.base_url = base_url
+        self._api_key = api_key
+        self.idle_timeout = idle_timeout
+        self._client: Any = None
+
+    @property
+    def key(self) -> str:
+        """For comparing endpoints; never for showing."""
+        return f"{self.base_url}\n{self._api_key}"
+
+    async def client(self) -> Any:
+        """The openai client. Its own retries are off: ours are counted and reported."""
+        if self._client is None:
+            openai = await in_thread("memws-import", import_openai)
+            if self._client is None:
+                self._client = openai.AsyncOpenAI(
+                    base_url=self.base_url,
+                    api_key=self._api_key or os.environ.get("OPENAI_API_KEY") or "none",
+                    max_retries=0,
+                    timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT),
+                )
+        return self._client
+
+    def hide(self, text: str) -> str:
+        """`text` on one line, cut short, without the key or what looks like one."""
+        for secret in (self._api_key, os.environ.get("OPENAI_API_KEY")):
+            if secret:
+                text = text.replace(secret, "…")
+        text = re.sub(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}", "…", text)
+        return " ".join(clean_text(text).split())[:80]
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+
+class OpenAIModel:
+    """A model behind the chat-completions API (OpenAI, Ollama, vLLM, llama.cpp, LM Studio, …), streamed.
+
+    The request's bytes are ours and the stream is read raw: the openai client's typed walk over messages and chunks
+    costs 15 ms at 100 messages, this 1 ms; transport, keys and errors remain the client's.
+    """
+
+    def __init__(self, name: str, endpoint: Endpoint) -> None:
+        self.name = name
+        self.window = default_window(name)
+        self.ratio = 1.0
+        self.endpoint = endpoint
+        self._left_out: set[str] = set()
+        self._renamed: dict[str, str] = {}
+
+    def head(self, settings: JSON) -> str:
+        params: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
+        params = {self._renamed.get(key, key): value for key, value in params.items() if key not in self._left_out}
+        return encode_json(params)
+
+    async def stream(self, body: str, reply: ModelReply) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        client = await self.endpoint.client()
+        response: Any = None
+        try:
+            async with asyncio.timeout(FIRST_TOKEN_TIMEOUT) as patience:
+                response = await self._post(client, body)
+                async with contextlib.aclosing(self._data(response)) as events:
+                    async for data in events:
+                        patience.reschedule(loop.time() + self.endpoint.idle_timeout)
+                        if data == b"[DONE]":
+                            reply.whole = True
+                            break
+                        reply.feed(self._chunk(data))
+                        yield
+        except TimeoutError:
+            if reply.finish is not None:  # all was said; only the end of the stream is missing
+                return
+            waited = self.endpoint.idle_timeout if response else FIRST_TOKEN_TIMEOUT
+            raise ModelError(
+                "model_timeout",
+                f"the model said nothing for {waited:g} s; is the endpoint overloaded?",
+                retry=response is not None,
+            ) from None
+        finally:
+            if response is not None:
+                await response.close()
+        if reply.finish is None and not reply.whole:
+            raise ModelError("model_unavailable", "the model's answer broke off", retry=True)
+
+    async def _post(self, client: Any, body: str) -> Any:
+        """The open response. Raises ModelError for every failure of transport or endpoint."""
+        openai = import_openai()
+        try:
+            return await client.post(
+                "/chat/completions",
+                cast_to=object,
+                content=body.encode(),
+                options={"headers": {"X-Stainless-Raw-Response": "stream", "Content-Type": "application/json"}},
+            )
+        except openai.APIStatusError as error:
+            raise self._status_error(error) from None
+        except openai.APITimeoutError:
+            raise ModelError("model_timeout", "the endpoint did not take the connection in time", retry=True) from None
+        except openai.APIConnectionError as error:
+            reason = self.endpoint.hide(str(error.__cause__ or error))
+            text = f"cannot reach the model's endpoint ({reason}); is it running, and is --base-url right?"
+            raise ModelError("model_unavailable", text, retry=True) from None
+        except openai.OpenAIError as error:
+            raise ModelError("model_auth", f"the model's client refuses: {self.endpoint.hide(str(error))}") from None
+
+    async def _data(self, response: Any) -> AsyncGenerator[bytes, None]:
+        """The data of the response's events; a whole JSON answer in spite of stream=true is one. Raises ModelError."""
+        kind = str(response.headers.get("content-type", "")).lower()
+        if "html" in kind:
+            text = "the endpoint answered with a web page; does --base-url end with /v1?"
+            raise ModelError("model_unavailable", text, retry=True)
+        try:
+            if "json" in kind and "stream" not in kind:
+                yield await response.read()
+                yield b"[DONE]"
+                return
+            async for data in read_events(response.iter_bytes()):
+                yield data
+        except (ModelError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:  # transports raise errors of many libraries; all mean that the stream broke
+            reason = self.endpoint.hide(type(error).__name__)
+            raise ModelError("model_unavailable", f"the connection to the model broke ({reason})", retry=True) from None
+
+    def _chunk(self, data: bytes) -> JSON:
+        """One chunk of the stream. Raises ModelError for what is none, and for errors told in the stream."""
+        try:
+            chunk = decode_json(data)
+        except (ValueError, RecursionError):
+            chunk = None
+        if not isinstance(chunk, dict):
+            raise ModelError("model_unavailable", "the endpoint's answer is not JSON", retry=True)
+        error = chunk.get("error")
+        if error:
+            message = error.get("message", "") if isinstance(error, dict) else error
+            code = error.get("code") or error.get("type") if isinstance(error, dict) else None
+            raise self._told_error(code if type(code) is int else 500, str(message), str(code), None)
+        return chunk
+
+    def _status_error(self, error: Any) -> ModelError:
+        body = error.body if isinstance(error.body, dict) else {}
+        told = body.get("error")
+        inner = told if isinstance(told, dict) else body
+        message = _text_of(inner.get("message")) or _text_of(body.get("detail")) or str(error.message)
+        return self._told_error(
+            error.status_code, message, str(inner.get("code") or ""), _retry_after(error.response.headers)
+        )
+
+    def _told_error(self, status: int, message: str, code: str, retry_after: float | None) -> ModelError:
+        """The ModelError for what an endpoint told, by status, code and wording."""
+        said = self.endpoint.hide(message)
+        if code == "context_length_exceeded" or _OVERFLOW.search(message):
+            return ModelError("context_overflow", f"the endpoint finds the prompt too long: {said}")
+        if status in (401, 403) or code == "invalid_api_key":
+            return ModelError("model_auth", f"the endpoint refuses the key ({status}); set OPENAI_API_KEY")
+        if status == 429 or "rate_limit" in code:
+            final = code == "insufficient_quota" or (retry_after or 0) > MAX_RETRY_AFTER
+            text = f"the endpoint limits the rate (429): {said}"
+            if retry_after:
+                text += f"; it asks to wait {retry_after:g} s"
+            return ModelError("model_rate_limit", text, retry=not final, retry_after=retry_after)
+        if status in (408, 409) or status >= 500:
+            text = f"the endpoint failed ({status}): {said}"
+            return ModelError("model_unavailable", text, retry=True, retry_after=retry_after)
+        if self._adapt(message):
+            return ModelError(
+                "model_refused", f"the endpoint does not know an option: {said}", retry=True, retry_after=0.0
+            )
+        return ModelError("model_refused", f"the endpoint refused the request ({status}): {said}")
+
+    def _adapt(self, message: str) -> bool:
+        """Learn from a refusal which option this endpoint does not take; whether there was something to learn."""
+        if "max_completion_tokens" in message and "max_tokens" not in self._renamed:
+            self._renamed["max_tokens"] = "max_completion_tokens"
+            return True
+        for option in ("stream_options", "seed", "temperature", "top_p", "reasoning_effort"):
+            if option in message and option not in self._left_out:
+                self._left_out.add(option)
+                logger.info("%s does not take %s: left out from now on", self.name, option)
+                return True
+        return False
+
+
+_OVERFLOW = re.compile(
+    r"context.{0,20}(length|window|size)|prompt is too long|too many (input )?tokens|maximum.{0,20}tokens|n_ctx",
+    re.IGNORECASE,
+)
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an endpoint asks to wait: Retry-After (seconds or a date, RFC 9110) or retry-after-ms."""
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(headers.get("retry-after-ms", "")) / 1000)
+    value = headers.get("retry-after", "")
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(value))
+    import email.utils
+
+    with contextlib.suppress(ValueError, TypeError):
+        when = email.utils.parsedate_to_datetime(value)
+        return max(0.0, (when - datetime.datetime.now(datetime.UTC)).total_seconds())
+    return None
+
+
+async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The data of each server-sent event (HTML standard, section 9.2): comments and other fields are passed over."""
+    data: list[bytes] = []
+    rest: list[bytes] = []
+    async for chunk in chunks:
+        if b"\n" not in chunk:  # a line of megabytes arrives in many chunks: join them once
+            rest.append(chunk)
+            continue
+        *lines, last = b"".join((*rest, chunk)).split(b"\n")
+        rest = [last]
+        for line in lines:
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                data.append(line[5:].removeprefix(b" "))
+            elif not line and data:
+                yield b"\n".join(data)
+                data = []
+    if (line := b"".join(rest).rstrip(b"\r")).startswith(b"data:"):
+        data.append(line[5:].removeprefix(b" "))
+    if data:
+        yield b"\n".join(data)
+
+
+# ---- the offline model -----------------------------------------------------------------------------------------------
+
+OfflineCall = tuple[str, dict[str, Any]]
+
+OFFLINE_READS = 8_000
+"""Characters the rules read at the head of a text; of what is longer also the last quarter of this."""
+
+# Words: what counts as the same word, and what as the same idea
+
+
+class _FoldTable(dict[int, str]):
+    """Each character's lower-case base letter, one for one, so that places in folded and original text agree."""
+
+    def __missing__(self, code: int) -> str:
+        base, *marks = list(unicodedata.normalize("NFKD", chr(code).casefold()))
+        self[code] = base if all(map(unicodedata.combining, marks)) else chr(code)  # hangul stays whole
+        return self[code]
+
+
+_FOLD = _FoldTable()
+
+_IDEAS = {  # relations people ask by: one idea whatever the word. Upper case tells them from stems of other words
+    "NAME": "name named called call nombre llamo llama llaman apellido",
+    "LIVE": "live living lived home city town moved move reside residing based from vivo vive ciudad casa mude",
+    "WORK": "work working worked job profession occupation employed employer company trabajo trabaja profesion oficio"
+    " empleo empresa dedico",
+    "LIKE": "like love enjoy prefer favourite favorite adore fond hobby hobbies gusta gustan encanta encantan prefiero"
+    " favorito favorita adoro aficion aficiones",
+    "HATE": "hate dislike odio detesto",
+    "FOOD": "food eat eating ate meal dish comida comer cena plato",
+    "BORN": "born birthday birth birthdate birthplace naci nacido nacimiento cumpleanos",
+    "AGE": "old age years anos edad",
+    "HAVE": "have has had own got tengo tiene tener",
+    "SPEAK": "speak spoken language languages hablo habla idioma idiomas",
+    "STUDY": "study studying studied student university graduate graduated estudio estudias universidad",
+}
+
+_COMMON_WORDS = frozenset(
+    [
+        "a",
+        "about",
+        "actually",
+        "again",
+        "ago",
+        "all",
+        "also",
+        "always",
+        "am",
+        "an",
+        "and",
+        "any",
+        "anything",
+        "are",
+        "as",
+        "at",
+        "be",
+        "been",
+        "being",
+        "but",
+        "by",
+        "can",
+        "could",
+        "d",
+        "did",
+        "didn",
+        "do",
+        "does",
+        "doesn",
+        "doing",
+        "don",
+        "done",
+        "ever",
+        "for",
+        "forgot",
+        "going",
+        "he",
+        "her",
+        "here",
+        "his",
+        "how",
+        "i",
+        "if",
+        "in",
+        "is",
+        "isn",
+        "it",
+        "its",
+        "just",
+        "know",
+        "ll",
+        "m",
+        "may",
+        "me",
+        "mean",
+        "might",
+        "mine",
+        "more",
+        "my",
+        "myself",
+        "name's",
+        "no",
+        "not",
+        "now",
+        "of",
+        "on",
+        "or",
+        "our",
+        "please",
+        "re",
+        "recall",
+        "remember",
+        "remind",
+        "really",
+        "right",
+        "s",
+        "said",
+        "say",
+        "shall",
+        "she",
+        "should",
+        "so",
+        "some",
+        "something",
+        "sort",
+        "still",
+        "t",
+        "tell",
+        "thank",
+        "thanks",
+        "that",
+        "the",
+        "their",
+        "them",
+        "then",
+        "there",
+        "these",
+        "they",
+        "thing",
+        "things",
+        "think",
+        "this",
+        "those",
+        "to",
+        "today",
+        "told",
+        "too",
+        "us",
+        "ve",
+        "very",
+        "want",
+        "was",
+        "wasn",
+        "we",
+        "were",
+        "what",
+        "when",
+        "where",
+        "which",
+        "who",
+        "whom",
+        "whose",
+        "why",
+        "will",
+        "with",
+        "would",
+        "yes",
+        "you",
+        "your",
+        "yours",
+        "al",
+        "algo",
+        "aun",
+        "ahora",
+        "como",
+        "con",
+        "cual",
+        "cuales",
+        "cuando",
+        "cuanto",
+        "cuantos",
+        "de",
+        "decir",
+        "decirme",
+        "del",
+        "dije",
+        "dime",
+        "donde",
+        "e",
+        "el",
+        "en",
+        "era",
+        "eres",
+        "es",
+        "esta",
+        "estas",
+        "esto",
+        "estoy",
+        "favor",
+        "gracias",
+        "ha",
+        "hay",
+        "he",
+        "la",
+        "las",
+        "le",
+        "les",
+        "lo",
+        "los",
+        "mas",
+        "me",
+        "mi",
+        "mis",
+        "mucho",
+        "muy",
+        "nada",
+        "nos",
+        "o",
+        "para",
+        "pero",
+        "por",
+        "puedes",
+        "que",
+        "quien",
+        "quienes",
+        "recuerda",
+        "recuerdas",
+        "sabes",
+        "se",
+        "ser",
+        "si",
+        "sobre",
+        "soy",
+        "su",
+        "sus",
+        "tambien",
+        "te",
+        "tu",
+        "tus",
+        "u",
+        "un",
+        "una",
+        "unos",
+        "unas",
+        "ya",
+        "yo",
+        "acuerdas",
+    ]
+)
+
+
+def _fold(text: str) -> str:
+    """The text in lower case without accents; as long as the text, which is NFC."""
+    return text.translate(_FOLD)
+
+
+def _stem(word: str) -> str:
+    """A word without the endings of plurals and verbs: enough to match, not linguistics."""
+    if len(word) > 5 and word.endswith("ing"):
+        word = word[:-3]
+    elif len(word) > 4 and word.endswith(("ed", "es")):
+        word = word[:-2]
+    elif len(word) > 3 and word.endswith("s"):
+        word = word[:-1]
+    word = word[:-3] + "or" if len(word) > 4 and word.endswith("our") else word
+    word = word[:-1] if len(word) > 3 and word[-1] in "aeioy" else word
+    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
+
+
+_IDEA_OF = {_stem(_fold(word)): idea for idea, words in _IDEAS.items() for word in words.split()}
+
+_TOPICS = (
+    tuple(  # (idea, key, pattern): what a clause is about beyond its words; of facts with one key a person has one
+        (idea, key, re.compile(pattern))
+        for idea, key, pattern in (
+            ("NAME", "name", r"^(?:first )?(?:name|nombre):|\bmy name(?:'s| is)(?! not)\b|\bi(?:'m| am) called\b"),
+            ("NAME", "name", r"\bcall me(?! (?:later|back|when|if|at|on|an?)\b)|\b(?:me llamo|mi nombre es|llamame)\b"),
+            ("NAME", "", r"\bwho am i\b|\bquien soy\b"),
+            (
+                "LIVE",
+                "home",
+                r"\bi(?: have|'ve)?(?: now| just)? (?:live|reside|moved|relocated) (?:in|to|at|near|on)\b",
+            ),
+            ("LIVE", "home", r"\bi(?: have|'ve)?(?: recently| just)? moved (?:back |over )?to\b"),
+            ("LIVE", "home", r"\bi(?:'m| am) (?:now |currently )?(?:living|based) in\b|\bi currently live in\b"),
+            ("LIVE", "home", r"\b(?:vivo|resido|me mude|me he mudado|me traslade) (?:ahora )?(?:en|a)\b"),
+            ("LIVE", "", r"\bi(?:'m| am| come) from\b|\b(?:soy|vengo) de\b|\bdonde (?:soy|estoy)\b"),
+            ("LIVE", "", r"\bwhere am i(?: from| based)?\W*$"),
+            (
+                "WORK",
+                "work as",
+                r"\bi(?:'m| am)? (?:now |currently )?work(?:ing)? as\b|\btrabajo (?:ahora )?(?:de|como)\b",
+            ),
+            ("WORK", "work at", r"\bi(?:'m| am)? (?:now |currently )?work(?:ing)? (?:at|for|in)\b"),
+            ("WORK", "work at", r"\btrabajo (?:ahora )?(?:en|para)\b"),
+            ("WORK", "", r"^(?:i'm|i am|im) (?:an?|the) |^soy (?:una? )?[^\W\d]{4,}$|\bme dedico\b"),
+            ("WORK", "", r"\bwhat do i do(?: for a living)?\b|\ben que trabajo\b"),
+            ("HATE", "", r"\b(?:don't|dont|do not|no longer) (?:i )?(?:really )?(?:like|love|enjoy)\b"),
+            ("HATE", "", r"\bno me (?:gust|encant)an?\b"),
+            ("AGE", "age", r"\b(?:i'm|i am|im) (?:now )?\d{1,3}(?: years\b|$)|\btengo \d{1,3} anos\b"),
+        )
+    )
+)
+_MY_IS = re.compile(r"^(?:my|mi|mis) ([^,:]{1,40}?)(?: is| are| es| son|'s) ")
+_ONE_VALUED = re.compile(
+    r"\b(?:favou?rite|favorit[oa]s?|name|nombre|e-?mail|correo|phone|telefono|number|numero|address|direccion|age"
+    r"|edad|birthday|cumpleanos|job|trabajo|password|time ?zone|colou?r)\b"
+)
+_TASTE = re.compile(
+    r"^(?:i (?:(?:really|also|still|do|don't|dont|not|no longer|now) ){0,3}(?:like|love|enjoy|hate|dislike|adore)"
+    r"|(?:ya )?(?:no )?(?:me (?:gustan?|encantan?)|odio|adoro|detesto)) (.{1,80})"
+)
+
+
+def _words(folded: str) -> list[str]:
+    """The words of a folded text that carry meaning, in order; bigrams in scripts without spaces."""
+    words: list[str] = []
+    for word in re.findall(r"[^\W_]+", folded):
+        if word[0] >= "\u3040":
+            words += [word[i : i + 2] for i in range(max(1, len(word) - 1))]
+        elif word not in _COMMON_WORDS:
+            words.append(word)
+    return words
+
+
+_MY_NAME = re.compile(
+    r"\b(?:my name(?:'s| is)|mi nombre es|me llamo|i(?:'m| am) called|(?:you can |people |just )?call me|llamame) "
+)
+_NAME_WEAK = re.compile(r"(?:i'm|i am|im|soy|yo soy|this is) ")
+_NOT_A_NAME = re.compile(
+    r"(?:not|no|later|back|when|if|at|on|maybe|a|an|from|in|the|by|who|since|of|again|tomorrow|please|now|el|la|un"
+    r"|una|but|desde|\w+(?:ish|ese)|(?:itali|austri|americ|mexic|canadi|germ|kore|europe|brazili|russi|indi|asi"
+    r"|christi|ukraini|norwegi|belgi|african|austral|colombi|vegetari)\w*|catholic|french|dutch|greek|muslim|jew\w*)"
+)
+_PARTICLES = frozenset(["de", "la", "del", "las", "los", "van", "von", "der", "den", "da", "di", "bin", "al", "el"])
+
+
+def _person_name(text: str) -> str:
+    """The name at the start of a text: up to four words, or "" where none stands."""
+    taken: list[str] = []
+    for word in re.split(r"\s", text.strip("\"' "), maxsplit=6)[:6]:
+        bare = word.strip(".,;:!?\"'()")
+        if not bare or not bare[0].isalpha() or _NOT_A_NAME.fullmatch(_fold(bare)):
+            break
+        if taken and bare.islower() and not taken[0].islower() and bare not in _PARTICLES:
+            break
+        taken.append(bare[:40])
+        if bare != word or len(taken) == 4:
+            break
+    while taken and taken[-1] in _PARTICLES:
+        taken.pop()
+    return " ".join(taken)
+
+
+def _bare_name(clause: str, folded: str) -> str:
+    """The name in "I'm Ada", where a capital and nothing else tells it from "I'm tired"; else ""."""
+    said = _NAME_WEAK.match(folded)
+    rest = clause[said.end() :].rstrip(" .!") if said else ""
+    return rest if rest[:1].isupper() and not rest.isupper() and _person_name(rest) == rest else ""
+
+
+def _topics(folded: str) -> set[str]:
+    return {idea for idea, _, pattern in _TOPICS if pattern.search(folded)}
+
+
+def _ideas(text: str) -> set[str]:
+    """What two texts must share to be about the same: stems, ideas of `_IDEAS`, topics."""
+    folded = _fold(text)
+    plain = folded.replace("for a living", "")
+    ideas = {_IDEA_OF.get(stem, stem) for stem in map(_stem, _words(plain))} | _topics(folded)
+    return (ideas | {"NAME"} if _bare_name(text, folded) else ideas) - ({"LIKE"} if "HATE" in ideas else set())
+
+
+def _key(fact: str) -> str | None:
+    """What a person has only one of (their home, a taste for tea), so that a newer fact replaces it; else None."""
+    folded = _fold(fact)
+    if taste := _TASTE.match(folded):
+        rest = re.sub(r"\b(?:any ?more|ya|nada|very much|a lot|mucho)\b", "", taste[1])
+        return "taste " + " ".join(sorted(map(_stem, _words(rest))))
+    if (mine := _MY_IS.match(folded)) and mine[1] not in ("name", "nombre"):
+        return f"my {mine[1]}" if _ONE_VALUED.search(mine[1]) else None
+    return next((key for _, key, pattern in _TOPICS if key and pattern.search(folded)), None)
+
+
+# Sentences: statements, questions, requests
+
+_FIRST = (
+    r"i|i'm|im|i've|ive|i'd|i'll|my|mi|mis|me (?!too)\w+|soy|estoy|vivo|trabajo|tengo|prefiero|odio|adoro|naci"
+    r"|estudio|hablo|no me|no soy|no tengo|call me|llamame|remember|recuerda|please|forget|olvida"
+)
+_ASK = (
+    r"who|whom|whose|what|where|when|which|why|how|(?:do|does|did|is|are|am|was|were|have|has|can|could|will|would"
+    r"|should) (?:i|you|my|we|he|she|it|they|the|there)|tell me|remind me(?! to| that)|i (?:wonder|forgot"
+    r"|want to know|don't remember) (?:what|where|who|when|which|how|if)|que|quien(?:es)?|donde|cuando|cual(?:es)?"
+    r"|cuant[oa]s?|como (?:me|se|te|es|esta)|por que|(?:y )?(?:en|de|a) (?:que|donde|quien)|sabes|recuerdas"
+    r"|te acuerdas|dime|recuerdame(?! que)|puedes"
+)
+_SENTENCE_END = re.compile(r"(?<=[.!?…])(?<!\b(?:[dmj]r|ms|st)\.)(?<!\bmrs\.) |(?<=[。！？])|\n+", re.IGNORECASE)
+_BREAK = re.compile(
+    rf"(?: ?[,;] ?(?:(?:and|but|so|also|y|e|pero|ademas|tambien) )?| (?:and|but|y|e|pero|also) )(?=(?:{_FIRST}"
+    rf"|{_ASK})\b)| ?,? ?(?=¿)"
+)
+_SAME_SUBJECT = re.compile(
+    r" (?:and|but)(?: also)? (?=(?:live|work|love|like|hate|prefer|enjoy|have|am|was born|play|study|speak)\b)"
+)
+_LEAD = re.compile(
+    r"^[\s¿¡\"'(-]*(?:(?:hi|hello|hey|hola|buenas|buenos dias|buenas (?:tardes|noches)|good (?:morning|afternoon"
+    r"|evening)|well|oh|ok|okay|so|and|but|actually|also|please|thanks|btw|by the way|um|pues|bueno|y|pero|ademas"
+    r"|por favor|gracias|por cierto|(?:yes|no|si)(?=[,.!]))(?: there| again)?[\s,.!:;¿-]{1,3}){0,4}"
+)
+_ASKS = re.compile(rf"(?:{_ASK})\b")
+_TELLS = re.compile(
+    r"(?:what an? |how (?:nice|lovely|great|cool)|que (?:bueno|bien|tengas)|cuando (?:era|yo)\b|(?:when|where|what"
+    r"|how|which|why|who) (?:i|i'm|we)\b)"
+)
+_MINE = re.compile(
+    r"\b(?:i|i'm|im|i've|ive|i'd|i'll|my|mine|me|myself|we|our|yo|mi|mis|mio|mia|soy|estoy|tengo|vivo|trabajo"
+    r"|prefiero|odio|adoro|amo|naci|nuestr[oa]s?)\b"
+)
+_MINE_ES = re.compile(
+    r"(?:no |yo |siempre |tambien |ahora )?(?:me |lo |la )?(?!bueno|claro|luego|pero|gusto|como (?:te|se|esta)"
+    r"|mucho)[^\W\d_]{3,}o\b"
+)
+_NO_FACT = re.compile(
+    r"(?:tell|give|help|show|let|excuse|send|write|make|explain|i(?:'d| would) like you|i (?:want|need) you|dime|dame"
+    r"|ayuda(?:me)?|muestrame|cuentame)\b|(?:i (?:see|know|guess so|think so|hope so|understand|agree|don't know"
+    r"|dunno)|thank you.*|me too|my god|(?:i'm|i am) (?:sorry|back|here|fine|ok|okay|good|well)|lo siento|no se"
+    r"|estoy bien|yo tambien)\W*$"
+)
+_REMEMBER = re.compile(
+    r"(?:(?:can|could|will|would) you )?(?:please )?(?:remember|do(?:n't| not) forget|keep in mind|note(?= that|:)"
+    r"|remind me(?= to| that)|recuerda(?:me)?|no (?:te )?olvides|ten en cuenta|apunta|anota)(?: that| this| que"
+    r"| de que)?[ ,:]{1,2}"
+)
+_FORGET = re.compile(r"(?:forget|erase|olvida(?:te)?|borra)\b(?: (?:that|about|de|que|lo de|everything|todo)\b)*")
+_SPANISH = frozenset(
+    [
+        "el",
+        "la",
+        "los",
+        "las",
+        "un",
+        "una",
+        "de",
+        "del",
+        "que",
+        "en",
+        "y",
+        "es",
+        "soy",
+        "estoy",
+        "mi",
+        "mis",
+        "me",
+        "llamo",
+        "gusta",
+        "gustan",
+        "vivo",
+        "trabajo",
+        "tengo",
+        "yo",
+        "como",
+        "donde",
+        "cuando",
+        "quien",
+        "cual",
+        "hola",
+        "gracias",
+        "por",
+        "para",
+        "con",
+        "sabes",
+        "recuerdas",
+        "recuerda",
+        "dime",
+        "eres",
+        "qué",
+        "nací",
+        "olvida",
+        "buenos",
+        "buenas",
+        "odio",
+        "prefiero",
+        "encanta",
+        "sobre",
+        "no",
+        "mucho",
+        "muy",
+    ]
+)
+_ENGLISH = frozenset(
+    [
+        "the",
+        "a",
+        "an",
+        "of",
+        "that",
+        "in",
+        "and",
+        "is",
+        "am",
+        "i",
+        "my",
+        "me",
+        "name",
+        "like",
+        "live",
+        "work",
+        "have",
+        "what",
+        "where",
+        "when",
+        "who",
+        "how",
+        "do",
+        "did",
+        "you",
+        "are",
+        "about",
+        "remember",
+        "tell",
+        "to",
+        "for",
+        "with",
+        "hello",
+        "hi",
+        "no",
+    ]
+)
+_WHAT_ARE_YOU = re.compile(
+    r"\b(?:(?:who|what) (?:are|r) (?:you|u)\b(?! (?:doing|up to))|are you (?:an? |the |really )?(?:ai|robot|bot|human"
+    r"|person|real|language model|llm|model|machine|program|chatgpt|gpt)|what(?:'s| is) your name|(?:which"
+    r"|what) model|what can you do|can you help|que puedes hacer|puedes ayudar|que eres|quien eres"
+    r"|eres (?:una? )?(?:ia|robot|bot|human[oa]|persona|modelo|maquina)|como te llamas)"
+)
+_GREETING = re.compile(
+    r"(?:hi|hello|hey|hola|buenas|buenos dias|good (?:morning|afternoon|evening)|greetings|how are you|que tal"
+    r"|como estas)\b.{0,30}$"
+)
+_ABOUT_ME = re.compile(r"\b(?:about me|know me|know|remember|recall|sobre mi|de mi|sabes|recuerdas|conoces|acuerdas)\b")
+_SAID = re.compile(
+    r"\b(?:say|said|tell|told|talk\w*|mention\w*|wr[io]te|discuss\w*|dije|dijimos|conte|hablamos|mencione|escribi)\b"
+)
+
+
+def _bounded(text: str) -> str:
+    """The part of a text that the rules read, NFC, with single spaces: no rule sees more than 10,000 characters."""
+    if len(text) > OFFLINE_READS:
+        text = text[:OFFLINE_READS] + "\n" + text[-OFFLINE_READS // 4 :]
+    return re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFC", text.replace("’", "'"))).strip()
+
+
+def _is_spanish(text: str) -> bool:
+    words = re.findall(r"[^\W\d_]+", text[:2000].lower())
+    spanish = sum(word in _SPANISH for word in words) + 2 * len(re.findall("[¿¡ñ]", text[:2000]))
+    return spanish > sum(word in _ENGLISH for word in words)
+
+
+def _clauses(text: str) -> Iterator[tuple[str, bool]]:
+    """The clauses of a bounded text, each with whether it asks."""
+    for sentence in filter(None, map(str.strip, _SENTENCE_END.split(text))):
+        edges = [(0, 0), *(found.span() for found in _BREAK.finditer(_fold(sentence))), (len(sentence), len(sentence))]
+        for (_, start), (end, _) in itertools.pairwise(edges):
+            clause = sentence[start:end].strip(" ,;")
+            lead = _LEAD.match(_fold(clause))
+            clause = clause[lead.end() if lead else 0 :] or clause
+            folded = _fold(clause)
+            asks = clause.endswith(("?", "？")) or bool(_ASKS.match(folded) and not _TELLS.match(folded))
+            if _REMEMBER.match(folded) and (" that " in folded or not clause.endswith("?")):
+                asks = False
+            if asks or not folded.startswith(("i ", "i'm ")):
+                yield clause, asks
+                continue
+            edges_same = [0, *(found.end() for found in _SAME_SUBJECT.finditer(folded)), len(clause)]
+            for n, (left, right) in enumerate(itertools.pairwise(edges_same)):
+                piece = re.sub(r" (?:and|but)(?: also)? ?$", "", clause[left:right], flags=re.IGNORECASE)
+                yield ("I " if n else "") + piece, False
+
+
+def _fact(clause: str, spanish: bool, named: bool) -> str | None:
+    """The fact that a clause states about the person, as one line in their own words, or `Name: …`; None: no fact.
+
+    `named`: a name is known, so that "I'm Rome" does not replace it.
+    """
+    folded = _fold(clause)
+    if re.match(r"(?:name|nombre): ?\w", folded):
+        return clause
+    label = "Nombre: " if spanish else "Name: "
+    if kept := _REMEMBER.match(folded):
+        rest = clause[kept.end() :].strip()
+        return (_fact(rest.rstrip("?"), spanish, named) or rest.rstrip(" .!?")) or None
+    if (said := _MY_NAME.search(folded)) and (name := _person_name(clause[said.end() :])):
+        return label + name
+    if not named and (name := _bare_name(clause, folded)):
+        return label + name
+    if _NO_FACT.match(folded) or _FORGET.match(folded) or len(folded) < 5:
+        return None
+    mine = _MINE.search(folded) or (spanish and _MINE_ES.match(folded))
+    return clause.rstrip(" .!;,") if mine and len(_words(folded)) > 0 else None
+
+
+@dataclass
+class _Said:
+    """What a user's message holds, read by rules."""
+
+    facts: list[str] = field(default_factory=list)
+    questions: list[str] = field(default_factory=list)
+    """At most three; those about the model itself are not among them."""
+    forget: list[str] = field(default_factory=list)
+    """What to forget, in the user's words; "" means what was said last, "*" all."""
+    what_are_you: bool = False
+    greeting: bool = False
+    spanish: bool = False
+
+
+def _read_said(text: str, named: bool = False) -> _Said:
+    text = _bounded(text)
+    said = _Said(spanish=_is_spanish(text), greeting=bool(_GREETING.match(_fold(text))))
+    for clause, asks in _clauses(text):
+        folded = _fold(clause)
+        if _WHAT_ARE_YOU.search(folded):
+            said.what_are_you = True
+        elif asks:
+            if not _GREETING.match(folded) and len(said.questions) < 3:
+                said.questions.append(clause)
+        elif forget := _FORGET.match(folded):
+            rest = clause[forget.end() :].strip(" .!:")
+            said.forget.append("*" if re.search("everything|todo", forget[0]) and not _words(_fold(rest)) else rest)
+        elif (fact := _fact(clause, said.spanish, named)) and fact not in said.facts and len(said.facts) < 12:
+            said.facts.append(fact)
+            named = named or fact.startswith(("Name: ", "Nombre: "))
+    return said
+
+
+# The turn, read back from the messages of a request
+
+
+@dataclass
+class _OfflineBlock:
+    text: str
+    room: int
+    """Characters still free."""
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.text.split("\n") if line.strip()]
+
+
+@dataclass
+class _Done:
+    """A tool call of this turn and its result; a call without one counts as done."""
+
+    name: str
+    arguments: dict[str, Any]
+    ok: bool = True
+    result: str = ""
+
+
+@dataclass
+class _OfflineTurn:
+    blocks: dict[str, _OfflineBlock]
+    first: bool
+    """The model has said nothing yet."""
+    text: str = ""
+    time: str = ""
+    open: bool = False
+    """The newest user message waits for its reply."""
+    pressed: bool = False
+    """The newest thing is a memory-pressure warning."""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The messages before the newest user message."""
+    done: list[_Done] = field(default_factory=list)
+    steps: int = 0
+
+    @property
+    def human(self) -> _OfflineBlock:
+        return self.blocks.get("human", _OfflineBlock("", 0))
+
+    @property
+    def person(self) -> str:
+        """The person's name as the human block has it, or ""."""
+        found = re.search(
+            r"^-? ?(?:first name|name|nombre): ?(.{1,60})$", self.human.text, re.MULTILINE | re.IGNORECASE
+        )
+        return _person_name(found[1]) if found else ""
+
+
+def _json_object(text: Any) -> dict[str, Any]:
+    """The object that a text holds as JSON, {} for anything else."""
+    try:
+        value = decode_loose(text) if isinstance(text, str) and text.lstrip()[:1] == "{" else text
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _packed(message: dict[str, Any]) -> tuple[str, str, str]:
+    """(type, text, time) of a user-role message; what is not packed as MemGPT packs is the user's own text."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    packed = _json_object(content)
+    if packed.get("type") not in ("user_message", "heartbeat", "login", "system_alert"):
+        return "user_message", str(content or ""), ""
+    text = packed.get("message") or packed.get("reason") or ""
+    return str(packed["type"]), str(text), str(packed.get("time") or "")
+
+
+def _tool_calls(message: dict[str, Any]) -> Iterator[tuple[str, _Done]]:
+    """(id, call) of each call in an assistant message."""
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
+        function = call.get("function") if isinstance(call, dict) else None
+        if isinstance(function, dict):
+            arguments = dict(_json_object(function.get("arguments")))
+            arguments.pop("request_heartbeat", None)
+            yield str(call.get("id")), _Done(str(function.get("name")), arguments)
+
+
+def _read_turn(messages: list[dict[str, Any]]) -> _OfflineTurn:
+    system = str(messages[0].get("content") or "") if messages and messages[0].get("role") == "system" else ""
+    shown = re.finditer(r'<([\w.-]{1,64}) characters="(\d{1,9})/(\d{1,9})">\n?(.*?)\n?</\1>', system, re.DOTALL)
+    turn = _OfflineTurn(
+        {b[1]: _OfflineBlock(b[4], int(b[3]) - int(b[2])) for b in shown},
+        not any(m.get("role") == "assistant" for m in messages),
+    )
+    start = len(messages)
+    while start and (messages[start - 1].get("role") != "user" or _packed(messages[start - 1])[0] != "user_message"):
+        start -= 1
+    if start:
+        _, turn.text, turn.time = _packed(messages[start - 1])
+        turn.history, turn.open = messages[: start - 1], True
+    for message in reversed(turn.history):  # a warning that came just before the user's message
+        if message.get("role") != "user":
+            break
+        turn.pressed |= "core_memory_append" in _packed(message)[1]
+    by_id: dict[str, _Done] = {}
+    for message in messages[start:]:
+        role = message.get("role")
+        if role == "assistant":
+            calls = dict(_tool_calls(message))
+            by_id |= calls
+            turn.done += calls.values()
+            turn.steps, turn.pressed = turn.steps + 1, False
+            turn.open &= bool(calls) or not message.get("content")
+        elif role == "tool" and (done := by_id.get(str(message.get("tool_call_id")))):
+            result = _json_object(message.get("content"))
+            done.ok = result.get("status", "OK") == "OK"
+            done.result = str((result.get("message") if "status" in result else message.get("content")) or "")
+        elif role == "user":
+            kind, text, _ = _packed(message)
+            turn.pressed |= kind == "system_alert" and "core_memory_append" in text
+    last = _packed(messages[-1]) if messages and messages[-1].get("role") == "user" else ("", "", "")
+    timed = last[0] == "heartbeat" and bool(re.search(r"\b(?:timed|timer|wake|woken)\b", last[1][:500]))
+    replied = any(done.name == "send_message" and done.ok for done in turn.done)
+    turn.open &= not (timed or replied)
+    return turn
+
+
+# Answers from what was found
+
+
+_FIRST_PERSON = "I I'm my me yo soy mi"
+"""What to search for when the words of a question find nothing: "I'm Ada" holds no word of "what is my name"."""
+
+
+def _query(question: str) -> str:
+    """The words to search for: those of the question, then other words for the ideas in it; at most 40."""
+    folded = _fold(question).replace("for a living", "")
+    ideas = [idea for idea in _IDEAS if idea in _ideas(question)]
+    words = [*_words(folded), *(word for idea in ideas for word in _IDEAS[idea].split())]
+    return " ".join(dict.fromkeys(words[:40])) or (_FIRST_PERSON if _ABOUT_ME.search(folded) else "")
+
+
+def _found_items(result: str) -> list[tuple[str, str, str]]:
+    """(time, role, text) of each hit in a search result; archival hits have no role."""
+    try:
+        hits = decode_first(result[result.index("[") :])
+    except (ValueError, RecursionError):
+        return []
+    return [
+        (str(hit.get("time") or ""), str(hit.get("role") or ""), _packed({"content": hit.get("text")})[1])
+        for hit in hits
+        if isinstance(hit, dict)
+    ]
+
+
+@dataclass(frozen=True)
+class _Quote:
+    time: str
+    """Of the message or passage; "" for core memory."""
+    source: str
+    """core, recall or archival."""
+    text: str
+
+    def say(self, spanish: bool) -> str:
+        if self.source == "core":
+            return ("En mi memoria central tengo: " if spanish else "In my core memory I have: ") + self.text
+        day, text = self.time[:10], self.text if len(self.text) <= 300 else self.text[:299] + "…"
+        if self.source == "recall":
+            return f'Me dijiste el {day}: "{text}"' if spanish else f'You told me on {day}: "{text}"'
+        return f'En mi memoria de archivo ({day}): "{text}"' if spanish else f'In archival memory ({day}): "{text}"'
+
+
+def _bare(line: str) -> str:
+    """A line of a block without its dash and full stop, folded: equal for equal facts."""
+    return _fold(unicodedata.normalize("NFC", line)).strip(" -.!,;")
+
+
+def _statements(turn: _OfflineTurn, queries: list[str]) -> list[_Quote]:
+    """What core memory and the results of these searches state: core memory first, then newest first."""
+    quotes = [
+        _Quote("", "core", clause.rstrip(" ."))
+        for label, block in turn.blocks.items()
+        if label != "persona"
+        for line in block.lines[:200]
+        for clause, asks in _clauses(_bounded(line.strip(" -")))
+        if not asks
+    ]
+    stored: set[_Quote] = set()
+    for done in turn.done:
+        if not done.ok or str(done.arguments.get("query")) not in queries:
+            continue
+        source = "archival" if done.name == "archival_memory_search" else "recall"
+        for when, role, text in _found_items(done.result):
+            if role not in ("user", "") or text.startswith("/call "):
+                continue  # its own replies and tool results repeat, or lack, what the user said
+            stored |= {
+                _Quote(when, source, clause.rstrip(" ."))
+                for clause, asks in _clauses(_bounded(text))
+                if not asks and not _FORGET.match(_fold(clause)) and not _NO_FACT.match(_fold(clause))
+            }
+    return quotes + sorted(stored, key=lambda quote: (quote.time, quote.source), reverse=True)
+
+
+_WHOSE = re.compile(r"(?:my|mi|mis) ([^\W\d_]+)")
+
+
+def _answers(question: str, turn: _OfflineTurn, queries: list[str]) -> tuple[list[_Quote], bool]:
+    """The statements that answer a question, best first, at most 5; and whether they do, or are only near."""
+    asked = _ideas(question)
+    special = {idea for idea in asked if not idea.isupper()}
+    statements = _statements(turn, queries)
+    best: list[tuple[float, _Quote, set[str]]] = []
+    seen: set[str] = set()
+    for quote in statements:
+        ideas = _ideas(quote.text)
+        shared = asked & ideas
+        key = _key(quote.text) or _bare(quote.text)
+        if not shared or key in seen:
+            continue  # an older fact of which a person has one: the newer has replaced it
+        seen.add(key)
+        topical = len(asked) == 1 and asked & _topics(_fold(quote.text))
+        whose = _WHOSE.match(_fold(quote.text))
+        other = whose is not None and not _ideas(whose[1]) & asked  # "my wife is called Eva" is not my name
+        best.append((len(shared) + len(shared & special) + (0.5 if topical else 0) - 0.5 * other, quote, shared))
+    best.sort(key=lambda entry: -entry[0])  # stable: newest first among equals
+    if not asked and _ABOUT_ME.search(_fold(question)):
+        return ([quote for quote in statements if quote.source == "core"] or statements[:5])[:40], True
+    fitting = [entry for entry in best if not special or entry[2] & special]
+    if not fitting:
+        return [quote for _, quote, shared in best[:1] if "LIKE" in shared], False
+    chosen = [entry for entry in fitting if entry[0] == fitting[0][0]][:5]
+    covered = set().union(*(entry[2] for entry in chosen))
+    for entry in fitting:
+        if entry[2] & (special or asked) - covered and len(chosen) < 5:
+            chosen.append(entry)
+            covered |= entry[2]
+    return list(dict.fromkeys(_dated(quote, statements) for _, quote, _ in chosen)), True
+
+
+def _dated(quote: _Quote, statements: list[_Quote]) -> _Quote:
+    """The user's own words, with their date, for a line of core memory that repeats them; else the line."""
+    if quote.source != "core":
+        return quote
+    key, ideas = _key(quote.text), _ideas(quote.text)
+    for told in statements:
+        same = _bare(quote.text) in _bare(told.text) or (key and _key(told.text) == key and ideas <= _ideas(told.text))
+        if told.source == "recall" and same:
+            return told
+    return quote
+
+
+def _days(question: str, time: str) -> tuple[datetime.date, datetime.date] | None:
+    """The days that "what did I say yesterday" and its like ask about, seen from `time`; None: no such question."""
+    folded = _fold(question)
+    named = re.search(r"\b(\d{4}-\d\d-\d\d)\b", folded)
+    ago = re.search(r"\b(\d{1,4}) days? ago|\bhace (\d{1,4}) dias?", folded)
+    try:
+        if not _SAID.search(folded):
+            return None
+        if named:
+            return datetime.date.fromisoformat(named[1]), datetime.date.fromisoformat(named[1])
+        today = datetime.date.fromisoformat(time[:10])
+        monday, month = today - datetime.timedelta(today.weekday()), today.replace(day=1)
+        spans = {
+            r"\b(?:yesterday|ayer)\b": (today - datetime.timedelta(1), today - datetime.timedelta(1)),
+            r"\b(?:today|this morning|hoy)\b": (today, today),
+            r"\b(?:last week|semana pasada)\b": (monday - datetime.timedelta(7), today - datetime.timedelta(1)),
+            r"\b(?:this week|esta semana)\b": (monday, today),
+            r"\b(?:last month|mes pasado)\b": (
+                (month - datetime.timedelta(1)).replace(day=1),
+                month - datetime.timedelta(1),
+            ),
+        }
+        if ago:
+            day = today - datetime.timedelta(int(ago[1] or ago[2]))
+            return day, day
+        return next((span for pattern, span in spans.items() if re.search(pattern, folded)), None)
+    except (ValueError, OverflowError):
+        return None
+
+
+# What to call, what to say
+
+
+_KNOWN_TOOLS = frozenset(
+    [
+        "send_message",
+        "core_memory_append",
+        "core_memory_replace",
+        "conversation_search",
+        "conversation_search_date",
+        "archival_memory_insert",
+        "archival_memory_search",
+        "pause_heartbeats",
+    ]
+)
+_VALUE = re.compile(r"""([A-Za-z_]\w{0,63}) ?[=:] ?("[^"]*"|'[^']*'|[^\s,;)]+)""")
+
+
+def _command_arguments(text: str) -> dict[str, Any] | None:
+    """Arguments written as a JSON object or as `key=value, …`; None when they cannot be read."""
+    text = text.strip(" \n\t`()")
+    if text.startswith("{"):
+        try:
+            value = decode_first(text)
+        except (ValueError, RecursionError):
+            return None
+        return value if isinstance(value, dict) else None
+    values: dict[str, Any] = {}
+    for key, value in _VALUE.findall(text):
+        try:
+            values[key] = decode_loose(value)
+        except (ValueError, RecursionError):
+            values[key] = value.strip("\"'")
+    return values if values or not re.search(r"\w", text) else None
+
+
+def _command(text: str, tools: frozenset[str]) -> tuple[str, dict[str, Any] | None] | None:
+    """The tool that the user orders by name, with its arguments: `/call NAME …`, `NAME(…)`, `use NAME with …`."""
+    text = text[:OFFLINE_READS]
+    if order := re.match(r"\s*/call\s+([\w.-]{1,64})(.*)", text, re.DOTALL):
+        return order[1], _command_arguments(order[2])
+    for name in sorted(tools - _KNOWN_TOOLS, key=len, reverse=True):
+        if name not in text:
+            continue
+        if order := re.search(rf"(?<!\w){re.escape(name)} ?(\([^\n]*)", text):
+            end = order[1].rfind(")")
+            return name, _command_arguments(order[1][: end if end > 0 else None])
+        if order := re.search(
+            rf"\b(?:use|call|run|usa|ejecuta) (?:the )?(?:tool )?`?{re.escape(name)}\b`?(?: (?:with|con)\b)?(.*)",
+            text,
+            re.IGNORECASE,
+        ):
+            return name, _command_arguments(order[1].rstrip(".!? ")) or ({} if "{" not in order[1] else None)
+    return None
+
+
+def _saves(turn: _OfflineTurn, facts: list[str], tools: frozenset[str]) -> list[OfflineCall]:
+    """The calls that keep these facts: in the human block while they are short and fit, else in archival memory."""
+    calls: list[OfflineCall] = []
+    lines: list[str] = []
+    passages: list[str] = []
+    room, old_lines = turn.human.room, turn.human.lines
+    known = set(map(_bare, old_lines))
+    for fact in facts:
+        line = fact if fact.startswith(("Name: ", "Nombre: ")) else "- " + fact
+        key = _key(fact)
+        old = next((old for old in old_lines if key and _key(old.strip(" -")) == key), None)
+        if _bare(line) in known:
+            continue
+        if old and "core_memory_replace" in tools and len(line) - len(old) <= room and len(line) <= 300:
+            old_lines.remove(old)
+            room -= len(line) - len(old)
+            calls.append(("core_memory_replace", {"name": "human", "old_content": old, "new_content": line}))
+        elif "human" in turn.blocks and "core_memory_append" in tools and len(line) < min(room, 301):
+            lines.append(line)
+            room -= len(line) + 1
+        else:
+            passages.append(fact)
+    if lines:
+        calls.append(("core_memory_append", {"name": "human", "content": "\n".join(lines)}))
+    if passages and "archival_memory_insert" in tools:
+        calls.append(("archival_memory_insert", {"content": "\n".join(passages)}))
+    return calls
+
+
+def _forgets(turn: _OfflineTurn, wanted: list[str], tools: frozenset[str]) -> list[OfflineCall]:
+    """The calls that take out of the human block the lines that match; each is cut with its line break."""
+    text, calls = turn.human.text, list[OfflineCall]()
+    for want in wanted if "core_memory_replace" in tools else []:
+        asked = _ideas(want)
+        special = {idea for idea in asked if not idea.isupper()} or asked
+        last = next(
+            (
+                _packed(m)[1]
+                for m in reversed(turn.history)
+                if m.get("role") == "user" and _packed(m)[0] == "user_message"
+            ),
+            "",
+        )
+        recent = set(map(_bare, _read_said(last).facts)) if not asked else set()
+        for line in text.split("\n"):
+            match = line.strip() and (want == "*" or _bare(line) in recent or (asked and special <= _ideas(line)))
+            if match:
+                old = line + "\n" if line + "\n" in text else "\n" + line if "\n" + line in text else line
+                text = text.replace(old, "", 1)
+                calls.append(("core_memory_replace", {"name": "human", "old_content": old, "new_content": ""}))
+    return calls
+
+
+def _unsaved(turn: _OfflineTurn) -> list[str]:
+    """Facts of the last 20 user messages that neither core memory nor an insert still in sight holds, newest first."""
+    kept = _bare(turn.human.text)
+    for message in turn.history[-200:]:
+        kept += "".join(_fold(str(d.arguments.get("content"))) for _, d in _tool_calls(message))
+    texts = [
+        text
+        for m in turn.history[-200:]
+        if m.get("role") == "user"
+        for kind, text, _ in [_packed(m)]
+        if kind == "user_message"
+    ]
+    facts = [fact for text in reversed([*texts[-19:], turn.text]) for fact in _read_said(text).facts]
+    return [fact for fact in dict.fromkeys(facts) if _bare(fact) not in kept][:12]
+
+
+def _next_calls(turn: _OfflineTurn, said: _Said, tools: frozenset[str]) -> list[OfflineCall]:
+    """The calls of this step, none once it is time to reply. No call is made twice in a turn."""
+    calls: list[OfflineCall] = []
+    if turn.pressed and "archival_memory_insert" in tools and (facts := _unsaved(turn)):
+        calls.append(("archival_memory_insert", {"content": "\n".join(facts)}))
+    command = _command(turn.text, tools) if turn.open else None
+    if command and not turn.steps and command[0] in tools and command[1] is not None and command[0] != "send_message":
+        calls.append((command[0], command[1]))
+    elif turn.open and not command and not turn.steps:
+        calls += _forgets(turn, said.forget, tools) + _saves(turn, said.facts, tools)
+        for question in said.questions:
+            days, query = _days(question, turn.time), _query(question)
+            if days and "conversation_search_date" in tools:
+                calls.append(("conversation_search_date", {"start_date": str(days[0]), "end_date": str(days[1])}))
+            elif query:
+                searches = ("conversation_search", "archival_memory_search")
+                calls += [(name, {"query": query}) for name in searches if name in tools]
+    elif turn.open and turn.steps < 5:
+        for done in turn.done:
+            content = done.arguments.get("content") or done.arguments.get("new_content")
+            if not done.ok and done.name.startswith("core_memory_") and content and "archival_memory_insert" in tools:
+                calls.append(("archival_memory_insert", {"content": content}))
+        for question in said.questions:
+            query, pages = _query(question), [done for done in turn.done if done.name == "conversation_search"]
+            ours = [done for done in pages if done.arguments.get("query") == query and done.ok]
+            more = re.search(r"\(page (\d{1,6}) of (\d{1,6})\)", ours[-1].result[:200]) if ours else None
+            if not ours or _answers(question, turn, [query, _FIRST_PERSON])[1]:
+                continue
+            if more and int(more[1]) < min(2, int(more[2])):  # the page held nothing but questions like this one
+                calls.append(("conversation_search", {"query": query, "page": int(more[1]) + 1}))
+            elif _ideas(question) & {"NAME", "LIVE", "WORK", "AGE"}:
+                calls.append(("conversation_search", {"query": _FIRST_PERSON}))
+    new: list[OfflineCall] = []
+    made = [(done.name, done.arguments) for done in turn.done]
+    for call in calls:
+        if call not in made and call not in new:
+            new.append(call)
+    return [(name, {**given, "request_heartbeat": turn.open}) for name, given in new]
+
+
+def _what_i_am(spanish: bool) -> str:
+    if spanish:
+        return (
+            "Soy el sustituto sin conexión de memws: sigo reglas, no soy un modelo de lenguaje. Guardo lo que me"
+            " cuentas y lo busco."
+            " Un modelo de verdad se elige con --model, --base-url u OPENAI_API_KEY."
+        )
+    return (
+        "I am memws's offline stand-in: rule-based, not a language model. I keep what you tell me and search for it."
+        " A real model is chosen with --model, --base-url or OPENAI_API_KEY."
+    )
+
+
+def _say_saved(turn: _OfflineTurn, said: _Said) -> list[str]:
+    """What was noted, changed, forgotten, or could not be kept."""
+    es, parts, noted, kept, failed = said.spanish, list[str](), list[str](), list[str](), list[str]()
+    removed: list[str] = []
+    for done in turn.done:
+        content = (
+            str(done.arguments.get("content") or done.arguments.get("new_content") or "")
+            .replace("\n- ", "; ")
+            .strip(" -")
+        )
+        content = (content if len(content) <= 400 else content[:399] + "…").replace("\n", "; ")
+        old = str(done.arguments.get("old_content") or "").strip(" -\n")
+        if not done.ok:
+            failed += [done.result[:200]] * (
+                done.name in ("core_memory_append", "core_memory_replace", "archival_memory_insert")
+            )
+        elif done.name == "core_memory_replace" and not content:
+            removed.append(old)
+        elif done.name == "core_memory_replace":
+            noted.append(f"{content} ({'antes' if es else 'before'}: {old})")
+        elif done.name == "core_memory_append":
+            noted.append(content)
+        elif done.name == "archival_memory_insert":
+            kept.append(content)
+    if noted:
+        parts.append(
+            ("He anotado en mi memoria central: " if es else "I noted in core memory: ") + "; ".join(noted) + "."
+        )
+    if kept:
+        parts.append(
+            ("He guardado en mi memoria de archivo: " if es else "I kept in archival memory: ") + "; ".join(kept) + "."
+        )
+    if removed:
+        quoted = "; ".join(removed)
+        parts.append(
+            f"He borrado de mi memoria central: {quoted}. El historial conserva los mensajes."
+            if es
+            else f"I removed from core memory: {quoted}. Recall memory still holds the messages."
+        )
+    elif said.forget:
+        parts.append(
+            "No encontré nada de eso en mi memoria central."
+            if es
+            else "I found nothing about that in core memory to forget."
+        )
+    if failed and not kept:
+        parts.append(("No pude guardarlo: " if es else "I could not keep it: ") + failed[0])
+    elif said.facts and not noted and not kept:
+        facts = "; ".join(said.facts)[:400]
+        known = all(_bare(fact) in map(_bare, turn.human.lines) for fact in said.facts)
+        if known:
+            parts.append(
+                f"Eso ya lo tengo en mi memoria central: {facts}."
+                if es
+                else f"I already have that in core memory: {facts}."
+            )
+        else:
+            parts.append(
+                "Queda en el historial, donde puedo buscarlo."
+                if es
+                else "It stays in recall memory, where I can find it."
+            )
+    return parts
+
+
+def _say_answer(question: str, turn: _OfflineTurn, es: bool, tools: frozenset[str]) -> str:
+    """The answer to one question: quotes, or that nothing was found and where it looked."""
+    if days := _days(question, turn.time):
+        span = str(days[0]) if days[0] == days[1] else f"{days[0]} – {days[1]}"
+        hits = [
+            hit
+            for done in turn.done
+            if done.name == "conversation_search_date" and done.ok
+            for hit in _found_items(done.result)
+        ]
+        said = [f'"{text[:200]}" ({time[:16]})' for time, role, text in hits if role == "user" and text != turn.text]
+        if said:
+            return (f"Dijiste ({span}): " if es else f"You said ({span}): ") + "; ".join(said[:10]) + "."
+        return f"No encontré mensajes tuyos ({span})." if es else f"I found no messages of yours ({span})."
+    query = _query(question)
+    quotes, fits = _answers(question, turn, [query, _FIRST_PERSON])
+    if not query:
+        return _what_i_am(es)
+    if quotes and fits and all(quote.source == "core" for quote in quotes):
+        return _Quote("", "core", "; ".join(quote.text for quote in quotes)).say(es) + "."
+    told = ". ".join(quote.say(es) for quote in quotes) + "." if quotes else ""
+    if quotes and fits:
+        return told
+    about = " ".join(_words(_fold(question))[:8]) or question.strip("¿?")[:80]
+    both = {"conversation_search", "archival_memory_search"} <= tools
+    failed = next((done.result[:200] for done in turn.done if not done.ok and done.arguments.get("query") == query), "")
+    if es:
+        where = "ni en mi memoria central, ni en el historial, ni en la memoria de archivo" if both else "en mi memoria"
+        nothing = f"No encontré nada sobre «{about}» {where}."
+        return (
+            nothing
+            + (f" Una búsqueda falló: {failed}" if failed else "")
+            + (f" Lo más parecido: {told}" if told else "")
+        )
+    where = "in core memory, and I searched both recall and archival memory" if both else "in my memory"
+    nothing = f'I found nothing about "{about}" {where}.'
+    return (
+        nothing + (f" A search failed: {failed}" if failed else "") + (f" The nearest I have: {told}" if told else "")
+    )
+
+
+def _say_command(name: str, given: dict[str, Any] | None, turn: _OfflineTurn, es: bool, tools: frozenset[str]) -> str:
+    if name not in tools or name == "send_message":
+        known = ", ".join(sorted(tools - {"send_message"}))
+        return f"No tengo la herramienta {name}; tengo: {known}." if es else f"I have no tool {name}; I have: {known}."
+    if given is None:
+        example = f'/call {name} {{"key": "value"}}'
+        return (
+            f"No pude leer los argumentos; escribe: {example}"
+            if es
+            else f"I could not read the arguments; write: {example}"
+        )
+    result = next((done for done in turn.done if done.name == name), _Done(name, {}))
+    verb = ("respondió" if es else "returned") if result.ok else ("falló" if es else "failed")
+    return f"{name} {verb}: {result.result[:4000]}"
+
+
+def _say_all(turn: _OfflineTurn, said: _Said, tools: frozenset[str]) -> str:
+    """What the model says to the user at the end of its turn; never empty."""
+    es = said.spanish
+    if command := _command(turn.text, tools):
+        return _say_command(*command, turn, es, tools)
+    parts = _say_saved(turn, said)
+    if said.what_are_you:
+        parts.append(_what_i_am(es))
+    parts += [_say_answer(question, turn, es, tools) for question in said.questions]
+    if said.greeting:
+        person = turn.person
+        hello = f"¡Hola{', ' + person if person else ''}!" if es else f"Hello{', ' + person if person else ''}!"
+        parts = [hello, *parts, *([_what_i_am(es)] if turn.first and not said.what_are_you else [])]
+    if not parts and re.match(r"\W*(?:thank|thx|gracias)", _fold(turn.text[:40])):
+        parts = ["De nada." if es else "You are welcome."]
+    if not parts:
+        parts = [
+            "Queda en el historial, donde puedo buscarlo." if es else "It stays in recall memory, where I can find it."
+        ]
+        parts += [_what_i_am(es)] * turn.first
+    return " ".join(dict.fromkeys(parts))
+
+
+def _summary(transcript: str) -> str:
+    """The facts people stated in a transcript, at most 1,000 characters: what is cut is the oldest."""
+    stated: list[str] = []
+    user = True
+    for line in transcript.split("\n"):
+        speaker = re.match(
+            r"\s*(?:\[[^\]\n]{0,40}\] ?)?(user|human|assistant|agent|tool|function|system)\b[^:>\n]{0,40}[:>] ?",
+            line,
+            re.IGNORECASE,
+        )
+        user = speaker[1].lower() in ("user", "human", "system") if speaker else user
+        if user and "core_memory_append" not in line:
+            kind, text, _ = _packed({"content": line[speaker.end() if speaker else 0 :]})
+            stated += text.split("\n") if kind in ("user_message", "system_alert") else []
+    facts: dict[str, str] = {}
+    room = 900
+    for text in reversed(stated):
+        for fact in [text[2:]] if text.startswith("- ") else reversed(_read_said(text).facts):
+            if _bare(fact) in facts or room <= 0:
+                continue
+            facts[_bare(fact)] = "- " + fact[:300]
+            room -= len(facts[_bare(fact)]) + 1
+    if not facts:
+        return "No facts about the user were stated. Last words: " + " / ".join(filter(None, stated[-3:]))[:900]
+    kept = list(facts.values()) if room >= 0 else list(facts.values())[:-1]
+    return "The user stated:\n" + "\n".join(reversed(kept))[:980]
+
+
+def offline_reply(messages: list[dict[str, Any]], tools: frozenset[str]) -> tuple[str, list[OfflineCall]]:
+    """What the offline model answers to a request: (inner monologue, [(tool name, arguments), …]).
+
+    A pure function of the request: `messages` as they are sent to an endpoint, `tools` the names on offer. It asks
+    for a heartbeat with each call but its reply, so that the agent's own loop carries it on. It never raises.
+    """
+    messages = [message for message in messages if isinstance(message, dict)]
+    if messages and str(messages[0].get("content")).startswith(SUMMARY_SYSTEM):
+        return _summary("\n".join(_packed(message)[1] for message in messages[1:])), []
+    turn = _read_turn(messages)
+    said = _read_said(turn.text, bool(turn.person)) if turn.open else _Said()
+    if calls := _next_calls(turn, said, tools):
+        return "I look into my memory and keep what is new.", calls
+    if not turn.open:
+        return "Nothing waits for an answer.", []
+    reply = _say_all(turn, said, tools)
+    if "send_message" in tools and not any(done.name == "send_message" for done in turn.done):
+        return "I know what to say.", [("send_message", {"message": reply})]
+    return reply, []
+
+
+def offline_chunks(text: str) -> Iterator[str]:
+    """The text in pieces of a word, at most 40 characters each, as a model streams it; joined they are the text."""
+    return (piece[0] for piece in re.finditer(r"\s{1,40}|\S{1,40}\s{0,8}", text))
+
+
+class OfflineModel:
+    """The embedded model: rules, no network, the real agent loop. It says that it is no language model."""
+
+    name = OFFLINE
+    window = CONTEXT_WINDOWS[OFFLINE]
+    ratio = 1.0
+
+    def head(self, settings: JSON) -> str:
+        return encode_json({"model": OFFLINE, "stream": True})
+
+    async def stream(self, body: str, reply: ModelReply) -> AsyncIterator[None]:
+        request = decode_json(body)
+        tools = frozenset(tool["function"]["name"] for tool in request.get("tools", ()))
+        text, calls = offline_reply(request["messages"], tools)
+        for piece in offline_chunks(text):
+            reply.feed({"choices": [{"delta": {"content": piece}}]})
+            yield
+            await asyncio.sleep(0)
+        for index, (name, arguments) in enumerate(calls):
+            call = {"index": index, "id": f"call_{secrets.token_hex(8)}", "function": {"name": name, "arguments": ""}}
+            reply.feed({"choices": [{"delta": {"tool_calls": [call]}}]})
+            for piece in offline_chunks(encode_json(arguments)):
+                delta = {"tool_calls": [{"index": index, "function": {"arguments": piece}}]}
+                reply.feed({"choices": [{"delta": delta}]})
+                yield
+                await asyncio.sleep(0)
+        reply.finish, reply.whole = "tool_calls" if calls else "stop", True
+
+
+class Models:
+    """The models of one server: its endpoint, its default model, and one object for each name in use."""
+
+    def __init__(
+        self,
+        model: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        context_window: int | None = None,
+        idle_timeout: float = IDLE_TIMEOUT,
+    ) -> None:
+        self.context_window = context_window
+        "Tokens for every agent whose config says nothing, in place of what its model's name suggests."
+        self.endpoint = Endpoint(base_url, api_key, idle_timeout)
+        self.has_endpoint = bool(
+            base_url or api_key or os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
+        )
+        self.default = model or (DEFAULT_MODEL if self.has_endpoint else OFFLINE)
+        if self.default != OFFLINE:
+            self.has_endpoint = True
+        self._idle_timeout = idle_timeout
+        self._endpoints: dict[str, Endpoint] = {self.endpoint.key: self.endpoint}
+        self._models: dict[tuple[str, str], Model] = {}
+        self._offline = OfflineModel()
+
+    @property
+    def offline(self) -> bool:
+        return self.default == OFFLINE
+
+    def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
+        """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
+        name = name or self.default
+        if name == OFFLINE:
+            return self._offline, []
+        endpoint = self.endpoint
+        if base_url or api_key:
+            endpoint = Endpoint(base_url or self.endpoint.base_url, api_key, self._idle_timeout)
+            endpoint = self._endpoints.setdefault(endpoint.key, endpoint)
+        elif not self.has_endpoint:
+            return self._offline, [
+                f"model {quote(name)} is kept, but there is no endpoint: the offline stand-in answers; "
+                "set OPENAI_API_KEY or --base-url"
+            ]
+        return self._models.setdefault((endpoint.key, name), OpenAIModel(name, endpoint)), []
+
+    async def close(self) -> None:
+        for endpoint in self._endpoints.values():
+            await endpoint.close()
+
+
+# ======================================================================================================================
+# 7. Tools: schemas from signatures, the memory tools, calls that end in time
+# ======================================================================================================================
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that a model may call."""
+
+    name: str
+    function: Callable[..., Any]
+    parameters: JSON
+    "JSON Schema of the arguments."
+    spec: str
+    "The encoded entry of a request's tools."
+    builtin: bool = False
+    "A memory tool: it runs inside the step's transaction and gets the agent's memory as its first argument."
+    timeout: float = TOOL_TIMEOUT
+
+
+REQUEST_HEARTBEAT: Final = "request_heartbeat"
+_NO_HEARTBEAT = ("send_message", "pause_heartbeats")
+_HEARTBEAT_SCHEMA = {"type": "boolean", "description": "run again right after this call"}
+_TYPE_NAMES: Final[dict[Any, str]] = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    type(None): "null",
+}
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+
+
+def make_tool(
+    function: Callable[..., Any], *, name: str | None = None, timeout: float = TOOL_TIMEOUT, builtin: bool = False
+) -> Tool:
+    """The Tool of a function, its JSON Schema from the signature, its descriptions from the docstring.
+
+    Understood: str, int, float, bool, None, Literal, list, tuple, dict, Optional and unions; anything else is unchecked.
+    The docstring's first paragraph describes the tool; its `Args:` (or `:param name:`) lines the parameters.
+    Raises UsageError for a function that no model could call.
+    """
+    name = name or function.__name__
+    if not _TOOL_NAME.fullmatch(name):
+        raise UsageError(f"a tool's name must match {_TOOL_NAME.pattern}, but got {quote(name)}")
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError) as error:
+        raise UsageError(f"cannot read the annotations of tool {name!r}: {error}") from error
+    summary, described = _read_docstring(function)
+    properties: JSON = {}
+    needed = []
+    for parameter in list(inspect.signature(function).parameters.values())[1 if builtin else 0 :]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise UsageError(f"tool {name!r}: the parameter {parameter.name!r} cannot be passed by name")
+        if parameter.name == REQUEST_HEARTBEAT:
+            raise UsageError(f"tool {name!r}: {REQUEST_HEARTBEAT} is added by memws itself")
+        schema = schema_of(hints.get(parameter.name, Any))
+        if parameter.name in described:
+            schema["description"] = described[parameter.name]
+        if parameter.default is parameter.empty:
+            needed.append(parameter.name)
+        elif isinstance(parameter.default, (str, int, float, bool)):
+            schema["default"] = parameter.default
+        properties[parameter.name] = schema
+    if name not in _NO_HEARTBEAT:
+        properties[REQUEST_HEARTBEAT] = _HEARTBEAT_SCHEMA
+    parameters = {"type": "object", "properties": properties, "required": needed}
+    spec = {"type": "function", "function": {"name": name, "description": summary, "parameters": parameters}}
+    return Tool(name, function, parameters, encode_json(spec), builtin, timeout)
+
+
+def schema_of(hint: Any) -> JSON:
+    """The JSON Schema of a type; {} where anything goes."""
+    if hint in _TYPE_NAMES:
+        return {"type": _TYPE_NAMES[hint]}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (typing.Union, types.UnionType):
+        kinds = [schema_of(argument) for argument in arguments]
+        return {"anyOf": kinds} if len(kinds) > 1 else kinds[0]
+    if hint in (list, tuple, set) or origin in (list, tuple, set, Sequence, Iterable):
+        return {"type": "array", "items": schema_of(arguments[0])} if arguments else {"type": "array"}
+    if hint is dict or origin in (dict, Mapping):
+        return {"type": "object"}
+    return {}
+
+
+def _read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
+    """The first paragraph, and what is said of each parameter."""
+    text = inspect.getdoc(function) or ""
+    summary = " ".join(text.split("\n\n")[0].split())
+    found = re.findall(r"^\s*(?::param\s+)?(\w+)(?:\s*\([^)]*\))?\s*:\s*(\S.*)$", text, re.MULTILINE)
+    return summary, {name: meaning.strip() for name, meaning in found}
+
+
+def check_arguments(tool: Tool, arguments: JSON) -> JSON:
+    """`arguments` as the function takes them, without request_heartbeat. Raises ToolError with advice for the model."""
+    properties = tool.parameters["properties"]
+    usage = f"{tool.name}({', '.join(_usage(name, schema, tool) for name, schema in properties.items())})"
+    checked = {}
+    for name, value in arguments.items():
+        if name == REQUEST_HEARTBEAT:
+            continue
+        if name not in properties:
+            raise ToolError(f"unknown argument {quote(name)}; call {usage}")
+        try:
+            checked[name] = _fit(value, properties[name])
+        except ValueError as error:
+            raise ToolError(f"argument {name}: {error}, but got {quote(value)}; call {usage}") from None
+    for name in tool.parameters["required"]:
+        if name not in checked:
+            raise ToolError(f"missing argument {name!r}; call {usage}")
+    return checked
+
+
+def _usage(name: str, schema: JSON, tool: Tool) -> str:
+    kind = schema.get("type") or ("one of " + ", ".join(map(repr, schema["enum"])) if "enum" in schema else "any")
+    return (
+        f"{name}: {kind}" if name in tool.parameters["required"] else f"{name}: {kind} = {schema.get('default', '…')}"
+    )
+
+
+def _fit(value: Any, schema: JSON) -> Any:
+    """`value` if it fits the schema; numbers and booleans that a model wrote as text are read. Raises ValueError."""
+    if "anyOf" in schema:
+        for option in sorted(
+            schema["anyOf"], key=lambda option: option.get("type") == "string" and not isinstance(value, str)
+        ):
+            with contextlib.suppress(ValueError):
+                return _fit(value, option)
+        raise ValueError("expected " + " or ".join(option.get("type", "another value") for option in schema["anyOf"]))
+    if "enum" in schema:
+        if value not in schema["enum"]:
+            raise ValueError(f"expected one of {', '.join(map(repr, schema['enum']))}")
+        return value
+    kind = schema.get("type")
+    if kind is None or (kind == "string" and isinstance(value, str)) or (kind == "boolean" and isinstance(value, bool)):
+        return value
+    if kind == "boolean" and value in ("true", "false"):
+        return value == "true"
+    if kind in ("integer", "number") and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError, TypeError):
+            number = float(value) if kind == "number" else int(value)
+            if kind == "number" or number == float(value):
+                return number
+    if kind == "array" and isinstance(value, list):
+        return [_fit(item, schema.get("items", {})) for item in value]
+    if (kind == "object" and isinstance(value, dict)) or (kind == "null" and value is None):
+        return value
+    raise ValueError(f"expected {kind}")
+
+
+async def call_tool(tool: Tool, arguments: JSON) -> str:
+    """The result of a user's tool as text. Raises ToolError when it fails, or takes longer than its timeout.
+
+    An async tool runs on the loop and ends with a cancel; any other runs in a daemon thread that goes on alone after a
+    cancel or timeout, its result dropped.
+    """
+    try:
+        async with asyncio.timeout(tool.timeout):
+            if inspect.iscoroutinefunction(tool.function):
+                result = await tool.function(**arguments)
+            else:
+                result = await in_thread(f"memws-tool-{tool.name}", lambda: tool.function(**arguments))
+    except TimeoutError:
+        raise ToolError(f"{tool.name} took longer than {tool.timeout:g} s and was given up") from None
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:  # whatever a tool raises, the model hears of it and the turn goes on
+        logger.warning("tool %s failed", tool.name, exc_info=True)
+        raise ToolError(f"{type(error).__name__}: {error}"[:MAX_ERROR]) from error
+    return result_text(result)
+
+
+def result_text(result: Any) -> str:
+    """A tool's result as text: a string as it is, anything else as JSON; at most TOOL_RESULT_LIMIT characters."""
+    if not isinstance(result, str):
+        try:
+            result = "None" if result is None else encode_json(result)
+        except (TypeError, ValueError, RecursionError):
+            result = repr(result)
+    return excerpt(clean_text(result), TOOL_RESULT_LIMIT)
+
+
+# ---- the memory tools ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class MemoryEdit:
+    """One change of core or archival memory, as it is told."""
+
+    what: Literal["core", "archival"]
+    name: str | int
+    "The block's label or the passage's id."
+    before: str | None
+    after: str | None
+
+
+class AgentMemory:
+    """One agent's memory while a transaction is made: edits are gathered here and stored together, or not at all."""
+
+    def __init__(
+        self, store: Store, agent: int, blocks: Mapping[str, Block], last_passage: int, last_message: int
+    ) -> None:
+        self.blocks = dict(blocks)
+        self.passages: list[Passage] = []
+        self.removed: list[int] = []
+        self.edits: list[MemoryEdit] = []
+        self.said: list[str] = []
+        "What send_message said."
+        self.pause_minutes: int | None = None
+        self._store, self._agent, self._last_passage, self._last_message = store, agent, last_passage, last_message
+
+    def block(self, label: str) -> Block:
+        """The block. Raises ToolError naming the labels there are."""
+        if label not in self.blocks:
+            raise ToolError(f"there is no core memory block {quote(label)}; blocks: {', '.join(self.blocks)}")
+        return self.blocks[label]
+
+    def write(self, label: str, value: str) -> None:
+        """Give a block another text. Raises ToolError over its limit."""
+        block = self.block(label)
+        if len(value) > block.limit:
+            raise ToolError(
+                f"the {label} block is limited to {block.limit:,} characters, and this would make {len(value):,}; "
+                "shorten what is there with core_memory_replace, or keep it in archival memory"
+            )
+        if value != block.value:
+            self.blocks[label] = replace(block, value=value, version=block.version + 1)
+            self.edits.append(MemoryEdit("core", label, block.value, value))
+
+    def insert(self, text: str) -> int:
+        """Keep a passage; its id."""
+        self._last_passage += 1
+        self.passages.append(Passage(self._last_passage, text, now_text()))
+        self.edits.append(MemoryEdit("archival", self._last_passage, None, text))
+        return self._last_passage
+
+    def remove(self, passage: Passage) -> None:
+        self.removed.append(passage.id)
+        self.edits.append(MemoryEdit("archival", passage.id, passage.text, None))
+
+    async def search(
+        self, store: str, query: str, page: int, since: str | None = None, until: str | None = None
+    ) -> str:
+        """A page of results as a model reads them; the newest first where nothing is searched for.
+
+        What this very turn said is in view already and is left out.
+        """
+        start = max(0, page) * SEARCH_PAGE
+        seen = (self._last_message, self._last_passage)
+        found, total = await self._store.search(
+            self._agent, query, (store,), None, since, until, SEARCH_PAGE, start, seen
+        )
+        if not found:
+            return (
+                f"No results found in {store} memory for {quote(query)}."
+                if query
+                else f"No results found in {store} memory."
+            )
+        items = []
+        for item in found:
+            entry = {
+                "time": item.time[:16].replace("T", " "),
+                "role": item.role,
+                "text": excerpt(item.text, SEARCH_TEXT_LIMIT),
+            }
+            items.append({key: value for key, value in entry.items() if value})
+        pages = (total - 1) // SEARCH_PAGE
+        return f"Showing {len(items)} of {total} results (page {page} of {pages}): {encode_json(items)}"
+
+
+def send_message(memory: AgentMemory, message: str) -> None:
+    """Say something to the user. This is the only way to reach them."""
+    memory.said.append(message)
+
+
+def core_memory_append(memory: AgentMemory, name: str, content: str) -> None:
+    """Add a line to a block of core memory.
+
+    Args:
+        name: the block's label, like persona or human
+    """
+    before = memory.block(name).value
+    memory.write(name, f"{before}\n{content}" if before else content)
+
+
+def core_memory_replace(memory: AgentMemory, name: str, old_content: str, new_content: str) -> None:
+    """Replace text in a block of core memory.
+
+    Args:
+        old_content: what stands there, to the letter
+        new_content: empty to delete
+    """
+    block = memory.block(name)
+    if not old_content or old_content not in block.value:
+        raise ToolError(f"old_content is not in the {name} block; copy it to the letter from what the block holds")
+    memory.write(name, block.value.replace(old_content, new_content, 1).strip("\n"))
+
+
+async def conversation_search(memory: AgentMemory, query: str, page: int = 0) -> str:
+    """Search all past messages by words."""
+    return await memory.search("recall", query, page)
+
+
+async def conversation_search_date(memory: AgentMemory, start_date: str, end_date: str, page: int = 0) -> str:
+    """List past messages between two days, the newest first.
+
+    Args:
+        start_date: YYYY-MM-DD
+        end_date: YYYY-MM-DD, inclusive
+    """
+    return await memory.search("recall", "", page, *date_range(start_date, end_date))
+
+
+def archival_memory_insert(memory: AgentMemory, content: str) -> None:
+    """Keep a passage in archival memory, worded so that a search will find it."""
+    if not content.strip():
+        raise ToolError("content is empty; say what to keep")
+    if len(content) > MAX_TEXT:
+        raise ToolError(f"a passage has at most {MAX_TEXT:,} characters, but got {len(content):,}; split it")
+    memory.insert(content)
+
+
+async def archival_memory_search(memory: AgentMemory, query: str, page: int = 0) -> str:
+    """Search archival memory by words."""
+    return await memory.search("archival", query, page)
+
+
+def pause_heartbeats(memory: AgentMemory, minutes: int) -> str:
+    """Ignore timed heartbeats for some minutes.
+
+    Args:
+        minutes: at most 360
+    """
+    memory.pause_minutes = max(0, min(minutes, MAX_PAUSE_HEARTBEATS))
+    return f"Pausing timed heartbeats for {memory.pause_minutes} min"
+
+
+def date_range(start: str | None, end: str | None) -> tuple[str | None, str | None]:
+    """From `start` up to `end` inclusive, as (first time, time after the last) in UTC. Raises ToolError."""
+    return _moment(start, 0), _moment(end, 1)
+
+
+def _moment(text: str | None, days: int) -> str | None:
+    """The UTC time that a day or time names; a whole day later for the end of a day."""
+    if not text:
+        return None
+    try:
+        when = datetime.datetime.fromisoformat(text.strip())
+        if len(text.strip()) <= 10:
+            when += datetime.timedelta(days=days)
+        elif days:
+            when += datetime.timedelta(milliseconds=1)
+        when = when.replace(tzinfo=datetime.UTC) if when.tzinfo is None else when.astimezone(datetime.UTC)
+    except (ValueError, OverflowError):
+        raise ToolError(f"expected a day like 2026-01-31, but got {quote(text)}") from None
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+MEMORY_TOOLS: Final[dict[str, Tool]] = {
+    function.__name__: make_tool(function, builtin=True)
+    for function in cast(
+        "tuple[Callable[..., Any], ...]",
+        (
+            send_message, core_memory_append, core_memory_replace, conversation_search, conversation_search_date,
+            archival_memory_insert, archival_memory_search, pause_heartbeats,
+        ),
+    )
+}  # fmt: skip
+
+
+# ======================================================================================================================
+# 8. Agent: a turn is a loop of steps
+# ======================================================================================================================
+
+# ---- what a model is told --------------------------------------------------------------------------------------------
+
+
+def pack(kind: str, **fields: Any) -> str:
+    """An event for the model, as MemGPT 0.2.7 (system.py) packs it: user-role JSON with the time."""
+    return encode_json({"type": kind, **fields, "time": _model_time()})
+
+
+def pack_result(ok: bool, text: str) -> str:
+    """A tool's answer, as MemGPT 0.2.7 (system.py, package_function_response) packs it."""
+    return encode_json({"status": "OK" if ok else "Failed", "message": text, "time": _model_time()})
+
+
+def _model_time() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %I:%M:%S %p UTC+0000")
+
+
+def system_text(prompt: str, blocks: Iterable[Block], recall: int, archival: int) -> str:
+    """The system message: the prompt, the sizes of recall and archival memory, and core memory with its limits."""
+    parts = [prompt.rstrip(), f"\nRecall memory: {recall} messages. Archival memory: {archival} passages."]
+    for block in blocks:
+        text = f"{block.value}\n" if block.value else ""
+        parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
+    return "\n".join(parts)
+
+
+# ---- what a model answers --------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Call:
+    """A tool call that can be stored: whole id, legal name, arguments that are an object."""
+
+    id: str
+    name: str
+    arguments: JSON
+    problem: str = ""
+    "Why it cannot run, as advice for the model."
+
+    @property
+    def heartbeat(self) -> bool:
+        return self.arguments.get(REQUEST_HEARTBEAT) in (True, "true")
+
+    @property
+    def shown(self) -> JSON:
+        """The arguments without request_heartbeat."""
+        return {name: value for name, value in self.arguments.items() if name != REQUEST_HEARTBEAT}
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a model's output was read as, and each correction that took."""
+
+    monologue: str = ""
+    content: str = ""
+    calls: list[Call] = field(default_factory=list)
+    corrections: list[tuple[str, str]] = field(default_factory=list)
+
+
+_THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*(.*)", re.DOTALL)
+_FENCED = re.compile(r"```(?:json|tool_call|tool_code)?\s*(.*?)```|<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+
+
+def read_answer(reply: ModelReply, tools: Mapping[str, Tool]) -> Answer:
+    """The ladder: tool calls as such, tool calls written as text, plain text. Raises ModelError where no rung holds.
+
+    An answer without calls is returned with its text; whether that text is a reply is the turn's to know.
+    """
+    if reply.refusal or (reply.finish == "content_filter" and not reply.calls and not reply.text):
+        text = " ".join(clean_text(reply.refusal).split())[:80] or "its endpoint filtered the answer"
+        raise ModelError("model_refused", f"the model refuses to answer: {text}")
+    answer = Answer(clean_text(reply.monologue).strip(), clean_text(reply.text).strip())
+    if thought := _THOUGHT.fullmatch(answer.content):
+        answer.content = thought.group(2)
+    seen: set[str] = set()
+    for raw in reply.calls:
+        answer.calls.append(_read_call(raw, tools, seen, answer, cut=reply.finish == "length"))
+    if not answer.calls and answer.content:
+        _read_text_calls(answer, tools)
+    if not answer.calls and reply.finish == "length":
+        answer.corrections.append(("length", "the answer was cut off at the endpoint's length limit"))
+    return answer
+
+
+def _read_call(raw: RawCall, tools: Mapping[str, Tool], seen: set[str], answer: Answer, cut: bool) -> Call:
+    """A call of the stream, mended where it can be. Raises ModelError where it was cut off."""
+    call_id = clean_text(raw.id)
+    if not call_id or len(call_id) > MAX_ID or call_id in seen:
+        if call_id:
+            answer.corrections.append(("tool_call_id", "a call's id was used twice or too long and got a new one"))
+        call_id = f"call_{secrets.token_hex(8)}"
+    seen.add(call_id)
+    name = clean_text(raw.name)
+    if name not in tools and name.rpartition(".")[2] in tools:
+        answer.corrections.append(("tool_name", f"{quote(name)} was read as {name.rpartition('.')[2]!r}"))
+        name = name.rpartition(".")[2]
+    arguments, problem = read_arguments(raw.arguments)
+    if problem and cut:
+        raise ModelError("bad_output", "a tool call was cut off at the endpoint's length limit")
+    call = Call(call_id, re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64] or "unknown", arguments or {})
+    if arguments is None:
+        call.problem = f"the arguments are no JSON object: {quote(raw.arguments)}"
+    elif problem:
+        answer.corrections.append(("arguments", f"the arguments of {call.name} were {problem}"))
+    _mend_send_message(call, answer)
+    return call
+
+
+def _mend_send_message(call: Call, answer: Answer) -> None:
+    """A reply under another parameter's name is still a reply."""
+    if call.name == "send_message" and "message" not in call.arguments:
+        texts = [key for key, value in call.arguments.items() if isinstance(value, str) and key != REQUEST_HEARTBEAT]
+        if len(texts) == 1:
+            call.arguments["message"] = call.arguments.pop(texts[0])
+            answer.corrections.append(("arguments", f"send_message takes message, not {quote(texts[0])}"))
+
+
+def read_arguments(text: str) -> tuple[JSON | None, str]:
+    """(arguments, what had to be mended) of a call's arguments; None where they are no object in any reading."""
+    text = clean_text(text).strip()
+    if not text:
+        return {}, ""
+    value = _loads(text)
+    if isinstance(value, dict):
+        return value, ""
+    if isinstance(value, str) and isinstance(inner := _loads(value), dict):
+        return inner, "encoded twice"
+    mended = _loads(mend_json(text))
+    return (mended, "broken JSON and were mended") if isinstance(mended, dict) else (None, "no JSON object")
+
+
+def _loads(text: str) -> Any:
+    """The value of JSON as models write it (line breaks inside strings), free of what cannot be stored; else None."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return decode_json(clean_text(encode_json(decode_loose(text))))
+    return None
+
+
+def mend_json(text: str) -> str:
+    """JSON that was cut off or has text around it, commas too many, as near as possible to what was meant."""
+    start = text.find("{")
+    if start < 0:
+        return ""
+    closers: list[str] = []
+    in_string = escaped = False
+    out: list[str] = []
+    for char in text[start:]:
+        if in_string:
+            in_string = char != '"' or escaped
+            escaped = char == "\\" and not escaped
+        elif char == '"':
+            in_string = True
+        elif char in "{[":
+            closers.append("}" if char == "{" else "]")
+        elif char in "}]":
+            while out and (out[-1].isspace() or out[-1] == ","):
+                out.pop()
+            if closers and char == closers[-1]:
+                closers.pop()
+        out.append(char)
+        if not closers:
+            break
+    if in_string:
+        out.append("\\" if escaped else "")
+        out.append('"')
+    return "".join(out).rstrip().rstrip(",") + "".join(reversed(closers))
+
+
+def _read_text_calls(answer: Answer, tools: Mapping[str, Tool]) -> None:
+    """Tool calls that a model wrote as text. Raises ModelError for text that is plainly a call, but a broken one."""
+    content = answer.content
+    candidates = [first or second for first, second in _FENCED.findall(content)] or (
+        [content] if content.startswith(("{", "[")) else []
+    )
+    for candidate in candidates:
+        value = _loads(candidate.strip())
+        if value is None:
+            value = _loads(mend_json(candidate))
+        for name, arguments in _calls_in(value):
+            known = name in tools or name.rpartition(".")[2] in tools
+            if known or len(candidate.strip()) == len(content):
+                raw = RawCall("", name, arguments if isinstance(arguments, str) else encode_json(arguments))
+                answer.calls.append(_read_call(raw, tools, set(), answer, cut=False))
+    if answer.calls:
+        answer.corrections.append(("text_call", "a tool call written as text was read as a call"))
+        answer.content = _FENCED.sub("", content).strip() if not content.startswith(("{", "[")) else ""
+        answer.monologue = answer.monologue.replace(content, answer.content).strip()
+    elif candidates and any(f'"{name}"' in content for name in tools):
+        raise ModelError("bad_output", "the answer holds a tool call that is no JSON")
+
+
+def _calls_in(value: Any) -> list[tuple[str, Any]]:
+    """(name, arguments) of the calls in a JSON value, in the forms that models write."""
+    if isinstance(value, list):
+        return [call for item in value for call in _calls_in(item)]
+    if not isinstance(value, dict):
+        return []
+    if isinstance(value.get("tool_calls"), list):
+        return _calls_in(value["tool_calls"])
+    if isinstance(value.get("function"), dict):
+        return _calls_in(value["function"])
+    name = value.get("name") or value.get("function") or value.get("tool")
+    for key in ("arguments", "parameters", "params", "args"):
+        if isinstance(name, str) and isinstance(value.get(key), (dict, str)):
+            arguments = value[key]
+            if isinstance(arguments, dict):  # MemGPT's local models put the monologue here
+                arguments = {name: item for name, item in arguments.items() if name != "inner_thoughts"}
+            return [(name, arguments)]
+    return []
+
+
+# ---- configuration ---------------------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
+_IGNORED_KEYS: Final = frozenset(
+    "preset model_endpoint_type model_endpoint model_wrapper embedding_endpoint_type embedding_endpoint embedding_model "
+    "embedding_dim embedding_chunk_size embedding_chunk_overlap data_sources create_time memgpt_version agent_config_path "
+    "functions functions_schema anon_clientid archival_storage_type archival_storage_path archival_storage_uri "
+    "recall_storage_type recall_storage_path recall_storage_uri persistence_manager_type persistence_manager_save_file "
+    "persistence_manager_uri state_name default_llm_config default_embedding_config".split()
+)
+"What MemGPT 0.2.7's AgentConfig had beside ours."
+UPDATABLE: Final = ("model", "context_window", "tools", "system", "max_steps", "heartbeat_interval", "settings")
+_SETTINGS: Final[dict[str, tuple[type, float, float]]] = {
+    "temperature": (float, 0.0, 2.0),
+    "top_p": (float, 0.0, 1.0),
+    "max_tokens": (int, 1, 10_000_000),
+    "seed": (int, -(2**53), 2**53),
+}
+
+
+def valid_name(name: Any) -> str:
+    """An agent's name in NFC. Raises Refused (bad_config)."""
+    if isinstance(name, str):
+        normal = unicodedata.normalize("NFC", name)
+        if _NAME.fullmatch(normal):
+            return normal
+    raise Refused(
+        "bad_config",
+        f"name: expected 1 to {MAX_NAME} letters, digits, '_', '.' or '-', the first a letter or digit, but got {quote(name)}",
+    )
+
+
+class AgentConfig:
+    """What an agent is made of, checked. Raises Refused (bad_config, block_limit).
+
+    `values` is what is stored: model (None: the server's default), context_window (None: the model's), tools (None: the
+    memory tools), system (None: SYSTEM_PROMPT), max_steps, heartbeat_interval (seconds, 0: none), settings.
+    """
+
+    DEFAULTS: Final[JSON] = {
+        "model": None,
+        "context_window": None,
+        "tools": None,
+        "system": None,
+        "max_steps": None,
+        "heartbeat_interval": 0,
+        "settings": {},
+    }
+
+    def __init__(self, config: JSON, tools: Mapping[str, Tool], base: JSON | None = None) -> None:
+        self.warnings = [f"{key} is ignored: memws does not use it" for key in config if key in _IGNORED_KEYS]
+        allowed = UPDATABLE if base is not None else (*UPDATABLE, "name", "persona", "human", "blocks")
+        for key in config:
+            if key not in allowed and key not in _IGNORED_KEYS:
+                raise Refused("bad_config", f"unknown config key {quote(key)}; known: {', '.join(allowed)}")
+        self.values: JSON = {**self.DEFAULTS, **(base or {})}
+        for key in UPDATABLE:
+            if key in config:
+                self.values[key] = self._checked(key, config[key], tools)
+        self.name = valid_name(config["name"]) if config.get("name") is not None else f"agent_{secrets.token_hex(4)}"
+        self.blocks = [] if base is not None else self._blocks(config)
+
+    def _checked(self, key: str, value: Any, tools: Mapping[str, Tool]) -> Any:
+        if value is None:
+            return self.DEFAULTS[key]
+        if key == "model":
+            return self._text(key, value, MAX_MODEL_NAME)
+        if key == "system":
+            return self._text(key, value, MAX_SYSTEM)
+        if key == "tools":
+            if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+                raise Refused("bad_config", f"tools: expected a list of names, but got {quote(value)}")
+            for name in value:
+                if name not in tools:
+                    raise Refused("bad_config", f"unknown tool {quote(name)}; known: {', '.join(sorted(tools))}")
+            # Whoever names only tools of their own means to add them; a list with a memory tool is the whole list.
+            return list(dict.fromkeys(value if MEMORY_TOOLS.keys() & set(value) else (*MEMORY_TOOLS, *value)))
+        if key == "settings":
+            return self._settings(value)
+        least, most = {
+            "context_window": (1, 100_000_000),
+            "max_steps": (1, 1_000),
+            "heartbeat_interval": (0, 10_000_000),
+        }[key]
+        if type(value) is not int or not least <= value <= most:
+            raise Refused("bad_config", f"{key}: expected an integer from {least} to {most}, but got {quote(value)}")
+        if key == "heartbeat_interval" and 0 < value < MIN_HEARTBEAT_INTERVAL:
+            text = (
+                f"heartbeat_interval: expected 0 (none) or at least {MIN_HEARTBEAT_INTERVAL} seconds, but got {value}"
+            )
+            raise Refused("bad_config", text)
+        return value
+
+    def _text(self, key: str, value: Any, most: int) -> str:
+        if not isinstance(value, str) or not value.strip() or len(value) > most:
+            raise Refused("bad_config", f"{key}: expected a text of 1 to {most:,} characters, but got {quote(value)}")
+        return value
+
+    def _settings(self, value: Any) -> JSON:
+        if not isinstance(value, dict):
+            raise Refused("bad_config", f"settings: expected an object, but got {quote(value)}")
+        for key, setting in value.items():
+            if key == "reasoning_effort":
+                if not isinstance(setting, str) or not 0 < len(setting) <= 20:
+                    raise Refused("bad_config", f"settings.reasoning_effort: expected a word, but got {quote(setting)}")
+                continue
+            if key not in _SETTINGS:
+                known = ", ".join([*_SETTINGS, "reasoning_effort"])
+                raise Refused("bad_config", f"unknown setting {quote(key)}; known: {known}")
+            kind, least, most = _SETTINGS[key]
+            number = isinstance(setting, int if kind is int else (int, float)) and not isinstance(setting, bool)
+            if not number or not least <= setting <= most:
+                text = f"settings.{key}: expected a number from {least:g} to {most:g}, but got {quote(setting)}"
+                raise Refused("bad_config", text)
+        return value
+
+    def _blocks(self, config: JSON) -> list[Block]:
+        persona = self._named(config, "persona", PERSONAS, DEFAULT_PERSONA)
+        human = self._named(config, "human", HUMANS, DEFAULT_HUMAN)
+        blocks = {"persona": self._block("persona", persona), "human": self._block("human", human)}
+        given = config.get("blocks")
+        if given is None:
+            given = []
+        if not isinstance(given, list) or len(given) > MAX_BLOCKS:
+            raise Refused("bad_config", f"blocks: expected a list of at most {MAX_BLOCKS}, but got {quote(given)}")
+        for item in given:
+            if not isinstance(item, dict) or item.keys() - {"label", "value", "limit"}:
+                raise Refused("bad_config", f"blocks: expected {{label, value, limit}}, but got {quote(item)}")
+            label = item.get("label")
+            if not isinstance(label, str) or not re.fullmatch(r"[a-zA-Z][\w-]{0,63}", label, re.ASCII):
+                raise Refused(
+                    "bad_config", f"blocks: expected a label of letters, digits, _ and -, but got {quote(label)}"
+                )
+            before = blocks.get(label)
+            value = item.get("value", before.value if before else "")
+            blocks[label] = self._block(label, value, item.get("limit", BLOCK_LIMIT))
+        if (total := sum(block.limit for block in blocks.values())) > MAX_BLOCKS_TOTAL:
+            text = f"blocks: their limits together are at most {MAX_BLOCKS_TOTAL:,} characters, but got {total:,}"
+            raise Refused("bad_config", text)
+        return list(blocks.values())
+
+    def _named(self, config: JSON, key: str, bundled: Mapping[str, str], default: str) -> str:
+        value = config.get(key)
+        if value is None:
+            value = default
+        if not isinstance(value, str):
+            raise Refused(
+                "bad_config", f"{key}: expected a text or one of {', '.join(bundled)}, but got {quote(value)}"
+            )
+        return bundled.get(value, value)
+
+    def _block(self, label: str, value: Any, limit: Any = BLOCK_LIMIT) -> Block:
+        if type(limit) is not int or not 1 <= limit <= MAX_BLOCK_LIMIT:
+            text = f"block {label}: expected a limit from 1 to {MAX_BLOCK_LIMIT:,} characters, but got {quote(limit)}"
+            raise Refused("bad_config", text)
+        if not isinstance(value, str):
+            raise Refused("bad_config", f"block {label}: expected a text, but got {quote(value)}")
+        if len(value) > limit:
+            raise Refused(
+                "block_limit", f"block {label}: its text has {len(value):,} characters, its limit is {limit:,}"
+            )
+        return Block(label, value, limit)
+
+
+def check_window(window: int, prompt: str, tools: str, blocks: Iterable[Block]) -> None:
+    """Raises Refused where a context window has no room for prompt, full blocks and a reply."""
+    needed = estimate_tokens(prompt) + estimate_tokens(tools) + MIN_REPLY_TOKENS
+    needed += sum(block.limit // 4 + 16 for block in blocks)
+    if needed > window:
+        raise Refused(
+            "bad_config",
+            f"context_window: {window:,} tokens are too few: prompt, full blocks and {MIN_REPLY_TOKENS} tokens for a "
+            f"conversation need {needed:,}",
+        )
+
+
+# ---- the agent -------------------------------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """A turn was asked to stop; why is in its `stop_reason`."""
+
+
+class Turn:
+    """One turn while it runs: what it may still do, and what it has done."""
+
+    def __init__(
+        self, turn_id: str, message: str | None, *, reason: str = HEARTBEAT_WAKE, verify: bool = False
+    ) -> None:
+        self.turn_id = turn_id
+        self.message = message
+        self.reason = reason
+        "Why the turn starts, where it has no user's message."
+        self.verify = verify
+        "Whether the first reply has to go through send_message."
+        self.step = 0
+        self.before = 0
+        "The id of the last chat message before the turn."
+        self.over = False
+        self.replied = message is None
+        "Whether the user has their reply, or nobody waits for one."
+        self.stop_reason: str | None = None
+        self.input_tokens = self.output_tokens = self.model_calls = 0
+        self.estimated = False
+        self.failed_calls = 0
+        "Model calls that failed."
+        self.failed_tools = 0
+        "Tool calls that failed in a row."
+        self.step_failed = False
+        self.compactions = 0
+        self.seen_calls: collections.Counter[str] = collections.Counter()
+        self.request: RequestRecord | None = None
+        "The last model call, until it is stored."
+        self.reply: ModelReply | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    def stop(self, reason: str) -> None:
+        """End the turn as soon as it can: at once where it waits for a model, a pause or a tool."""
+        if self.stop_reason is None and not self.over:
+            self.stop_reason = reason
+            if self._task is not None:
+                self._task.cancel()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around every await that stop() may break. Raises Stopped; other cancellations pass through."""
+        if self.stop_reason is not None:
+            raise Stopped
+        self._task = task = asyncio.current_task()
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self.stop_reason is None or task is None:
+                raise
+            task.uncancel()
+            raise Stopped from None
+        finally:
+            self._task = None
+
+    @property
+    def usage(self) -> JSON:
+        """Tokens and model calls so far; `estimated` where an endpoint did not count."""
+        return {
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "model_calls": self.model_calls,
+            "estimated": self.estimated,
+        }
+
+    def events(self, message_type: str, message: str, **fields: Any) -> list[Event]:
+        """An agent_response of the step that runs."""
+        return response_events(message_type, message, turn_id=self.turn_id, step=max(self.step, 1), **fields)
+
+
+_NO_USAGE: Final = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated": True}
+_INTERRUPTED: Final = "interrupted: result unknown"
+
+
+class Agent:
+    """A named, persistent memory and a model that take turns (MemGPT: Packer et al. 2023, arXiv 2310.08560).
+
+    The agent knows a store and a model, never a socket: `turn` stores each step and then yields its events, and so do
+    the edits. One turn at a time; edits from outside may come between. What is in memory here is what is on disk: a
+    transaction that fails changes neither, and the agent has then to be opened anew.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        record: AgentRecord,
+        models: Models,
+        tools: Mapping[str, Tool],
+        max_steps: int,
+        api_key: str | None,
+    ) -> None:
+        self.store = store
+        self.record = record
+        self.lock = asyncio.Lock()
+        "Held from reading memory until the events of the transaction are out: they go out in the order of their seqs."
+        self.blocks: dict[str, Block] = {}
+        self.messages: list[ChatMessage] = []
+        "The chat messages in the context window."
+        self.recall = self.archival = self.last_message = self.last_passage = 0
+        self.current: Turn | None = None
+        "The turn that runs."
+        self.repairs: list[str] = []
+        "What the last opening had to mend."
+        self.warnings: list[str] = []
+        self._models, self._tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
+        self._message_tokens = 0
+        self._cut_prompts = 0
+
+    @property
+    def id(self) -> int:
+        return self.record.id
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def last_seq(self) -> int:
+        return self.record.last_seq
+
+    # -- opening --
+
+    @classmethod
+    async def open(
+        cls,
+        store: Store,
+        record: AgentRecord,
+        models: Models,
+        tools: Mapping[str, Tool],
+        max_steps: int = MAX_STEPS,
+        api_key: str | None = None,
+    ) -> tuple[Agent, list[Event]]:
+        """The agent, loaded and repaired, and the events of the repair."""
+        agent = cls(store, record, models, tools, max_steps, api_key)
+        blocks, agent.messages, counts, open_turns = await store.load(record.id, int(record.state.get("cut", 0)))
+        agent.blocks = {block.label: block for block in blocks}
+        agent.recall, agent.archival, agent.last_message = counts["recall"], counts["archival"], counts["last_message"]
+        agent.last_passage = max(counts["last_passage"], int(record.state.get("last_passage", 0)))
+        agent.configure()
+        return agent, await agent._repair(open_turns)
+
+    def configure(self) -> None:
+        """Choose model, window and tools by the config, and build the prompt anew."""
+        config = self.record.config
+        self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
+        self.window: int = config["context_window"] or self._models.context_window or self.model.window
+        self.max_steps: int = config["max_steps"] or self._max_steps
+        if missing := [name for name in config["tools"] or () if name not in self._tools]:
+            self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
+        self.take_tools()
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Build the system message. Between two calls of this the prompt only grows at its end."""
+        prompt = self.record.config["system"] or SYSTEM_PROMPT
+        self.system = system_text(prompt, self.blocks.values(), self.recall, self.archival)
+        self._system_body = encode_json({"role": "system", "content": self.system})
+        summary = self.record.state.get("summary", "")
+        self._summary_body = encode_json({"role": "user", "content": summary}) if summary else ""
+        self._message_tokens = sum(message.tokens for message in self.messages)
+
+    async def _repair(self, open_turns: list[TurnRecord]) -> list[Event]:
+        """Close what a crash left open: calls get a result, turns their end. Nothing that was said is dropped."""
+        changes = Changes()
+        open_calls, broken = unpaired_calls(self.messages)
+        for message, call_id, name in open_calls:
+            self.repairs.append(f"the call of {name} was interrupted and got a result")
+            turn = Turn(message.turn_id or "", None)
+            turn.step = message.step
+            self._add_result(changes, turn, Call(call_id, name, {}), ToolError(_INTERRUPTED))
+        if broken:
+            self.repairs.append(
+                "chat messages with unpaired tool calls left the context window; recall memory keeps them"
+            )
+            changes.state = {**self.record.state, "cut": self.messages[broken].id}
+            changes.events += response_events("correction", self.repairs[-1], turn_id=None, step=0, what="history")
+        for record in open_turns:
+            self.repairs.append(f"turn {record.turn_id} was interrupted and got its end")
+            end = Event("agent_response_end", turn_id=record.turn_id, stop_reason="interrupted", usage=_NO_USAGE)
+            changes.events.append(end)
+            changes.ends.append(record.turn_id)
+        if changes.events or changes.messages:
+            await self._store(changes)
+        if broken:
+            self.messages = self.messages[broken:]
+            self._rebuild()
+        return changes.events
+
+    # -- a turn --
+
+    async def turn(self, turn: Turn) -> AsyncGenerator[Event, None]:
+        """Run a turn to its end: its start, the events of each step once it is stored, exactly one terminal event.
+
+        Deltas and retries come as they happen. Raises StoreFailed before the start, where the message could not be
+        stored: then nothing has happened. To be driven by one task that awaits nothing else between two events.
+        """
+        self.current = turn
+        begun = False
+        try:
+            async for event in self._begin(turn):
+                begun = True
+                yield event
+            while not turn.over:
+                async for event in self._step(turn):
+                    yield event
+        except MemwsError as error:
+            if not begun:
+                raise
+            async for event in self._fail(turn, error):
+                yield event
+        except Exception as error:  # a fault of ours ends this turn, never the server or another agent's turn
+            logger.exception("agent %s: turn %s failed", self.name, turn.turn_id)
+            if not begun:
+                raise MemwsError("the turn could not begin for a reason of ours; the server's log has it") from error
+            async for event in self._fail(
+                turn, MemwsError("the turn failed for a reason of ours; the server's log has it")
+            ):
+                yield event
+        finally:
+            turn.over = True
+            self.current = None
+
+    async def _begin(self, turn: Turn) -> AsyncGenerator[Event, None]:
+        """Store the user's message, or why there is a turn without one; the start is its receipt."""
+        async with self.lock:
+            turn.before = self.last_message
+            now = now_text()
+            digest = None if turn.message is None else message_digest(turn.message)
+            changes = Changes(begins=(turn.turn_id, digest), state=dict(self.record.state))
+            changes.events.append(Event("agent_response_start", turn_id=turn.turn_id))
+            if turn.message is None:
+                changes.events += turn.events("heartbeat", turn.reason, reason=turn.reason)
+                self._add_event_message(changes, turn, "heartbeat", reason=turn.reason)
+            else:
+                last = self.record.state.get("last_user")
+                if last is None or _seconds_since(last) > LOGIN_SILENCE:
+                    self._add_event_message(changes, turn, "login", last_login=last or "Never (first login)")
+                assert changes.state is not None
+                changes.state["last_user"] = now
+                shown = self._fitting(turn.message)
+                body = encode_json({"role": "user", "content": pack("user_message", message=shown)})
+                self._add_message(changes, turn, "user", turn.message, body, said=turn.message, event=changes.events[0])
+                changes.events += turn.events("user_message", turn.message)
+            await self._store(changes)
+            for event in changes.events:
+                yield event
+
+    async def _step(self, turn: Turn) -> AsyncGenerator[Event, None]:
+        """One model call and the tool calls it asks for."""
+        turn.step += 1
+        turn.step_failed = False
+        turn.reply = turn.request = None
+        try:
+            if self.used() + MIN_REPLY_TOKENS > self.window:
+                async for event in self._compact(turn):
+                    yield event
+            answer = Answer()
+            async for told in self._ask(turn):
+                if isinstance(told, Answer):
+                    answer = told
+                else:
+                    yield told
+        except Stopped:
+            async for event in self._end_stopped(turn):
+                yield event
+            return
+        async for event in self._act(turn, answer):
+            yield event
+
+    # -- asking the model --
+
+    async def _ask(self, turn: Turn) -> AsyncGenerator[Event | Answer, None]:
+        """Call the model until its answer can be read; the answer comes last. Raises ModelError, Stopped."""
+        retries = corrections = attempts = 0
+        extra = ""
+        while True:
+            attempts += 1
+            try:
+                async for event in self._call_model(turn, extra):
+                    yield event
+                assert turn.reply is not None
+                answer = read_answer(turn.reply, self.tools)
+                if not answer.calls and not answer.content and not turn.replied:
+                    raise ModelError("bad_output", "the model's answer is empty")
+                unverified = (
+                    turn.verify and not turn.replied and not any(c.name == "send_message" for c in answer.calls)
+                )
+                if not unverified or attempts >= FIRST_MESSAGE_ATTEMPTS:
+                    yield answer
+                    return
+                for event in turn.events("correction", "the first reply has to go through send_message", what="verify"):
+                    yield event
+            except ModelError as error:
+                turn.failed_calls += 1
+                self._note_failure(turn, error)
+                if turn.failed_calls >= MAX_FAILED_CALLS:
+                    raise
+                if error.code == "context_overflow":
+                    async for event in self._compact(turn):
+                        yield event
+                elif error.code == "bad_output" and corrections < CORRECTIVE_RETRIES:
+                    corrections += 1
+                    alert = pack("system_alert", message=CORRECTIVE.format(problem=error))
+                    extra = encode_json({"role": "user", "content": alert})
+                    async for event in self._retry(turn, error, corrections, CORRECTIVE_RETRIES, 0.0):
+                        yield event
+                elif error.retry and retries < TRANSPORT_RETRIES:
+                    delay = 0.5 * 2**retries if error.retry_after is None else error.retry_after
+                    retries += 1
+                    async for event in self._retry(turn, error, retries, TRANSPORT_RETRIES, delay):
+                        yield event
+                else:
+                    raise
+
+    async def _retry(
+        self, turn: Turn, error: ModelError, attempt: int, of: int, delay: float
+    ) -> AsyncGenerator[Event, None]:
+        """Tell of a failed call and wait before the next."""
+        fields = {"attempt": attempt, "of": of, "delay_ms": round(delay * 1000), "code": error.code}
+        for event in turn.events("retry", f"{error}; trying again", **fields):
+            event.encode(None, now_text())
+            yield event
+        with turn.interruptible():
+            await asyncio.sleep(delay)
+
+    async def _call_model(self, turn: Turn, extra: str) -> AsyncGenerator[Event, None]:
+        """One model call, its text told while it arrives; the reply is then the turn's."""
+        messages = [message.body for message in self.messages]
+        head = self.model.head(self.record.config["settings"])
+        prompt = [self._system_body, *([self._summary_body] if self._summary_body else []), *messages]
+        body = request_body(head, [*prompt, extra] if extra else prompt, self._tools_body)
+        first, last = (self.messages[0].id, self.messages[-1].id) if messages else (1, 0)
+        turn.request = request = RequestRecord(
+            turn.turn_id, turn.step, head, self._system_body, self._summary_body, self._tools_body, extra, first, last,
+            hashlib.sha256(body.encode()).digest(),
+        )  # fmt: skip
+        turn.reply = reply = ModelReply()
+        turn.model_calls += 1
+        started = time.monotonic()
+        told = 0.0
+        try:
+            with turn.interruptible():
+                async with contextlib.aclosing(
+                    cast("AsyncGenerator[None, None]", self.model.stream(body, reply))
+                ) as grown:
+                    async for _ in grown:
+                        now = time.monotonic()
+                        if request.first_token_ms is None:
+                            request.first_token_ms = round((now - started) * 1000)
+                        if now - told >= DELTA_INTERVAL:
+                            told = now
+                            for event in self._deltas(turn, reply):
+                                yield event
+            for event in self._deltas(turn, reply):
+                yield event
+        finally:
+            request.total_ms = round((time.monotonic() - started) * 1000)
+            self._count(turn, request, reply, estimate_tokens(body))
+
+    def _deltas(self, turn: Turn, reply: ModelReply) -> list[Event]:
+        """What the reply has more than was told."""
+        events = [event for of, text in reply.news() for event in turn.events("delta", text, of=of)]
+        now = now_text() if events else ""
+        for event in events:
+            event.encode(None, now)
+        return events
+
+    def _count(self, turn: Turn, request: RequestRecord, reply: ModelReply, estimated: int) -> None:
+        """Keep what the call used, and calibrate the estimate by what the endpoint counted."""
+        calls = [{"id": call.id, "name": call.name, "arguments": call.arguments} for call in reply.calls]
+        response = {"content": reply.text, "tool_calls": calls, "finish_reason": reply.finish}
+        if len(reply.monologue) > len(reply.text):
+            response["monologue"] = reply.monologue
+        request.response = encode_json(_clean_value(response))
+        usage = reply.usage
+        if usage is None:
+            output = estimate_tokens(reply.monologue) + sum(estimate_tokens(call.arguments) for call in reply.calls)
+            usage = {"input_tokens": round(estimated * self.model.ratio), "output_tokens": output}
+            turn.estimated = True
+        elif usage["input_tokens"] > 0:
+            ratio = usage["input_tokens"] / estimated
+            self._cut_prompts = self._cut_prompts + 1 if ratio < 0.5 and estimated > 1000 else 0
+            self.model.ratio += 0.3 * (min(2.0, max(0.5, ratio)) - self.model.ratio)
+        request.usage = encode_json({**usage, "estimated": reply.usage is None})
+        turn.input_tokens += usage["input_tokens"]
+        turn.output_tokens += usage["output_tokens"]
+
+    def _note_failure(self, turn: Turn, error: ModelError) -> None:
+        """Keep with the request why it failed."""
+        if turn.request is not None:
+            turn.request.response = encode_json({"error": {"code": error.code, "message": str(error)}})
+
+    # -- doing what it says --
+
+    async def _act(self, turn: Turn, answer: Answer) -> AsyncGenerator[Event, None]:
+        """Store the answer, run its calls in order, decide how the turn goes on.
+
+        Memory tools run inside the transaction. A user's tool runs between two: the first holds the step up to its
+        call, the next begins with its result.
+        """
+        changes = Changes()
+        self._add_answer(changes, turn, answer)
+        calls = collections.deque(answer.calls)
+        while True:
+            outside: tuple[Call, Tool, JSON] | None = None
+            async with self.lock:
+                memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, turn.before)
+                while calls and outside is None:
+                    outside = await self._run_call(changes, turn, calls.popleft(), memory)
+                self._add_edits(changes, memory)
+                if outside is None:
+                    self._finish_step(changes, turn, answer)
+                await self._store(changes)
+                for event in changes.events:
+                    yield event
+            if outside is None:
+                return
+            changes = Changes()
+            await self._run_outside(changes, turn, *outside)
+
+    def _add_answer(self, changes: Changes, turn: Turn, answer: Answer) -> None:
+        """The assistant's message with its monologue; plain text, where the user waits for a reply, is that reply."""
+        for what, text in answer.corrections:
+            changes.events += turn.events("correction", text, what=what)
+        reply = "" if answer.calls or turn.replied else answer.content
+        monologue = answer.monologue.removesuffix(reply).strip() if reply else answer.monologue
+        if monologue:
+            changes.events += turn.events("internal_monologue", monologue)
+        if reply:
+            changes.events += turn.events("correction", "plain text was taken as the reply", what="plain_text")
+            changes.events += turn.events("assistant_message", reply)
+            turn.replied = True
+        if answer.calls or answer.content:
+            said = [call.arguments["message"] for call in answer.calls if _says(call)]
+            self._add_assistant(changes, turn, answer.content, answer.calls, "\n".join(said) or reply, monologue)
+
+    def _add_assistant(
+        self, changes: Changes, turn: Turn, content: str, calls: list[Call], said: str, monologue: str
+    ) -> None:
+        body: JSON = {"role": "assistant", "content": content or None}
+        if calls:
+            body["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": encode_json(call.arguments)},
+                }
+                for call in calls
+            ]
+        self._add_message(changes, turn, "assistant", monologue, encode_json(body), said=said)
+
+    async def _run_call(
+        self, changes: Changes, turn: Turn, call: Call, memory: AgentMemory
+    ) -> tuple[Call, Tool, JSON] | None:
+        """Run a memory tool, or hand back a user's tool with its arguments, to be run outside the transaction."""
+        arguments = encode_json(call.arguments)
+        whole = call.arguments if len(arguments) <= TEXT_PART else None
+        changes.events += turn.events("tool_call", arguments, tool_call_id=call.id, name=call.name, arguments=whole)
+        changes.events += turn.events("function_message", f"Running {call.name}({call.shown!r})")
+        started = time.monotonic()
+        edits = len(memory.edits)
+        try:
+            if turn.stop_reason is not None:
+                raise ToolError(f"{turn.stop_reason} before it ran")
+            if turn.failed_tools >= MAX_FAILED_TOOLS:
+                raise ToolError("not run: the calls before it failed")
+            if call.problem:
+                raise ToolError(call.problem)
+            tool = self.tools.get(call.name)
+            if tool is None:
+                raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
+            checked = check_arguments(tool, call.arguments)
+            if not tool.builtin:
+                return call, tool, checked
+            result = tool.function(memory, **checked)
+            outcome: str | MemwsError = result_text(await result if inspect.isawaitable(result) else result)
+        except (ToolError, StoreFailed) as error:
+            outcome = error
+        for text in memory.said:
+            changes.events += turn.events("assistant_message", text)
+            turn.replied = True
+        memory.said.clear()
+        for edit in memory.edits[edits:]:
+            changes.events += edit_events(edit, "agent", turn)
+        self._add_result(changes, turn, call, outcome, round((time.monotonic() - started) * 1000))
+        return None
+
+    async def _run_outside(self, changes: Changes, turn: Turn, call: Call, tool: Tool, arguments: JSON) -> None:
+        """Run a user's tool, once, and add its result."""
+        started = time.monotonic()
+        try:
+            with turn.interruptible():
+                outcome: str | MemwsError = await call_tool(tool, arguments)
+        except ToolError as error:
+            outcome = error
+        except Stopped:
+            outcome = ToolError(f"{turn.stop_reason}: result unknown")
+        self._add_result(changes, turn, call, outcome, round((time.monotonic() - started) * 1000))
+
+    def _add_result(
+        self, changes: Changes, turn: Turn, call: Call, outcome: str | MemwsError, duration_ms: int = 0
+    ) -> None:
+        """A call's answer, for the clients and for the model."""
+        ok = isinstance(outcome, str)
+        text = self._fitting(clean_text(str(outcome)))
+        status = "OK" if ok else "Failed"
+        changes.events += turn.events(
+            "tool_return", text, tool_call_id=call.id, name=call.name, status=status, duration_ms=duration_ms
+        )
+        changes.events += turn.events("function_message", f"{'Success' if ok else 'Error'}: {text}")
+        body = encode_json({"role": "tool", "tool_call_id": call.id, "content": pack_result(ok, text)})
+        self._add_message(changes, turn, "tool", text, body)
+        turn.failed_tools = 0 if ok else turn.failed_tools + 1
+        turn.step_failed = turn.step_failed or not ok
+
+    def _add_edits(self, changes: Changes, memory: AgentMemory) -> None:
+        """What the memory tools changed becomes part of the transaction."""
+        changes.blocks += [block for label, block in memory.blocks.items() if block is not self.blocks[label]]
+        changes.passages += memory.passages
+        changes.removed += memory.removed
+        if memory.passages:
+            self._state(changes)["last_passage"] = memory.passages[-1].id
+        if memory.pause_minutes is not None:
+            self._state(changes)["paused_until"] = time.time() + 60 * memory.pause_minutes
+
+    def _finish_step(self, changes: Changes, turn: Turn, answer: Answer) -> None:
+        """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
+        if turn.request is not None:
+            changes.requests.append(turn.request)
+        for call in {f"{call.name}{encode_json(call.shown)}" for call in answer.calls}:
+            turn.seen_calls[call] += 1
+        stop, error, reason = turn.stop_reason, None, ""
+        used = self.used(changes.messages)
+        warn = used > WARNING_FRACTION * self.window and not self.record.state.get("warned")
+        if stop is None and turn.failed_tools >= MAX_FAILED_TOOLS:
+            error = ModelError(
+                "bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {answer_error(changes)}"
+            )
+        elif stop is None and max(turn.seen_calls.values(), default=0) >= MAX_REPEATED_CALLS:
+            stop = "repeated_call"
+        elif stop is None:
+            reason = self._reason_to_go_on(turn, answer)
+            if reason or warn:
+                if turn.step >= self.max_steps:
+                    stop = "max_steps"
+                elif turn.input_tokens + turn.output_tokens >= TURN_TOKEN_BUDGET:
+                    stop = "budget"
+            else:
+                stop = "done"
+        if warn:
+            self._state(changes)["warned"] = True
+            self._add_event_message(changes, turn, "system_alert", message=PRESSURE_WARNING)
+        if reason and stop is None:
+            changes.events += turn.events("heartbeat", reason, reason=reason)
+            self._add_event_message(changes, turn, "heartbeat", reason=reason)
+        changes.events += self._context_events(turn, used, warn, changes.messages)
+        if error is not None:
+            self._end(changes, turn, error)
+        elif stop is not None:
+            if not turn.replied and answer.content:
+                changes.events += turn.events("correction", "the turn ended without send_message", what="no_reply")
+                changes.events += turn.events("assistant_message", answer.content)
+            self._end(changes, turn, stop)
+
+    def _reason_to_go_on(self, turn: Turn, answer: Answer) -> str:
+        """The heartbeat that the next step starts with, or nothing (MemGPT 0.2.7, websocket_server.py, run_step)."""
+        if turn.step_failed:
+            return HEARTBEAT_FAILED
+        if any(call.heartbeat for call in answer.calls):
+            return HEARTBEAT_REQUESTED
+        return "" if turn.replied else HEARTBEAT_NO_REPLY
+
+    # -- ends --
+
+    def _end(self, changes: Changes, turn: Turn, outcome: str | MemwsError) -> None:
+        """The terminal event: a stop reason, or an error."""
+        if isinstance(outcome, str):
+            end = Event("agent_response_end", turn_id=turn.turn_id, stop_reason=outcome, usage=turn.usage)
+        else:
+            end = Event(
+                "agent_response_error",
+                turn_id=turn.turn_id,
+                message=str(outcome),
+                code=outcome.code,
+                stop_reason="error",
+                usage=turn.usage,
+            )
+        changes.events.append(end)
+        changes.ends.append(turn.turn_id)
+        turn.over = True
+
+    async def _end_stopped(self, turn: Turn) -> AsyncGenerator[Event, None]:
+        """End a turn that was stopped while its model answered; what had come of the answer is kept."""
+        changes = Changes(requests=[turn.request] if turn.request else [])
+        reply = turn.reply
+        if reply is not None and (reply.text or reply.calls):
+            partial = [ReplyText().news(call.arguments) for call in reply.calls if call.name == "send_message"]
+            said = "\n".join(text for text in partial if text)
+            monologue, content = clean_text(reply.monologue).strip(), clean_text(reply.text).strip()
+            call = Call(f"call_{secrets.token_hex(8)}", "send_message", {"message": said})
+            if monologue:
+                changes.events += turn.events("internal_monologue", monologue)
+            if said or content:
+                self._add_assistant(changes, turn, content, [call] if said else [], said, monologue)
+            if said:
+                changes.events += turn.events("assistant_message", said, partial=True)
+                self._add_result(
+                    changes, turn, call, ToolError(f"{turn.stop_reason}: the user has seen only this much")
+                )
+        self._end(changes, turn, turn.stop_reason or "cancelled")
+        async with self.lock:
+            await self._store(changes)
+            for event in changes.events:
+                yield event
+
+    async def _fail(self, turn: Turn, error: MemwsError) -> AsyncGenerator[Event, None]:
+        """End a turn with an error; calls that are open get a result. A terminal that cannot be stored is still told."""
+        changes = Changes(requests=[turn.request] if turn.request else [])
+        turn.over = False
+        try:
+            async with self.lock:
+                for _, call_id, name in unpaired_calls(self.messages)[0]:
+                    self._add_result(changes, turn, Call(call_id, name, {}), ToolError(_INTERRUPTED))
+                self._end(changes, turn, error)
+                await self._store(changes)
+        except StoreFailed:
+            logger.error("agent %s: the end of turn %s could not be stored", self.name, turn.turn_id)
+            changes.events = changes.events[-1:]
+            changes.events[0].encode(None, now_text())
+        for event in changes.events:
+            yield event
+
+    # -- the context window --
+
+    def used(self, further: Iterable[ChatMessage] = ()) -> int:
+        """Estimated tokens of the next request."""
+        fixed = estimate_tokens(self._system_body) + estimate_tokens(self._tools_body + self._summary_body)
+        return round((fixed + self._message_tokens + sum(message.tokens for message in further)) * self.model.ratio)
+
+    def sections(self, further: Sequence[ChatMessage] = ()) -> list[JSON]:
+        """The parts of the next request, with their estimated tokens and texts."""
+        core = self.system[self.system.rfind("\nRecall memory: ") :]
+        bodies = [message.body for message in (*self.messages, *further)]
+        texts = {
+            "system": self.system[: len(self.system) - len(core)],
+            "tools": self._tools_body,
+            "core_memory": core,
+            "summary": self._summary_body,
+            "messages": "\n".join(bodies),
+        }
+        ratio = self.model.ratio
+        tokens = {name: round(estimate_tokens(text) * ratio) if text else 0 for name, text in texts.items()}
+        tokens["messages"] = round((self._message_tokens + sum(message.tokens for message in further)) * ratio)
+        return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
+
+    def _context_events(self, turn: Turn, used: int, warn: bool, further: Sequence[ChatMessage]) -> list[Event]:
+        sections = [{"name": part["name"], "tokens": part["tokens"]} for part in self.sections(further)]
+        message = f"{used:,} of {self.window:,} tokens"
+        fields: JSON = {"sections": sections, "used": used, "window": self.window}
+        if warn:
+            fields["warning"] = "the context window is nearly full: the agent was told to save what matters"
+        elif self._cut_prompts >= 2:
+            fields["warning"] = (
+                "the endpoint counts less than half of the tokens sent: it seems to cut prompts silently; "
+                "set --context-window to the window it really has"
+            )
+        return turn.events("context", message, **fields)
+
+    def _fitting(self, text: str) -> str:
+        """`text`, or an excerpt of it that leaves two thirds of the room for messages to others."""
+        room = (
+            self.window
+            - round(estimate_tokens(self._system_body + self._tools_body) * self.model.ratio)
+            - MIN_REPLY_TOKENS
+        )
+        tokens = round(estimate_tokens(text) * self.model.ratio)
+        most = max(128, room // 3)
+        return text if tokens <= most else excerpt(text, len(text) * most // tokens)
+
+    async def compact(self) -> AsyncGenerator[Event, None]:
+        """Turn the oldest messages into a summary now. Raises ModelError (context_overflow) where there are none."""
+        async for event in self._compact(None):
+            yield event
+
+    async def _compact(self, turn: Turn | None) -> AsyncGenerator[Event, None]:
+        """Replace the oldest chat messages by a summary: the prompt gets strictly smaller, or this raises ModelError."""
+        before, count = self.used(), len(self.messages)
+        compactions = turn.compactions if turn else 0
+        room = self.window - round(estimate_tokens(self._system_body + self._tools_body) * self.model.ratio)
+        cut = self._cut_at(min(room, self._message_tokens * self.model.ratio) * KEEP_FRACTION / 2**compactions)
+        if cut == 0 or compactions >= 3:
+            sizes = ", ".join(f"{part['name']} {part['tokens']:,}" for part in self.sections())
+            text = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({sizes})"
+            raise ModelError("context_overflow", text)
+        if turn is not None:
+            turn.compactions += 1
+        hidden = self.messages[:cut]
+        gist = await self._summarize(turn, hidden)
+        if turn is not None and turn.message is not None and hidden[-1].id > turn.before:
+            gist += f"\nThe user's message that waits for an answer: {excerpt(turn.message, SUMMARY_LIMIT // 2)}"
+        async with self.lock:
+            kept = self.messages[cut:]
+            smaller = gist
+            while True:
+                summary = pack(
+                    "system_alert",
+                    message=_SUMMARY_NOTE.format(hidden=hidden[-1].id, total=self.last_message, gist=smaller),
+                )
+                body = encode_json({"role": "user", "content": summary})
+                saved = sum(message.tokens for message in hidden) + estimate_tokens(self._summary_body) * bool(
+                    self._summary_body
+                )
+                if estimate_tokens(body) < saved:
+                    break
+                if not smaller:
+                    raise ModelError("context_overflow", "the oldest messages are shorter than any summary of them")
+                smaller = smaller[: len(smaller) // 2]
+            state = {**self.record.state, "cut": kept[0].id if kept else self.last_message + 1, "warned": False}
+            state |= {"summary": summary, "gist": smaller}
+            fixed = before - round(sum(message.tokens for message in self.messages) * self.model.ratio)
+            after = fixed + round((sum(message.tokens for message in kept) + estimate_tokens(body)) * self.model.ratio)
+            after -= round(estimate_tokens(self._summary_body) * self.model.ratio) if self._summary_body else 0
+            told = {
+                "messages_before": count,
+                "messages_after": len(kept),
+                "tokens_before": before,
+                "tokens_after": after,
+            }
+            text = f"{cut} messages became a summary"
+            turn_id, step = (turn.turn_id, turn.step) if turn else (None, 0)
+            events = response_events("compaction", text, turn_id=turn_id, step=step, summary=smaller, **told)
+            changes = Changes(state=state, events=events)
+            await self._store(changes)
+            self.messages = kept
+            self._rebuild()
+            for event in changes.events:
+                yield event
+
+    def _cut_at(self, keep: float) -> int:
+        """Where to cut: the index of the first message kept, never between a call and its result; 0: nowhere."""
+        tokens, best = 0.0, 0
+        for index in range(len(self.messages) - 1, 0, -1):
+            tokens += self.messages[index].tokens * self.model.ratio
+            if tokens > keep and best:
+                break
+            if self.messages[index].role != "tool":
+                best = index
+        return best
+
+    async def _summarize(self, turn: Turn | None, hidden: Sequence[ChatMessage]) -> str:
+        """A summary of the messages by the model; without one, their last words, so that a compaction never waits."""
+        lines = [
+            f"{m.role} ({m.time[:16].replace('T', ' ')}): {excerpt(m.said or m.text, 1_000)}"
+            for m in hidden
+            if m.said or m.text
+        ]
+        gist = self.record.state.get("gist", "")
+        room = max(400, round((self.window - 800) * 2 / self.model.ratio))
+        transcript = "\n".join(lines)[-room:]
+        if gist:
+            transcript = f"Summary of what came before: {gist}\n{transcript}"
+        messages = [{"role": "system", "content": SUMMARY_SYSTEM}, {"role": "user", "content": transcript}]
+        body = request_body(self.model.head({}), map(encode_json, messages), "")
+        reply = ModelReply()
+        if turn is not None:
+            turn.model_calls += 1
+        try:
+            with turn.interruptible() if turn else contextlib.nullcontext():
+                async for _ in self.model.stream(body, reply):
+                    pass
+            text = clean_text(reply.text).strip()
+        except ModelError as error:
+            logger.warning("agent %s: no summary by the model (%s)", self.name, error)
+            text = ""
+        if turn is not None and reply.usage is not None:
+            turn.input_tokens += reply.usage["input_tokens"]
+            turn.output_tokens += reply.usage["output_tokens"]
+        return excerpt(text or transcript[-SUMMARY_LIMIT:], SUMMARY_LIMIT)
+
+    # -- edits from outside --
+
+    async def set_block(self, label: str, value: str, version: int | None) -> AsyncGenerator[Event, None]:
+        """Give a block another text. Raises Refused (not_found, block_limit, conflict with the current value)."""
+        async with self.lock:
+            block = self.blocks.get(label)
+            if block is None:
+                raise Refused("not_found", f"no block {quote(label)}; blocks: {', '.join(self.blocks)}")
+            if version is not None and version != block.version:
+                text = f"block {label} has version {block.version} by now; read its value, then send that version"
+                raise Refused("conflict", text, version=block.version, value=block.value)
+            memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, self.last_message)
+            try:
+                memory.write(label, value)
+            except ToolError:
+                text = f"block {label} is limited to {block.limit:,} characters, but got {len(value):,}"
+                raise Refused("block_limit", text) from None
+            async for event in self._edit(memory):
+                yield event
+
+    async def insert_passage(self, text: str) -> AsyncGenerator[Event, None]:
+        """Keep a passage in archival memory; its id is the event's. Raises Refused (text_too_long)."""
+        if len(text) > MAX_TEXT:
+            raise Refused("text_too_long", f"a passage has at most {MAX_TEXT:,} characters, but got {len(text):,}")
+        async with self.lock:
+            memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, self.last_message)
+            memory.insert(text)
+            async for event in self._edit(memory):
+                yield event
+
+    async def delete_passage(self, passage_id: int) -> AsyncGenerator[Event, None]:
+        """Take a passage out of archival memory; the event keeps its text. Raises Refused (not_found)."""
+        async with self.lock:
+            passage = await self.store.passage(self.id, passage_id)
+            if passage is None:
+                raise Refused("not_found", f"no passage {passage_id}; search_memory lists passages with their ids")
+            memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, self.last_message)
+            memory.remove(passage)
+            async for event in self._edit(memory):
+                yield event
+
+    async def _edit(self, memory: AgentMemory) -> AsyncGenerator[Event, None]:
+        changes = Changes()
+        for edit in memory.edits:
+            changes.events += edit_events(edit, "client", None)
+        self._add_edits(changes, memory)
+        if changes.events:
+            await self._store(changes)
+        for event in changes.events:
+            yield event
+
+    def settings(self) -> JSON:
+        """The config with what the defaults make of it."""
+        effective = {"context_window": self.window, "max_steps": self.max_steps, "tools": list(self.tools)}
+        return {**self.record.config, "model": self.record.config["model"] or self.model.name, **effective}
+
+    def take_tools(self) -> None:
+        """Offer what is registered by now; the system message stays as it is."""
+        config = self.record.config["tools"]
+        names = list(MEMORY_TOOLS) if config is None else config
+        self.tools = {name: self._tools[name] for name in names if name in self._tools}
+        specs = ",".join(tool.spec for tool in self.tools.values())
+        self._tools_body = f"[{specs}]" if specs else ""
+
+    async def update(self, config: AgentConfig) -> AsyncGenerator[Event, None]:
+        """Take another config. Raises Refused where the window is too small for it."""
+        async with self.lock:
+            before = self.record.config
+            self.record.config = config.values
+            try:
+                self.configure()
+                check_window(
+                    self.window, config.values["system"] or SYSTEM_PROMPT, self._tools_body, self.blocks.values()
+                )
+                events = response_events(
+                    "agent_change", "the agent's settings changed", turn_id=None, step=0, change="updated"
+                )
+                await self._store(Changes(events=events, config=config.values))
+            except BaseException:
+                self.record.config = before
+                self.configure()
+                raise
+            for event in events:
+                yield event
+
+    # -- reading --
+
+    async def request(self, turn_id: str, step: int) -> JSON:
+        """What was sent for a step and what came back, rebuilt and compared with the hash of the bytes sent.
+
+        Raises Refused (not_found).
+        """
+        found = await self.store.request(self.id, turn_id, step)
+        if found is None:
+            raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step}")
+        record, messages = found
+        prompt = [record.system, *([record.summary] if record.summary else []), *messages]
+        body = request_body(record.head, [*prompt, record.extra] if record.extra else prompt, record.tools)
+        if hashlib.sha256(body.encode()).digest() != record.digest:
+            raise StoreFailed("the stored request does not match the hash of what was sent; run memws.py check")
+        return {
+            "request": decode_json(body),
+            "response": decode_json(record.response),
+            "usage": decode_json(record.usage),
+            "first_token_ms": record.first_token_ms,
+            "total_ms": record.total_ms,
+        }
+
+    # -- messages and transactions --
+
+    def _add_message(
+        self,
+        changes: Changes,
+        turn: Turn,
+        role: str,
+        text: str,
+        body: str,
+        *,
+        said: str = "",
+        event: Event | None = None,
+    ) -> None:
+        number = self.last_message + len(changes.messages) + 1
+        event = event or (changes.events[-1] if changes.events else None)
+        message = ChatMessage(
+            number, role, now_text(), text, body, turn.turn_id or None, max(turn.step, 1), said, event
+        )
+        changes.messages.append(message)
+
+    def _add_event_message(self, changes: Changes, turn: Turn, kind: str, **fields: Any) -> None:
+        """An event that the model hears of, packed as a user's message."""
+        text = str(fields.get("message") or fields.get("reason") or f"last login: {fields.get('last_login')}")
+        body = encode_json({"role": "user", "content": pack(kind, **fields)})
+        self._add_message(changes, turn, "system", text, body)
+
+    def _state(self, changes: Changes) -> JSON:
+        """The state that the transaction will store."""
+        if changes.state is None:
+            changes.state = dict(self.record.state)
+        return changes.state
+
+    async def _store(self, changes: Changes) -> None:
+        """Store a transaction, then take it over. The caller holds the lock."""
+        await self.store.commit(self.id, changes)
+        self.messages += changes.messages
+        self._message_tokens += sum(message.tokens for message in changes.messages)
+        self.recall += len(changes.messages)
+        self.last_message += len(changes.messages)
+        self.archival += len(changes.passages) - len(changes.removed)
+        if changes.passages:
+            self.last_passage = changes.passages[-1].id
+        if changes.state is not None:
+            self.record.state = changes.state
+        if changes.config is not None:
+            self.record.config = changes.config
+        if changes.events and (last := changes.events[-1].seq) is not None:
+            self.record.last_seq = last
+        for message in changes.messages:
+            message.event = None
+        if changes.blocks:
+            self.blocks |= {block.label: block for block in changes.blocks}
+            self._rebuild()
+
+
+_SUMMARY_NOTE: Final = (
+    "Note: prior messages ({hidden} of {total}) have left your view to make room; conversation_search finds them. "
+    "Summary of them:\n{gist}"
+)
+
+
+def message_digest(message: str) -> bytes:
+    """What tells a turn sent again from another turn under the same id."""
+    return hashlib.sha256(message.encode()).digest()
+
+
+def unpaired_calls(messages: Sequence[ChatMessage]) -> tuple[list[tuple[ChatMessage, str, str]], int]:
+    """(message, call id, tool) of the calls at the end that have no result, and the index after the last broken pairing
+    before them (0: none)."""
+    waiting: dict[str, tuple[ChatMessage, str, str]] = {}
+    broken = 0
+    for index, message in enumerate(messages):
+        if message.role == "tool":
+            if waiting.pop(decode_json(message.body)["tool_call_id"], None) is None:
+                broken = index + 1
+            continue
+        if waiting:
+            waiting, broken = {}, index
+        if message.role == "assistant" and '"tool_calls":' in message.body:
+            for call in decode_json(message.body)["tool_calls"]:
+                waiting[call["id"]] = (message, call["id"], call["function"]["name"])
+    return list(waiting.values()), broken
+
+
+def edit_events(edit: MemoryEdit, by: str, turn: Turn | None) -> list[Event]:
+    """The memory_change that tells of an edit."""
+    named = {"label": edit.name} if edit.what == "core" else {"id": edit.name}
+    diff = difference(edit.before or "", edit.after or "")
+    message = f"{edit.what} memory: {edit.name if edit.what == 'core' else f'passage {edit.name}'} changed"
+    return response_events(
+        "memory_change",
+        message,
+        turn_id=turn.turn_id if turn else None,
+        step=max(turn.step, 1) if turn else 0,
+        what=edit.what,
+        **named,
+        before=edit.before,
+        after=edit.after,
+        diff=diff,
+        by=by,
+    )
+
+
+def answer_error(changes: Changes) -> str:
+    """The last failure that a transaction tells of."""
+    texts = [event.fields["message"] for event in changes.events if event.fields.get("status") == "Failed"]
+    return str(texts[-1]) if texts else "unknown"
+
+
+def _says(call: Call) -> bool:
+    return call.name == "send_message" and isinstance(call.arguments.get("message"), str)
+
+
+def _clean_value(value: Any) -> Any:
+    """A JSON value with every text cleaned."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, list):
+        return [_clean_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _clean_value(item) for key, item in value.items()}
+    return value
+
+
+def _seconds_since(moment: str) -> float:
+    """Seconds since an RFC 3339 time."""
+    return time.time() - datetime.datetime.fromisoformat(moment).timestamp()
+
+
+# ======================================================================================================================
+# 9. Client: send a request, iterate the events of a turn
+# ======================================================================================================================
+
+Frame = dict[str, Any]
+"""One JSON object of the wire, as a client sees it: unknown types and fields of later servers pass through."""
+
+REFUSALS = {401: "the server asks for its token; give it as token, --token or MEMWS_TOKEN",
+            403: "the server refuses this host or origin; start it with --allow-host or --allow-origin",
+            503: "the server has no room for another connection; try again later"}  # fmt: skip
+"""What to do about the HTTP status that refuses a connection."""
+
+# The handshake's headers carry the token, and websockets logs headers at DEBUG.
+_socket_logger = logging.getLogger(f"{logger.name}.socket")
+_socket_logger.setLevel(logging.INFO)
+
+
+class _Feed:
+    """Events on their way to one reader: in order, stored ones once, at most FEED_LIMIT characters waiting.
+
+    A reader that is too slow, or absent, costs no more: once the limit is reached the feed takes nothing in until
+    the reader has emptied it, then asks the server for what is stored above `cursor`. Live events (without seq)
+    of that time are lost. So are those of a broken connection; what is left of their step's deltas is left out,
+    as its beginning may be missing: the stored event that follows has the whole text.
+    """
+
+    def __init__(self, cursor: int = 0) -> None:
+        self.cursor = cursor
+        """The highest seq taken in."""
+        self._waiting: collections.deque[tuple[int, Frame]] = collections.deque()
+        self._size = 0
+        self._news = asyncio.Event()
+        self._error: MemwsError | None = None
+        self._over = False
+        self._behind = False  # the limit was reached: the reader is waited for
+        self._deaf = True  # a replay was asked for and has not begun: what comes before it would jump the queue
+        self._torn = False  # deltas were lost: the next one tells of which step
+        self._torn_step: tuple[Any, Any] | None = None
+
+    def __aiter__(self) -> typing.Self:
+        return self
+
+    async def __anext__(self) -> Frame:
+        while not self._waiting:
+            if self._error is not None:
+                raise self._error
+            if self._over:
+                raise StopAsyncIteration
+            if self._behind:
+                self._behind = False
+                self._interrupt()
+                self._open()
+            self._news.clear()
+            await self._news.wait()
+        size, event = self._waiting.popleft()
+        self._size -= size
+        return event
+
+    def _accept(self, event: Frame, size: int) -> bool:
+        """Take in one event of `size` characters, unless it is known, out of turn or too much."""
+        seq = event.get("seq")
+        if self._over or self._behind:
+            return False
+        if seq is not None and seq <= self.cursor:
+            return False
+        if event.get("message_type") == "delta" and self._is_torn(event):
+            return False
+        if self._waiting and self._size + size > FEED_LIMIT:
+            self._behind = True
+            self._fall_behind()
+            return False
+        self.cursor = self.cursor if seq is None else seq
+        self._size += size
+        self._waiting.append((size, event))
+        self._news.set()
+        return True
+
+    def _is_torn(self, delta: Frame) -> bool:
+        step = (delta.get("turn_id"), delta.get("step"))
+        if self._torn:
+            self._torn, self._torn_step = False, step
+        return step == self._torn_step
+
+    def _interrupt(self) -> None:
+        """Events may be missing from here on: wait for the replay."""
+        self._deaf = self._torn = True
+
+    def _end(self, error: MemwsError | None) -> None:
+        """Nothing more comes: the reader gets what waits, then `error` or the end."""
+        if not self._over:
+            self._error, self._over = error, True
+            self._news.set()
+
+    def _open(self) -> None:
+        """Ask the server for the events above the cursor."""
+        raise NotImplementedError
+
+    def _fall_behind(self) -> None:
+        """The reader is too slow; by default the server may go on sending."""
+
+
+class ClientTurn(_Feed):
+    """The events of one turn as wire dicts, from its start to its terminal frame; a refusal is only a terminal frame.
+
+    Iterate it once, with `async for`. A turn survives its connection: the client sends the message again under
+    the same turn_id, and the server replays. Iteration ends in ConnectionLost where the client gives up.
+    """
+
+    def __init__(self, client: Client, request: Frame) -> None:
+        super().__init__()
+        self.turn_id: str = request["turn_id"]
+        self.agent_name: str | None = request["agent_name"]
+        self._client = client
+        self._request = request
+        self._sent = 0
+
+    async def text(self) -> str:
+        """Read on to the end and give the reply: its assistant messages, a line each.
+
+        Raises RemoteError where the turn ends in an error or is refused.
+        """
+        reply: list[str] = []
+        async for event in self:
+            if event.get("message_type") == "assistant_message":
+                reply.append("\n" if reply and event.get("part", 1) == 1 else "")
+                reply.append(str(event.get("message")))
+            elif event["type"] in ("agent_response_error", "server_error"):
+                raise RemoteError(str(event.get("code")), str(event.get("message")))
+        return "".join(reply)
+
+    async def cancel(self) -> Frame:
+        """Ask the server to end this turn; its terminal frame still comes. Result as of the command `cancel`."""
+        return await self._client.command("cancel", **self._address())
+
+    def cancel_soon(self) -> None:
+        """Ask the same without waiting for the answer; without a connection this does nothing."""
+        self._client._post("cancel", self._address(), lambda answer: None)
+
+    def _address(self) -> Frame:
+        name = {} if self.agent_name is None else {"agent_name": self.agent_name}
+        return {"turn_id": self.turn_id, **name}
+
+    def _takes(self, frame: Frame) -> bool:
+        """Whether a frame is of this turn; turn_ids are unique within an agent only."""
+        if frame.get("id") == self._request["id"]:
+            return True
+        return frame.get("turn_id") == self.turn_id and self.agent_name in (None, frame.get("agent_name"))
+
+    def _accept(self, event: Frame, size: int) -> bool:
+        kind, stored = event.get("type"), event.get("seq") is not None
+        if kind == "agent_response_start":
+            self._deaf = False
+            self.agent_name = event.get("agent_name", self.agent_name)
+        terminal = kind != "agent_response_start" and kind != "agent_response"
+        if self._deaf and not (not stored and (terminal or event.get("message_type") == "queue")):
+            return False
+        self._sent = 0
+        if terminal:
+            self._client._turns.pop(self.turn_id, None)
+            if not stored:
+                self._behind = False  # a refusal is stored nowhere: it must not wait
+        taken = super()._accept(event, size)
+        if terminal and taken:
+            self._end(None)
+        return taken
+
+    def _open(self) -> None:
+        if not self._client._alive or self._sent > RESEND_LIMIT:
+            self._client._turns.pop(self.turn_id, None)
+            self._end(ConnectionLost(self._client.url))
+            return
+        self._client._turns[self.turn_id] = self
+        if self._client._send_frame({**self._request, "agent_name": self.agent_name}):
+            self._sent += 1
+
+
+class Subscription(_Feed):
+    """The events of all turns of one agent, without end: those stored above `after`, then live ones.
+
+    Iterate it with `async for`. It survives a broken connection. Iteration raises RemoteError where the server
+    refuses the agent or the cursor, and ConnectionLost where the client gives up.
+    """
+
+    def __init__(self, client: Client, agent_name: str, after: int | None) -> None:
+        super().__init__(after or 0)
+        self.agent_name = agent_name
+        self._client = client
+        self._after = after
+        self._opened = asyncio.get_running_loop().create_future()
+        self._opened.add_done_callback(lambda done: done.exception())  # the reader is told as well
+
+    async def ready(self) -> int:
+        """Wait until the server follows the agent for us; gives the agent's last seq at that time."""
+        last_seq: int = await asyncio.shield(self._opened)
+        return last_seq
+
+    def _accept(self, event: Frame, size: int) -> bool:
+        return not self._deaf and super()._accept(event, size)
+
+    def _end(self, error: MemwsError | None) -> None:
+        super()._end(error)
+        if not self._opened.done():
+            self._opened.set_exception(error or ConnectionLost(self._client.url))
+
+    def _open(self) -> None:
+        after = {} if self._after is None else {"after": self.cursor}
+        self._client._post("subscribe", {"agent_name": self.agent_name, **after}, self._confirm)
+
+    def _confirm(self, answer: Frame | MemwsError) -> None:
+        if isinstance(answer, RemoteError) and answer.code == "unknown_seq" and self._opened.done():
+            # The history is shorter than what was seen of it: another database. Follow it from its present end.
+            self._after = self.cursor = answer.details.get("last_seq", 0)
+            self._open()
+        elif isinstance(answer, RemoteError):
+            self._client._forget(self)
+            self._end(answer)
+        elif not isinstance(answer, MemwsError):
+            self._deaf = False
+            last_seq = answer.get("last_seq", self.cursor)
+            if self._after is None:
+                self._after = self.cursor = last_seq
+            if not self._opened.done():
+                self._opened.set_result(last_seq)
+
+    def _fall_behind(self) -> None:
+        self._client._post("unsubscribe", {"agent_name": self.agent_name}, lambda answer: None)
+
+
+class Client:
+    """An async client of one server; use it with `async with`, or `connect` and `close`.
+
+    token goes as `Authorization: Bearer`. timeout: seconds for a connection to open. reconnect: True tries for
+    ever after a loss, False never, a number for as many seconds; a client that gives up ends all that waits
+    with an error. After a reconnect it says hello again, loads its agent again, subscribes again from its cursor
+    and sends again the messages whose turns are not over. on_state is called with "lost", "restored" and, once
+    it gave up, "failed". Not thread-safe: all calls belong on the loop of `connect`; see `BlockingClient`.
+    """
+
+    def __init__(
+        self,
+        url: str = f"ws://localhost:{DEFAULT_PORT}",
+        token: str | None = None,
+        *,
+        timeout: float = 10.0,
+        reconnect: bool | float = True,
+        on_state: Callable[[str], None] | None = None,
+    ) -> None:
+        if token is not None and not (token.isascii() and token.isprintable() and " " not in token and token):
+            raise ValueError("expected a token of printable ASCII characters without spaces")
+        self.url = _public_url(url)
+        """The address without user, password and query, fit for logs."""
+        self.agent_name: str | None = None
+        """The connection's current agent: the one created or loaded last."""
+        self.on_state = on_state
+        self._address = url
+        self._token = token
+        self._timeout = timeout
+        self._reconnect = reconnect
+        self._message_types: list[str] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._outbox: asyncio.Queue[str] | None = None  # None: no connection
+        self._delay = RECONNECT_DELAY
+        self._last_id = 0
+        self._pending: dict[int, tuple[str, Frame, Callable[[Frame | MemwsError], None]]] = {}
+        self._parts: dict[int, dict[int, str]] = {}
+        self._turns: dict[str, ClientTurn] = {}
+        self._subscriptions: dict[str, Subscription] = {}
+
+    def __repr__(self) -> str:
+        return f"<memws.Client {self.url} {'connected' if self.connected else 'not connected'}>"
+
+    async def __aenter__(self) -> typing.Self:
+        await self.connect()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        await self.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether a connection is open just now."""
+        return self._outbox is not None
+
+    @property
+    def _alive(self) -> bool:
+        """Whether there is a connection or one is being sought."""
+        return self._task is not None and not self._task.done()
+
+    async def connect(self) -> None:
+        """Open the connection, in one attempt; nothing happens where it is open. Raises ConnectFailed."""
+        if not self._alive:
+            socket = await self._dial()
+            self._task = asyncio.create_task(self._run(socket), name=f"memws client of {self.url}")
+            self._begin()
+
+    async def close(self) -> None:
+        """Close the connection; whatever waits gets ConnectionLost."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def command(self, command: str, /, **arguments: Any) -> Frame:
+        """Send one command and give its result.
+
+        Raises RemoteError with the server's code and sentence, ConnectionLost where the connection breaks
+        before the answer (the command may have been done), RequestTooLarge.
+        """
+        answered: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+
+        def settle(answer: Frame | MemwsError) -> None:
+            if not answered.done():  # else: the caller was cancelled
+                answered.set_exception(answer) if isinstance(answer, MemwsError) else answered.set_result(answer)
+
+        self._post(command, arguments, settle)
+        return await answered
+
+    async def hello(self, message_types: Iterable[str] | None = None) -> Frame:
+        """Ask what the server is, and, with message_types, for these instead of the classic three ("*": all)."""
+        return await self.command("hello", **({} if message_types is None else {"message_types": list(message_types)}))
+
+    async def create_agent(self, name: str | None = None, **config: Any) -> Frame:
+        """Create an agent, which becomes the current one; config as in the contract."""
+        return await self.command("create_agent", config={**({} if name is None else {"name": name}), **config})
+
+    async def load_agent(self, name: str) -> Frame:
+        """Load an agent, which becomes the current one."""
+        return await self.command("load_agent", name=name)
+
+    def send(
+        self, message: str, agent_name: str | None = None, turn_id: str | None = None, when_busy: str = "queue"
+    ) -> ClientTurn:
+        """Send a user message, to the current agent if none is named, and give its turn, to be iterated.
+
+        It goes out also when nobody iterates, and after a reconnect when there is no connection just now. turn_id
+        is made here when absent; one from an earlier process resumes that turn. when_busy: "queue", "reject"
+        or "interrupt".
+        """
+        if not self._alive:
+            raise ConnectionLost(self.url)
+        turn_id = turn_id or uuid.uuid4().hex
+        if turn_id in self._turns:
+            raise ValueError(f"turn {turn_id!r} is not over in this client; iterate it, or choose another turn_id")
+        name = agent_name or self.agent_name
+        request = {"type": "user_message", "id": self._next_id(), "message": message, "turn_id": turn_id,
+                   "agent_name": name and _nfc(name), "when_busy": when_busy}  # fmt: skip
+        self._encode(request)  # a text that cannot be sent fails here, not at a reconnect
+        turn = ClientTurn(self, request)
+        turn._open()
+        return turn
+
+    async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue") -> str:
+        """Send a user message and give the text of the reply; raises as `ClientTurn.text` does."""
+        return await self.send(message, agent_name, when_busy=when_busy).text()
+
+    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Subscription:
+        """Follow an agent (None: the current one): events stored above `after` (0: all, None: none), then live ones.
+
+        As on the wire, a second subscription of the same agent takes the first one's place, which ends.
+        """
+        name = agent_name or self.agent_name
+        if name is None:
+            raise ValueError("no agent to subscribe to; name one, or create or load one first")
+        if not self._alive:
+            raise ConnectionLost(self.url)
+        subscription = Subscription(self, _nfc(name), after)
+        if former := self._subscriptions.get(subscription.agent_name):
+            former._end(None)
+        self._subscriptions[subscription.agent_name] = subscription
+        subscription._open()
+        return subscription
+
+    async def unsubscribe(self, agent_name: str | None = None) -> None:
+        """End the subscription of an agent (None: the current one); its iteration ends."""
+        subscription = self._subscriptions.get(_nfc(agent_name or self.agent_name or ""))
+        if subscription is not None:
+            self._forget(subscription)
+            subscription._end(None)
+            await self.command("unsubscribe", agent_name=subscription.agent_name)
+
+    # The connection: one task reads, one writes, for as long as it lasts.
+
+    async def _run(self, socket: ClientConnection) -> None:
+        """Keep a connection until the client is closed or gives up."""
+        error: MemwsError = ConnectionLost(self.url)
+        try:
+            while True:
+                await self._converse(socket)
+                self._lose()
+                self._report("lost")
+                if not self._reconnect:
+                    break
+                socket = await self._redial()
+                self._begin()
+                self._report("restored")
+        except ConnectFailed as failure:
+            error = failure
+            self._report("failed")
+        finally:
+            self._lose()
+            for feed in [*self._turns.values(), *self._subscriptions.values()]:
+                feed._end(error)
+            self._turns.clear()
+            self._subscriptions.clear()
+
+    async def _converse(self, socket: ClientConnection) -> None:
+        """Read until the connection ends; a task of its own writes, so that neither waits for the other."""
+        writer = asyncio.create_task(self._write(socket))
+        try:
+            async for text in socket:
+                if isinstance(text, str):
+                    self._route(text)
+        except ConnectionClosed as closed:
+            logger.debug("connection to %s ended: %s", self.url, closed)
+        finally:
+            writer.cancel()
+            await asyncio.wait([writer])
+            await socket.close()
+
+    async def _write(self, socket: ClientConnection) -> None:
+        outbox = self._outbox
+        try:
+            while outbox is not None:
+                await socket.send(await outbox.get())
+        except ConnectionClosed:
+            pass  # the reader sees it too
+
+    async def _dial(self) -> ClientConnection:
+        """One attempt to connect. Nothing of the address but its public part gets into an error, hence `from None`."""
+        headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        try:
+            # A proxy that the environment names cannot reach our own loopback.
+            proxy: Literal[True] | None = None if _is_loopback(self._address) else True
+            return await _websocket_connect(
+                self._address, additional_headers=headers, compression=None, max_size=MAX_FRAME, logger=_socket_logger,
+                open_timeout=self._timeout, close_timeout=CLOSE_TIMEOUT, proxy=proxy,
+            )  # fmt: skip
+        except InvalidStatus as refused:
+            status = refused.response.status_code
+            advice = REFUSALS.get(status, f"what answers there is no memws server (HTTP {status}); check the address")
+            raise ConnectFailed(self.url, advice, status) from None
+        except (InvalidURI, ValueError):
+            raise ConnectFailed(self.url, "expected an address like ws://localhost:8282") from None
+        except TimeoutError:
+            raise ConnectFailed(self.url, f"no answer within {self._timeout:g} s; check the address") from None
+        except WebSocketException:
+            raise ConnectFailed(self.url, "what answers there is no memws server; check the address") from None
+        except OSError as error:
+            refused_all = isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error)
+            advice = "start the server with `python memws.py`"
+            if not refused_all:
+                advice = f"{error.strerror or error}; check the address"
+            raise ConnectFailed(self.url, advice) from None
+
+    async def _redial(self) -> ClientConnection:
+        """Connect again, later and later; raises ConnectFailed when the time is over or the server refuses for good."""
+        patience = float("inf") if self._reconnect is True else float(self._reconnect)
+        deadline = time.monotonic() + patience
+        while True:
+            delay = self._delay * random.uniform(0.5, 1.0)
+            await asyncio.sleep(min(delay, max(0.0, deadline - time.monotonic())))
+            self._delay = min(2 * self._delay, RECONNECT_DELAY_MAX)
+            try:
+                return await self._dial()
+            except ConnectFailed as failure:
+                if failure.status in (401, 403) or time.monotonic() >= deadline:
+                    raise
+
+    def _begin(self) -> None:
+        """A connection is open: restore on it what the last one knew, in the order in which the server takes it up.
+
+        Subscriptions come before messages: their replay must not find newer events already delivered.
+        """
+        self._outbox = asyncio.Queue()
+        if self._message_types is not None:
+            self._post("hello", {"message_types": self._message_types}, lambda answer: None)
+        if self.agent_name is not None:
+            self._post("load_agent", {"name": self.agent_name}, self._check_reload)
+        for feed in [*self._subscriptions.values(), *self._turns.values()]:
+            if not feed._behind:  # else: once its reader is back
+                feed._open()
+
+    def _check_reload(self, answer: Frame | MemwsError) -> None:
+        if isinstance(answer, RemoteError):
+            logger.warning("agent %r could not be loaded again: %s", self.agent_name, answer)
+            self.agent_name = None
+
+    def _lose(self) -> None:
+        """The connection is gone: commands fail, turns and subscriptions wait for the next."""
+        self._outbox = None
+        pending, self._pending, self._parts = self._pending, {}, {}
+        for _, _, answer in pending.values():
+            answer(ConnectionLost(self.url))
+        for feed in [*self._turns.values(), *self._subscriptions.values()]:
+            feed._interrupt()
+
+    def _report(self, state: str) -> None:
+        logger.info("connection to %s %s", self.url, state)
+        try:
+            if self.on_state is not None:
+                self.on_state(state)
+        except Exception:  # the caller's function must not end the connection
+            logger.exception("on_state failed")
+
+    # Frames out.
+
+    def _next_id(self) -> int:
+        self._last_id += 1
+        return self._last_id
+
+    def _encode(self, request: Frame) -> str:
+        text = encode_json(request)
+        if len(text) > MAX_FRAME // 4 and (size := len(text.encode())) > MAX_FRAME:
+            raise RequestTooLarge(size)
+        return text
+
+    def _send_frame(self, request: Frame) -> bool:
+        """Queue a request for the writer; False without a connection."""
+        if self._outbox is not None:
+            self._outbox.put_nowait(self._encode(request))
+        return self._outbox is not None
+
+    def _post(self, command: str, arguments: Frame, answer: Callable[[Frame | MemwsError], None]) -> None:
+        """Send a command; `answer` is called once, from the reader, with the result or the error."""
+        number = self._next_id()
+        if self._send_frame({**arguments, "type": "command", "command": command, "id": number}):
+            self._pending[number] = (command, arguments, answer)
+        else:
+            answer(ConnectionLost(self.url))
+
+    def _forget(self, subscription: Subscription) -> None:
+        if self._subscriptions.get(subscription.agent_name) is subscription:
+            del self._subscriptions[subscription.agent_name]
+
+    # Frames in.
+
+    def _route(self, text: str) -> None:
+        """Hand one frame to whoever waits for it."""
+        self._delay = RECONNECT_DELAY  # the server answers: the next loss is a new one
+        try:
+            frame = decode_json(text)
+            kind, number = frame.get("type"), frame.get("id")
+            if kind in ("command_response", "server_error") and number in self._pending:
+                self._answer(number, frame)
+            elif kind in ("agent_response_start", "agent_response", "agent_response_end", "agent_response_error"):
+                self._deliver(frame, len(text))
+            elif kind == "server_error":
+                self._refuse(frame)
+            else:
+                logger.debug("frame of unknown type ignored: %.80r", text)
+        except Exception:  # one odd frame must not end the connection
+            logger.exception("frame ignored: %.80r", text)
+
+    def _answer(self, number: int, frame: Frame) -> None:
+        """Settle a command; the answer of several parts is whole once all are there."""
+        result = frame.get("result") or {}
+        if (parts := frame.get("parts")) is not None:
+            pieces = self._parts.setdefault(number, {})
+            pieces[frame["part"]] = result["text"]
+            if len(pieces) < parts:
+                return
+            del self._parts[number]
+            result = decode_json("".join(pieces[part] for part in sorted(pieces)))
+        command, arguments, answer = self._pending.pop(number)
+        if frame.get("ok", str(frame.get("status")).startswith("OK")) and frame["type"] == "command_response":
+            self._follow(command, arguments, result)
+            answer(result)
+        else:
+            error = {"code": frame.get("code"), "message": frame.get("message") or frame.get("status")}
+            error |= frame.get("error") or {}
+            answer(RemoteError(str(error.pop("code")), str(error.pop("message")), error))
+
+    def _follow(self, command: str, arguments: Frame, result: Frame) -> None:
+        """Keep in mind what a command changed about this connection."""
+        if command == "hello" and arguments.get("message_types") is not None:
+            self._message_types = arguments["message_types"]
+        elif command in ("create_agent", "load_agent"):
+            self.agent_name = result.get("agent_name", self.agent_name)
+        elif command in ("rename_agent", "delete_agent"):
+            self._renamed(arguments.get("agent_name") or self.agent_name, result.get("agent_name"))
+
+    def _renamed(self, old: str | None, new: str | None) -> None:
+        """An agent has another name, or none any more; its subscription and the current agent follow."""
+        if old == self.agent_name:
+            self.agent_name = new
+        if old is not None and new is not None and old != new and old in self._subscriptions:
+            subscription = self._subscriptions[new] = self._subscriptions.pop(old)
+            subscription.agent_name = new
+
+    def _deliver(self, event: Frame, size: int) -> None:
+        """Hand an event to its turn and to the subscription of its agent; it comes once for both."""
+        turn = self._turns.get(event.get("turn_id", ""))
+        if turn is not None and turn._takes(event):
+            turn._accept(event, size)
+        is_refusal = event["type"] == "agent_response_error" and event.get("seq") is None
+        subscription = self._subscriptions.get(event.get("agent_name", ""))
+        if subscription is not None and not is_refusal:
+            subscription._accept(event, size)
+        if event.get("message_type") == "agent_change" and event.get("change") in ("renamed", "deleted"):
+            self._renamed(event.get("agent_name"), event.get("new_name"))
+
+    def _refuse(self, frame: Frame) -> None:
+        """A server_error that answers no command: a message that was no valid request, else only for the log."""
+        turns = [turn for turn in self._turns.values() if turn._request["id"] == frame.get("id")]
+        for turn in turns:
+            turn._accept(frame, 0)
+        if not turns:
+            logger.warning("the server refused a frame: %.200r", frame.get("message"))
+
+
+def _public_url(url: str) -> str:
+    """An address without what may be secret in it: user, password, query."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError:
+        return "this address"
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def _is_loopback(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _nfc(name: str) -> str:
+    """A name as the server spells it, so that its frames are recognised."""
+    return unicodedata.normalize("NFC", name)
+
+
+def connect(
+    url: str = f"ws://localhost:{DEFAULT_PORT}",
+    token: str | None = None,
+    *,
+    timeout: float = 10.0,
+    reconnect: bool | float = 60.0,
+    on_state: Callable[[str], None] | None = None,
+) -> BlockingClient:
+    """Open a `Client` for scripts and notebook cells: the same calls, which wait. Use it with `with`."""
+    return BlockingClient(Client(url, token, timeout=timeout, reconnect=reconnect, on_state=on_state))
+
+
+class BlockingClient:
+    """A Client on a loop of its own daemon thread; its calls work from any other thread, also inside a running loop.
+
+    Ends with `close`, with its `with` block, when nothing refers to it any more, or with the process.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        """The async client; it belongs to this object's thread."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="memws client", daemon=True)
+        self._thread.start()
+        self._finalizer = weakref.finalize(self, _stop_loop, client, self._loop, self._thread)
+        try:
+            self._call(client.connect())
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"<memws.BlockingClient of {self.client!r}>"
+
+    def __enter__(self) -> typing.Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def agent_name(self) -> str | None:
+        """The connection's current agent."""
+        return self.client.agent_name
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a connection or one is being sought."""
+        return self.client._alive and self._finalizer.alive
+
+    def close(self) -> None:
+        """Close the connection and end the thread, within 2 s; whatever waits gets ConnectionLost."""
+        self._finalizer()
+
+    def command(self, command: str, /, **arguments: Any) -> Frame:
+        """As Client.command."""
+        return self._call(self.client.command(command, **arguments))
+
+    def hello(self, message_types: Iterable[str] | None = None) -> Frame:
+        """As Client.hello."""
+        return self._call(self.client.hello(message_types))
+
+    def create_agent(self, name: str | None = None, **config: Any) -> Frame:
+        """As Client.create_agent."""
+        return self._call(self.client.create_agent(name, **config))
+
+    def load_agent(self, name: str) -> Frame:
+        """As Client.load_agent."""
+        return self._call(self.client.load_agent(name))
+
+    def send(
+        self, message: str, agent_name: str | None = None, turn_id: str | None = None, when_busy: str = "queue"
+    ) -> BlockingTurn:
+        """As Client.send; the turn is an ordinary iterator."""
+
+        async def send() -> ClientTurn:
+            return self.client.send(message, agent_name, turn_id, when_busy)
+
+        return BlockingTurn(self, self._call(send()))
+
+    def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue") -> str:
+        """As Client.ask; an interrupt cancels the turn."""
+        return self.send(message, agent_name, when_busy=when_busy).text()
+
+    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> BlockingFeed:
+        """As Client.subscribe, once the server has confirmed it."""
+
+        async def subscribe() -> Subscription:
+            subscription = self.client.subscribe(agent_name, after)
+            await subscription.ready()
+            return subscription
+
+        return BlockingFeed(self, self._call(subscribe()))
+
+    def unsubscribe(self, agent_name: str | None = None) -> None:
+        """As Client.unsubscribe."""
+        self._call(self.client.unsubscribe(agent_name))
+
+    def _call(self, call: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the client's loop and wait for it."""
+        if threading.current_thread() is self._thread:
+            call.close()
+            raise RuntimeError("a blocking call on the client's own thread would never end; await memws.Client instead")
+        if not self._finalizer.alive:
+            call.close()
+            raise ConnectionLost(self.client.url)
+        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise ConnectionLost(self.client.url) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class BlockingFeed:
+    """The events of a turn or of a subscription as an ordinary iterator."""
+
+    def __init__(self, client: BlockingClient, feed: ClientTurn | Subscription) -> None:
+        self._client = client
+        self._feed = feed
+
+    def __iter__(self) -> typing.Self:
+        return self
+
+    def __next__(self) -> Frame:
+        async def following() -> Frame | None:
+            return await anext(self._feed, None)
+
+        event = self._client._call(following())
+        if event is None:
+            raise StopIteration
+        return event
+
+
+class BlockingTurn(BlockingFeed):
+    """A turn as an ordinary iterator; an interrupt (KeyboardInterrupt) that meets it waiting cancels the turn."""
+
+    _feed: ClientTurn
+
+    @property
+    def turn_id(self) -> str:
+        """The turn's id, made by the client unless it was given."""
+        return self._feed.turn_id
+
+    def __next__(self) -> Frame:
+        try:
+            return super().__next__()
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+
+    def text(self) -> str:
+        """As ClientTurn.text."""
+        try:
+            return self._client._call(self._feed.text())
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Ask the server to end this turn, without waiting for it: fit for any thread and for signal handlers."""
+        self._client._loop.call_soon_threadsafe(self._feed.cancel_soon)
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """A loop in its own thread, until it is stopped."""
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        leftover = asyncio.all_tasks(loop)
+        for task in leftover:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*leftover, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+
+
+def _stop_loop(client: Client, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """Close a blocking client; it may be the garbage collector that calls, on whatever thread."""
+    if loop.is_closed():
+        return
+
+    async def close() -> None:
+        try:
+            await client.close()
+        finally:
+            loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
+    if threading.current_thread() is not thread:
+        thread.join(CLOSE_TIMEOUT + 1.0)
+
+
+# ======================================================================================================================
+# 11. Server: agents by name, one session per connection, the gate
+# ======================================================================================================================
+
+
+def _option(default: T, meaning: str) -> T:
+    """A field of Options: its default, and what its flag's help says."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a server can be told; the command line's flags are these fields. Raises UsageError for what cannot be."""
+
+    host: str = _option(DEFAULT_HOST, "address to listen on; anything but loopback needs a token")
+    port: int = _option(DEFAULT_PORT, "port to listen on; 0 picks a free one")
+    db: str = _option(DEFAULT_DB, "SQLite file with the agents; :memory: keeps nothing")
+    model: str | None = _option(
+        None, "model of agents that name none; offline: the embedded stand-in, no language model"
+    )
+    base_url: str | None = _option(None, "OpenAI-compatible endpoint, like http://localhost:11434/v1 for Ollama")
+    api_key: str | None = _option(
+        None, "the endpoint's key: only from Python, or as OPENAI_API_KEY; no flag, as others can read those"
+    )
+    context_window: int | None = _option(None, "tokens of the context window, where the model's name does not tell")
+    max_steps: int = _option(MAX_STEPS, "steps of one turn at most")
+    token: str | None = _option(None, "secret that clients have to show")
+    allow_origin: tuple[str, ...] = _option(
+        (), "web origin whose pages may connect, like https://lab.example (repeatable)"
+    )
+    allow_host: tuple[str, ...] = _option((), "further host name under which clients reach the server (repeatable)")
+    rate_limit: int = _option(
+        RATE_LIMIT, f"requests a second on one connection, in bursts of up to {RATE_BURST}; 0: no limit"
+    )
+    max_connections: int = _option(MAX_CONNECTIONS, "connections at once")
+    sync: str = _option("full", "full: what is acknowledged survives a power cut; normal: a killed process")
+    idle_timeout: float = _option(IDLE_TIMEOUT, "seconds of silence inside a model's answer before the call has failed")
+
+    def __post_init__(self) -> None:
+        for name, least, most in (
+            ("port", 0, 65_535),
+            ("rate_limit", 0, 10**9),
+            ("max_connections", 1, 10**6),
+            ("max_steps", 1, 1_000),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise UsageError(f"{name}: expected an integer from {least} to {most}, but got {quote(value)}")
+        if self.context_window is not None and (type(self.context_window) is not int or self.context_window < 1):
+            raise UsageError(f"context_window: expected a number of tokens, but got {quote(self.context_window)}")
+        if self.sync not in ("full", "normal"):
+            raise UsageError(f"sync: expected full or normal, but got {quote(self.sync)}")
+        for name in ("allow_origin", "allow_host"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        if self.token is not None and not re.fullmatch(r"[\x21-\x7e]{1,512}", self.token):
+            raise UsageError("token: expected 1 to 512 printable characters without spaces")
+        if not is_loopback(self.host) and self.token is None:
+            raise UsageError(
+                f"listening on {self.host!r} lets other machines in: set --token SECRET, or use --host localhost"
+            )
+
+    def limits(self) -> JSON:
+        """The limits as `hello` tells them, in characters, bytes, seconds and counts."""
+        return {
+            "max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_depth": MAX_DEPTH, "max_name": MAX_NAME, "max_id": MAX_ID,
+            "max_query": MAX_QUERY, "text_part": TEXT_PART, "block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT,
+            "max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT, "rate_limit": self.rate_limit,
+            "rate_burst": RATE_BURST, "max_connections": self.max_connections, "max_outgoing": MAX_OUTGOING,
+            "max_steps": self.max_steps, "name_pattern": _NAME.pattern,
+        }  # fmt: skip
+
+
+# ---- the gate --------------------------------------------------------------------------------------------------------
+
+_LOOPBACK_NAMES: Final = frozenset(("localhost", "127.0.0.1", "[::1]"))
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,45}\]|[^\s:/?#@\[\]\\]{1,255})(?::(\d{1,5}))?")
+_ORIGIN = re.compile(r"(https?)://(.{1,300})", re.IGNORECASE)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only programs of this machine can reach a server bound to `host`."""
+    return host.lower() == "localhost" or _is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback
+
+
+def _is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
+    return False
+
+
+class Gate:
+    """Who may open a connection: decided before the upgrade, by exact comparison, without a parser that can raise.
+
+    A web page in some browser can reach a loopback port: Origin tells which page (cross-site WebSocket hijacking), Host
+    which name it believes to talk to (DNS rebinding).
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._token = options.token.encode() if options.token is not None else None
+        self._origins = frozenset(origin.strip().rstrip("/").lower() for origin in options.allow_origin)
+        origin_hosts = (origin.partition("://")[2] or origin for origin in self._origins)
+        self._hosts = _LOOPBACK_NAMES.union(
+            host for name in (*options.allow_host, *origin_hosts) if (host := self._host_of(name.strip())) is not None
+        )
+
+    def refuse(self, request: HandshakeRequest) -> tuple[int, str] | None:
+        """(HTTP status, reason) for a request that may not pass; a health check passes with the Host check alone."""
+        hosts = request.headers.get_all("Host")
+        if len(hosts) != 1:
+            return 400, "expected exactly one Host header"
+        if not self._may_host(hosts[0]):
+            return 403, "this Host is not served here; add it with --allow-host"
+        if request.method != "GET":
+            return 405, "only GET is served here"
+        if is_health_check(request):
+            return None
+        origins = request.headers.get_all("Origin")
+        if len(origins) > 1 or (origins and not self._may_origin(origins[0])):
+            return 403, "pages of this Origin may not connect; allow them with --allow-origin"
+        if self._token is not None and not self._has_token(request):
+            return 401, "a token is needed: send it as Authorization: Bearer, as subprotocol memws, or as ?token="
+        return None
+
+    def _host_of(self, value: str) -> str | None:
+        """The host of `host` or `host:port`, in lower case; None for what is neither."""
+        found = _HOST.fullmatch(value)
+        if found is None or (found.group(2) and int(found.group(2)) > 65_535):
+            return None
+        return found.group(1).lower()
+
+    def _may_host(self, value: str) -> bool:
+        host = self._host_of(value)
+        return host is not None and (host in self._hosts or (self._token is not None and _is_address(host)))
+
+    def _may_origin(self, value: str) -> bool:
+        if value.lower() in self._origins:
+            return True
+        found = _ORIGIN.fullmatch(value)
+        return found is not None and self._may_host(found.group(2))
+
+    def _has_token(self, request: HandshakeRequest) -> bool:
+        headers = request.headers
+        shown = [value[7:].strip() for value in headers.get_all("Authorization") if value[:7].lower() == "bearer "]
+        for value in headers.get_all("Sec-WebSocket-Protocol"):
+            names = [name.strip() for name in value.split(",")]
+            shown += names[1:] if names[0] == "memws" else []
+        for pair in request.path.partition("?")[2].split("&"):
+            name, _, value = pair.partition("=")
+            shown += [urllib.parse.unquote(value)] if name == "token" else []
+        assert self._token is not None
+        # Every one is compared, each in constant time.
+        return any([hmac.compare_digest(value.encode("utf-8", "replace"), self._token) for value in shown])
+
+
+def is_health_check(request: HandshakeRequest) -> bool:
+    return request.path.partition("?")[0] == "/healthz"
+
+
+# ---- who gets what ---------------------------------------------------------------------------------------------------
+
+
+class Follower:
+    """One session's place in an agent's events: all of them, or those of one turn.
+
+    It is live, or it catches up: reads stored events behind its cursor as fast as its reader takes them, and goes live
+    when nothing is left and nothing was published meanwhile.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        host: AgentHost,
+        cursor: int,
+        *,
+        turn_id: str | None = None,
+        request_id: RequestId = None,
+    ) -> None:
+        self.session = session
+        self.host = host
+        self.cursor = cursor
+        self.turn_id = turn_id
+        self.request_id = request_id
+        self.live = True
+
+    def deliver(self, event: Event, text: str) -> None:
+        """Send a published event, unless it was sent before or a replay will come to it."""
+        if not self.live or (event.seq is not None and event.seq <= self.cursor):
+            return
+        if event.seq is not None:
+            self.cursor = event.seq
+        if self.session.wants(event.message_type):
+            self.session.send(text)
+
+    async def catch_up(self, *, once: bool = False) -> None:
+        """Replay what is stored behind the cursor, then go live; `once`: end there."""
+        self.live = False
+        while True:
+            published = self.host.published
+            rows = await self.host.hub.store.events(self.host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id)
+            for seq, text in rows:
+                self.cursor = seq
+                kind, message_type = event_kind(text)
+                if self.session.wants(message_type):
+                    await self.session.drained()
+                    frame = extend_json(text, agent_name=self.host.agent.name)
+                    marked = self.host.marked(frame, kind, self.session, self.request_id)
+                    self.session.send(marked)
+            if not rows and (once or published == self.host.published):
+                self.live = not once
+                return
+
+
+_REPLAY_PAGE: Final = 100
+
+
+class QueuedTurn:
+    """A turn that waits or runs, and whom it answers."""
+
+    def __init__(self, turn: Turn, sender: Session | None = None) -> None:
+        self.turn = turn
+        self.sender = sender
+        "Whose queue it counts against."
+        self.followers: dict[Session, Follower] = {}
+        self.done: asyncio.Future[None] | None = None
+        "For a caller in Python: the turn has ended, or was refused."
+
+
+class AgentHost:
+    """One agent in use: its turns one after another, its followers, its timed heartbeats."""
+
+    def __init__(self, hub: Hub, agent: Agent) -> None:
+        self.hub = hub
+        self.agent = agent
+        self.published = agent.last_seq
+        "The last seq that followers have been told."
+        self.subscribers: dict[Session, Follower] = {}
+        self.waiting: collections.deque[QueuedTurn] = collections.deque()
+        self.current: QueuedTurn | None = None
+        self.gone = False
+        "Deleted: nobody's current agent any more."
+        self.stale = False
+        "A transaction failed: memory and disk may differ, the agent is opened anew before its next turn."
+        self.compacting = False
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle_heartbeats = 0
+        self.arm_heartbeat()
+
+    @property
+    def busy(self) -> bool:
+        return self.current is not None or bool(self.waiting) or self.compacting
+
+    @property
+    def state(self) -> str:
+        return "running" if self.current or self.compacting else "waiting" if self.waiting else "idle"
+
+    # -- turns --
+
+    def find(self, turn_id: str) -> QueuedTurn | None:
+        """The turn of that id, where it waits or runs."""
+        queued = [self.current] if self.current else []
+        return next((item for item in (*queued, *self.waiting) if item.turn.turn_id == turn_id), None)
+
+    def enqueue(self, item: QueuedTurn, *, first: bool = False) -> None:
+        """Let a turn wait for its time, which may be now."""
+        if first:
+            self.waiting.appendleft(item)
+        else:
+            self.waiting.append(item)
+        if item.sender is not None:
+            item.sender.waiting += 1
+        if self._timer is not None:
+            self._timer.cancel()
+        self.kick()
+
+    def kick(self) -> None:
+        """Run what waits, unless that is being done."""
+        if self._task is None and self.waiting and not self.compacting:
+            self._task = self.hub.spawn(self._run())
+
+    async def _run(self) -> None:
+        """Run turns until none waits."""
+        try:
+            while self.waiting and not self.hub.stopping:
+                self.current = self._next()
+                try:
+                    await self._run_turn(self.current)
+                finally:
+                    self.current = None
+        finally:
+            self._task = None
+            self.arm_heartbeat()
+
+    def _next(self) -> QueuedTurn:
+        item = self.waiting.popleft()
+        if item.sender is not None:
+            item.sender.waiting -= 1
+        return item
+
+    async def _run_turn(self, item: QueuedTurn) -> None:
+        """One turn, each event published as it comes. What fails before the start is a refusal to the sender."""
+        try:
+            await self.freshen()
+            async with contextlib.aclosing(self.agent.turn(item.turn)) as events:
+                async for event in events:
+                    if event.terminal and (
+                        event.seq is None or event.fields.get("code") in ("store_failed", "internal")
+                    ):
+                        self.stale = True
+                    self.publish(event, item)
+            if item.done is not None:
+                item.done.set_result(None)
+        except MemwsError as error:
+            self.stale = True
+            self.refuse(item, error)
+
+    async def freshen(self) -> None:
+        """Open the agent anew after a failed transaction."""
+        if self.stale:
+            await self.hub.reopen(self)
+            self.stale = False
+
+    def refuse(self, item: QueuedTurn, error: MemwsError) -> None:
+        """Tell everybody who waits for a turn that it will not be."""
+        for session, follower in item.followers.items():
+            session.send(refusal(follower.request_id, item.turn.turn_id, self.agent.name, error))
+        if item.done is not None and not item.done.done():
+            item.done.set_exception(error)
+
+    def drop(self, item: QueuedTurn, error: MemwsError) -> None:
+        """Take a waiting turn back."""
+        self.waiting.remove(item)
+        if item.sender is not None:
+            item.sender.waiting -= 1
+        self.refuse(item, error)
+
+    async def stop_turns(self, reason: str, error: MemwsError) -> None:
+        """Stop what runs, refuse what waits, and wait until the agent is idle."""
+        for item in list(self.waiting):
+            self.drop(item, error)
+        if self.current is not None:
+            self.current.turn.stop(reason)
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    # -- events --
+
+    def publish(self, event: Event, item: QueuedTurn | None = None) -> None:
+        """Send an event to subscribers and, where it belongs to a turn, to those the turn answers: once a session."""
+        if event.seq is not None:
+            self.published = event.seq
+        text = event.frame(self.agent.name)
+        unsaved = event.terminal and event.seq is None  # its stored twin will reach the subscribers at the reopening
+        for session, follower in list(self.subscribers.items()):
+            if not (unsaved and item and session not in item.followers):
+                follower.deliver(event, self.marked(text, event.type, session, None, item))
+        for session, follower in list(item.followers.items()) if item else ():
+            if session not in self.subscribers:
+                follower.deliver(event, self.marked(text, event.type, session, follower.request_id))
+
+    def marked(
+        self, text: str, kind: str, session: Session, request_id: RequestId, item: QueuedTurn | None = None
+    ) -> str:
+        """A start or terminal frame with the id that this session gave its request."""
+        item = item or self.current
+        if request_id is None and item is not None and session in item.followers and kind != "agent_response":
+            if item.turn.turn_id in text:
+                request_id = item.followers[session].request_id
+        return text if request_id is None or kind == "agent_response" else extend_json(text, id=request_id)
+
+    async def edit(self, events: AsyncGenerator[Event, None]) -> list[Event]:
+        """Run an edit of the agent and publish its events."""
+        told = []
+        try:
+            async with contextlib.aclosing(events):
+                async for event in events:
+                    self.publish(event)
+                    told.append(event)
+        except StoreFailed:
+            self.stale = True
+            raise
+        return told
+
+    # -- timed heartbeats --
+
+    def arm_heartbeat(self) -> None:
+        """Set the timer of the next timed heartbeat, where the agent has any."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        interval = self.agent.record.config["heartbeat_interval"]
+        if interval and self._idle_heartbeats < IDLE_HEARTBEATS and not (self.gone or self.hub.stopping):
+            paused = float(self.agent.record.state.get("paused_until", 0)) - time.time()
+            self._timer = self.hub.loop.call_later(max(interval, paused), self._beat)
+
+    def _beat(self) -> None:
+        if not self.busy:
+            self._idle_heartbeats += 1
+            self.enqueue(QueuedTurn(Turn(new_turn_id(), None, reason=HEARTBEAT_TIMER)))
+
+    def user_spoke(self) -> None:
+        """A user's message ends the silence that timed heartbeats count."""
+        self._idle_heartbeats = 0
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+def new_turn_id() -> str:
+    return f"turn_{secrets.token_hex(12)}"
+
+
+class Interface:
+    """The connected clients. MemGPT 0.2.7 sent every event to all of them; here agents have followers."""
+
+    def __init__(self, hub: Hub) -> None:
+        self._hub = hub
+        self.clients: dict[ServerConnection, Session] = {}
+
+    def register_client(self, websocket: ServerConnection) -> Session:
+        """A session for a new connection."""
+        session = self.clients[websocket] = Session(self._hub, websocket)
+        return session
+
+    def unregister_client(self, websocket: ServerConnection) -> None:
+        """Forget a connection; its turns go on."""
+        session = self.clients.pop(websocket, None)
+        if session is not None:
+            session.leave()
+
+
+# ---- sessions --------------------------------------------------------------------------------------------------------
+
+
+class Session:
+    """One connection: what it asked for, in order, and what waits to be sent to it.
+
+    Tasks exist only while there is something to do, so that an idle connection costs one.
+    """
+
+    _count = 0
+
+    def __init__(self, hub: Hub, websocket: ServerConnection) -> None:
+        Session._count += 1
+        self.number = Session._count
+        self.hub = hub
+        self.websocket = websocket
+        self.types: frozenset[str] | None = _CLASSIC_SET
+        "The message types it wants; None: all."
+        self.current: AgentHost | None = None
+        self.closed = False
+        self._incoming: collections.deque[tuple[Request, int]] = collections.deque()
+        self._incoming_bytes = 0
+        self._worker: asyncio.Task[None] | None = None
+        self._taking: asyncio.Future[None] | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._outgoing: collections.deque[str] = collections.deque()
+        self._outgoing_bytes = 0
+        self._writer: asyncio.Task[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.waiting = 0
+        "Its messages that wait for their turns."
+        self.hosts: set[AgentHost] = set()
+        "The agents whose events it may get."
+        self._catching: dict[AgentHost, asyncio.Task[None]] = {}
+        self._allowance = float(RATE_BURST)
+        self._last_request = 0.0
+
+    # -- in --
+
+    async def run(self) -> None:
+        """Take frames until the connection closes."""
+        logger.info("session %d: connected", self.number)
+        try:
+            async for frame in self.websocket:
+                self._take(frame)
+                if self._incoming_bytes > MAX_INCOMING:
+                    self._room = self.hub.loop.create_future()
+                    await self._room
+        except ConnectionClosed:
+            pass
+
+    def _take(self, frame: str | bytes) -> None:
+        """Read a frame and let it wait for those before it; cancel overtakes."""
+        try:
+            request = decode_request(frame)
+            if not self._may_request():
+                text = f"more than {self.hub.options.rate_limit} requests a second; send more slowly"
+                raise InvalidRequest("rate_limited", text, request.id)
+        except InvalidRequest as error:
+            self.send(server_error(error))
+            return
+        if isinstance(request, Cancel):
+            self._spawn(self._overtake(request))
+            return
+        self._incoming.append((request, len(frame)))
+        self._incoming_bytes += len(frame)
+        if self._worker is None:
+            self._worker = self._spawn(self._work())
+
+    def _may_request(self) -> bool:
+        """A token bucket: RATE_BURST at once, rate_limit a second in the long run."""
+        rate = self.hub.options.rate_limit
+        if not rate:
+            return True
+        now = time.monotonic()
+        self._allowance = min(RATE_BURST, self._allowance + (now - self._last_request) * rate)
+        self._last_request = now
+        if self._allowance < 1:
+            return False
+        self._allowance -= 1
+        return True
+
+    async def _work(self) -> None:
+        """Answer requests one after another."""
+        try:
+            while self._incoming:
+                request, size = self._incoming.popleft()
+                self._incoming_bytes -= size
+                if self._room is not None and self._incoming_bytes <= MAX_INCOMING // 2:
+                    self._room.set_result(None)
+                    self._room = None
+                if isinstance(request, UserMessage):
+                    self._taking = self.hub.loop.create_future()
+                    try:
+                        await self._answer(request)
+                    finally:
+                        self._taking.set_result(None)
+                        self._taking = None
+                else:
+                    await self._answer(request)
+        finally:
+            self._worker = None
+
+    async def _overtake(self, request: Cancel) -> None:
+        """Answer a cancel at once; a message that is just being taken up is waited for, or it would be missed."""
+        if self._taking is not None:
+            await asyncio.wait([self._taking])
+        for item in self._incoming:
+            message = item[0]
+            if isinstance(message, UserMessage) and request.turn_id is not None and message.turn_id == request.turn_id:
+                self._incoming.remove(item)
+                self._incoming_bytes -= item[1]
+                error = Refused("cancelled", "cancelled before it ran")
+                self.send(refusal(message.id, message.turn_id, message.agent_name, error))
+                self.send(command_response(request, {"state": "removed"}))
+                return
+        await self._answer(request)
+
+    async def _answer(self, request: Request) -> None:
+        """Do what a request asks, and answer it exactly once."""
+        try:
+            if isinstance(request, UserMessage):
+                await self._say(request)
+            elif isinstance(request, Command):
+                await getattr(self, f"_{request.kind}")(request)
+        except InvalidRequest as error:
+            self.send(server_error(error))
+        except MemwsError as error:
+            self._refuse(request, error)
+        except Exception:  # a fault of ours is one request's trouble, not the connection's
+            logger.exception("session %d: %s failed", self.number, request.kind)
+            self._refuse(request, MemwsError("this failed for a reason of ours; the server's log has it"))
+
+    def _refuse(self, request: Request, error: MemwsError) -> None:
+        if isinstance(request, UserMessage):
+            self.send(refusal(request.id, request.turn_id, request.agent_name, error))
+        elif isinstance(request, Command):
+            self.send(command_error(request, error))
+
+    # -- out --
+
+    def wants(self, message_type: str) -> bool:
+        """Whether events of this message type are sent; starts and terminals, which have none, always are."""
+        return not message_type or self.types is None or message_type in self.types
+
+    def send(self, frame: str) -> None:
+        """Queue a frame; a reader that leaves more than MAX_OUTGOING waiting is closed."""
+        if self.closed:
+            return
+        self._outgoing.append(frame)
+        self._outgoing_bytes += len(frame) if frame.isascii() else len(frame.encode())
+        if self._outgoing_bytes > MAX_OUTGOING:
+            logger.info("session %d: reads too slowly", self.number)
+            self.hub.spawn(self.close(SLOW_READER, "read faster, or subscribe with a cursor"))
+        elif self._writer is None:
+            self._writer = self._spawn(self._write())
+
+    async def _write(self) -> None:
+        """Send what waits, in order."""
+        try:
+            while self._outgoing:
+                frame = self._outgoing.popleft()
+                self._outgoing_bytes -= len(frame) if frame.isascii() else len(frame.encode())
+                await self.websocket.send(frame)
+                if self._drained is not None and self._outgoing_bytes <= MAX_OUTGOING // 8:
+                    self._drained.set_result(None)
+                    self._drained = None
+        except ConnectionClosed:
+            self.closed = True
+        finally:
+            self._writer = None
+
+    async def drained(self) -> None:
+        """Wait until the reader has taken nearly all: a replay is never faster than its reader."""
+        while self._outgoing_bytes > MAX_OUTGOING // 8 and not self.closed:
+            if self._drained is None:
+                self._drained = self.hub.loop.create_future()
+            await asyncio.wait([self._drained])
+
+    async def flush(self) -> None:
+        """Wait until everything queued was handed to the transport."""
+        if self._writer is not None:
+            await asyncio.wait([self._writer])
+
+    async def close(self, code: int, reason: str) -> None:
+        """Close the connection, by force where the peer does not take the close frame."""
+        if self.closed:
+            return
+        self.closed = True
+        self._outgoing.clear()
+        if self._writer is not None:
+            self._writer.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_GRACE):
+                await self.websocket.close(code, reason)
+                return
+        self.websocket.transport.abort()
+
+    def leave(self) -> None:
+        """The connection is closed: forget it wherever it was known."""
+        logger.info("session %d: left", self.number)
+        self.closed = True
+        self._outgoing.clear()
+        for task in self._tasks:
+            task.cancel()
+        for future in (self._drained, self._room):
+            if future is not None and not future.done():
+                future.set_result(None)
+        for host in self.hosts:
+            host.subscribers.pop(self, None)
+            for item in (host.current, *host.waiting):
+                if item is not None:
+                    item.followers.pop(self, None)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self.hub.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- messages --
+
+    async def _host(self, name: str | None) -> AgentHost:
+        """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
+        if name is not None:
+            return await self.hub.host(name)
+        if self.current is None or self.current.gone:
+            self.current = None
+            raise Refused("no_agent", "no agent has been initialized; send create_agent or load_agent, or name one")
+        return self.current
+
+    async def _say(self, request: UserMessage) -> None:
+        """Take up a message: it runs, waits, is answered from before, or is refused."""
+        host = await self._host(request.agent_name)
+        if len(request.message) > MAX_TEXT:
+            text = f"a message has at most {MAX_TEXT:,} characters, but got {len(request.message):,}"
+            raise Refused("text_too_long", text)
+        turn_id = request.turn_id or new_turn_id()
+        if request.turn_id is not None:
+            known = host.find(turn_id) or await self.hub.store.turn(host.agent.id, turn_id) or host.find(turn_id)
+            if known is not None:
+                self._follow_again(host, request, known)
+                return
+        if host.busy and request.when_busy == "reject":
+            raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end, or let the message queue")
+        if host.busy and self.waiting >= MAX_WAITING_SESSION:
+            raise Refused(
+                "queue_full", f"{self.waiting} messages of this connection wait already; wait for their turns"
+            )
+        if len(host.waiting) >= MAX_WAITING_AGENT:
+            raise Refused(
+                "queue_full", f"{len(host.waiting)} messages wait for agent {host.agent.name!r}; try again later"
+            )
+        item = QueuedTurn(Turn(turn_id, request.message), self)
+        item.followers[self] = Follower(self, host, host.published, turn_id=turn_id, request_id=request.id)
+        self.hosts.add(host)
+        host.user_spoke()
+        if host.busy and request.when_busy == "queue" and self.wants("queue"):
+            position = len(host.waiting) + 1
+            for event in response_events("queue", "waits for its turn", turn_id=turn_id, step=0, position=position):
+                event.encode(None, now_text())
+                self.send(event.frame(host.agent.name))
+        if request.when_busy == "interrupt" and host.current is not None:
+            host.current.turn.stop("superseded")
+        host.enqueue(item, first=request.when_busy == "interrupt")
+
+    def _follow_again(self, host: AgentHost, request: UserMessage, known: QueuedTurn | TurnRecord) -> None:
+        """A turn_id sent again: its frames so far and then live ones, never a second run. Raises Refused."""
+        if isinstance(known, QueuedTurn):
+            turn_id = known.turn.turn_id
+            digest = None if known.turn.message is None else message_digest(known.turn.message)
+        else:
+            turn_id, digest = known.turn_id, known.digest
+        if digest != message_digest(request.message):
+            raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
+        follower = Follower(self, host, 0, turn_id=turn_id, request_id=request.id)
+        follower.live = False
+        running = known if isinstance(known, QueuedTurn) else None
+        if running is not None:
+            running.followers[self] = follower
+            self.hosts.add(host)
+        self._spawn(self._catch_up_after(host, follower, once=running is None or self in host.subscribers))
+
+    async def _catch_up_after(self, host: AgentHost, follower: Follower, *, once: bool) -> None:
+        """Replay a turn once this session's own replay of the agent is through: seqs come in order."""
+        before = self._catching.get(host)
+        if before is not None:
+            await asyncio.wait([before])
+        await self._catch_up(follower, once=once)
+
+    async def _catch_up(self, follower: Follower, *, once: bool = False) -> None:
+        try:
+            await follower.catch_up(once=once)
+        except StoreFailed as error:
+            logger.error("session %d: a replay failed: %s", self.number, error)
+            await self.close(1011, "the database cannot be read")
+
+    # -- commands --
+
+    async def _create_agent(self, request: CreateAgent) -> None:
+        self.current, warnings = await self.hub.create(request.config)
+        result = {"agent_name": self.current.agent.name, "warnings": warnings}
+        self.send(command_response(request, result, "OK: Agent initialized"))
+
+    async def _load_agent(self, request: LoadAgent) -> None:
+        name = request.name if request.name is not None else request.agent_name
+        if name is None:
+            raise InvalidRequest("missing_field", "load_agent needs the field 'name'", request.id)
+        host = self.current = await self.hub.host(name)
+        await host.freshen()
+        agent = host.agent
+        result = {
+            "agent_name": agent.name,
+            "model": agent.record.config["model"] or agent.model.name,
+            "last_seq": agent.last_seq,
+            "repaired": agent.repairs,
+            "warnings": agent.warnings,
+        }
+        agent.repairs = []
+        self.send(command_response(request, result, f"OK: Agent {agent.name!r} loaded"))
+
+    async def _hello(self, request: Hello) -> None:
+        unknown: list[str] = []
+        if request.message_types is not None:
+            unknown = [name for name in request.message_types if name != "*" and name not in MESSAGE_TYPES]
+            self.types = None if "*" in request.message_types else frozenset(request.message_types)
+        models = self.hub.models
+        result = {
+            "version": __version__,
+            "protocol": PROTOCOL,
+            "model": models.default,
+            "models": list(dict.fromkeys((models.default, OFFLINE))),
+            "offline": models.offline,
+            "limits": self.hub.options.limits(),
+            "commands": list(COMMANDS),
+            "message_types": list(MESSAGE_TYPES),
+            "unknown": [name[:MAX_NAME] for name in unknown],
+        }
+        self.send(command_response(request, result))
+
+    async def _list_agents(self, request: ListAgents) -> None:
+        records, total = await self.hub.store.list_agents(request.after or "", request.limit)
+        agents = [
+            {
+                "agent_name": record.name,
+                "model": record.config["model"] or self.hub.models.default,
+                "last_active": record.last_active,
+                "last_seq": record.last_seq,
+                "state": self.hub.state_of(record.name),
+            }
+            for record in records
+        ]
+        self.send(command_response(request, {"agents": agents, "total": total}))
+
+    async def _get_agent(self, request: GetAgent) -> None:
+        host = await self._host(request.agent_name)
+        agent, running = host.agent, host.current
+        result = {
+            "agent_name": agent.name,
+            "settings": agent.settings(),
+            "blocks": [
+                {"label": block.label, "value": block.value, "limit": block.limit, "version": block.version}
+                for block in agent.blocks.values()
+            ],
+            "counts": {"messages": agent.recall, "passages": agent.archival, "in_context": len(agent.messages)},
+            "last_seq": agent.last_seq,
+            "turn": {"turn_id": running.turn.turn_id, "step": running.turn.step} if running else None,
+        }
+        self.send(command_response(request, result))
+
+    async def _update_agent(self, request: UpdateAgent) -> None:
+        host = await self._host(request.agent_name)
+        config = AgentConfig(request.config, self.hub.tools, base=host.agent.record.config)
+        await host.edit(host.agent.update(config))
+        host.arm_heartbeat()
+        warnings = [*config.warnings, *host.agent.warnings]
+        self.send(command_response(request, {"settings": host.agent.settings(), "warnings": warnings}))
+
+    async def _rename_agent(self, request: RenameAgent) -> None:
+        host = await self._host(request.agent_name)
+        name = await self.hub.rename(host, request.new_name)
+        self.send(command_response(request, {"agent_name": name}))
+
+    async def _delete_agent(self, request: DeleteAgent) -> None:
+        try:
+            host = await self._host(request.agent_name)
+        except UnknownAgent:
+            if not request.purge or request.agent_name is None:
+                raise
+            await self.hub.purge_deleted(request.agent_name)
+        else:
+            await self.hub.delete(host, force=request.force, purge=request.purge)
+        self.send(command_response(request, {}))
+
+    async def _restore_agent(self, request: RestoreAgent) -> None:
+        host = await self.hub.restore(request.agent_name, request.new_name)
+        self.send(command_response(request, {"agent_name": host.agent.name, "last_seq": host.agent.last_seq}))
+
+    async def _get_messages(self, request: GetMessages) -> None:
+        host = await self._host(request.agent_name)
+        found, total = await self.hub.store.messages(host.agent.id, request.before, request.limit)
+        cut = host.agent.messages[0].id if host.agent.messages else host.agent.last_message + 1
+        items = [
+            {
+                "id": message.id,
+                "seq": message.seq,
+                "role": message.role,
+                "time": message.time,
+                "text": excerpt(message.text, _LIST_TEXT),
+                "tool_calls": calls_of(message),
+                "turn_id": message.turn_id,
+                "step": message.step,
+                "in_context": message.id >= cut,
+            }
+            for message in found
+        ]
+        kept = fitting_items(list(reversed(items)))[::-1]
+        first = kept[0]["id"] if kept else 1
+        self.send(command_response(request, {"messages": kept, "total": total, "more": first > 1}))
+
+    async def _search_memory(self, request: SearchMemory) -> None:
+        host = await self._host(request.agent_name)
+        stores = ("recall", "archival") if request.store == "all" else (request.store,)
+        try:
+            since, until = date_range(request.from_, request.to)
+        except ToolError as error:
+            raise InvalidRequest("bad_field", f"from, to: {error}", request.id) from None
+        roles = None if request.roles is None else tuple(request.roles)
+        offset = (request.page - 1) * request.limit
+        found, total = await self.hub.store.search(
+            host.agent.id, request.query, stores, roles, since, until, request.limit, offset
+        )
+        items = [
+            {
+                "id": item.id,
+                "store": item.store,
+                "role": item.role or None,
+                "time": item.time,
+                "text": excerpt(item.text, _LIST_TEXT),
+                "score": round(item.score, 4),
+            }
+            for item in found
+        ]
+        kept = fitting_items(items)
+        result = {"items": kept, "total": total, "page": request.page, "pages": -(-total // request.limit)}
+        self.send(command_response(request, result | ({"more": True} if len(kept) < len(items) else {})))
+
+    async def _get_context(self, request: GetContext) -> None:
+        agent = (await self._host(request.agent_name)).agent
+        result = {"sections": agent.sections(), "used": agent.used(), "window": agent.window, "estimated": True}
+        self._send_long(request, result)
+
+    async def _get_request(self, request: GetRequest) -> None:
+        host = await self._host(request.agent_name)
+        self._send_long(request, await host.agent.request(request.turn_id, request.step))
+
+    def _send_long(self, request: Command, result: JSON) -> None:
+        """Answer with a result of any size: in parts, whose result texts joined are its JSON, where one frame is too small."""
+        text = encode_json(result)
+        if len(text.encode()) < MAX_FRAME - 10_000:
+            self.send(command_response(request, result))
+            return
+        pieces = parts_of(text)
+        for part, piece in enumerate(pieces, 1):
+            self.send(extend_json(command_response(request, {"text": piece}), part=part, parts=len(pieces)))
+
+    async def _set_block(self, request: SetBlock) -> None:
+        host = await self._host(request.agent_name)
+        await host.edit(host.agent.set_block(request.label, request.value, request.version))
+        version = host.agent.blocks[request.label].version
+        self.send(command_response(request, {"label": request.label, "version": version}))
+
+    async def _insert_passage(self, request: InsertPassage) -> None:
+        host = await self._host(request.agent_name)
+        told = await host.edit(host.agent.insert_passage(request.text))
+        self.send(command_response(request, {"id": told[0].fields["id"]}))
+
+    async def _delete_passage(self, request: DeletePassage) -> None:
+        host = await self._host(request.agent_name)
+        passage_id = request.passage_id if request.passage_id is not None else request.id
+        if type(passage_id) is not int:
+            raise InvalidRequest("missing_field", "delete_passage needs the field 'passage_id'", request.id)
+        await host.edit(host.agent.delete_passage(passage_id))
+        self.send(command_response(request, {"id": passage_id}))
+
+    async def _cancel(self, request: Cancel) -> None:
+        host = await self._host(request.agent_name)
+        running = host.current
+        if running is None and host.waiting and request.turn_id is None:
+            running = host.waiting[0]  # its time has come, its task not yet
+        item = running if request.turn_id is None else host.find(request.turn_id)
+        if item is None:
+            if request.turn_id is not None and await self.hub.store.turn(host.agent.id, request.turn_id) is None:
+                raise Refused("unknown_turn", f"agent {host.agent.name!r} never had a turn {quote(request.turn_id)}")
+            state = "over"
+        elif item in host.waiting:
+            host.drop(item, Refused("cancelled", "cancelled before it ran"))
+            state = "removed"
+        else:
+            item.turn.stop("cancelled")
+            state = "cancelling"
+        self.send(command_response(request, {"state": state}))
+
+    async def _subscribe(self, request: Subscribe) -> None:
+        host = await self._host(request.agent_name)
+        last_seq, after = host.published, request.after
+        if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
+            raise Refused(
+                "unknown_seq", f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}", last_seq=last_seq
+            )
+        self._stop_catching(host)
+        follower = host.subscribers[self] = Follower(self, host, last_seq if after is None else after)
+        self.hosts.add(host)
+        self.send(command_response(request, {"last_seq": last_seq}))
+        if after is not None and after < last_seq:
+            follower.live = False
+            self._catching[host] = self._spawn(self._catch_up(follower))
+
+    async def _unsubscribe(self, request: Unsubscribe) -> None:
+        host = await self._host(request.agent_name)
+        self._stop_catching(host)
+        host.subscribers.pop(self, None)
+        self.send(command_response(request, {"last_seq": host.published}))
+
+    def _stop_catching(self, host: AgentHost) -> None:
+        task = self._catching.pop(host, None)
+        if task is not None:
+            task.cancel()
+
+    async def _wake(self, request: Wake) -> None:
+        host = await self._host(request.agent_name)
+        if host.busy:
+            raise Refused("busy", f"agent {host.agent.name!r} is in a turn already")
+        turn_id = new_turn_id()
+        item = QueuedTurn(Turn(turn_id, None), self)
+        item.followers[self] = Follower(self, host, host.published, turn_id=turn_id)
+        self.hosts.add(host)
+        self.send(command_response(request, {"turn_id": turn_id}))
+        host.enqueue(item)
+
+    async def _compact(self, request: Compact) -> None:
+        host = await self._host(request.agent_name)
+        if host.busy:
+            raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end")
+        host.compacting = True
+        try:
+            await host.freshen()
+            told = await host.edit(host.agent.compact())
+        except ModelError as error:
+            raise Refused("not_found", f"there is nothing to compact: {error}") from error
+        finally:
+            host.compacting = False
+            host.kick()
+        fields = told[0].fields
+        result = {"tokens_before": fields["tokens_before"], "tokens_after": fields["tokens_after"]}
+        self.send(command_response(request, result))
+
+
+_CLASSIC_SET: Final = frozenset(CLASSIC_TYPES)
+_LIST_TEXT: Final = 20_000
+"Characters of one item's text in a list."
+
+
+def calls_of(message: ChatMessage) -> list[JSON]:
+    """The tool calls of a chat message, long arguments cut."""
+    if message.role != "assistant":
+        return []
+    calls = []
+    for call in decode_json(message.body).get("tool_calls", ()):
+        arguments = decode_json(call["function"]["arguments"])
+        short = {
+            key: excerpt(value, _LIST_TEXT) if isinstance(value, str) else value for key, value in arguments.items()
+        }
+        calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": short})
+    return calls
+
+
+def fitting_items(items: list[JSON]) -> list[JSON]:
+    """The first items that one frame can hold."""
+    size = 0
+    for count, item in enumerate(items):
+        size += len(encode_json(item).encode()) + 1
+        if size > MAX_FRAME - 10_000:
+            return items[:count]
+    return items
+
+
+# ---- the hub ---------------------------------------------------------------------------------------------------------
+
+
+class Hub:
+    """What one server holds on its event loop: the store, the models, the agents in use, the sessions, the listeners.
+
+    Its coroutines run on `loop`, and so does everything they touch: no locks are needed but the one for names.
+    """
+
+    def __init__(self, options: Options, tools: dict[str, Tool], loop: asyncio.AbstractEventLoop) -> None:
+        self.options = options
+        self.loop = loop
+        self.tools = tools
+        self.store: Store = SqliteStore(options.db, options.sync, loop)
+        self.models = Models(
+            options.model, options.base_url, options.api_key, options.context_window, options.idle_timeout
+        )
+        self.interface = Interface(self)
+        self.stopping = False
+        self.sockets: list[socket.socket] = []
+        self._hosts: dict[str, AgentHost] = {}
+        self._api_keys: dict[int, str | None] = {}
+        self._names = asyncio.Lock()
+        "Held while a name is looked up, given or taken away."
+        self._gate = Gate(options)
+        self._listeners: list[_WebSocketListener] = []
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that outlives sessions; kept until it ends."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # -- agents --
+
+    async def host(self, name: str) -> AgentHost:
+        """The agent of that name, opened where it is not in use yet. Raises UnknownAgent."""
+        name = unicodedata.normalize("NFC", name)
+        host = self._hosts.get(name)
+        if host is not None:
+            return host
+        async with self._names:
+            host = self._hosts.get(name)
+            return host if host is not None else await self._open(await self.store.find_agent(name))
+
+    async def _open(self, record: AgentRecord) -> AgentHost:
+        """Put an agent to use; the events of a repair have no followers yet and are read from the store."""
+        agent, _ = await Agent.open(
+            self.store, record, self.models, self.tools, self.options.max_steps, self._api_keys.get(record.id)
+        )
+        host = self._hosts[record.name] = AgentHost(self, agent)
+        if agent.repairs:
+            logger.warning("agent %s: %s", record.name, "; ".join(agent.repairs))
+        return host
+
+    async def reopen(self, host: AgentHost) -> None:
+        """Read an agent again from the store, and tell its followers of what had to be repaired."""
+        record = await self.store.find_agent(host.agent.name)
+        host.agent, events = await Agent.open(
+            self.store, record, self.models, self.tools, self.options.max_steps, self._api_keys.get(record.id)
+        )
+        for event in events:
+            host.publish(event)
+
+    async def create(
+        self, config: JSON, base_url: str | None = None, api_key: str | None = None
+    ) -> tuple[AgentHost, list[str]]:
+        """A new agent and what of its config was not taken as said. Raises Refused (bad_config, block_limit, name_taken)."""
+        checked = AgentConfig(config, self.tools)
+        model, warnings = self.models.get(checked.values["model"], base_url, api_key)
+        window = checked.values["context_window"] or self.options.context_window or model.window
+        names = MEMORY_TOOLS if checked.values["tools"] is None else checked.values["tools"]
+        specs = ",".join(self.tools[name].spec for name in names)
+        check_window(window, checked.values["system"] or SYSTEM_PROMPT, specs, checked.blocks)
+        async with self._names:
+            record = await self.store.create_agent(checked.name, checked.values, checked.blocks, base_url)
+            self._api_keys[record.id] = api_key
+            host = await self._open(record)
+        return host, [*checked.warnings, *warnings]
+
+    async def rename(self, host: AgentHost, new_name: str) -> str:
+        """Give an agent another name, which its sessions and subscribers follow. Raises Refused (busy, name_taken)."""
+        name = valid_name(new_name)
+        if host.busy:
+            raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end, or cancel it")
+        async with self._names, host.agent.lock:
+            before = host.agent.name
+            text = f"the agent is now {name!r}"
+            (event,) = response_events("agent_change", text, turn_id=None, step=0, change="renamed", new_name=name)
+            await self.store.rename_agent(host.agent.id, name, event)
+            del self._hosts[before]
+            self._hosts[name] = host
+            host.publish(event)
+            host.agent.record.name = name
+            host.agent.record.last_seq = host.published
+        return name
+
+    async def delete(self, host: AgentHost, *, force: bool, purge: bool) -> None:
+        """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
+        if host.busy and not force:
+            raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end, or send force true")
+        name = host.agent.name
+        await host.stop_turns("cancelled", Refused("unknown_agent", f"agent {name!r} was deleted"))
+        async with self._names, host.agent.lock:
+            (event,) = response_events("agent_change", "the agent was deleted", turn_id=None, step=0, change="deleted")
+            await self.store.delete_agent(host.agent.id, event, purge)
+            host.publish(event)
+            host.gone = True
+            host.close()
+            host.subscribers.clear()
+            del self._hosts[name]
+
+    async def purge_deleted(self, name: str) -> None:
+        """Forget the agent that was deleted last under a name. Raises UnknownAgent."""
+        record = await self.store.find_agent(unicodedata.normalize("NFC", name), deleted=True)
+        await self.store.delete_agent(record.id, None, True)
+
+    async def restore(self, name: str, new_name: str | None) -> AgentHost:
+        """Bring back a deleted agent. Raises UnknownAgent, Refused (name_taken)."""
+        name = unicodedata.normalize("NFC", name)
+        async with self._names:
+            return await self._open(
+                await self.store.restore_agent(name, name if new_name is None else valid_name(new_name))
+            )
+
+    def state_of(self, name: str) -> str:
+        """running, waiting or idle."""
+        host = self._hosts.get(name)
+        return host.state if host else "idle"
+
+    def take_tools(self) -> None:
+        """Offer newly registered tools to the agents in use."""
+        for host in self._hosts.values():
+            host.agent.take_tools()
+
+    async def run_turn(self, name: str, message: str, verify: bool) -> list[JSON]:
+        """One turn from its start to its end, as wire dicts. Raises Refused for a message that never becomes one."""
+        host = await self.host(name)
+        if len(message) > MAX_TEXT:
+            raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {len(message):,}")
+        item = QueuedTurn(Turn(new_turn_id(), clean_text(message), verify=verify))
+        item.done = self.loop.create_future()
+        host.user_spoke()
+        host.enqueue(item)
+        await item.done
+        told: list[JSON] = []
+        while rows := await self.store.events(host.agent.id, told[-1]["seq"] if told else 0, 1000, item.turn.turn_id):
+            told += [decode_json(extend_json(text, agent_name=host.agent.name)) for _, text in rows]
+        return told
+
+    # -- listening --
+
+    def bind(self) -> tuple[str, int]:
+        """Bind the address, both loopback families for localhost; the host and port to tell. Raises UsageError."""
+        host, port = self.options.host, self.options.port
+        hosts = ["127.0.0.1", "::1"] if host.lower() == "localhost" else [host.strip("[]")]
+        for attempt in range(_BIND_ATTEMPTS):
+            try:
+                self.sockets = _bind_all(hosts, port)
+                break
+            except OSError as error:
+                if port == 0 and error.errno == errno.EADDRINUSE and attempt < _BIND_ATTEMPTS - 1:
+                    continue  # the port that was free on one family is taken on the other
+                if error.errno == errno.EADDRINUSE:
+                    text = f"port {port} on {host} is held by another program; stop it, or choose another port (0: a free one)"
+                else:
+                    text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
+                raise UsageError(text) from None
+        address = self.sockets[0].getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        return shown, address[1]
+
+    async def listen(self) -> None:
+        """Accept connections on the bound sockets."""
+        for bound in self.sockets:
+            listener = await _websocket_serve(
+                self.handle,
+                sock=bound,
+                process_request=self._process_request,
+                select_subprotocol=lambda _, offered: cast(Any, "memws") if "memws" in offered else None,
+                compression=None,
+                max_size=MAX_FRAME,
+                ping_interval=PING_INTERVAL,
+                ping_timeout=PING_INTERVAL,
+                open_timeout=OPEN_TIMEOUT,
+                close_timeout=STOP_GRACE,
+                server_header=None,
+                logger=logging.getLogger("memws.websockets"),
+            )
+            self._listeners.append(listener)
+        if not self.models.offline:
+            self.spawn(self._warm_up())
+
+    async def _warm_up(self) -> None:
+        """Import openai while nobody waits for it yet."""
+        try:
+            await self.models.endpoint.client()
+        except UsageError as error:
+            logger.error("%s", error)
+
+    def _process_request(self, connection: ServerConnection, request: HandshakeRequest) -> HandshakeResponse | None:
+        """The gate, before the upgrade."""
+        refused = self._gate.refuse(request)
+        if refused is None and is_health_check(request):
+            response = connection.respond(http.HTTPStatus.OK, encode_json({"status": "ok", "version": __version__}))
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+            return response
+        if refused is None and len(self.interface.clients) >= self.options.max_connections:
+            refused = 503, f"all {self.options.max_connections} connections are taken; try again later"
+        if refused is None and self.stopping:
+            refused = 503, "the server is stopping"
+        if refused is None:
+            return None
+        status, reason = refused
+        return connection.respond(http.HTTPStatus(status), f"{reason}\n")
+
+    async def handle(self, websocket: ServerConnection) -> None:
+        """One connection, from accept to close."""
+        session = self.interface.register_client(websocket)
+        try:
+            await session.run()
+        finally:
+            self.interface.unregister_client(websocket)
+
+    async def close(self) -> None:
+        """End turns cleanly, tell the clients, free the port, let go of everything."""
+        if self.stopping:
+            return
+        self.stopping = True
+        error = Refused("cancelled", "the server is stopping; send the message again later")
+        ends = [self.loop.create_task(host.stop_turns("interrupted", error)) for host in self._hosts.values()]
+        if ends:
+            await asyncio.wait(ends, timeout=STOP_GRACE)
+        for host in self._hosts.values():
+            host.close()
+        sessions = list(self.interface.clients.values())
+        flushes = [self.loop.create_task(session.flush()) for session in sessions]
+        if flushes:
+            await asyncio.wait(flushes, timeout=STOP_GRACE / 4)
+        closes = [self.loop.create_task(session.close(GOING_AWAY, "the server is stopping")) for session in sessions]
+        for listener in self._listeners:
+            listener.close(close_connections=False)
+        if closes:
+            await asyncio.wait(closes, timeout=STOP_GRACE)
+        for listener in self._listeners:
+            listener.close()
+            await listener.wait_closed()
+        for bound in self.sockets:
+            bound.close()
+        for task in (*ends, *flushes, *closes, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*ends, *flushes, *closes, *self._tasks, return_exceptions=True)
+        await self.models.close()
+        await self.store.close()
+
+
+_BIND_ATTEMPTS: Final = 10
+
+
+def _bind_all(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """A listening socket for each host, on the same port; ::1 only where this machine has it. Raises OSError."""
+    sockets: list[socket.socket] = []
+    try:
+        for host in hosts:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            if not re.fullmatch(r"[\d.]+|.*:.*", host):
+                family, _, _, _, (host, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]  # type: ignore[assignment]
+            try:
+                bound = socket.create_server((host, port), family=family, backlog=1024)
+            except OSError as error:
+                if sockets and error.errno != errno.EADDRINUSE:
+                    continue  # no IPv6 on this machine
+                raise
+            bound.setblocking(False)
+            port = bound.getsockname()[1]
+            sockets.append(bound)
+    except BaseException:
+        for bound in sockets:
+            bound.close()
+        raise
+    return sockets
+
+
+# ---- the server as an object -----------------------------------------------------------------------------------------
+
+
+class WebSocketServer:
+    """A memws server: `start()` in a notebook or script, `run()` in a program, `await start_server()` on your loop.
+
+        server = memws.WebSocketServer(port=0).start()
+        agent = server.create_new_agent({"name": "sam"})
+        events = server.run_step("Hi, my name is Ada")
+
+    Every option of the command line is a keyword; see Options. The blocking calls work from any thread but the
+    server's own, also before `start()`. Raises UsageError for options that cannot be.
+    """
+
+    def __init__(self, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, **options: Any) -> None:
+        if "JUPYTERHUB_API_TOKEN" in os.environ and options.get("token") is None:
+            options["token"] = secrets.token_urlsafe(32)  # other people's kernels may reach this machine's ports
+        known = {entry.name for entry in fields(Options)}
+        if unknown := options.keys() - known:
+            raise UsageError(f"unknown option {quote(min(unknown))}; known: {', '.join(sorted(known))}")
+        self.options = Options(host=host, port=port, **options)
+        self.host = host
+        self.port = port
+        self.agent: Agent | None = None
+        "The agent most recently created or loaded through this object."
+        self.tools: dict[str, Tool] = dict(MEMORY_TOOLS)
+        self._hub: Hub | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._serving = False
+
+    def __repr__(self) -> str:
+        return f"<memws.WebSocketServer {self.url} {'listening' if self._serving else 'not listening'}>"
+
+    @property
+    def url(self) -> str:
+        """The address that clients connect to."""
+        shown = f"[{self.host}]" if ":" in self.host and not self.host.startswith("[") else self.host
+        return f"ws://{shown}:{self.port}"
+
+    @property
+    def interface(self) -> Interface:
+        """The connected clients."""
+        return self._open_hub().interface
+
+    @property
+    def agent_name(self) -> str | None:
+        return self.agent.name if self.agent else None
+
+    def tool(
+        self, function: Callable[..., Any] | None = None, *, name: str | None = None, timeout: float = TOOL_TIMEOUT
+    ) -> Any:
+        """Register a function as a tool, for agents whose config names it; also as a decorator with arguments.
+
+        A sync function runs in a daemon thread of its own, an async one on the server's loop; `timeout` in seconds.
+        """
+        if function is None:
+            return lambda decorated: self.tool(decorated, name=name, timeout=timeout)
+        tool = make_tool(function, name=name, timeout=timeout)
+        if tool.name in MEMORY_TOOLS:
+            raise UsageError(f"{tool.name!r} is a memory tool; give your function another name")
+        self.tools[tool.name] = tool
+        if self._hub is not None and self._loop is not None:
+            self._hub.tools[tool.name] = tool
+            self._loop.call_soon_threadsafe(self._hub.take_tools)
+        return function
+
+    # -- running --
+
+    def start(self) -> WebSocketServer:
+        """Listen, on a loop of an own daemon thread, and return at once.
+
+        Run again for the same address, the new object takes over loop, sockets, agents and store; with other options or
+        a reloaded module the old server is stopped first. Raises UsageError where the port or the database is taken.
+        """
+        if self._serving:
+            return self
+        key = (__name__, self.options.host.lower(), self.options.port)
+        former = _live_servers().get(key) if self.options.port else None
+        if former is not None and former is not self:
+            if type(former) is type(self) and self._hub is None and former._serving and former.options == self.options:
+                self._take_over(former)
+            else:
+                former.stop()
+        if not self._serving:
+            hub = self._open_hub()
+            self._bind(hub)
+            self._call(hub.listen())
+            self._serving = True
+        _live_servers()[key] = self
+        return self
+
+    def _take_over(self, former: WebSocketServer) -> None:
+        """Become what another object was, whose cell was run again."""
+        for name in ("_hub", "_loop", "_thread", "_serving", "host", "port", "agent"):
+            setattr(self, name, getattr(former, name))
+        former._hub = former._loop = former._thread = None
+        former._serving = False
+        assert self._hub is not None and self._loop is not None
+        self._hub.tools |= self.tools
+        self.tools = former.tools = self._hub.tools
+        self._loop.call_soon_threadsafe(self._hub.take_tools)
+
+    def stop(self) -> None:
+        """End turns cleanly, free the port, leave no thread and no task but a tool that will not end, which is named."""
+        hub, loop, thread = self._hub, self._loop, self._thread
+        if hub is None or loop is None:
+            return
+        if thread is None:
+            raise UsageError("this server runs on your own loop: cancel start_server() to stop it")
+        self._refuse_own_thread("await start_server() and cancel it")
+        asyncio.run_coroutine_threadsafe(hub.close(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be as if never started."""
+        for key, server in list(_live_servers().items()):
+            if server is self:
+                del _live_servers()[key]
+        self._hub = self._loop = self._thread = None
+        self._serving = False
+        tools = [thread.name for thread in threading.enumerate() if thread.name.startswith("memws-tool-")]
+        if tools:
+            logger.warning("still running: %s", ", ".join(tools))
+
+    def run(self, block: bool = False) -> None:
+        """Serve until interrupted. Inside a running loop (a notebook cell) start in a thread and return; with `block`
+        keep the cell there through nest-asyncio until it is interrupted, which frees the port."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            with contextlib.suppress(KeyboardInterrupt):
+                asyncio.run(self.start_server())
+            return
+        if not block:
+            self.start()
+            print(f"memws {__version__} listening on {self.url} in a thread of its own; stop() ends it")
+            return
+        run_nested(self.start_server())
+
+    async def start_server(self) -> None:
+        """Serve on the caller's loop until cancelled."""
+        self.initialize_server()
+        hub = self._hub
+        assert hub is not None
+        try:
+            await hub.listen()
+            self._serving = True
+            await asyncio.get_running_loop().create_future()
+        finally:
+            await hub.close()
+            self._forget()
+
+    def initialize_server(self) -> None:
+        """Open the store, bind the address and print it. Raises UsageError."""
+        hub = self._open_hub(running_loop())
+        if not hub.sockets:
+            self._bind(hub)
+        print(f"memws {__version__} listening on {self.url}", flush=True)
+
+    def _bind(self, hub: Hub) -> None:
+        try:
+            self.host, self.port = hub.bind()
+        except UsageError:
+            if self._thread is not None:
+                self.stop()
+            raise
+
+    async def handle_client(self, websocket: ServerConnection, path: str | None = None) -> None:
+        """One connection, from accept to close, for a websockets server of your own (`path`: its older versions)."""
+        await self._open_hub(running_loop()).handle(websocket)
+
+    # -- blocking calls --
+
+    def create_new_agent(self, config: Mapping[str, Any] | None = None) -> Agent:
+        """A new agent; config as in the create_agent command, plus base_url and api_key. Raises Refused."""
+        self._refuse_own_thread("create_new_agent_async")
+        self._open_hub()
+        return self._call(self.create_new_agent_async(config))
+
+    async def create_new_agent_async(self, config: Mapping[str, Any] | None = None) -> Agent:
+        """create_new_agent, to be awaited on the server's own loop."""
+        values = dict(config or {})
+        base_url, api_key = values.pop("base_url", None), values.pop("api_key", None)
+        host, warnings = await self._open_hub().create(values, base_url, api_key)
+        for warning in warnings:
+            logger.warning("agent %s: %s", host.agent.name, warning)
+        self.agent = host.agent
+        return host.agent
+
+    def load_agent(self, agent_name: str) -> Agent:
+        """The agent of that name. Raises UnknownAgent with the ten nearest names."""
+        self._refuse_own_thread("load_agent_async")
+        self._open_hub()
+        return self._call(self.load_agent_async(agent_name))
+
+    async def load_agent_async(self, agent_name: str) -> Agent:
+        """load_agent, to be awaited on the server's own loop."""
+        host = await self._open_hub().host(agent_name)
+        await host.freshen()
+        self.agent = host.agent
+        return host.agent
+
+    def run_step(self, user_message: str, first_message: bool = False, no_verify: bool = False) -> list[JSON]:
+        """One turn of `agent`: its stored events as wire dicts (MemGPT 0.2.7, websocket_server.py, run_step).
+
+        first_message asks that the first reply goes through send_message, and tries again a few times; no_verify skips
+        that. Raises Refused (no_agent), or with the code of a message that never became a turn.
+        """
+        self._refuse_own_thread("run_step_async")
+        self._open_hub()
+        return self._call(self.run_step_async(user_message, first_message, no_verify))
+
+    async def run_step_async(
+        self, user_message: str, first_message: bool = False, no_verify: bool = False
+    ) -> list[JSON]:
+        """run_step, to be awaited on the server's own loop."""
+        if self.agent is None:
+            raise Refused("no_agent", "no agent has been initialized; create_new_agent or load_agent first")
+        return await self._open_hub().run_turn(self.agent.name, user_message, first_message and not no_verify)
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a coroutine on the server's loop."""
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _refuse_own_thread(self, instead: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is self._loop:
+                raise UsageError(f"this call would block the server's own loop; there, await {instead}")
+
+    def _open_hub(self, loop: asyncio.AbstractEventLoop | None = None) -> Hub:
+        """The hub, made where there is none yet: on `loop`, or on one of an own thread."""
+        if self._hub is not None:
+            return self._hub
+        if loop is None:
+            loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=_run_loop, args=(loop,), name="memws", daemon=True)
+            self._thread.start()
+        self._loop = loop
+        try:
+            self._hub = Hub(self.options, self.tools, loop)
+        except BaseException:
+            if self._thread is not None:
+                loop.call_soon_threadsafe(loop.stop)
+                self._thread.join()
+            self._loop = self._thread = None
+            raise
+        return self._hub
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs in this thread, if any."""
+    with contextlib.suppress(RuntimeError):
+        return asyncio.get_running_loop()
+    return None
+
+
+def _live_servers() -> dict[tuple[str, str, int], WebSocketServer]:
+    """The servers of this process that listen in threads: they outlive a re-run cell and a reloaded module."""
+    module = sys.modules.setdefault("_memws_live", types.ModuleType("_memws_live"))
+    servers: dict[tuple[str, str, int], WebSocketServer] = module.__dict__.setdefault("servers", {})
+    return servers
+
+
+def run_nested(work: Coroutine[Any, Any, None]) -> None:
+    """Block inside a running loop until `work` ends or an interrupt ends it. Raises UsageError where that cannot be."""
+    loop = asyncio.get_running_loop()
+    try:
+        import_nest_asyncio().apply(loop)
+    except (ImportError, ValueError, RuntimeError) as error:
+        work.close()
+        raise UsageError(
+            f"run(block=True) cannot block here ({error}); use start(), which serves from a thread"
+        ) from error
+    task = loop.create_task(work)
+    try:
+        loop.run_until_complete(task)
+    except KeyboardInterrupt:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
+
+
+def import_nest_asyncio() -> Any:
+    """nest_asyncio2 or, where it works, nest_asyncio; the one that was applied before. Raises ImportError."""
+    applied = getattr(asyncio, "_nest_patched", False) and "nest_asyncio" in sys.modules
+    with contextlib.suppress(ImportError):
+        if not applied:
+            import nest_asyncio2
+
+            return nest_asyncio2
+    if sys.version_info >= (3, 14):
+        raise ImportError("nest-asyncio does not work on Python 3.14; pip install nest-asyncio2")
+    import nest_asyncio
+
+    return nest_asyncio
+
+
+# ======================================================================================================================
+# 12. CLI: arguments, the terminal client, main
+# ======================================================================================================================
+
+# The terminal client: input on the main thread, because only there an interrupt reaches a line being typed; the
+# connection, the follower of the agent's other turns and the clock on threads of their own.
+
+CHAT_TYPES = ["user_message", "delta", "internal_monologue", "assistant_message", "tool_call", "tool_return",
+              "memory_change", "context", "compaction", "heartbeat", "retry", "correction", "queue",
+              "agent_change"]  # fmt: skip
+CHAT_HELP = """\
+/agents          the agents of this server
+/load NAME       talk to this agent
+/new [NAME]      create an agent and talk to it
+/memory          what the agent keeps in core memory
+/context         what fills its context window
+/search WORDS    search recall and archival memory
+/cancel          end the agent's running turn
+/help            this list
+/quit            leave (also Ctrl-D)
+Ctrl-C cancels a running turn; twice leaves. A message that begins with a slash: write two."""
+CHAT_COMMANDS = [line.split()[0] for line in CHAT_HELP.splitlines() if line.startswith("/")]
+CHAT_PATIENCE = 2.0
+"""Seconds of silence until a running turn shows that it is waited for, and within which a second Ctrl-C leaves."""
+HISTORY_FILE = "~/.memws_history"
+HISTORY_LINES = 1000
+STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: object) -> str:
+    """A text of others as it may reach a terminal: control and direction characters are escaped, lines stay."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text).replace("\r\n", "\n"))
+
+
+def clipped(text: object, length: int = 160) -> str:
+    """The beginning of a text, printable and on one line."""
+    line = " ".join(str(text).split())
+    return printable(line if len(line) <= length else line[: length - 1] + "…")
+
+
+class Screen:
+    """The terminal, for several threads: streamed text, whole lines, and what is redrawn below them.
+
+    Without a terminal (or with TERM=dumb) no escape code is written; NO_COLOR (https://no-color.org) is honoured.
+    """
+
+    def __init__(self, out: typing.TextIO) -> None:
+        self.terminal = out.isatty() and os.environ.get("TERM") != "dumb"
+        self._colour = self.terminal and not os.environ.get("NO_COLOR")
+        self._out = out
+        self._lock = threading.RLock()
+        self._mid_line = False  # the cursor stands behind streamed text
+        self._held = ""  # a line for above the prompt, until it is whole
+        self._prompt: str | None = None
+        self._waiting_since: float | None = None
+        self._clock_shown = False
+
+    def write(self, text: str, style: str = "") -> None:
+        """Add to the current line; `text` has been made printable."""
+        with self._lock:
+            if self._prompt is not None:
+                self._held += self._paint(text, style)
+            elif text:
+                self._clear()
+                self._put(self._paint(text, style))
+                self._mid_line = not text.endswith("\n")
+
+    def line(self, text: str = "", style: str = "") -> None:
+        """Write a whole line, above the prompt if one is shown."""
+        with self._lock:
+            self.end_line()
+            self._whole_line(self._paint(text, style))
+
+    def end_line(self) -> None:
+        """Go to the beginning of a line."""
+        with self._lock:
+            if self._mid_line:
+                self._put("\n")
+                self._mid_line = False
+            if self._held:
+                held, self._held = self._held, ""
+                self._whole_line(held)
+
+    def ask(self, prompt: str) -> str:
+        """Read a line from the user. Raises EOFError and KeyboardInterrupt."""
+        with self._lock:
+            self.end_line()
+            self._clear()
+            self._prompt = prompt
+        try:
+            return input(prompt)
+        finally:
+            self._prompt = None
+
+    def wait(self, waiting: bool) -> None:
+        """From now on something is waited for, or no longer."""
+        with self._lock:
+            self._clear()
+            self._waiting_since = time.monotonic() if waiting else None
+
+    def tick(self) -> None:
+        """Show how long the wait has lasted; written over by what comes next."""
+        with self._lock:
+            if self.terminal and self._waiting_since is not None and not self._mid_line and self._prompt is None:
+                waited = time.monotonic() - self._waiting_since
+                if waited >= CHAT_PATIENCE:
+                    self._put("\r" + self._paint(f"thinking … {waited:.0f} s", "dim") + "\x1b[K")
+                    self._clock_shown = True
+
+    def _whole_line(self, line: str) -> None:
+        self._clear()
+        self._put(line + "\n")
+        self._restore()
+
+    def _clear(self) -> None:
+        """Remove what is redrawn: the clock, the prompt with the line being typed."""
+        if self._clock_shown:
+            self._put("\r\x1b[K")
+            self._clock_shown = False
+        if self._waiting_since is not None:
+            self._waiting_since = time.monotonic()
+        if self._prompt is not None and self.terminal:
+            with contextlib.suppress(OSError):
+                rows = len(self._prompt + _typed()) // os.get_terminal_size(self._out.fileno()).columns
+                self._put(f"\x1b[{rows}A" if rows else "")
+            self._put("\r\x1b[J")
+
+    def _restore(self) -> None:
+        if self._prompt is not None and self.terminal:
+            self._put(self._prompt + _typed())  # a cursor within the line ends up behind it: readline does not tell
+
+    def _paint(self, text: str, style: str) -> str:
+        return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
+
+    def _put(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+def _typed() -> str:
+    """What stands behind the prompt, where readline reads it."""
+    module = sys.modules.get("readline")
+    return str(module.get_line_buffer()) if module else ""
+
+
+class TurnView:
+    """Shows the events of an agent's turns: the reply as it comes, what lies behind it dimmed.
+
+    A stored event repeats the text of the deltas before it, so `_ahead` keeps what was shown of each kind and is
+    not stored yet. With live=False whole events only, as suits lines above a prompt.
+    """
+
+    KINDS: typing.ClassVar = {"assistant_message": "", "internal_monologue": "dim"}
+
+    def __init__(self, screen: Screen, live: bool = True) -> None:
+        self._screen = screen
+        self._live = live
+        self._step: object = None
+        self._ahead = dict.fromkeys(self.KINDS, "")
+        self._kind: str | None = None  # of the line being streamed
+
+    def show(self, event: Frame) -> None:
+        """Show one event; of types that are not known, nothing."""
+        kind = str(event.get("message_type", event.get("type")))
+        if kind == "delta" and self._live and event.get("of") in self.KINDS:
+            self._stream(event)
+        elif kind in self.KINDS:
+            self._complete(kind, event)
+        elif handler := getattr(self, f"_show_{kind}", None):
+            handler(event)
+
+    def _stream(self, delta: Frame) -> None:
+        if self._step != (step := (delta.get("turn_id"), delta.get("step"))):
+            self._step, self._ahead = step, dict.fromkeys(self.KINDS, "")
+        self._say(delta["of"], str(delta["message"]), delta)
+        self._ahead[delta["of"]] += str(delta["message"])
+
+    def _complete(self, kind: str, event: Frame) -> None:
+        text, ahead = str(event.get("message")), self._ahead[kind]
+        if ahead.startswith(text):
+            self._ahead[kind] = ahead[len(text) :]
+        elif text.startswith(ahead):
+            self._say(kind, text[len(ahead) :], event)
+            self._ahead[kind] = ""
+        else:  # not what was streamed: it was corrected
+            self._end_line()
+            self._ahead[kind] = ""
+            self._say(kind, text, event)
+        if event.get("part", 1) == event.get("parts", 1) and not self._ahead[kind] and self._kind == kind:
+            self._end_line()
+
+    def _say(self, kind: str, text: str, event: Frame) -> None:
+        """Add text to the line of its kind; a line that was broken off goes on without a new heading."""
+        if kind != self._kind:
+            self._end_line()
+            self._kind = kind
+            if not self._ahead[kind] and event.get("part", 1) == 1:
+                heading = f"{printable(event.get('agent_name'))}: " if kind == "assistant_message" else "~ "
+                self._screen.write(heading, "bold" if kind == "assistant_message" else "dim")
+        self._screen.write(printable(text), self.KINDS[kind])
+
+    def _end_line(self) -> None:
+        self._screen.end_line()
+        self._kind = None
+
+    def _line(self, text: str, style: str) -> None:
+        self._kind = None
+        self._screen.line(text, style)
+
+    def _note(self, event: Frame, style: str = "dim") -> None:
+        what = str(event.get("message_type")).replace("_", " ")
+        self._line(f"[{what}: {clipped(event.get('message') or '-')}]", style)
+
+    def _show_user_message(self, event: Frame) -> None:
+        if not self._live:  # another client wrote it
+            self._line(f"someone: {printable(event.get('message'))}", "cyan")
+
+    def _show_tool_call(self, event: Frame) -> None:
+        if event.get("name") != "send_message":
+            self._line(f"> {clipped(event.get('name'))}({clipped(event.get('message'))})", "dim")
+
+    def _show_tool_return(self, event: Frame) -> None:
+        failed = event.get("status") != "OK"
+        if failed or event.get("name") != "send_message":
+            self._line(f"< {clipped(event.get('message'))}", "red" if failed else "dim")
+
+    def _show_memory_change(self, event: Frame) -> None:
+        where = event.get("label") or "archival memory"
+        self._line(f"[{clipped(where)}, changed by the {clipped(event.get('by', 'agent'))}]", "dim")
+        for line in memory_diff(event):
+            self._line(line, "green" if line.startswith("+") else "red")
+
+    def _show_context(self, event: Frame) -> None:
+        if event.get("warning"):
+            self._note(event, "yellow")
+
+    def _show_retry(self, event: Frame) -> None:
+        self._ahead = dict.fromkeys(self.KINDS, "")  # the model begins its text again
+        self._note(event)
+
+    _show_compaction = _show_heartbeat = _show_correction = _show_queue = _show_agent_change = _note
+
+    def _show_agent_response_end(self, event: Frame) -> None:
+        self._ahead = dict.fromkeys(self.KINDS, "")
+        self._end_line()
+        if event.get("stop_reason") != "done":
+            self._line(f"[{clipped(event.get('stop_reason'))}]", "yellow")
+
+    def _show_agent_response_error(self, event: Frame) -> None:
+        self._ahead = dict.fromkeys(self.KINDS, "")
+        self._line(f"error: {clipped(event.get('message'), 1000)}", "red")
+
+    _show_server_error = _show_agent_response_error
+
+
+def memory_diff(event: Frame, lines: int = 8) -> list[str]:
+    """What a memory_change removed and added, in a few lines that begin with - and +."""
+    before, after = (str(event.get(key) or "") for key in ("before", "after"))
+    differing = (at for at, (old, new) in enumerate(zip(before, after, strict=False)) if old != new)
+    same = before[: next(differing, min(len(before), len(after)))].rpartition("\n")[2]
+    if len(same) > 60:  # of a long line, only what surrounds the change
+        before, after = (text.replace(same, "…" + same[-40:], 1) for text in (before, after))
+    pairs = difflib.ndiff(before.splitlines(), after.splitlines())
+    changed = [f"{line[0]} {clipped(line[2:])}" for line in pairs if line[0] in "-+"]
+    return changed if len(changed) <= lines else [*changed[: lines - 1], f"+ … {len(changed) - lines + 1} more lines"]
+
+
+class Chat:
+    """A conversation on the terminal: reads lines, sends them, carries out slash commands."""
+
+    def __init__(self, client: BlockingClient, screen: Screen) -> None:
+        self._client = client
+        self._screen = screen
+        self._own_turns: set[str] = set()
+        self._interrupted = float("-inf")
+        self._names: tuple[float, list[str]] = (float("-inf"), [])
+
+    def run(self, agent_name: str | None) -> int:
+        """Talk until the user leaves."""
+        threading.Thread(target=self._keep_time, name="memws clock", daemon=True).start()
+        save_history = set_up_readline(self._complete) if self._screen.terminal else None
+        try:
+            self._greet()
+            self._choose(agent_name)
+            while self._take_line():
+                pass
+        except EOFError:
+            self._screen.line()
+        finally:
+            if save_history is not None:
+                save_history()
+        return 0
+
+    def _take_line(self) -> bool:
+        """One line from the user and what it asks for; False leaves."""
+        try:
+            return self._act(self._screen.ask(f"{self._client.agent_name or ''}> ").strip())
+        except KeyboardInterrupt:
+            self._screen.line()
+            if self._is_second_interrupt():
+                return False
+            self._screen.line("[Ctrl-C again, or Ctrl-D, leaves]", "dim")
+            self._interrupted = float("inf")  # at the prompt the second may take its time
+        except MemwsError as error:
+            self._screen.line(clipped(error, 1000), "red")
+            if isinstance(error, ConnectionLost) and not self._client.alive:
+                raise
+        return True
+
+    def _is_second_interrupt(self) -> bool:
+        return time.monotonic() - self._interrupted < CHAT_PATIENCE
+
+    def _act(self, text: str) -> bool:
+        if self._interrupted == float("inf"):
+            self._interrupted = float("-inf")
+        word, _, rest = text.partition(" ")
+        if word in ("/quit", "/exit"):
+            return False
+        if text.startswith("//"):
+            self._talk(text[1:])
+        elif word in CHAT_COMMANDS:
+            getattr(self, f"_do_{word[1:]}")(rest.strip())
+        elif text.startswith("/"):
+            near = difflib.get_close_matches(word, CHAT_COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
+            self._screen.line(f"unknown command {clipped(word, 40)}: {hint}", "yellow")
+        elif self._client.agent_name is None:
+            self._screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
+        elif text:
+            self._talk(text)
+        return True
+
+    def _talk(self, text: str) -> None:
+        """Send a message and show its turn; Ctrl-C cancels it, a second one within 2 s leaves."""
+        turn_id = uuid.uuid4().hex
+        self._own_turns.add(turn_id)
+        turn = self._client.send(text, turn_id=turn_id)
+        view = TurnView(self._screen)
+
+        def interrupt(number: int, frame: object) -> None:
+            if self._is_second_interrupt():
+                raise KeyboardInterrupt
+            self._interrupted = time.monotonic()
+            turn.cancel()
+
+        usual = signal.signal(signal.SIGINT, interrupt)
+        self._screen.wait(True)
+        try:
+            for event in turn:
+                view.show(event)
+        finally:
+            self._screen.wait(False)
+            signal.signal(signal.SIGINT, usual)
+
+    def _greet(self) -> None:
+        about = self._client.hello(CHAT_TYPES)
+        server = f"memws {clipped(about.get('version'))} at {self._client.client.url}"
+        self._screen.line(f"{server}, model {clipped(about.get('model'))}; /help lists the commands", "dim")
+        if about.get("offline"):
+            self._screen.line("the model is offline: a rule-based stand-in, not a language model", "yellow")
+
+    def _choose(self, name: str | None) -> None:
+        """Load the agent that was asked for, or the most recently active one; offer to create a missing one."""
+        name = name or latest_agent(self._client)
+        try:
+            if name is not None:
+                return self._load(name)
+        except RemoteError as error:
+            if error.code != "unknown_agent":
+                self._screen.line(clipped(error, 1000), "red")
+                return None
+        question = "there is no agent yet; create 'sam'? [Y/n] "
+        if name is not None:
+            question = f"there is no agent {printable(name)!r}; create it? [Y/n] "
+        try:
+            if self._screen.ask(question).strip().lower() in ("", "y", "yes"):
+                self._do_new(name or "sam")
+        except KeyboardInterrupt:
+            self._screen.line()
+        except RemoteError as error:
+            self._screen.line(clipped(error, 1000), "red")
+        return None
+
+    def _load(self, name: str) -> None:
+        former = self._client.agent_name
+        result = self._client.load_agent(name)
+        self._follow(former, result)
+        self._screen.line(f"[{clipped(result.get('agent_name'))}, model {clipped(result.get('model'))}]", "dim")
+
+    def _follow(self, former: str | None, result: Frame) -> None:
+        """Show from now on what others make the current agent do."""
+        for warning in result.get("warnings") or []:
+            self._screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
+        if former is not None:
+            self._client.unsubscribe(former)
+        feed = self._client.subscribe()
+        threading.Thread(target=self._show_others, args=(feed,), name="memws follower", daemon=True).start()
+
+    def _show_others(self, feed: BlockingFeed) -> None:
+        view = TurnView(self._screen, live=False)
+        with contextlib.suppress(MemwsError):  # the main thread meets it as well
+            for event in feed:
+                if event.get("turn_id") not in self._own_turns:
+                    view.show(event)
+
+    def _keep_time(self) -> None:
+        while self._client.alive:
+            time.sleep(0.5)
+            self._screen.tick()
+
+    def _complete(self, text: str, line: str) -> list[str]:
+        """The words that may stand where `text` begins, the last word of `line`."""
+        if line.startswith("/load "):
+            if time.monotonic() - self._names[0] > 5:
+                with contextlib.suppress(MemwsError):
+                    self._names = time.monotonic(), [agent["agent_name"] for agent in all_agents(self._client)]
+            return [name for name in self._names[1] if name.startswith(text)]
+        return [word for word in CHAT_COMMANDS if word.startswith(text)] if line == text and text else []
+
+    # The slash commands.
+
+    def _do_help(self, rest: str) -> None:
+        self._screen.line(CHAT_HELP)
+
+    def _do_agents(self, rest: str) -> None:
+        agents = all_agents(self._client)
+        for agent in agents:
+            mark = "*" if agent.get("agent_name") == self._client.agent_name else " "
+            name, model, state = (clipped(agent.get(key)) for key in ("agent_name", "model", "state"))
+            active = clipped(agent.get("last_active") or "never")
+            self._screen.line(f"{mark} {name}  {model}, {state}, last active {active}")
+        if not agents:
+            self._screen.line("no agent yet: /new NAME creates one")
+
+    def _do_load(self, rest: str) -> None:
+        if rest:
+            self._load(rest)
+        else:
+            self._screen.line("which one? /load NAME; /agents lists them", "yellow")
+
+    def _do_new(self, rest: str) -> None:
+        former = self._client.agent_name
+        result = self._client.create_agent(rest or None)
+        self._screen.line(f"[{clipped(result.get('agent_name'))} created]", "dim")
+        self._follow(former, result)
+
+    def _do_memory(self, rest: str) -> None:
+        agent = self._client.command("get_agent", **self._current())
+        for block in agent.get("blocks", []):
+            value = str(block.get("value"))
+            used = f"{len(value)} of {clipped(block.get('limit'))} characters"
+            self._screen.line(f"{clipped(block.get('label'))} ({used})", "bold")
+            self._screen.line(printable(value))
+        counts = ", ".join(f"{clipped(key)} {clipped(count)}" for key, count in (agent.get("counts") or {}).items())
+        self._screen.line(f"[{counts}]", "dim")
+
+    def _do_context(self, rest: str) -> None:
+        context = self._client.command("get_context", **self._current())
+        window = context.get("window") or 1
+        for section in context.get("sections", []):
+            self._screen.line(f"{clipped(section.get('name')):12} {bar(section.get('tokens', 0), window)}")
+        about = "estimated" if context.get("estimated") else "counted"
+        self._screen.line(f"{'used':12} {bar(context.get('used', 0), window)} of {window} tokens, {about}", "bold")
+
+    def _do_search(self, rest: str) -> None:
+        if not rest:
+            self._screen.line("for what? /search WORDS", "yellow")
+            return
+        found = self._client.command("search_memory", query=rest, store="all", **self._current())
+        for item in found.get("items", []):
+            origin = " ".join(clipped(item[key]) for key in ("store", "role", "time") if item.get(key))
+            self._screen.line(f"[{origin}]", "dim")
+            self._screen.line(clipped(item.get("text"), 400))
+        self._screen.line(f"[{len(found.get('items', []))} of {found.get('total', 0)} found]", "dim")
+
+    def _do_cancel(self, rest: str) -> None:
+        state = self._client.command("cancel", **self._current()).get("state")
+        self._screen.line("[nothing runs]" if state == "over" else f"[{clipped(state)}]", "dim")
+
+    def _current(self) -> Frame:
+        return {} if self._client.agent_name is None else {"agent_name": self._client.agent_name}
+
+
+def bar(tokens: int, window: int, width: int = 30) -> str:
+    """A share of the window as a bar of characters, with both numbers."""
+    filled = min(width, round(width * tokens / window))
+    return f"{'#' * filled}{'.' * (width - filled)} {tokens:7} {100 * tokens / window:4.0f} %"
+
+
+def all_agents(client: BlockingClient, pages: int = 50) -> list[Frame]:
+    """The agents of the server, 100 a page, in its order."""
+    agents: list[Frame] = []
+    for _ in range(pages):
+        after = {"after": agents[-1]["agent_name"]} if agents else {}
+        result = client.command("list_agents", limit=100, **after)
+        agents += result["agents"]
+        if not result["agents"] or len(agents) >= result.get("total", 0):
+            break
+    return agents
+
+
+def latest_agent(client: BlockingClient) -> str | None:
+    """The agent that was active last."""
+    latest = max(all_agents(client), key=lambda agent: str(agent.get("last_active") or ""), default=None)
+    return None if latest is None else str(latest["agent_name"])
+
+
+def set_up_readline(complete: Callable[[str, str], list[str]]) -> Callable[[], None] | None:
+    """Line editing, history and completion where Python has readline; gives what saves the history."""
+    try:
+        import readline  # not on Windows
+    except ImportError:
+        return None
+    usable = False
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        path = pathlib.Path(HISTORY_FILE).expanduser()
+        path.touch(0o600)
+        path.chmod(0o600)
+        readline.read_history_file(path)
+        usable = True
+    readline.set_history_length(HISTORY_LINES)
+    readline.set_completer_delims(" ")
+    found: list[str] = []
+
+    def completer(text: str, number: int) -> str | None:
+        if number == 0:
+            found[:] = complete(text, readline.get_line_buffer())
+        return found[number] if number < len(found) else None
+
+    readline.set_completer(completer)
+    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
+
+    def save() -> None:
+        readline.set_completer(None)
+        if usable:
+            with contextlib.suppress(OSError):
+                readline.write_history_file(path)
+                path.chmod(0o600)
+
+    return save
+
+
+def answer_once(client: BlockingClient, agent_name: str | None, text: str) -> int:
+    """Send one message and print the reply, nothing else, on standard output."""
+    name = agent_name or latest_agent(client) or "sam"
+    try:
+        client.load_agent(name)
+    except RemoteError as error:
+        if error.code != "unknown_agent":
+            raise
+        client.create_agent(name)
+        print(f"there was no agent {printable(name)!r}; it has been created", file=sys.stderr)
+    client.hello(["assistant_message"])
+    replied, stop_reason = False, "done"
+    for event in client.send(text):
+        if event.get("message_type") == "assistant_message":
+            replied = True
+            whole = event.get("part", 1) == event.get("parts", 1)
+            print(printable(event.get("message")), end="\n" if whole else "", flush=True)
+        elif event["type"] in ("agent_response_error", "server_error"):
+            raise RemoteError(str(event.get("code")), str(event.get("message")))
+        elif event["type"] == "agent_response_end":
+            stop_reason = str(event.get("stop_reason"))
+    if stop_reason != "done":
+        ended = f"the turn ended early ({clipped(stop_reason)})"
+        print(f"{ended}; send the message again, or a shorter one", file=sys.stderr)
+    return 0 if replied or stop_reason == "done" else 1
+
+
+def chat(url: str, agent_name: str | None = None, token: str | None = None) -> int:
+    """The terminal client; gives the exit status: 0, 1 after an error, 2 where the server cannot be reached.
+
+    Where standard input is no terminal, all of it is one message. Call it on the main thread.
+    """
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+    interactive = sys.stdin.isatty()
+    screen = Screen(sys.stdout if interactive else sys.stderr)
+
+    def on_state(state: str) -> None:
+        said = {"lost": "connection lost; reconnecting …", "restored": "reconnected"}.get(state, "connection lost")
+        screen.line(f"[{said}]" if interactive else said, "dim")
+
+    try:
+        with connect(url, token, reconnect=True if interactive else 60.0, on_state=on_state) as client:
+            if interactive:
+                return Chat(client, screen).run(agent_name)
+            text = sys.stdin.read()
+            if not text.strip():
+                print("nothing to send: standard input is empty; pipe a message in", file=sys.stderr)
+                return 1
+            return answer_once(client, agent_name, text.rstrip("\r\n"))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left: nothing is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (MemwsError, ValueError) as error:
+        print(printable(error), file=sys.stderr)
+        return 2 if isinstance(error, ConnectFailed) else 1
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; {self.prog} --help tells what there is")
+
+
+class _LogFormatter(logging.Formatter):
+    """One line a record (tracebacks aside), control characters escaped, without what looks like a key or the token."""
+
+    def __init__(self, token: str | None) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s")
+        self._secrets = [secret for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record)).replace("\n", "\\n")
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return re.sub(r"\bsk-[\w*-]{6,}", "…", text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's flags; every one has an environment variable MEMWS_<FLAG>, and the flag wins."""
+    parser = _Parser(prog="memws.py", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"memws {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    serve = commands.add_parser(
+        "serve", help="serve agents over WebSocket (the default)", description="Serve agents over WebSocket."
+    )
+    for option in fields(Options):
+        if option.name != "api_key":
+            _add_flag(serve, option.name, option.metadata["help"], option.default, repeat=option.default == ())
+    _add_flag(serve, "log_level", "debug, info, warning or error", "info")
+    chat_ = commands.add_parser(
+        "chat", help="talk to an agent from this terminal", description=f"{chat.__doc__}".partition(";")[0]
+    )
+    _add_flag(chat_, "url", "the server's address", f"ws://localhost:{DEFAULT_PORT}")
+    _add_flag(chat_, "agent", "the agent to talk to", None)
+    _add_flag(chat_, "token", "the server's token", None)
+    commands.add_parser(
+        "protocol", help="print the protocol as JSON Schema", description="Print the protocol as JSON Schema."
+    )
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any, repeat: bool = False) -> None:
+    """A flag whose default may come from the environment."""
+    variable = f"MEMWS_{name.upper()}"
+    given = os.environ.get(variable)
+    kind = type(default) if isinstance(default, (int, float)) else int if name == "context_window" else str
+    if repeat:
+        value: Any = [part.strip() for part in given.split(",") if part.strip()] if given else []
+        action: JSON = {"action": "append", "default": None}
+        parser.set_defaults(**{f"{name}_environment": value})
+    else:
+        action = {"type": kind, "default": given if given is not None else default}
+    shown = f" (default {default})" if default not in (None, ()) else ""
+    parser.add_argument(
+        f"--{name.replace('_', '-')}",
+        metavar=name.rpartition("_")[2].upper(),
+        help=f"{meaning}{shown}; {variable}",
+        **action,
+    )
+
+
+def serve_command(given: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM. Raises UsageError."""
+    level = logging.getLevelNamesMapping().get(str(given.log_level).upper())
+    if level is None:
+        raise UsageError(f"log_level: expected debug, info, warning or error, but got {quote(given.log_level)}")
+    values = {option.name: getattr(given, option.name) for option in fields(Options) if hasattr(given, option.name)}
+    for name in ("allow_origin", "allow_host"):
+        values[name] = tuple(values[name] if values[name] is not None else getattr(given, f"{name}_environment"))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogFormatter(given.token))
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    logging.getLogger("memws.websockets").setLevel(max(level, logging.WARNING))  # below, it shows tokens and texts
+    _raise_descriptor_limit(values["max_connections"])
+    server = WebSocketServer(**values)
+    asyncio.run(_serve_until_signal(server))
+    return 0
+
+
+async def _serve_until_signal(server: WebSocketServer) -> None:
+    loop = asyncio.get_running_loop()
+    serving = loop.create_task(server.start_server())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt ends asyncio.run
+            loop.add_signal_handler(number, serving.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await serving
+
+
+def _raise_descriptor_limit(connections: int) -> None:
+    """Let the process open as many files as it may need, where the system allows."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = connections + 256
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit status: 0, 1 for a failed chat, 2 for what cannot be done as asked."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words.insert(0, "serve")
+    try:
+        given = make_parser().parse_args(words)
+        if given.command == "chat":
+            return chat(given.url, given.agent, given.token)
+        if given.command == "protocol":
+            print(encode_json(protocol_schema()))
+            return 0
+        return serve_command(given)
+    except UsageError as error:
+        print(f"memws: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

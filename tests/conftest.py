@@ -1,0 +1,59 @@
+"""What all tests share: the endpoint, the loop that async tests run on, and the rule that in CI a skip is a failure."""
+
+import os
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+from endpoint import Endpoint
+
+CI = bool(os.environ.get("CI"))
+# A run with requirements.txt alone, as a newcomer's: tests may skip for want of tests/requirements.txt.
+BARE = bool(os.environ.get("MEMWS_BARE"))
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """Async tests run on asyncio, through the pytest plugin of anyio, which comes with openai."""
+    return "asyncio"
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    """A strict endpoint; a request that it had to refuse fails the test."""
+    with Endpoint() as running:
+        yield running
+    assert running.refusals == []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if not hasattr(report, "wasxfail"):
+        _refuse_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_skip(report)
+    return report
+
+
+def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not CI or not report.skipped:
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not (BARE and _names_test_package(reason)):
+        report.outcome = "failed"
+        report.longrepr = f"in CI a skip is a failure: {reason}"
+
+
+def _names_test_package(reason: str) -> bool:
+    """Whether a skip's reason is pytest.importorskip's, for a package of tests/requirements.txt."""
+    lines = Path(__file__).with_name("requirements.txt").read_text("utf-8").splitlines()
+    packages = {match[0].replace("-", "_").lower() for line in lines if (match := re.match(r"[\w-]+", line))}
+    match = re.search(r"could not import '(\w+)", reason)
+    return match is not None and match[1].lower() in packages

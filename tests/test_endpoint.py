@@ -1,0 +1,375 @@
+"""The endpoint is as strict as the API it stands for, and openai's own client reads what it sends."""
+
+import asyncio
+import contextlib
+import dataclasses
+import http.client
+import json
+import math
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from endpoint import Body, Endpoint, Reply
+
+openai = pytest.importorskip("openai")
+
+USER = {"role": "user", "content": "Hi"}
+SEND = {"type": "function", "function": {"name": "send_message", "parameters": {"type": "object", "properties": {}}}}
+
+
+def call(call_id: Any = "a", name: Any = "f", arguments: Any = "{}") -> Body:
+    """A tool call, right unless told otherwise."""
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls(*tool_calls: Body, answered: tuple[str, ...] = (), content: Any = None) -> list[Body]:
+    """A history with one assistant message of tool calls and its tool messages."""
+    answers = [{"role": "tool", "tool_call_id": call_id, "content": "ok"} for call_id in answered]
+    return [USER, {"role": "assistant", "content": content, "tool_calls": list(tool_calls)}, *answers]
+
+
+def tool(**function: Any) -> Body:
+    """A request that offers one tool."""
+    return {"tools": [{"type": "function", "function": function}]}
+
+
+@pytest.fixture
+async def client(endpoint: Endpoint) -> AsyncIterator[Any]:
+    """A client of the `endpoint` that retries nothing."""
+    async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="key", max_retries=0) as running:
+        yield running
+
+
+async def create(client: Any, **body: Any) -> Any:
+    """Send a chat request as memws does: the whole of it as extra_body."""
+    body = {"model": "test-model", "messages": [USER], **body}
+    return await client.chat.completions.create(
+        model=body["model"], messages=[], stream=body.get("stream", False), extra_body=body
+    )
+
+
+async def stream(client: Any, **body: Any) -> list[Any]:
+    """The chunks of a streamed reply."""
+    return [chunk async for chunk in await create(client, stream=True, **body)]
+
+
+def content(chunks: list[Any]) -> str:
+    """The text of a streamed reply."""
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+FAULTS: dict[str, tuple[Body, str]] = {
+    "no message": ({"messages": []}, "empty array"),
+    "messages that are no list": ({"messages": "Hi"}, "expected an array"),
+    "a message that is no object": ({"messages": ["Hi"]}, "expected an object"),
+    "an unknown role": ({"messages": [{"role": "bot", "content": ""}]}, "Supported values"),
+    "no content": ({"messages": [{"role": "user"}]}, "expected a string, got null"),
+    "content that is no string": ({"messages": [{"role": "user", "content": 5}]}, "expected a string, got int"),
+    "null content without calls": ({"messages": [{"role": "assistant", "content": None}]}, "expected a string"),
+    "a call without its result": ({"messages": calls(call())}, "did not have response messages: a"),
+    "one of two results": ({"messages": calls(call("a"), call("b"), answered=("b",))}, "response messages: a"),
+    "a user message between": ({"messages": [*calls(call()), USER]}, "did not have response messages: a"),
+    "a result without its call": ({"messages": calls(call(), answered=("a",))[::2]}, "preceeding message"),
+    "a result twice": ({"messages": calls(call(), answered=("a", "a"))}, "preceeding message"),
+    "an empty list of calls": ({"messages": calls()}, "empty array"),
+    "an empty id": ({"messages": calls(call(""), answered=("",))}, "unique non-empty string"),
+    "no id": ({"messages": calls(call(None))}, "unique non-empty string"),
+    "the same id twice": ({"messages": calls(call(), call(), answered=("a", "a"))}, "unique non-empty string"),
+    "calls of the user": ({"messages": [{**USER, "tool_calls": [call()]}]}, "not allowed"),
+    "a bad function name": ({"messages": calls(call(name="a b"), answered=("a",))}, "does not match pattern"),
+    "broken arguments": ({"messages": calls(call(arguments='{"a'), answered=("a",))}, "holds a JSON object"),
+    "arguments that are a list": ({"messages": calls(call(arguments="[]"), answered=("a",))}, "holds a JSON object"),
+    "arguments as an object": ({"messages": calls(call(arguments={}), answered=("a",))}, "holds a JSON object"),
+    "no tool": ({"tools": []}, "empty array"),
+    "a tool of no type": ({"tools": [{"function": {"name": "f"}}]}, "type 'function'"),
+    "a tool without a name": (tool(), "does not match pattern"),
+    "a long tool name": (tool(name="f" * 65), "does not match pattern"),
+    "parameters of no object": (tool(name="f", parameters={"type": "string"}), "Invalid schema for function 'f'"),
+    "a required parameter that is not there": (
+        tool(name="f", parameters={"type": "object", "properties": {}, "required": ["a"]}),
+        "Invalid schema for function 'f'",
+    ),
+    "tool_choice without tools": ({"tool_choice": "auto"}, "only allowed when 'tools'"),
+    "parallel_tool_calls without tools": ({"parallel_tool_calls": True}, "only allowed when 'tools'"),
+    "stream_options without stream": ({"stream_options": {"include_usage": True}}, "only allowed when 'stream'"),
+    "an unknown parameter": ({"context_window": 5}, "Unrecognized request argument supplied: context_window"),
+    "no model": ({"model": ""}, "provide a model"),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("body", "reason"), FAULTS.values(), ids=FAULTS)
+async def test_refuses(body: Body, reason: str) -> None:
+    """What the API refuses is answered with 400 and listed with its reason; the script is not used up."""
+    with Endpoint() as endpoint:
+        endpoint.script(Reply("kept"))
+        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="key", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError, match="Error code: 400"):
+                await create(client, **body)
+            assert content(await stream(client)) == "kept"
+        assert len(endpoint.requests) == 2
+        [refusal] = endpoint.refusals
+        assert reason in refusal
+
+
+def post(endpoint: Endpoint, raw: bytes) -> tuple[int, Body]:
+    """Status and JSON of a chat request of raw bytes."""
+    connection = http.client.HTTPConnection("127.0.0.1", endpoint.port)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/chat/completions", raw)
+        response = connection.getresponse()
+        return response.status, json.load(response)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"{", b"[]", b'{"temperature": NaN}', b'{"user": "\\ud800"}', b'{"user": "\xff"}'],
+    ids=["empty", "cut", "no object", "NaN", "lone surrogate", "no UTF-8"],
+)
+def test_refuses_what_is_not_strict_json(raw: bytes) -> None:
+    """A body that a strict parser does not read is refused, and kept as it came."""
+    with Endpoint() as endpoint:
+        status, answer = post(endpoint, raw)
+        assert status == 400
+        assert answer["error"]["message"].startswith("We could not parse the JSON body of your request.")
+        assert (endpoint.bodies, endpoint.requests, len(endpoint.refusals)) == ([raw], [{}], 1)
+
+
+LIMITS: dict[str, tuple[Body, Body, str, str | None]] = {
+    "window": ({"context_window": 9}, {"messages": [{**USER, "content": "x" * 40}]}, "resulted in 10 tokens", "length"),
+    "max_tokens": ({"refuse": ["max_tokens"]}, {"max_tokens": 5}, "Use 'max_completion_tokens'", "unsupported"),
+    "parallel": (
+        {"refuse": ["parallel_tool_calls"]},
+        {"tools": [SEND], "parallel_tool_calls": True},
+        "not supported",
+        "unsupported",
+    ),
+    "stream_options": ({"refuse": ["stream_options"]}, {"stream": True, "stream_options": {}}, "Unrecognized", None),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("options", "body", "words", "code"), LIMITS.values(), ids=LIMITS)
+async def test_limits(options: Body, body: Body, words: str, code: str | None) -> None:
+    """An endpoint with a limit says so in OpenAI's words, and does not count it as a fault of the client."""
+    with Endpoint(**options) as endpoint:
+        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="key", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError, match=words) as caught:
+                await create(client, **body)
+        assert (code or "") in (caught.value.code or "")
+        assert endpoint.refusals == []
+
+
+@pytest.mark.anyio
+async def test_api_key() -> None:
+    """A wrong key is answered with 401."""
+    with Endpoint(api_key="right") as endpoint:
+        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
+                await create(client)
+        assert endpoint.headers[0]["authorization"] == "Bearer wrong"
+
+
+@pytest.mark.anyio
+async def test_default(client: Any) -> None:
+    """Without a script the reply is a send_message call where that tool is offered, else plain text."""
+    assert content(await stream(client)) == "Hello!"
+    completion = await create(client, tools=[SEND])
+    [function] = [tool_call.function for tool_call in completion.choices[0].message.tool_calls]
+    assert (function.name, function.arguments) == ("send_message", '{"message": "Hello!"}')
+    assert completion.choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.anyio
+async def test_default_may_be_a_function(client: Any, endpoint: Endpoint) -> None:
+    """A callable answers from the request's body."""
+    endpoint.default = lambda body: Reply(body["messages"][-1]["content"].upper())
+    assert content(await stream(client, messages=[{**USER, "content": "echo"}])) == "ECHO"
+
+
+DEPARTURES = {
+    "as OpenAI": Reply(),
+    "CR LF": Reply(crlf=True),
+    "comments": Reply(comments=True),
+    "several data lines": Reply(multiline=True),
+    "one byte a write": Reply(split=1),
+    "all of these": Reply(crlf=True, comments=True, multiline=True, split=3),
+    "no [DONE]": Reply(done=False),
+    "first without a choice": Reply(empty_choices="first"),
+    "whole arguments": Reply(whole_arguments=True),
+    "reasoning": Reply(reasoning="Hmm."),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("departure", DEPARTURES.values(), ids=DEPARTURES)
+async def test_streams(client: Any, endpoint: Endpoint, departure: Reply) -> None:
+    """Text, two tool calls and usage come whole through openai's client, whatever the form of the stream."""
+    asked = [("first", {"word": "¡Olé! 🎉"}), ("second", {})]
+    endpoint.script(dataclasses.replace(departure, text="¿Qué tal, 世界?", calls=asked))
+    chunks = await stream(client, stream_options={"include_usage": True})
+
+    assert content(chunks) == "¿Qué tal, 世界?"
+    deltas = [delta for chunk in chunks if chunk.choices for delta in chunk.choices[0].delta.tool_calls or ()]
+    names = [delta.function.name for delta in deltas if delta.function.name]
+    arguments = ["".join(delta.function.arguments for delta in deltas if delta.index == index) for index in (0, 1)]
+    assert list(zip(names, map(json.loads, arguments), strict=True)) == asked
+    assert len({delta.id for delta in deltas if delta.id}) == 2
+    assert chunks[-2].choices[0].finish_reason == "tool_calls"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.prompt_tokens == 0
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+@pytest.mark.anyio
+async def test_split_writes(client: Any, endpoint: Endpoint) -> None:
+    """Split writes reach a reader of raw bytes apart, inside lines and characters."""
+    endpoint.script(Reply("世界", split=2))
+    request = client.chat.completions.with_streaming_response.create(model="m", messages=[USER], stream=True)
+    async with request as response:
+        sizes = [len(piece) async for piece in response.iter_bytes()]
+    assert set(sizes[:-1]) == {2}
+
+
+MESSAGES: dict[str, tuple[Reply, Body]] = {
+    "null content": (Reply(), {"content": None}),
+    "a refusal": (Reply(refusal="No."), {"content": None, "refusal": "No."}),
+    "calls as text": (
+        Reply(calls=[("f", {})], calls_as_text=True),
+        {"content": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'},
+    ),
+    "broken arguments": (
+        Reply(calls=[("f", '{"a')], call_ids=["a"]),
+        {"content": None, "tool_calls": [call("a", "f", '{"a')]},
+    ),
+    "object arguments": (
+        Reply(calls=[("f", {"a": 1})], call_ids=[""], arguments_as_object=True),
+        {"content": None, "tool_calls": [call("", "f", {"a": 1})]},
+    ),
+    "no id": (
+        Reply(calls=[("f", {})], call_ids=[None]),
+        {"content": None, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+    ),
+    "reasoning": (Reply("Hi", reasoning="Hm", reasoning_field="reasoning"), {"content": "Hi", "reasoning": "Hm"}),
+}
+
+
+@pytest.mark.parametrize(("reply", "message"), MESSAGES.values(), ids=MESSAGES)
+def test_whole(endpoint: Endpoint, reply: Reply, message: Body) -> None:
+    """An endpoint that does not stream answers stream=true with one JSON object."""
+    endpoint.script(dataclasses.replace(reply, whole=True))
+    _, answer = post(endpoint, json.dumps({"model": "m", "messages": [USER], "stream": True}).encode())
+    assert answer["choices"][0]["message"] == {"role": "assistant", "refusal": None, **message}
+
+
+def events(endpoint: Endpoint, reply: Reply) -> list[Body]:
+    """The JSON of each event of a streamed reply, as sent."""
+    endpoint.script(reply)
+    connection = http.client.HTTPConnection("127.0.0.1", endpoint.port)
+    with contextlib.closing(connection):
+        body = {"model": "m", "messages": [USER], "stream": True}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        lines = connection.getresponse().read().decode().split("\n\n")
+    return [json.loads(line.removeprefix("data: ")) for line in lines if line not in ("", "data: [DONE]")]
+
+
+def test_odd_chunks(endpoint: Endpoint) -> None:
+    """Chunks without choices, without a delta, without the index of a call, and usage beside the finish reason."""
+    assert all(event["choices"] == [] for event in events(endpoint, Reply("Hi", empty_choices="all")))
+    assert events(endpoint, Reply(first_without_delta=True))[0]["choices"] == [{"index": 0, "finish_reason": None}]
+    [_, opening, rest, _] = events(endpoint, Reply(calls=[("f", {})], call_index=False))
+    assert "index" not in opening["choices"][0]["delta"]["tool_calls"][0]
+    assert rest["choices"][0]["delta"]["tool_calls"] == [{"function": {"arguments": "{}"}}]
+    last = events(endpoint, Reply(usage={"total_tokens": 7}, usage_style="last", finish="length"))[-1]
+    assert (last["usage"], last["choices"][0]["finish_reason"]) == ({"total_tokens": 7}, "length")
+    assert events(endpoint, Reply("\ud800"))[1]["choices"][0]["delta"] == {"content": "\ud800"}
+
+
+@pytest.mark.anyio
+async def test_error_status(client: Any, endpoint: Endpoint) -> None:
+    """An error status comes with its headers; HTML may come with any status."""
+    endpoint.script(Reply(status=429, headers={"Retry-After": "7"}), Reply(status=529), Reply(body="<h1>Welcome</h1>"))
+    with pytest.raises(openai.RateLimitError) as limited:
+        await create(client)
+    assert limited.value.response.headers["retry-after"] == "7"
+    with pytest.raises(openai.InternalServerError):
+        await create(client)
+    assert await create(client) == "<h1>Welcome</h1>"
+
+
+@pytest.mark.anyio
+async def test_faults_in_mid_stream(client: Any, endpoint: Endpoint) -> None:
+    """A stream breaks by an error object or by a reset, after what was sent before it; the next request is served."""
+    endpoint.script(Reply("Hello, you", error_in_stream={"message": "overloaded"}), Reply("Hello, you", cut_after=2))
+    seen = []
+    for error in (openai.APIError, Exception):  # which error a reset gives is openai's and its HTTP client's matter
+        with pytest.raises(error):  # noqa: PT012
+            async for chunk in await create(client, stream=True):
+                seen.append(chunk.choices[0].delta.content)  # noqa: PERF401
+    assert seen == ["", "Hello, y", "", "Hello, y"]
+    assert content(await stream(client)) == "Hello!"
+
+
+@pytest.mark.anyio
+async def test_hold_and_stall(client: Any, endpoint: Endpoint) -> None:
+    """A held and a stalled reply wait for release(), which frees every request that has arrived."""
+    endpoint.script(Reply("held", hold=True), Reply("stalled", stall_after=1))
+    tasks = [asyncio.create_task(stream(client)) for _ in range(2)]
+    await asyncio.to_thread(endpoint.wait_requests, 2)
+    endpoint.release()
+    assert sorted(map(content, await asyncio.gather(*tasks))) == ["held", "stalled"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("reply", [Reply(hold=True), Reply("", stall_after=1), Reply(delay=60)])
+async def test_client_leaves(client: Any, endpoint: Endpoint, reply: Reply) -> None:
+    """A client that goes away while it waits ends the exchange; others are served."""
+    endpoint.script(reply)
+    task = asyncio.create_task(stream(client))
+    await asyncio.to_thread(endpoint.wait_requests, 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert content(await stream(client)) == "Hello!"
+
+
+def test_wait_requests(endpoint: Endpoint) -> None:
+    """Waiting for what does not come ends with a sentence."""
+    with pytest.raises(TimeoutError, match=r"^0 of 1 requests arrived in 0 s$"):
+        endpoint.wait_requests(1, timeout=0)
+
+
+def test_stop_resets_connections() -> None:
+    """stop() frees thread and port, also beside a request that waits."""
+    endpoint = Endpoint()
+    endpoint.start()
+    endpoint.script(Reply(hold=True))
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", endpoint.port)) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps({"model": "m", "messages": [USER]}))
+        endpoint.wait_requests(1)
+        endpoint.stop()
+        with pytest.raises(ConnectionError):
+            connection.getresponse()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", endpoint.port))
+
+
+@pytest.mark.anyio
+async def test_models_and_embeddings(client: Any, endpoint: Endpoint) -> None:
+    """Models are listed; embeddings are unit vectors, alike for texts that share words; both routes can fail."""
+    assert [model.id async for model in client.models.list()] == ["test-model"]
+    encodings: list[Body] = [{}, {"encoding_format": "float"}]
+    for encoding in encodings:
+        texts = ["the cat sleeps", "the cat wakes", "quarterly figures"]
+        answer = await client.embeddings.create(model="e", input=texts, **encoding)
+        cat, other_cat, figures = (item.embedding for item in answer.data)
+        assert len(cat) == endpoint.dimension
+        assert math.isclose(math.hypot(*cat), 1, rel_tol=1e-6)
+        assert math.dist(cat, other_cat) < math.dist(cat, figures)
+    endpoint.overrides["/v1/embeddings"] = endpoint.overrides["/v1/models"] = Reply(status=500)
+    for request in (client.embeddings.create(model="e", input="x"), client.models.list()):
+        with pytest.raises(openai.InternalServerError):
+            await request
+    assert len(endpoint.embedding_requests) == 2

@@ -1,0 +1,288 @@
+"""memws.py reads from ground to roof: a section names only what the table allows, and keeps what is its own."""
+
+import ast
+import re
+import symtable
+import sys
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+# Number, name, and the sections that it may name; all may name the header's. 10 comes with the panel.
+TABLE: dict[int, tuple[str, set[int]]] = {
+    0: ("Header", set()),
+    1: ("Constants", set()),
+    2: ("Errors", {1}),
+    3: ("Wire", {1, 2}),
+    4: ("Memory", {1, 2}),
+    5: ("Store", {1, 2, 3, 4}),
+    6: ("LLM", {1, 2, 3, 4}),
+    7: ("Tools", {1, 2, 4, 5}),
+    8: ("Agent", {1, 2, 3, 4, 5, 6, 7}),
+    9: ("Client", {1, 2, 3}),
+    10: ("Panel", {1, 2, 3, 9}),
+    11: ("Server", set(range(1, 11))),
+    12: ("CLI", set(range(1, 12))),
+}
+OPTIONAL = {10}
+# JSON and events are everybody's: sections without the rest of Wire may name these.
+CODEC = {"encode_json", "decode_json", "decode_loose", "decode_first"}
+RUN_TIME = {"websockets", *sys.stdlib_module_names}
+SQL = re.compile(
+    r"\b(SELECT\s.+\sFROM|INSERT\s+(OR\s+\w+\s+)?INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|(CREATE|ALTER|DROP)\s+\w+|"
+    r"PRAGMA\s+\w+|BEGIN\s+IMMEDIATE)\b",
+    re.DOTALL,
+)
+
+
+class Module:
+    """The text of memws.py, cut into its sections."""
+
+    def __init__(self, text: str) -> None:
+        self.tree = ast.parse(text)
+        found = re.finditer(r"^# =+\n# (\d+)\. (.+)\n# =+$", text, re.MULTILINE)
+        self.banners = [(int(match[1]), match[2], text.count("\n", 0, match.start())) for match in found]
+
+    @cached_property
+    def statements(self) -> list[tuple[int, ast.stmt]]:
+        """Top-level statements, each with its section's number; what comes before the first banner is the header."""
+        return [(self.section(statement.lineno), statement) for statement in self.tree.body]
+
+    def section(self, line: int) -> int:
+        """The number of the section that a line stands in."""
+        return ([0] + [number for number, _, start in self.banners if start < line])[-1]
+
+    @cached_property
+    def homes(self) -> dict[str, int]:
+        """The section that each top-level name comes from."""
+        homes: dict[str, int] = {}
+        for section, statement in self.statements:
+            for symbol in scope_of(statement).get_symbols():
+                if symbol.is_assigned() or symbol.is_imported():
+                    homes.setdefault(symbol.get_name(), section)
+        return homes
+
+    @cached_property
+    def uses(self) -> list[tuple[int, str, str]]:
+        """What sections name, local names aside: (section, the statement's first line, name)."""
+        return [
+            (section, ast.unparse(statement).splitlines()[0], name)
+            for section, statement in self.statements
+            for name in sorted(global_names(scope_of(statement)))
+        ]
+
+    @cached_property
+    def events(self) -> set[str]:
+        """Wire's classes of events: Event and what derives from it."""
+        events = {"Event"}
+        for section, statement in self.statements:
+            if section == 3 and isinstance(statement, ast.ClassDef):
+                bases = {base.id for base in statement.bases if isinstance(base, ast.Name)}
+                events |= {statement.name} if bases & events else set()
+        return events
+
+    def nodes(self) -> Iterator[tuple[int, ast.AST]]:
+        """Every node, with the number of its section."""
+        for section, statement in self.statements:
+            for node in ast.walk(statement):
+                yield section, node
+
+
+def scope_of(statement: ast.stmt) -> symtable.SymbolTable:
+    """One top-level statement as a module of its own, so that Python itself tells local names from global ones."""
+    return symtable.symtable(ast.unparse(statement), "memws.py", "exec")
+
+
+def global_names(scope: symtable.SymbolTable) -> set[str]:
+    """The global names that a scope and those inside it refer to."""
+    is_top = scope.get_type() == "module"
+    names = {each.get_name() for each in scope.get_symbols() if each.is_referenced() and (is_top or each.is_global())}
+    return names.union(*map(global_names, scope.get_children()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The rules: each gives the faults that it finds.
+
+
+def upward_names(module: Module) -> list[str]:
+    """A section names only its own names, the header's, and those of sections that the table lists."""
+    faults = []
+    for section, statement, name in module.uses:
+        home = module.homes.get(name, 0)
+        is_shared = home == 3 and name in CODEC | module.events and section > 3
+        if home not in {0, section} | TABLE[section][1] and not is_shared:
+            faults.append(f"{TABLE[section][0]} names {name} of {TABLE[home][0]}: {statement}")
+    return faults
+
+
+def tricks(module: Module) -> list[str]:
+    """No way to reach upward without naming: quoted annotations, TYPE_CHECKING, globals(), importing itself."""
+    faults = [f"{name}: {statement}" for _, statement, name in module.uses if name in {"TYPE_CHECKING", "globals"}]
+    for _, node in module.nodes():
+        annotations = [getattr(node, field, None) for field in ("annotation", "returns")]
+        faults += [f"quoted annotation: {ast.unparse(each)}" for each in annotations if each and is_quoted(each)]
+        if "memws" in imported(node) or ast.unparse(node) == "sys.modules[__name__]":
+            faults.append(f"imports itself: {ast.unparse(node)}")
+    return faults
+
+
+def is_quoted(annotation: ast.expr) -> bool:
+    """Whether an annotation holds a string that stands for a type, which one inside Literal or Annotated does not."""
+    if isinstance(annotation, ast.Subscript):
+        generic = ast.unparse(annotation.value).split(".")[-1]
+        return generic not in {"Literal", "Annotated"} and is_quoted(annotation.slice)
+    if isinstance(annotation, ast.Constant):
+        return isinstance(annotation.value, str)
+    return any(is_quoted(child) for child in ast.iter_child_nodes(annotation) if isinstance(child, ast.expr))
+
+
+def heavy_imports(module: Module) -> list[str]:
+    """At the top only websockets and the standard library are imported, all of it in the header."""
+    in_functions = {
+        inner
+        for _, node in module.nodes()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(node)
+    }
+    return [
+        f"{TABLE[section][0]}: {ast.unparse(node)}"
+        for section, node in module.nodes()
+        if node not in in_functions and imported(node) and (section != 0 or not imported(node) <= RUN_TIME)
+    ]
+
+
+def imported(node: ast.AST) -> set[str]:
+    """The packages that a node imports."""
+    if isinstance(node, ast.Import):
+        return {alias.name.split(".")[0] for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {(node.module or "memws").split(".")[0]}
+    return set()
+
+
+def runs_data(module: Module) -> list[str]:
+    """Nothing turns data into code."""
+    names = {"eval", "exec", "compile", "__import__"}
+    packages = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code"}
+    faults = [f"{name}: {statement}" for _, statement, name in module.uses if name in names]
+    return faults + [ast.unparse(node) for _, node in module.nodes() if imported(node) & packages]
+
+
+def sql_outside_store(module: Module) -> list[str]:
+    """Only Store speaks SQL or names sqlite3."""
+    faults = [f"sqlite3: {statement}" for section, statement, name in module.uses if name == "sqlite3" and section != 5]
+    prose = {id(docstring) for _, node in module.nodes() if (docstring := bare_string(node))}
+    for section, node in module.nodes():
+        text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+        if section != 5 and id(node) not in prose and text is not None and SQL.search(text):
+            faults.append(f"{TABLE[section][0]}: {text[:60]!r}")
+    return faults
+
+
+def bare_string(node: ast.AST) -> ast.expr | None:
+    """The string of a statement that is only a string: a docstring, or the text under a field."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant | ast.JoinedStr):
+        return node.value
+    return None
+
+
+def json_outside_wire(module: Module) -> list[str]:
+    """Raw JSON exists only in Wire; others use its encode_json and decode_json."""
+    return [f"json: {statement}" for section, statement, name in module.uses if name == "json" and section != 3]
+
+
+def map_and_banners(module: Module) -> list[str]:
+    """The docstring's numbered map, the banners and the table agree."""
+    banners = {number: " ".join(title.split()) for number, title, _ in module.banners}
+    titles = re.findall(r"^\s*(\d+)\. +(.+)$", ast.get_docstring(module.tree) or "", re.MULTILINE)
+    in_map = {int(number): " ".join(title.split()) for number, title in titles}
+    faults = [
+        f"{number}. is {banners.get(number)!r} in its banner and {in_map.get(number)!r} in the map"
+        for number in sorted((banners.keys() | in_map.keys()) - {0})
+        if banners.get(number) != in_map.get(number)
+    ]
+    names = {number: re.split(r"\W", title)[0] for number, title in banners.items()}
+    for number, (name, _) in TABLE.items():
+        is_there = number in names or number not in {0} | OPTIONAL
+        if is_there and names.get(number) != name:
+            faults.append(f"{number}. is {name} in the table and {names.get(number)!r} in its banner")
+    order = [number for number, _, _ in module.banners]
+    return faults + ([f"the order is {order}"] if order != sorted(set(order) & TABLE.keys()) else [])
+
+
+Rule = Callable[[Module], list[str]]
+RULES: list[Rule] = [
+    upward_names,
+    tricks,
+    heavy_imports,
+    runs_data,
+    sql_outside_store,
+    json_outside_wire,
+    map_and_banners,
+]
+
+
+@pytest.fixture(scope="module")
+def memws() -> Module:
+    """The module of this repository."""
+    return Module(Path(__file__).parent.with_name("memws.py").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_memws(memws: Module, rule: Rule) -> None:
+    """memws.py breaks no rule."""
+    assert rule(memws) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A rule that sees nothing would pass for ever, so each is shown its faults in a small module.
+
+PLANTED: dict[str, tuple[Rule, str]] = {
+    "def set_up(agent): return Server": (upward_names, "Constants names Server of Server: def set_up(agent):"),
+    "def set_up(agent: Server): pass": (upward_names, "Constants names Server of Server: def set_up(agent: Server):"),
+    "class Limit(Server): pass": (upward_names, "Constants names Server of Server: class Limit(Server):"),
+    "def f():\n def g():\n  return [Reply for _ in ()]": (upward_names, "Constants names Reply of Wire: def f():"),
+    "limit: list['Server'] = []": (tricks, "quoted annotation: list['Server']"),
+    "def f(*, a: int, b: 'Server'): pass": (tricks, "quoted annotation: 'Server'"),
+    "def f() -> 'Server': pass": (tricks, "quoted annotation: 'Server'"),
+    "server = globals()['Server']": (tricks, "globals: server = globals()['Server']"),
+    "def f():\n import memws": (tricks, "imports itself: import memws"),
+    "from . import Server": (tricks, "imports itself: from . import Server"),
+    "try:\n import openai\nexcept ImportError: pass": (heavy_imports, "Constants: import openai"),
+    "import asyncio": (heavy_imports, "Constants: import asyncio"),
+    "limit = eval('1')": (runs_data, "eval: limit = eval('1')"),
+    "def f():\n import pickle": (runs_data, "import pickle"),
+    "def f(table): return f'SELECT * FROM {table}'": (sql_outside_store, "Constants: 'SELECT * FROM '"),
+    "def f():\n try: pass\n except sqlite3.Error: pass": (sql_outside_store, "sqlite3: def f():"),
+    "limit = json.loads('1')": (json_outside_wire, "json: limit = json.loads('1')"),
+    "# ====\n# 13. Cellar\n# ====": (map_and_banners, "13. is 'Cellar' in its banner and None in the map"),
+}
+ALLOWED = ["", "def f(Server): return Server", "def f(mode: Literal['off'] = 'off'): 'Run SELECT a FROM b.'"]
+
+
+def sample(planted: str = "") -> Module:
+    """A module in miniature, with a line planted among its constants."""
+    bodies = {1: planted, 3: "class Event: pass\nclass Reply(Event): pass\ndef decode_json(): return json.loads"}
+    bodies |= {4: "def f() -> Reply: return decode_json()", 5: "def read(): return sqlite3.Row, 'SELECT a FROM b'"}
+    bodies |= {11: "class Server:\n    def start(self): import openai", 12: "Server().start()"}
+    titles = {number: f"{name}: words" for number, (name, _) in TABLE.items()}
+    contents = "\n".join(f"    {number}. {title}" for number, title in titles.items())
+    parts = [f'"""A sample.\n\n{contents}\n"""\nimport json, sqlite3\nfrom typing import Literal\n']
+    parts += [f"# ====\n# {number}. {titles[number]}\n# ====\n{bodies.get(number, '')}\n" for number in TABLE if number]
+    return Module("\n".join(parts))
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_rule_sees_fault(planted: str) -> None:
+    """A planted fault is found by its rule."""
+    rule, fault = PLANTED[planted]
+    assert fault in rule(sample(planted))
+
+
+@pytest.mark.parametrize("planted", ALLOWED)
+@pytest.mark.parametrize("rule", RULES)
+def test_rule_passes(planted: str, rule: Rule) -> None:
+    """A sound module passes: openai in a function, events and JSON below, a local name that is a class elsewhere."""
+    assert rule(sample(planted)) == []
