@@ -63,6 +63,7 @@ import hashlib
 import heapq
 import hmac
 import http
+import http.client
 import inspect
 import io
 import ipaddress
@@ -86,6 +87,7 @@ import types
 import typing
 import unicodedata
 import urllib.parse
+import urllib.request
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -274,8 +276,8 @@ User messages arrive as JSON with their time. Never mention these mechanics unle
 """
 
 SUMMARY_SYSTEM: Final = (
-    "Summarize the conversation between a user and an AI agent that follows, for the agent's own later use. Keep names, "
-    "facts, preferences, decisions, promises and open questions; leave out pleasantries. Write in the first person as "
+    "Summarize the conversation between a user and an AI agent that follows, for the agent's own later use. Keep "
+    "names, facts, preferences, decisions, promises and open questions; leave out pleasantries. Write in the first person as "
     f"the agent, in the language of the conversation, at most {SUMMARY_LIMIT // 8} words, as plain text."
 )
 
@@ -677,7 +679,7 @@ class Request:
     "The frame's `type`, or for a command its `command`."
     result = ""
     "What a command answers with, for the protocol's description."
-    fields: dict[str, Field[Any]] = {}
+    fields: typing.ClassVar[dict[str, Field[Any]]] = {}
 
     def __init_subclass__(cls) -> None:
         cls.fields = {
@@ -1040,10 +1042,10 @@ class Event:
     (delta, retry, queue) have a text and no seq.
     """
 
-    __slots__ = ("type", "message_type", "turn_id", "step", "fields", "seq", "text")
+    __slots__ = ("fields", "message_type", "seq", "step", "text", "turn_id", "type")
 
-    def __init__(self, type: str, message_type: str = "", *, turn_id: str | None, step: int = 0, **fields: Any) -> None:
-        self.type = type
+    def __init__(self, kind: str, message_type: str = "", *, turn_id: str | None, step: int = 0, **fields: Any) -> None:
+        self.type = kind
         self.message_type = message_type
         self.turn_id = turn_id
         self.step = step
@@ -1654,7 +1656,7 @@ class Store(Protocol):
         """Store all of `changes` in one transaction, and give its events their seq and text."""
 
     async def load(self, agent: int, first: int) -> tuple[list[Block], list[ChatMessage], JSON, list[TurnRecord]]:
-        """Blocks, the messages from id `first` on, counts {recall, archival, last_message, last_passage}, open turns."""
+        """Blocks, messages from id `first` on, counts {recall, archival, last_message, last_passage}, open turns."""
 
     async def messages(self, agent: int, before: int | None, limit: int) -> tuple[list[ChatMessage], int]:
         """The newest `limit` messages (before an id), oldest first, and how many there are in all."""
@@ -2007,12 +2009,13 @@ CREATE TABLE turns (
     first_seq INTEGER NOT NULL, last_seq INTEGER NOT NULL, PRIMARY KEY (agent, turn_id)) WITHOUT ROWID;
 CREATE INDEX turns_open ON turns (agent) WHERE NOT over;
 CREATE TABLE events (
-    agent INTEGER NOT NULL, seq INTEGER NOT NULL, turn_id TEXT, text TEXT NOT NULL, PRIMARY KEY (agent, seq)) WITHOUT ROWID;
+    agent INTEGER NOT NULL, seq INTEGER NOT NULL, turn_id TEXT, text TEXT NOT NULL,
+    PRIMARY KEY (agent, seq)) WITHOUT ROWID;
 CREATE TABLE requests (
     agent INTEGER NOT NULL, turn_id TEXT NOT NULL, step INTEGER NOT NULL, head TEXT NOT NULL, system BLOB NOT NULL,
     summary BLOB NOT NULL, tools BLOB NOT NULL, extra BLOB NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL,
-    digest BLOB NOT NULL, response TEXT NOT NULL, usage TEXT NOT NULL, first_token_ms INTEGER, total_ms INTEGER NOT NULL,
-    PRIMARY KEY (agent, turn_id, step)) WITHOUT ROWID;
+    digest BLOB NOT NULL, response TEXT NOT NULL, usage TEXT NOT NULL, first_token_ms INTEGER,
+    total_ms INTEGER NOT NULL, PRIMARY KEY (agent, turn_id, step)) WITHOUT ROWID;
 CREATE TABLE parts (
     agent INTEGER NOT NULL, digest BLOB NOT NULL, text TEXT NOT NULL, PRIMARY KEY (agent, digest)) WITHOUT ROWID;
 """
@@ -2145,7 +2148,8 @@ class SqliteStore:
             now = now_text()
             row = (name, encode_json(config), "{}", now, now, _last_seq_of_name(connection, name), base_url)
             agent = connection.execute(
-                "INSERT INTO agents (name, config, state, created, last_active, last_seq, base_url) VALUES (?,?,?,?,?,?,?)",
+                "INSERT INTO agents (name, config, state, created, last_active, last_seq, base_url)"
+                " VALUES (?,?,?,?,?,?,?)",
                 row,
             ).lastrowid
             connection.executemany(
@@ -2255,8 +2259,10 @@ class SqliteStore:
         said = message.said if message.said != message.text else None  # a user's words are not stored twice
         connection.execute(
             "INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?)",
-            (agent, message.id, message.role, message.time, message.text, message.body, said)
-            + (message.turn_id, message.step, message.seq),
+            (
+                *(agent, message.id, message.role, message.time, message.text, message.body, said),
+                *(message.turn_id, message.step, message.seq),
+            ),
         )
         if message.said:
             self._index.add(connection, agent, "recall", message.id, message.role, message.time, message.said)
@@ -2315,8 +2321,8 @@ class SqliteStore:
     ) -> list[tuple[int, str]]:
         def job(connection: sqlite3.Connection) -> list[tuple[int, str]]:
             return connection.execute(
-                "SELECT seq, text FROM events WHERE agent = ? AND seq > ? AND seq <= ? AND turn_id IS coalesce(?, turn_id)"
-                " ORDER BY seq LIMIT ?",
+                "SELECT seq, text FROM events"
+                " WHERE agent = ? AND seq > ? AND seq <= ? AND turn_id IS coalesce(?, turn_id) ORDER BY seq LIMIT ?",
                 (agent, after, up_to, turn_id, limit),
             ).fetchall()
 
@@ -2327,8 +2333,8 @@ class SqliteStore:
             part = "(SELECT text FROM parts WHERE parts.agent = requests.agent AND parts.digest = requests.{0})"
             system, summary, tools, extra = (part.format(name) for name in ("system", "summary", "tools", "extra"))
             row = connection.execute(
-                f"SELECT turn_id, step, head, {system}, {summary}, {tools}, {extra}, first, last, digest, response, usage,"
-                " first_token_ms, total_ms FROM requests WHERE agent = ? AND turn_id = ? AND step = ?",
+                f"SELECT turn_id, step, head, {system}, {summary}, {tools}, {extra}, first, last, digest, response,"
+                " usage, first_token_ms, total_ms FROM requests WHERE agent = ? AND turn_id = ? AND step = ?",
                 (agent, turn_id, step),
             ).fetchone()
             if row is None:
@@ -2428,7 +2434,8 @@ def _store_events(connection: sqlite3.Connection, agent: int, events: list[Event
     """Give events their seq and store them; the agent's last seq. Raises StoreFailed where the agent is gone."""
     now = now_text()
     row = connection.execute(
-        "UPDATE agents SET last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL RETURNING last_seq",
+        "UPDATE agents SET last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL"
+        " RETURNING last_seq",
         (len(events), now, agent),
     ).fetchone()
     if row is None:
@@ -2449,8 +2456,10 @@ def _insert_request(connection: sqlite3.Connection, agent: int, request: Request
         connection.execute("INSERT OR IGNORE INTO parts VALUES (?,?,?)", (agent, digest, text))
     connection.execute(
         "INSERT OR REPLACE INTO requests VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
-        (agent, request.turn_id, request.step, request.head, *digests, request.first, request.last, request.digest)
-        + (request.response, request.usage, request.first_token_ms, request.total_ms),
+        (
+            *(agent, request.turn_id, request.step, request.head, *digests, request.first, request.last),
+            *(request.digest, request.response, request.usage, request.first_token_ms, request.total_ms),
+        ),
     )
 
 
@@ -4247,6 +4256,29 @@ def offline_chunks(text: str) -> Iterator[str]:
     return (piece[0] for piece in re.finditer(r"\s{1,40}|\S{1,40}\s{0,8}", text))
 
 
+def only_model(base_url: str, api_key: str | None) -> str:
+    """The one model that an endpoint serves, asked with a time limit. Raises UsageError with the list of several."""
+    url = f"{base_url.rstrip('/')}/models"
+    key = api_key or os.environ.get("OPENAI_API_KEY")
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310
+    try:
+        if not url.lower().startswith(("http://", "https://")):
+            raise ValueError("it is no http:// or https:// address")
+        with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT) as response:  # noqa: S310
+            listed = decode_json(response.read(MAX_FRAME))["data"]
+        models = [clean_text(model["id"])[:MAX_MODEL_NAME] for model in listed]
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UsageError(
+            f"cannot list the models of the endpoint ({clean_text(str(reason))[:80]}); "
+            "check --base-url, or name one with --model"
+        ) from None
+    if len(models) != 1:
+        served = ", ".join(models[:20]) or "none"
+        raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {served}")
+    return models[0]
+
+
 class OfflineModel:
     """The embedded model: rules, no network, the real agent loop. It says that it is no language model."""
 
@@ -4289,13 +4321,13 @@ class Models:
     ) -> None:
         self.context_window = context_window
         "Tokens for every agent whose config says nothing, in place of what its model's name suggests."
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+        has_key = bool(api_key or os.environ.get("OPENAI_API_KEY"))
+        if not model:
+            model = only_model(base_url, api_key) if base_url else DEFAULT_MODEL if has_key else OFFLINE
+        self.default = model
+        self.has_endpoint = bool(base_url or has_key or model != OFFLINE)
         self.endpoint = Endpoint(base_url, api_key, idle_timeout)
-        self.has_endpoint = bool(
-            base_url or api_key or os.environ.get("OPENAI_API_KEY") or os.environ.get("OPENAI_BASE_URL")
-        )
-        self.default = model or (DEFAULT_MODEL if self.has_endpoint else OFFLINE)
-        if self.default != OFFLINE:
-            self.has_endpoint = True
         self._idle_timeout = idle_timeout
         self._endpoints: dict[str, Endpoint] = {self.endpoint.key: self.endpoint}
         self._models: dict[tuple[str, str], Model] = {}
@@ -4304,6 +4336,16 @@ class Models:
     @property
     def offline(self) -> bool:
         return self.default == OFFLINE
+
+    @property
+    def described(self) -> str:
+        """The default model, as the banner tells it."""
+        if self.offline:
+            return (
+                "offline, a rule-based stand-in, not a language model; "
+                "for a real one set OPENAI_API_KEY, or --base-url and --model"
+            )
+        return f"{self.default} at {self.endpoint.base_url or 'OpenAI'}"
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
@@ -4315,10 +4357,11 @@ class Models:
             endpoint = Endpoint(base_url or self.endpoint.base_url, api_key, self._idle_timeout)
             endpoint = self._endpoints.setdefault(endpoint.key, endpoint)
         elif not self.has_endpoint:
-            return self._offline, [
+            warning = (
                 f"model {quote(name)} is kept, but there is no endpoint: the offline stand-in answers; "
                 "set OPENAI_API_KEY or --base-url"
-            ]
+            )
+            return self._offline, [warning]
         return self._models.setdefault((endpoint.key, name), OpenAIModel(name, endpoint)), []
 
     async def close(self) -> None:
@@ -4364,7 +4407,7 @@ def make_tool(
 ) -> Tool:
     """The Tool of a function, its JSON Schema from the signature, its descriptions from the docstring.
 
-    Understood: str, int, float, bool, None, Literal, list, tuple, dict, Optional and unions; anything else is unchecked.
+    Understood: str, int, float, bool, None, Literal, list, tuple, dict, Optional and unions; the rest is unchecked.
     The docstring's first paragraph describes the tool; its `Args:` (or `:param name:`) lines the parameters.
     Raises UsageError for a function that no model could call.
     """
@@ -4919,12 +4962,12 @@ def _calls_in(value: Any) -> list[tuple[str, Any]]:
 
 _NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 _IGNORED_KEYS: Final = frozenset(
-    "preset model_endpoint_type model_endpoint model_wrapper embedding_endpoint_type embedding_endpoint embedding_model "
-    "embedding_dim embedding_chunk_size embedding_chunk_overlap data_sources create_time memgpt_version agent_config_path "
-    "functions functions_schema anon_clientid archival_storage_type archival_storage_path archival_storage_uri "
-    "recall_storage_type recall_storage_path recall_storage_uri persistence_manager_type persistence_manager_save_file "
-    "persistence_manager_uri state_name default_llm_config default_embedding_config".split()
-)
+    (
+        "preset", "model_endpoint_type", "model_endpoint", "model_wrapper", "embedding_endpoint_type",
+        "embedding_endpoint", "embedding_model", "embedding_dim", "embedding_chunk_size", "embedding_chunk_overlap",
+        "data_sources", "create_time", "memgpt_version", "agent_config_path", "functions", "functions_schema",
+    )
+)  # fmt: skip
 "What MemGPT 0.2.7's AgentConfig had beside ours."
 UPDATABLE: Final = ("model", "context_window", "tools", "system", "max_steps", "heartbeat_interval", "settings")
 _SETTINGS: Final[dict[str, tuple[type, float, float]]] = {
@@ -4941,10 +4984,8 @@ def valid_name(name: Any) -> str:
         normal = unicodedata.normalize("NFC", name)
         if _NAME.fullmatch(normal):
             return normal
-    raise Refused(
-        "bad_config",
-        f"name: expected 1 to {MAX_NAME} letters, digits, '_', '.' or '-', the first a letter or digit, but got {quote(name)}",
-    )
+    expected = f"1 to {MAX_NAME} letters, digits, '_', '.' or '-', the first a letter or digit"
+    raise Refused("bad_config", f"name: expected {expected}, but got {quote(name)}")
 
 
 class AgentConfig:
@@ -5715,7 +5756,7 @@ class Agent:
                 yield event
 
     async def _fail(self, turn: Turn, error: MemwsError) -> AsyncGenerator[Event, None]:
-        """End a turn with an error; calls that are open get a result. A terminal that cannot be stored is still told."""
+        """End a turn with an error; open calls get a result. A terminal that cannot be stored is still told."""
         changes = Changes(requests=[turn.request] if turn.request else [])
         turn.over = False
         try:
@@ -5784,7 +5825,7 @@ class Agent:
             yield event
 
     async def _compact(self, turn: Turn | None) -> AsyncGenerator[Event, None]:
-        """Replace the oldest chat messages by a summary: the prompt gets strictly smaller, or this raises ModelError."""
+        """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
         before, count = self.used(), len(self.messages)
         compactions = turn.compactions if turn else 0
         room = self.window - round(estimate_tokens(self._system_body + self._tools_body) * self.model.ratio)
@@ -6576,7 +6617,7 @@ class Client:
         patience = float("inf") if self._reconnect is True else float(self._reconnect)
         deadline = time.monotonic() + patience
         while True:
-            delay = self._delay * random.uniform(0.5, 1.0)
+            delay = self._delay * random.uniform(0.5, 1.0)  # noqa: S311
             await asyncio.sleep(min(delay, max(0.0, deadline - time.monotonic())))
             self._delay = min(2 * self._delay, RECONNECT_DELAY_MAX)
             try:
@@ -7009,10 +7050,10 @@ class Options:
     def limits(self) -> JSON:
         """The limits as `hello` tells them, in characters, bytes, seconds and counts."""
         return {
-            "max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_depth": MAX_DEPTH, "max_name": MAX_NAME, "max_id": MAX_ID,
-            "max_query": MAX_QUERY, "text_part": TEXT_PART, "block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT,
-            "max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT, "rate_limit": self.rate_limit,
-            "rate_burst": RATE_BURST, "max_connections": self.max_connections, "max_outgoing": MAX_OUTGOING,
+            "max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_depth": MAX_DEPTH, "max_name": MAX_NAME,
+            "max_id": MAX_ID, "max_query": MAX_QUERY, "text_part": TEXT_PART, "block_limit": BLOCK_LIMIT,
+            "max_block_limit": MAX_BLOCK_LIMIT, "max_waiting_session": MAX_WAITING_SESSION,
+            "max_waiting_agent": MAX_WAITING_AGENT, "rate_limit": self.rate_limit, "rate_burst": RATE_BURST, "max_connections": self.max_connections, "max_outgoing": MAX_OUTGOING,
             "max_steps": self.max_steps, "name_pattern": _NAME.pattern,
         }  # fmt: skip
 
@@ -7026,7 +7067,7 @@ _ORIGIN = re.compile(r"(https?)://(.{1,300})", re.IGNORECASE)
 
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine can reach a server bound to `host`."""
-    return host.lower() == "localhost" or _is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host.lower() == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
 
 
 def _is_address(host: str) -> bool:
@@ -7095,8 +7136,8 @@ class Gate:
             name, _, value = pair.partition("=")
             shown += [urllib.parse.unquote(value)] if name == "token" else []
         assert self._token is not None
-        # Every one is compared, each in constant time.
-        return any([hmac.compare_digest(value.encode("utf-8", "replace"), self._token) for value in shown])
+        equal = [hmac.compare_digest(value.encode("utf-8", "replace"), self._token) for value in shown]
+        return any(equal)
 
 
 def is_health_check(request: HandshakeRequest) -> bool:
@@ -7310,9 +7351,8 @@ class AgentHost:
     ) -> str:
         """A start or terminal frame with the id that this session gave its request."""
         item = item or self.current
-        if request_id is None and item is not None and session in item.followers and kind != "agent_response":
-            if item.turn.turn_id in text:
-                request_id = item.followers[session].request_id
+        if request_id is None and item is not None and session in item.followers and item.turn.turn_id in text:
+            request_id = item.followers[session].request_id
         return text if request_id is None or kind == "agent_response" else extend_json(text, id=request_id)
 
     async def edit(self, events: AsyncGenerator[Event, None]) -> list[Event]:
@@ -7835,7 +7875,7 @@ class Session:
         self._send_long(request, await host.agent.request(request.turn_id, request.step))
 
     def _send_long(self, request: Command, result: JSON) -> None:
-        """Answer with a result of any size: in parts, whose result texts joined are its JSON, where one frame is too small."""
+        """Answer with a result of any size: where one frame is too small, in parts whose texts joined are its JSON."""
         text = encode_json(result)
         if len(text.encode()) < MAX_FRAME - 10_000:
             self.send(command_response(request, result))
@@ -8034,7 +8074,7 @@ class Hub:
     async def create(
         self, config: JSON, base_url: str | None = None, api_key: str | None = None
     ) -> tuple[AgentHost, list[str]]:
-        """A new agent and what of its config was not taken as said. Raises Refused (bad_config, block_limit, name_taken)."""
+        """A new agent, and what of its config was not taken as said. Raises Refused."""
         checked = AgentConfig(config, self.tools)
         model, warnings = self.models.get(checked.values["model"], base_url, api_key)
         window = checked.values["context_window"] or self.options.context_window or model.window
@@ -8131,7 +8171,7 @@ class Hub:
                 if port == 0 and error.errno == errno.EADDRINUSE and attempt < _BIND_ATTEMPTS - 1:
                     continue  # the port that was free on one family is taken on the other
                 if error.errno == errno.EADDRINUSE:
-                    text = f"port {port} on {host} is held by another program; stop it, or choose another port (0: a free one)"
+                    text = f"port {port} on {host} is held by another program; stop it, or choose another (port=0: a free one)"
                 else:
                     text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
                 raise UsageError(text) from None
@@ -8349,13 +8389,14 @@ class WebSocketServer:
             setattr(self, name, getattr(former, name))
         former._hub = former._loop = former._thread = None
         former._serving = False
-        assert self._hub is not None and self._loop is not None
+        assert self._hub is not None
+        assert self._loop is not None
         self._hub.tools |= self.tools
         self.tools = former.tools = self._hub.tools
         self._loop.call_soon_threadsafe(self._hub.take_tools)
 
     def stop(self) -> None:
-        """End turns cleanly, free the port, leave no thread and no task but a tool that will not end, which is named."""
+        """End turns cleanly, free the port, leave no thread or task but a tool that will not end, which is named."""
         hub, loop, thread = self._hub, self._loop, self._thread
         if hub is None or loop is None:
             return
@@ -8412,6 +8453,7 @@ class WebSocketServer:
         if not hub.sockets:
             self._bind(hub)
         print(f"memws {__version__} listening on {self.url}", flush=True)
+        print(f"model: {hub.models.described}; agents: {self.options.db}", flush=True)
 
     def _bind(self, hub: Hub) -> None:
         try:
@@ -9174,7 +9216,7 @@ class _LogFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self._secrets = [secret for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
 
-    def formatMessage(self, record: logging.LogRecord) -> str:
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         return printable(super().formatMessage(record)).replace("\n", "\\n")
 
     def format(self, record: logging.LogRecord) -> str:
