@@ -277,8 +277,8 @@ User messages arrive as JSON with their time. Never mention these mechanics unle
 
 SUMMARY_SYSTEM: Final = (
     "Summarize the conversation between a user and an AI agent that follows, for the agent's own later use. Keep "
-    "names, facts, preferences, decisions, promises and open questions; leave out pleasantries. Write in the first person as "
-    f"the agent, in the language of the conversation, at most {SUMMARY_LIMIT // 8} words, as plain text."
+    "names, facts, preferences, decisions, promises and open questions; leave out pleasantries. Write in the first "
+    f"person as the agent, in the language of the conversation, at most {SUMMARY_LIMIT // 8} words, as plain text."
 )
 
 _ALERT = "[This is an automated system message hidden from the user] "
@@ -7053,8 +7053,9 @@ class Options:
             "max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_depth": MAX_DEPTH, "max_name": MAX_NAME,
             "max_id": MAX_ID, "max_query": MAX_QUERY, "text_part": TEXT_PART, "block_limit": BLOCK_LIMIT,
             "max_block_limit": MAX_BLOCK_LIMIT, "max_waiting_session": MAX_WAITING_SESSION,
-            "max_waiting_agent": MAX_WAITING_AGENT, "rate_limit": self.rate_limit, "rate_burst": RATE_BURST, "max_connections": self.max_connections, "max_outgoing": MAX_OUTGOING,
-            "max_steps": self.max_steps, "name_pattern": _NAME.pattern,
+            "max_waiting_agent": MAX_WAITING_AGENT, "rate_limit": self.rate_limit, "rate_burst": RATE_BURST,
+            "max_connections": self.max_connections, "max_outgoing": MAX_OUTGOING, "max_steps": self.max_steps,
+            "name_pattern": _NAME.pattern,
         }  # fmt: skip
 
 
@@ -8171,7 +8172,7 @@ class Hub:
                 if port == 0 and error.errno == errno.EADDRINUSE and attempt < _BIND_ATTEMPTS - 1:
                     continue  # the port that was free on one family is taken on the other
                 if error.errno == errno.EADDRINUSE:
-                    text = f"port {port} on {host} is held by another program; stop it, or choose another (port=0: a free one)"
+                    text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
                 else:
                     text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
                 raise UsageError(text) from None
@@ -8282,6 +8283,8 @@ def _bind_all(hosts: Sequence[str], port: int) -> list[socket.socket]:
                     continue  # no IPv6 on this machine
                 raise
             bound.setblocking(False)
+            # Inherited by accepted sockets; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             port = bound.getsockname()[1]
             sockets.append(bound)
     except BaseException:
