@@ -63,7 +63,7 @@ import hashlib
 import heapq
 import hmac
 import http
-import http.client
+import importlib.util
 import inspect
 import io
 import ipaddress
@@ -87,7 +87,6 @@ import types
 import typing
 import unicodedata
 import urllib.parse
-import urllib.request
 import uuid
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -2048,11 +2047,12 @@ class SqliteStore:
         self._loop = loop
         self._index = SearchIndex()
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
-        self._lock = None if self.memory else lock_database(path)
+        self._lock = None if self.memory else DatabaseLock(path)
         try:
             self._connection = open_database(path, sync)
         except BaseException:
-            unlock_database(self._lock)
+            if self._lock is not None:
+                self._lock.give_up()
             raise
         self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
         self._writer.start()
@@ -2138,7 +2138,8 @@ class SqliteStore:
         self._readers.shutdown(wait=True)
         for connection in self._connections:
             connection.close()
-        unlock_database(self._lock)
+        if self._lock is not None:
+            self._lock.release()
 
     # -- agents --
 
@@ -2535,32 +2536,40 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
         )
 
 
-def lock_database(path: str) -> int:
-    """Keep other servers off the database; the lock goes with the process. Raises UsageError."""
-    try:
-        handle = os.open(path + ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise UsageError(f"cannot use the database {path!r} ({error.strerror}); name another file with --db") from error
-    try:
-        if sys.platform == "win32":
-            import msvcrt
+class DatabaseLock:
+    """Keeps other servers off a database through a file beside it; goes with the process. Raises UsageError."""
 
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
+    def __init__(self, path: str) -> None:
+        self._path = pathlib.Path(f"{path}.lock")
+        self._made = not self._path.exists()
+        try:
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            text = f"cannot use the database {path!r} ({error.strerror}); name another file with --db"
+            raise UsageError(text) from error
+        try:
+            if sys.platform == "win32":
+                import msvcrt
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise UsageError(
-            f"another memws server uses the database {path!r}; stop it, or name another file with --db"
-        ) from None
-    return handle
+                msvcrt.locking(self._handle, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
 
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._handle)
+            text = f"another memws server uses the database {path!r}; stop it, or name another file with --db"
+            raise UsageError(text) from None
 
-def unlock_database(handle: int | None) -> None:
-    if handle is not None:
-        os.close(handle)
+    def give_up(self) -> None:
+        """Let go of a database that turned out to be none, and leave no file behind."""
+        if self._made:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+        self.release()
+
+    def release(self) -> None:
+        os.close(self._handle)
 
 
 # ======================================================================================================================
@@ -2724,12 +2733,15 @@ def default_window(model: str) -> int:
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
 
 
+MISSING_OPENAI: Final = "a model other than offline needs the openai package: pip install openai"
+
+
 def import_openai() -> Any:
     """The openai package, which takes half a second to import. Raises UsageError where it is missing."""
     try:
         import openai
     except ImportError as error:
-        raise UsageError("a model other than offline needs the openai package: pip install openai") from error
+        raise UsageError(MISSING_OPENAI) from error
     return openai
 
 
@@ -4258,6 +4270,9 @@ def offline_chunks(text: str) -> Iterator[str]:
 
 def only_model(base_url: str, api_key: str | None) -> str:
     """The one model that an endpoint serves, asked with a time limit. Raises UsageError with the list of several."""
+    import http.client
+    import urllib.request  # 8 ms of every start, for a question that is seldom asked
+
     url = f"{base_url.rstrip('/')}/models"
     key = api_key or os.environ.get("OPENAI_API_KEY")
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310
@@ -4325,6 +4340,8 @@ class Models:
         has_key = bool(api_key or os.environ.get("OPENAI_API_KEY"))
         if not model:
             model = only_model(base_url, api_key) if base_url else DEFAULT_MODEL if has_key else OFFLINE
+        if model != OFFLINE and importlib.util.find_spec("openai") is None:
+            raise UsageError(MISSING_OPENAI)
         self.default = model
         self.has_endpoint = bool(base_url or has_key or model != OFFLINE)
         self.endpoint = Endpoint(base_url, api_key, idle_timeout)
@@ -7033,8 +7050,16 @@ class Options:
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise UsageError(f"{name}: expected an integer from {least} to {most}, but got {quote(value)}")
-        if self.context_window is not None and (type(self.context_window) is not int or self.context_window < 1):
-            raise UsageError(f"context_window: expected a number of tokens, but got {quote(self.context_window)}")
+        if self.context_window is not None:
+            if type(self.context_window) is not int:
+                raise UsageError(f"context_window: expected a number of tokens, but got {quote(self.context_window)}")
+            try:  # a window that no agent fits into is told at the start
+                specs = ",".join(tool.spec for tool in MEMORY_TOOLS.values())
+                check_window(self.context_window, SYSTEM_PROMPT, specs, [Block("persona", ""), Block("human", "")])
+            except Refused as error:
+                raise UsageError(str(error)) from None
+        if not isinstance(self.idle_timeout, (int, float)) or not 0 < self.idle_timeout < 86_400:
+            raise UsageError(f"idle_timeout: expected seconds, more than 0, but got {quote(self.idle_timeout)}")
         if self.sync not in ("full", "normal"):
             raise UsageError(f"sync: expected full or normal, but got {quote(self.sync)}")
         for name in ("allow_origin", "allow_host"):
@@ -8019,13 +8044,14 @@ class Hub:
         self.options = options
         self.loop = loop
         self.tools = tools
-        self.store: Store = SqliteStore(options.db, options.sync, loop)
         self.models = Models(
             options.model, options.base_url, options.api_key, options.context_window, options.idle_timeout
         )
+        self.store: Store = SqliteStore(options.db, options.sync, loop)
         self.interface = Interface(self)
         self.stopping = False
         self.sockets: list[socket.socket] = []
+        "Bound, and listened on by `listen`; none where the server only works for its own process."
         self._hosts: dict[str, AgentHost] = {}
         self._api_keys: dict[int, str | None] = {}
         self._names = asyncio.Lock()
@@ -8160,26 +8186,6 @@ class Hub:
 
     # -- listening --
 
-    def bind(self) -> tuple[str, int]:
-        """Bind the address, both loopback families for localhost; the host and port to tell. Raises UsageError."""
-        host, port = self.options.host, self.options.port
-        hosts = ["127.0.0.1", "::1"] if host.lower() == "localhost" else [host.strip("[]")]
-        for attempt in range(_BIND_ATTEMPTS):
-            try:
-                self.sockets = _bind_all(hosts, port)
-                break
-            except OSError as error:
-                if port == 0 and error.errno == errno.EADDRINUSE and attempt < _BIND_ATTEMPTS - 1:
-                    continue  # the port that was free on one family is taken on the other
-                if error.errno == errno.EADDRINUSE:
-                    text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
-                else:
-                    text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
-                raise UsageError(text) from None
-        address = self.sockets[0].getsockname()
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        return shown, address[1]
-
     async def listen(self) -> None:
         """Accept connections on the bound sockets."""
         for bound in self.sockets:
@@ -8268,25 +8274,42 @@ class Hub:
 _BIND_ATTEMPTS: Final = 10
 
 
+def bind_sockets(host: str, port: int) -> list[socket.socket]:
+    """Sockets bound to an address: both loopback families for localhost, on the same port. Raises UsageError."""
+    hosts = ["127.0.0.1", "::1"] if host.lower() == "localhost" else [host.strip("[]")]
+    for attempt in range(_BIND_ATTEMPTS):
+        try:
+            return _bind_all(hosts, port)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            if taken and port == 0 and attempt < _BIND_ATTEMPTS - 1:
+                continue  # the port that was free on one family is taken on the other
+            if taken:
+                text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
+            else:
+                reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+                text = f"cannot listen on {host}:{port} ({reason}); choose another host or port"
+            raise UsageError(text) from None
+    raise AssertionError("unreachable")
+
+
 def _bind_all(hosts: Sequence[str], port: int) -> list[socket.socket]:
     """A listening socket for each host, on the same port; ::1 only where this machine has it. Raises OSError."""
     sockets: list[socket.socket] = []
     try:
         for host in hosts:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            if not re.fullmatch(r"[\d.]+|.*:.*", host):
-                family, _, _, _, (host, *_) = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]  # type: ignore[assignment]
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             try:
-                bound = socket.create_server((host, port), family=family, backlog=1024)
+                bound = socket.create_server(address[:2], family=family, backlog=1024)
             except OSError as error:
                 if sockets and error.errno != errno.EADDRINUSE:
                     continue  # no IPv6 on this machine
                 raise
+            sockets.append(bound)
             bound.setblocking(False)
             # Inherited by accepted sockets; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             port = bound.getsockname()[1]
-            sockets.append(bound)
     except BaseException:
         for bound in sockets:
             bound.close()
@@ -8379,8 +8402,7 @@ class WebSocketServer:
             else:
                 former.stop()
         if not self._serving:
-            hub = self._open_hub()
-            self._bind(hub)
+            hub = self._bind(None)
             self._call(hub.listen())
             self._serving = True
         _live_servers()[key] = self
@@ -8452,19 +8474,23 @@ class WebSocketServer:
 
     def initialize_server(self) -> None:
         """Open the store, bind the address and print it. Raises UsageError."""
-        hub = self._open_hub(running_loop())
-        if not hub.sockets:
-            self._bind(hub)
+        hub = self._bind(running_loop())
         print(f"memws {__version__} listening on {self.url}", flush=True)
         print(f"model: {hub.models.described}; agents: {self.options.db}", flush=True)
 
-    def _bind(self, hub: Hub) -> None:
-        try:
-            self.host, self.port = hub.bind()
-        except UsageError:
-            if self._thread is not None:
-                self.stop()
-            raise
+    def _bind(self, loop: asyncio.AbstractEventLoop | None) -> Hub:
+        """The hub with its address bound. The port comes first: a start that fails on it makes no database."""
+        if self._hub is None or not self._hub.sockets:
+            sockets = bind_sockets(self.options.host, self.options.port)
+            try:
+                hub = self._open_hub(loop)
+            except BaseException:
+                for bound in sockets:
+                    bound.close()
+                raise
+            hub.sockets = sockets
+            self.host, self.port = sockets[0].getsockname()[:2]
+        return self._open_hub(loop)
 
     async def handle_client(self, websocket: ServerConnection, path: str | None = None) -> None:
         """One connection, from accept to close, for a websockets server of your own (`path`: its older versions)."""
@@ -9231,58 +9257,72 @@ class _LogFormatter(logging.Formatter):
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line's flags; every one has an environment variable MEMWS_<FLAG>, and the flag wins."""
-    parser = _Parser(prog="memws.py", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--version", action="version", version=f"memws {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    serve = commands.add_parser(
-        "serve", help="serve agents over WebSocket (the default)", description="Serve agents over WebSocket."
-    )
+    flags = _Parser(add_help=False)
     for option in fields(Options):
         if option.name != "api_key":
-            _add_flag(serve, option.name, option.metadata["help"], option.default, repeat=option.default == ())
-    _add_flag(serve, "log_level", "debug, info, warning or error", "info")
-    chat_ = commands.add_parser(
-        "chat", help="talk to an agent from this terminal", description=f"{chat.__doc__}".partition(";")[0]
-    )
-    _add_flag(chat_, "url", "the server's address", f"ws://localhost:{DEFAULT_PORT}")
-    _add_flag(chat_, "agent", "the agent to talk to", None)
-    _add_flag(chat_, "token", "the server's token", None)
-    commands.add_parser(
-        "protocol", help="print the protocol as JSON Schema", description="Print the protocol as JSON Schema."
-    )
+            _add_flag(flags, option.name, option.metadata["help"], option.default)
+    _add_flag(flags, "log_level", "debug, info, warning or error", "info")
+    summary = (__doc__ or "").partition("\n")[0]
+    parser = _Parser(prog="memws.py", description=summary, parents=[flags])
+    parser.add_argument("--version", action="version", version=f"memws {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
+    serve = "serve agents over WebSocket: the default, with the options below"
+    commands.add_parser("serve", help=serve, description=serve, parents=[flags])
+    talk = "talk to an agent from this terminal; piped input is answered once"
+    terminal = commands.add_parser("chat", help=talk, description=talk)
+    _add_flag(terminal, "url", "the server's address", f"ws://localhost:{DEFAULT_PORT}")
+    _add_flag(terminal, "agent", "the agent to talk to", None)
+    _add_flag(terminal, "token", "the server's token", None)
+    describe = "print the protocol as JSON Schema"
+    commands.add_parser("protocol", help=describe, description=describe)
     return parser
 
 
-def _add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any, repeat: bool = False) -> None:
-    """A flag whose default may come from the environment."""
-    variable = f"MEMWS_{name.upper()}"
-    given = os.environ.get(variable)
-    kind = type(default) if isinstance(default, (int, float)) else int if name == "context_window" else str
-    if repeat:
-        value: Any = [part.strip() for part in given.split(",") if part.strip()] if given else []
-        action: JSON = {"action": "append", "default": None}
-        parser.set_defaults(**{f"{name}_environment": value})
-    else:
-        action = {"type": kind, "default": given if given is not None else default}
+def _add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any) -> None:
+    """A flag; what is not given is None, so that the environment can step in."""
     shown = f" (default {default})" if default not in (None, ()) else ""
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         metavar=name.rpartition("_")[2].upper(),
-        help=f"{meaning}{shown}; {variable}",
-        **action,
+        help=f"{meaning}{shown}; MEMWS_{name.upper()}",
+        default=None,
+        **({"action": "append"} if default == () else {"type": _kind_of(name, default)}),
     )
 
 
-def serve_command(given: argparse.Namespace) -> int:
+def _kind_of(name: str, default: Any) -> type:
+    return int if name == "context_window" else str if default is None else type(default)
+
+
+def _given(flags: argparse.Namespace, name: str, default: Any) -> Any:
+    """A flag's value, else its environment variable's, else the default. Raises UsageError."""
+    if (value := getattr(flags, name)) is not None:
+        return value
+    variable, kind = f"MEMWS_{name.upper()}", _kind_of(name, default)
+    text = os.environ.get(variable)
+    if not text:  # set to nothing, as in compose files, is not set
+        return default
+    if kind is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    try:
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{variable}: expected a number, but got {quote(text)}") from None
+
+
+def serve_command(flags: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM. Raises UsageError."""
-    level = logging.getLevelNamesMapping().get(str(given.log_level).upper())
+    level_name = _given(flags, "log_level", "info")
+    level = logging.getLevelNamesMapping().get(level_name.upper())
     if level is None:
-        raise UsageError(f"log_level: expected debug, info, warning or error, but got {quote(given.log_level)}")
-    values = {option.name: getattr(given, option.name) for option in fields(Options) if hasattr(given, option.name)}
-    for name in ("allow_origin", "allow_host"):
-        values[name] = tuple(values[name] if values[name] is not None else getattr(given, f"{name}_environment"))
+        raise UsageError(f"log_level: expected debug, info, warning or error, but got {quote(level_name)}")
+    values = {
+        option.name: _given(flags, option.name, option.default)
+        for option in fields(Options)
+        if option.name != "api_key"
+    }
     handler = logging.StreamHandler()
-    handler.setFormatter(_LogFormatter(given.token))
+    handler.setFormatter(_LogFormatter(values["token"]))
     logger.addHandler(handler)
     logger.setLevel(level)
     logging.getLogger("memws.websockets").setLevel(max(level, logging.WARNING))  # below, it shows tokens and texts
@@ -9322,7 +9362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given = make_parser().parse_args(words)
         if given.command == "chat":
-            return chat(given.url, given.agent, given.token)
+            url = _given(given, "url", f"ws://localhost:{DEFAULT_PORT}")
+            return chat(url, _given(given, "agent", None), _given(given, "token", None))
         if given.command == "protocol":
             print(encode_json(protocol_schema()))
             return 0
