@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-# memws: a WebSocket server for AI agents with memory, its client and its notebook panel, in one file.
+# memws 0.1.0: a WebSocket server for AI agents with memory, and its client, in one file.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "websockets>=15",
-#     "openai>=2",
-#     "nest-asyncio>=1.6; python_version < '3.14'",
+#     "websockets>=15.0",
+#     "openai>=1.68",
+#     "ipywidgets>=8.0",
+#     "nest-asyncio>=1.5.6; python_version < '3.14'",
 #     "nest-asyncio2>=1.7; python_version >= '3.14'",
-#     "ipywidgets>=8",
 # ]
 # ///
 """A WebSocket server for AI agents with memory: copy this file, run it, talk to an agent that remembers.
@@ -150,8 +150,8 @@ MAX_NAME: Final = 64
 MAX_MODEL_NAME: Final = 200
 MAX_QUERY: Final = 10_000
 MAX_DEPTH: Final = 64
-MAX_ERROR: Final = 1_000
-"Characters of one error sentence."
+MAX_ERROR: Final = 1_400
+"Bytes of one error sentence; an answer holds it twice and stays under 4 KiB."
 MAX_QUOTE: Final = 60
 "Characters of the input that an error sentence quotes."
 BLOCK_LIMIT: Final = 2_000
@@ -375,7 +375,9 @@ class MemwsError(Exception):
     ├── ModelError          a model call failed
     ├── ToolError           a tool call failed; its sentence is the model's advice
     ├── RemoteError         the server answered a client with an error
-    └── ConnectionLost      a client has no connection, and will not get one
+    ├── ConnectFailed       no connection came about
+    ├── ConnectionLost      a client's connection ended, and will not come back
+    └── RequestTooLarge     a client's request exceeds a frame
 
     `code` is the stable name on the wire; the text is one sentence for people, without a full stop.
     """
@@ -383,7 +385,8 @@ class MemwsError(Exception):
     code = "internal"
 
     def __init__(self, message: str, code: str | None = None) -> None:
-        super().__init__(message if len(message) <= MAX_ERROR else message[: MAX_ERROR - 1] + "…")
+        short = message.encode("utf-8", "replace")[:MAX_ERROR]
+        super().__init__(short.decode("utf-8", "ignore") + ("…" if len(short) == MAX_ERROR else ""))
         if code is not None:
             self.code = code
 
@@ -393,11 +396,12 @@ class UsageError(MemwsError):
 
 
 class InvalidRequest(MemwsError):
-    """A frame is no valid request; `request_id` is its id where one could be read."""
+    """A frame is no valid request; `request_id` is its id, `read` whether it could be read at all."""
 
-    def __init__(self, code: str, message: str, request_id: str | int | None = None) -> None:
+    def __init__(self, code: str, message: str, request_id: RequestId = None, *, read: bool = True) -> None:
         super().__init__(message, code)
         self.request_id = request_id
+        self.read = read
 
 
 class Refused(MemwsError):
@@ -582,7 +586,7 @@ class Text(Field[str]):
         if type(value) is not str:
             raise ValueError("expected a string")
         if not self.least <= len(value) <= self.most:
-            raise ValueError(f"expected {self.least} to {self.most:,} characters, but got {len(value):,}")
+            raise ValueError(f"expected {self.least} to {self.most:,} characters, not {len(value):,}")
         return value
 
 
@@ -887,8 +891,12 @@ COMMANDS: Final[dict[str, type[Command]]] = {
 
 def decode_request(frame: str | bytes) -> Request:
     """The checked request that a frame holds. Raises InvalidRequest and nothing else, whatever the frame."""
+    if isinstance(frame, bytes):
+        raise InvalidRequest("not_json", "expected a text frame with JSON, but got a binary frame", read=False)
     data = _decode_object(frame)
     request_id = _read_id(data)
+    if frame.count("{") + frame.count("[") > MAX_DEPTH or "\\u" in frame or not frame.isascii():
+        _check_texts(data, request_id)
     for key in ("type", "command"):
         if key in data and type(data[key]) is not str:
             raise InvalidRequest("bad_field", f"{key}: expected a string, but got {quote(data[key])}", request_id)
@@ -908,49 +916,55 @@ def decode_request(frame: str | bytes) -> Request:
     return command.parse(data, request_id)
 
 
-def _decode_object(frame: str | bytes) -> JSON:
-    """The JSON object of a frame, free of what must not be stored. Raises InvalidRequest."""
-    if isinstance(frame, bytes):
-        raise InvalidRequest("not_json", "expected a text frame with JSON, but got a binary frame")
+def _decode_object(frame: str) -> JSON:
+    """The JSON object of a frame. Raises InvalidRequest."""
     try:
         data = decode_json(frame)
     except RecursionError:
-        raise InvalidRequest("too_deep", f"nested deeper than {MAX_DEPTH} levels") from None
+        raise InvalidRequest("too_deep", f"nested deeper than {MAX_DEPTH} levels", read=False) from None
     except ValueError as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).split(";")[0]
-        raise InvalidRequest("not_json", f"expected a JSON object, but the frame is not JSON: {reason}") from None
+        text = f"expected a JSON object, but the frame is not JSON: {reason}"
+        raise InvalidRequest("not_json", text, read=False) from None
     if type(data) is not dict:
-        raise InvalidRequest("not_object", f"expected a JSON object, but got {quote(data)}")
-    if frame.count("{") + frame.count("[") > MAX_DEPTH or "\\u" in frame or "\x00" in frame or not frame.isascii():
-        _check_texts(data)
+        raise InvalidRequest("not_object", f"expected a JSON object, but got {quote(data)}", read=False)
     return data
 
 
-def _check_texts(data: JSON) -> None:
+def _read_id(data: JSON) -> RequestId:
+    """The request's id. Raises InvalidRequest for one that cannot be sent back."""
+    request_id = data.get("id")
+    if request_id is None or (type(request_id) is int and abs(request_id) <= 2**53):
+        return request_id
+    if type(request_id) is str and len(request_id) <= MAX_ID and _is_text(request_id):
+        return request_id
+    text = f"id: expected up to {MAX_ID} characters or an integer within 2**53 of zero"
+    raise InvalidRequest("bad_field", text, read=False)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be stored and sent: no NUL, no lone surrogates."""
+    return "\x00" not in value and (value.isascii() or not any("\ud800" <= char <= "\udfff" for char in value))
+
+
+def _check_texts(data: JSON, request_id: RequestId) -> None:
     """Refuse what is nested too deep, lone surrogates and NUL, and name the field. No recursion of ours."""
     pending: list[tuple[str, Any, int]] = [("", data, 1)]
     while pending:
-        path, value, depth = pending.pop()
+        field_name, value, depth = pending.pop()
         if isinstance(value, str):
-            if "\x00" in value or (not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value)):
-                where = quote(path) if path else "a field's name"
-                raise InvalidRequest("bad_field", f"{where} holds a NUL or a lone surrogate, which is no text")
+            if not _is_text(value):
+                where = f"field {quote(field_name)}" if field_name else "a field's name"
+                text = f"{where} holds a NUL or a lone surrogate, which is no text"
+                raise InvalidRequest("bad_field", text, request_id)
         elif isinstance(value, (dict, list)):
             if depth > MAX_DEPTH:
-                raise InvalidRequest("too_deep", f"nested deeper than {MAX_DEPTH} levels")
-            items = value.items() if isinstance(value, dict) else enumerate(value)
-            for key, item in items:
-                pending.append(("", key, depth))
-                pending.append((f"{path}.{key}" if path else str(key), item, depth + 1))
-
-
-def _read_id(data: JSON) -> RequestId:
-    request_id = data.get("id")
-    if request_id is None or (type(request_id) is str and len(request_id) <= MAX_ID):
-        return request_id
-    if type(request_id) is int and abs(request_id) <= 2**53:
-        return request_id
-    raise InvalidRequest("bad_field", f"id: expected up to {MAX_ID} characters or an integer within 2**53 of zero")
+                raise InvalidRequest("too_deep", f"nested deeper than {MAX_DEPTH} levels", request_id)
+            if isinstance(value, list):
+                pending += ((field_name, item, depth + 1) for item in value)
+            else:
+                pending += (("", key, depth) for key in value)
+                pending += ((key, item, depth + 1) for key, item in value.items())
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------
@@ -1120,7 +1134,7 @@ def event_kind(text: str) -> tuple[str, str]:
 def server_error(error: InvalidRequest) -> str:
     """The answer to a frame that is no valid request; `id` is null where the frame could not be read."""
     frame: JSON = {"type": "server_error", "message": str(error), "code": error.code}
-    return encode_json(frame | {"id": error.request_id})
+    return encode_json(frame if error.read and error.request_id is None else frame | {"id": error.request_id})
 
 
 def command_response(command: Command, result: JSON, status: str = "") -> str:
@@ -2042,8 +2056,8 @@ class SqliteStore:
     """
 
     def __init__(self, path: str, sync: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.path = path
         self.memory = path == ":memory:"
+        self.path = path = path if self.memory else os.path.realpath(path)  # a link must not get past the lock
         self._loop = loop
         self._index = SearchIndex()
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
@@ -2074,12 +2088,17 @@ class SqliteStore:
 
     async def _read(self, job: Callable[[sqlite3.Connection], T]) -> T:
         """Run `job` on a reader's thread."""
+        if self._closed:
+            raise StoreFailed("the database is closed")
         if self.memory:  # one connection only, so its thread reads too
             return await self._write(job)
         try:
             return await self._loop.run_in_executor(self._readers, self._read_here, job)
         except sqlite3.Error as error:
             raise StoreFailed(f"the database refused a read: {error}") from error
+        except (ValueError, OverflowError, TypeError, LookupError) as error:  # what a damaged row reads like
+            logger.error("a read failed", exc_info=error)
+            raise StoreFailed(f"the database holds what cannot be read ({type(error).__name__})") from error
 
     def _read_here(self, job: Callable[[sqlite3.Connection], T]) -> T:
         connection = getattr(self._local, "connection", None)
@@ -2185,12 +2204,12 @@ class SqliteStore:
     async def rename_agent(self, agent: int, new_name: str, event: Event) -> None:
         def job(connection: sqlite3.Connection) -> None:
             _refuse_taken(connection, new_name)
+            _store_events(connection, agent, [event])  # goes out under the old name
             _keep_last_seq(connection, agent)
             connection.execute(
                 "UPDATE agents SET name = ?, last_seq = max(last_seq, ?) WHERE id = ?",
                 (new_name, _last_seq_of_name(connection, new_name), agent),
             )
-            _store_events(connection, agent, [event])
 
         await self._write(job)
 
@@ -4469,7 +4488,8 @@ def schema_of(hint: Any) -> JSON:
         kinds = [schema_of(argument) for argument in arguments]
         return {"anyOf": kinds} if len(kinds) > 1 else kinds[0]
     if hint in (list, tuple, set) or origin in (list, tuple, set, Sequence, Iterable):
-        return {"type": "array", "items": schema_of(arguments[0])} if arguments else {"type": "array"}
+        alike = len(arguments) == 1 or (len(arguments) == 2 and arguments[1] is ...)
+        return {"type": "array", "items": schema_of(arguments[0])} if alike else {"type": "array"}
     if hint is dict or origin in (dict, Mapping):
         return {"type": "object"}
     return {}
@@ -4528,10 +4548,10 @@ def _fit(value: Any, schema: JSON) -> Any:
         return value
     if kind == "boolean" and value in ("true", "false"):
         return value == "true"
-    if kind in ("integer", "number") and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError, TypeError):
+    if kind in ("integer", "number") and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
             number = float(value) if kind == "number" else int(value)
-            if kind == "number" or number == float(value):
+            if math.isfinite(number) and not (isinstance(value, float) and number != value):
                 return number
     if kind == "array" and isinstance(value, list):
         return [_fit(item, schema.get("items", {})) for item in value]
@@ -4546,20 +4566,22 @@ async def call_tool(tool: Tool, arguments: JSON) -> str:
     An async tool runs on the loop and ends with a cancel; any other runs in a daemon thread that goes on alone after a
     cancel or timeout, its result dropped.
     """
+    limit = asyncio.timeout(tool.timeout)
     try:
-        async with asyncio.timeout(tool.timeout):
+        async with limit:
             if inspect.iscoroutinefunction(tool.function):
-                result = await tool.function(**arguments)
-            else:
-                result = await in_thread(f"memws-tool-{tool.name}", lambda: tool.function(**arguments))
-    except TimeoutError:
-        raise ToolError(f"{tool.name} took longer than {tool.timeout:g} s and was given up") from None
+                return result_text(await tool.function(**arguments))
+            return await in_thread(f"memws-tool-{tool.name}", lambda: result_text(tool.function(**arguments)))
     except asyncio.CancelledError:
-        raise
-    except Exception as error:  # whatever a tool raises, the model hears of it and the turn goes on
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ToolError(f"{tool.name} was cancelled by something it called") from None
+    except (Exception, SystemExit) as error:  # whatever a tool raises, the model hears of it and the turn goes on
+        if limit.expired():
+            raise ToolError(f"{tool.name} took longer than {tool.timeout:g} s and was given up") from None
         logger.warning("tool %s failed", tool.name, exc_info=True)
         raise ToolError(f"{type(error).__name__}: {error}"[:MAX_ERROR]) from error
-    return result_text(result)
 
 
 def result_text(result: Any) -> str:
@@ -4637,7 +4659,8 @@ class AgentMemory:
 
         What this very turn said is in view already and is left out.
         """
-        start = max(0, page) * SEARCH_PAGE
+        page = min(max(0, page), 1_000_000)
+        start = page * SEARCH_PAGE
         seen = (self._last_message, self._last_passage)
         found, total = await self._store.search(
             self._agent, query, (store,), None, since, until, SEARCH_PAGE, start, seen
@@ -5613,7 +5636,7 @@ class Agent:
     ) -> tuple[Call, Tool, JSON] | None:
         """Run a memory tool, or hand back a user's tool with its arguments, to be run outside the transaction."""
         arguments = encode_json(call.arguments)
-        whole = call.arguments if len(arguments) <= TEXT_PART else None
+        whole = call.arguments if len(arguments) <= TEXT_PART // 2 else None  # the frame holds them twice
         changes.events += turn.events("tool_call", arguments, tool_call_id=call.id, name=call.name, arguments=whole)
         changes.events += turn.events("function_message", f"Running {call.name}({call.shown!r})")
         started = time.monotonic()
