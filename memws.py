@@ -123,6 +123,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 logger = logging.getLogger("memws")
+# At DEBUG websockets logs headers and frames, that is tokens and what people say: never, whatever the program sets.
+_websocket_logger = logging.getLogger("memws.websockets")
+_websocket_logger.setLevel(logging.INFO)
 
 
 # ======================================================================================================================
@@ -363,6 +366,19 @@ def quote(value: object) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
+def short_sentence(text: str) -> str:
+    """`text` as an error may tell it: printable, and at most MAX_ERROR bytes of JSON."""
+    weight = 0
+    chars = []
+    for char in text[: MAX_ERROR + 1]:
+        char = char if char.isprintable() else " "
+        weight += len(char.encode()) + (char in '"\\')
+        if weight > MAX_ERROR:
+            return "".join(chars) + "…"
+        chars.append(char)
+    return "".join(chars)
+
+
 class MemwsError(Exception):
     """The root of all errors of this module.
 
@@ -385,8 +401,7 @@ class MemwsError(Exception):
     code = "internal"
 
     def __init__(self, message: str, code: str | None = None) -> None:
-        short = message.encode("utf-8", "replace")[:MAX_ERROR]
-        super().__init__(short.decode("utf-8", "ignore") + ("…" if len(short) == MAX_ERROR else ""))
+        super().__init__(short_sentence(message))
         if code is not None:
             self.code = code
 
@@ -4790,6 +4805,10 @@ MEMORY_TOOLS: Final[dict[str, Tool]] = {
 # ---- what a model is told --------------------------------------------------------------------------------------------
 
 
+_MEMORY_LINE: Final = "\nRecall memory: "
+"What core memory's part of the system message begins with."
+
+
 def pack(kind: str, **fields: Any) -> str:
     """An event for the model, as MemGPT 0.2.7 (system.py) packs it: user-role JSON with the time."""
     return encode_json({"type": kind, **fields, "time": _model_time()})
@@ -4806,7 +4825,7 @@ def _model_time() -> str:
 
 def system_text(prompt: str, blocks: Iterable[Block], recall: int, archival: int) -> str:
     """The system message: the prompt, the sizes of recall and archival memory, and core memory with its limits."""
-    parts = [prompt.rstrip(), f"\nRecall memory: {recall} messages. Archival memory: {archival} passages."]
+    parts = [prompt.rstrip(), f"{_MEMORY_LINE}{recall} messages. Archival memory: {archival} passages."]
     for block in blocks:
         text = f"{block.value}\n" if block.value else ""
         parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
@@ -5507,6 +5526,8 @@ class Agent:
 
     async def _call_model(self, turn: Turn, extra: str) -> AsyncGenerator[Event, None]:
         """One model call, its text told while it arrives; the reply is then the turn's."""
+        if turn.stop_reason is not None:
+            raise Stopped
         messages = [message.body for message in self.messages]
         head = self.model.head(self.record.config["settings"])
         prompt = [self._system_body, *([self._summary_body] if self._summary_body else []), *messages]
@@ -5819,24 +5840,31 @@ class Agent:
         fixed = estimate_tokens(self._system_body) + estimate_tokens(self._tools_body + self._summary_body)
         return round((fixed + self._message_tokens + sum(message.tokens for message in further)) * self.model.ratio)
 
-    def sections(self, further: Sequence[ChatMessage] = ()) -> list[JSON]:
+    def sections(self) -> list[JSON]:
         """The parts of the next request, with their estimated tokens and texts."""
-        core = self.system[self.system.rfind("\nRecall memory: ") :]
-        bodies = [message.body for message in (*self.messages, *further)]
+        core = self.system[self.system.rfind(_MEMORY_LINE) :]
         texts = {
             "system": self.system[: len(self.system) - len(core)],
             "tools": self._tools_body,
             "core_memory": core,
             "summary": self._summary_body,
-            "messages": "\n".join(bodies),
+            "messages": "\n".join(message.body for message in self.messages),
         }
-        ratio = self.model.ratio
-        tokens = {name: round(estimate_tokens(text) * ratio) if text else 0 for name, text in texts.items()}
-        tokens["messages"] = round((self._message_tokens + sum(message.tokens for message in further)) * ratio)
-        return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
+        return [{**section, "text": texts[section["name"]]} for section in self._section_tokens()]
+
+    def _section_tokens(self, further: Iterable[ChatMessage] = ()) -> list[JSON]:
+        core = self.system[self.system.rfind(_MEMORY_LINE) :]
+        tokens = {
+            "system": estimate_tokens(self._system_body) - estimate_tokens(core),
+            "tools": estimate_tokens(self._tools_body) if self._tools_body else 0,
+            "core_memory": estimate_tokens(core),
+            "summary": estimate_tokens(self._summary_body) if self._summary_body else 0,
+            "messages": self._message_tokens + sum(message.tokens for message in further),
+        }
+        return [{"name": name, "tokens": round(count * self.model.ratio)} for name, count in tokens.items()]
 
     def _context_events(self, turn: Turn, used: int, warn: bool, further: Sequence[ChatMessage]) -> list[Event]:
-        sections = [{"name": part["name"], "tokens": part["tokens"]} for part in self.sections(further)]
+        sections = self._section_tokens(further)
         message = f"{used:,} of {self.window:,} tokens"
         fields: JSON = {"sections": sections, "used": used, "window": self.window}
         if warn:
@@ -5871,7 +5899,7 @@ class Agent:
         room = self.window - round(estimate_tokens(self._system_body + self._tools_body) * self.model.ratio)
         cut = self._cut_at(min(room, self._message_tokens * self.model.ratio) * KEEP_FRACTION / 2**compactions)
         if cut == 0 or compactions >= 3:
-            sizes = ", ".join(f"{part['name']} {part['tokens']:,}" for part in self.sections())
+            sizes = ", ".join(f"{part['name']} {part['tokens']:,}" for part in self._section_tokens())
             text = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({sizes})"
             raise ModelError("context_overflow", text)
         if turn is not None:
@@ -6207,10 +6235,6 @@ REFUSALS = {401: "the server asks for its token; give it as token, --token or ME
             403: "the server refuses this host or origin; start it with --allow-host or --allow-origin",
             503: "the server has no room for another connection; try again later"}  # fmt: skip
 """What to do about the HTTP status that refuses a connection."""
-
-# The handshake's headers carry the token, and websockets logs headers at DEBUG.
-_socket_logger = logging.getLogger(f"{logger.name}.socket")
-_socket_logger.setLevel(logging.INFO)
 
 
 class _Feed:
@@ -6632,7 +6656,7 @@ class Client:
             # A proxy that the environment names cannot reach our own loopback.
             proxy: Literal[True] | None = None if _is_loopback(self._address) else True
             return await _websocket_connect(
-                self._address, additional_headers=headers, compression=None, max_size=MAX_FRAME, logger=_socket_logger,
+                self._address, additional_headers=headers, compression=None, max_size=MAX_FRAME, logger=_websocket_logger,
                 open_timeout=self._timeout, close_timeout=CLOSE_TIMEOUT, proxy=proxy,
             )  # fmt: skip
         except InvalidStatus as refused:
@@ -8224,7 +8248,7 @@ class Hub:
                 open_timeout=OPEN_TIMEOUT,
                 close_timeout=STOP_GRACE,
                 server_header=None,
-                logger=logging.getLogger("memws.websockets"),
+                logger=_websocket_logger,
             )
             self._listeners.append(listener)
         if not self.models.offline:
@@ -9348,7 +9372,7 @@ def serve_command(flags: argparse.Namespace) -> int:
     handler.setFormatter(_LogFormatter(values["token"]))
     logger.addHandler(handler)
     logger.setLevel(level)
-    logging.getLogger("memws.websockets").setLevel(max(level, logging.WARNING))  # below, it shows tokens and texts
+    _websocket_logger.setLevel(max(level, logging.WARNING))
     _raise_descriptor_limit(values["max_connections"])
     server = WebSocketServer(**values)
     asyncio.run(_serve_until_signal(server))
