@@ -124,8 +124,8 @@ __version__ = "0.1.0"
 
 logger = logging.getLogger("memws")
 # At DEBUG websockets logs headers and frames, that is tokens and what people say: never, whatever the program sets.
-_websocket_logger = logging.getLogger("memws.websockets")
-_websocket_logger.setLevel(logging.INFO)
+_ws_logger = logging.getLogger("memws.websockets")
+_ws_logger.setLevel(logging.INFO)
 
 
 # ======================================================================================================================
@@ -369,7 +369,7 @@ def quote(value: object) -> str:
 def short_sentence(text: str) -> str:
     """`text` as an error may tell it: printable, and at most MAX_ERROR bytes of JSON."""
     weight = 0
-    chars = []
+    chars: list[str] = []
     for char in text[: MAX_ERROR + 1]:
         char = char if char.isprintable() else " "
         weight += len(char.encode()) + (char in '"\\')
@@ -2624,8 +2624,10 @@ class ReplyText:
     """Reads the text of send_message out of arguments that are still arriving: JSON cut anywhere."""
 
     _START = re.compile(r'"message"\s*:\s*"')
-    _WHOLE = re.compile(
-        r'(?:[^"\\]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*'
+    _HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    _WHOLE = re.compile(  # a high surrogate waits for what follows it; one that stays alone is no reason to stop
+        rf'(?:[^"\\]|{_HIGH}{_LOW}|{_HIGH}(?=[^\\]|\\[^u]|\\u[0-9a-ce-fA-CE-F]|\\u[dD][0-9a-bA-B])'
+        r"|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*"
     )
 
     def __init__(self) -> None:
@@ -2679,9 +2681,9 @@ class ModelReply:
             self.finish = choice["finish_reason"]
         delta = choice.get("delta") or choice.get("message")
         if isinstance(delta, dict):
-            self._feed_delta(delta)
+            self._feed_delta(delta, whole="message" in choice)
 
-    def _feed_delta(self, delta: JSON) -> None:
+    def _feed_delta(self, delta: JSON, whole: bool) -> None:
         reasoning = _text_of(delta.get("reasoning_content")) or _text_of(delta.get("reasoning"))
         if reasoning:
             self.monologue += reasoning
@@ -2695,9 +2697,9 @@ class ModelReply:
         calls = delta.get("tool_calls")
         if isinstance(delta.get("function_call"), dict):  # the API's first form of tools, still spoken by some
             calls = [{"index": 0, "function": delta["function_call"]}]
-        for piece in calls if isinstance(calls, list) else ():
+        for number, piece in enumerate(calls if isinstance(calls, list) else ()):
             if isinstance(piece, dict):
-                self._feed_call(piece)
+                self._feed_call({"index": number, **piece} if whole else piece)
 
     def _feed_call(self, piece: JSON) -> None:
         index, call_id = piece.get("index"), _text_of(piece.get("id"))
@@ -2705,7 +2707,9 @@ class ModelReply:
         function = function if isinstance(function, dict) else {}
         name = _text_of(function.get("name"))
         if type(index) is not int:  # an id or a name that is new begins a call; anything else goes on
-            begins = not self.calls or (call_id and call_id != self.calls[-1].id) or (name and not call_id)
+            begins = (
+                not self.calls or (call_id and call_id != self.calls[-1].id) or (name and name != self.calls[-1].name)
+            )
             index = len(self.calls) if begins else len(self.calls) - 1
         elif index < len(self.calls) and call_id and self.calls[index].id not in ("", call_id):
             index = len(self.calls)  # every call numbered 0, as some endpoints do
@@ -2844,11 +2848,13 @@ class OpenAIModel:
         loop = asyncio.get_running_loop()
         client = await self.endpoint.client()
         response: Any = None
+        begun = False
         try:
             async with asyncio.timeout(FIRST_TOKEN_TIMEOUT) as patience:
                 response = await self._post(client, body)
                 async with contextlib.aclosing(self._data(response)) as events:
                     async for data in events:
+                        begun = True
                         patience.reschedule(loop.time() + self.endpoint.idle_timeout)
                         if data == b"[DONE]":
                             reply.whole = True
@@ -2858,11 +2864,11 @@ class OpenAIModel:
         except TimeoutError:
             if reply.finish is not None:  # all was said; only the end of the stream is missing
                 return
-            waited = self.endpoint.idle_timeout if response else FIRST_TOKEN_TIMEOUT
+            waited = self.endpoint.idle_timeout if begun else FIRST_TOKEN_TIMEOUT
             raise ModelError(
                 "model_timeout",
                 f"the model said nothing for {waited:g} s; is the endpoint overloaded?",
-                retry=response is not None,
+                retry=begun,
             ) from None
         finally:
             if response is not None:
@@ -2937,19 +2943,19 @@ class OpenAIModel:
     def _told_error(self, status: int, message: str, code: str, retry_after: float | None) -> ModelError:
         """The ModelError for what an endpoint told, by status, code and wording."""
         said = self.endpoint.hide(message)
+        wait = f"; it asks to wait {retry_after:g} s" if retry_after else ""
+        too_long = (retry_after or 0) > MAX_RETRY_AFTER
         if code == "context_length_exceeded" or _OVERFLOW.search(message):
             return ModelError("context_overflow", f"the endpoint finds the prompt too long: {said}")
         if status in (401, 403) or code == "invalid_api_key":
             return ModelError("model_auth", f"the endpoint refuses the key ({status}); set OPENAI_API_KEY")
         if status == 429 or "rate_limit" in code:
-            final = code == "insufficient_quota" or (retry_after or 0) > MAX_RETRY_AFTER
-            text = f"the endpoint limits the rate (429): {said}"
-            if retry_after:
-                text += f"; it asks to wait {retry_after:g} s"
+            text = f"the endpoint limits the rate (429): {said}{wait}"
+            final = code == "insufficient_quota" or too_long
             return ModelError("model_rate_limit", text, retry=not final, retry_after=retry_after)
         if status in (408, 409) or status >= 500:
-            text = f"the endpoint failed ({status}): {said}"
-            return ModelError("model_unavailable", text, retry=True, retry_after=retry_after)
+            text = f"the endpoint failed ({status}): {said}{wait}"
+            return ModelError("model_unavailable", text, retry=not too_long, retry_after=retry_after)
         if self._adapt(message):
             return ModelError(
                 "model_refused", f"the endpoint does not know an option: {said}", retry=True, retry_after=0.0
@@ -6656,7 +6662,7 @@ class Client:
             # A proxy that the environment names cannot reach our own loopback.
             proxy: Literal[True] | None = None if _is_loopback(self._address) else True
             return await _websocket_connect(
-                self._address, additional_headers=headers, compression=None, max_size=MAX_FRAME, logger=_websocket_logger,
+                self._address, additional_headers=headers, compression=None, max_size=MAX_FRAME, logger=_ws_logger,
                 open_timeout=self._timeout, close_timeout=CLOSE_TIMEOUT, proxy=proxy,
             )  # fmt: skip
         except InvalidStatus as refused:
@@ -8248,7 +8254,7 @@ class Hub:
                 open_timeout=OPEN_TIMEOUT,
                 close_timeout=STOP_GRACE,
                 server_header=None,
-                logger=_websocket_logger,
+                logger=_ws_logger,
             )
             self._listeners.append(listener)
         if not self.models.offline:
@@ -9372,7 +9378,7 @@ def serve_command(flags: argparse.Namespace) -> int:
     handler.setFormatter(_LogFormatter(values["token"]))
     logger.addHandler(handler)
     logger.setLevel(level)
-    _websocket_logger.setLevel(max(level, logging.WARNING))
+    _ws_logger.setLevel(max(level, logging.WARNING))
     _raise_descriptor_limit(values["max_connections"])
     server = WebSocketServer(**values)
     asyncio.run(_serve_until_signal(server))
