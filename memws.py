@@ -189,11 +189,14 @@ READERS: Final = 4
 
 # Close codes (RFC 6455 section 7.4 and the IANA registry).
 GOING_AWAY: Final = 1001
+INTERNAL_ERROR: Final = 1011
 SLOW_READER: Final = 1013
 
 # Seconds.
 STOP_GRACE: Final = 2.0
 "From a signal or stop() until open turns are closed by force."
+SLOW_READER_PATIENCE: Final = 5.0
+"A reader for whom too much waits may take nothing for so long."
 PING_INTERVAL: Final = 20.0
 OPEN_TIMEOUT: Final = 10.0
 CONNECT_TIMEOUT: Final = 5.0
@@ -1067,7 +1070,7 @@ class Event:
 
     `type` is the frame's type, `message_type` its kind where it is an agent_response. Stored events get their `seq`
     and their `text`, the encoded frame without agent_name and id, in the transaction that stores them; live ones
-    (delta, retry, queue) have a text and no seq.
+    (delta, retry, queue) get no seq, and their text when they are sent.
     """
 
     __slots__ = ("fields", "message_type", "seq", "step", "text", "turn_id", "type")
@@ -1110,6 +1113,8 @@ class Event:
 
     def frame(self, agent_name: str) -> str:
         """The frame as sent to a client."""
+        if not self.text:
+            self.encode(None, now_text())
         return extend_json(self.text, agent_name=agent_name)
 
 
@@ -5525,7 +5530,6 @@ class Agent:
         """Tell of a failed call and wait before the next."""
         fields = {"attempt": attempt, "of": of, "delay_ms": round(delay * 1000), "code": error.code}
         for event in turn.events("retry", f"{error}; trying again", **fields):
-            event.encode(None, now_text())
             yield event
         with turn.interruptible():
             await asyncio.sleep(delay)
@@ -5546,33 +5550,20 @@ class Agent:
         turn.reply = reply = ModelReply()
         turn.model_calls += 1
         started = time.monotonic()
-        told = 0.0
         try:
             with turn.interruptible():
                 async with contextlib.aclosing(
                     cast("AsyncGenerator[None, None]", self.model.stream(body, reply))
                 ) as grown:
                     async for _ in grown:
-                        now = time.monotonic()
                         if request.first_token_ms is None:
-                            request.first_token_ms = round((now - started) * 1000)
-                        if now - told >= DELTA_INTERVAL:
-                            told = now
-                            for event in self._deltas(turn, reply):
+                            request.first_token_ms = round((time.monotonic() - started) * 1000)
+                        for of, text in reply.news():
+                            for event in turn.events("delta", text, of=of):
                                 yield event
-            for event in self._deltas(turn, reply):
-                yield event
         finally:
             request.total_ms = round((time.monotonic() - started) * 1000)
             self._count(turn, request, reply, estimate_tokens(body))
-
-    def _deltas(self, turn: Turn, reply: ModelReply) -> list[Event]:
-        """What the reply has more than was told."""
-        events = [event for of, text in reply.news() for event in turn.events("delta", text, of=of)]
-        now = now_text() if events else ""
-        for event in events:
-            event.encode(None, now)
-        return events
 
     def _count(self, turn: Turn, request: RequestRecord, reply: ModelReply, estimated: int) -> None:
         """Keep what the call used, and calibrate the estimate by what the endpoint counted."""
@@ -5835,7 +5826,6 @@ class Agent:
         except StoreFailed:
             logger.error("agent %s: the end of turn %s could not be stored", self.name, turn.turn_id)
             changes.events = changes.events[-1:]
-            changes.events[0].encode(None, now_text())
         for event in changes.events:
             yield event
 
@@ -7155,6 +7145,11 @@ def _is_address(host: str) -> bool:
     return False
 
 
+def bracketed(host: str) -> str:
+    """A host as a URL has it: IPv6 addresses in brackets."""
+    return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
+
+
 class Gate:
     """Who may open a connection: decided before the upgrade, by exact comparison, without a parser that can raise.
 
@@ -7166,9 +7161,8 @@ class Gate:
         self._token = options.token.encode() if options.token is not None else None
         self._origins = frozenset(origin.strip().rstrip("/").lower() for origin in options.allow_origin)
         origin_hosts = (origin.partition("://")[2] or origin for origin in self._origins)
-        self._hosts = _LOOPBACK_NAMES.union(
-            host for name in (*options.allow_host, *origin_hosts) if (host := self._host_of(name.strip())) is not None
-        )
+        names = (options.host, *options.allow_host, *origin_hosts)
+        self._hosts = _LOOPBACK_NAMES.union(filter(None, (self._host_of(bracketed(name.strip())) for name in names)))
 
     def refuse(self, request: HandshakeRequest) -> tuple[int, str] | None:
         """(HTTP status, reason) for a request that may not pass; a health check passes with the Host check alone."""
@@ -7253,31 +7247,45 @@ class Follower:
         """Send a published event, unless it was sent before or a replay will come to it."""
         if not self.live or (event.seq is not None and event.seq <= self.cursor):
             return
-        if event.seq is not None:
-            self.cursor = event.seq
-        if self.session.wants(event.message_type):
+        if not self.session.wants(event.message_type):
+            self.cursor = self.cursor if event.seq is None else event.seq
+        elif self.session.lags:  # from here on the reader sets the pace; what is only live is left out
+            self.live = False
+            self.session.replay(self, lagging=True)
+        else:
+            self.cursor = self.cursor if event.seq is None else event.seq
             self.session.send(text)
 
-    async def catch_up(self, *, once: bool = False) -> None:
-        """Replay what is stored behind the cursor, then go live; `once`: end there."""
+    async def catch_up(self, *, once: bool = False, lagging: bool = False) -> None:
+        """Replay what is stored behind the cursor, then go live; `once`: end there.
+
+        A reader that only lags, and was not promised a replay, is closed when it takes nothing while too much waits.
+        """
         self.live = False
+        host = self.host
         while True:
-            published = self.host.published
-            rows = await self.host.hub.store.events(self.host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id)
+            published = host.published
+            rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id)
             for seq, text in rows:
-                self.cursor = seq
                 kind, message_type = event_kind(text)
                 if self.session.wants(message_type):
-                    await self.session.drained()
-                    frame = extend_json(text, agent_name=self.host.agent.name)
-                    marked = self.host.marked(frame, kind, self.session, self.request_id)
-                    self.session.send(marked)
-            if not rows and (once or published == self.host.published):
+                    await self.session.drained(self if lagging else None)
+                    turn_id = None if kind == "agent_response" else decode_json(text)["turn_id"]
+                    frame = extend_json(text, agent_name=host.agent.name)
+                    self.session.send(host.marked(frame, turn_id, self.session, self.request_id))
+                self.cursor = seq
+            if not rows and (once or published == host.published):
                 self.live = not once
                 return
 
+    async def backlog(self) -> int:
+        """Characters of stored events that wait for this follower, counted up to MAX_OUTGOING."""
+        rows = await self.host.hub.store.events(self.host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id)
+        return sum(len(text) for _, text in rows)
+
 
 _REPLAY_PAGE: Final = 100
+"Stored events that a replay reads at once."
 
 
 class QueuedTurn:
@@ -7311,6 +7319,9 @@ class AgentHost:
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._idle_heartbeats = 0
+        self._delta: tuple[Event, QueuedTurn | None] | None = None
+        self._delta_timer: asyncio.TimerHandle | None = None
+        self._delta_sent = 0.0
         self.arm_heartbeat()
 
     @property
@@ -7341,21 +7352,19 @@ class AgentHost:
         self.kick()
 
     def kick(self) -> None:
-        """Run what waits, unless that is being done."""
-        if self._task is None and self.waiting and not self.compacting:
+        """Begin with what waits, unless something runs."""
+        if self.current is None and self.waiting and not (self.compacting or self.hub.stopping):
+            self.current = self._next()
             self._task = self.hub.spawn(self._run())
 
     async def _run(self) -> None:
         """Run turns until none waits."""
         try:
-            while self.waiting and not self.hub.stopping:
-                self.current = self._next()
-                try:
-                    await self._run_turn(self.current)
-                finally:
-                    self.current = None
+            while self.current is not None:
+                await self._run_turn(self.current)
+                self.current = self._next() if self.waiting and not self.hub.stopping else None
         finally:
-            self._task = None
+            self.current = self._task = None
             self.arm_heartbeat()
 
     def _next(self) -> QueuedTurn:
@@ -7378,8 +7387,12 @@ class AgentHost:
             if item.done is not None:
                 item.done.set_result(None)
         except MemwsError as error:
-            self.stale = True
-            self.refuse(item, error)
+            self.stale = not self.gone
+            self.refuse(item, self.deleted() if self.gone else error)
+
+    def deleted(self) -> Refused:
+        """What a message to an agent that is being deleted gets."""
+        return Refused("unknown_agent", f"agent {self.agent.name!r} was deleted")
 
     async def freshen(self) -> None:
         """Open the agent anew after a failed transaction."""
@@ -7413,26 +7426,63 @@ class AgentHost:
     # -- events --
 
     def publish(self, event: Event, item: QueuedTurn | None = None) -> None:
+        """Send an event to its followers, after the deltas before it; deltas of DELTA_INTERVAL are merged."""
+        if event.message_type != "delta":
+            self._send_delta()
+            self._send(event, item)
+            return
+        if self._delta is not None:
+            merged, _ = self._delta
+            alike = (merged.fields["of"], merged.step) == (event.fields["of"], event.step)
+            if alike and len(merged.fields["message"]) + len(event.fields["message"]) <= TEXT_PART:
+                merged.fields["message"] += event.fields["message"]
+                return
+            self._send_delta()
+        if any(session.wants("delta") for session in (*self.subscribers, *(item.followers if item else ()))):
+            self._delta = event, item
+            wait = self._delta_sent + DELTA_INTERVAL - self.hub.loop.time()
+            if wait <= 0:
+                self._send_delta()
+            else:
+                self._delta_timer = self.hub.loop.call_later(wait, self._send_delta)
+
+    def _send_delta(self) -> None:
+        """Send the delta that was held back for more to come."""
+        if self._delta is not None:
+            (event, item), self._delta = self._delta, None
+            if self._delta_timer is not None:
+                self._delta_timer.cancel()
+                self._delta_timer = None
+            self._delta_sent = self.hub.loop.time()
+            self._send(event, item)
+
+    def _send(self, event: Event, item: QueuedTurn | None) -> None:
         """Send an event to subscribers and, where it belongs to a turn, to those the turn answers: once a session."""
         if event.seq is not None:
             self.published = event.seq
         text = event.frame(self.agent.name)
         unsaved = event.terminal and event.seq is None  # its stored twin will reach the subscribers at the reopening
+        turn_id = event.turn_id if event.starts or event.terminal else None
         for session, follower in list(self.subscribers.items()):
             if not (unsaved and item and session not in item.followers):
-                follower.deliver(event, self.marked(text, event.type, session, None, item))
+                follower.deliver(event, self.marked(text, turn_id, session, None, item))
         for session, follower in list(item.followers.items()) if item else ():
             if session not in self.subscribers:
-                follower.deliver(event, self.marked(text, event.type, session, follower.request_id))
+                follower.deliver(event, self.marked(text, turn_id, session, follower.request_id))
 
     def marked(
-        self, text: str, kind: str, session: Session, request_id: RequestId, item: QueuedTurn | None = None
+        self,
+        text: str,
+        turn_id: str | None,
+        session: Session,
+        request_id: RequestId,
+        item: QueuedTurn | None = None,
     ) -> str:
-        """A start or terminal frame with the id that this session gave its request."""
+        """A start or terminal frame (others have no `turn_id` here) with the id of this session's request."""
         item = item or self.current
-        if request_id is None and item is not None and session in item.followers and item.turn.turn_id in text:
+        if request_id is None and item is not None and item.turn.turn_id == turn_id and session in item.followers:
             request_id = item.followers[session].request_id
-        return text if request_id is None or kind == "agent_response" else extend_json(text, id=request_id)
+        return text if request_id is None or turn_id is None else extend_json(text, id=request_id)
 
     async def edit(self, events: AsyncGenerator[Event, None]) -> list[Event]:
         """Run an edit of the agent and publish its events."""
@@ -7516,7 +7566,7 @@ class Session:
         "The message types it wants; None: all."
         self.current: AgentHost | None = None
         self.closed = False
-        self._incoming: collections.deque[tuple[Request, int]] = collections.deque()
+        self._incoming: collections.deque[tuple[Request | InvalidRequest, int]] = collections.deque()
         self._incoming_bytes = 0
         self._worker: asyncio.Task[None] | None = None
         self._taking: asyncio.Future[None] | None = None
@@ -7524,8 +7574,11 @@ class Session:
         self._outgoing: collections.deque[str] = collections.deque()
         self._outgoing_bytes = 0
         self._writer: asyncio.Task[None] | None = None
+        self._taken = 0
+        "Frames that the transport has taken."
         self._drained: asyncio.Future[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        "What ends with the connection: writing and replays. Answers that are being made go on."
         self.waiting = 0
         "Its messages that wait for their turns."
         self.hosts: set[AgentHost] = set()
@@ -7550,21 +7603,23 @@ class Session:
 
     def _take(self, frame: str | bytes) -> None:
         """Read a frame and let it wait for those before it; cancel overtakes."""
+        request: Request | InvalidRequest
         try:
             request = decode_request(frame)
-            if not self._may_request():
-                text = f"more than {self.hub.options.rate_limit} requests a second; send more slowly"
-                raise InvalidRequest("rate_limited", text, request.id)
         except InvalidRequest as error:
-            self.send(server_error(error))
-            return
+            request = error
+        if not self._may_request():
+            text = f"more than {self.hub.options.rate_limit} requests a second; send more slowly"
+            read = isinstance(request, Request) or request.read
+            mark = request.id if isinstance(request, Request) else request.request_id
+            request = InvalidRequest("rate_limited", text, mark, read=read)
         if isinstance(request, Cancel):
-            self._spawn(self._overtake(request))
+            self.hub.spawn(self._overtake(request))
             return
         self._incoming.append((request, len(frame)))
         self._incoming_bytes += len(frame)
         if self._worker is None:
-            self._worker = self._spawn(self._work())
+            self._worker = self.hub.spawn(self._work())
 
     def _may_request(self) -> bool:
         """A token bucket: RATE_BURST at once, rate_limit a second in the long run."""
@@ -7588,7 +7643,9 @@ class Session:
                 if self._room is not None and self._incoming_bytes <= MAX_INCOMING // 2:
                     self._room.set_result(None)
                     self._room = None
-                if isinstance(request, UserMessage):
+                if isinstance(request, InvalidRequest):
+                    self.send(server_error(request))
+                elif isinstance(request, UserMessage):
                     self._taking = self.hub.loop.create_future()
                     try:
                         await self._answer(request)
@@ -7638,6 +7695,11 @@ class Session:
 
     # -- out --
 
+    @property
+    def lags(self) -> bool:
+        """Whether so much waits for the reader that further events had better stay in the store."""
+        return self._outgoing_bytes > MAX_OUTGOING // 4
+
     def wants(self, message_type: str) -> bool:
         """Whether events of this message type are sent; starts and terminals, which have none, always are."""
         return not message_type or self.types is None or message_type in self.types
@@ -7649,8 +7711,7 @@ class Session:
         self._outgoing.append(frame)
         self._outgoing_bytes += len(frame) if frame.isascii() else len(frame.encode())
         if self._outgoing_bytes > MAX_OUTGOING:
-            logger.info("session %d: reads too slowly", self.number)
-            self.hub.spawn(self.close(SLOW_READER, "read faster, or subscribe with a cursor"))
+            self.close_slow()
         elif self._writer is None:
             self._writer = self._spawn(self._write())
 
@@ -7661,6 +7722,7 @@ class Session:
                 frame = self._outgoing.popleft()
                 self._outgoing_bytes -= len(frame) if frame.isascii() else len(frame.encode())
                 await self.websocket.send(frame)
+                self._taken += 1
                 if self._drained is not None and self._outgoing_bytes <= MAX_OUTGOING // 8:
                     self._drained.set_result(None)
                     self._drained = None
@@ -7669,12 +7731,24 @@ class Session:
         finally:
             self._writer = None
 
-    async def drained(self) -> None:
-        """Wait until the reader has taken nearly all: a replay is never faster than its reader."""
+    async def drained(self, lagging: Follower | None = None) -> None:
+        """Wait until the reader has taken nearly all: a replay is never faster than its reader.
+
+        A reader that lags is closed where it takes nothing for SLOW_READER_PATIENCE while too much waits for it.
+        """
         while self._outgoing_bytes > MAX_OUTGOING // 8 and not self.closed:
             if self._drained is None:
                 self._drained = self.hub.loop.create_future()
-            await asyncio.wait([self._drained])
+            taken = self._taken
+            await asyncio.wait([self._drained], timeout=SLOW_READER_PATIENCE)
+            stuck = lagging is not None and self._taken == taken and not self.closed
+            if stuck and lagging and self._outgoing_bytes + await lagging.backlog() > MAX_OUTGOING:
+                self.close_slow()
+
+    def close_slow(self) -> None:
+        """Close the connection of a reader that does not read; its turns go on and can be replayed."""
+        logger.info("session %d: reads too slowly", self.number)
+        self.hub.spawn(self.close(SLOW_READER, "read faster, or subscribe with a cursor"))
 
     async def flush(self) -> None:
         """Wait until everything queued was handed to the transport."""
@@ -7700,6 +7774,7 @@ class Session:
         logger.info("session %d: left", self.number)
         self.closed = True
         self._outgoing.clear()
+        self._incoming.clear()
         for task in self._tasks:
             task.cancel()
         for future in (self._drained, self._room):
@@ -7731,6 +7806,8 @@ class Session:
     async def _say(self, request: UserMessage) -> None:
         """Take up a message: it runs, waits, is answered from before, or is refused."""
         host = await self._host(request.agent_name)
+        if host.gone:
+            raise host.deleted()
         if len(request.message) > MAX_TEXT:
             text = f"a message has at most {MAX_TEXT:,} characters, but got {len(request.message):,}"
             raise Refused("text_too_long", text)
@@ -7740,6 +7817,8 @@ class Session:
             if known is not None:
                 self._follow_again(host, request, known)
                 return
+            if host.gone:
+                raise host.deleted()
         if host.busy and request.when_busy == "reject":
             raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end, or let the message queue")
         if host.busy and self.waiting >= MAX_WAITING_SESSION:
@@ -7757,7 +7836,6 @@ class Session:
         if host.busy and request.when_busy == "queue" and self.wants("queue"):
             position = len(host.waiting) + 1
             for event in response_events("queue", "waits for its turn", turn_id=turn_id, step=0, position=position):
-                event.encode(None, now_text())
                 self.send(event.frame(host.agent.name))
         if request.when_busy == "interrupt" and host.current is not None:
             host.current.turn.stop("superseded")
@@ -7778,21 +7856,24 @@ class Session:
         if running is not None:
             running.followers[self] = follower
             self.hosts.add(host)
-        self._spawn(self._catch_up_after(host, follower, once=running is None or self in host.subscribers))
+        self.replay(follower, once=running is None or self in host.subscribers)
 
-    async def _catch_up_after(self, host: AgentHost, follower: Follower, *, once: bool) -> None:
-        """Replay a turn once this session's own replay of the agent is through: seqs come in order."""
-        before = self._catching.get(host)
-        if before is not None:
-            await asyncio.wait([before])
-        await self._catch_up(follower, once=once)
+    def replay(self, follower: Follower, *, once: bool = False, lagging: bool = False) -> None:
+        """Let a follower catch up, after this session's replay of the same agent, if any: seqs come in order."""
+        before = self._catching.get(follower.host)
 
-    async def _catch_up(self, follower: Follower, *, once: bool = False) -> None:
-        try:
-            await follower.catch_up(once=once)
-        except StoreFailed as error:
-            logger.error("session %d: a replay failed: %s", self.number, error)
-            await self.close(1011, "the database cannot be read")
+        async def catch_up() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            try:
+                await follower.catch_up(once=once, lagging=lagging)
+            except StoreFailed as error:
+                logger.error("session %d: a replay failed: %s", self.number, error)
+                await self.close(INTERNAL_ERROR, "the database cannot be read")
+
+        task = self._spawn(catch_up())
+        if follower.turn_id is None:
+            self._catching[follower.host] = task
 
     # -- commands --
 
@@ -7984,10 +8065,7 @@ class Session:
 
     async def _cancel(self, request: Cancel) -> None:
         host = await self._host(request.agent_name)
-        running = host.current
-        if running is None and host.waiting and request.turn_id is None:
-            running = host.waiting[0]  # its time has come, its task not yet
-        item = running if request.turn_id is None else host.find(request.turn_id)
+        item = host.current if request.turn_id is None else host.find(request.turn_id)
         if item is None:
             if request.turn_id is not None and await self.hub.store.turn(host.agent.id, request.turn_id) is None:
                 raise Refused("unknown_turn", f"agent {host.agent.name!r} never had a turn {quote(request.turn_id)}")
@@ -8013,7 +8091,7 @@ class Session:
         self.send(command_response(request, {"last_seq": last_seq}))
         if after is not None and after < last_seq:
             follower.live = False
-            self._catching[host] = self._spawn(self._catch_up(follower))
+            self.replay(follower)
 
     async def _unsubscribe(self, request: Unsubscribe) -> None:
         host = await self._host(request.agent_name)
@@ -8189,12 +8267,19 @@ class Hub:
         if host.busy and not force:
             raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end, or send force true")
         name = host.agent.name
-        await host.stop_turns("cancelled", Refused("unknown_agent", f"agent {name!r} was deleted"))
-        async with self._names, host.agent.lock:
-            (event,) = response_events("agent_change", "the agent was deleted", turn_id=None, step=0, change="deleted")
-            await self.store.delete_agent(host.agent.id, event, purge)
+        host.gone = True
+        try:
+            await host.stop_turns("cancelled", host.deleted())
+            async with self._names, host.agent.lock:
+                (event,) = response_events(
+                    "agent_change", "the agent was deleted", turn_id=None, step=0, change="deleted"
+                )
+                await self.store.delete_agent(host.agent.id, event, purge)
+        except MemwsError:
+            host.gone = False
+            raise
+        async with self._names:
             host.publish(event)
-            host.gone = True
             host.close()
             host.subscribers.clear()
             del self._hosts[name]
@@ -8386,7 +8471,7 @@ class WebSocketServer:
 
     def __init__(self, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, **options: Any) -> None:
         if "JUPYTERHUB_API_TOKEN" in os.environ and options.get("token") is None:
-            options["token"] = secrets.token_urlsafe(32)  # other people's kernels may reach this machine's ports
+            options["token"] = _hub_token()  # other people's kernels may reach this machine's ports
         known = {entry.name for entry in fields(Options)}
         if unknown := options.keys() - known:
             raise UsageError(f"unknown option {quote(min(unknown))}; known: {', '.join(sorted(known))}")
@@ -8399,7 +8484,9 @@ class WebSocketServer:
         self._hub: Hub | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._serving = False
+        self._main: asyncio.Task[Any] | None = None
+        "The task of start_server."
+        self._serving = self._announced = False
 
     def __repr__(self) -> str:
         return f"<memws.WebSocketServer {self.url} {'listening' if self._serving else 'not listening'}>"
@@ -8445,57 +8532,71 @@ class WebSocketServer:
         Run again for the same address, the new object takes over loop, sockets, agents and store; with other options or
         a reloaded module the old server is stopped first. Raises UsageError where the port or the database is taken.
         """
-        if self._serving:
-            return self
-        key = (__name__, self.options.host.lower(), self.options.port)
-        former = _live_servers().get(key) if self.options.port else None
-        if former is not None and former is not self:
-            if type(former) is type(self) and self._hub is None and former._serving and former.options == self.options:
-                self._take_over(former)
-            else:
-                former.stop()
+        if not self._serving:
+            self._claim(starting=True)
         if not self._serving:
             hub = self._bind(None)
             self._call(hub.listen())
             self._serving = True
-        _live_servers()[key] = self
         return self
+
+    @property
+    def _key(self) -> tuple[str, str, int]:
+        return __name__, self.options.host.lower(), self.options.port
+
+    def _claim(self, *, starting: bool) -> None:
+        """Take over from the object of the same address that an earlier run of the cell left, or stop it."""
+        former = _live_servers().get(self._key) if self.options.port else None
+        if former is not None and former is not self:
+            if type(former) is type(self) and self._hub is None and former.options == self.options:
+                self._take_over(former)
+            elif starting and former._serving:
+                former.stop()
+        if self.options.port:
+            _live_servers()[self._key] = self
 
     def _take_over(self, former: WebSocketServer) -> None:
         """Become what another object was, whose cell was run again."""
-        for name in ("_hub", "_loop", "_thread", "_serving", "host", "port", "agent"):
+        for name in ("_hub", "_loop", "_thread", "_main", "_serving", "_announced", "host", "port", "agent"):
             setattr(self, name, getattr(former, name))
-        former._hub = former._loop = former._thread = None
-        former._serving = False
-        assert self._hub is not None
-        assert self._loop is not None
+        former._hub = former._loop = former._thread = former._main = None
+        former._serving = former._announced = False
+        if self._hub is None or self._loop is None:
+            return
         self._hub.tools |= self.tools
         self.tools = former.tools = self._hub.tools
         self._loop.call_soon_threadsafe(self._hub.take_tools)
 
     def stop(self) -> None:
         """End turns cleanly, free the port, leave no thread or task but a tool that will not end, which is named."""
-        hub, loop, thread = self._hub, self._loop, self._thread
-        if hub is None or loop is None:
+        loop, thread = self._loop, self._thread
+        if loop is None:
             return
-        if thread is None:
-            raise UsageError("this server runs on your own loop: cancel start_server() to stop it")
-        self._refuse_own_thread("await start_server() and cancel it")
-        asyncio.run_coroutine_threadsafe(hub.close(), loop).result()
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        self._forget()
-
-    def _forget(self) -> None:
-        """Be as if never started."""
-        for key, server in list(_live_servers().items()):
-            if server is self:
-                del _live_servers()[key]
-        self._hub = self._loop = self._thread = None
-        self._serving = False
+        self._refuse_own_thread("close()")
+        asyncio.run_coroutine_threadsafe(self.close(), loop).result()
+        if thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
         tools = [thread.name for thread in threading.enumerate() if thread.name.startswith("memws-tool-")]
         if tools:
             logger.warning("still running: %s", ", ".join(tools))
+
+    async def close(self) -> None:
+        """What stop() does, to be awaited on the server's own loop."""
+        main = self._main
+        if main is not None and main is not asyncio.current_task():
+            main.cancel()
+            await asyncio.wait([main])
+        elif self._hub is not None:
+            await self._hub.close()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Be as if never started."""
+        if _live_servers().get(self._key) is self:
+            del _live_servers()[self._key]
+        self._hub = self._loop = self._thread = self._main = None
+        self._serving = self._announced = False
 
     def run(self, block: bool = False) -> None:
         """Serve until interrupted. Inside a running loop (a notebook cell) start in a thread and return; with `block`
@@ -8513,21 +8614,39 @@ class WebSocketServer:
         run_nested(self.start_server())
 
     async def start_server(self) -> None:
-        """Serve on the caller's loop until cancelled."""
-        self.initialize_server()
-        hub = self._hub
-        assert hub is not None
+        """Serve on the caller's loop until cancelled. Raises UsageError where the server listens already."""
+        if self._serving:
+            raise UsageError(f"this server listens already on {self.url}; stop() it first")
+        loop = asyncio.get_running_loop()
+        if self._thread is not None:
+            await self._move(loop)
+        self._main = asyncio.current_task()
         try:
+            if not self._announced:
+                self.initialize_server()
+            hub = self._bind(loop)
             await hub.listen()
             self._serving = True
-            await asyncio.get_running_loop().create_future()
+            await loop.create_future()
         finally:
-            await hub.close()
+            if self._hub is not None:
+                await self._hub.close()
             self._forget()
+
+    async def _move(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Bring what blocking calls have begun on a loop of its own to the caller's loop, its bound port too."""
+        sockets, agent_name, announced = self._bind(None).sockets, self.agent_name, self._announced
+        self._open_hub().sockets = []
+        await in_thread("memws-stop", self.stop)
+        self._open_hub(loop).sockets = sockets
+        self._announced = announced
+        if agent_name is not None:
+            await self.load_agent_async(agent_name)
 
     def initialize_server(self) -> None:
         """Open the store, bind the address and print it. Raises UsageError."""
         hub = self._bind(running_loop())
+        self._announced = True
         print(f"memws {__version__} listening on {self.url}", flush=True)
         print(f"model: {hub.models.described}; agents: {self.options.db}", flush=True)
 
@@ -8610,6 +8729,8 @@ class WebSocketServer:
 
     def _open_hub(self, loop: asyncio.AbstractEventLoop | None = None) -> Hub:
         """The hub, made where there is none yet: on `loop`, or on one of an own thread."""
+        if self._hub is None and loop is None:
+            self._claim(starting=False)
         if self._hub is not None:
             return self._hub
         if loop is None:
@@ -8633,6 +8754,12 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     with contextlib.suppress(RuntimeError):
         return asyncio.get_running_loop()
     return None
+
+
+def _hub_token() -> str:
+    """A token made once for this process, so that a re-run cell finds its server again."""
+    module = sys.modules.setdefault("_memws_live", types.ModuleType("_memws_live"))
+    return str(module.__dict__.setdefault("token", secrets.token_urlsafe(32)))
 
 
 def _live_servers() -> dict[tuple[str, str, int], WebSocketServer]:
