@@ -1469,7 +1469,7 @@ def stem(word: str) -> str:
         return _IRREGULAR.get(word, word)
     word = _IRREGULAR.get(word, word)
     for ending, instead in _ENDINGS:
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
+        if word.endswith(ending) and (instead == ending or len(word) - len(ending) >= 3):
             word = word[: len(word) - len(ending)] + instead
             break
     if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lsz":
