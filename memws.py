@@ -2611,6 +2611,252 @@ class DatabaseLock:
         os.close(self._handle)
 
 
+# ---- keeping databases -----------------------------------------------------------------------------------------------
+# For the command line: on connections of their own, beside a running server where nothing is written.
+
+EXPORT_FORMAT: Final = 1
+
+
+def read_database(path: str, write: bool = False) -> sqlite3.Connection:
+    """A connection that only reads, unless told otherwise. Raises UsageError where there is no memws database."""
+    try:
+        if not pathlib.Path(path).is_file():
+            raise UsageError(f"there is no database {path!r}; name one with --db")
+        connection = connect_database(path)
+        connection.execute(f"PRAGMA query_only = {'OFF' if write else 'ON'}")
+        if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
+            connection.close()
+            raise UsageError(f"{path!r} is no memws database; name one with --db")
+    except sqlite3.Error as error:
+        raise UsageError(f"cannot read the database {path!r} ({error}); name another file with --db") from error
+    return connection
+
+
+def backup_database(path: str, target: str, progress: Callable[[int, int], None]) -> None:
+    """Copy a database, page by page, also while a server writes. Raises UsageError; an existing target is kept.
+
+    `progress` is called with the pages that remain and their total.
+    """
+    with contextlib.closing(read_database(path)) as source:
+        try:
+            os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            with contextlib.closing(sqlite3.connect(target)) as copy:
+                source.backup(copy, pages=1000, progress=lambda _, remaining, total: progress(remaining, total))
+        except FileExistsError:
+            raise UsageError(f"{target!r} exists; name a file that does not") from None
+        except (OSError, sqlite3.Error) as error:
+            raise UsageError(f"cannot write the backup {target!r} ({error}); choose another place") from error
+
+
+def export_agent(connection: sqlite3.Connection, name: str) -> JSON:
+    """One agent, memory and history, as JSON: the rows of its tables, bytes in hexadecimal. Raises UnknownAgent."""
+    row = _agent_row(connection, f"name = ? AND {_LIVE}", name)
+    if row is None:
+        raise _unknown_agent(connection, name, _LIVE)
+    record = _agent_record(row)
+    told = {key: getattr(record, key) for key in ("name", "config", "state", "created", "last_active", "last_seq")}
+    tables = {}
+    for table in _AGENT_TABLES:
+        columns = [column for column in _columns(connection, table) if column != "agent"]
+        quoted = ", ".join(f'"{column}"' for column in columns)
+        rows = connection.execute(f"SELECT {quoted} FROM {table} WHERE agent = ? ORDER BY 1, 2", (record.id,))
+        tables[table] = [
+            {
+                column: value.hex() if isinstance(value, bytes) else value
+                for column, value in zip(columns, row, strict=True)
+            }
+            for row in rows
+        ]
+    return {"memws_agent": EXPORT_FORMAT, "agent": told, **tables}
+
+
+def import_agent(connection: sqlite3.Connection, data: Any) -> str:
+    """Store what export_agent gave, under its name; the name. Raises UsageError with the place of what is damaged, and
+    Refused (name_taken); then nothing is stored."""
+    if not isinstance(data, dict) or data.get("memws_agent") != EXPORT_FORMAT:
+        raise UsageError("the file is no agent that memws exported")
+    told = data.get("agent")
+    kinds = {"name": str, "config": dict, "state": dict, "created": str, "last_active": str, "last_seq": int}
+    if not isinstance(told, dict) or told.keys() != kinds.keys():
+        raise UsageError(f"damaged: agent: expected the fields {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if type(told[key]) is not kind:
+            raise UsageError(f"damaged: agent.{key}: expected a {kind.__name__}, but got {quote(told[key])}")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        _refuse_taken(connection, told["name"])
+        last_seq = max(told["last_seq"], _last_seq_of_name(connection, told["name"]))
+        agent = connection.execute(
+            "INSERT INTO agents (name, config, state, created, last_active, last_seq) VALUES (?,?,?,?,?,?)",
+            (
+                *(told["name"], encode_json(told["config"]), encode_json(told["state"])),
+                *(told["created"], told["last_active"], last_seq),
+            ),
+        ).lastrowid
+        assert agent is not None
+        for table in _AGENT_TABLES:
+            _import_rows(connection, agent, table, data.get(table))
+        index_agent(connection, SearchIndex(), agent)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    return str(told["name"])
+
+
+def _import_rows(connection: sqlite3.Connection, agent: int, table: str, rows: Any) -> None:
+    """Store the rows of one table. Raises UsageError with the place of what is damaged."""
+    if not isinstance(rows, list):
+        raise UsageError(f"damaged: {table}: expected a list")
+    columns = {name: kind for name, kind in _columns(connection, table).items() if name != "agent"}
+    insert = f"INSERT INTO {table} VALUES ({','.join('?' * (len(columns) + 1))})"
+    for number, row in enumerate(rows):
+        place = f"{table}[{number}]"
+        if not isinstance(row, dict) or row.keys() != columns.keys():
+            raise UsageError(f"damaged: {place}: expected the fields {', '.join(columns)}")
+        values = [_imported(f"{place}.{name}", row[name], *kind) for name, kind in columns.items()]
+        try:
+            connection.execute(insert, (agent, *values))
+        except (sqlite3.Error, OverflowError) as error:
+            raise UsageError(f"damaged: {place}: {error}") from None
+
+
+def _imported(place: str, value: Any, kind: str, needed: bool) -> Any:
+    """A value for a column of that SQL type. Raises UsageError."""
+    if value is None and not needed:
+        return None
+    if kind == "INTEGER" and type(value) is int:
+        return value
+    if kind == "TEXT" and isinstance(value, str) and _is_text(value):
+        if place.endswith(".body") or (place.startswith("events") and place.endswith(".text")):
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(decode_json(value), dict):
+                    return value
+            raise UsageError(f"damaged: {place}: expected a JSON object, but got {quote(value)}")
+        return value
+    if kind == "BLOB" and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return bytes.fromhex(value)
+    raise UsageError(f"damaged: {place}: expected {kind}, but got {quote(value)}")
+
+
+def _columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[str, bool]]:
+    """The columns of a table with their SQL type and whether they need a value."""
+    rows = connection.execute(f"PRAGMA table_info({table})")
+    return {name: (kind, bool(needed or key)) for _, name, kind, needed, _, key in rows}
+
+
+def index_agent(connection: sqlite3.Connection, index: SearchIndex, agent: int) -> None:
+    """Index an agent's memory anew."""
+    index.drop_agent(connection, agent)
+    messages = "SELECT id, role, time, coalesce(said, text) FROM messages WHERE agent = ? AND {} ORDER BY id"
+    for item, role, time_, text in connection.execute(messages.format(_SEARCHABLE), (agent,)).fetchall():
+        index.add(connection, agent, "recall", item, role, time_, text)
+    passages = "SELECT id, time, text FROM passages WHERE agent = ? ORDER BY id"
+    for item, time_, text in connection.execute(passages, (agent,)).fetchall():
+        index.add(connection, agent, "archival", item, "", time_, text)
+
+
+_SEARCHABLE: Final = "(said <> '' OR (said IS NULL AND role = 'user' AND text <> ''))"
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something wrong in a database: whose it is, what it is, and whether it was mended."""
+
+    agent: str
+    text: str
+    repaired: bool = False
+
+
+def check_database(connection: sqlite3.Connection, repair: bool) -> Iterator[Damage]:
+    """Look for damage, agent by agent, and with `repair` mend what can be mended without deleting what was said."""
+    for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
+        if line != "ok":
+            yield Damage("", f"the file is damaged: {line}")
+    for agent, name in connection.execute("SELECT id, name FROM agents ORDER BY name, id").fetchall():
+        try:
+            for text, mend in _check_agent(connection, agent):
+                if repair and mend is not None:
+                    connection.execute("BEGIN IMMEDIATE")
+                    mend()
+                    connection.execute("COMMIT")
+                yield Damage(name, text, repair and mend is not None)
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            yield Damage(name, f"cannot be read: {error}")
+
+
+def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[str, Callable[[], object] | None]]:
+    """(what is wrong, what mends it) of one agent."""
+
+    def setting(column: str, value: Any) -> Callable[[], object]:
+        update = f"UPDATE agents SET {column} = ? WHERE id = ?"
+        return lambda: connection.execute(update, (value, agent))
+
+    config, state, last_seq = connection.execute(
+        "SELECT config, state, last_seq FROM agents WHERE id = ?", (agent,)
+    ).fetchone()
+    for column, text in (("config", config), ("state", state)):
+        if not _is_object(text):
+            yield f"its {column} is no JSON object (mended: emptied)", setting(column, "{}")
+    for label, value, limit in connection.execute('SELECT label, value, "limit" FROM blocks WHERE agent = ?', (agent,)):
+        if len(value) > limit:
+            raised = f'UPDATE blocks SET "limit" = {len(value)} WHERE agent = ? AND label = ?'
+            text = f"block {label} holds {len(value):,} of {limit:,} characters (mended: its limit is raised)"
+            yield text, functools.partial(connection.execute, raised, (agent, label))
+    ids = [row[0] for row in connection.execute("SELECT id FROM messages WHERE agent = ? ORDER BY id", (agent,))]
+    if ids and (ids[0] != 1 or ids[-1] != len(ids)):
+        yield f"{ids[-1] - len(ids)} chat messages are missing between 1 and {ids[-1]}", None
+    seqs = connection.execute("SELECT min(seq), max(seq), count(*) FROM events WHERE agent = ?", (agent,)).fetchone()
+    if seqs[2] and seqs[1] - seqs[0] + 1 != seqs[2]:
+        yield f"{seqs[1] - seqs[0] + 1 - seqs[2]} events are missing between {seqs[0]} and {seqs[1]}", None
+    if seqs[2] and seqs[1] > last_seq:
+        yield f"its last seq {last_seq} is below that of its events, {seqs[1]} (mended)", setting("last_seq", seqs[1])
+    yield from _check_history(connection, agent)
+    indexed = "SELECT count(DISTINCT item) FROM search_rows WHERE agent = ? AND store = ?"
+    said = connection.execute(f"SELECT count(*) FROM messages WHERE agent = ? AND {_SEARCHABLE}", (agent,)).fetchone()[
+        0
+    ]
+    kept = connection.execute("SELECT count(*) FROM passages WHERE agent = ?", (agent,)).fetchone()[0]
+    found = tuple(connection.execute(indexed, (agent, store)).fetchone()[0] for store in ("recall", "archival"))
+    if found != (said, kept):
+        text = f"search knows {found[0]} of {said} messages and {found[1]} of {kept} passages (mended: indexed anew)"
+        yield text, lambda: index_agent(connection, SearchIndex(), agent)
+
+
+def _check_history(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[str, None]]:
+    """Tool calls without a result, results without a call, ids used twice: a load keeps such out of every prompt."""
+    waiting: dict[str, int] = {}
+    seen: set[str] = set()
+    rows = connection.execute("SELECT id, role, body FROM messages WHERE agent = ? ORDER BY id", (agent,))
+    for number, role, body in rows:
+        if not _is_object(body):
+            yield f"chat message {number} is no JSON object", None
+            continue
+        message = decode_json(body)
+        if role == "tool":
+            if waiting.pop(str(message.get("tool_call_id")), None) is None:
+                yield f"chat message {number} answers a call that is not there", None
+            continue
+        for call_id, asked in waiting.items():
+            yield f"the call {quote(call_id)} of chat message {asked} has no result (a load keeps it out)", None
+        waiting = {}
+        for call in message.get("tool_calls") or ():
+            call_id = str(call.get("id"))
+            if call_id in seen:
+                yield f"the id {quote(call_id)} names two calls", None
+            seen.add(call_id)
+            waiting[call_id] = number
+
+
+def _is_object(text: str) -> bool:
+    with contextlib.suppress(ValueError, RecursionError, TypeError):
+        return isinstance(decode_json(text), dict)
+    return False
+
+
 # ======================================================================================================================
 # 6. LLM: the model protocol, OpenAI-compatible endpoints, the offline model
 # ======================================================================================================================
@@ -2805,7 +3051,7 @@ class Endpoint:
     async def client(self) -> Any:
         """The openai client. Its own retries are off: ours are counted and reported."""
         if self._client is None:
-            openai = await in_thread("memws-import", import_openai)
+            openai = await in_thread(_IMPORT_THREAD, import_openai)
             if self._client is None:
                 self._client = openai.AsyncOpenAI(
                     base_url=self.base_url,
@@ -2824,9 +3070,16 @@ class Endpoint:
         return " ".join(clean_text(text).split())[:80]
 
     async def close(self) -> None:
+        """Close the client; an import that is under way is waited for, as threads outlive their loop."""
+        for thread in threading.enumerate():
+            if thread.name == _IMPORT_THREAD:
+                thread.join()
         if self._client is not None:
             await self._client.close()
             self._client = None
+
+
+_IMPORT_THREAD: Final = "memws-import"
 
 
 class OpenAIModel:
@@ -4316,6 +4569,7 @@ def offline_chunks(text: str) -> Iterator[str]:
 def only_model(base_url: str, api_key: str | None) -> str:
     """The one model that an endpoint serves, asked with a time limit. Raises UsageError with the list of several."""
     import http.client
+    import urllib.error
     import urllib.request  # 8 ms of every start, for a question that is seldom asked
 
     url = f"{base_url.rstrip('/')}/models"
@@ -4328,7 +4582,10 @@ def only_model(base_url: str, api_key: str | None) -> str:
             listed = decode_json(response.read(MAX_FRAME))["data"]
         models = [clean_text(model["id"])[:MAX_MODEL_NAME] for model in listed]
     except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
+        reason: object = getattr(error, "reason", None) or error
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+            reason = f"{error.code} {reason}"
         raise UsageError(
             f"cannot list the models of the endpoint ({clean_text(str(reason))[:80]}); "
             "check --base-url, or name one with --model"
@@ -4473,11 +4730,13 @@ def make_tool(
     The docstring's first paragraph describes the tool; its `Args:` (or `:param name:`) lines the parameters.
     Raises UsageError for a function that no model could call.
     """
-    name = name or function.__name__
+    name = name or getattr(function, "__name__", "")
+    if not callable(function):
+        raise UsageError(f"a tool has to be a function, but got {quote(function)}")
     if not _TOOL_NAME.fullmatch(name):
         raise UsageError(f"a tool's name must match {_TOOL_NAME.pattern}, but got {quote(name)}")
     try:
-        hints = typing.get_type_hints(function)
+        hints = typing.get_type_hints(getattr(function, "func", function))  # of a partial, those of its function
     except (NameError, TypeError) as error:
         raise UsageError(f"cannot read the annotations of tool {name!r}: {error}") from error
     summary, described = _read_docstring(function)
@@ -4521,12 +4780,16 @@ def schema_of(hint: Any) -> JSON:
     return {}
 
 
+_DESCRIBED = re.compile(
+    r"^[^\S\n]*(?::param[^\S\n]+)?(\w+)(?:[^\S\n]*\([^)\n]*\))?[^\S\n]*:[^\S\n]*(\S.*(?:\n +\S[^:\n]*$)*)", re.MULTILINE
+)
+
+
 def _read_docstring(function: Callable[..., Any]) -> tuple[str, dict[str, str]]:
     """The first paragraph, and what is said of each parameter."""
     text = inspect.getdoc(function) or ""
     summary = " ".join(text.split("\n\n")[0].split())
-    found = re.findall(r"^\s*(?::param\s+)?(\w+)(?:\s*\([^)]*\))?\s*:\s*(\S.*)$", text, re.MULTILINE)
-    return summary, {name: meaning.strip() for name, meaning in found}
+    return summary, {name: " ".join(meaning.split()) for name, meaning in _DESCRIBED.findall(text)}
 
 
 def check_arguments(tool: Tool, arguments: JSON) -> JSON:
@@ -4559,9 +4822,8 @@ def _usage(name: str, schema: JSON, tool: Tool) -> str:
 def _fit(value: Any, schema: JSON) -> Any:
     """`value` if it fits the schema; numbers and booleans that a model wrote as text are read. Raises ValueError."""
     if "anyOf" in schema:
-        for option in sorted(
-            schema["anyOf"], key=lambda option: option.get("type") == "string" and not isinstance(value, str)
-        ):
+        as_it_is = [option for option in schema["anyOf"] if _is_of(value, option.get("type"))]
+        for option in as_it_is or schema["anyOf"]:
             with contextlib.suppress(ValueError):
                 return _fit(value, option)
         raise ValueError("expected " + " or ".join(option.get("type", "another value") for option in schema["anyOf"]))
@@ -4586,6 +4848,22 @@ def _fit(value: Any, schema: JSON) -> Any:
     raise ValueError(f"expected {kind}")
 
 
+_JSON_TYPES: Final[dict[str, tuple[type, ...]]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+    "null": (type(None),),
+}
+
+
+def _is_of(value: Any, kind: str | None) -> bool:
+    """Whether a value is of a JSON type as it stands."""
+    return kind is not None and isinstance(value, _JSON_TYPES[kind]) and isinstance(value, bool) == (kind == "boolean")
+
+
 async def call_tool(tool: Tool, arguments: JSON) -> str:
     """The result of a user's tool as text. Raises ToolError when it fails, or takes longer than its timeout.
 
@@ -4607,7 +4885,10 @@ async def call_tool(tool: Tool, arguments: JSON) -> str:
         if limit.expired():
             raise ToolError(f"{tool.name} took longer than {tool.timeout:g} s and was given up") from None
         logger.warning("tool %s failed", tool.name, exc_info=True)
-        raise ToolError(f"{type(error).__name__}: {error}"[:MAX_ERROR]) from error
+        reason = type(error).__name__
+        with contextlib.suppress(Exception):  # its __str__ is the tool's code too
+            reason = f"{reason}: {error}"
+        raise ToolError(reason) from error
 
 
 def result_text(result: Any) -> str:
@@ -8136,20 +8417,21 @@ class Session:
 _CLASSIC_SET: Final = frozenset(CLASSIC_TYPES)
 _LIST_TEXT: Final = 20_000
 "Characters of one item's text in a list."
+MAX_LISTED_CALLS: Final = 20
 
 
 def calls_of(message: ChatMessage) -> list[JSON]:
-    """The tool calls of a chat message, long arguments cut."""
+    """The tool calls of a chat message; of long arguments, excerpts of their texts."""
     if message.role != "assistant":
         return []
     calls = []
     for call in decode_json(message.body).get("tool_calls", ()):
         arguments = decode_json(call["function"]["arguments"])
-        short = {
-            key: excerpt(value, _LIST_TEXT) if isinstance(value, str) else value for key, value in arguments.items()
-        }
-        calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": short})
-    return calls
+        if len(message.body) > _LIST_TEXT:
+            texts = {key: value if isinstance(value, str) else encode_json(value) for key, value in arguments.items()}
+            arguments = {key[:MAX_NAME]: excerpt(text, _LIST_TEXT // len(texts)) for key, text in texts.items()}
+        calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments})
+    return calls[:MAX_LISTED_CALLS]
 
 
 def fitting_items(items: list[JSON]) -> list[JSON]:
@@ -9453,6 +9735,21 @@ def make_parser() -> argparse.ArgumentParser:
     _add_flag(terminal, "url", "the server's address", f"ws://localhost:{DEFAULT_PORT}")
     _add_flag(terminal, "agent", "the agent to talk to", None)
     _add_flag(terminal, "token", "the server's token", None)
+    keeping = {
+        "check": "look for damage in stored agents; with --repair mend it after a backup",
+        "export": "print one agent, memory and history, as one JSON file",
+        "import": "store an agent that export printed",
+        "backup": "copy the database, also while a server runs",
+    }
+    for name, meaning in keeping.items():
+        command = commands.add_parser(name, help=meaning, description=meaning)
+        _add_flag(command, "db", Options.__dataclass_fields__["db"].metadata["help"], DEFAULT_DB)
+        if name == "check":
+            command.add_argument("--repair", action="store_true", help="mend what is found; needs the server stopped")
+        else:
+            command.add_argument(
+                "name" if name == "export" else "file", help="the agent" if name == "export" else "the file"
+            )
     describe = "print the protocol as JSON Schema"
     commands.add_parser("protocol", help=describe, description=describe)
     return parser
@@ -9534,6 +9831,67 @@ def _raise_descriptor_limit(connections: int) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def check_command(db: str, repair: bool) -> int:
+    """Print what is damaged; 0 where nothing is, or all was mended. Raises UsageError."""
+    lock = DatabaseLock(os.path.realpath(db)) if repair and pathlib.Path(db).is_file() else None
+    try:
+        if repair:
+            target = f"{db}.before-repair-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+            backup_command(db, target)
+        with contextlib.closing(read_database(db, write=repair)) as connection:
+            damages = list(check_database(connection, repair))
+    finally:
+        if lock is not None:
+            lock.release()
+    for damage in damages:
+        mark = "mended" if damage.repaired else "damaged"
+        print(printable(f"{mark}: {f'agent {damage.agent}: ' if damage.agent else ''}{damage.text}"))
+    left = sum(not damage.repaired for damage in damages)
+    print(f"{len(damages)} found, {len(damages) - left} mended" if damages else "no damage found")
+    return 1 if left else 0
+
+
+def export_command(db: str, name: str) -> int:
+    """Print an agent as JSON. Raises UsageError, UnknownAgent."""
+    with contextlib.closing(read_database(db)) as connection:
+        print(encode_json(export_agent(connection, unicodedata.normalize("NFC", name))))
+    return 0
+
+
+def import_command(db: str, file: str) -> int:
+    """Store an exported agent. Raises UsageError, Refused."""
+    try:
+        data = decode_json(pathlib.Path(file).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"cannot read {file!r} ({error}); give a file that export printed") from None
+    if isinstance(data, dict) and isinstance(told := data.get("agent"), dict) and isinstance(told.get("config"), dict):
+        valid_name(told.get("name"))
+        known = {key: value for key, value in told["config"].items() if key != "tools"}
+        told["config"] = {**told["config"], **AgentConfig(known, MEMORY_TOOLS, AgentConfig.DEFAULTS).values}
+        told["config"]["tools"] = data["agent"]["config"].get("tools")
+    lock = DatabaseLock(os.path.realpath(db))
+    try:
+        with contextlib.closing(open_database(db, "full")) as connection:
+            name = import_agent(connection, data)
+    finally:
+        lock.release()
+    print(f"agent {name!r} is in {db}")
+    return 0
+
+
+def backup_command(db: str, file: str) -> int:
+    """Copy the database. Raises UsageError."""
+    started = time.monotonic()
+
+    def progress(remaining: int, total: int) -> None:
+        if sys.stderr.isatty() and time.monotonic() - started > CHAT_PATIENCE:
+            print(f"\rcopying … {100 * (total - remaining) // max(total, 1)} %", end="", file=sys.stderr, flush=True)
+
+    backup_database(db, file, progress)
+    print(f"{db} is copied to {file}", file=sys.stderr)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status: 0, 1 for a failed chat, 2 for what cannot be done as asked."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -9547,9 +9905,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.command == "protocol":
             print(encode_json(protocol_schema()))
             return 0
-        return serve_command(given)
-    except UsageError as error:
-        print(f"memws: {error}", file=sys.stderr)
+        if given.command == "serve":
+            return serve_command(given)
+        db = _given(given, "db", DEFAULT_DB)
+        if given.command == "check":
+            return check_command(db, given.repair)
+        if given.command == "export":
+            return export_command(db, given.name)
+        return import_command(db, given.file) if given.command == "import" else backup_command(db, given.file)
+    except (UsageError, Refused) as error:
+        print(f"memws: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
