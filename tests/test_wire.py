@@ -67,7 +67,7 @@ def good_values(declared: memws.Field[Any]) -> list[Any]:
 
 def bad_values(declared: memws.Field[Any]) -> list[Any]:
     """Values that a field refuses: of every other type, and just beyond its bounds."""
-    any_type = [None, True, 3, 1.5, "x", [], {}]
+    any_type: list[Any] = [None, True, 3, 1.5, "x", [], {}]
     match declared:
         case memws.Maybe():
             return [value for value in bad_values(declared.inner) if value is not None]
@@ -406,7 +406,7 @@ WORDS = st.sampled_from(sorted({declared.name for _, declared in FIELDS} | {"typ
 
 
 @st.composite
-def near_requests(draw: st.DrawFn) -> JSON:
+def near_requests(draw: Any) -> JSON:
     """A frame of a known kind whose fields hold good values, bad ones and junk."""
     kind = draw(st.sampled_from(list(REQUESTS)))
     frame = frame_of(kind)
@@ -444,7 +444,7 @@ def test_any_frame_is_a_request_or_a_named_error(frame: str | bytes) -> None:
 
 @SETTINGS
 @hypothesis.given(near_requests(), st.data())
-def test_a_cut_or_changed_frame_is_read_or_refused(frame: JSON, data: st.DataObject) -> None:
+def test_a_cut_or_changed_frame_is_read_or_refused(frame: JSON, data: Any) -> None:
     """A frame with a piece cut out, doubled or replaced is read or refused, never more."""
     text = json.dumps(frame)
     start = data.draw(st.integers(0, len(text)))

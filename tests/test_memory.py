@@ -1,0 +1,443 @@
+"""Memory: how texts of every script are split and found, how results are ranked, what no query can break."""
+
+import sqlite3
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+import memws
+from memws import SearchIndex, memory_index, slices, split_terms, stem
+
+HOSTILE = [
+    "", " ", "?", "'", '"', '""', '"a', 'a"b', "AND", "OR NOT", "NEAR(a b)", "NEAR", "a AND", "-a", "^a", "a*", "*",
+    "(", ")", "terms:a", "search_text:", "{a b}:c", "a + b", "%", "_", "\\", "%%%", "a%b", "'; DROP TABLE x;--",
+    "\0", "a\0b", "\ud800", "a\udfffb", "\ud83d", "\U0001f600", "\U0001f468\u200d\U0001f469\u200d\U0001f467", "\u200b",
+    "\ufeff", "\u202e", "日本", "日", "ไทย", "हिन्दी", "العربية", "кириллица", "ελληνικά", "İstanbul ı",
+    "ｆｕｌｌ　ｗｉｄｔｈ", "한국어", "ꙮ", "𝒳", "who are you", "what is it?", "a " * 9_999, "word " * 999, "x" * 9_999,
+    "日" * 50_000, "ก" * 50_000, "'" * 50_000, "%" * 60_000, "\u0301" * 50_000, "\U0001f600" * 20_000,
+    " ".join(f"w{number}" for number in range(20_000)), "\n\t\r", "1", "-1", "0x41", "NULL", "' OR 1=1", "a:b:c",
+    "http://x.y/z?q=1&r=2", "C++", "c#", "$50", "don't", "John's", "\x7f\x1b[0m", "{}[]", "ﷺ", "ﬁ", "ß", "\U0010ffff",
+    "(" * 20_000, "a" + "\u0301" * 10_000, "1_2_3", "1_x_u", "u_", "zz_z",
+]  # fmt: skip
+"What has broken full-text searches: operators, wildcards, quotes, controls, halves of characters, endless words."
+
+
+@pytest.fixture
+def connection() -> Iterator[sqlite3.Connection]:
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(memws.SEARCH_SCHEMA)
+    yield connection
+    connection.close()
+
+
+def stamp(minute: int) -> str:
+    return f"2026-11-{1 + minute // 1440:02}T{minute // 60 % 24:02}:{minute % 60:02}:00.000Z"
+
+
+def fill(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]], agent: int = 1) -> SearchIndex:
+    """An index over (role, text) messages, a minute apart, their items counted from 1."""
+    index = SearchIndex()
+    for item, (role, text) in enumerate(rows, 1):
+        index.add(connection, agent, "recall", item, role, stamp(item), text)
+    return index
+
+
+def items(found: tuple[list[memws.Hit], int]) -> list[int]:
+    return [hit.item for hit in found[0]]
+
+
+class Cost:
+    """Counts SQLite's work, in thousands of its machine's instructions: the same on every computer."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.steps = 0
+        connection.set_progress_handler(self._count, 1_000)
+
+    def _count(self) -> int:
+        self.steps += 1
+        return 0
+
+
+# ---- the splitter ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("", []),
+        ("the of and", []),
+        ("Red RED red", ["red", "red", "red"]),
+        ("café CAFÉ cafe\u0301", ["caf", "caf", "caf"]),
+        ("adopting adopted adopts adopt", ["adopt"] * 4),
+        ("puppies puppy", ["puppi"] * 2),
+        ("running runs ran run", ["run"] * 4),
+        ("went gone go", ["go"] * 3),
+        ("children child", ["child"] * 2),
+        ("kisses kiss missing miss bus", ["kiss", "kiss", "miss", "miss", "bus"]),
+        ("John's cat", ["john", "cat"]),
+        ("北京烤鸭", ["北京", "京烤", "烤鸭"]),
+        ("鸭", ["鸭"]),
+        ("我们的", []),
+        ("東京タワー", ["東京", "京タ", "タワ", "ワー"]),
+        ("서울에 살아요", ["서울", "울에", "살아", "아요"]),
+        ("ข้าวผัด", ["ข้า", "้าว", "าวผ", "วผั", "ผัด"]),
+        ("Ｆｕｌｌ", ["full"]),
+        ("straße STRASSE", ["strass", "strass"]),
+        ("ﬁne fine", ["fin", "fin"]),
+        ("Санкт-Петербург", ["санкт", "петер"]),
+        ("σκυλιά σκυλιού", ["σκυλι", "σκυλι"]),
+        ("ıI", ["ii"]),
+        ("🎉🎉 ok", ["🎉", "🎉", "ok"]),
+        ("a\u200bb so\u00adft", ["ab", "soft"]),
+        ("foo_bar-baz.qux", ["foo", "bar", "baz", "qux"]),
+        ("v2 3.14 2026-01-31", ["v2", "3", "14", "2026", "01", "31"]),
+        ("\ud800 \x00 \x1b", []),
+    ],
+)
+def test_split_terms(text: str, terms: list[str]) -> None:
+    """A text is split into folded stems without stop words; scripts without spaces into pairs and triples."""
+    assert split_terms(text) == terms
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("我昨天在北京吃了烤鸭", "北京烤鸭"),
+        ("猫が好きです", "猫が"),
+        ("저는 서울에 살아요", "서울"),
+        ("ผมชอบกินข้าวผัด", "ข้าวผัด"),
+        ("मुझे हिन्दी फ़िल्में पसंद हैं", "हिन्दी फिल्में"),
+        ("আমি ঢাকায় থাকি", "ঢাকায়"),
+        ("எனக்கு தமிழ் பிடிக்கும்", "தமிழ்"),
+        ("ذهبتُ إلى المدرسة أمس", "ذهبت المدرسة"),
+        ("הלכתי לַשּׁוּק", "לשוק"),
+        ("Мы ездили в Санкт-Петербург летом", "в Петербурге"),
+        ("Το σκυλί μου λέγεται Ρεξ", "σκυλια"),
+        ("Ես ապրում եմ Երևանում", "Երևանում"),
+        ("მე ვცხოვრობ თბილისში", "თბილისში"),
+        ("አዲስ አበባ እኖራለሁ", "አዲስ"),
+        ("ខ្ញុំរស់នៅភ្នំពេញ", "ភ្នំពេញ"),
+        ("İstanbul'da ışık", "istanbul isik"),
+        ("Ｆｕｌｌ ｗｉｄｔｈ", "full width"),
+        ("Ça va très bien, élève", "eleve tres"),
+        ("Tôi sống ở Hà Nội", "ha noi"),
+        ("Die Straße ist groß", "strasse gross"),
+        ("we adopted two puppies", "adopting a puppy"),
+        ("so happy 🎉🎉", "🎉"),
+        ("my cat's name is Tom", "cats"),
+        ("ဗမာစာ ဖတ်တယ်", "ဗမာစာ"),
+        ("vivo en Córdoba", "cordoba"),
+    ],
+)
+def test_every_script_is_found(connection: sqlite3.Connection, text: str, query: str) -> None:
+    """A text is found by its words in every script, whatever their accents, width and endings."""
+    index = fill(connection, [("user", "something else entirely"), ("user", text), ("user", "1234")])
+    found = items(index.search(connection, 1, query))
+    assert found[:1] == [2]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_splitting_never_fails_and_gives_legal_terms(text: str) -> None:
+    """Every text gives terms that the index can hold: no spaces, no quotes, no halves of characters."""
+    for term in split_terms(text):
+        assert term
+        assert not set(term) & set(" \t\n\"'\x00_")
+        assert term.encode()
+
+
+def test_text_and_query_are_split_alike() -> None:
+    """A text in upper case or in another normal form gives the same terms."""
+    for text in ("Große Vögel singen früh", "Ｆｕｌｌ ｗｉｄｔｈ", "हिन्दी", "résumés naïfs"):
+        assert split_terms(text.upper()) == split_terms(text.lower())
+        for form in ("NFC", "NFD", "NFKC", "NFKD"):
+            assert split_terms(unicodedata.normalize(form, text)) == split_terms(text)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("made", "making"), ("wrote", "written"), ("studies", "studying"), ("miss", "missed")]
+)
+def test_forms_of_a_word_have_one_stem(first: str, second: str) -> None:
+    """Regular and irregular forms of an English word meet in one stem."""
+    assert stem(first) == stem(second)
+
+
+@pytest.mark.parametrize("text", ["", "one", "word " * 500, "日本語" * 1000, "x" * 65_536, "a b\n" * 10_000, " " * 999])
+def test_slices_join_to_the_text(text: str) -> None:
+    """A long text becomes slices of at most 120 words that join to it."""
+    parts, words = slices(text)
+    assert "".join(parts) == text
+    assert [slices(part)[1] <= memws.ROW_WORDS for part in parts] == [True] * len(parts)
+    assert words == sum(slices(part)[1] for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0),
+        ("Yes.", 0),
+        ("Where?", 1),
+        ("Hello. Where is it?", 0.5),
+        ("どこですか？", 1),
+        ("أين؟", 1),
+        ("no end", 0),
+    ],
+)
+def test_asking_is_the_share_of_questions(text: str, share: float) -> None:
+    """The share of a text's sentences that end in a question mark of any script."""
+    assert memws.asking(text) == share
+
+
+# ---- searching -------------------------------------------------------------------------------------------------------
+
+
+def test_hostile_queries_are_answered(connection: sqlite3.Connection) -> None:
+    """No query fails over a filled index, whatever stores, roles and pages it asks for."""
+    rows = [("user", f"word a w{number} cat {'日本語' if number % 3 else 'ไทย'}") for number in range(300)]
+    index = fill(connection, rows)
+    index.add(connection, 1, "archival", 1, "", stamp(400), "word a passage")
+    for query in HOSTILE:
+        for options in (
+            {},
+            {"roles": ("user", memws.clean_text(query[:9]))},
+            {"stores": ("archival",)},
+            {"limit": 0},
+            {"offset": 10**6},
+        ):
+            found, total = index.search(connection, 1, query, **options)
+            assert 0 <= len(found) <= min(10, total), query[:20]
+
+
+def test_hostile_queries_cost_no_more_than_a_plain_one(connection: sqlite3.Connection) -> None:
+    """A query of any length does at most a bounded amount of SQLite's work, ten scans of the rows."""
+    rows = [("user", f"word a w{number} w{number * 7 % 900} cat") for number in range(1_000)]
+    index = fill(connection, rows)
+    cost = Cost(connection)
+    index.search(connection, 1, "no such text anywhere %")
+    scan = cost.steps
+    for query in HOSTILE:
+        before = cost.steps
+        index.search(connection, 1, query)
+        assert cost.steps - before <= 10 * scan, query[:20]
+
+
+def test_hostile_texts_are_kept(connection: sqlite3.Connection) -> None:
+    """No text fails to be indexed, and those with words are found by them."""
+    index = fill(connection, [("user", text) for text in HOSTILE])
+    assert index.search(connection, 1, "", limit=1)[1] == len(HOSTILE)
+    for item, text in enumerate(HOSTILE, 1):
+        if split_terms(text) and len(text) < 100:
+            assert item in items(index.search(connection, 1, text, limit=100)), text
+
+
+def test_filters(connection: sqlite3.Connection) -> None:
+    """Store, role and time narrow the hits; the end of a time is not included."""
+    index = fill(
+        connection, [("user" if number % 2 else "assistant", f"apple number {number}") for number in range(60)]
+    )
+    index.add(connection, 1, "archival", 1, "", stamp(100), "an apple a day")
+    assert index.search(connection, 1, "apple")[1] == 61
+    assert index.search(connection, 1, "apple", ("archival",))[0][0][:2] == ("archival", 1)
+    assert index.search(connection, 1, "apple", ("recall",), ("user",))[1] == 30
+    assert index.search(connection, 1, "apple", roles=("assistant",))[1] == 30
+    assert index.search(connection, 1, "", roles=("assistant",))[1] == 30
+    assert index.search(connection, 1, "pple num", roles=("user",))[1] == 30
+    assert index.search(connection, 1, "apple", roles=())[1] == 0
+    found, total = index.search(connection, 1, "apple", ("recall",), None, stamp(10), stamp(20), limit=50)
+    assert total == 10
+    assert sorted(hit.item for hit in found) == list(range(10, 20))
+    assert index.search(connection, 1, "apple", since="2027")[1] == 0
+    assert index.search(connection, 1, "apple", until="2026")[1] == 0
+
+
+def test_pages_follow_each_other(connection: sqlite3.Connection) -> None:
+    """Pages hold every hit once, and stay the same while messages arrive."""
+    index = fill(connection, [("user", f"apple number {number}") for number in range(61)])
+    cursor = index.cursor(connection, 1)
+
+    def pages() -> list[list[int]]:
+        starts = range(0, 70, 10)
+        return [items(index.search(connection, 1, "apple", offset=start, up_to=cursor)) for start in starts]
+
+    first = pages()
+    index.add(connection, 1, "recall", 62, "user", stamp(101), "apple apple apple")
+    assert pages() == first
+    assert sorted(item for page in first for item in page) == list(range(1, 62))
+    assert items(index.search(connection, 1, "", limit=1)) == [62]
+
+
+def test_the_newest_come_first_for_no_query(connection: sqlite3.Connection) -> None:
+    """An empty query, and one of stop words alone, gives the newest messages first."""
+    index = fill(connection, [("user", f"apple {number}") for number in range(30)])
+    for query in ("", "   ", "who are you", "?"):
+        assert items(index.search(connection, 1, query, limit=3)) == [30, 29, 28], query
+
+
+def test_removed_rows_are_gone(connection: sqlite3.Connection) -> None:
+    """A removed message and a dropped agent are found no more, down to the last term; other agents stay."""
+    index = fill(connection, [("user", "a red kite"), ("user", "a blue kite")])
+    fill(connection, [("user", "a kite of another agent")], agent=2)
+    index.remove(connection, 1, "recall", 1)
+    index.remove(connection, 1, "recall", 99)
+    assert items(index.search(connection, 1, "kite")) == [2]
+    index.drop_agent(connection, 1)
+    assert index.search(connection, 1, "kite") == ([], 0)
+    assert index.search(connection, 2, "kite")[1] == 1
+    assert connection.execute("SELECT term FROM search_counts WHERE term LIKE '1%'").fetchall() == []
+
+
+def test_parts_of_words_are_found(connection: sqlite3.Connection) -> None:
+    """Parts of words and punctuation are found as they stand, the newest first."""
+    index = fill(connection, [("user", "def getUserName(x):"), ("user", "100% sure"), ("user", ":-)")])
+    assert items(index.search(connection, 1, "serNam")) == [1]
+    assert items(index.search(connection, 1, ":-)")) == [3]
+    assert items(index.search(connection, 1, "0%")) == [2]
+    assert index.search(connection, 1, "xyzzy") == ([], 0)
+
+
+def test_a_long_message_is_one_hit(connection: sqlite3.Connection) -> None:
+    """A text of many slices is found once, by words of its beginning, middle and end."""
+    text = " ".join(f"word{number}" for number in range(8000))[:65_536]
+    index = fill(connection, [("user", text), ("user", "word9999")])
+    for query in ("word5 word4000 word6000", "word1", "word7000"):
+        assert items(index.search(connection, 1, query)) == [1]
+
+
+def test_agents_do_not_see_each_other(connection: sqlite3.Connection) -> None:
+    """Rows of another agent, however many, change neither hits nor scores nor the work of a search."""
+    index = fill(connection, [("user", f"the red kite {number} flew") for number in range(20)])
+    cost = Cost(connection)
+    before = index.search(connection, 1, "red kite", limit=20)
+    alone, cost.steps = cost.steps, 0
+    for agent in (2, 11, 12):
+        fill(connection, [("user", f"a red kite and a blue kite {number}") for number in range(1_000)], agent)
+    cost.steps = 0
+    assert index.search(connection, 1, "red kite", limit=20) == before
+    assert cost.steps <= alone + 2
+    assert index.search(connection, 3, "red kite") == ([], 0)
+
+
+# ---- ranking ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_turns_around_a_hit_are_found() -> None:
+    """The answer to a question is found by the question's words, within a session only."""
+    turns = [
+        ("A", "d1", "What is your favourite food?"), ("B", "d1", "Lasagna!"),
+        ("A", "d2", "Nice weather"), ("B", "d2", "Hm"),
+    ]  # fmt: skip
+    assert sorted(memory_index(turns).search("favourite food")) == [0, 1]
+
+
+def test_an_hour_of_silence_ends_a_session(connection: sqlite3.Connection) -> None:
+    """A turn more than an hour after another takes no words from it."""
+    index = SearchIndex()
+    for item, at in enumerate(("10:00", "10:59", "12:30"), 1):
+        text = "pancakes" if item == 1 else f"reply {item}"
+        index.add(connection, 1, "recall", item, "user", f"2026-11-24T{at}:00.000Z", text)
+    assert items(index.search(connection, 1, "pancakes")) == [1, 2]
+
+
+def test_a_brief_statement_comes_before_a_long_answer() -> None:
+    """What a person said briefly comes before a long answer about the same."""
+    answer = "Here are some tips about marathon training. " + "Keep running and rest well on long days. " * 40
+    turns = [("user", "", "I want to run a marathon in May"), ("assistant", "", answer), ("user", "", "And shoes?")]
+    assert memory_index(turns).search("When is the marathon I run?")[0] == 0
+
+
+def test_an_answer_comes_before_the_question() -> None:
+    """What a speaker said comes before what was asked, and a named speaker's turns before another's."""
+    turns = [("Ann", "", "Where do you ski, Bob?"), ("Bob", "", "In Davos!"), ("Ann", "", "I ski in Zermatt myself.")]
+    index = memory_index(turns)
+    assert index.search("Where does Bob ski?")[0] == 1
+    assert index.search("Where does Ann ski?")[0] == 2
+
+
+def test_rare_words_weigh_more_than_common_ones() -> None:
+    """A text with the query's rare word comes before those with its common one."""
+    turns = [("u", str(number), "the kite flew over the hill") for number in range(20)]
+    turns[11] = ("u", "11", "a zeppelin flew over the hill")
+    assert memory_index(turns).search("kite zeppelin")[0] == 11
+
+
+def test_the_past_of_a_verb_is_found() -> None:
+    """A question's verb finds its irregular past."""
+    turns = [("a", "", "nothing here"), ("a", "", "We went to the zoo, the kids loved it")]
+    assert memory_index(turns).search("go")[:1] == [1]
+
+
+# ---- memory_index ----------------------------------------------------------------------------------------------------
+
+
+def test_any_turns_are_indexed() -> None:
+    """Speakers and dates may be any texts, and no turns at all are fine."""
+    assert memory_index([]).search("x") == []
+    index = memory_index(
+        [("", "", ""), ("\0", "\ud800", "héllo \udfff"), ("x", "yesterday", "héllo there")], "archival"
+    )
+    assert set(index.search("hello")) == {1, 2}
+    assert index.search("\ud800", 2)
+
+
+@pytest.mark.parametrize("kind", ["recall", "archival"])
+def test_positions_are_the_turns(kind: str) -> None:
+    """A search gives positions of the turns that were handed in, best first, at most as many as asked."""
+    index = memory_index((("ann", f"day {number}", f"thing{number} and cake") for number in range(50)), kind)
+    for number in (0, 7, 49):
+        assert index.search(f"thing{number}")[0] == number
+    assert len(index.search("cake")) == 10
+    assert sorted(index.search("cake", limit=99)) == list(range(50))
+    assert index.search("cake", limit=0) == []
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    """A kind of memory that there is not is a ValueError that names the two."""
+    with pytest.raises(ValueError, match="unknown kind 'core'; expected 'recall' or 'archival'"):
+        memory_index([], "core")
+
+
+def test_any_query_is_answered() -> None:
+    """Every hostile query gets positions within the turns."""
+    index = memory_index([("u", "", text) for text in HOSTILE])
+    for query in HOSTILE:
+        assert all(0 <= position < len(HOSTILE) for position in index.search(query)), query[:20]
+
+
+# ---- plain data ------------------------------------------------------------------------------------------------------
+
+
+def test_excerpt_keeps_both_ends() -> None:
+    """A text that is too long keeps its beginning and end, and says how much is left out."""
+    assert memws.excerpt("x" * 100, 100) == "x" * 100
+    shown = memws.excerpt("a" * 1_000 + "b" * 1_000, 300)
+    assert shown == "a" * 200 + " […1,700 characters left out here; search finds them…] " + "b" * 100
+
+
+def test_difference_shows_lines() -> None:
+    """An edit is told as the lines that went and came."""
+    assert memws.difference("a\nb\nc", "a\nB\nc\nd") == "-b\n+B\n+d"
+    assert memws.difference("", "new") == "+new"
+    assert memws.difference("same", "same") == ""
+
+
+def test_estimate_grows_with_the_bytes() -> None:
+    """Tokens are estimated by bytes, so that scripts of several bytes a letter count more."""
+    assert memws.estimate_tokens("") == 4
+    assert memws.estimate_tokens("x" * 400) == 104
+    assert memws.estimate_tokens("日" * 400) == 304
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("plain", "plain"),
+        ("a\x00b", "a\ufffdb"),
+        ("\ud800", "\ufffd"),
+        ("\udc00\ud800", "\ufffd\ufffd"),
+        ("a\ud83d\ude00b", "a\U0001f600b"),
+        ("日本\U0001f600\x1b", "日本\U0001f600\x1b"),
+    ],
+)
+def test_clean_text(text: str, clean: str) -> None:
+    """NUL and lone surrogates become U+FFFD, split pairs one character; everything else stays."""
+    assert memws.clean_text(text) == clean
