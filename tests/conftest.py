@@ -2,11 +2,14 @@
 
 import os
 import re
-from collections.abc import Generator, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from endpoint import Endpoint
+
+import memws
 
 CI = bool(os.environ.get("CI"))
 # A run with requirements.txt alone, as a newcomer's: tests may skip for want of tests/requirements.txt.
@@ -25,6 +28,25 @@ def endpoint() -> Iterator[Endpoint]:
     with Endpoint() as running:
         yield running
     assert running.refusals == []
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., memws.WebSocketServer]]:
+    """Start servers that answer from the offline model, on free ports; at the end no thread of theirs is left."""
+    started: list[memws.WebSocketServer] = []
+
+    def start(**options: object) -> memws.WebSocketServer:
+        defaults = {"host": "127.0.0.1", "port": 0, "db": str(tmp_path / "memws.db"), "sync": "normal"}
+        if "base_url" not in options:
+            defaults["model"] = "offline"
+        server = memws.WebSocketServer(**(defaults | options))  # type: ignore[arg-type]
+        started.append(server)
+        return server.start()
+
+    yield start
+    for server in started:
+        server.stop()
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("memws")] == []
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,0 +1,182 @@
+"""A raw client: every frame it sends and receives is checked against the protocol's JSON Schema and its limits."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+import memws
+
+jsonschema = pytest.importorskip("jsonschema")
+
+JSON = dict[str, Any]
+LIMIT = 10.0
+"""Seconds after which a frame that does not come has failed the test."""
+MAX_ERROR_BYTES = 4096
+TERMINALS = ("agent_response_end", "agent_response_error")
+
+_DEFINITIONS = memws.protocol_schema()["$defs"]
+_VALIDATORS = {name: jsonschema.Draft202012Validator(schema) for name, schema in _DEFINITIONS.items()}
+
+
+def _check(frame: JSON, direction: str, name: str) -> None:
+    assert {"$ref": f"#/$defs/{name}"} in _DEFINITIONS[direction]["anyOf"]
+    _VALIDATORS[name].validate(frame)
+    undescribed = frame.keys() - _DEFINITIONS[name]["properties"].keys()
+    assert not undescribed, f"{name} has fields that the protocol does not describe: {undescribed}"
+
+
+def check_request(frame: JSON) -> None:
+    """Fail for a request that the protocol does not describe."""
+    _check(frame, "request", frame["command"] if frame["type"] == "command" else frame["type"])
+
+
+def check_event(text: str) -> JSON:
+    """The frame of the server, if the protocol describes it, it fits, and its errors are small."""
+    frame: JSON = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    size = len(text.encode())
+    assert size <= memws.MAX_FRAME
+    named = f"event_{frame.get('message_type')}" if frame["type"] == "agent_response" else frame["type"]
+    _check(frame, "event", named)
+    # A conflict shows the stored value, which is no input.
+    if (is_error(frame) or frame.get("ok") is False) and frame.get("error", {}).get("code") != "conflict":
+        assert size <= MAX_ERROR_BYTES
+    return frame
+
+
+def is_error(frame: JSON) -> bool:
+    return frame["type"] in ("server_error", "agent_response_error")
+
+
+def is_terminal(frame: JSON) -> bool:
+    return frame["type"] in TERMINALS
+
+
+class Wire:
+    """One connection. What is read is returned by the call that reads it, and kept in `frames`."""
+
+    def __init__(self, websocket: ClientConnection) -> None:
+        self.websocket = websocket
+        self.frames: list[JSON] = []
+        self._ids = itertools.count(1)
+
+    # -- frames --
+
+    async def send(self, **frame: Any) -> None:
+        check_request(frame)
+        await self.send_raw(frame)
+
+    async def send_raw(self, frame: Any) -> None:
+        """Send what need not be a request of the protocol: text and bytes as they are, anything else as JSON."""
+        await self.websocket.send(frame if isinstance(frame, (str, bytes)) else json.dumps(frame))
+
+    async def receive(self) -> JSON:
+        async with asyncio.timeout(LIMIT):
+            text = await self.websocket.recv()
+        assert isinstance(text, str)
+        frame = check_event(text)
+        self.frames.append(frame)
+        return frame
+
+    async def until(self, last: Callable[[JSON], bool]) -> list[JSON]:
+        """The next frames, up to the first that is `last`."""
+        frames = [await self.receive()]
+        while not last(frames[-1]):
+            frames.append(await self.receive())
+        return frames
+
+    async def nothing_more(self) -> None:
+        """Fail if any frame comes before the answer to a command that is sent now: answers keep their order."""
+        await self.ok("list_agents", limit=1)
+        assert self.before_answer == []
+
+    # -- commands --
+
+    async def command(self, command: str, **fields: Any) -> JSON:
+        """Send a command; its answer. What came before the answer is in `before_answer`."""
+        request_id = f"{command} {next(self._ids)}"
+        await self.send(type="command", command=command, id=request_id, **fields)
+        *self.before_answer, response = await self.until(lambda frame: frame.get("id") == request_id)
+        return response
+
+    async def ok(self, command: str, **fields: Any) -> JSON:
+        """The result of a command that works."""
+        response = await self.command(command, **fields)
+        assert response["type"] == "command_response"
+        assert response["ok"] is True, response
+        assert response["status"].startswith("OK: ")
+        assert response["command"] == command
+        assert "error" not in response
+        result: JSON = response["result"]
+        return result
+
+    async def refused(self, command: str, **fields: Any) -> JSON:
+        """The error of a command that cannot be done."""
+        response = await self.command(command, **fields)
+        assert response["type"] == "command_response"
+        assert response["ok"] is False, response
+        assert response["command"] == command
+        assert "result" not in response
+        error: JSON = response["error"]
+        assert response["status"] == f"Error: {error['message']}"
+        return error
+
+    async def misread(self, frame: Any) -> JSON:
+        """The server_error that a frame gets which is no request."""
+        await self.send_raw(frame)
+        answer = await self.receive()
+        assert answer["type"] == "server_error", answer
+        return answer
+
+    # -- turns --
+
+    async def say(self, message: str, **fields: Any) -> Any:
+        """Send a user's message; its id."""
+        request_id = fields.pop("id", f"message {next(self._ids)}")
+        await self.send(type="user_message", message=message, id=request_id, **fields)
+        return request_id
+
+    async def turn(self, message: str, **fields: Any) -> list[JSON]:
+        """Send a user's message; the frames up to the terminal one that answers it."""
+        request_id = await self.say(message, **fields)
+        return await self.until(lambda frame: is_terminal(frame) and frame.get("id") == request_id)
+
+    async def started(self) -> JSON:
+        """The next start of a turn."""
+        return (await self.until(lambda frame: frame["type"] == "agent_response_start"))[-1]
+
+    async def ended(self) -> JSON:
+        """The next terminal frame."""
+        return (await self.until(is_terminal))[-1]
+
+    async def closed(self) -> int | None:
+        """Read until the server has closed the connection; its close code."""
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                await self.receive()
+        return self.websocket.close_code
+
+
+@contextlib.asynccontextmanager
+async def wire(server: memws.WebSocketServer, *types: str, **options: Any) -> AsyncIterator[Wire]:
+    """A connection to a server, which asks for `types` of messages where any are named."""
+    async with connect(server.url, compression=None, max_size=memws.MAX_FRAME, **options) as websocket:
+        opened = Wire(websocket)
+        if types:
+            await opened.ok("hello", message_types=list(types))
+        yield opened
+
+
+def shape(frames: list[JSON]) -> list[tuple[str, str]]:
+    """(kind, message) of frames, to be compared as a whole."""
+    return [(frame.get("message_type", frame["type"]), frame.get("message", "")) for frame in frames]
+
+
+def of_kind(frames: list[JSON], message_type: str) -> list[JSON]:
+    return [frame for frame in frames if frame.get("message_type") == message_type]
