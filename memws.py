@@ -199,6 +199,8 @@ SLOW_READER_PATIENCE: Final = 5.0
 "A reader for whom too much waits may take nothing for so long."
 PING_INTERVAL: Final = 20.0
 OPEN_TIMEOUT: Final = 10.0
+BUSY_TIMEOUT: Final = 5.0
+"How long another program may hold the database before a write or an opening fails."
 CONNECT_TIMEOUT: Final = 5.0
 FIRST_TOKEN_TIMEOUT: Final = 120.0
 "A model that says nothing for so long has failed; local models read a long prompt slowly."
@@ -1276,7 +1278,7 @@ def _frame_schemas() -> JSON:
         ),
         "agent_response_end": frame("a turn ended; all of it is on disk", end | {"seq": _INTEGER} | turn, marks),
         "agent_response_error": frame(
-            "a turn failed, or a message never became one (then no seq)", failed, turn | marks
+            "a turn failed, or a message never became one (then no seq)", failed, turn | marks | {"usage": _OBJECT}
         ),
         "command_response": frame(
             "the answer to a command",
@@ -2534,7 +2536,7 @@ def _found(connection: sqlite3.Connection, agent: int, store: str, item: int, sc
 
 def connect_database(path: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us and may be closed by another thread."""
-    return sqlite3.connect(path, timeout=5, isolation_level=None, check_same_thread=False)
+    return sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
 
 
 def open_database(path: str, sync: str) -> sqlite3.Connection:
@@ -2552,7 +2554,7 @@ def open_database(path: str, sync: str) -> sqlite3.Connection:
             connection.close()
             raise
         return connection
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, ValueError) as error:  # ValueError: a damaged schema that is no UTF-8
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"cannot use the database {path!r} ({reason}); name another file with --db") from error
 
@@ -2580,8 +2582,8 @@ class DatabaseLock:
 
     def __init__(self, path: str) -> None:
         self._path = pathlib.Path(f"{path}.lock")
-        self._made = not self._path.exists()
         try:
+            self._made = not self._path.exists()
             self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             text = f"cannot use the database {path!r} ({error.strerror}); name another file with --db"
@@ -4730,7 +4732,7 @@ def make_tool(
     The docstring's first paragraph describes the tool; its `Args:` (or `:param name:`) lines the parameters.
     Raises UsageError for a function that no model could call.
     """
-    name = name or getattr(function, "__name__", "")
+    name = str(name or getattr(function, "__name__", ""))
     if not callable(function):
         raise UsageError(f"a tool has to be a function, but got {quote(function)}")
     if not _TOOL_NAME.fullmatch(name):
@@ -7944,7 +7946,7 @@ class Session:
             await asyncio.wait([self._taking])
         for item in self._incoming:
             message = item[0]
-            if isinstance(message, UserMessage) and request.turn_id is not None and message.turn_id == request.turn_id:
+            if isinstance(message, UserMessage) and self._cancels(request, message):
                 self._incoming.remove(item)
                 self._incoming_bytes -= item[1]
                 error = Refused("cancelled", "cancelled before it ran")
@@ -7952,6 +7954,12 @@ class Session:
                 self.send(command_response(request, {"state": "removed"}))
                 return
         await self._answer(request)
+
+    def _cancels(self, request: Cancel, message: UserMessage) -> bool:
+        """Whether a cancel means a message that is not taken up yet."""
+        current = self.current.agent.name if self.current else None
+        same_agent = (request.agent_name or current) == (message.agent_name or current)
+        return same_agent and request.turn_id is not None and message.turn_id == request.turn_id
 
     async def _answer(self, request: Request) -> None:
         """Do what a request asks, and answer it exactly once."""
@@ -8094,7 +8102,8 @@ class Session:
             raise Refused("text_too_long", text)
         turn_id = request.turn_id or new_turn_id()
         if request.turn_id is not None:
-            known = host.find(turn_id) or await self.hub.store.turn(host.agent.id, turn_id) or host.find(turn_id)
+            stored = await self.hub.store.turn(host.agent.id, turn_id)
+            known = host.find(turn_id) or stored  # looked for last: it may have begun meanwhile
             if known is not None:
                 self._follow_again(host, request, known)
                 return
@@ -8309,13 +8318,13 @@ class Session:
     async def _get_context(self, request: GetContext) -> None:
         agent = (await self._host(request.agent_name)).agent
         result = {"sections": agent.sections(), "used": agent.used(), "window": agent.window, "estimated": True}
-        self._send_long(request, result)
+        await self._send_long(request, result)
 
     async def _get_request(self, request: GetRequest) -> None:
         host = await self._host(request.agent_name)
-        self._send_long(request, await host.agent.request(request.turn_id, request.step))
+        await self._send_long(request, await host.agent.request(request.turn_id, request.step))
 
-    def _send_long(self, request: Command, result: JSON) -> None:
+    async def _send_long(self, request: Command, result: JSON) -> None:
         """Answer with a result of any size: where one frame is too small, in parts whose texts joined are its JSON."""
         text = encode_json(result)
         if len(text.encode()) < MAX_FRAME - 10_000:
@@ -8323,6 +8332,7 @@ class Session:
             return
         pieces = parts_of(text)
         for part, piece in enumerate(pieces, 1):
+            await self.drained()
             self.send(extend_json(command_response(request, {"text": piece}), part=part, parts=len(pieces)))
 
     async def _set_block(self, request: SetBlock) -> None:
