@@ -1,0 +1,117 @@
+"""The command line as a process of its own: `run(...)` runs it to its end, `Serving` while a `with` block lasts."""
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+PROGRAM = Path(__file__).parents[1] / "memws.py"
+
+
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without settings of memws, OpenAI and proxies, and with `variables`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEMWS_", "OPENAI_"))}
+    kept = {name: value for name, value in kept.items() if not name.lower().endswith("_proxy") and name != "NO_COLOR"}
+    return {**kept, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120", **(variables or {})}
+
+
+def command(*flags: str, program: Path = PROGRAM) -> list[str]:
+    return [sys.executable, str(program), *flags]
+
+
+def run(
+    *flags: str,
+    cwd: Path,
+    variables: Mapping[str, str] | None = None,
+    text: str = "",
+    program: Path = PROGRAM,
+    timeout: float = 30,
+) -> subprocess.CompletedProcess[str]:
+    """Run `python memws.py FLAGS…` with `text` as its standard input, to its end."""
+    return subprocess.run(
+        command(*flags, program=program),
+        cwd=cwd,
+        env=environment(variables),
+        input=text,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=timeout,
+        check=False,
+    )
+
+
+class Serving:
+    """A server process in the folder `cwd`, on a free port unless the flags name one, while the `with` block lasts."""
+
+    def __init__(
+        self,
+        *flags: str,
+        cwd: Path,
+        variables: Mapping[str, str] | None = None,
+        program: Path = PROGRAM,
+    ) -> None:
+        named = "--port" in flags or "MEMWS_PORT" in (variables or {})
+        self.arguments: Sequence[str] = command("serve", *flags, *([] if named else ["--port", "0"]), program=program)
+        self.cwd = cwd
+        self.variables = environment(variables)
+        self.out: list[str] = []
+        """The lines of its standard output so far."""
+        self.log = ""
+        """Its standard error, once it has ended."""
+        self.url = ""
+
+    def __enter__(self) -> Self:
+        self._log = (self.cwd / f"stderr-{os.urandom(4).hex()}.txt").open("w+", encoding="utf-8")
+        self.process = subprocess.Popen(
+            self.arguments,
+            cwd=self.cwd,
+            env=self.variables,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            encoding="utf-8",
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.out.append(self._lines.get(timeout=20))
+        self.url = self.out[0].split()[-1] if self.out[0] else ""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def end(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+        """Send a signal and give the exit status."""
+        self.process.send_signal(number)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = 20) -> int:
+        """Wait for its end and give the exit status."""
+        status = self.process.wait(timeout)
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+        if not self._log.closed:
+            self._log.seek(0)
+            self.log = self._log.read()
+            self._log.close()
+        while not self._lines.empty():
+            self.out.append(self._lines.get())
+        return status
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line.rstrip("\n"))
+        self._lines.put("")

@@ -1,0 +1,153 @@
+"""A WebSocket proxy in front of a real server: it records both directions, cuts, refuses, swallows and puts in frames.
+
+It runs on the loop of its own daemon thread, so a test may block on it. In async tests, call `wait` through
+`asyncio.to_thread`.
+"""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Callable
+from typing import Any, Self
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+Frame = dict[str, Any]
+Pass = list[str | bytes] | None
+"""What a hook makes of a frame: None lets it pass, a list takes its place."""
+
+
+class Proxy:
+    """A proxy to `upstream` (a ws:// address), while the `with` block lasts."""
+
+    def __init__(self, upstream: str) -> None:
+        self.upstream = upstream
+        self.port = 0
+        self.refuses: int | None = None
+        """The HTTP status for new connections; None: they pass."""
+        self.sent: list[Frame] = []
+        """Frames of clients, in order of arrival."""
+        self.received: list[Frame] = []
+        """Frames of the server, in order of arrival."""
+        self.connected = 0
+        """Connections so far."""
+        self.on_sent: Callable[[Frame], bool] = lambda frame: True
+        """Whether a client's frame goes on to the server."""
+        self.on_received: Callable[[Frame], Pass] = lambda frame: None
+        """What comes to the client in place of a frame of the server."""
+        self._pairs: dict[ServerConnection, ClientConnection] = {}
+        self._news = threading.Condition()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="proxy", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """The address for clients."""
+        return f"ws://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._started.wait()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+    def cut(self) -> None:
+        """Break the connection off, without a closing handshake, once there is one; on a loop, through `to_thread`."""
+        self.wait(lambda: self._pairs)
+        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result()
+
+    def abort(self) -> None:
+        """The same for hooks, which run on the proxy's own loop."""
+        for client in list(self._pairs):
+            client.transport.abort()
+
+    def inject(self, *frames: str | bytes) -> None:
+        """Send these to every client."""
+        asyncio.run_coroutine_threadsafe(self._inject(frames), self._loop).result()
+
+    def wait(self, condition: Callable[[], object], timeout: float = 10) -> None:
+        """Block until a condition on `sent`, `received` and `connected` holds. Raises TimeoutError."""
+        with self._news:
+            if not self._news.wait_for(condition, timeout):
+                raise TimeoutError(f"sent: {self.sent[-3:]}, received: {self.received[-3:]}")
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        server: Server = await serve(
+            self._connection,
+            "127.0.0.1",
+            0,
+            process_request=self._gate,
+            compression=None,
+            max_size=None,
+            close_timeout=0.2,
+        )
+        self.port = server.sockets[0].getsockname()[1]
+        self._started.set()
+        await self._stopping.wait()
+        await self._cut()
+        server.close()
+        await server.wait_closed()
+
+    def _gate(self, connection: ServerConnection, request: Request) -> Response | None:
+        if self.refuses is None:
+            return None
+        return Response(self.refuses, "Refused", Headers([("Content-Length", "0"), ("Connection", "close")]))
+
+    async def _connection(self, client: ServerConnection) -> None:
+        try:
+            server = await connect(self.upstream, compression=None, max_size=None, close_timeout=0.2)
+        except (OSError, ConnectionClosed):
+            client.transport.abort()
+            return
+        self._pairs[client] = server
+        with self._news:
+            self.connected += 1
+            self._news.notify_all()
+        pumps = [asyncio.create_task(self._forth(client, server)), asyncio.create_task(self._back(client, server))]
+        await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        code = server.close_code or client.close_code
+        self._pairs.pop(client, None)
+        await asyncio.gather(client.close(code if code in range(1000, 1004) or code == 1013 else 1000), server.close())
+        await asyncio.gather(*pumps)
+
+    async def _forth(self, client: ServerConnection, server: ClientConnection) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            async for text in client:
+                frame = json.loads(text)
+                passes = self.on_sent(frame)
+                with self._news:
+                    self.sent.append(frame)
+                    self._news.notify_all()
+                if passes:
+                    await server.send(text)
+
+    async def _back(self, client: ServerConnection, server: ClientConnection) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            async for text in server:
+                frame = json.loads(text)
+                instead = self.on_received(frame)
+                if client.transport.is_closing():
+                    return  # cut by the hook
+                for each in [text] if instead is None else instead:
+                    await client.send(each)
+                with self._news:
+                    self.received.append(frame)
+                    self._news.notify_all()
+
+    async def _cut(self) -> None:
+        self.abort()
+
+    async def _inject(self, frames: tuple[str | bytes, ...]) -> None:
+        for client in list(self._pairs):
+            for frame in frames:
+                await client.send(frame)

@@ -1,0 +1,710 @@
+"""Section 9, Client: against the real server, mostly through a proxy that breaks what a network breaks."""
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from endpoint import Body, Endpoint, Reply
+from proxy import Proxy
+
+import memws
+
+Frame = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reconnects do not wait half a second."""
+    monkeypatch.setattr(memws, "RECONNECT_DELAY", 0.02)
+
+
+def say(text: str, **more: Any) -> Reply:
+    """A reply through send_message."""
+    return Reply(calls=[("send_message", {"message": text})], **more)
+
+
+def echo(body: Body) -> Reply:
+    """A model that says what the user said."""
+    said = [json.loads(message["content"]) for message in body["messages"] if message["role"] == "user"]
+    return say("you said " + [message["message"] for message in said if message["type"] == "user_message"][-1])
+
+
+@pytest.fixture
+def server(tmp_path: Path, endpoint: Endpoint) -> Iterator[memws.WebSocketServer]:
+    """A real server whose model says what the user said, unless the test scripts it."""
+    endpoint.default = echo
+    yield (server := serving(tmp_path, endpoint))
+    server.stop()
+
+
+def serving(folder: Path, endpoint: Endpoint, port: int = 0, db: str = "memws.db") -> memws.WebSocketServer:
+    return memws.WebSocketServer(
+        port=port, db=str(folder / db), base_url=endpoint.url, model="test-model", api_key="k", context_window=1_000_000
+    ).start()
+
+
+@pytest.fixture
+def proxy(server: memws.WebSocketServer) -> Iterator[Proxy]:
+    """The way to the server, which the test can break."""
+    with Proxy(server.url) as proxy:
+        yield proxy
+
+
+class States(asyncio.Queue[str]):
+    """What a client reports of its connection."""
+
+    async def reach(self, state: str) -> None:
+        """Wait for a state."""
+        async with asyncio.timeout(10):
+            while await self.get() != state:
+                pass
+
+
+async def within(work: Awaitable[Any]) -> Any:
+    """The result of something that is bound to end."""
+    return await asyncio.wait_for(work, 15)
+
+
+async def until(proxy: Proxy, condition: Any) -> None:
+    await asyncio.to_thread(proxy.wait, condition)
+
+
+def seqs(events: list[Frame]) -> list[int]:
+    return [event["seq"] for event in events if "seq" in event]
+
+
+def texts(events: list[Frame], kind: str) -> str:
+    return "".join(event["message"] for event in events if event.get("message_type") == kind)
+
+
+def sent(proxy: Proxy) -> list[str]:
+    return [frame.get("command", frame["type"]) for frame in proxy.sent]
+
+
+async def whole(subscription: memws.Subscription) -> list[Frame]:
+    """The events up to the end of the turn."""
+    events: list[Frame] = []
+    async with asyncio.timeout(15):
+        while not events or not events[-1]["type"].startswith(("agent_response_end", "agent_response_error")):
+            events.append(await anext(subscription))
+    return events
+
+
+# ---- a conversation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_ask(server: memws.WebSocketServer) -> None:
+    """The answer to a message is the text of its assistant messages."""
+    client = memws.Client(server.url)
+    async with client:
+        assert (await client.create_agent("sam"))["agent_name"] == "sam"
+        assert await client.ask("hi") == "you said hi"
+        assert client.connected
+        assert repr(client) == f"<memws.Client {server.url} connected>"
+    assert not client.connected
+
+
+@pytest.mark.anyio
+async def test_ask_of_several_messages(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
+    """Several assistant messages are a line each, and a long one in parts is one line."""
+    long = "é" * (memws.TEXT_PART + 5)
+    endpoint.script(Reply(calls=[("send_message", {"message": "one"}), ("send_message", {"message": long})]))
+    async with memws.Client(server.url) as client:
+        await client.create_agent("sam")
+        assert await client.ask("hi") == "one\n" + long
+
+
+@pytest.mark.anyio
+async def test_turn_events(server: memws.WebSocketServer) -> None:
+    """A turn is iterated from its start to its terminal frame, each event once, also beside a subscription."""
+    async with memws.Client(server.url) as client:
+        await client.hello(["*"])
+        await client.create_agent("sam")
+        subscription = client.subscribe()
+        assert await subscription.ready() == 0
+        events = [event async for event in client.send("hi")]
+        assert (events[0]["type"], events[-1]["type"]) == ("agent_response_start", "agent_response_end")
+        assert seqs(events) == list(range(1, len(seqs(events)) + 1))
+        assert await whole(subscription) == events
+        replay = client.subscribe("sam", after=0)  # takes the first one's place
+        assert seqs(await whole(replay)) == seqs(events)
+        assert [event async for event in subscription] == []
+        await client.unsubscribe()
+        assert [event async for event in replay] == []
+
+
+@pytest.mark.anyio
+async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
+    """An error of the server has its code, its sentence and its details."""
+    async with memws.Client(server.url) as client:
+        with pytest.raises(memws.RemoteError, match="send create_agent first") as caught:
+            await client.load_agent("nobody")
+        assert caught.value.code == "unknown_agent"
+        await client.create_agent("sam")
+        endpoint.script(Reply(status=401))
+        with pytest.raises(memws.RemoteError) as caught:
+            await client.ask("hi")
+        assert caught.value.code == "model_auth"
+        last_seq = (await client.command("get_agent"))["last_seq"]
+        with pytest.raises(memws.RemoteError) as caught:
+            await anext(client.subscribe("sam", after=99))
+        assert (caught.value.code, caught.value.details) == ("unknown_seq", {"last_seq": last_seq})
+
+
+@pytest.mark.anyio
+async def test_refused_message(server: memws.WebSocketServer) -> None:
+    """A message that never becomes a turn has one frame, the refusal."""
+    async with memws.Client(server.url) as client:
+        events = [event async for event in client.send("hi")]
+        assert [(event["type"], event["code"]) for event in events] == [("agent_response_error", "no_agent")]
+        with pytest.raises(memws.RemoteError, match="create_agent"):
+            await client.ask("hi")
+
+
+@pytest.mark.anyio
+async def test_invalid_message(server: memws.WebSocketServer) -> None:
+    """A message that the server calls no valid request ends its turn with that sentence."""
+    async with memws.Client(server.url) as client:
+        await client.create_agent("sam")
+        with pytest.raises(memws.RemoteError, match="when_busy") as caught:
+            await within(client.ask("hi", when_busy="whenever"))
+        assert caught.value.code == "bad_field"
+        assert await client.ask("again") == "you said again"
+
+
+@pytest.mark.anyio
+async def test_too_large(server: memws.WebSocketServer) -> None:
+    """A request over a frame's size fails here and is not sent, so that the connection stays."""
+    async with memws.Client(server.url) as client:
+        await client.create_agent("sam")
+        with pytest.raises(memws.RequestTooLarge, match="send a shorter text"):
+            client.send("é" * memws.MAX_FRAME)
+        with pytest.raises(memws.RequestTooLarge):
+            await within(client.command("insert_passage", text="é" * memws.MAX_FRAME))
+        assert await client.ask("hi") == "you said hi"
+
+
+@pytest.mark.anyio
+async def test_cancel(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
+    """A cancelled turn ends with its terminal frame."""
+    endpoint.script(say("a long story", stall_after=2))
+    async with memws.Client(server.url) as client:
+        await client.create_agent("sam")
+        turn = client.send("hi")
+        await anext(turn)
+        assert await turn.cancel() == {"state": "cancelling"}
+        assert [event async for event in turn][-1]["stop_reason"] == "cancelled"
+        assert await turn.cancel() == {"state": "over"}
+
+
+@pytest.mark.anyio
+async def test_same_turn_id_of_two_agents(server: memws.WebSocketServer) -> None:
+    """A turn takes no frame of another agent's turn of the same id."""
+    async with memws.Client(server.url) as client:
+        await client.hello(["*"])
+        for name in ("ada", "bob"):
+            await client.create_agent(name)
+        assert {event["agent_name"] async for event in client.send("hi", "ada", turn_id="1")} == {"ada"}
+        turn = client.send("ho", "bob", turn_id="1")
+        replay = client.subscribe("ada", after=0)
+        assert {event["agent_name"] for event in await whole(replay)} == {"ada"}
+        assert {event["agent_name"] async for event in turn} == {"bob"}
+        again = [event async for event in client.send("hi", "ada", turn_id="1")]  # an old turn is replayed
+        assert texts(again, "user_message") == "hi"
+
+
+@pytest.mark.anyio
+async def test_rename_and_delete(server: memws.WebSocketServer) -> None:
+    """The current agent and its subscription follow a rename, whoever made it; after a delete there is none."""
+    async with memws.Client(server.url) as client, memws.Client(server.url) as other:
+        await client.hello(["*"])
+        await client.create_agent("sam")
+        subscription = client.subscribe()
+        await subscription.ready()
+        await client.command("rename_agent", new_name="max")
+        assert client.agent_name == subscription.agent_name == "max"
+        assert (await within(anext(subscription)))["new_name"] == "max"
+        await other.command("rename_agent", agent_name="max", new_name="kim")
+        assert (await within(anext(subscription)))["new_name"] == "kim"
+        assert client.agent_name == subscription.agent_name == "kim"
+        assert await client.ask("hi") == "you said hi"
+        await client.command("delete_agent")
+        assert client.agent_name is None
+
+
+@pytest.mark.anyio
+async def test_names_are_normalised(server: memws.WebSocketServer) -> None:
+    """A name in another Unicode form is the same agent's."""
+    async with memws.Client(server.url) as client:
+        await client.create_agent("Zoë")
+        assert await within(client.ask("hi", "Zoe\u0308")) == "you said hi"
+        assert await within(client.subscribe("Zoe\u0308", after=0).ready()) > 0
+
+
+# ---- what a network and later servers do -----------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_unknown_frames(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    """Frames that are no JSON, no object, binary or of unknown types end neither a turn nor the connection."""
+    caplog.set_level(logging.CRITICAL)
+    odd: list[str | bytes] = ["not json", '["a list"]', b"\x00", "{}", '{"type":5}', '{"type":"from_the_future"}']
+    odd.append('{"type":"agent_response","message_type":"from_the_future","message":"?"}')
+    odd.append('{"type":"command_response","id":{"a":1}}')
+    proxy.on_received = lambda frame: [*odd, json.dumps(frame)]
+    async with memws.Client(proxy.url) as client:
+        await client.create_agent("sam")
+        assert await within(client.ask("hi")) == "you said hi"
+    assert proxy.connected == 1
+
+
+@pytest.mark.anyio
+async def test_answer_in_parts(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
+    """An answer that comes in several parts is one result."""
+    long = "é" * (memws.MAX_FRAME // 3)
+    endpoint.script(say(long), say(long))
+    async with memws.Client(server.url) as client:
+        await client.create_agent("sam")
+        turn = client.send("hi")
+        assert await turn.text() == long
+        result = await client.command("get_request", turn_id=turn.turn_id, step=1)
+        assert long in json.dumps(result["response"], ensure_ascii=False)
+
+
+@pytest.mark.anyio
+async def test_reconnect_resumes(proxy: Proxy, endpoint: Endpoint) -> None:
+    """After a loss, turn and subscription go on where they were: each stored event once, no text twice, none lost."""
+    endpoint.script(say("a reply that is cut in its middle", stall_after=7))
+    states = States()
+    async with memws.Client(proxy.url, on_state=states.put_nowait) as client:
+        await client.hello(["*"])
+        await client.create_agent("sam")
+        subscription = client.subscribe()
+        await subscription.ready()
+        turn = client.send("hi")
+        first: list[Frame] = []
+        while not texts(first, "delta"):
+            first.append(await within(anext(turn)))
+        cursor = max(seqs(first))
+        proxy.sent.clear()
+        await asyncio.to_thread(proxy.cut)
+        await states.reach("restored")
+        await until(proxy, lambda: "user_message" in sent(proxy))
+        assert sent(proxy) == ["hello", "load_agent", "subscribe", "user_message"]
+        assert (proxy.sent[0]["message_types"], proxy.sent[2]["after"]) == (["*"], cursor)
+        endpoint.release()
+        rest = await within(collected(turn))
+        assert seqs(first + rest) == list(range(1, len(seqs(first + rest)) + 1))
+        assert texts(first + rest, "assistant_message") == "a reply that is cut in its middle"
+        assert not texts(rest, "delta")  # their beginning may be lost; the stored event has the whole text
+        assert seqs(await whole(subscription)) == seqs(first + rest)
+        assert await client.ask("again") == "you said again"
+
+
+async def collected(turn: AsyncIterator[Frame]) -> list[Frame]:
+    return [event async for event in turn]
+
+
+@pytest.mark.anyio
+async def test_many_cuts(proxy: Proxy, endpoint: Endpoint) -> None:
+    """A turn whose connection is cut at each of its stored events is still whole, and runs once."""
+    endpoint.script(*(Reply(f"thought {n}", calls=[("core_memory_append", memory(n))]) for n in range(3)), say("done"))
+    seen: set[int] = set()
+
+    def cuts(frame: Frame) -> list[str | bytes] | None:
+        if frame.get("seq") in seen | {None}:
+            return None
+        seen.add(frame["seq"])
+        proxy.abort()
+        return []
+
+    proxy.on_received = cuts
+    async with memws.Client(proxy.url) as client:
+        await client.hello(["*"])
+        await client.create_agent("sam")
+        events = [event for event in await within(collected(client.send("hi"))) if "seq" in event]
+        assert seqs(events) == list(range(1, len(events) + 1))
+        assert events[-1]["stop_reason"] == "done"
+        assert texts(events, "internal_monologue") == "thought 0thought 1thought 2"
+        assert texts(events, "assistant_message") == "done"
+    assert len(endpoint.requests) == 4
+    assert proxy.connected == len(events) + 1
+
+
+def memory(number: int) -> Body:
+    return {"name": "human", "content": f"fact {number}", "request_heartbeat": True}
+
+
+@pytest.mark.anyio
+async def test_message_without_a_connection(proxy: Proxy) -> None:
+    """A message sent while there is no connection goes out after the reconnect; a command fails at once."""
+    states = States()
+    async with memws.Client(proxy.url, on_state=states.put_nowait) as client:
+        await client.create_agent("sam")
+        proxy.refuses = 503
+        await asyncio.to_thread(proxy.cut)
+        await states.reach("lost")
+        with pytest.raises(memws.ConnectionLost, match="connect again"):
+            await client.command("list_agents")
+        turn = client.send("hi")
+        proxy.refuses = None
+        assert await within(turn.text()) == "you said hi"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("reconnect", [False, 0.1])
+async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | float) -> None:
+    """When the client gives up, commands, turns and subscriptions all fail; it can be connected once more."""
+    endpoint.script(say("slow", hold=True))
+    states = States()
+    client = memws.Client(proxy.url, reconnect=reconnect, on_state=states.put_nowait)
+    await client.connect()
+    await client.create_agent("idle")
+    await client.create_agent("sam")
+    proxy.on_sent = lambda frame: frame.get("command") != "list_agents"
+    calls = (client.command("list_agents"), client.ask("hi"), anext(client.subscribe("idle")))
+    waiting = [asyncio.ensure_future(call) for call in calls]
+    await until(proxy, lambda: "list_agents" in sent(proxy))
+    await asyncio.to_thread(endpoint.wait_requests, 1)
+    proxy.refuses = 503
+    proxy.cut()
+    results = await within(asyncio.gather(*waiting, return_exceptions=True))
+    assert [isinstance(result, memws.ConnectionLost | memws.ConnectFailed) for result in results] == [True] * 3
+    await states.reach("failed" if reconnect else "lost")
+    with pytest.raises(memws.ConnectionLost):
+        client.send("hi")
+    proxy.refuses = None
+    endpoint.release()
+    await client.connect()
+    assert await within(client.ask("ho", "sam")) == "you said ho"
+    await client.close()
+    await client.close()
+
+
+def kinds(proxy: Proxy) -> list[str]:
+    return [frame["type"] for frame in proxy.received]
+
+
+@pytest.mark.anyio
+async def test_a_refusal_for_good_is_not_tried_again(proxy: Proxy) -> None:
+    """A reconnect that is answered with 401 ends the client, though it may try for ever."""
+    states = States()
+    async with memws.Client(proxy.url, on_state=states.put_nowait) as client:
+        proxy.refuses = 401
+        await asyncio.to_thread(proxy.cut)
+        await states.reach("failed")
+        with pytest.raises(memws.ConnectionLost):
+            client.send("hi")
+
+
+@pytest.mark.anyio
+async def test_close_ends_waits(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
+    """close fails what waits, and leaves no task."""
+    endpoint.script(say("slow", hold=True))
+    before = asyncio.all_tasks()
+    client = memws.Client(server.url)
+    await client.connect()
+    await client.create_agent("sam")
+    turn = client.send("hi")
+    await anext(turn)
+    asked = asyncio.create_task(turn.text())
+    await client.close()
+    with pytest.raises(memws.ConnectionLost):
+        await asked
+    assert asyncio.all_tasks() == before
+
+
+@pytest.mark.anyio
+async def test_poison_message(proxy: Proxy) -> None:
+    """A message on which the connection always breaks fails in the end, and the client goes on."""
+
+    def breaks(frame: Frame) -> bool:
+        if frame["type"] == "user_message" and frame["message"] == "poison":
+            proxy.abort()
+            return False
+        return True
+
+    proxy.on_sent = breaks
+    async with memws.Client(proxy.url) as client:
+        await client.create_agent("sam")
+        with pytest.raises(memws.ConnectionLost):
+            await within(client.ask("poison"))
+        assert sent(proxy).count("user_message") == memws.RESEND_LIMIT + 1
+        assert await within(client.ask("hi", "sam")) == "you said hi"
+
+
+@pytest.mark.anyio
+async def test_slow_reader_is_bounded(proxy: Proxy, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unread turn and an unread subscription keep FEED_LIMIT characters, and get the rest later, in order."""
+    monkeypatch.setattr(memws, "FEED_LIMIT", 100_000)
+    endpoint.script(Reply(calls=[("send_message", {"message": f"{n} " + "x" * 8000}) for n in range(30)], chunk=4000))
+    async with memws.Client(proxy.url) as client:
+        await client.hello(["assistant_message", "function_message"])
+        await client.create_agent("sam")
+        subscription = client.subscribe(after=0)
+        await subscription.ready()
+        turn = client.send("flood")
+        await until(proxy, lambda: "agent_response_end" in kinds(proxy))
+        await client.command("list_agents")  # everything has arrived
+        assert 0 < turn._size <= 100_000
+        assert 0 < subscription._size <= 100_000
+        last_seq = (await client.command("get_agent"))["last_seq"]
+        events = await within(collected(turn))
+        said = [event["message"].split()[0] for event in events if event.get("message_type") == "assistant_message"]
+        assert said == [str(n) for n in range(30)]
+        followed = await whole(subscription)
+        assert seqs(followed) == seqs(events)
+        assert seqs(events)[-1] == last_seq
+
+
+# ---- a server that restarts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_server_restarts(server: memws.WebSocketServer, endpoint: Endpoint, tmp_path: Path) -> None:
+    """A client outlives its server: the cut turn ends once, no event is missing or double, the next message works."""
+    endpoint.script(Reply("a thought", calls=[("core_memory_append", memory(1))]), say("never heard", stall_after=7))
+    states = States()
+    async with memws.Client(server.url, on_state=states.put_nowait) as client:
+        await client.hello(["*"])
+        await client.create_agent("sam")
+        subscription = client.subscribe(after=0)
+        turn = client.send("hi")
+        events: list[Frame] = []
+        async with asyncio.timeout(15):
+            while not (events and events[-1].get("of") == "assistant_message"):
+                events.append(await anext(turn))
+        port, url = server.port, server.url
+        await asyncio.to_thread(server.stop)
+        later = await asyncio.to_thread(serving, tmp_path, endpoint, port)
+        assert later.url == url
+        try:
+            events += await within(collected(turn))
+            assert seqs(events) == list(range(1, len(seqs(events)) + 1))
+            assert events[-1]["stop_reason"] == "interrupted"
+            assert [event["type"] for event in events].count("agent_response_end") == 1
+            assert texts(events, "internal_monologue") == "a thought"
+            await states.reach("restored")
+            assert await within(client.ask("again")) == "you said again"
+            followed = await whole(subscription) + await whole(subscription)
+            assert seqs(followed) == list(range(1, len(seqs(followed)) + 1))
+            assert seqs(followed)[: len(seqs(events))] == seqs(events)
+        finally:
+            await asyncio.to_thread(later.stop)
+
+
+@pytest.mark.anyio
+async def test_another_database_behind_the_same_address(
+    server: memws.WebSocketServer, endpoint: Endpoint, tmp_path: Path
+) -> None:
+    """Where the history was replaced by a shorter one, a subscription follows it from its end."""
+    states = States()
+    async with memws.Client(server.url, on_state=states.put_nowait) as client:
+        await client.create_agent("sam")
+        subscription = client.subscribe(after=0)
+        for text in ("one", "two"):
+            await client.ask(text)
+            await whole(subscription)
+        await asyncio.to_thread(server.stop)
+        other = memws.WebSocketServer(port=0, db=str(tmp_path / "other.db"))
+        other.create_new_agent({"name": "sam"})
+        other.stop()
+        later = await asyncio.to_thread(serving, tmp_path, endpoint, server.port, "other.db")
+        try:
+            await states.reach("restored")
+            assert await within(client.ask("three")) == "you said three"
+            followed = await whole(subscription)
+            assert followed[0]["type"] == "agent_response_start"
+            assert texts(followed, "assistant_message") == "you said three"
+        finally:
+            await asyncio.to_thread(later.stop)
+
+
+# ---- no connection ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("ws://127.0.0.1:1", "start the server with `python memws.py`"),
+        ("http://x", "expected an address like ws://localhost:8282"),
+        ("ws://[", "expected an address like ws://localhost:8282"),
+        ("ws://localhost:99999", "expected an address like ws://localhost:8282"),
+        ("ws://nowhere.invalid", "check the address"),
+    ],
+)
+async def test_cannot_connect(url: str, words: str) -> None:
+    """A connection that cannot be made is one sentence with the next move."""
+    with pytest.raises(memws.ConnectFailed) as caught:
+        await memws.Client(url).connect()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_no_memws_server(endpoint: Endpoint) -> None:
+    """A server that speaks HTTP only is told from one that is not there."""
+    with pytest.raises(memws.ConnectFailed, match=r"no memws server .*check the address"):
+        await memws.Client(endpoint.url.replace("http", "ws")).connect()
+
+
+@pytest.mark.anyio
+async def test_a_mute_server() -> None:
+    """A server that accepts and says nothing is given up after the time limit."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        client = memws.Client(f"ws://127.0.0.1:{mute.getsockname()[1]}", timeout=0.2)
+        with pytest.raises(memws.ConnectFailed) as caught:
+            await client.connect()
+    assert "no answer within 0.2 s" in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_secrets(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither token nor query nor password gets into repr, errors and logs."""
+    caplog.set_level(logging.DEBUG)
+    assert memws.Client("ws://user:s3cret@host:1/x?token=s3cret#s3cret").url == "ws://host:1/x"
+    server = memws.WebSocketServer(port=0, db=":memory:", token="s3cret").start()
+    try:
+        async with memws.Client(server.url, "s3cret") as client:
+            await client.hello()
+        async with memws.Client(f"{server.url}/?token=s3cret") as client:
+            await client.hello()
+        refused = memws.Client(f"{server.url}/?token=s3cre", "s3cre")
+        with pytest.raises(memws.ConnectFailed, match="MEMWS_TOKEN") as caught:
+            await refused.connect()
+        assert caught.value.status == 401
+        told = str(caught.value) + repr(refused) + repr(client)
+    finally:
+        server.stop()
+    lines = [record.getMessage() for record in caplog.records if record.name.startswith("memws")]
+    assert lines
+    assert "s3cre" not in told + "".join(lines)
+
+
+@pytest.mark.parametrize("token", ["a\r\nX: y", "with space", "", "é"])
+def test_token_that_is_no_header(token: str) -> None:
+    """A token that cannot be a header's value is refused before anything is sent."""
+    with pytest.raises(ValueError, match="printable ASCII"):
+        memws.Client(token=token)
+
+
+# ---- blocking --------------------------------------------------------------------------------------------------------
+
+
+def client_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "memws client"]
+
+
+def test_blocking(server: memws.WebSocketServer) -> None:
+    """The blocking client gives the same to a script."""
+    with memws.connect(server.url) as client:
+        client.hello(["*"])
+        assert client.create_agent("sam")["agent_name"] == client.agent_name == "sam"
+        assert client.ask("hi") == "you said hi"
+        feed = client.subscribe(after=0)
+        types = [event["type"] for event in client.send("you")]
+        assert (types[0], types[-1]) == ("agent_response_start", "agent_response_end")
+        assert next(feed)["seq"] == 1
+        client.unsubscribe()
+        with pytest.raises(memws.RemoteError, match="unknown agent 'nobody'"):
+            client.load_agent("nobody")
+    with pytest.raises(memws.ConnectionLost):
+        client.hello()
+    assert client_threads() == []
+
+
+@pytest.mark.anyio
+async def test_blocking_inside_a_running_loop(server: memws.WebSocketServer) -> None:
+    """The blocking client works where a loop runs, as in a notebook cell."""
+    with memws.connect(server.url) as client:
+        client.create_agent("sam")
+        assert client.ask("hi") == "you said hi"
+
+
+def test_blocking_ends_with_its_last_reference(server: memws.WebSocketServer) -> None:
+    """A client that nothing refers to any more leaves no thread; one that cannot connect neither."""
+    client = memws.connect(server.url)
+    (thread,) = client_threads()
+    del client
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
+    with pytest.raises(memws.ConnectFailed):
+        memws.connect("ws://127.0.0.1:1")
+    assert client_threads() == []
+
+
+def test_interrupt_cancels(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
+    """An interrupt that meets a turn being iterated cancels it."""
+    endpoint.script(say("slow", hold=True))
+    with memws.connect(server.url) as client:
+        client.create_agent("sam")
+        turn = client.send("hi")
+        interrupting = threading.Thread(target=interrupt_while_held, args=(endpoint,))
+        interrupting.start()
+        with pytest.raises(KeyboardInterrupt):
+            for _ in turn:
+                pass
+        interrupting.join()
+        assert list(turn)[-1]["stop_reason"] == "cancelled"
+
+
+def interrupt_while_held(endpoint: Endpoint) -> None:
+    endpoint.wait_requests(1)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_close_from_another_thread(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
+    """close in one thread ends the wait of another."""
+    endpoint.script(say("slow", hold=True))
+    client = memws.connect(server.url)
+    client.create_agent("sam")
+    caught: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            client.ask("hi")
+        except memws.ConnectionLost as error:
+            caught.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    endpoint.wait_requests(1)
+    client.close()
+    asking.join(5)
+    assert len(caught) == 1
+
+
+def test_no_call_on_its_own_thread(proxy: Proxy) -> None:
+    """A blocking call from the client's own thread is an error with the next move, not a deadlock."""
+    raised: list[str] = []
+    told = threading.Event()
+
+    def call(state: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            try:
+                client.hello()
+            except RuntimeError as error:
+                raised.append(str(error))
+                raise
+            finally:
+                told.set()
+
+    client = memws.connect(proxy.url, on_state=call)
+    proxy.cut()
+    assert told.wait(10)
+    client.close()
+    assert raised
+    assert "await memws.Client" in raised[0]
