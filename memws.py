@@ -207,6 +207,8 @@ FIRST_TOKEN_TIMEOUT: Final = 120.0
 IDLE_TIMEOUT: Final = 30.0
 "The longest silence inside a model's answer."
 TOOL_TIMEOUT: Final = 60.0
+RETRY_PAUSE: Final = 0.5
+"Before the first retry of a failed model call; doubled for the next."
 MAX_RETRY_AFTER: Final = 30.0
 "The longest Retry-After that is waited for; a longer one ends the turn."
 LOGIN_SILENCE: Final = 3600.0
@@ -350,7 +352,8 @@ async def in_thread(name: str, function: Callable[[], T]) -> T:
         try:
             result = function()
         except BaseException as error:  # SystemExit too belongs to whoever waits, not to this thread
-            failure = RuntimeError(repr(error)) if isinstance(error, (StopIteration, SystemExit)) else error
+            passable = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            failure = error if passable else RuntimeError(repr(error))
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(settle, result, failure)
 
@@ -451,14 +454,24 @@ class StoreFailed(MemwsError):
 class ModelError(MemwsError):
     """A model call failed.
 
-    `retry` says whether the same call may succeed later, `retry_after` how many seconds the endpoint asked for.
+    `retry` says whether the same call may succeed later, `retry_after` how many seconds the endpoint asked for,
+    `learned` that the next call will differ: an option that the endpoint does not take is left out from now on.
     Codes: context_overflow, model_auth, model_rate_limit, model_timeout, model_unavailable, model_refused, bad_output.
     """
 
-    def __init__(self, code: str, message: str, *, retry: bool = False, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        retry: bool = False,
+        retry_after: float | None = None,
+        learned: bool = False,
+    ) -> None:
         super().__init__(message, code)
         self.retry = retry
         self.retry_after = retry_after
+        self.learned = learned
 
 
 class ToolError(MemwsError):
@@ -1358,7 +1371,7 @@ class Found:
 
 def estimate_tokens(text: str) -> int:
     """Tokens of `text`, roughly: a token per four bytes of UTF-8, and four around each message."""
-    return 4 + (len(text) if text.isascii() else len(text.encode())) // 4
+    return 4 + (len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))) // 4
 
 
 def excerpt(text: str, most: int) -> str:
@@ -3216,10 +3229,10 @@ class OpenAIModel:
         if status in (408, 409) or status >= 500:
             text = f"the endpoint failed ({status}): {said}{wait}"
             return ModelError("model_unavailable", text, retry=not too_long, retry_after=retry_after)
+        if status == 404:
+            return ModelError("model_unavailable", f"the endpoint does not know the model or the address (404): {said}")
         if self._adapt(message):
-            return ModelError(
-                "model_refused", f"the endpoint does not know an option: {said}", retry=True, retry_after=0.0
-            )
+            return ModelError("model_refused", f"the endpoint does not know an option: {said}", learned=True)
         return ModelError("model_refused", f"the endpoint refused the request ({status}): {said}")
 
     def _adapt(self, message: str) -> bool:
@@ -4576,14 +4589,14 @@ def only_model(base_url: str, api_key: str | None) -> str:
 
     url = f"{base_url.rstrip('/')}/models"
     key = api_key or os.environ.get("OPENAI_API_KEY")
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310
     try:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})  # noqa: S310
         if not url.lower().startswith(("http://", "https://")):
             raise ValueError("it is no http:// or https:// address")
         with urllib.request.urlopen(request, timeout=CONNECT_TIMEOUT) as response:  # noqa: S310
             listed = decode_json(response.read(MAX_FRAME))["data"]
         models = [clean_text(model["id"])[:MAX_MODEL_NAME] for model in listed]
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, http.client.HTTPException) as error:
         reason: object = getattr(error, "reason", None) or error
         if isinstance(error, urllib.error.HTTPError):
             error.close()
@@ -5159,8 +5172,14 @@ class Answer:
     corrections: list[tuple[str, str]] = field(default_factory=list)
 
 
-_THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)</think(?:ing)?>\s*(.*)", re.DOTALL)
+_THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)(?:</think(?:ing)?>\s*(.*)|$)", re.DOTALL)
 _FENCED = re.compile(r"```(?:json|tool_call|tool_code)?\s*(.*?)```|<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """(thought, rest) of a text that begins with thoughts in tags, as reasoning models without a parser write."""
+    found = _THOUGHT.fullmatch(content)
+    return (found.group(1).strip(), (found.group(2) or "").strip()) if found else ("", content)
 
 
 def read_answer(reply: ModelReply, tools: Mapping[str, Tool]) -> Answer:
@@ -5172,8 +5191,10 @@ def read_answer(reply: ModelReply, tools: Mapping[str, Tool]) -> Answer:
         text = " ".join(clean_text(reply.refusal).split())[:80] or "its endpoint filtered the answer"
         raise ModelError("model_refused", f"the model refuses to answer: {text}")
     answer = Answer(clean_text(reply.monologue).strip(), clean_text(reply.text).strip())
-    if thought := _THOUGHT.fullmatch(answer.content):
-        answer.content = thought.group(2)
+    thought, content = split_thought(answer.content)
+    if thought:
+        answer.monologue = answer.monologue.replace(answer.content, f"{thought}\n{content}".strip())
+        answer.content = content
     seen: set[str] = set()
     for raw in reply.calls:
         answer.calls.append(_read_call(raw, tools, seen, answer, cut=reply.finish == "length"))
@@ -5234,8 +5255,19 @@ def read_arguments(text: str) -> tuple[JSON | None, str]:
 def _loads(text: str) -> Any:
     """The value of JSON as models write it (line breaks inside strings), free of what cannot be stored; else None."""
     with contextlib.suppress(ValueError, RecursionError):
-        return decode_json(clean_text(encode_json(decode_loose(text))))
+        return _clean_value(decode_loose(text))
     return None
+
+
+def _clean_value(value: Any) -> Any:
+    """A JSON value with every text cleaned."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, list):
+        return [_clean_value(item) for item in value]
+    if isinstance(value, dict):
+        return {clean_text(str(key)): _clean_value(item) for key, item in value.items()}
+    return value
 
 
 def mend_json(text: str) -> str:
@@ -5565,6 +5597,7 @@ class Turn:
 
 _NO_USAGE: Final = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated": True}
 _INTERRUPTED: Final = "interrupted: result unknown"
+_UNVERIFIED: Final = "the first reply has to go through send_message"
 
 
 class Agent:
@@ -5667,7 +5700,8 @@ class Agent:
             self.repairs.append(
                 "chat messages with unpaired tool calls left the context window; recall memory keeps them"
             )
-            changes.state = {**self.record.state, "cut": self.messages[broken].id}
+            first = self.messages[broken].id if broken < len(self.messages) else self.last_message + 1
+            changes.state = {**self.record.state, "cut": first}
             changes.events += response_events("correction", self.repairs[-1], turn_id=None, step=0, what="history")
         for record in open_turns:
             self.repairs.append(f"turn {record.turn_id} was interrupted and got its end")
@@ -5767,6 +5801,7 @@ class Agent:
     async def _ask(self, turn: Turn) -> AsyncGenerator[Event | Answer, None]:
         """Call the model until its answer can be read; the answer comes last. Raises ModelError, Stopped."""
         retries = corrections = attempts = 0
+        unverified: list[tuple[str, str]] = []
         extra = ""
         while True:
             attempts += 1
@@ -5777,13 +5812,14 @@ class Agent:
                 answer = read_answer(turn.reply, self.tools)
                 if not answer.calls and not answer.content and not turn.replied:
                     raise ModelError("bad_output", "the model's answer is empty")
-                unverified = (
-                    turn.verify and not turn.replied and not any(c.name == "send_message" for c in answer.calls)
-                )
-                if not unverified or attempts >= FIRST_MESSAGE_ATTEMPTS:
+                spoken = any(call.name == "send_message" for call in answer.calls)
+                if spoken or not turn.verify or turn.replied or attempts >= FIRST_MESSAGE_ATTEMPTS:
+                    answer.corrections[:0] = unverified
                     yield answer
                     return
-                for event in turn.events("correction", "the first reply has to go through send_message", what="verify"):
+                unverified.append(("verify", _UNVERIFIED))
+                error = ModelError("bad_output", _UNVERIFIED)
+                async for event in self._retry(turn, error, attempts, FIRST_MESSAGE_ATTEMPTS - 1, 0.0):
                     yield event
             except ModelError as error:
                 turn.failed_calls += 1
@@ -5799,8 +5835,11 @@ class Agent:
                     extra = encode_json({"role": "user", "content": alert})
                     async for event in self._retry(turn, error, corrections, CORRECTIVE_RETRIES, 0.0):
                         yield event
+                elif error.learned:  # no failure of transport: the next call leaves the option out
+                    async for event in self._retry(turn, error, 1, 1, 0.0):
+                        yield event
                 elif error.retry and retries < TRANSPORT_RETRIES:
-                    delay = 0.5 * 2**retries if error.retry_after is None else error.retry_after
+                    delay = RETRY_PAUSE * 2**retries if error.retry_after is None else error.retry_after
                     retries += 1
                     async for event in self._retry(turn, error, retries, TRANSPORT_RETRIES, delay):
                         yield event
@@ -5846,6 +5885,9 @@ class Agent:
                                 yield event
         finally:
             request.total_ms = round((time.monotonic() - started) * 1000)
+            logger.debug(
+                "agent %s: %s, step %d: model call, %d ms", self.name, turn.turn_id, turn.step, request.total_ms
+            )
             self._count(turn, request, reply, estimate_tokens(body))
 
     def _count(self, turn: Turn, request: RequestRecord, reply: ModelReply, estimated: int) -> None:
@@ -6177,10 +6219,10 @@ class Agent:
         compactions = turn.compactions if turn else 0
         room = self.window - round(estimate_tokens(self._system_body + self._tools_body) * self.model.ratio)
         cut = self._cut_at(min(room, self._message_tokens * self.model.ratio) * KEEP_FRACTION / 2**compactions)
+        sizes = ", ".join(f"{part['name']} {part['tokens']:,}" for part in self._section_tokens())
+        too_small = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({sizes})"
         if cut == 0 or compactions >= 3:
-            sizes = ", ".join(f"{part['name']} {part['tokens']:,}" for part in self._section_tokens())
-            text = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({sizes})"
-            raise ModelError("context_overflow", text)
+            raise ModelError("context_overflow", too_small)
         if turn is not None:
             turn.compactions += 1
         hidden = self.messages[:cut]
@@ -6202,7 +6244,7 @@ class Agent:
                 if estimate_tokens(body) < saved:
                     break
                 if not smaller:
-                    raise ModelError("context_overflow", "the oldest messages are shorter than any summary of them")
+                    raise ModelError("context_overflow", too_small)
                 smaller = smaller[: len(smaller) // 2]
             state = {**self.record.state, "cut": kept[0].id if kept else self.last_message + 1, "warned": False}
             state |= {"summary": summary, "gist": smaller}
@@ -6257,7 +6299,7 @@ class Agent:
             with turn.interruptible() if turn else contextlib.nullcontext():
                 async for _ in self.model.stream(body, reply):
                     pass
-            text = clean_text(reply.text).strip()
+            text = split_thought(clean_text(reply.text).strip())[1]
         except ModelError as error:
             logger.warning("agent %s: no summary by the model (%s)", self.name, error)
             text = ""
@@ -6485,17 +6527,6 @@ def answer_error(changes: Changes) -> str:
 
 def _says(call: Call) -> bool:
     return call.name == "send_message" and isinstance(call.arguments.get("message"), str)
-
-
-def _clean_value(value: Any) -> Any:
-    """A JSON value with every text cleaned."""
-    if isinstance(value, str):
-        return clean_text(value)
-    if isinstance(value, list):
-        return [_clean_value(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _clean_value(item) for key, item in value.items()}
-    return value
 
 
 def _seconds_since(moment: str) -> float:
@@ -7485,9 +7516,8 @@ class Gate:
     def _has_token(self, request: HandshakeRequest) -> bool:
         headers = request.headers
         shown = [value[7:].strip() for value in headers.get_all("Authorization") if value[:7].lower() == "bearer "]
-        for value in headers.get_all("Sec-WebSocket-Protocol"):
-            names = [name.strip() for name in value.split(",")]
-            shown += names[1:] if names[0] == "memws" else []
+        names = [name.strip() for name in ",".join(headers.get_all("Sec-WebSocket-Protocol")).split(",")]
+        shown += names[1:] if names[0] == "memws" else []
         for pair in request.path.partition("?")[2].split("&"):
             name, _, value = pair.partition("=")
             shown += [urllib.parse.unquote(value)] if name == "token" else []
@@ -7537,7 +7567,7 @@ class Follower:
             self.session.replay(self, lagging=True)
         else:
             self.cursor = self.cursor if event.seq is None else event.seq
-            self.session.send(text)
+            self.session.send(self.host.marked(text, event.type, event.turn_id, self))
 
     async def catch_up(self, *, once: bool = False, lagging: bool = False) -> None:
         """Replay what is stored behind the cursor, then go live; `once`: end there.
@@ -7555,7 +7585,7 @@ class Follower:
                     await self.session.drained(self if lagging else None)
                     turn_id = None if kind == "agent_response" else decode_json(text)["turn_id"]
                     frame = extend_json(text, agent_name=host.agent.name)
-                    self.session.send(host.marked(frame, turn_id, self.session, self.request_id))
+                    self.session.send(host.marked(frame, kind, turn_id, self))
                 self.cursor = seq
             if not rows and (once or published == host.published):
                 self.live = not once
@@ -7686,6 +7716,7 @@ class AgentHost:
     def refuse(self, item: QueuedTurn, error: MemwsError) -> None:
         """Tell everybody who waits for a turn that it will not be."""
         for session, follower in item.followers.items():
+            session.marks.pop((self.agent.id, item.turn.turn_id), None)
             session.send(refusal(follower.request_id, item.turn.turn_id, self.agent.name, error))
         if item.done is not None and not item.done.done():
             item.done.set_exception(error)
@@ -7745,27 +7776,22 @@ class AgentHost:
             self.published = event.seq
         text = event.frame(self.agent.name)
         unsaved = event.terminal and event.seq is None  # its stored twin will reach the subscribers at the reopening
-        turn_id = event.turn_id if event.starts or event.terminal else None
         for session, follower in list(self.subscribers.items()):
             if not (unsaved and item and session not in item.followers):
-                follower.deliver(event, self.marked(text, turn_id, session, None, item))
+                follower.deliver(event, text)
         for session, follower in list(item.followers.items()) if item else ():
             if session not in self.subscribers:
-                follower.deliver(event, self.marked(text, turn_id, session, follower.request_id))
+                follower.deliver(event, text)
 
-    def marked(
-        self,
-        text: str,
-        turn_id: str | None,
-        session: Session,
-        request_id: RequestId,
-        item: QueuedTurn | None = None,
-    ) -> str:
-        """A start or terminal frame (others have no `turn_id` here) with the id of this session's request."""
-        item = item or self.current
-        if request_id is None and item is not None and item.turn.turn_id == turn_id and session in item.followers:
-            request_id = item.followers[session].request_id
-        return text if request_id is None or turn_id is None else extend_json(text, id=request_id)
+    def marked(self, text: str, kind: str, turn_id: str | None, follower: Follower) -> str:
+        """A start or terminal frame with the id that the session gave its message, if it is its sender."""
+        if kind == "agent_response" or turn_id is None:
+            return text
+        marks, key = follower.session.marks, (self.agent.id, turn_id)
+        request_id = marks.get(key) if follower.request_id is None else follower.request_id
+        if kind in TERMINAL_TYPES:
+            marks.pop(key, None)
+        return text if request_id is None else extend_json(text, id=request_id)
 
     async def edit(self, events: AsyncGenerator[Event, None]) -> list[Event]:
         """Run an edit of the agent and publish its events."""
@@ -7864,6 +7890,8 @@ class Session:
         "What ends with the connection: writing and replays. Answers that are being made go on."
         self.waiting = 0
         "Its messages that wait for their turns."
+        self.marks: dict[tuple[int, str], RequestId] = {}
+        "The ids of its messages, by agent and turn, until their terminal frames are sent."
         self.hosts: set[AgentHost] = set()
         "The agents whose events it may get."
         self._catching: dict[AgentHost, asyncio.Task[None]] = {}
@@ -7963,6 +7991,7 @@ class Session:
 
     async def _answer(self, request: Request) -> None:
         """Do what a request asks, and answer it exactly once."""
+        logger.debug("session %d: %s", self.number, request.kind)
         try:
             if isinstance(request, UserMessage):
                 await self._say(request)
@@ -8122,6 +8151,7 @@ class Session:
         item = QueuedTurn(Turn(turn_id, request.message), self)
         item.followers[self] = Follower(self, host, host.published, turn_id=turn_id, request_id=request.id)
         self.hosts.add(host)
+        self.marks[host.agent.id, turn_id] = request.id
         host.user_spoke()
         if host.busy and request.when_busy == "queue" and self.wants("queue"):
             position = len(host.waiting) + 1
@@ -8146,6 +8176,7 @@ class Session:
         if running is not None:
             running.followers[self] = follower
             self.hosts.add(host)
+            self.marks[host.agent.id, turn_id] = request.id
         self.replay(follower, once=running is None or self in host.subscribers)
 
     def replay(self, follower: Follower, *, once: bool = False, lagging: bool = False) -> None:

@@ -251,7 +251,7 @@ STATUSES: dict[str, tuple[Reply, str, bool]] = {
     "503": (Reply(status=503), "model_unavailable", True),
     "529": (Reply(status=529), "model_unavailable", True),
     "400": (Reply(status=400, body=told("Invalid value")), "model_refused", False),
-    "404": (Reply(status=404, body=told("The model does not exist", "model_not_found")), "model_refused", False),
+    "404": (Reply(status=404, body=told("The model does not exist", "model_not_found")), "model_unavailable", False),
     "400 with the error as a text": (Reply(status=400, body={"error": "bad"}), "model_refused", False),
     "422 with a detail": (Reply(status=422, body={"detail": "bad"}), "model_refused", False),
     "400 for length, by its code": (
@@ -372,7 +372,7 @@ async def test_an_unknown_option_is_learned_once(
     """An option that the endpoint refuses is left out from then on; the others stay."""
     endpoint.refuse = {option}
     error = await fail(model, **given_settings)
-    assert (error.code, error.retry, error.retry_after) == ("model_refused", True, 0)
+    assert (error.code, error.learned) == ("model_refused", True)
     for _ in range(2):
         assert (await ask(model, **given_settings)).calls
     assert [option in request for request in endpoint.requests] == [True, False, False]
@@ -382,7 +382,7 @@ async def test_an_unknown_option_is_learned_once(
 async def test_max_tokens_goes_by_its_other_name(endpoint: Endpoint, model: memws.Model) -> None:
     """Where max_tokens is refused for max_completion_tokens, that name is used from then on."""
     endpoint.refuse = {"max_tokens"}
-    assert (await fail(model, max_tokens=50)).retry
+    assert (await fail(model, max_tokens=50)).learned
     for _ in range(2):
         assert (await ask(model, max_tokens=50)).calls
     assert [request.get("max_completion_tokens") for request in endpoint.requests] == [None, 50, 50]
@@ -393,7 +393,7 @@ async def test_an_option_is_not_learned_twice(endpoint: Endpoint, model: memws.M
     """A refusal that goes on naming an option that is left out already is final."""
     complaint = Reply(status=400, body=told("Unsupported parameter: 'seed'"))
     endpoint.script(complaint, complaint)
-    assert [(await fail(model, seed=1)).retry for _ in range(2)] == [True, False]
+    assert [(await fail(model, seed=1)).learned for _ in range(2)] == [True, False]
 
 
 # ---- failures inside an answer ---------------------------------------------------------------------------------------
