@@ -34,6 +34,7 @@ def endpoint() -> Iterator[Endpoint]:
 def serve(tmp_path: Path) -> Iterator[Callable[..., memws.WebSocketServer]]:
     """Start servers that answer from the offline model, on free ports; at the end no thread of theirs is left."""
     started: list[memws.WebSocketServer] = []
+    before = set(threading.enumerate())
 
     def start(**options: object) -> memws.WebSocketServer:
         defaults = {"host": "127.0.0.1", "port": 0, "db": str(tmp_path / "memws.db"), "sync": "normal"}
@@ -46,7 +47,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., memws.WebSocketServer]]:
     yield start
     for server in started:
         server.stop()
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("memws")] == []
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("memws")] == []
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import openai  # noqa: F401 (half a second, once, and not in the turn of some test)
 import pytest
 from endpoint import Endpoint, Reply
 from wire import JSON, LIMIT, Wire, is_terminal, of_kind, shape, wire
@@ -31,8 +32,6 @@ def offline(serve: Serve) -> Server:
 @pytest.fixture
 def online(serve: Serve, endpoint: Endpoint) -> Callable[..., Server]:
     """Starts a server whose model is the scripted endpoint."""
-
-    import openai  # noqa: F401 (half a second, once, and not in some test's turn)
 
     def start(**options: Any) -> Server:
         return serve(base_url=endpoint.url, model="test-model", api_key="key", **options)
