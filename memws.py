@@ -290,6 +290,9 @@ SUMMARY_SYSTEM: Final = (
     f"person as the agent, in the language of the conversation, at most {SUMMARY_LIMIT // 8} words, as plain text."
 )
 
+WAITING_NOTE: Final = "The user's message that waits for an answer: "
+"In a summary that is made while a user waits."
+
 _ALERT = "[This is an automated system message hidden from the user] "
 PRESSURE_WARNING: Final = (
     _ALERT + "The context window is nearly full: its oldest messages will soon be replaced by a summary. If something "
@@ -2183,6 +2186,10 @@ class SqliteStore:
             return [(None, _store_error(error))] * len(jobs)
         return outcomes
 
+    def move(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Serve another loop from now on; nobody may wait for anything."""
+        self._loop = loop
+
     async def close(self) -> None:
         if self._closed:
             return
@@ -2815,11 +2822,11 @@ def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[s
     ).fetchone()
     for column, text in (("config", config), ("state", state)):
         if not _is_object(text):
-            yield f"its {column} is no JSON object (mended: emptied)", setting(column, "{}")
+            yield f"its {column} is no JSON object; a repair empties it", setting(column, "{}")
     for label, value, limit in connection.execute('SELECT label, value, "limit" FROM blocks WHERE agent = ?', (agent,)):
         if len(value) > limit:
             raised = f'UPDATE blocks SET "limit" = {len(value)} WHERE agent = ? AND label = ?'
-            text = f"block {label} holds {len(value):,} of {limit:,} characters (mended: its limit is raised)"
+            text = f"block {label} holds {len(value):,} of {limit:,} characters; a repair raises its limit"
             yield text, functools.partial(connection.execute, raised, (agent, label))
     ids = [row[0] for row in connection.execute("SELECT id FROM messages WHERE agent = ? ORDER BY id", (agent,))]
     if ids and (ids[0] != 1 or ids[-1] != len(ids)):
@@ -2828,7 +2835,10 @@ def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[s
     if seqs[2] and seqs[1] - seqs[0] + 1 != seqs[2]:
         yield f"{seqs[1] - seqs[0] + 1 - seqs[2]} events are missing between {seqs[0]} and {seqs[1]}", None
     if seqs[2] and seqs[1] > last_seq:
-        yield f"its last seq {last_seq} is below that of its events, {seqs[1]} (mended)", setting("last_seq", seqs[1])
+        yield (
+            f"its last seq {last_seq} is below that of its events, {seqs[1]}; a repair raises it",
+            setting("last_seq", seqs[1]),
+        )
     yield from _check_history(connection, agent)
     indexed = "SELECT count(DISTINCT item) FROM search_rows WHERE agent = ? AND store = ?"
     said = connection.execute(f"SELECT count(*) FROM messages WHERE agent = ? AND {_SEARCHABLE}", (agent,)).fetchone()[
@@ -2837,7 +2847,9 @@ def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[s
     kept = connection.execute("SELECT count(*) FROM passages WHERE agent = ?", (agent,)).fetchone()[0]
     found = tuple(connection.execute(indexed, (agent, store)).fetchone()[0] for store in ("recall", "archival"))
     if found != (said, kept):
-        text = f"search knows {found[0]} of {said} messages and {found[1]} of {kept} passages (mended: indexed anew)"
+        text = (
+            f"search knows {found[0]} of {said} messages and {found[1]} of {kept} passages; a repair indexes them anew"
+        )
         yield text, lambda: index_agent(connection, SearchIndex(), agent)
 
 
@@ -3292,1295 +3304,6 @@ async def read_events(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         yield b"\n".join(data)
 
 
-# ---- the offline model -----------------------------------------------------------------------------------------------
-
-OfflineCall = tuple[str, dict[str, Any]]
-
-OFFLINE_READS = 8_000
-"""Characters the rules read at the head of a text; of what is longer also the last quarter of this."""
-
-# Words: what counts as the same word, and what as the same idea
-
-
-class _FoldTable(dict[int, str]):
-    """Each character's lower-case base letter, one for one, so that places in folded and original text agree."""
-
-    def __missing__(self, code: int) -> str:
-        base, *marks = list(unicodedata.normalize("NFKD", chr(code).casefold()))
-        self[code] = base if all(map(unicodedata.combining, marks)) else chr(code)  # hangul stays whole
-        return self[code]
-
-
-_FOLD = _FoldTable()
-
-_IDEAS = {  # relations people ask by: one idea whatever the word. Upper case tells them from stems of other words
-    "NAME": "name named called call nombre llamo llama llaman apellido",
-    "LIVE": "live living lived home city town moved move reside residing based from vivo vive ciudad casa mude",
-    "WORK": "work working worked job profession occupation employed employer company trabajo trabaja profesion oficio"
-    " empleo empresa dedico",
-    "LIKE": "like love enjoy prefer favourite favorite adore fond hobby hobbies gusta gustan encanta encantan prefiero"
-    " favorito favorita adoro aficion aficiones",
-    "HATE": "hate dislike odio detesto",
-    "FOOD": "food eat eating ate meal dish comida comer cena plato",
-    "BORN": "born birthday birth birthdate birthplace naci nacido nacimiento cumpleanos",
-    "AGE": "old age years anos edad",
-    "HAVE": "have has had own got tengo tiene tener",
-    "SPEAK": "speak spoken language languages hablo habla idioma idiomas",
-    "STUDY": "study studying studied student university graduate graduated estudio estudias universidad",
-}
-
-_COMMON_WORDS = frozenset(
-    [
-        "a",
-        "about",
-        "actually",
-        "again",
-        "ago",
-        "all",
-        "also",
-        "always",
-        "am",
-        "an",
-        "and",
-        "any",
-        "anything",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "being",
-        "but",
-        "by",
-        "can",
-        "could",
-        "d",
-        "did",
-        "didn",
-        "do",
-        "does",
-        "doesn",
-        "doing",
-        "don",
-        "done",
-        "ever",
-        "for",
-        "forgot",
-        "going",
-        "he",
-        "her",
-        "here",
-        "his",
-        "how",
-        "i",
-        "if",
-        "in",
-        "is",
-        "isn",
-        "it",
-        "its",
-        "just",
-        "know",
-        "ll",
-        "m",
-        "may",
-        "me",
-        "mean",
-        "might",
-        "mine",
-        "more",
-        "my",
-        "myself",
-        "name's",
-        "no",
-        "not",
-        "now",
-        "of",
-        "on",
-        "or",
-        "our",
-        "please",
-        "re",
-        "recall",
-        "remember",
-        "remind",
-        "really",
-        "right",
-        "s",
-        "said",
-        "say",
-        "shall",
-        "she",
-        "should",
-        "so",
-        "some",
-        "something",
-        "sort",
-        "still",
-        "t",
-        "tell",
-        "thank",
-        "thanks",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "thing",
-        "things",
-        "think",
-        "this",
-        "those",
-        "to",
-        "today",
-        "told",
-        "too",
-        "us",
-        "ve",
-        "very",
-        "want",
-        "was",
-        "wasn",
-        "we",
-        "were",
-        "what",
-        "when",
-        "where",
-        "which",
-        "who",
-        "whom",
-        "whose",
-        "why",
-        "will",
-        "with",
-        "would",
-        "yes",
-        "you",
-        "your",
-        "yours",
-        "al",
-        "algo",
-        "aun",
-        "ahora",
-        "como",
-        "con",
-        "cual",
-        "cuales",
-        "cuando",
-        "cuanto",
-        "cuantos",
-        "de",
-        "decir",
-        "decirme",
-        "del",
-        "dije",
-        "dime",
-        "donde",
-        "e",
-        "el",
-        "en",
-        "era",
-        "eres",
-        "es",
-        "esta",
-        "estas",
-        "esto",
-        "estoy",
-        "favor",
-        "gracias",
-        "ha",
-        "hay",
-        "he",
-        "la",
-        "las",
-        "le",
-        "les",
-        "lo",
-        "los",
-        "mas",
-        "me",
-        "mi",
-        "mis",
-        "mucho",
-        "muy",
-        "nada",
-        "nos",
-        "o",
-        "para",
-        "pero",
-        "por",
-        "puedes",
-        "que",
-        "quien",
-        "quienes",
-        "recuerda",
-        "recuerdas",
-        "sabes",
-        "se",
-        "ser",
-        "si",
-        "sobre",
-        "soy",
-        "su",
-        "sus",
-        "tambien",
-        "te",
-        "tu",
-        "tus",
-        "u",
-        "un",
-        "una",
-        "unos",
-        "unas",
-        "ya",
-        "yo",
-        "acuerdas",
-    ]
-)
-
-
-def _fold(text: str) -> str:
-    """The text in lower case without accents; as long as the text, which is NFC."""
-    return text.translate(_FOLD)
-
-
-def _stem(word: str) -> str:
-    """A word without the endings of plurals and verbs: enough to match, not linguistics."""
-    if len(word) > 5 and word.endswith("ing"):
-        word = word[:-3]
-    elif len(word) > 4 and word.endswith(("ed", "es")):
-        word = word[:-2]
-    elif len(word) > 3 and word.endswith("s"):
-        word = word[:-1]
-    word = word[:-3] + "or" if len(word) > 4 and word.endswith("our") else word
-    word = word[:-1] if len(word) > 3 and word[-1] in "aeioy" else word
-    return word[:-1] if len(word) > 3 and word[-1] == word[-2] else word
-
-
-_IDEA_OF = {_stem(_fold(word)): idea for idea, words in _IDEAS.items() for word in words.split()}
-
-_TOPICS = (
-    tuple(  # (idea, key, pattern): what a clause is about beyond its words; of facts with one key a person has one
-        (idea, key, re.compile(pattern))
-        for idea, key, pattern in (
-            ("NAME", "name", r"^(?:first )?(?:name|nombre):|\bmy name(?:'s| is)(?! not)\b|\bi(?:'m| am) called\b"),
-            ("NAME", "name", r"\bcall me(?! (?:later|back|when|if|at|on|an?)\b)|\b(?:me llamo|mi nombre es|llamame)\b"),
-            ("NAME", "", r"\bwho am i\b|\bquien soy\b"),
-            (
-                "LIVE",
-                "home",
-                r"\bi(?: have|'ve)?(?: now| just)? (?:live|reside|moved|relocated) (?:in|to|at|near|on)\b",
-            ),
-            ("LIVE", "home", r"\bi(?: have|'ve)?(?: recently| just)? moved (?:back |over )?to\b"),
-            ("LIVE", "home", r"\bi(?:'m| am) (?:now |currently )?(?:living|based) in\b|\bi currently live in\b"),
-            ("LIVE", "home", r"\b(?:vivo|resido|me mude|me he mudado|me traslade) (?:ahora )?(?:en|a)\b"),
-            ("LIVE", "", r"\bi(?:'m| am| come) from\b|\b(?:soy|vengo) de\b|\bdonde (?:soy|estoy)\b"),
-            ("LIVE", "", r"\bwhere am i(?: from| based)?\W*$"),
-            (
-                "WORK",
-                "work as",
-                r"\bi(?:'m| am)? (?:now |currently )?work(?:ing)? as\b|\btrabajo (?:ahora )?(?:de|como)\b",
-            ),
-            ("WORK", "work at", r"\bi(?:'m| am)? (?:now |currently )?work(?:ing)? (?:at|for|in)\b"),
-            ("WORK", "work at", r"\btrabajo (?:ahora )?(?:en|para)\b"),
-            ("WORK", "", r"^(?:i'm|i am|im) (?:an?|the) |^soy (?:una? )?[^\W\d]{4,}$|\bme dedico\b"),
-            ("WORK", "", r"\bwhat do i do(?: for a living)?\b|\ben que trabajo\b"),
-            ("HATE", "", r"\b(?:don't|dont|do not|no longer) (?:i )?(?:really )?(?:like|love|enjoy)\b"),
-            ("HATE", "", r"\bno me (?:gust|encant)an?\b"),
-            ("AGE", "age", r"\b(?:i'm|i am|im) (?:now )?\d{1,3}(?: years\b|$)|\btengo \d{1,3} anos\b"),
-        )
-    )
-)
-_MY_IS = re.compile(r"^(?:my|mi|mis) ([^,:]{1,40}?)(?: is| are| es| son|'s) ")
-_ONE_VALUED = re.compile(
-    r"\b(?:favou?rite|favorit[oa]s?|name|nombre|e-?mail|correo|phone|telefono|number|numero|address|direccion|age"
-    r"|edad|birthday|cumpleanos|job|trabajo|password|time ?zone|colou?r)\b"
-)
-_TASTE = re.compile(
-    r"^(?:i (?:(?:really|also|still|do|don't|dont|not|no longer|now) ){0,3}(?:like|love|enjoy|hate|dislike|adore)"
-    r"|(?:ya )?(?:no )?(?:me (?:gustan?|encantan?)|odio|adoro|detesto)) (.{1,80})"
-)
-
-
-def _words(folded: str) -> list[str]:
-    """The words of a folded text that carry meaning, in order; bigrams in scripts without spaces."""
-    words: list[str] = []
-    for word in re.findall(r"[^\W_]+", folded):
-        if word[0] >= "\u3040":
-            words += [word[i : i + 2] for i in range(max(1, len(word) - 1))]
-        elif word not in _COMMON_WORDS:
-            words.append(word)
-    return words
-
-
-_MY_NAME = re.compile(
-    r"\b(?:my name(?:'s| is)|mi nombre es|me llamo|i(?:'m| am) called|(?:you can |people |just )?call me|llamame) "
-)
-_NAME_WEAK = re.compile(r"(?:i'm|i am|im|soy|yo soy|this is) ")
-_NOT_A_NAME = re.compile(
-    r"(?:not|no|later|back|when|if|at|on|maybe|a|an|from|in|the|by|who|since|of|again|tomorrow|please|now|el|la|un"
-    r"|una|but|desde|\w+(?:ish|ese)|(?:itali|austri|americ|mexic|canadi|germ|kore|europe|brazili|russi|indi|asi"
-    r"|christi|ukraini|norwegi|belgi|african|austral|colombi|vegetari)\w*|catholic|french|dutch|greek|muslim|jew\w*)"
-)
-_PARTICLES = frozenset(["de", "la", "del", "las", "los", "van", "von", "der", "den", "da", "di", "bin", "al", "el"])
-
-
-def _person_name(text: str) -> str:
-    """The name at the start of a text: up to four words, or "" where none stands."""
-    taken: list[str] = []
-    for word in re.split(r"\s", text.strip("\"' "), maxsplit=6)[:6]:
-        bare = word.strip(".,;:!?\"'()")
-        if not bare or not bare[0].isalpha() or _NOT_A_NAME.fullmatch(_fold(bare)):
-            break
-        if taken and bare.islower() and not taken[0].islower() and bare not in _PARTICLES:
-            break
-        taken.append(bare[:40])
-        if bare != word or len(taken) == 4:
-            break
-    while taken and taken[-1] in _PARTICLES:
-        taken.pop()
-    return " ".join(taken)
-
-
-def _bare_name(clause: str, folded: str) -> str:
-    """The name in "I'm Ada", where a capital and nothing else tells it from "I'm tired"; else ""."""
-    said = _NAME_WEAK.match(folded)
-    rest = clause[said.end() :].rstrip(" .!") if said else ""
-    return rest if rest[:1].isupper() and not rest.isupper() and _person_name(rest) == rest else ""
-
-
-def _topics(folded: str) -> set[str]:
-    return {idea for idea, _, pattern in _TOPICS if pattern.search(folded)}
-
-
-def _ideas(text: str) -> set[str]:
-    """What two texts must share to be about the same: stems, ideas of `_IDEAS`, topics."""
-    folded = _fold(text)
-    plain = folded.replace("for a living", "")
-    ideas = {_IDEA_OF.get(stem, stem) for stem in map(_stem, _words(plain))} | _topics(folded)
-    return (ideas | {"NAME"} if _bare_name(text, folded) else ideas) - ({"LIKE"} if "HATE" in ideas else set())
-
-
-def _key(fact: str) -> str | None:
-    """What a person has only one of (their home, a taste for tea), so that a newer fact replaces it; else None."""
-    folded = _fold(fact)
-    if taste := _TASTE.match(folded):
-        rest = re.sub(r"\b(?:any ?more|ya|nada|very much|a lot|mucho)\b", "", taste[1])
-        return "taste " + " ".join(sorted(map(_stem, _words(rest))))
-    if (mine := _MY_IS.match(folded)) and mine[1] not in ("name", "nombre"):
-        return f"my {mine[1]}" if _ONE_VALUED.search(mine[1]) else None
-    return next((key for _, key, pattern in _TOPICS if key and pattern.search(folded)), None)
-
-
-# Sentences: statements, questions, requests
-
-_FIRST = (
-    r"i|i'm|im|i've|ive|i'd|i'll|my|mi|mis|me (?!too)\w+|soy|estoy|vivo|trabajo|tengo|prefiero|odio|adoro|naci"
-    r"|estudio|hablo|no me|no soy|no tengo|call me|llamame|remember|recuerda|please|forget|olvida"
-)
-_ASK = (
-    r"who|whom|whose|what|where|when|which|why|how|(?:do|does|did|is|are|am|was|were|have|has|can|could|will|would"
-    r"|should) (?:i|you|my|we|he|she|it|they|the|there)|tell me|remind me(?! to| that)|i (?:wonder|forgot"
-    r"|want to know|don't remember) (?:what|where|who|when|which|how|if)|que|quien(?:es)?|donde|cuando|cual(?:es)?"
-    r"|cuant[oa]s?|como (?:me|se|te|es|esta)|por que|(?:y )?(?:en|de|a) (?:que|donde|quien)|sabes|recuerdas"
-    r"|te acuerdas|dime|recuerdame(?! que)|puedes"
-)
-_SENTENCE_END = re.compile(r"(?<=[.!?…])(?<!\b(?:[dmj]r|ms|st)\.)(?<!\bmrs\.) |(?<=[。！？])|\n+", re.IGNORECASE)
-_BREAK = re.compile(
-    rf"(?: ?[,;] ?(?:(?:and|but|so|also|y|e|pero|ademas|tambien) )?| (?:and|but|y|e|pero|also) )(?=(?:{_FIRST}"
-    rf"|{_ASK})\b)| ?,? ?(?=¿)"
-)
-_SAME_SUBJECT = re.compile(
-    r" (?:and|but)(?: also)? (?=(?:live|work|love|like|hate|prefer|enjoy|have|am|was born|play|study|speak)\b)"
-)
-_LEAD = re.compile(
-    r"^[\s¿¡\"'(-]*(?:(?:hi|hello|hey|hola|buenas|buenos dias|buenas (?:tardes|noches)|good (?:morning|afternoon"
-    r"|evening)|well|oh|ok|okay|so|and|but|actually|also|please|thanks|btw|by the way|um|pues|bueno|y|pero|ademas"
-    r"|por favor|gracias|por cierto|(?:yes|no|si)(?=[,.!]))(?: there| again)?[\s,.!:;¿-]{1,3}){0,4}"
-)
-_ASKS = re.compile(rf"(?:{_ASK})\b")
-_TELLS = re.compile(
-    r"(?:what an? |how (?:nice|lovely|great|cool)|que (?:bueno|bien|tengas)|cuando (?:era|yo)\b|(?:when|where|what"
-    r"|how|which|why|who) (?:i|i'm|we)\b)"
-)
-_MINE = re.compile(
-    r"\b(?:i|i'm|im|i've|ive|i'd|i'll|my|mine|me|myself|we|our|yo|mi|mis|mio|mia|soy|estoy|tengo|vivo|trabajo"
-    r"|prefiero|odio|adoro|amo|naci|nuestr[oa]s?)\b"
-)
-_MINE_ES = re.compile(
-    r"(?:no |yo |siempre |tambien |ahora )?(?:me |lo |la )?(?!bueno|claro|luego|pero|gusto|como (?:te|se|esta)"
-    r"|mucho)[^\W\d_]{3,}o\b"
-)
-_NO_FACT = re.compile(
-    r"(?:tell|give|help|show|let|excuse|send|write|make|explain|i(?:'d| would) like you|i (?:want|need) you|dime|dame"
-    r"|ayuda(?:me)?|muestrame|cuentame)\b|(?:i (?:see|know|guess so|think so|hope so|understand|agree|don't know"
-    r"|dunno)|thank you.*|me too|my god|(?:i'm|i am) (?:sorry|back|here|fine|ok|okay|good|well)|lo siento|no se"
-    r"|estoy bien|yo tambien)\W*$"
-)
-_REMEMBER = re.compile(
-    r"(?:(?:can|could|will|would) you )?(?:please )?(?:remember|do(?:n't| not) forget|keep in mind|note(?= that|:)"
-    r"|remind me(?= to| that)|recuerda(?:me)?|no (?:te )?olvides|ten en cuenta|apunta|anota)(?: that| this| que"
-    r"| de que)?[ ,:]{1,2}"
-)
-_FORGET = re.compile(r"(?:forget|erase|olvida(?:te)?|borra)\b(?: (?:that|about|de|que|lo de|everything|todo)\b)*")
-_SPANISH = frozenset(
-    [
-        "el",
-        "la",
-        "los",
-        "las",
-        "un",
-        "una",
-        "de",
-        "del",
-        "que",
-        "en",
-        "y",
-        "es",
-        "soy",
-        "estoy",
-        "mi",
-        "mis",
-        "me",
-        "llamo",
-        "gusta",
-        "gustan",
-        "vivo",
-        "trabajo",
-        "tengo",
-        "yo",
-        "como",
-        "donde",
-        "cuando",
-        "quien",
-        "cual",
-        "hola",
-        "gracias",
-        "por",
-        "para",
-        "con",
-        "sabes",
-        "recuerdas",
-        "recuerda",
-        "dime",
-        "eres",
-        "qué",
-        "nací",
-        "olvida",
-        "buenos",
-        "buenas",
-        "odio",
-        "prefiero",
-        "encanta",
-        "sobre",
-        "no",
-        "mucho",
-        "muy",
-    ]
-)
-_ENGLISH = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "of",
-        "that",
-        "in",
-        "and",
-        "is",
-        "am",
-        "i",
-        "my",
-        "me",
-        "name",
-        "like",
-        "live",
-        "work",
-        "have",
-        "what",
-        "where",
-        "when",
-        "who",
-        "how",
-        "do",
-        "did",
-        "you",
-        "are",
-        "about",
-        "remember",
-        "tell",
-        "to",
-        "for",
-        "with",
-        "hello",
-        "hi",
-        "no",
-    ]
-)
-_WHAT_ARE_YOU = re.compile(
-    r"\b(?:(?:who|what) (?:are|r) (?:you|u)\b(?! (?:doing|up to))|are you (?:an? |the |really )?(?:ai|robot|bot|human"
-    r"|person|real|language model|llm|model|machine|program|chatgpt|gpt)|what(?:'s| is) your name|(?:which"
-    r"|what) model|what can you do|can you help|que puedes hacer|puedes ayudar|que eres|quien eres"
-    r"|eres (?:una? )?(?:ia|robot|bot|human[oa]|persona|modelo|maquina)|como te llamas)"
-)
-_GREETING = re.compile(
-    r"(?:hi|hello|hey|hola|buenas|buenos dias|good (?:morning|afternoon|evening)|greetings|how are you|que tal"
-    r"|como estas)\b.{0,30}$"
-)
-_ABOUT_ME = re.compile(r"\b(?:about me|know me|know|remember|recall|sobre mi|de mi|sabes|recuerdas|conoces|acuerdas)\b")
-_SAID = re.compile(
-    r"\b(?:say|said|tell|told|talk\w*|mention\w*|wr[io]te|discuss\w*|dije|dijimos|conte|hablamos|mencione|escribi)\b"
-)
-
-
-def _bounded(text: str) -> str:
-    """The part of a text that the rules read, NFC, with single spaces: no rule sees more than 10,000 characters."""
-    if len(text) > OFFLINE_READS:
-        text = text[:OFFLINE_READS] + "\n" + text[-OFFLINE_READS // 4 :]
-    return re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFC", text.replace("’", "'"))).strip()
-
-
-def _is_spanish(text: str) -> bool:
-    words = re.findall(r"[^\W\d_]+", text[:2000].lower())
-    spanish = sum(word in _SPANISH for word in words) + 2 * len(re.findall("[¿¡ñ]", text[:2000]))
-    return spanish > sum(word in _ENGLISH for word in words)
-
-
-def _clauses(text: str) -> Iterator[tuple[str, bool]]:
-    """The clauses of a bounded text, each with whether it asks."""
-    for sentence in filter(None, map(str.strip, _SENTENCE_END.split(text))):
-        edges = [(0, 0), *(found.span() for found in _BREAK.finditer(_fold(sentence))), (len(sentence), len(sentence))]
-        for (_, start), (end, _) in itertools.pairwise(edges):
-            clause = sentence[start:end].strip(" ,;")
-            lead = _LEAD.match(_fold(clause))
-            clause = clause[lead.end() if lead else 0 :] or clause
-            folded = _fold(clause)
-            asks = clause.endswith(("?", "？")) or bool(_ASKS.match(folded) and not _TELLS.match(folded))
-            if _REMEMBER.match(folded) and (" that " in folded or not clause.endswith("?")):
-                asks = False
-            if asks or not folded.startswith(("i ", "i'm ")):
-                yield clause, asks
-                continue
-            edges_same = [0, *(found.end() for found in _SAME_SUBJECT.finditer(folded)), len(clause)]
-            for n, (left, right) in enumerate(itertools.pairwise(edges_same)):
-                piece = re.sub(r" (?:and|but)(?: also)? ?$", "", clause[left:right], flags=re.IGNORECASE)
-                yield ("I " if n else "") + piece, False
-
-
-def _fact(clause: str, spanish: bool, named: bool) -> str | None:
-    """The fact that a clause states about the person, as one line in their own words, or `Name: …`; None: no fact.
-
-    `named`: a name is known, so that "I'm Rome" does not replace it.
-    """
-    folded = _fold(clause)
-    if re.match(r"(?:name|nombre): ?\w", folded):
-        return clause
-    label = "Nombre: " if spanish else "Name: "
-    if kept := _REMEMBER.match(folded):
-        rest = clause[kept.end() :].strip()
-        return (_fact(rest.rstrip("?"), spanish, named) or rest.rstrip(" .!?")) or None
-    if (said := _MY_NAME.search(folded)) and (name := _person_name(clause[said.end() :])):
-        return label + name
-    if not named and (name := _bare_name(clause, folded)):
-        return label + name
-    if _NO_FACT.match(folded) or _FORGET.match(folded) or len(folded) < 5:
-        return None
-    mine = _MINE.search(folded) or (spanish and _MINE_ES.match(folded))
-    return clause.rstrip(" .!;,") if mine and len(_words(folded)) > 0 else None
-
-
-@dataclass
-class _Said:
-    """What a user's message holds, read by rules."""
-
-    facts: list[str] = field(default_factory=list)
-    questions: list[str] = field(default_factory=list)
-    """At most three; those about the model itself are not among them."""
-    forget: list[str] = field(default_factory=list)
-    """What to forget, in the user's words; "" means what was said last, "*" all."""
-    what_are_you: bool = False
-    greeting: bool = False
-    spanish: bool = False
-
-
-def _read_said(text: str, named: bool = False) -> _Said:
-    text = _bounded(text)
-    said = _Said(spanish=_is_spanish(text), greeting=bool(_GREETING.match(_fold(text))))
-    for clause, asks in _clauses(text):
-        folded = _fold(clause)
-        if _WHAT_ARE_YOU.search(folded):
-            said.what_are_you = True
-        elif asks:
-            if not _GREETING.match(folded) and len(said.questions) < 3:
-                said.questions.append(clause)
-        elif forget := _FORGET.match(folded):
-            rest = clause[forget.end() :].strip(" .!:")
-            said.forget.append("*" if re.search("everything|todo", forget[0]) and not _words(_fold(rest)) else rest)
-        elif (fact := _fact(clause, said.spanish, named)) and fact not in said.facts and len(said.facts) < 12:
-            said.facts.append(fact)
-            named = named or fact.startswith(("Name: ", "Nombre: "))
-    return said
-
-
-# The turn, read back from the messages of a request
-
-
-@dataclass
-class _OfflineBlock:
-    text: str
-    room: int
-    """Characters still free."""
-
-    @property
-    def lines(self) -> list[str]:
-        return [line for line in self.text.split("\n") if line.strip()]
-
-
-@dataclass
-class _Done:
-    """A tool call of this turn and its result; a call without one counts as done."""
-
-    name: str
-    arguments: dict[str, Any]
-    ok: bool = True
-    result: str = ""
-
-
-@dataclass
-class _OfflineTurn:
-    blocks: dict[str, _OfflineBlock]
-    first: bool
-    """The model has said nothing yet."""
-    text: str = ""
-    time: str = ""
-    open: bool = False
-    """The newest user message waits for its reply."""
-    pressed: bool = False
-    """The newest thing is a memory-pressure warning."""
-    history: list[dict[str, Any]] = field(default_factory=list)
-    """The messages before the newest user message."""
-    done: list[_Done] = field(default_factory=list)
-    steps: int = 0
-
-    @property
-    def human(self) -> _OfflineBlock:
-        return self.blocks.get("human", _OfflineBlock("", 0))
-
-    @property
-    def person(self) -> str:
-        """The person's name as the human block has it, or ""."""
-        found = re.search(
-            r"^-? ?(?:first name|name|nombre): ?(.{1,60})$", self.human.text, re.MULTILINE | re.IGNORECASE
-        )
-        return _person_name(found[1]) if found else ""
-
-
-def _json_object(text: Any) -> dict[str, Any]:
-    """The object that a text holds as JSON, {} for anything else."""
-    try:
-        value = decode_loose(text) if isinstance(text, str) and text.lstrip()[:1] == "{" else text
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _packed(message: dict[str, Any]) -> tuple[str, str, str]:
-    """(type, text, time) of a user-role message; what is not packed as MemGPT packs is the user's own text."""
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    packed = _json_object(content)
-    if packed.get("type") not in ("user_message", "heartbeat", "login", "system_alert"):
-        return "user_message", str(content or ""), ""
-    text = packed.get("message") or packed.get("reason") or ""
-    return str(packed["type"]), str(text), str(packed.get("time") or "")
-
-
-def _tool_calls(message: dict[str, Any]) -> Iterator[tuple[str, _Done]]:
-    """(id, call) of each call in an assistant message."""
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else []:
-        function = call.get("function") if isinstance(call, dict) else None
-        if isinstance(function, dict):
-            arguments = dict(_json_object(function.get("arguments")))
-            arguments.pop("request_heartbeat", None)
-            yield str(call.get("id")), _Done(str(function.get("name")), arguments)
-
-
-def _read_turn(messages: list[dict[str, Any]]) -> _OfflineTurn:
-    system = str(messages[0].get("content") or "") if messages and messages[0].get("role") == "system" else ""
-    shown = re.finditer(r'<([\w.-]{1,64}) characters="(\d{1,9})/(\d{1,9})">\n?(.*?)\n?</\1>', system, re.DOTALL)
-    turn = _OfflineTurn(
-        {b[1]: _OfflineBlock(b[4], int(b[3]) - int(b[2])) for b in shown},
-        not any(m.get("role") == "assistant" for m in messages),
-    )
-    start = len(messages)
-    while start and (messages[start - 1].get("role") != "user" or _packed(messages[start - 1])[0] != "user_message"):
-        start -= 1
-    if start:
-        _, turn.text, turn.time = _packed(messages[start - 1])
-        turn.history, turn.open = messages[: start - 1], True
-    for message in reversed(turn.history):  # a warning that came just before the user's message
-        if message.get("role") != "user":
-            break
-        turn.pressed |= "core_memory_append" in _packed(message)[1]
-    by_id: dict[str, _Done] = {}
-    for message in messages[start:]:
-        role = message.get("role")
-        if role == "assistant":
-            calls = dict(_tool_calls(message))
-            by_id |= calls
-            turn.done += calls.values()
-            turn.steps, turn.pressed = turn.steps + 1, False
-            turn.open &= bool(calls) or not message.get("content")
-        elif role == "tool" and (done := by_id.get(str(message.get("tool_call_id")))):
-            result = _json_object(message.get("content"))
-            done.ok = result.get("status", "OK") == "OK"
-            done.result = str((result.get("message") if "status" in result else message.get("content")) or "")
-        elif role == "user":
-            kind, text, _ = _packed(message)
-            turn.pressed |= kind == "system_alert" and "core_memory_append" in text
-    last = _packed(messages[-1]) if messages and messages[-1].get("role") == "user" else ("", "", "")
-    timed = last[0] == "heartbeat" and bool(re.search(r"\b(?:timed|timer|wake|woken)\b", last[1][:500]))
-    replied = any(done.name == "send_message" and done.ok for done in turn.done)
-    turn.open &= not (timed or replied)
-    return turn
-
-
-# Answers from what was found
-
-
-_FIRST_PERSON = "I I'm my me yo soy mi"
-"""What to search for when the words of a question find nothing: "I'm Ada" holds no word of "what is my name"."""
-
-
-def _query(question: str) -> str:
-    """The words to search for: those of the question, then other words for the ideas in it; at most 40."""
-    folded = _fold(question).replace("for a living", "")
-    ideas = [idea for idea in _IDEAS if idea in _ideas(question)]
-    words = [*_words(folded), *(word for idea in ideas for word in _IDEAS[idea].split())]
-    return " ".join(dict.fromkeys(words[:40])) or (_FIRST_PERSON if _ABOUT_ME.search(folded) else "")
-
-
-def _found_items(result: str) -> list[tuple[str, str, str]]:
-    """(time, role, text) of each hit in a search result; archival hits have no role."""
-    try:
-        hits = decode_first(result[result.index("[") :])
-    except (ValueError, RecursionError):
-        return []
-    return [
-        (str(hit.get("time") or ""), str(hit.get("role") or ""), _packed({"content": hit.get("text")})[1])
-        for hit in hits
-        if isinstance(hit, dict)
-    ]
-
-
-@dataclass(frozen=True)
-class _Quote:
-    time: str
-    """Of the message or passage; "" for core memory."""
-    source: str
-    """core, recall or archival."""
-    text: str
-
-    def say(self, spanish: bool) -> str:
-        if self.source == "core":
-            return ("En mi memoria central tengo: " if spanish else "In my core memory I have: ") + self.text
-        day, text = self.time[:10], self.text if len(self.text) <= 300 else self.text[:299] + "…"
-        if self.source == "recall":
-            return f'Me dijiste el {day}: "{text}"' if spanish else f'You told me on {day}: "{text}"'
-        return f'En mi memoria de archivo ({day}): "{text}"' if spanish else f'In archival memory ({day}): "{text}"'
-
-
-def _bare(line: str) -> str:
-    """A line of a block without its dash and full stop, folded: equal for equal facts."""
-    return _fold(unicodedata.normalize("NFC", line)).strip(" -.!,;")
-
-
-def _statements(turn: _OfflineTurn, queries: list[str]) -> list[_Quote]:
-    """What core memory and the results of these searches state: core memory first, then newest first."""
-    quotes = [
-        _Quote("", "core", clause.rstrip(" ."))
-        for label, block in turn.blocks.items()
-        if label != "persona"
-        for line in block.lines[:200]
-        for clause, asks in _clauses(_bounded(line.strip(" -")))
-        if not asks
-    ]
-    stored: set[_Quote] = set()
-    for done in turn.done:
-        if not done.ok or str(done.arguments.get("query")) not in queries:
-            continue
-        source = "archival" if done.name == "archival_memory_search" else "recall"
-        for when, role, text in _found_items(done.result):
-            if role not in ("user", "") or text.startswith("/call "):
-                continue  # its own replies and tool results repeat, or lack, what the user said
-            stored |= {
-                _Quote(when, source, clause.rstrip(" ."))
-                for clause, asks in _clauses(_bounded(text))
-                if not asks and not _FORGET.match(_fold(clause)) and not _NO_FACT.match(_fold(clause))
-            }
-    return quotes + sorted(stored, key=lambda quote: (quote.time, quote.source), reverse=True)
-
-
-_WHOSE = re.compile(r"(?:my|mi|mis) ([^\W\d_]+)")
-
-
-def _answers(question: str, turn: _OfflineTurn, queries: list[str]) -> tuple[list[_Quote], bool]:
-    """The statements that answer a question, best first, at most 5; and whether they do, or are only near."""
-    asked = _ideas(question)
-    special = {idea for idea in asked if not idea.isupper()}
-    statements = _statements(turn, queries)
-    best: list[tuple[float, _Quote, set[str]]] = []
-    seen: set[str] = set()
-    for quote in statements:
-        ideas = _ideas(quote.text)
-        shared = asked & ideas
-        key = _key(quote.text) or _bare(quote.text)
-        if not shared or key in seen:
-            continue  # an older fact of which a person has one: the newer has replaced it
-        seen.add(key)
-        topical = len(asked) == 1 and asked & _topics(_fold(quote.text))
-        whose = _WHOSE.match(_fold(quote.text))
-        other = whose is not None and not _ideas(whose[1]) & asked  # "my wife is called Eva" is not my name
-        best.append((len(shared) + len(shared & special) + (0.5 if topical else 0) - 0.5 * other, quote, shared))
-    best.sort(key=lambda entry: -entry[0])  # stable: newest first among equals
-    if not asked and _ABOUT_ME.search(_fold(question)):
-        return ([quote for quote in statements if quote.source == "core"] or statements[:5])[:40], True
-    fitting = [entry for entry in best if not special or entry[2] & special]
-    if not fitting:
-        return [quote for _, quote, shared in best[:1] if "LIKE" in shared], False
-    chosen = [entry for entry in fitting if entry[0] == fitting[0][0]][:5]
-    covered = set().union(*(entry[2] for entry in chosen))
-    for entry in fitting:
-        if entry[2] & (special or asked) - covered and len(chosen) < 5:
-            chosen.append(entry)
-            covered |= entry[2]
-    return list(dict.fromkeys(_dated(quote, statements) for _, quote, _ in chosen)), True
-
-
-def _dated(quote: _Quote, statements: list[_Quote]) -> _Quote:
-    """The user's own words, with their date, for a line of core memory that repeats them; else the line."""
-    if quote.source != "core":
-        return quote
-    key, ideas = _key(quote.text), _ideas(quote.text)
-    for told in statements:
-        same = _bare(quote.text) in _bare(told.text) or (key and _key(told.text) == key and ideas <= _ideas(told.text))
-        if told.source == "recall" and same:
-            return told
-    return quote
-
-
-def _days(question: str, time: str) -> tuple[datetime.date, datetime.date] | None:
-    """The days that "what did I say yesterday" and its like ask about, seen from `time`; None: no such question."""
-    folded = _fold(question)
-    named = re.search(r"\b(\d{4}-\d\d-\d\d)\b", folded)
-    ago = re.search(r"\b(\d{1,4}) days? ago|\bhace (\d{1,4}) dias?", folded)
-    try:
-        if not _SAID.search(folded):
-            return None
-        if named:
-            return datetime.date.fromisoformat(named[1]), datetime.date.fromisoformat(named[1])
-        today = datetime.date.fromisoformat(time[:10])
-        monday, month = today - datetime.timedelta(today.weekday()), today.replace(day=1)
-        spans = {
-            r"\b(?:yesterday|ayer)\b": (today - datetime.timedelta(1), today - datetime.timedelta(1)),
-            r"\b(?:today|this morning|hoy)\b": (today, today),
-            r"\b(?:last week|semana pasada)\b": (monday - datetime.timedelta(7), today - datetime.timedelta(1)),
-            r"\b(?:this week|esta semana)\b": (monday, today),
-            r"\b(?:last month|mes pasado)\b": (
-                (month - datetime.timedelta(1)).replace(day=1),
-                month - datetime.timedelta(1),
-            ),
-        }
-        if ago:
-            day = today - datetime.timedelta(int(ago[1] or ago[2]))
-            return day, day
-        return next((span for pattern, span in spans.items() if re.search(pattern, folded)), None)
-    except (ValueError, OverflowError):
-        return None
-
-
-# What to call, what to say
-
-
-_KNOWN_TOOLS = frozenset(
-    [
-        "send_message",
-        "core_memory_append",
-        "core_memory_replace",
-        "conversation_search",
-        "conversation_search_date",
-        "archival_memory_insert",
-        "archival_memory_search",
-        "pause_heartbeats",
-    ]
-)
-_VALUE = re.compile(r"""([A-Za-z_]\w{0,63}) ?[=:] ?("[^"]*"|'[^']*'|[^\s,;)]+)""")
-
-
-def _command_arguments(text: str) -> dict[str, Any] | None:
-    """Arguments written as a JSON object or as `key=value, …`; None when they cannot be read."""
-    text = text.strip(" \n\t`()")
-    if text.startswith("{"):
-        try:
-            value = decode_first(text)
-        except (ValueError, RecursionError):
-            return None
-        return value if isinstance(value, dict) else None
-    values: dict[str, Any] = {}
-    for key, value in _VALUE.findall(text):
-        try:
-            values[key] = decode_loose(value)
-        except (ValueError, RecursionError):
-            values[key] = value.strip("\"'")
-    return values if values or not re.search(r"\w", text) else None
-
-
-def _command(text: str, tools: frozenset[str]) -> tuple[str, dict[str, Any] | None] | None:
-    """The tool that the user orders by name, with its arguments: `/call NAME …`, `NAME(…)`, `use NAME with …`."""
-    text = text[:OFFLINE_READS]
-    if order := re.match(r"\s*/call\s+([\w.-]{1,64})(.*)", text, re.DOTALL):
-        return order[1], _command_arguments(order[2])
-    for name in sorted(tools - _KNOWN_TOOLS, key=len, reverse=True):
-        if name not in text:
-            continue
-        if order := re.search(rf"(?<!\w){re.escape(name)} ?(\([^\n]*)", text):
-            end = order[1].rfind(")")
-            return name, _command_arguments(order[1][: end if end > 0 else None])
-        if order := re.search(
-            rf"\b(?:use|call|run|usa|ejecuta) (?:the )?(?:tool )?`?{re.escape(name)}\b`?(?: (?:with|con)\b)?(.*)",
-            text,
-            re.IGNORECASE,
-        ):
-            return name, _command_arguments(order[1].rstrip(".!? ")) or ({} if "{" not in order[1] else None)
-    return None
-
-
-def _saves(turn: _OfflineTurn, facts: list[str], tools: frozenset[str]) -> list[OfflineCall]:
-    """The calls that keep these facts: in the human block while they are short and fit, else in archival memory."""
-    calls: list[OfflineCall] = []
-    lines: list[str] = []
-    passages: list[str] = []
-    room, old_lines = turn.human.room, turn.human.lines
-    known = set(map(_bare, old_lines))
-    for fact in facts:
-        line = fact if fact.startswith(("Name: ", "Nombre: ")) else "- " + fact
-        key = _key(fact)
-        old = next((old for old in old_lines if key and _key(old.strip(" -")) == key), None)
-        if _bare(line) in known:
-            continue
-        if old and "core_memory_replace" in tools and len(line) - len(old) <= room and len(line) <= 300:
-            old_lines.remove(old)
-            room -= len(line) - len(old)
-            calls.append(("core_memory_replace", {"name": "human", "old_content": old, "new_content": line}))
-        elif "human" in turn.blocks and "core_memory_append" in tools and len(line) < min(room, 301):
-            lines.append(line)
-            room -= len(line) + 1
-        else:
-            passages.append(fact)
-    if lines:
-        calls.append(("core_memory_append", {"name": "human", "content": "\n".join(lines)}))
-    if passages and "archival_memory_insert" in tools:
-        calls.append(("archival_memory_insert", {"content": "\n".join(passages)}))
-    return calls
-
-
-def _forgets(turn: _OfflineTurn, wanted: list[str], tools: frozenset[str]) -> list[OfflineCall]:
-    """The calls that take out of the human block the lines that match; each is cut with its line break."""
-    text, calls = turn.human.text, list[OfflineCall]()
-    for want in wanted if "core_memory_replace" in tools else []:
-        asked = _ideas(want)
-        special = {idea for idea in asked if not idea.isupper()} or asked
-        last = next(
-            (
-                _packed(m)[1]
-                for m in reversed(turn.history)
-                if m.get("role") == "user" and _packed(m)[0] == "user_message"
-            ),
-            "",
-        )
-        recent = set(map(_bare, _read_said(last).facts)) if not asked else set()
-        for line in text.split("\n"):
-            match = line.strip() and (want == "*" or _bare(line) in recent or (asked and special <= _ideas(line)))
-            if match:
-                old = line + "\n" if line + "\n" in text else "\n" + line if "\n" + line in text else line
-                text = text.replace(old, "", 1)
-                calls.append(("core_memory_replace", {"name": "human", "old_content": old, "new_content": ""}))
-    return calls
-
-
-def _unsaved(turn: _OfflineTurn) -> list[str]:
-    """Facts of the last 20 user messages that neither core memory nor an insert still in sight holds, newest first."""
-    kept = _bare(turn.human.text)
-    for message in turn.history[-200:]:
-        kept += "".join(_fold(str(d.arguments.get("content"))) for _, d in _tool_calls(message))
-    texts = [
-        text
-        for m in turn.history[-200:]
-        if m.get("role") == "user"
-        for kind, text, _ in [_packed(m)]
-        if kind == "user_message"
-    ]
-    facts = [fact for text in reversed([*texts[-19:], turn.text]) for fact in _read_said(text).facts]
-    return [fact for fact in dict.fromkeys(facts) if _bare(fact) not in kept][:12]
-
-
-def _next_calls(turn: _OfflineTurn, said: _Said, tools: frozenset[str]) -> list[OfflineCall]:
-    """The calls of this step, none once it is time to reply. No call is made twice in a turn."""
-    calls: list[OfflineCall] = []
-    if turn.pressed and "archival_memory_insert" in tools and (facts := _unsaved(turn)):
-        calls.append(("archival_memory_insert", {"content": "\n".join(facts)}))
-    command = _command(turn.text, tools) if turn.open else None
-    if command and not turn.steps and command[0] in tools and command[1] is not None and command[0] != "send_message":
-        calls.append((command[0], command[1]))
-    elif turn.open and not command and not turn.steps:
-        calls += _forgets(turn, said.forget, tools) + _saves(turn, said.facts, tools)
-        for question in said.questions:
-            days, query = _days(question, turn.time), _query(question)
-            if days and "conversation_search_date" in tools:
-                calls.append(("conversation_search_date", {"start_date": str(days[0]), "end_date": str(days[1])}))
-            elif query:
-                searches = ("conversation_search", "archival_memory_search")
-                calls += [(name, {"query": query}) for name in searches if name in tools]
-    elif turn.open and turn.steps < 5:
-        for done in turn.done:
-            content = done.arguments.get("content") or done.arguments.get("new_content")
-            if not done.ok and done.name.startswith("core_memory_") and content and "archival_memory_insert" in tools:
-                calls.append(("archival_memory_insert", {"content": content}))
-        for question in said.questions:
-            query, pages = _query(question), [done for done in turn.done if done.name == "conversation_search"]
-            ours = [done for done in pages if done.arguments.get("query") == query and done.ok]
-            more = re.search(r"\(page (\d{1,6}) of (\d{1,6})\)", ours[-1].result[:200]) if ours else None
-            if not ours or _answers(question, turn, [query, _FIRST_PERSON])[1]:
-                continue
-            if more and int(more[1]) < min(2, int(more[2])):  # the page held nothing but questions like this one
-                calls.append(("conversation_search", {"query": query, "page": int(more[1]) + 1}))
-            elif _ideas(question) & {"NAME", "LIVE", "WORK", "AGE"}:
-                calls.append(("conversation_search", {"query": _FIRST_PERSON}))
-    new: list[OfflineCall] = []
-    made = [(done.name, done.arguments) for done in turn.done]
-    for call in calls:
-        if call not in made and call not in new:
-            new.append(call)
-    return [(name, {**given, "request_heartbeat": turn.open}) for name, given in new]
-
-
-def _what_i_am(spanish: bool) -> str:
-    if spanish:
-        return (
-            "Soy el sustituto sin conexión de memws: sigo reglas, no soy un modelo de lenguaje. Guardo lo que me"
-            " cuentas y lo busco."
-            " Un modelo de verdad se elige con --model, --base-url u OPENAI_API_KEY."
-        )
-    return (
-        "I am memws's offline stand-in: rule-based, not a language model. I keep what you tell me and search for it."
-        " A real model is chosen with --model, --base-url or OPENAI_API_KEY."
-    )
-
-
-def _say_saved(turn: _OfflineTurn, said: _Said) -> list[str]:
-    """What was noted, changed, forgotten, or could not be kept."""
-    es, parts, noted, kept, failed = said.spanish, list[str](), list[str](), list[str](), list[str]()
-    removed: list[str] = []
-    for done in turn.done:
-        content = (
-            str(done.arguments.get("content") or done.arguments.get("new_content") or "")
-            .replace("\n- ", "; ")
-            .strip(" -")
-        )
-        content = (content if len(content) <= 400 else content[:399] + "…").replace("\n", "; ")
-        old = str(done.arguments.get("old_content") or "").strip(" -\n")
-        if not done.ok:
-            failed += [done.result[:200]] * (
-                done.name in ("core_memory_append", "core_memory_replace", "archival_memory_insert")
-            )
-        elif done.name == "core_memory_replace" and not content:
-            removed.append(old)
-        elif done.name == "core_memory_replace":
-            noted.append(f"{content} ({'antes' if es else 'before'}: {old})")
-        elif done.name == "core_memory_append":
-            noted.append(content)
-        elif done.name == "archival_memory_insert":
-            kept.append(content)
-    if noted:
-        parts.append(
-            ("He anotado en mi memoria central: " if es else "I noted in core memory: ") + "; ".join(noted) + "."
-        )
-    if kept:
-        parts.append(
-            ("He guardado en mi memoria de archivo: " if es else "I kept in archival memory: ") + "; ".join(kept) + "."
-        )
-    if removed:
-        quoted = "; ".join(removed)
-        parts.append(
-            f"He borrado de mi memoria central: {quoted}. El historial conserva los mensajes."
-            if es
-            else f"I removed from core memory: {quoted}. Recall memory still holds the messages."
-        )
-    elif said.forget:
-        parts.append(
-            "No encontré nada de eso en mi memoria central."
-            if es
-            else "I found nothing about that in core memory to forget."
-        )
-    if failed and not kept:
-        parts.append(("No pude guardarlo: " if es else "I could not keep it: ") + failed[0])
-    elif said.facts and not noted and not kept:
-        facts = "; ".join(said.facts)[:400]
-        known = all(_bare(fact) in map(_bare, turn.human.lines) for fact in said.facts)
-        if known:
-            parts.append(
-                f"Eso ya lo tengo en mi memoria central: {facts}."
-                if es
-                else f"I already have that in core memory: {facts}."
-            )
-        else:
-            parts.append(
-                "Queda en el historial, donde puedo buscarlo."
-                if es
-                else "It stays in recall memory, where I can find it."
-            )
-    return parts
-
-
-def _say_answer(question: str, turn: _OfflineTurn, es: bool, tools: frozenset[str]) -> str:
-    """The answer to one question: quotes, or that nothing was found and where it looked."""
-    if days := _days(question, turn.time):
-        span = str(days[0]) if days[0] == days[1] else f"{days[0]} – {days[1]}"
-        hits = [
-            hit
-            for done in turn.done
-            if done.name == "conversation_search_date" and done.ok
-            for hit in _found_items(done.result)
-        ]
-        said = [f'"{text[:200]}" ({time[:16]})' for time, role, text in hits if role == "user" and text != turn.text]
-        if said:
-            return (f"Dijiste ({span}): " if es else f"You said ({span}): ") + "; ".join(said[:10]) + "."
-        return f"No encontré mensajes tuyos ({span})." if es else f"I found no messages of yours ({span})."
-    query = _query(question)
-    quotes, fits = _answers(question, turn, [query, _FIRST_PERSON])
-    if not query:
-        return _what_i_am(es)
-    if quotes and fits and all(quote.source == "core" for quote in quotes):
-        return _Quote("", "core", "; ".join(quote.text for quote in quotes)).say(es) + "."
-    told = ". ".join(quote.say(es) for quote in quotes) + "." if quotes else ""
-    if quotes and fits:
-        return told
-    about = " ".join(_words(_fold(question))[:8]) or question.strip("¿?")[:80]
-    both = {"conversation_search", "archival_memory_search"} <= tools
-    failed = next((done.result[:200] for done in turn.done if not done.ok and done.arguments.get("query") == query), "")
-    if es:
-        where = "ni en mi memoria central, ni en el historial, ni en la memoria de archivo" if both else "en mi memoria"
-        nothing = f"No encontré nada sobre «{about}» {where}."
-        return (
-            nothing
-            + (f" Una búsqueda falló: {failed}" if failed else "")
-            + (f" Lo más parecido: {told}" if told else "")
-        )
-    where = "in core memory, and I searched both recall and archival memory" if both else "in my memory"
-    nothing = f'I found nothing about "{about}" {where}.'
-    return (
-        nothing + (f" A search failed: {failed}" if failed else "") + (f" The nearest I have: {told}" if told else "")
-    )
-
-
-def _say_command(name: str, given: dict[str, Any] | None, turn: _OfflineTurn, es: bool, tools: frozenset[str]) -> str:
-    if name not in tools or name == "send_message":
-        known = ", ".join(sorted(tools - {"send_message"}))
-        return f"No tengo la herramienta {name}; tengo: {known}." if es else f"I have no tool {name}; I have: {known}."
-    if given is None:
-        example = f'/call {name} {{"key": "value"}}'
-        return (
-            f"No pude leer los argumentos; escribe: {example}"
-            if es
-            else f"I could not read the arguments; write: {example}"
-        )
-    result = next((done for done in turn.done if done.name == name), _Done(name, {}))
-    verb = ("respondió" if es else "returned") if result.ok else ("falló" if es else "failed")
-    return f"{name} {verb}: {result.result[:4000]}"
-
-
-def _say_all(turn: _OfflineTurn, said: _Said, tools: frozenset[str]) -> str:
-    """What the model says to the user at the end of its turn; never empty."""
-    es = said.spanish
-    if command := _command(turn.text, tools):
-        return _say_command(*command, turn, es, tools)
-    parts = _say_saved(turn, said)
-    if said.what_are_you:
-        parts.append(_what_i_am(es))
-    parts += [_say_answer(question, turn, es, tools) for question in said.questions]
-    if said.greeting:
-        person = turn.person
-        hello = f"¡Hola{', ' + person if person else ''}!" if es else f"Hello{', ' + person if person else ''}!"
-        parts = [hello, *parts, *([_what_i_am(es)] if turn.first and not said.what_are_you else [])]
-    if not parts and re.match(r"\W*(?:thank|thx|gracias)", _fold(turn.text[:40])):
-        parts = ["De nada." if es else "You are welcome."]
-    if not parts:
-        parts = [
-            "Queda en el historial, donde puedo buscarlo." if es else "It stays in recall memory, where I can find it."
-        ]
-        parts += [_what_i_am(es)] * turn.first
-    return " ".join(dict.fromkeys(parts))
-
-
-def _summary(transcript: str) -> str:
-    """The facts people stated in a transcript, at most 1,000 characters: what is cut is the oldest."""
-    stated: list[str] = []
-    user = True
-    for line in transcript.split("\n"):
-        speaker = re.match(
-            r"\s*(?:\[[^\]\n]{0,40}\] ?)?(user|human|assistant|agent|tool|function|system)\b[^:>\n]{0,40}[:>] ?",
-            line,
-            re.IGNORECASE,
-        )
-        user = speaker[1].lower() in ("user", "human", "system") if speaker else user
-        if user and "core_memory_append" not in line:
-            kind, text, _ = _packed({"content": line[speaker.end() if speaker else 0 :]})
-            stated += text.split("\n") if kind in ("user_message", "system_alert") else []
-    facts: dict[str, str] = {}
-    room = 900
-    for text in reversed(stated):
-        for fact in [text[2:]] if text.startswith("- ") else reversed(_read_said(text).facts):
-            if _bare(fact) in facts or room <= 0:
-                continue
-            facts[_bare(fact)] = "- " + fact[:300]
-            room -= len(facts[_bare(fact)]) + 1
-    if not facts:
-        return "No facts about the user were stated. Last words: " + " / ".join(filter(None, stated[-3:]))[:900]
-    kept = list(facts.values()) if room >= 0 else list(facts.values())[:-1]
-    return "The user stated:\n" + "\n".join(reversed(kept))[:980]
-
-
-def offline_reply(messages: list[dict[str, Any]], tools: frozenset[str]) -> tuple[str, list[OfflineCall]]:
-    """What the offline model answers to a request: (inner monologue, [(tool name, arguments), …]).
-
-    A pure function of the request: `messages` as they are sent to an endpoint, `tools` the names on offer. It asks
-    for a heartbeat with each call but its reply, so that the agent's own loop carries it on. It never raises.
-    """
-    messages = [message for message in messages if isinstance(message, dict)]
-    if messages and str(messages[0].get("content")).startswith(SUMMARY_SYSTEM):
-        return _summary("\n".join(_packed(message)[1] for message in messages[1:])), []
-    turn = _read_turn(messages)
-    said = _read_said(turn.text, bool(turn.person)) if turn.open else _Said()
-    if calls := _next_calls(turn, said, tools):
-        return "I look into my memory and keep what is new.", calls
-    if not turn.open:
-        return "Nothing waits for an answer.", []
-    reply = _say_all(turn, said, tools)
-    if "send_message" in tools and not any(done.name == "send_message" for done in turn.done):
-        return "I know what to say.", [("send_message", {"message": reply})]
-    return reply, []
-
-
-def offline_chunks(text: str) -> Iterator[str]:
-    """The text in pieces of a word, at most 40 characters each, as a model streams it; joined they are the text."""
-    return (piece[0] for piece in re.finditer(r"\s{1,40}|\S{1,40}\s{0,8}", text))
-
-
 def only_model(base_url: str, api_key: str | None) -> str:
     """The one model that an endpoint serves, asked with a time limit. Raises UsageError with the list of several."""
     import http.client
@@ -4609,6 +3332,607 @@ def only_model(base_url: str, api_key: str | None) -> str:
         served = ", ".join(models[:20]) or "none"
         raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {served}")
     return models[0]
+
+
+# ---- the offline model -----------------------------------------------------------------------------------------------
+# Rules, no language model. What people say about themselves is kept in their own words; a question is answered by what
+# shares most with it of what is kept and what a search finds, with its day. All is a function of the request.
+# English and Spanish; patterns see text in lower case without accents.
+
+OFFLINE_READS: Final = 4_000
+"Characters of a text that the rules read at its head, and a quarter of that at its end: what bounds their time."
+OFFLINE_LINE: Final = 300
+"Characters of the longest line that goes to core memory; what is longer becomes a passage."
+
+OfflineCall = tuple[str, JSON]
+_RECALL, _ARCHIVAL = "conversation_search", "archival_memory_search"
+
+_PHRASES: Final = {  # English, Spanish
+    "self": ("I am memws's offline stand-in: rules, not a language model. I keep what you tell me and search for it.",
+             "Soy el sustituto sin conexión de memws: no soy un modelo de lenguaje. Guardo y busco lo que me cuentas."),
+    "models": ("A real model is chosen with --model, --base-url or OPENAI_API_KEY.",
+               "Un modelo de verdad se elige con --model, --base-url u OPENAI_API_KEY."),
+    "hello": ("Hello{}!", "¡Hola{}!"),
+    "welcome": ("You are welcome.", "De nada."),
+    "stays": ("It stays in recall memory, where I can find it.", "Queda en el historial, donde puedo buscarlo."),
+    "noted": ("I noted in core memory: {}.", "He anotado en mi memoria central: {}."),
+    "before": ("{} (before: {})", "{} (antes: {})"),
+    "known": ("I already have that in core memory: {}.", "Eso ya lo tengo en mi memoria central: {}."),
+    "kept": ("I kept in archival memory: {}.", "He guardado en mi memoria de archivo: {}."),
+    "failed": ("I could not keep it: {}.", "No pude guardarlo: {}."),
+    "removed": ("I removed from core memory: {}. Recall memory still holds the messages.",
+                "He borrado de mi memoria central: {}. El historial conserva los mensajes."),
+    "absent": ("I found nothing of that in core memory to forget.", "No encontré nada de eso en mi memoria central."),
+    "core": ("In my core memory I have: {}.", "En mi memoria central tengo: {}."),
+    "recall": ('You told me on {}: "{}".', 'Me dijiste el {}: "{}".'),
+    "archival": ('In archival memory ({}): "{}".', 'En mi memoria de archivo ({}): "{}".'),
+    "nothing": ('I found nothing about "{}" in core, recall or archival memory.',
+                "No encontré nada sobre «{}» en mi memoria central, ni en el historial, ni en la memoria de archivo."),
+    "search failed": ("A search failed: {}.", "Una búsqueda falló: {}."),
+    "on day": ("On {} you said: {}.", "El {} dijiste: {}."),
+    "no day": ("I found no messages of yours on {}.", "No encontré mensajes tuyos del {}."),
+    "no tool": ("I have no tool {}; I have: {}.", "No tengo la herramienta {}; tengo: {}."),
+    "returned": ("{} returned: {}", "{} respondió: {}"),
+    "call failed": ("{} failed: {}", "{} falló: {}"),
+}  # fmt: skip
+
+# Words: what counts as the same, what counts not at all
+
+_IDEAS: Final = {  # what people ask for in other words than they state it: (English, Spanish)
+    "NAME": ("name named called call", "nombre llamo llama llaman apellido"),
+    "LIVE": ("live lives living lived home house city town address moved move reside based",
+             "vivo vive vives ciudad casa mude direccion"),
+    "WORK": ("work works working worked job profession occupation employed employer company",
+             "trabajo trabaja trabajas profesion oficio empleo empresa dedico"),
+    "LIKE": ("like love enjoy prefer favourite favorite adore fond hobby hobbies",
+             "gusta gustan encanta encantan prefiero favorito favorita adoro aficion aficiones"),
+    "BORN": ("born birthday birth birthdate birthplace", "naci nacido nacimiento cumpleanos"),
+    "AGE": ("age", "edad"),
+    "color": ("colour color", "color"),
+}  # fmt: skip
+_IDEA_OF: Final = {
+    term: idea for idea, words in _IDEAS.items() for word in " ".join(words).split() for term in split_terms(word)
+}
+_EMPTY_ENGLISH: Final = (  # beside the stop words of search
+    "actually ago also always any anymore anything could dont ever everything forgot going im ive know lot may me mean "
+    "might mine much my please really recall remember remind right said say shall something sort still tell thank "
+    "thanks thing things think today told us want whats yes"
+)
+_EMPTY_SPANISH: Final = (
+    "acuerdas ahora al algo aun como con cual cuales cuando cuanto cuantos de decir del dije dime donde el en "
+    "era eres es esta estas esto estoy favor gracias ha hay he hola la las le les lo los mas me mi mis mucho muy nada "
+    "nos nuevo olvida para pero por puedes que quien quienes recuerda recuerdas sabes se ser si sobre soy su sus "
+    "tambien te tengo tiene tienes todo tu tus un una unas unos ya yo"
+)
+_EMPTY: Final = frozenset(f"{_EMPTY_ENGLISH} {_EMPTY_SPANISH}".split())
+_SPANISH: Final = frozenset(" ".join([_EMPTY_SPANISH, *(spanish for _, spanish in _IDEAS.values())]).split())
+
+_FOLDING: Final = {
+    **{ord(letter): letter.lower() for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"},
+    **dict(zip(map(ord, "áéíóúüñÁÉÍÓÚÜÑ’"), "aeiouunaeiouun'", strict=True)),
+}
+
+_MY_NAME: Final = (
+    r"(?:\b(?:my name(?:'s| is)|i(?:'m| am) called|call me|me llamo|mi nombre es|ll[aá]mame)|^(?:name|nombre):)"
+    r" (?!(?:not|no|later|back|when|if|at|on|an?|maybe)\b)"
+)
+_CAPITAL: Final = r"[^\W\d_a-zß-öø-ÿ][\w'.-]*"
+_NAME_SAID: Final = re.compile(rf"(?i:{_MY_NAME})([\w'.-]+(?:(?: de| la| del| von| van)* {_CAPITAL}){{0,3}})")
+_NAME_ALONE: Final = re.compile(  # "I'm Ada", which a capital and nothing else tells from "I'm tired"
+    rf"(?i:i'm|i am|im|(?:yo )?soy|this is) (?!(?i:ok|\w+(?:ish|ese)|italian|american|mexican|german|french|greek)\b)"
+    rf"({_CAPITAL}(?: {_CAPITAL}){{0,3}})[ .!]*$"
+)
+_NOW: Final = "(?: now| just| recently| currently)?"
+_ONLY_ONE: Final = "favou?rite|favorit[oa]|name|nombre|e-?mail|correo|phone|telefono|address|age|edad|job|password"
+_TOPICS: Final = [  # (idea, key, what says so): of facts with one key, and one group, a newer one replaces the older
+    (idea, key, re.compile(pattern))
+    for idea, key, pattern in (
+        ("NAME", "name", _MY_NAME),
+        ("NAME", "", r"\bwho am i\b|\bquien soy\b"),
+        ("LIVE", "home", rf"\bi(?:'m| am|'ve| have)?{_NOW} (?:live|living|based|moved)(?: back)? (?:in|to|at|near)\b"),
+        ("LIVE", "home", r"\b(?:vivo|me mude|me he mudado)(?: ahora)? (?:en|a)\b"),
+        ("FROM", "", r"\b(?:i'm|i am|am i|(?:do )?i come) from\b|\b(?:soy|vengo) de\b|\bde donde (?:soy|vengo)\b"),
+        ("WORK", "work as", rf"\bi(?:'m| am)?{_NOW} work(?:ing)? as\b|\btrabajo (?:ahora )?(?:de|como)\b"),
+        ("WORK", "work at", rf"\bi(?:'m| am)?{_NOW} work(?:ing)? (?:at|for|in)\b|\btrabajo (?:ahora )?(?:en|para)\b"),
+        ("WORK", "", r"^(?:i'm|i am|im) (?:an?|the) |\bdo i do(?: for (?:a living|work))?\b"),
+        ("WORK", "", r"^soy (?:una? )?[a-z]{4,}$|\bme dedico\b|\ben que trabajo\b"),
+        ("HATE", "", r"\b(?:don't|dont|do not|no longer) (?:really )?(?:like|love|enjoy)\b|\bno me (?:gust|encant)a"),
+        ("AGE", "age", r"\b(?:i'm|i am|im) (?:now )?\d{1,3}(?: years?\b|$)|\btengo \d{1,3} anos\b"),
+        ("AGE", "", r"\bhow old am i\b|\bcuantos anos tengo\b"),
+        ("", "taste", r"^i (?:(?:really|also|still|don't|do|not|no longer|now) ){0,3}(?:like|love|enjoy|hate) (.+)"),
+        ("", "taste", r"^(?:ya )?(?:no )?(?:me (?:gust|encant)an?|odio|adoro|detesto) (.+)"),
+        ("", "my", rf"^(?:my|mi) ([^,:]{{0,30}}?\b(?:{_ONLY_ONE})\b[^,:]{{0,30}}?) (?:is|are|es|son) "),
+    )
+]  # fmt: skip
+
+
+def _fold(text: str) -> str:
+    """The text as the patterns see it; places in both agree."""
+    return text.translate(_FOLDING)
+
+
+def _is_spanish(text: str) -> bool:
+    """Whether more words of a text are Spanish than are stop words of English."""
+    words = re.findall("[a-z]+", _fold(text[:OFFLINE_READS]))
+    spanish = sum(word in _SPANISH for word in words) + 2 * len(re.findall("[¿¡ñ]", text[:OFFLINE_READS]))
+    return spanish > sum(not split_terms(word) for word in words)
+
+
+def _telling_words(text: str) -> list[str]:
+    """The words of a text that carry meaning."""
+    return [word for word in re.findall(r"[^\W_]+", text) if _fold(word) not in _EMPTY and split_terms(word)]
+
+
+def _ideas(text: str) -> set[str]:
+    """What two texts must share to be about the same: terms of search, and ideas, in capitals, in place of theirs."""
+    folded, ideas = _fold(text), {"NAME"} if _NAME_ALONE.match(text) else set[str]()
+    for idea, _, pattern in _TOPICS:
+        if idea and pattern.search(folded):
+            ideas.add(idea)
+            text = pattern.sub(" ", _fold(text))
+    return ideas | {_IDEA_OF.get(term, term) for word in _telling_words(text) for term in split_terms(word)}
+
+
+# Sentences and clauses
+
+_FIRST: Final = (
+    r"i|i'm|im|i've|ive|i'd|i'll|my|mi|mis|(?:no )?me (?:gust|encant|llam|mud|dedi|cas|interes)\w*|yo|soy|estoy|vivo"
+    r"|trabajo|tengo|prefiero|odio|adoro|naci|estudio|hablo|toco|juego|call me|llamame|remember|recuerda|please|forget"
+    r"|olvida"
+)
+_ASK: Final = (
+    r"who|whom|whose|what|where|when|which|why|how|(?:do|does|did|is|are|am|was|were|have|has|can|could|will|would"
+    r"|should) (?:i|you|my|we|he|she|it|they|the|there)|tell me|remind me(?! to| that)|i (?:wonder|forgot|want to know"
+    r"|don't remember) (?:what|where|who|when|which|how|if)|que|quien(?:es)?|donde|cuando|cual(?:es)?|cuant[oa]s?"
+    r"|como (?:me|se|te|es|esta)|por que|(?:en|de|a) (?:que|donde|quien)|sabes|recuerdas|te acuerdas|dime"
+    r"|recuerdame(?! que)|puedes"
+)
+_ASKS: Final = re.compile(rf"(?:{_ASK})\b")
+_TELLS: Final = re.compile(  # "When I was young, …", "How nice!"
+    r"(?:what an? |how (?:nice|lovely|great|cool)|que (?:bueno|bien|tengas)|cuando (?:era|yo)\b"
+    r"|(?:when|where|what|how|which|why|who) (?:i|i'm|we)\b)"
+)
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?…])(?<!\b[DM]r\.)(?<!\bMrs\.)(?<!\bSt\.) |(?<=[。！？])|\n+")
+_BREAK: Final = re.compile(
+    r"(?: ?[,;] ?(?:(?:and|but|so|also|y|e|pero|ademas|tambien) )?| (?:and|but|y|e|pero|also) )"
+    rf"(?=(?:{_FIRST}|{_ASK})\b)| ?,? ?(?=¿)| (?:and|but) (?:also )?"
+    r"(?P<same>(?=(?:live|work|love|like|hate|prefer|enjoy|have|am|was born|play|study|speak)\b))"
+)
+_GOES_ON: Final = re.compile(r"\b(?:he|she|it|they|his|her|its|their|ella|su|sus|se llama)\b")
+_HELLO: Final = r"(?:hi|hello|hey|hola|buenas(?: tardes| noches)?|buenos d[ií]as|good (?:morning|afternoon|evening))"
+_GREETING: Final = re.compile(rf"\W*{_HELLO}\b", re.IGNORECASE)
+_LEAD: Final = re.compile(
+    rf"^[\s¿¡\"'(-]*(?:(?:{_HELLO}|well|oh|ok|okay|so|and|but|actually|also|please|thanks|btw|by the way|pues|bueno|y"
+    r"|pero|adem[aá]s|por favor|gracias|por cierto|(?:yes|no|s[ií])(?=[,.!]))(?: there| again)?[\s,.!:;¿-]{1,3}){0,4}",
+    re.IGNORECASE,
+)
+_MINE: Final = re.compile(  # or a Spanish verb of the first person
+    r"\b(?:i|i'm|im|i've|ive|i'd|i'll|my|mine|me|myself|we|us|our|yo|mi|mis|mi[oa]|nos|nuestr[oa]s?|soy"
+    r"|estoy|naci|fui|vivi|trabaje|estudie|compre|empece|conoci)\b"
+    r"|^(?:(?:no|yo|ya|siempre|tambien|ahora) )*(?:lo |la )?(?!bueno|claro|luego|pero|gusto|como|mucho)[a-z]{3,}o\b"
+)
+_NO_FACT: Final = re.compile(
+    r"(?:tell|give|help|show|let|excuse|send|write|make|explain|i(?:'d| would) like you|i (?:want|need) you|dime|dame"
+    r"|ayuda(?:me)?|muestrame|cuentame)\b|(?:i (?:see|know|guess so|think so|hope so|understand|agree|don't know)"
+    r"|thank you.*|me too|(?:i'm|i am) (?:sorry|back|here|fine|ok|okay|good|well)|lo siento|no se|estoy bien)\W*$"
+)
+_REMEMBER: Final = re.compile(
+    r"(?:(?:can|could|will|would) you )?(?:please )?(?:remember|do(?:n't| not) forget|keep in mind|note(?= that|:)"
+    r"|remind me(?= to| that)|recuerda(?:me)?|no (?:te )?olvides|ten en cuenta|apunta|anota)"
+    r"(?: that| this| que| de que)?[ ,:]{1,2}"
+)
+_FORGET: Final = re.compile(r"(?:forget|erase|olvida(?:te)?|borra)\b(?: (?:that|about|it|de|que|lo|eso)\b)*")
+_WHAT_ARE_YOU: Final = re.compile(
+    r"\b(?:(?:who|what) are you(?! doing| up to)|are you (?:an? |the )?(?:real|ai|robot|bot|human|person|language|llm"
+    r"|model|machine|program)|your name|(?:which|what) model|what can you do|que puedes hacer|(?:que|quien) eres"
+    r"|eres (?:una? )?(?:ia|robot|bot|human[oa]|persona|modelo|maquina)|como te llamas)\b"
+)
+_ABOUT_ME: Final = re.compile(r"\b(?:about me|know|remember|recall|sobre mi|de mi|sabes|recuerdas|conoces|acuerdas)\b")
+_SPEAKER: Final = r"(?:user|assistant|tool|system)(?: \([^)\n]{0,40}\))?: "
+_QUOTED: Final = re.compile('(?:You told me on|Me dijiste el) ([0-9-]{10}): "([^"]+)"')
+_DAY: Final = re.compile(
+    r"\b(?:say|said|tell|told|talk|talked|write|wrote|dije|dijimos|conte|hablamos)\b.*?"
+    r"\b(?:(?P<date>\d{4}-\d\d-\d\d)|(?P<ago>\d{1,3}) days? ago|hace (?P<hace>\d{1,3}) dias?|(?P<ayer>yesterday|ayer)"
+    r"|today|hoy)\b"
+)
+
+
+class _Clause:
+    """One clause: its words, whether it asks, the memory it stands in and since when."""
+
+    def __init__(self, text: str, asks: bool = False, source: str = "core", day: str = "") -> None:
+        self.text, self.asks, self.source, self.day = text, asks, source, day
+        self.bare = _fold(text).strip(" -.!,;")
+
+    @functools.cached_property
+    def ideas(self) -> set[str]:
+        return _ideas(self.text)
+
+    @functools.cached_property
+    def key(self) -> str:
+        """What a person has only one of, like a home or an opinion of tea; "" for any other clause."""
+        for _, key, pattern in _TOPICS:
+            if key and (found := pattern.search(self.bare)):
+                return " ".join([key, *sorted(_ideas(found[1]) if pattern.groups else [])])
+        return ""
+
+    @property
+    def is_fact(self) -> bool:
+        """Whether it says something of the person that is worth a line in core memory."""
+        if self.asks or len(self.bare) < 5 or _NO_FACT.match(self.bare) or _FORGET.match(self.bare):
+            return False
+        return bool((_MINE.search(self.bare) or _NAME_SAID.match(self.text)) and _telling_words(self.bare))
+
+    def replaces(self, line: _Clause) -> bool:
+        """Whether it makes an older fact untrue."""
+        return bool(self.key) and (self.key == line.key or (self.key == "name" and bool(_NAME_ALONE.match(line.text))))
+
+
+def _clauses(text: str, source: str = "core", day: str = "") -> list[_Clause]:
+    """The clauses of a text; what goes on about him, her or it stays with the clause before."""
+    if len(text) > OFFLINE_READS:
+        text = text[:OFFLINE_READS] + "\n" + text[-OFFLINE_READS // 4 :]
+    text = re.sub(r"[^\S\n]+", " ", unicodedata.normalize("NFC", text)).strip()
+    clauses: list[_Clause] = []
+    for piece in (piece for sentence in _SENTENCE_END.split(text) for piece in _pieces(sentence)):
+        words = _LEAD.sub("", piece).strip(" .!") or piece
+        folded = _fold(words)
+        is_order = _REMEMBER.match(folded) and (" that " in folded or not words.endswith("?"))
+        is_question = words.endswith(("?", "？")) or (_ASKS.match(folded) and not _TELLS.match(folded))
+        asks = bool(is_question and not is_order)
+        last = clauses[-1] if clauses else None
+        if last and _GOES_ON.match(folded) and not asks and not last.asks and len(last.text) < OFFLINE_LINE:
+            clauses[-1] = _Clause(f"{last.text}. {words}", False, source, day)
+        else:
+            clauses.append(_Clause(words, asks, source, day))
+    return clauses
+
+
+def _pieces(sentence: str) -> Iterator[str]:
+    """A sentence cut where something else is told or asked; "I live here and work there" is two."""
+    subject, start = "", 0
+    for found in (*_BREAK.finditer(_fold(sentence)), None):
+        piece = sentence[start : found.start() if found else None].strip(" ,;")
+        shares_subject = found is not None and found["same"] is not None
+        if shares_subject and not (subject or re.match("I(?:'m|'ve)? ", _LEAD.sub("", piece), re.IGNORECASE)):
+            continue
+        if re.search(r"\w", piece):
+            yield subject + piece
+        subject, start = "I " if shares_subject else "", found.end() if found else 0
+
+
+# The turn, read back from the messages of a request
+
+
+def _json_object(text: Any) -> JSON:
+    """The object that a text holds as JSON, {} for anything else."""
+    try:
+        value = decode_loose(text) if isinstance(text, str) and text.lstrip()[:1] == "{" else text
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _packed(message: JSON) -> tuple[str, str, str]:
+    """(type, text, time) of a user-role message; what is not packed as MemGPT packs is the user's own text."""
+    packed = _json_object(message.get("content"))
+    if packed.get("type") not in ("user_message", "heartbeat", "login", "system_alert"):
+        return "user_message", str(message.get("content") or ""), ""
+    text, time = str(packed.get("message") or packed.get("reason") or ""), str(packed.get("time") or "")
+    waiting = text.partition(WAITING_NOTE)[2] if packed["type"] == "system_alert" else ""
+    return ("user_message", waiting, time) if waiting else (str(packed["type"]), text, time)
+
+
+@dataclass
+class _Done:
+    """A tool call of this turn and its result; without one it counts as good."""
+
+    name: str
+    arguments: JSON
+    ok: bool = True
+    result: str = ""
+
+
+class _OfflineTurn:
+    """What a request shows of the turn under way, and what comes next in it."""
+
+    def __init__(self, messages: list[JSON], tools: frozenset[str]) -> None:
+        self.tools = tools
+        system = str(messages[0].get("content")) if messages and messages[0].get("role") == "system" else ""
+        shown = re.finditer(r'<([\w.-]{1,64}) characters="(\d{1,9})/(\d{1,9})">\n?(.*?)\n?</\1>', system, re.DOTALL)
+        blocks = {label: (text, int(limit) - int(size)) for label, size, limit, text in map(re.Match.groups, shown)}
+        self.human, self.room = blocks.pop("human", ("", -1))
+        blocks.pop("persona", None)
+        lines = "\n".join([self.human, *(text for text, _ in blocks.values())]).split("\n")[:200]
+        self.core = [clause for line in lines for clause in _clauses(line.strip(" -")) if not clause.asks]
+        self.first = not any(message.get("role") == "assistant" for message in messages)
+        users = [(n, *_packed(message)) for n, message in enumerate(messages) if message.get("role") == "user"]
+        said = [(-1, "", "", ""), (-1, "", "", ""), *(user for user in users if user[1] == "user_message")]
+        self.before, (start, _, self.text, self.time) = said[-2][2], said[-1]
+        self.done = list(_calls_done(messages[start + 1 :]))
+        self.steps = sum(message.get("role") == "assistant" for message in messages[start + 1 :])
+        is_woken = bool(users) and users[-1][2] in (HEARTBEAT_TIMER, HEARTBEAT_WAKE)
+        is_answered = any(done.name == "send_message" and done.ok for done in self.done)
+        self.open = start >= 0 and not is_woken and not is_answered
+        "The user's newest message waits for its reply."
+        order = re.match(r"\s*/call\s+([\w.-]{1,64})\s*(.*)", self.text, re.DOTALL)
+        self.command = (order[1], _json_object(order[2])) if order else None
+        "The call that the user orders with /call NAME, arguments as JSON behind it."
+        self.facts: list[_Clause] = []
+        self.forgets: list[str] = []
+        self.questions: list[str] = []
+        self.asks_self = False
+        self.spanish = _is_spanish(self.text)
+        for clause in _clauses(self.text) if self.open else []:
+            self._read(clause)
+        del self.facts[12:], self.questions[3:], self.forgets[3:]
+
+    def _read(self, clause: _Clause) -> None:
+        """Sort a clause of the user's message by what it wants."""
+        asked = _REMEMBER.match(clause.bare)
+        if _WHAT_ARE_YOU.search(clause.bare):
+            self.asks_self = True
+        elif clause.asks:
+            goes_on = self.questions and _GOES_ON.search(clause.bare)  # "my wife's name, and where does she work?"
+            asked_before = f"{self.questions.pop()}, " if goes_on else ""
+            self.questions += [] if _GREETING.match(clause.text) else [asked_before + clause.text]
+        elif forget := _FORGET.match(clause.bare):
+            self.forgets.append(clause.bare[forget.end() :])
+        elif asked and (rest := clause.text[asked.end() :].rstrip("? ")):
+            self.facts.append(_Clause(rest))
+        elif clause.is_fact:
+            self.facts.append(clause)
+
+    def calls(self) -> list[OfflineCall]:
+        """The calls of this step, none once it is time to reply; none is made twice in a turn."""
+        searches = [call for question in self.questions for call in self._look_up(question)]
+        calls = [] if self.steps else [self.command] if self.command else [*self._forget(), *self._keep(), *searches]
+        for done in self.done:
+            lost = done.arguments.get("content") or done.arguments.get("new_content")
+            if lost and not done.ok and done.name.startswith("core_memory_") and not self.command:
+                calls.append(("archival_memory_insert", {"content": lost}))
+        made = [(done.name, done.arguments) for done in self.done]
+        new = [call for n, call in enumerate(calls) if call[0] in self.tools and call not in (*made, *calls[:n])]
+        return [(name, {**given, "request_heartbeat": True}) for name, given in new]
+
+    def _keep(self) -> Iterator[OfflineCall]:
+        """The calls that keep the facts: in the human block while they are short and fit, else as passages."""
+        lines = [_Clause(line) for line in self.human.split("\n") if line.strip()]
+        known, room, short, long = {line.bare for line in lines}, self.room, list[str](), list[str]()
+        for fact in {fact.bare: fact for fact in self.facts if fact.bare not in known}.values():
+            old = next((line for line in lines if fact.replaces(line)), None)
+            cost = len(fact.text) - len(old.text) if old else len(fact.text) + 1
+            if cost > room or len(fact.text) > OFFLINE_LINE or "core_memory_append" not in self.tools:
+                long.append(fact.text)
+                continue
+            room -= cost
+            if old:
+                lines.remove(old)
+                yield self._edit(old.text, fact.text)
+            else:
+                short.append(fact.text)
+        if short:
+            yield "core_memory_append", {"name": "human", "content": "\n".join(short)}
+        if long:
+            yield "archival_memory_insert", {"content": "\n".join(long)}
+
+    def _forget(self) -> Iterator[OfflineCall]:
+        """The calls that take lines out of the human block: those that match, those just said for "forget that"."""
+        for wanted in self.forgets:
+            asked = _ideas(wanted)
+            recent = {clause.bare for clause in _clauses(self.before)}
+            everything = not asked and re.match(r" ?(?:everything|all|todo)\b", wanted)
+            for line in map(_Clause, filter(None, self.human.split("\n"))):
+                if everything or (asked <= line.ideas if asked else line.bare in recent):
+                    yield self._edit(line.text, "")
+
+    def _edit(self, line: str, new: str) -> OfflineCall:
+        """The call that puts something else in place of a line, which may also stand inside another line."""
+        places = [*([line] if new else []), f"{line}\n", f"\n{line}", f"\n{line}\n"]
+        old = next((place for place in places if self.human.count(place) == 1), line)
+        new = old.replace(line, new) if new else "\n" * (old.count("\n") - 1)
+        self.human = self.human.replace(old, new, 1).strip("\n")
+        return "core_memory_replace", {"name": "human", "old_content": old, "new_content": new}
+
+    def _look_up(self, question: str) -> list[OfflineCall]:
+        """The searches for a question: by its words and other words for its ideas, or by the day it names."""
+        if day := _day_asked(question, self.time):
+            return [("conversation_search_date", {"start_date": day, "end_date": day, "page": n}) for n in range(3)]
+        words = [*_telling_words(question), *(" ".join(_IDEAS[idea]) for idea in _IDEAS if idea in _ideas(question))]
+        query = " ".join(dict.fromkeys(" ".join(words).split()[:40]))
+        return [(name, {"query": query}) for name in (_RECALL, _ARCHIVAL) if query]
+
+    @functools.cached_property
+    def statements(self) -> list[_Clause]:
+        """What core memory and the results of this turn's searches state, each once: core first, then newest first."""
+        found: list[_Clause] = []
+        for done in self.done:
+            for when, role, text in _hits(done.result) if done.ok and done.name in (_RECALL, _ARCHIVAL) else []:
+                if role in ("user", "") and not text.startswith("/call "):
+                    found += _clauses(text, "recall" if done.name == _RECALL else "archival", when)
+                elif role == "assistant":  # of its own words it takes only what quotes the user
+                    found += [_Clause(quoted, False, "recall", day) for day, quoted in _QUOTED.findall(text)]
+        statements = {clause.bare: clause for clause in self.core}
+        forgotten = list(filter(None, map(_ideas, self.forgets)))
+        for clause in sorted(found, key=lambda clause: (clause.day, bool(_FORGET.match(clause.bare))), reverse=True):
+            core = statements.get(clause.bare)
+            if forget := _FORGET.match(clause.bare):
+                forgotten += filter(None, [_ideas(clause.bare[forget.end() :])])
+            elif core and core.source == "core":
+                statements[clause.bare] = clause  # in the place of the line that repeats it, for its day
+            elif not (
+                core or clause.asks or _NO_FACT.match(clause.bare) or any(part <= clause.ideas for part in forgotten)
+            ):
+                statements[clause.bare] = clause
+        return list(statements.values())
+
+    def _answers(self, question: str) -> list[_Clause]:
+        """The statements that answer a question, best first, at most 5."""
+        asked = _ideas(question)
+        if not asked and _ABOUT_ME.search(_fold(question)):
+            return [clause for clause in self.statements if clause.source == "core"][:40] or self.statements[:5]
+        needed = {idea for idea in asked if not idea.isupper()} or asked  # its own words, if it has any
+        ranked: list[tuple[float, _Clause]] = []
+        keys: set[str] = set()
+        for clause in self.statements:
+            whose = re.match("(?:my|mi|mis) ([a-z]+)", clause.bare)
+            is_others = needed == asked and whose and not asked & _ideas(whose[1])  # "my wife is Eva": not my name
+            if is_others or not clause.ideas & needed or clause.key in keys:
+                continue  # an older fact of which a person has one: the newer has replaced it
+            keys |= {clause.key} - {""}
+            is_certain = any(idea in asked and pattern.search(clause.bare) for idea, _, pattern in _TOPICS)
+            bonus = 0.5 if is_certain else 0.25 if _NAME_ALONE.match(clause.text) else 0
+            ranked.append((len(asked & clause.ideas) + len(needed & clause.ideas) + bonus, clause))
+        ranked.sort(key=lambda entry: -entry[0])  # stable: newest first among equals
+        chosen: list[_Clause] = []
+        for score, clause in ranked:
+            if score == ranked[0][0] or clause.ideas & needed - set().union(*(each.ideas for each in chosen)):
+                chosen.append(clause)
+        return chosen[:5]
+
+    def reply(self) -> str:
+        """What the model says to the user at the end of its turn; never empty."""
+        if self.command and self.command[0] not in self.tools:
+            return self._say("no tool", self.command[0], ", ".join(sorted(self.tools)))
+        if self.command:
+            done = next((done for done in self.done if done.name == self.command[0]), _Done(*self.command))
+            return self._say("returned" if done.ok else "call failed", done.name, done.result[:OFFLINE_READS])
+        parts = [*self._say_edits(), *(self._say_answer(question) for question in self.questions)]
+        if _GREETING.match(self.text[:80]):
+            names = (_NAME_SAID.search(line.text) or _NAME_ALONE.match(line.text) for line in self.core)
+            parts.insert(0, self._say("hello", next((f", {name[1]}" for name in names if name), "")))
+        elif not parts and not self.asks_self:
+            is_thanks = re.match(r"\W*(?:muchas )?(?:thank|thx|gracias)", _fold(self.text[:80]))
+            parts = [self._say("welcome" if is_thanks else "stays")]
+        if self.asks_self or (self.first and not self.facts and not self.questions):
+            parts += [self._say("self"), self._say("models")]
+        return " ".join(dict.fromkeys(parts))
+
+    def _say(self, phrase: str, *values: str) -> str:
+        return _PHRASES[phrase][self.spanish].format(*values)
+
+    def _say_edits(self) -> Iterator[str]:
+        """What was noted, kept, forgotten, known already or could not be kept."""
+        told: dict[str, list[str]] = {"noted": [], "kept": [], "removed": [], "failed": []}
+        for done in self.done:
+            old, new = (str(done.arguments.get(key) or "").strip("\n") for key in ("old_content", "new_content"))
+            text = excerpt(str(done.arguments.get("content", new)).replace("\n", "; "), 4 * OFFLINE_LINE)
+            if not done.ok and done.name in ("core_memory_append", "core_memory_replace", "archival_memory_insert"):
+                told["failed"].append(done.result[:200])
+            elif done.name == "core_memory_append":
+                told["noted"].append(text)
+            elif done.name == "core_memory_replace":
+                told["noted" if new else "removed"].append(self._say("before", text, old) if new else old)
+            elif done.name == "archival_memory_insert":
+                told["kept"].append(text)
+        if told["kept"]:
+            told["failed"] = []
+        for phrase in filter(told.get, told):
+            yield self._say(phrase, "; ".join(dict.fromkeys(told[phrase])))
+        if self.forgets and not told["removed"]:
+            yield self._say("absent")
+        if self.facts and not any(told.values()):
+            known = [fact.text for fact in self.facts if fact.bare in {line.bare for line in self.core}]
+            yield self._say("known" if known else "stays", "; ".join(known))
+
+    def _say_answer(self, question: str) -> str:
+        """The answer to one question: quotes with their days, or that nothing was found and where it looked."""
+        if day := _day_asked(question, self.time):
+            hits = [hit for done in self.done if done.name == "conversation_search_date" for hit in _hits(done.result)]
+            clauses = [clause for _, role, text in reversed(hits) if role == "user" for clause in _clauses(text)]
+            told = [f'"{each.text}"' for each in clauses if _telling_words(each.text) and not each.asks]
+            return self._say("on day" if told else "no day", day, "; ".join(dict.fromkeys(told))[:OFFLINE_READS])
+        answers = self._answers(question)
+        core = "; ".join(clause.text for clause in answers if clause.source == "core")
+        parts = [self._say("core", core)] if core else []
+        found = [clause for clause in answers if clause.source != "core"]
+        parts += [self._say(each.source, each.day[:10], excerpt(each.text, OFFLINE_LINE)) for each in found]
+        if not parts and not _ideas(question):
+            parts = [self._say("self"), self._say("models")]
+        elif not parts:
+            failed = [done.result[:200] for done in self.done if done.name in (_RECALL, _ARCHIVAL) and not done.ok]
+            parts = [self._say("nothing", " ".join(_telling_words(question)[:8]) or question.strip("¿?")[:80])]
+            parts += [self._say("search failed", reason) for reason in failed[:1]]
+        return " ".join(parts)
+
+
+def _calls_done(messages: list[JSON]) -> Iterator[_Done]:
+    """The tool calls in these messages, each with its result."""
+    results = {str(each.get("tool_call_id")): each.get("content") for each in messages if each.get("role") == "tool"}
+    for message in messages:
+        calls = message.get("tool_calls") if message.get("role") == "assistant" else None
+        for call in calls if isinstance(calls, list) else []:
+            function = _json_object(call).get("function")
+            if isinstance(function, dict):
+                given = _json_object(function.get("arguments"))
+                arguments = {name: value for name, value in given.items() if name != "request_heartbeat"}
+                result = _json_object(results.get(str(call.get("id"))))
+                ok, text = result.get("status", "OK") == "OK", str(result.get("message") or "")
+                yield _Done(str(function.get("name")), arguments, ok, text)
+
+
+def _hits(result: str) -> list[tuple[str, str, str]]:
+    """(time, role, text) of each hit in a search result; archival hits have no role."""
+    try:
+        hits = decode_first(result[result.index("[") :])
+    except (ValueError, RecursionError):
+        return []
+    return [(str(h.get("time")), str(h.get("role") or ""), str(h.get("text"))) for h in hits if isinstance(h, dict)]
+
+
+def _day_asked(question: str, now: str) -> str:
+    """The day that "what did I say yesterday" and its like ask for, seen from `now`; "" for any other question."""
+    said = _DAY.search(_fold(question[:OFFLINE_LINE]))
+    try:
+        if said and said["date"]:
+            return str(datetime.date.fromisoformat(said["date"]))
+        ago = datetime.timedelta(int(said["ago"] or said["hace"] or bool(said["ayer"]))) if said else None
+        return str(datetime.date.fromisoformat(now[:10]) - ago) if ago is not None else ""
+    except (ValueError, OverflowError):
+        return ""
+
+
+def _offline_summary(transcript: str) -> str:
+    """What the user stated in a transcript, at most SUMMARY_LIMIT characters: what is cut is the oldest."""
+    kept: dict[str, None] = {}
+    room = SUMMARY_LIMIT // 2
+    for message in reversed(re.split(rf"\n(?={_SPEAKER})", transcript)):
+        speaker = re.match(_SPEAKER, message)
+        if speaker and not message.startswith("user"):
+            continue  # what has no speaker is an earlier summary
+        told = message[speaker.end() if speaker else 0 :].partition(WAITING_NOTE)[0]
+        for line in reversed(told.split("\n")):
+            stated = [line[2:]] if line.startswith("- ") else [each.text for each in _clauses(line) if each.is_fact]
+            for fact in reversed(stated):
+                room -= 0 if fact in kept else min(len(fact), OFFLINE_LINE) + 3
+                if room > 0:
+                    kept[fact] = None
+    lines = [f"- {excerpt(fact, OFFLINE_LINE)}" for fact in reversed(kept)]
+    return "\n".join(["The user stated:", *lines] if lines else ["The user stated nothing about themselves."])
+
+
+def offline_reply(messages: list[JSON], tools: frozenset[str]) -> tuple[str, list[OfflineCall]]:
+    """What the offline model answers to a request: (inner monologue, [(tool name, arguments), …]). It never raises.
+
+    `messages` as an endpoint gets them, `tools` the names on offer. Each call but the reply asks for a heartbeat.
+    """
+    messages = [message for message in messages if isinstance(message, dict)]
+    if messages and str(messages[0].get("content")).startswith(SUMMARY_SYSTEM):
+        return _offline_summary("\n".join(str(message.get("content")) for message in messages[1:])), []
+    turn = _OfflineTurn(messages, tools)
+    if not turn.open:
+        return "Nothing waits for an answer.", []
+    if calls := turn.calls():
+        return "I look into my memory and keep what is new.", calls
+    reply = turn.reply()
+    if "send_message" in tools and not any(done.name == "send_message" for done in turn.done):
+        return "I know what to say.", [("send_message", {"message": reply})]
+    return reply, []
+
+
+def offline_chunks(text: str) -> Iterator[str]:
+    """The text in pieces of a word, at most 48 characters each, as a model streams it; joined they are the text."""
+    return (piece[0] for piece in re.finditer(r"\s{1,40}|\S{1,40}\s{0,8}", text))
 
 
 class OfflineModel:
@@ -5192,7 +4516,7 @@ def read_answer(reply: ModelReply, tools: Mapping[str, Tool]) -> Answer:
         raise ModelError("model_refused", f"the model refuses to answer: {text}")
     answer = Answer(clean_text(reply.monologue).strip(), clean_text(reply.text).strip())
     thought, content = split_thought(answer.content)
-    if thought:
+    if content != answer.content:
         answer.monologue = answer.monologue.replace(answer.content, f"{thought}\n{content}".strip())
         answer.content = content
     seen: set[str] = set()
@@ -6228,7 +5552,7 @@ class Agent:
         hidden = self.messages[:cut]
         gist = await self._summarize(turn, hidden)
         if turn is not None and turn.message is not None and hidden[-1].id > turn.before:
-            gist += f"\nThe user's message that waits for an answer: {excerpt(turn.message, SUMMARY_LIMIT // 2)}"
+            gist += f"\n{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self.lock:
             kept = self.messages[cut:]
             smaller = gist
@@ -7611,6 +6935,8 @@ class QueuedTurn:
         self.followers: dict[Session, Follower] = {}
         self.done: asyncio.Future[None] | None = None
         "For a caller in Python: the turn has ended, or was refused."
+        self.told: list[str] = []
+        "For the same: the stored events as frames."
 
 
 class AgentHost:
@@ -7697,6 +7023,8 @@ class AgentHost:
                     ):
                         self.stale = True
                     self.publish(event, item)
+                    if item.done is not None and not event.live:
+                        item.told.append(event.frame(self.agent.name))
             if item.done is not None:
                 item.done.set_result(None)
         except MemwsError as error:
@@ -8494,14 +7822,20 @@ class Hub:
     Its coroutines run on `loop`, and so does everything they touch: no locks are needed but the one for names.
     """
 
-    def __init__(self, options: Options, tools: dict[str, Tool], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        options: Options,
+        tools: dict[str, Tool],
+        loop: asyncio.AbstractEventLoop,
+        store: SqliteStore | None = None,
+    ) -> None:
         self.options = options
         self.loop = loop
         self.tools = tools
         self.models = Models(
             options.model, options.base_url, options.api_key, options.context_window, options.idle_timeout
         )
-        self.store: Store = SqliteStore(options.db, options.sync, loop)
+        self.store = store or SqliteStore(options.db, options.sync, loop)
         self.interface = Interface(self)
         self.stopping = False
         self.sockets: list[socket.socket] = []
@@ -8556,6 +7890,10 @@ class Hub:
         self, config: JSON, base_url: str | None = None, api_key: str | None = None
     ) -> tuple[AgentHost, list[str]]:
         """A new agent, and what of its config was not taken as said. Raises Refused."""
+        try:
+            _check_texts(config, None)
+        except InvalidRequest as error:
+            raise Refused("bad_config", str(error)) from None
         checked = AgentConfig(config, self.tools)
         model, warnings = self.models.get(checked.values["model"], base_url, api_key)
         window = checked.values["context_window"] or self.options.context_window or model.window
@@ -8640,10 +7978,7 @@ class Hub:
         host.user_spoke()
         host.enqueue(item)
         await item.done
-        told: list[JSON] = []
-        while rows := await self.store.events(host.agent.id, told[-1]["seq"] if told else 0, 1000, item.turn.turn_id):
-            told += [decode_json(extend_json(text, agent_name=host.agent.name)) for _, text in rows]
-        return told
+        return [decode_json(text) for text in item.told]
 
     # -- listening --
 
@@ -8700,7 +8035,7 @@ class Hub:
         finally:
             self.interface.unregister_client(websocket)
 
-    async def close(self) -> None:
+    async def close(self, *, keep_store: bool = False) -> None:
         """End turns cleanly, tell the clients, free the port, let go of everything."""
         if self.stopping:
             return
@@ -8729,7 +8064,8 @@ class Hub:
             task.cancel()
         await asyncio.gather(*ends, *flushes, *closes, *self._tasks, return_exceptions=True)
         await self.models.close()
-        await self.store.close()
+        if not keep_store:
+            await self.store.close()
 
 
 _BIND_ATTEMPTS: Final = 10
@@ -8957,12 +8293,20 @@ class WebSocketServer:
             self._forget()
 
     async def _move(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Bring what blocking calls have begun on a loop of its own to the caller's loop, its bound port too."""
-        sockets, agent_name, announced = self._bind(None).sockets, self.agent_name, self._announced
-        self._open_hub().sockets = []
-        await in_thread("memws-stop", self.stop)
-        self._open_hub(loop).sockets = sockets
-        self._announced = announced
+        """Bring what blocking calls have begun on a loop of its own to the caller's loop: store, bound port, agent."""
+        hub, agent_name, announced = self._open_hub(), self.agent_name, self._announced
+        sockets, hub.sockets = hub.sockets, []
+        thread, former = self._thread, self._loop
+        assert thread is not None
+        assert former is not None
+        await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(hub.close(keep_store=True), former))
+        former.call_soon_threadsafe(former.stop)
+        await in_thread("memws-join", thread.join)
+        self._forget()
+        hub.store.move(loop)
+        self._loop, self._announced = loop, announced
+        self._hub = Hub(self.options, self.tools, loop, hub.store)
+        self._hub.sockets = sockets
         if agent_name is not None:
             await self.load_agent_async(agent_name)
 
