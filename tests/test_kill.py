@@ -514,6 +514,8 @@ class Talker:
         self.turns: dict[str, str] = {}
         "Text by turn_id, of all that was ever sent."
         self.over: set[str] = set()
+        self.kept: dict[str, bool] = {}
+        "Passages that it handed over, and whether that was acknowledged."
         self.told: dict[int, JSON] = {}
         "Every stored event that it was told of, by seq."
 
@@ -528,6 +530,14 @@ class Talker:
                         f"My favourite number is {turn_id}, remember that. What is my favourite number?"
                     )
                 await self.finish(client, turn_id, on_frame)
+                await self.keep(client, f"passage{self.number}x{len(self.kept)}", on_frame)
+
+    async def keep(self, client: Wire, text: str, on_frame: Callable[[], None]) -> None:
+        """Put a passage into archival memory."""
+        self.kept[text] = False
+        await client.ok("insert_passage", agent_name=self.agent, text=text)
+        self.kept[text] = True
+        on_frame()
 
     async def finish(self, client: Wire, turn_id: str, on_frame: Callable[[], None]) -> None:
         """Send a message, for the first time or again, and read to its end."""
@@ -588,6 +598,11 @@ async def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> N
                 texts = [text for talker in mine for text in talker.turns.values()]
                 assert sorted(await users_messages(client, name)) == sorted(texts)
                 assert len(texts) > 5
+                for text, acknowledged in [item for talker in mine for item in talker.kept.items()]:
+                    query = {"query": text, "store": "archival", "limit": 50}
+                    found = (await client.ok("search_memory", agent_name=name, **query))["items"]
+                    count = [item["text"] for item in found].count(text)
+                    assert count == 1 or (count == 0 and not acknowledged)
         assert serving.end(place.end) == 0
     place.check()
 

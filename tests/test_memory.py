@@ -339,10 +339,16 @@ def test_an_hour_of_silence_ends_a_session(connection: sqlite3.Connection) -> No
 
 
 def test_a_brief_statement_comes_before_a_long_answer() -> None:
-    """What a person said briefly comes before a long answer about the same."""
-    answer = "Here are some tips about marathon training. " + "Keep running and rest well on long days. " * 40
-    turns = [("user", "", "I want to run a marathon in May"), ("assistant", "", answer), ("user", "", "And shoes?")]
-    assert memory_index(turns).search("When is the marathon I run?")[0] == 0
+    """What a person said briefly comes before a long answer that says the same words again and again."""
+    answer = "Marathon training in May: run well, rest well. " * 40
+    turns = [("user", "d1", "I want to run a marathon in May"), ("assistant", "d2", answer)]
+    assert memory_index(turns).search("When do I run a marathon?") == [0, 1]
+
+
+def test_a_statement_comes_before_a_question() -> None:
+    """Of two turns with the same words, the one that says something comes before the one that only asks."""
+    turns = [("Ann", "d1", "I like sushi with ginger."), ("Ann", "d2", "Do you like sushi with ginger?")]
+    assert memory_index(turns).search("sushi ginger") == [0, 1]
 
 
 def test_an_answer_comes_before_the_question() -> None:
@@ -358,6 +364,17 @@ def test_rare_words_weigh_more_than_common_ones() -> None:
     turns = [("u", str(number), "the kite flew over the hill") for number in range(20)]
     turns[11] = ("u", "11", "a zeppelin flew over the hill")
     assert memory_index(turns).search("kite zeppelin")[0] == 11
+
+
+def test_a_bounded_number_of_rows_is_read(connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a query's words stand in more rows than are read, the rarest words are read first, then the newest rows."""
+    monkeypatch.setattr(memws, "POSTINGS", 50)
+    index = fill(connection, [("user", "zebra" if number == 10 else "cat") for number in range(500)])
+    found, total = index.search(connection, 1, "cat zebra", limit=50)
+    best = [hit.item for hit in found]
+    assert 11 in best[:2]
+    assert set(best) >= set(range(470, 499))
+    assert total < 70
 
 
 def test_the_past_of_a_verb_is_found() -> None:

@@ -495,7 +495,7 @@ def test_a_heartbeat_within_a_turn_leads_to_a_reply(reason: str) -> None:
 def test_a_message_that_waits_in_a_summary_is_answered() -> None:
     """A compaction within a turn hides the user's message; the summary quotes it, and it gets its reply."""
     harness = Harness("I live in Porto")
-    harness.pack("system_alert", message=f"Summary:\n- I like tea\n{memws._WAITING}Where do I live?")
+    harness.pack("system_alert", message=f"Summary:\n- I like tea\n{memws.WAITING_NOTE}Where do I live?")
     harness.pack("heartbeat", reason=HEARTBEAT_REQUESTED)
     assert harness.run() == ["In my core memory I have: I live in Porto."]
 

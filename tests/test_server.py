@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import random
 import sqlite3
 import threading
 import unicodedata
@@ -19,6 +21,7 @@ import memws
 
 pytestmark = pytest.mark.anyio
 
+SEEDS = int(os.environ.get("MEMWS_TEST_SEEDS", "3"))
 Serve = Callable[..., memws.WebSocketServer]
 Server = memws.WebSocketServer
 
@@ -1876,3 +1879,152 @@ async def test_stop_ends_turns_cleanly(online: Callable[..., Server], endpoint: 
         loaded = await client.ok("load_agent", name="sam")
         assert (loaded["repaired"], loaded["last_seq"]) == ([], last)
         assert (await client.turn("hi"))[-1]["stop_reason"] == "done"
+
+
+# ---- all at once -----------------------------------------------------------------------------------------------------
+
+
+class Visitor:
+    """A client that does whatever comes to its mind, and waits until all of it is answered."""
+
+    def __init__(self, server: Server, seed: str, agents: list[str], turns: dict[tuple[str, str], str]) -> None:
+        self.server = server
+        self.pick = random.Random(seed)
+        self.agents = agents
+        self.turns = turns
+        """The text of each (agent, turn_id) that any visitor has sent."""
+
+    async def visit(self, actions: int) -> None:
+        """Come several times, for a few requests each; leave without a word now and then."""
+        while actions > 0:
+            stay = self.pick.randint(1, 12)
+            actions -= stay
+            async with wire(self.server, *self.pick.choice([(), ("*",), ("queue", "delta")])) as client:
+                waits: dict[Any, bool] = {}
+                mine: set[tuple[str, str]] = set()
+                for _ in range(stay):
+                    await self.act(client, waits, mine)
+                if self.pick.random() < 0.2:
+                    client.websocket.transport.abort()
+                    continue
+                while waits:
+                    frame = await client.receive()
+                    if frame.get("id") in waits and waits[frame["id"]] == is_terminal(frame):
+                        if frame["type"] != "agent_response_start":
+                            del waits[frame["id"]]
+
+    async def act(self, client: Wire, waits: dict[Any, bool], mine: set[tuple[str, str]]) -> None:
+        """Send one request; `waits` gets its id and whether a terminal frame answers it."""
+        agent = self.pick.choice(self.agents)
+        kind = self.pick.choice(["say"] * 6 + ["again"] * 3 + ["cancel"] * 3 + ["command"] * 4 + ["bad"])
+        if kind == "say":
+            turn_id, text = f"{self.pick.getrandbits(64):x}", f"{self.pick.random()}"
+            self.turns[agent, turn_id] = text
+            mine.add((agent, turn_id))
+            busy = self.pick.choice(["queue", "queue", "queue", "reject", "interrupt"])
+            waits[await client.say(text, agent_name=agent, turn_id=turn_id, when_busy=busy)] = True
+        elif kind == "again" and (known := sorted(self.turns.keys() - mine)):
+            agent, turn_id = self.pick.choice(known)
+            mine.add((agent, turn_id))
+            waits[await client.say(self.turns[agent, turn_id], agent_name=agent, turn_id=turn_id)] = True
+        elif kind == "cancel":
+            ids = sorted(turn_id for name, turn_id in self.turns if name == agent)
+            waits[await client.request("cancel", agent_name=agent, turn_id=self.pick.choice([None, *ids]))] = False
+        elif kind == "bad":
+            await client.send_raw({"type": "command", "command": "sudo", "id": (request_id := client.new_id("bad"))})
+            waits[request_id] = False
+        else:
+            command, more = self.pick.choice(
+                [
+                    ("subscribe", {"after": self.pick.choice([None, 0, 5])}),
+                    ("unsubscribe", {}),
+                    ("set_block", {"label": "human", "value": f"{self.pick.random()}"}),
+                    ("insert_passage", {"text": "walrus"}),
+                    ("wake", {}),
+                    ("compact", {}),
+                    ("get_agent", {}),
+                    ("get_messages", {}),
+                    ("update_agent", {"config": {"max_steps": 5}}),
+                ]
+            )
+            waits[await client.request(command, agent_name=agent, **more)] = False
+
+
+async def observe(server: Server, agent: str, last: asyncio.Future[int]) -> list[JSON]:
+    """All stored events of an agent as they happen, up to the seq that `last` gets."""
+    async with wire(server, "*") as client:
+        await client.ok("subscribe", agent_name=agent)
+        seen: list[JSON] = []
+        while not (last.done() and seen and seen[-1]["seq"] >= last.result()):
+            frame = await client.receive()
+            seen += [frame] if stored(frame) else []
+        return seen
+
+
+def whole_turns(events: list[JSON]) -> set[str]:
+    """The turns of an agent's events, which never overlap and begin and end once each."""
+    running, over = None, set()
+    for event in events:
+        turn_id = event.get("turn_id")
+        if event["type"] == "agent_response_start":
+            assert running is None
+            assert turn_id not in over
+            running = turn_id
+        elif is_terminal(event):
+            assert running == turn_id
+            over.add(turn_id)
+            running = None
+        else:
+            assert turn_id in (None, running)
+    assert running is None
+    return over
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+async def test_many_clients_at_random(online: Callable[..., Server], endpoint: Endpoint, seed: int) -> None:
+    """Whatever many clients do at once, every request is answered, turns never overlap, and seq has no gap."""
+
+    def model(body: JSON) -> Reply:
+        number = len(body["messages"]) % 3
+        edit = ("core_memory_append", {"name": "persona", "content": "x", "request_heartbeat": True})
+        return Reply("Well. ", calls=[edit] if number == 0 else [("send_message", {"message": "Hi"})], chunk=2 + number)
+
+    endpoint.default = model
+    server = online()
+    agents, turns = ["ada", "sam"], dict[tuple[str, str], str]()
+    async with wire(server) as client:
+        for agent in agents:
+            await client.ok("create_agent", config={"name": agent})
+        ends = [asyncio.get_running_loop().create_future() for _ in agents]
+        observers = [asyncio.create_task(observe(server, *each)) for each in zip(agents, ends, strict=True)]
+        while len(server.interface.clients) < 1 + len(agents):
+            await client.ok("hello")
+        visitors = [Visitor(server, f"{seed} {number}", agents, turns) for number in range(4)]
+        await asyncio.gather(*(visitor.visit(40) for visitor in visitors))
+        while any(agent["state"] != "idle" for agent in (await client.ok("list_agents"))["agents"]):
+            pass
+        for agent, end in zip(agents, ends, strict=True):
+            await client.ok("insert_passage", agent_name=agent, text="the end")
+            end.set_result((await client.ok("get_agent", agent_name=agent))["last_seq"])
+        seen = await asyncio.gather(*observers)
+    server.stop()
+    for agent, events in zip(agents, seen, strict=True):
+        assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+        assert len(whole_turns(events)) > 10
+    server = online()
+    async with wire(server, "*") as client:
+        for agent, events in zip(agents, seen, strict=True):
+            assert (await client.ok("load_agent", name=agent))["repaired"] == []
+            await client.ok("subscribe", after=0)
+            assert await client.until(lambda frame, last=len(events): frame["seq"] == last) == events
+            said = [text for (name, turn_id), text in turns.items() if name == agent and turn_id in whole_turns(events)]
+            assert sorted(said_to(server, agent)) == sorted(said)
+
+
+def said_to(server: Server, agent: str) -> list[str]:
+    """What users said to an agent, as it is on disk."""
+    connection = sqlite3.connect(server.options.db)
+    query = "SELECT text FROM messages WHERE role = 'user' AND agent = (SELECT id FROM agents WHERE name = ?)"
+    rows = connection.execute(query, (agent,)).fetchall()
+    connection.close()
+    return [text for (text,) in rows]

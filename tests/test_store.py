@@ -701,6 +701,20 @@ async def test_a_store_that_may_not_write_reads_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("config", ["{", "NaN", "", "\x00", '{"model": 1'])
+async def test_a_damaged_row_is_a_failure_of_the_store(store: SqliteStore, config: str) -> None:
+    """An agent whose stored JSON is damaged cannot be read, and says so; the others can."""
+    agent, other = await new_agent(store), await new_agent(store, "ada")
+    await whole_step(store, agent.id)
+    store._connection.execute("UPDATE agents SET config = ? WHERE id = ?", (config, agent.id))
+    await fails(store.find_agent("sam"), "the database")
+    assert await store.find_agent("ada") == other
+    store._connection.execute("UPDATE agents SET state = x'ff', config = '{}' WHERE id = ?", (agent.id,))
+    await fails(store.find_agent("sam"), "the database")
+    await fails(store.search(agent.id, "", ("recall",), None, None, None, 10, 2**70), "the database")
+
+
+@pytest.mark.anyio
 async def test_a_locked_database_fails_the_step_and_not_the_store(tmp_path: Path) -> None:
     """While another program holds the write lock for too long, writes are refused and reads go on; then all is well."""
     path = tmp_path / "memws.db"

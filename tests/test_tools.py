@@ -485,7 +485,7 @@ async def test_whatever_a_tool_raises_is_advice(error: BaseException, words: str
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("error", [StopIteration(5), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("error", [StopIteration(5), KeyboardInterrupt(), GeneratorExit()], ids=repr)
 async def test_what_a_thread_raises_stays_in_it(error: BaseException) -> None:
     """An exception that would end a loop or a generator is a sync tool's failure like any other."""
     sync, _ = raising(error)
@@ -648,6 +648,28 @@ async def test_bad_calls_never_reach_the_function(endpoint: Endpoint) -> None:
         assert first.startswith("Failed: argument number: expected integer, but got 'many'; call count(number: integer")
         assert second.startswith("Failed: unknown tool 'cuont'; tools: send_message, ")
         assert third == "OK: 3"
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("letter", ["\U0001f600", "\x01", '"', "x"])
+async def test_a_call_of_any_size_fits_its_frames(endpoint: Endpoint, letter: str) -> None:
+    """Arguments and results of any length and weight are told in frames of at most 1 MiB, and none is lost."""
+
+    def echo(text: str) -> str:
+        """Give it back."""
+        return text
+
+    async with Lab(endpoint, tools=[echo], context_window=1_000_000) as lab:
+        agent = await lab.create()
+        for length in (60_000, memws.TEXT_PART - 13, memws.TEXT_PART, 3 * memws.TEXT_PART):
+            text = letter * length
+            endpoint.script(Reply(calls=[("echo", {"text": text})], chunk=50_000))
+            told = await lab.say(agent, "Go")
+            frames = [event.frame("é" * 64) for event in told.events]
+            assert max(len(frame.encode()) for frame in frames) <= memws.MAX_FRAME - 1_000
+            calls = [call for call in told.of("tool_call") if call["name"] == "echo"]
+            assert json.loads("".join(call["message"] for call in calls)) == {"text": text}
+            assert calls[0]["arguments"] in (None, {"text": text})
 
 
 def test_the_decorator_registers_and_returns_the_function(endpoint: Endpoint) -> None:

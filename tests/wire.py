@@ -98,10 +98,19 @@ class Wire:
 
     # -- commands --
 
+    def new_id(self, what: str) -> str:
+        """An id that no request of this connection has had."""
+        return f"{what} {next(self._ids)}"
+
+    async def request(self, command: str, **fields: Any) -> str:
+        """Send a command; its id."""
+        request_id = self.new_id(command)
+        await self.send(type="command", command=command, id=request_id, **fields)
+        return request_id
+
     async def command(self, command: str, **fields: Any) -> JSON:
         """Send a command; its answer. What came before the answer is in `before_answer`."""
-        request_id = f"{command} {next(self._ids)}"
-        await self.send(type="command", command=command, id=request_id, **fields)
+        request_id = await self.request(command, **fields)
         *self.before_answer, response = await self.until(lambda frame: frame.get("id") == request_id)
         return response
 
@@ -138,7 +147,7 @@ class Wire:
 
     async def say(self, message: str, **fields: Any) -> Any:
         """Send a user's message; its id."""
-        request_id = fields.pop("id", f"message {next(self._ids)}")
+        request_id = fields.pop("id") if "id" in fields else self.new_id("message")
         await self.send(type="user_message", message=message, id=request_id, **fields)
         return request_id
 
