@@ -782,24 +782,32 @@ class AgentCommand(Command):
 
 
 class CreateAgent(Command):
+    """Make an agent and make it this connection's current one."""
+
     kind = "create_agent"
     result = "{agent_name, warnings}"
     config = Object("name, persona, human, model, context_window, blocks, tools, system, max_steps, settings, …")
 
 
 class LoadAgent(AgentCommand):
+    """Open an agent, repair what a crash left, and make it this connection's current one."""
+
     kind = "load_agent"
     result = "{agent_name, model, last_seq, repaired, warnings}"
     name = Maybe(Text("the agent's name (or agent_name)", 1_000))
 
 
 class Hello(Command):
+    """Ask who answers, and choose the message types to receive."""
+
     kind = "hello"
     result = "{version, protocol, model, models, offline, limits, commands, message_types, unknown}"
     message_types = Maybe(Texts('the message types to receive from now on; "*": all', 100))
 
 
 class ListAgents(Command):
+    """List the agents by name."""
+
     kind = "list_agents"
     result = "{agents: [{agent_name, model, last_active, last_seq, state}], total}"
     after = Maybe(Text("names above this one, in order", 1_000))
@@ -807,23 +815,31 @@ class ListAgents(Command):
 
 
 class GetAgent(AgentCommand):
+    """Read an agent's settings, blocks, counts and running turn."""
+
     kind = "get_agent"
     result = "{agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}"
 
 
 class UpdateAgent(AgentCommand):
+    """Change an agent's settings."""
+
     kind = "update_agent"
     result = "{settings, warnings}"
     config = Object("model, context_window, tools, system, max_steps, heartbeat_interval, settings")
 
 
 class RenameAgent(AgentCommand):
+    """Give an agent another name; its followers follow."""
+
     kind = "rename_agent"
     result = "{agent_name}"
     new_name = Text("the new name", 1_000)
 
 
 class DeleteAgent(AgentCommand):
+    """Put an agent aside until it is purged; its name is free at once."""
+
     kind = "delete_agent"
     result = "{}"
     force = Flag("cancel what runs or waits first", False)
@@ -831,6 +847,8 @@ class DeleteAgent(AgentCommand):
 
 
 class RestoreAgent(Command):
+    """Bring back the agent that was deleted last under a name."""
+
     kind = "restore_agent"
     result = "{agent_name, last_seq}"
     agent_name = Text("a deleted agent", 1_000)
@@ -838,6 +856,8 @@ class RestoreAgent(Command):
 
 
 class GetMessages(AgentCommand):
+    """Page backwards through recall memory."""
+
     kind = "get_messages"
     result = "{messages: [{id, seq, role, time, text, tool_calls, turn_id, step, in_context}], total, more}"
     before = Maybe(Integer("a message's id: the newest ones before it; absent: the newest", 0, 2**53))
@@ -845,6 +865,8 @@ class GetMessages(AgentCommand):
 
 
 class SearchMemory(AgentCommand):
+    """Search recall and archival memory."""
+
     kind = "search_memory"
     result = "{items: [{id, store, role, time, text, score}], total, page, pages}"
     query = Text("any text; empty: the newest first", MAX_QUERY)
@@ -857,11 +879,15 @@ class SearchMemory(AgentCommand):
 
 
 class GetContext(AgentCommand):
+    """Read what fills the context window, by section."""
+
     kind = "get_context"
     result = "{sections: [{name, tokens, text}], used, window, estimated}"
 
 
 class GetRequest(AgentCommand):
+    """Read what was really sent to the model for a step, and what came back."""
+
     kind = "get_request"
     result = "{request, response, usage, first_token_ms, total_ms}"
     turn_id = Text("the turn", MAX_ID, least=1)
@@ -869,6 +895,8 @@ class GetRequest(AgentCommand):
 
 
 class SetBlock(AgentCommand):
+    """Give a core memory block another text."""
+
     kind = "set_block"
     result = "{label, version}"
     label = Text("the block's label", MAX_NAME, least=1)
@@ -877,40 +905,54 @@ class SetBlock(AgentCommand):
 
 
 class InsertPassage(AgentCommand):
+    """Keep a passage in archival memory."""
+
     kind = "insert_passage"
     result = "{id}"
     text = Text("what archival memory shall keep", MAX_FRAME, least=1)
 
 
 class DeletePassage(AgentCommand):
+    """Take a passage out of archival memory."""
+
     kind = "delete_passage"
     result = "{id}"
     passage_id = Maybe(Integer("the passage; absent: the request's own `id` names it", 0, 2**53))
 
 
 class Cancel(AgentCommand):
+    """End the running turn, or take a waiting message back; overtakes other requests."""
+
     kind = "cancel"
     result = "{state: cancelling | removed | over}"
     turn_id = Maybe(Text("the turn; absent: the running one", MAX_ID, least=1))
 
 
 class Subscribe(AgentCommand):
+    """Follow all events of an agent, also those of the past."""
+
     kind = "subscribe"
     result = "{last_seq}, then stored events above `after`, then live ones"
     after = Anything("a seq: replay the stored events above it first; 0: all; absent: none")
 
 
 class Unsubscribe(AgentCommand):
+    """Follow an agent no longer."""
+
     kind = "unsubscribe"
     result = "{last_seq}"
 
 
 class Wake(AgentCommand):
+    """Start a turn without a user's message, as a heartbeat would."""
+
     kind = "wake"
     result = "{turn_id}"
 
 
 class Compact(AgentCommand):
+    """Turn the oldest messages of the context window into a summary now."""
+
     kind = "compact"
     result = "{tokens_before, tokens_after}"
 
