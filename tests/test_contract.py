@@ -225,11 +225,12 @@ def test_what_the_table_names_exists(name: str) -> None:
 
 def test_every_code_of_the_module_is_in_the_table() -> None:
     """The codes that memws raises are those of the contract, no more and no fewer."""
-    calls = [node for node in ast.walk(ast.parse(Path(memws.__file__).read_text("utf-8"))) if isinstance(node, ast.Call)]
+    tree = ast.parse(Path(memws.__file__).read_text("utf-8"))
     raised = {
         call.args[0].value
-        for call in calls
-        if isinstance(call.func, ast.Name)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
         and call.func.id in {"Refused", "InvalidRequest", "ModelError"}
         and call.args
         and isinstance(call.args[0], ast.Constant)
