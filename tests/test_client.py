@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commandline import Serving
 from endpoint import Body, Endpoint, Reply
 from proxy import Proxy
 
@@ -119,7 +120,8 @@ async def test_ask(server: memws.WebSocketServer) -> None:
 async def test_ask_of_several_messages(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """Several assistant messages are a line each, and a long one in parts is one line."""
     long = "é" * (memws.TEXT_PART + 5)
-    endpoint.script(Reply(calls=[("send_message", {"message": "one"}), ("send_message", {"message": long})]))
+    said = [("send_message", {"message": "one"}), ("send_message", {"message": long})]
+    endpoint.script(Reply(calls=said, chunk=4000))
     async with memws.Client(server.url) as client:
         await client.create_agent("sam")
         assert await client.ask("hi") == "one\n" + long
@@ -273,7 +275,7 @@ async def test_unknown_frames(proxy: Proxy, caplog: pytest.LogCaptureFixture) ->
 async def test_answer_in_parts(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """An answer that comes in several parts is one result."""
     long = "é" * (memws.MAX_FRAME // 3)
-    endpoint.script(say(long), say(long))
+    endpoint.script(say(long, chunk=4000))
     async with memws.Client(server.url) as client:
         await client.create_agent("sam")
         turn = client.send("hi")
@@ -502,6 +504,30 @@ async def test_server_restarts(server: memws.WebSocketServer, endpoint: Endpoint
             assert seqs(followed)[: len(seqs(events))] == seqs(events)
         finally:
             await asyncio.to_thread(later.stop)
+
+
+@pytest.mark.anyio
+async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
+    """After kill -9 the running turn ends once as interrupted, and the message that waited behind it is answered."""
+    endpoint.default = echo
+    endpoint.script(Reply("a thought", calls=[("core_memory_append", memory(1))]), say("never heard", hold=True))
+    flags = ("--base-url", endpoint.url, "--context-window", "30000")
+    key = {"OPENAI_API_KEY": "k"}
+    with Serving(*flags, cwd=tmp_path, variables=key) as first:
+        async with memws.Client(first.url) as client:
+            await client.hello(["*"])
+            await client.create_agent("sam")
+            running, waiting = client.send("hi"), client.send("ho")
+            await asyncio.to_thread(endpoint.wait_requests, 2)
+            first.end(signal.SIGKILL)
+            with Serving(*flags, "--port", str(first.port), cwd=tmp_path, variables=key):
+                events = await within(collected(running))
+                assert seqs(events) == list(range(1, len(seqs(events)) + 1))
+                assert events[-1]["stop_reason"] == "interrupted"
+                assert texts(events, "internal_monologue") == "a thought"
+                later = await within(collected(waiting))
+                assert texts(later, "assistant_message") == "you said ho"
+                assert seqs(later)[0] == seqs(events)[-1] + 1
 
 
 @pytest.mark.anyio
