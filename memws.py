@@ -1869,6 +1869,7 @@ class SearchIndex:
             beside = bool(joined) and store == "recall" and words <= TURN_WORDS and last[2] <= TURN_WORDS
             asked = beside and last[3] > 0
             place = (last[0] - low >> _SLICE) + (1 if beside else _APART)
+            time = max(time, last[1])  # a clock may be set back; searches by time rely on the order of rows
         for number, part in enumerate(parts[: 1 << _SLICE]):
             doc = low + (place << _SLICE) + number
             terms = " ".join(split_terms(part))

@@ -14,7 +14,7 @@ import pytest
 from agents import packed, results
 from commandline import PROGRAM, Serving
 from endpoint import Endpoint, Reply
-from websockets.exceptions import ConnectionClosed
+from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from wire import JSON, LIMIT, Wire, is_terminal, of_kind, wire
 
 import memws
@@ -383,6 +383,43 @@ async def test_the_end_of_a_killed_turn_comes_before_a_new_one(endpoint: Endpoin
 
 
 @pytest.mark.anyio
+async def test_a_repair_is_made_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    """A server that is killed again while it repairs, or just after, leaves one end of the turn and nothing to repair."""
+    async with stage(stop_in_a_tool, endpoint, tmp_path) as (place, serving, client, _):
+        serving.end(signal.SIGKILL)
+        await until_closed(client)
+        for answered in (False, True):
+            with place.serve() as serving:
+                async with wire(serving, "*") as again:
+                    await again.send(type="command", command="load_agent", name="sam")
+                    if answered:
+                        await again.receive()
+                    serving.end(signal.SIGKILL)
+                    await until_closed(again)
+        with place.serve() as serving:
+            async with wire(serving, "*") as again:
+                assert (await again.ok("load_agent", name="sam"))["repaired"] == []
+                turn = await check_turn(again, client.frames)
+    assert turn[-1]["stop_reason"] == "interrupted"
+    place.check()
+
+
+@pytest.mark.anyio
+async def test_an_agent_goes_on_without_its_tool(endpoint: Endpoint, tmp_path: Path) -> None:
+    """A server that does not know the tool in which its agent was killed loads it, says so, and goes on."""
+    async with stage(stop_in_a_tool, endpoint, tmp_path) as (place, serving, client, _):
+        serving.end(signal.SIGKILL)
+        with Place(tmp_path, endpoint).serve() as serving:
+            async with wire(serving, "*") as client:
+                loaded = await client.ok("load_agent", name="sam")
+                assert "tools that are not registered now are left out: ask, ask_later" in loaded["warnings"]
+                assert loaded["repaired"][-1] == "turn t1 was interrupted and got its end"
+                turn = await client.turn("And now?")
+    assert turn[-1]["stop_reason"] == "done"
+    assert results(endpoint.requests[-1])[1:] == ["Failed: interrupted: result unknown"] * 2
+
+
+@pytest.mark.anyio
 async def test_a_subscriber_goes_on_where_it_was(endpoint: Endpoint, tmp_path: Path) -> None:
     """A client that subscribes after a kill with its last seq gets the rest, each event once, in order."""
     async with stage(stop_between_steps, endpoint, tmp_path) as (place, serving, client, _):
@@ -570,7 +607,7 @@ async def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> N
                     serving.process.kill()
 
             async def session(talker: Talker, serving: Serving = serving, on_frame: Any = on_frame) -> None:
-                with suppress(ConnectionClosed, OSError, EOFError):
+                with suppress(ConnectionClosed, InvalidHandshake, OSError):  # killed, before or while it connects
                     async with wire(serving, "*") as client:
                         await client.command("create_agent", config={"name": talker.agent})
                         await talker.talk(client, on_frame)

@@ -14,7 +14,7 @@ from endpoint import Body, Endpoint, Reply
 
 import memws
 
-KEY = "sk-canary-0123456789abcdef"
+KEY = "canary-0123456789abcdef"
 TEXT = 'Grüße, 世界 👋! It is "1,5 °C"\nin Oslo \\ today.'
 CALLS = [("send_message", {"message": TEXT}), ("core_memory_append", {"name": "human", "content": "Name: Zoë"})]
 USER = '{"role":"user","content":"Hi"}'

@@ -250,6 +250,17 @@ def test_filters(connection: sqlite3.Connection) -> None:
     assert index.search(connection, 1, "apple", until="2026")[1] == 0
 
 
+@pytest.mark.parametrize("query", ["cake", "", "ake"])
+def test_a_clock_set_back_hides_nothing(connection: sqlite3.Connection, query: str) -> None:
+    """Messages between two times are found although the clock was set back between them."""
+    index = SearchIndex()
+    for item, at in enumerate(("10:00", "10:30", "09:50", "10:10", "11:00"), 1):
+        index.add(connection, 1, "recall", item, "user", f"2026-11-24T{at}:00.000Z", f"cake {item}")
+    between = {"since": "2026-11-24T10:05:00.000Z", "until": "2026-11-24T10:40:00.000Z"}
+    found = set(items(index.search(connection, 1, query, **between)))
+    assert {2, 4} <= found <= {2, 3, 4}
+
+
 def test_pages_follow_each_other(connection: sqlite3.Connection) -> None:
     """Pages hold every hit once, and stay the same while messages arrive."""
     index = fill(connection, [("user", f"apple number {number}") for number in range(61)])

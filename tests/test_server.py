@@ -1909,9 +1909,8 @@ class Visitor:
                     continue
                 while waits:
                     frame = await client.receive()
-                    if frame.get("id") in waits and waits[frame["id"]] == is_terminal(frame):
-                        if frame["type"] != "agent_response_start":
-                            del waits[frame["id"]]
+                    if frame["type"] != "agent_response_start" and waits.get(frame.get("id")) == is_terminal(frame):
+                        del waits[frame["id"]]
 
     async def act(self, client: Wire, waits: dict[Any, bool], mine: set[tuple[str, str]]) -> None:
         """Send one request; `waits` gets its id and whether a terminal frame answers it."""
@@ -1950,15 +1949,11 @@ class Visitor:
             waits[await client.request(command, agent_name=agent, **more)] = False
 
 
-async def observe(server: Server, agent: str, last: asyncio.Future[int]) -> list[JSON]:
-    """All stored events of an agent as they happen, up to the seq that `last` gets."""
+async def observe(server: Server, agent: str) -> list[JSON]:
+    """All stored events of an agent as they happen, up to the passage that says so."""
     async with wire(server, "*") as client:
         await client.ok("subscribe", agent_name=agent)
-        seen: list[JSON] = []
-        while not (last.done() and seen and seen[-1]["seq"] >= last.result()):
-            frame = await client.receive()
-            seen += [frame] if stored(frame) else []
-        return seen
+        return [frame for frame in await client.until(lambda frame: frame.get("after") == "the end") if stored(frame)]
 
 
 def whole_turns(events: list[JSON]) -> set[str]:
@@ -1995,29 +1990,27 @@ async def test_many_clients_at_random(online: Callable[..., Server], endpoint: E
     async with wire(server) as client:
         for agent in agents:
             await client.ok("create_agent", config={"name": agent})
-        ends = [asyncio.get_running_loop().create_future() for _ in agents]
-        observers = [asyncio.create_task(observe(server, *each)) for each in zip(agents, ends, strict=True)]
+        observers = [asyncio.create_task(observe(server, agent)) for agent in agents]
         while len(server.interface.clients) < 1 + len(agents):
             await client.ok("hello")
         visitors = [Visitor(server, f"{seed} {number}", agents, turns) for number in range(4)]
         await asyncio.gather(*(visitor.visit(40) for visitor in visitors))
         while any(agent["state"] != "idle" for agent in (await client.ok("list_agents"))["agents"]):
             pass
-        for agent, end in zip(agents, ends, strict=True):
+        for agent in agents:
             await client.ok("insert_passage", agent_name=agent, text="the end")
-            end.set_result((await client.ok("get_agent", agent_name=agent))["last_seq"])
-        seen = await asyncio.gather(*observers)
+        seen = dict(zip(agents, await asyncio.gather(*observers), strict=True))
     server.stop()
-    for agent, events in zip(agents, seen, strict=True):
-        assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
-        assert len(whole_turns(events)) > 10
     server = online()
     async with wire(server, "*") as client:
-        for agent, events in zip(agents, seen, strict=True):
+        for agent, events in seen.items():
+            assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+            over = whole_turns(events)
+            assert len(over) > 10
             assert (await client.ok("load_agent", name=agent))["repaired"] == []
             await client.ok("subscribe", after=0)
-            assert await client.until(lambda frame, last=len(events): frame["seq"] == last) == events
-            said = [text for (name, turn_id), text in turns.items() if name == agent and turn_id in whole_turns(events)]
+            assert await client.until(lambda frame: frame.get("after") == "the end") == events
+            said = [text for (name, turn_id), text in turns.items() if name == agent and turn_id in over]
             assert sorted(said_to(server, agent)) == sorted(said)
 
 
