@@ -384,7 +384,7 @@ async def test_the_end_of_a_killed_turn_comes_before_a_new_one(endpoint: Endpoin
 
 @pytest.mark.anyio
 async def test_a_repair_is_made_once(endpoint: Endpoint, tmp_path: Path) -> None:
-    """A server that is killed again while it repairs, or just after, leaves one end of the turn and nothing to repair."""
+    """A server that is killed again while it repairs, or just after, leaves one end and then nothing to repair."""
     async with stage(stop_in_a_tool, endpoint, tmp_path) as (place, serving, client, _):
         serving.end(signal.SIGKILL)
         await until_closed(client)
@@ -407,7 +407,7 @@ async def test_a_repair_is_made_once(endpoint: Endpoint, tmp_path: Path) -> None
 @pytest.mark.anyio
 async def test_an_agent_goes_on_without_its_tool(endpoint: Endpoint, tmp_path: Path) -> None:
     """A server that does not know the tool in which its agent was killed loads it, says so, and goes on."""
-    async with stage(stop_in_a_tool, endpoint, tmp_path) as (place, serving, client, _):
+    async with stage(stop_in_a_tool, endpoint, tmp_path) as (_, serving, client, _):
         serving.end(signal.SIGKILL)
         with Place(tmp_path, endpoint).serve() as serving:
             async with wire(serving, "*") as client:
