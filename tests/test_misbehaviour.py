@@ -1,0 +1,317 @@
+"""Models, endpoints and processes misbehave at random: no history is poisoned, every turn ends once, talk goes on."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from agents import Lab, Told
+from endpoint import Endpoint, Reply, greet
+
+import memws
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+
+BOUNDED = {"deadline": None, "derandomize": True, "database": None}
+
+# ---- chunks and replies ----------------------------------------------------------------------------------------------
+
+FIELDS = (
+    "choices", "delta", "message", "content", "tool_calls", "function", "name", "arguments", "index", "id", "usage",
+    "prompt_tokens", "completion_tokens", "finish_reason", "refusal", "reasoning", "function_call", "text",
+)  # fmt: skip
+scalars = st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=3)
+junk = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@hypothesis.settings(max_examples=300, **BOUNDED)
+@hypothesis.given(st.lists(junk | junk.map(lambda value: {"choices": [{"delta": value}], "usage": value}), max_size=4))
+def test_a_chunk_of_any_shape_is_taken(chunks: list[Any]) -> None:
+    """Chunks with fields of any type are read for what they hold, and what is read can be stored."""
+    reply = memws.ModelReply()
+    for chunk in chunks:
+        if isinstance(chunk, dict):
+            reply.feed(chunk)
+        reply.news()
+    assert isinstance(reply.text, str)
+    with contextlib.suppress(memws.ModelError):
+        answer = memws.read_answer(reply, memws.MEMORY_TOOLS)
+        for call in answer.calls:
+            assert isinstance(json.loads(memws.encode_json(call.arguments)), dict)
+            assert 0 < len(call.id) <= 128
+        assert len({call.id for call in answer.calls}) == len(answer.calls)
+
+
+@hypothesis.settings(max_examples=200, **BOUNDED)
+@hypothesis.given(st.text(max_size=40), st.booleans(), st.lists(st.integers(0, 300), max_size=6))
+def test_any_reply_cut_anywhere_is_read_whole(message: str, ascii_only: bool, places: list[int]) -> None:
+    """Any text of send_message, cut at any places while it arrives, comes out as it is."""
+    arguments = json.dumps({"message": message}, ensure_ascii=ascii_only)
+    reply = memws.ReplyText()
+    pieces = [reply.news(arguments[:place]) for place in [*sorted(places), len(arguments)]]
+    assert "".join(pieces) == message.replace("\x00", "\ufffd")
+
+
+@hypothesis.settings(max_examples=300, **BOUNDED)
+@hypothesis.given(st.text(alphabet='{}[]",:\\ \nabtrue1\ud800\x00', max_size=30))
+def test_any_arguments_are_an_object_or_a_problem(text: str) -> None:
+    """Whatever text a model writes as arguments, it is read as an object that can be stored, or not at all."""
+    arguments, problem = memws.read_arguments(text)
+    if arguments is None:
+        assert problem
+    else:
+        encoded = memws.encode_json(arguments)
+        assert json.loads(encoded) == arguments
+        assert "\x00" not in str(arguments)
+        encoded.encode()
+
+
+# ---- whole turns -----------------------------------------------------------------------------------------------------
+
+ran: list[int] = []
+
+
+def note(number: int) -> int:
+    """Note a number."""
+    ran.append(number)
+    return number
+
+
+async def fail(text: str = "") -> str:
+    """Fail."""
+    await asyncio.sleep(0)
+    raise RuntimeError(text)
+
+
+class Long(str):
+    """A long text that hypothesis shows in brief."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"Long({self[:5]!r} * {len(self) // 5})"
+
+
+TOOLS = [
+    ("send_message", {"message": "Well."}),
+    ("send_message", {"text": "Well."}),
+    ("send_message", {}),
+    ("core_memory_append", {"name": "human", "content": "Name: Zoe"}),
+    ("core_memory_append", {"name": "human", "content": Long("xxxxx" * 300)}),
+    ("core_memory_append", {"name": "dog", "content": "x"}),
+    ("core_memory_replace", {"name": "human", "old_content": "Name", "new_content": "Nom"}),
+    ("archival_memory_insert", {"content": Long("Fact " * 50)}),
+    ("archival_memory_search", {"query": "passage"}),
+    ("conversation_search", {"query": "word", "page": -1}),
+    ("conversation_search_date", {"start_date": "x", "end_date": "y"}),
+    ("pause_heartbeats", {"minutes": 5}),
+    ("note", {"number": 1}),
+    ("note", {"number": "x"}),
+    ("fail", {"text": "no"}),
+    ("no such tool!", {}),
+    ("", {}),
+]
+BROKEN_ARGUMENTS = [
+    "",
+    "{",
+    "[]",
+    "null",
+    '"{}"',
+    "{}{}",
+    '{"message": "Well',
+    "Sure! {}",
+    "\ud83d",
+    "\x00",
+    "[" * 5_000,
+]
+TEXTS = [
+    "Well.",
+    "",
+    " ",
+    "<think>Hm.</think>Well.",
+    "<think>Hm.",
+    '{"name": "send_message", "arguments": {"message": "Well."}}',
+    '<tool_call>{"name": "send_message", "arguments": {"message": "We',
+    '<tool_call>{"name": "send_message", "arguments": nonsense',
+    '```json\n[{"function": {"name": "note", "arguments": "{}"}}]\n```',
+    '{"a": 1}',
+    Long("word " * 400),
+    "\ud83d\x00",
+]
+OVERFLOW = {"error": {"message": "too long", "code": "context_length_exceeded"}}
+
+arguments = st.sampled_from(BROKEN_ARGUMENTS)
+calls = st.sampled_from(TOOLS).flatmap(
+    lambda tool: st.tuples(
+        st.just(tool[0]),
+        st.sampled_from([tool[1], tool[1] | {"request_heartbeat": True}, tool[1] | {"request_heartbeat": "yes"}])
+        | arguments,
+    )
+)
+answers = st.builds(
+    lambda text, calls, ids, **more: Reply(text, calls, None if ids is None else ids[: len(calls)], **more),
+    st.none() | st.sampled_from(TEXTS),
+    st.lists(calls, max_size=4),
+    st.none() | st.lists(st.sampled_from(["a", "b", "", None, "x" * 300]), min_size=4, max_size=4),
+    reasoning=st.sampled_from(["", "Hm.", "\ud83d"]),
+    finish=st.sampled_from([None, None, None, "stop", "length", "content_filter", "function_call", ""]),
+    usage=st.sampled_from(["auto", None, {"prompt_tokens": 1}, {"prompt_tokens": 10**12}, {"prompt_tokens": "x"}, {}]),
+    chunk=st.sampled_from([3, 8, 1_000]),
+    whole=st.booleans(),
+    first_without_delta=st.booleans(),
+    empty_choices=st.sampled_from(["none", "none", "none", "first", "all"]),
+    calls_as_text=st.booleans(),
+    whole_arguments=st.booleans(),
+    call_index=st.booleans(),
+)
+failures = st.sampled_from(
+    [
+        Reply(status=503, headers={"Retry-After": "0"}),
+        Reply(status=429, headers={"Retry-After": "0"}),
+        Reply(status=429, headers={"Retry-After": "999"}),
+        Reply(status=401),
+        Reply(status=400),
+        Reply(status=400, body=OVERFLOW),
+        Reply("Well, well.", cut_after=2),
+        Reply(calls=[("send_message", {"message": "Well, well."})], cut_after=4),
+        Reply("Well, well.", error_in_stream={"message": "crash"}),
+        Reply("Well, well.", done=False, empty_choices="all"),
+        Reply(body="<html>"),
+        Reply(refusal="I won't."),
+        Reply(),
+    ]
+)
+scripts = st.lists(answers | failures, min_size=1, max_size=8)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One turn that goes wrong: what the model answers, and after which event it is stopped or its process killed."""
+
+    message: str | None
+    script: list[Reply]
+    verify: bool
+    stop_at: int | None
+    kill_at: int | None
+
+
+events = st.integers(0, 30)
+trials = st.builds(
+    Trial,
+    st.sampled_from(["Hi", Long("word " * 150), Long("word " * 4_000), None]),
+    scripts,
+    st.booleans(),
+    st.none() | events,
+    st.none() | st.none() | events,
+)
+
+
+class Bench:
+    """One lab on one loop for all examples; each gets an agent of its own."""
+
+    def __init__(self, endpoint: Endpoint, runner: asyncio.Runner) -> None:
+        self.endpoint = endpoint
+        self.runner = runner
+        self.lab = Lab(endpoint, tools=[note, fail])
+        self.count = 0
+
+    async def example(self, window: int, wrong: list[Trial]) -> None:
+        """Every trial ends as it should, and after each of them a plain turn works."""
+        self.count += 1
+        name = f"agent{self.count}"
+        agent = await self.lab.create(name, context_window=window, max_steps=6)
+        for trial in wrong:
+            script = iter(trial.script)
+            self.endpoint.default = lambda body, script=script: next(script, None) or greet(body)  # type: ignore[misc]
+            turn = self.lab.turn(trial.message, verify=trial.verify)
+            if trial.kill_at is not None:
+                await self.kill(agent, turn, trial.kill_at)
+                agent = await self.lab.open(name)
+                stored = [
+                    json.loads(text) for _, text in await self.lab.store.events(agent.id, 0, 10_000, turn.turn_id)
+                ]
+                assert [frame["type"] in memws.TERMINAL_TYPES for frame in stored] == [False] * (len(stored) - 1) + [
+                    True
+                ]
+                assert stored[-1]["stop_reason"] == "interrupted" or agent.repairs == []
+            else:
+                told = await self.stopped(agent, turn, trial.stop_at)
+                assert (told.end["type"] == "agent_response_error") == (told.stop_reason == "error")
+                assert told.end.get("code") != "internal"
+                notes = [frame for frame in told.of("tool_return") if frame["name"] == "note"]
+                done = sum(frame["status"] == "OK" for frame in notes)
+                unknown = sum("result unknown" in frame["message"] for frame in notes)
+                assert done <= len(ran) <= done + unknown, "a tool runs once for one call"
+            ran.clear()
+            self.endpoint.default = greet
+            told = await self.lab.say(agent, "And now?")
+            assert told.replies[:1] == ["Hello!"], told.end
+            assert told.stop_reason == "done"
+            await self.check_requests(agent, told)
+            reopened = await self.lab.open(name)
+            assert reopened.repairs == []
+            assert reopened.record.state == agent.record.state
+        assert self.endpoint.refusals == []
+
+    async def kill(self, agent: memws.Agent, turn: memws.Turn, after: int) -> None:
+        """Abandon a turn after so many events, as a killed process does."""
+        async with contextlib.aclosing(agent.turn(turn)) as events:
+            count = 0
+            async for _ in events:
+                count += 1
+                if count > after:
+                    break
+
+    async def stopped(self, agent: memws.Agent, turn: memws.Turn, after: int | None) -> Told:
+        """Run a turn; another task stops it after so many events."""
+        if after is None:
+            return await self.lab.run(agent, turn)
+        reached = asyncio.Event()
+        count = 0
+
+        def counting(event: memws.Event) -> None:
+            nonlocal count
+            count += 1
+            if count > after:
+                reached.set()
+
+        async def stop() -> None:
+            await reached.wait()
+            turn.stop("cancelled")
+
+        stopping = asyncio.create_task(stop())
+        told = await self.lab.run(agent, turn, counting)
+        stopping.cancel()
+        return told
+
+    async def check_requests(self, agent: memws.Agent, told: Told) -> None:
+        """The last request of the turn is rebuilt as it was sent."""
+        last = max(frame["step"] for frame in told.of("context"))
+        got = await agent.request(str(told.end["turn_id"]), last)
+        assert memws.encode_json(got["request"]).encode() == self.endpoint.bodies[-1]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    """The lab that all examples share."""
+    with Endpoint() as endpoint, asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memws, "RETRY_PAUSE", 0.0)
+        bench = Bench(endpoint, runner)
+        runner.run(bench.lab.__aenter__())
+        yield bench
+        runner.run(bench.lab.__aexit__())
+
+
+@hypothesis.settings(max_examples=150, **BOUNDED)
+@hypothesis.given(st.sampled_from([3_000, 3_500, 8_192, 100_000]), st.lists(trials, min_size=1, max_size=3))
+def test_whatever_happens_talk_goes_on(bench: Bench, window: int, wrong: list[Trial]) -> None:
+    """Random answers, failures, stops and kills: one end for each turn, nothing refused, and the next turn works."""
+    bench.runner.run(bench.example(window, wrong))
