@@ -2065,6 +2065,7 @@ class MemoryIndex:
         if kind not in _STORES:
             raise ValueError(f"unknown kind {kind!r}; expected 'recall' or 'archival'")
         self._connection = sqlite3.connect(":memory:", check_same_thread=False)
+        weakref.finalize(self, self._connection.close)
         self._connection.executescript(SEARCH_SCHEMA)
         self._index, self._kind = SearchIndex(), kind
         before = None
@@ -2282,7 +2283,13 @@ class SqliteStore:
                 (after, limit),
             ).fetchall()
             total = connection.execute("SELECT count(*) FROM agents WHERE deleted IS NULL").fetchone()[0]
-            return [_agent_record(row) for row in rows], total
+            records = []
+            for row in rows:
+                try:
+                    records.append(_agent_record(row))
+                except ValueError:  # one damaged agent must not hide the others
+                    logger.error("agent %s is damaged; run memws.py check", row[1])
+            return records, total
 
         return await self._read(job)
 
@@ -5449,7 +5456,7 @@ class Agent:
         if error is not None:
             self._end(changes, turn, error)
         elif stop is not None:
-            if not turn.replied and answer.content:
+            if not turn.replied and answer.content and turn.stop_reason is None:
                 changes.events += turn.events("correction", "the turn ended without send_message", what="no_reply")
                 changes.events += turn.events("assistant_message", answer.content)
             self._end(changes, turn, stop)
@@ -6936,8 +6943,8 @@ class Follower:
             self.cursor = self.cursor if event.seq is None else event.seq
             self.session.send(self.host.marked(text, event.type, event.turn_id, self))
 
-    async def catch_up(self, *, once: bool = False, lagging: bool = False) -> None:
-        """Replay what is stored behind the cursor, then go live; `once`: end there.
+    async def catch_up(self, *, once: bool = False, lagging: bool = False, up_to: int = 2**62) -> None:
+        """Replay what is stored behind the cursor, then go live; `once`: up to that seq, and end there.
 
         A reader that only lags, and was not promised a replay, is closed when it takes nothing while too much waits.
         """
@@ -6945,7 +6952,7 @@ class Follower:
         host = self.host
         while True:
             published = host.published
-            rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id)
+            rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id, up_to)
             for seq, text in rows:
                 kind, message_type = event_kind(text)
                 if self.session.wants(message_type):
@@ -7548,16 +7555,29 @@ class Session:
             running.followers[self] = follower
             self.hosts.add(host)
             self.marks[host.agent.id, turn_id] = request.id
-        self.replay(follower, once=running is None or self in host.subscribers)
+        subscriber = host.subscribers.get(self)
+        if running is None or subscriber is None:
+            self.replay(follower, once=running is None)
+        else:
+            self.replay(subscriber, after=follower)
 
-    def replay(self, follower: Follower, *, once: bool = False, lagging: bool = False) -> None:
-        """Let a follower catch up, after this session's replay of the same agent, if any: seqs come in order."""
+    def replay(
+        self, follower: Follower, *, once: bool = False, lagging: bool = False, after: Follower | None = None
+    ) -> None:
+        """Let a follower catch up, after this session's replay of the same agent, if any: seqs come in order.
+
+        `after`: a turn's follower that first gets what a subscription has had of it, and takes over if that ends.
+        """
         before = self._catching.get(follower.host)
 
         async def catch_up() -> None:
             if before is not None:
                 await asyncio.wait([before])
             try:
+                if after is not None:
+                    follower.live = False
+                    await after.catch_up(once=True, up_to=follower.cursor)
+                    after.cursor, after.live = follower.cursor, True
                 await follower.catch_up(once=once, lagging=lagging)
             except StoreFailed as error:
                 logger.error("session %d: a replay failed: %s", self.number, error)
@@ -9138,6 +9158,9 @@ class _LogFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         return printable(super().formatMessage(record)).replace("\n", "\\n")
 
+    def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
+        return "\n".join(f"    {printable(line)}" for line in super().formatException(ei).split("\n"))
+
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
         for secret in self._secrets:
@@ -9321,31 +9344,44 @@ def backup_command(db: str, file: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit status: 0, 1 for a failed chat, 2 for what cannot be done as asked."""
+    """The command line; the exit status: 0, 1 for a failed chat or damage, 2 for what cannot be done as asked."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "serve")
     try:
-        given = make_parser().parse_args(words)
-        if given.command == "chat":
-            url = _given(given, "url", f"ws://localhost:{DEFAULT_PORT}")
-            return chat(url, _given(given, "agent", None), _given(given, "token", None))
-        if given.command == "protocol":
-            print(encode_json(protocol_schema()))
-            return 0
-        if given.command == "serve":
-            return serve_command(given)
-        db = _given(given, "db", DEFAULT_DB)
-        if given.command == "check":
-            return check_command(db, given.repair)
-        if given.command == "export":
-            return export_command(db, given.name)
-        return import_command(db, given.file) if given.command == "import" else backup_command(db, given.file)
+        status = _run(make_parser().parse_args(words))
+        sys.stdout.flush()
+        return status
     except (UsageError, Refused) as error:
         print(f"memws: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output has left: nothing is to be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"memws: cannot write to standard output ({error.strerror}); send it elsewhere", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+
+
+def _run(given: argparse.Namespace) -> int:
+    """Do what the command line asks."""
+    if given.command == "chat":
+        url = _given(given, "url", f"ws://localhost:{DEFAULT_PORT}")
+        return chat(url, _given(given, "agent", None), _given(given, "token", None))
+    if given.command == "protocol":
+        print(encode_json(protocol_schema()))
+        return 0
+    if given.command == "serve":
+        return serve_command(given)
+    db = _given(given, "db", DEFAULT_DB)
+    if given.command == "check":
+        return check_command(db, given.repair)
+    if given.command == "export":
+        return export_command(db, given.name)
+    return import_command(db, given.file) if given.command == "import" else backup_command(db, given.file)
 
 
 if __name__ == "__main__":
