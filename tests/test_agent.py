@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -503,11 +504,11 @@ async def test_any_query_is_answered(lab: Lab, agent: memws.Agent, query: str) -
 @pytest.mark.parametrize(("minutes", "paused"), [(30, 30), (10_000, 360), (-5, 0)])
 async def test_pause_heartbeats(lab: Lab, agent: memws.Agent, minutes: int, paused: int) -> None:
     """Timed heartbeats are paused for at most 360 minutes; the state says until when."""
-    before = memws.time.time()
+    before = time.time()
     _, result = await call(lab, agent, "pause_heartbeats", minutes=minutes)
     assert result == f"OK: Pausing timed heartbeats for {paused} min"
     until = (await lab.open()).record.state["paused_until"]
-    assert before + 60 * paused <= until <= memws.time.time() + 60 * paused
+    assert before + 60 * paused <= until <= time.time() + 60 * paused
 
 
 async def test_a_tool_sees_its_own_agent_only(lab: Lab, agent: memws.Agent) -> None:
@@ -742,7 +743,7 @@ async def test_a_success_between_failures_counts_anew(endpoint: Endpoint, lab: L
 
 async def test_the_same_call_three_times_ends_the_turn(endpoint: Endpoint, lab: Lab, agent: memws.Agent) -> None:
     """A model that repeats a call with the same arguments is stopped at the third time: repeated_call."""
-    endpoint.default = Reply(calls=[beat("conversation_search", query="x")])  # type: ignore[assignment]
+    endpoint.default = Reply(calls=[beat("conversation_search", query="x")])
     turn = await lab.say(agent, "Hi")
     assert (turn.stop_reason, len(endpoint.requests)) == ("repeated_call", 3)
     assert turn.end["type"] == "agent_response_end"
@@ -1059,15 +1060,15 @@ async def test_the_step_up_to_a_tool_is_stored_before_it_runs(endpoint: Endpoint
 
     async def look() -> str:
         """Read the database."""
-        agent_id = (await lab.store.find_agent("sam")).id
-        seen.extend(json.loads(text) for _, text in await lab.store.events(agent_id, 0, 100))
-        blocks, *_ = await lab.store.load(agent_id, 0)
+        agent_id = (await home.store.find_agent("sam")).id
+        seen.extend(json.loads(text) for _, text in await home.store.events(agent_id, 0, 100))
+        blocks, *_ = await home.store.load(agent_id, 0)
         return next(block.value for block in blocks if block.label == "human")
 
-    async with Lab(endpoint, tmp_path / "memws.db", tools=[look]) as lab:
-        agent = await lab.create()
+    async with Lab(endpoint, tmp_path / "memws.db", tools=[look]) as home:
+        agent = await home.create()
         endpoint.script(Reply("I look.", calls=[APPEND, ("look", {}), HELLO]))
-        turn = await lab.say(agent, "Hi")
+        turn = await home.say(agent, "Hi")
         assert seen[-1]["message"] == "Running look({})"
         assert [event.text for event in turn.events if event.seq is not None][: len(seen)] == [
             memws.encode_json(frame) for frame in seen
@@ -1320,7 +1321,7 @@ async def test_an_endpoint_that_cuts_prompts_silently_is_noticed(
     cut = {"prompt_tokens": 300, "completion_tokens": 5}
     warnings = []
     for usage in (cut, cut, cut, "auto"):
-        endpoint.script(Reply(calls=[HELLO], usage=usage))  # type: ignore[arg-type]
+        endpoint.script(Reply(calls=[HELLO], usage=usage))
         (frame,) = (await lab.say(agent, "Hi")).of("context")
         warnings.append(frame.get("warning", ""))
     assert ["--context-window" in warning for warning in warnings] == [False, True, True, False]
@@ -1331,7 +1332,7 @@ async def test_estimates_are_calibrated_within_bounds(
     endpoint: Endpoint, lab: Lab, agent: memws.Agent, counted: int, low: float, high: float
 ) -> None:
     """The endpoint's counts pull the estimate towards them, but never below half or above twice."""
-    endpoint.default = Reply(calls=[HELLO], usage={"prompt_tokens": counted, "completion_tokens": 1})  # type: ignore[assignment]
+    endpoint.default = Reply(calls=[HELLO], usage={"prompt_tokens": counted, "completion_tokens": 1})
     for _ in range(8):
         await lab.say(agent, "Hi")
     assert low <= agent.model.ratio <= high
@@ -1699,7 +1700,7 @@ async def test_a_broken_history_is_mended_and_told(endpoint: Endpoint, lab: Lab)
     agent = await lab.create()
     await lab.say(agent, "My dog is called Rex")
     unpaired = {"id": "a", "type": "function", "function": {"name": "x", "arguments": "{}"}}
-    bodies = [
+    bodies: list[Body] = [
         {"role": "assistant", "content": None, "tool_calls": [unpaired]},
         {"role": "user", "content": memws.pack("user_message", message="Rex barks")},
         {"role": "tool", "tool_call_id": "b", "content": memws.pack_result(True, "x")},

@@ -322,8 +322,8 @@ async def test_retry_after_is_read(
     endpoint: Endpoint, model: memws.Model, status: int, headers: dict[str, str | int], least: float, most: float
 ) -> None:
     """The endpoint's wish to wait is read from seconds, from milliseconds and from a date (here: an int from now)."""
-    headers = {name: http_date(value) if isinstance(value, int) else value for name, value in headers.items()}
-    endpoint.script(Reply(status=status, headers=headers))
+    texts = {name: http_date(value) if isinstance(value, int) else value for name, value in headers.items()}
+    endpoint.script(Reply(status=status, headers=texts))
     error = await fail(model)
     assert error.retry
     assert error.retry_after is not None

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 from agents import Lab, Told
-from endpoint import Endpoint, Reply, greet
+from endpoint import Body, Endpoint, Reply, greet
 
 import memws
 
-hypothesis = pytest.importorskip("hypothesis")
-st = pytest.importorskip("hypothesis.strategies")
+pytest.importorskip("hypothesis")
 
-BOUNDED = {"deadline": None, "derandomize": True, "database": None}
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+BOUNDED: Body = {"deadline": None, "derandomize": True, "database": None}
 
 # ---- chunks and replies ----------------------------------------------------------------------------------------------
 
@@ -32,8 +34,8 @@ junk = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=300, **BOUNDED)
-@hypothesis.given(st.lists(junk | junk.map(lambda value: {"choices": [{"delta": value}], "usage": value}), max_size=4))
+@settings(max_examples=300, **BOUNDED)
+@given(st.lists(junk | junk.map(lambda value: {"choices": [{"delta": value}], "usage": value}), max_size=4))
 def test_a_chunk_of_any_shape_is_taken(chunks: list[Any]) -> None:
     """Chunks with fields of any type are read for what they hold, and what is read can be stored."""
     reply = memws.ModelReply()
@@ -50,8 +52,8 @@ def test_a_chunk_of_any_shape_is_taken(chunks: list[Any]) -> None:
         assert len({call.id for call in answer.calls}) == len(answer.calls)
 
 
-@hypothesis.settings(max_examples=200, **BOUNDED)
-@hypothesis.given(st.text(max_size=40), st.booleans(), st.lists(st.integers(0, 300), max_size=6))
+@settings(max_examples=200, **BOUNDED)
+@given(st.text(max_size=40), st.booleans(), st.lists(st.integers(0, 300), max_size=6))
 def test_any_reply_cut_anywhere_is_read_whole(message: str, ascii_only: bool, places: list[int]) -> None:
     """Any text of send_message, cut at any places while it arrives, comes out as it is."""
     arguments = json.dumps({"message": message}, ensure_ascii=ascii_only)
@@ -60,8 +62,8 @@ def test_any_reply_cut_anywhere_is_read_whole(message: str, ascii_only: bool, pl
     assert "".join(pieces) == message.replace("\x00", "\ufffd")
 
 
-@hypothesis.settings(max_examples=300, **BOUNDED)
-@hypothesis.given(st.text(alphabet='{}[]",:\\ \nabtrue1\ud800\x00', max_size=30))
+@settings(max_examples=300, **BOUNDED)
+@given(st.text(alphabet='{}[]",:\\ \nabtrue1\ud800\x00', max_size=30))
 def test_any_arguments_are_an_object_or_a_problem(text: str) -> None:
     """Whatever text a model writes as arguments, it is read as an object that can be stored, or not at all."""
     arguments, problem = memws.read_arguments(text)
@@ -100,7 +102,7 @@ class Long(str):
         return f"Long({self[:5]!r} * {len(self) // 5})"
 
 
-TOOLS = [
+TOOLS: list[tuple[str, Body]] = [
     ("send_message", {"message": "Well."}),
     ("send_message", {"text": "Well."}),
     ("send_message", {}),
@@ -231,7 +233,7 @@ class Bench:
         agent.model.ratio = 1.0  # what earlier examples taught it would make this one another each time
         for trial in wrong:
             script = iter(trial.script)
-            self.endpoint.default = lambda body, script=script: next(script, None) or greet(body)  # type: ignore[misc]
+            self.endpoint.default = lambda body, script=script: next(script, None) or greet(body)
             turn = self.lab.turn(trial.message, verify=trial.verify)
             if trial.kill_at is not None:
                 await self.kill(agent, turn, trial.kill_at)
@@ -311,8 +313,8 @@ def bench() -> Iterator[Bench]:
         runner.run(bench.lab.__aexit__())
 
 
-@hypothesis.settings(max_examples=150, **BOUNDED)
-@hypothesis.given(st.sampled_from([3_000, 3_500, 8_192, 100_000]), st.lists(trials, min_size=1, max_size=3))
+@settings(max_examples=150, **BOUNDED)
+@given(st.sampled_from([3_000, 3_500, 8_192, 100_000]), st.lists(trials, min_size=1, max_size=3))
 def test_whatever_happens_talk_goes_on(bench: Bench, window: int, wrong: list[Trial]) -> None:
     """Random answers, failures, stops and kills: one end for each turn, nothing refused, and the next turn works."""
     bench.runner.run(bench.example(window, wrong))
