@@ -1309,6 +1309,8 @@ async def test_a_compaction_by_request(endpoint: Endpoint, lab: Lab, agent: memw
     before, seq = agent.used(), agent.last_seq
     (event,) = [event async for event in agent.compact()]
     assert (event.message_type, event.seq, event.turn_id) == ("compaction", seq + 1, None)
+    assert event.fields["tokens_before"] == before
+    assert abs(event.fields["tokens_after"] - agent.used()) <= 5
     assert agent.used() < before
     await lab.check_stored(agent)
     assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
