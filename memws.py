@@ -1429,8 +1429,8 @@ def excerpt(text: str, most: int) -> str:
 
 def difference(before: str, after: str) -> str:
     """What an edit changed, line by line, as a unified diff without its headers."""
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0)
-    return "\n".join(line for line in lines if not line.startswith(("---", "+++", "@@")))
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0))[2:]
+    return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
 # ---- how text is split and ranked for search -----------------------------------------------------------------------
@@ -5912,49 +5912,57 @@ def _seconds_since(moment: str) -> float:
 # 9. Client: send a request, iterate the events of a turn
 # ======================================================================================================================
 
-Frame = dict[str, Any]
-"""One JSON object of the wire, as a client sees it: unknown types and fields of later servers pass through."""
+Frame = JSON
+"One JSON object of the wire as a client sees it: unknown types and fields of later servers pass through."
 
 REFUSALS = {401: "the server asks for its token; give it as token, --token or MEMWS_TOKEN",
             403: "the server refuses this host or origin; start it with --allow-host or --allow-origin",
             503: "the server has no room for another connection; try again later"}  # fmt: skip
-"""What to do about the HTTP status that refuses a connection."""
+"What to do about the HTTP status that refuses a connection."
 
 
-class _Feed:
-    """Events on their way to one reader: in order, stored ones once, at most FEED_LIMIT characters waiting.
+class Subscription(AsyncIterator[Frame]):
+    """The events of an agent on their way to one reader, without end: those stored above `after`, then live ones.
 
-    A reader that is too slow, or absent, costs no more: once the limit is reached the feed takes nothing in until
-    the reader has emptied it, then asks the server for what is stored above `cursor`. Live events (without seq)
-    of that time are lost. So are those of a broken connection; what is left of their step's deltas is left out,
-    as its beginning may be missing: the stored event that follows has the whole text.
+    They come in order, each stored one once, also after a broken connection. A reader that is too slow, or absent,
+    costs FEED_LIMIT characters and no more: then nothing is taken in until the reader has emptied what waits, and the
+    server is asked for what is stored above the cursor. Live events of that time are lost, as are those of a broken
+    connection; a step that has lost some of its deltas gets no more of them, as the stored event has the whole text.
+    Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
     """
 
-    def __init__(self, cursor: int = 0) -> None:
-        self.cursor = cursor
-        """The highest seq taken in."""
+    def __init__(self, client: Client, request: Frame, after: int | None) -> None:
+        if not client.alive:
+            raise ConnectionLost(client.url)
+        self.agent_name: str | None = request["agent_name"]
+        self.turn_id: str = request.get("turn_id", "")  # made by the client unless it was given; "": all turns
+        self._client = client
+        self._request = request  # what asks the server for the events
+        self._unanswered = 0  # times it was sent since the server last began
+        self._cursor = after  # the highest seq taken in; None: the agent's present end
+        self._last_seq: int | None = None  # the agent's, when the server last began; None: it has not yet
+        self._state: Literal["opening", "open", "behind", "over"] = "opening"
         self._waiting: collections.deque[tuple[int, Frame]] = collections.deque()
-        self._size = 0
+        self._size = 0  # characters that wait
         self._news = asyncio.Event()
         self._error: MemwsError | None = None
-        self._over = False
-        self._behind = False  # the limit was reached: the reader is waited for
-        self._deaf = True  # a replay was asked for and has not begun: what comes before it would jump the queue
-        self._torn = False  # deltas were lost: the next one tells of which step
-        self._torn_step: tuple[Any, Any] | None = None
+        self._torn: object = None  # the turn and step that lost deltas; True: the next delta tells which
+        self._open()
+        client._feeds.append(self)
 
-    def __aiter__(self) -> typing.Self:
-        return self
+    async def ready(self) -> int:
+        """Wait until the server follows the agent for us; gives the agent's last seq at that time."""
+        while self._last_seq is None:
+            if self._state == "over":
+                raise self._error or ConnectionLost(self._client.url)
+            await self._news.wait()
+        return self._last_seq
 
     async def __anext__(self) -> Frame:
         while not self._waiting:
-            if self._error is not None:
-                raise self._error
-            if self._over:
-                raise StopAsyncIteration
-            if self._behind:
-                self._behind = False
-                self._interrupt()
+            if self._state == "over":
+                raise self._error or StopAsyncIteration
+            if self._state == "behind":
                 self._open()
             self._news.clear()
             await self._news.wait()
@@ -5962,215 +5970,129 @@ class _Feed:
         self._size -= size
         return event
 
-    def _accept(self, event: Frame, size: int) -> bool:
-        """Take in one event of `size` characters, unless it is known, out of turn or too much."""
-        seq = event.get("seq")
-        if self._over or self._behind:
-            return False
-        if seq is not None and seq <= self.cursor:
-            return False
-        if event.get("message_type") == "delta" and self._is_torn(event):
+    def _open(self) -> None:
+        """Ask for the events above the cursor; what comes before the server begins would jump the queue."""
+        if self._unanswered > RESEND_LIMIT:
+            return self._end(ConnectionLost(self._client.url))
+        self._state, self._torn = "opening", self._last_seq is not None
+        self._unanswered += 1
+        request = {**self._request, "agent_name": self.agent_name}
+        if "after" in request:
+            request["after"] = self._cursor
+        return self._client._post(request, self._answered)
+
+    def _answered(self, answer: Frame | MemwsError) -> None:
+        if isinstance(answer, RemoteError) and answer.code == "unknown_seq" and self._last_seq is not None:
+            # The history is shorter than what was seen of it: another database. Follow it from its present end.
+            self._cursor = answer.details["last_seq"]
+            self._open()
+        elif isinstance(answer, RemoteError):
+            self._end(answer)
+        elif not isinstance(answer, MemwsError):  # else the connection was lost, and it is asked again
+            self._begin(answer["last_seq"])
+
+    def _begin(self, last_seq: int) -> None:
+        self._state, self._unanswered, self._last_seq = "open", 0, last_seq
+        self._cursor = last_seq if self._cursor is None else self._cursor
+        self._news.set()
+
+    def _deliver(self, event: Frame, size: int) -> None:
+        """Take in an event of `size` characters; a refusal is for its sender alone."""
+        is_refusal = event["type"] == "agent_response_error" and "seq" not in event
+        if self._state == "open" and event.get("agent_name") == self.agent_name and not is_refusal:
+            self._take(event, size)
+
+    def _take(self, event: Frame, size: int) -> bool:
+        """Let an event wait for the reader; False: it is known, torn or too much."""
+        if event.get("message_type") == "delta":
+            step = (event.get("turn_id"), event.get("step"))
+            self._torn = step if self._torn is True else self._torn
+            if step == self._torn:
+                return False
+        if event.get("seq", math.inf) <= (self._cursor or 0):
             return False
         if self._waiting and self._size + size > FEED_LIMIT:
-            self._behind = True
-            self._fall_behind()
+            self._state = "behind"
             return False
-        self.cursor = self.cursor if seq is None else seq
+        self._cursor = event.get("seq", self._cursor)
         self._size += size
+        self._unanswered = 0
         self._waiting.append((size, event))
         self._news.set()
         return True
 
-    def _is_torn(self, delta: Frame) -> bool:
-        step = (delta.get("turn_id"), delta.get("step"))
-        if self._torn:
-            self._torn, self._torn_step = False, step
-        return step == self._torn_step
-
-    def _interrupt(self) -> None:
-        """Events may be missing from here on: wait for the replay."""
-        self._deaf = self._torn = True
-
-    def _end(self, error: MemwsError | None) -> None:
+    def _end(self, error: MemwsError | None = None) -> None:
         """Nothing more comes: the reader gets what waits, then `error` or the end."""
-        if not self._over:
-            self._error, self._over = error, True
+        if self._state != "over":
+            self._state, self._error = "over", error
             self._news.set()
-
-    def _open(self) -> None:
-        """Ask the server for the events above the cursor."""
-        raise NotImplementedError
-
-    def _fall_behind(self) -> None:
-        """The reader is too slow; by default the server may go on sending."""
+            self._client._feeds.remove(self)
+            self._client._pending.pop(self._request["id"], None)
 
 
-class ClientTurn(_Feed):
-    """The events of one turn as wire dicts, from its start to its terminal frame; a refusal is only a terminal frame.
+class ClientTurn(Subscription):
+    """The events of one turn, from its start to its terminal frame, where they end; a refusal is only a terminal frame.
 
-    Iterate it once, with `async for`. A turn survives its connection: the client sends the message again under
-    the same turn_id, and the server replays. Iteration ends in ConnectionLost where the client gives up.
+    The server is asked for them by the message itself: sent again under the same turn_id, it is not run again.
     """
 
-    def __init__(self, client: Client, request: Frame) -> None:
-        super().__init__()
-        self.turn_id: str = request["turn_id"]
-        self.agent_name: str | None = request["agent_name"]
-        self._client = client
-        self._request = request
-        self._sent = 0
-
     async def text(self) -> str:
-        """Read on to the end and give the reply: its assistant messages, a line each.
-
-        Raises RemoteError where the turn ends in an error or is refused.
-        """
-        reply: list[str] = []
+        """Read to the end; the reply: its assistant messages, a line each. Raises RemoteError where the turn fails."""
+        reply = ""
         async for event in self:
+            if event["type"] == "agent_response_error":
+                raise RemoteError(event["code"], event["message"])
             if event.get("message_type") == "assistant_message":
-                reply.append("\n" if reply and event.get("part", 1) == 1 else "")
-                reply.append(str(event.get("message")))
-            elif event["type"] in ("agent_response_error", "server_error"):
-                raise RemoteError(str(event.get("code")), str(event.get("message")))
-        return "".join(reply)
+                reply += ("\n" if reply and event.get("part", 1) == 1 else "") + event["message"]
+        return reply
 
     async def cancel(self) -> Frame:
         """Ask the server to end this turn; its terminal frame still comes. Result as of the command `cancel`."""
-        return await self._client.command("cancel", **self._address())
+        return await self._client.command("cancel", turn_id=self.turn_id, agent_name=self.agent_name)
 
-    def cancel_soon(self) -> None:
-        """Ask the same without waiting for the answer; without a connection this does nothing."""
-        self._client._post("cancel", self._address(), lambda answer: None)
-
-    def _address(self) -> Frame:
-        name = {} if self.agent_name is None else {"agent_name": self.agent_name}
-        return {"turn_id": self.turn_id, **name}
-
-    def _takes(self, frame: Frame) -> bool:
-        """Whether a frame is of this turn; turn_ids are unique within an agent only."""
-        if frame.get("id") == self._request["id"]:
-            return True
-        return frame.get("turn_id") == self.turn_id and self.agent_name in (None, frame.get("agent_name"))
-
-    def _accept(self, event: Frame, size: int) -> bool:
-        kind, stored = event.get("type"), event.get("seq") is not None
-        if kind == "agent_response_start":
-            self._deaf = False
-            self.agent_name = event.get("agent_name", self.agent_name)
-        terminal = kind != "agent_response_start" and kind != "agent_response"
-        if self._deaf and not (not stored and (terminal or event.get("message_type") == "queue")):
-            return False
-        self._sent = 0
-        if terminal:
-            self._client._turns.pop(self.turn_id, None)
-            if not stored:
-                self._behind = False  # a refusal is stored nowhere: it must not wait
-        taken = super()._accept(event, size)
-        if terminal and taken:
-            self._end(None)
-        return taken
-
-    def _open(self) -> None:
-        if not self._client._alive or self._sent > RESEND_LIMIT:
-            self._client._turns.pop(self.turn_id, None)
-            self._end(ConnectionLost(self._client.url))
+    def _deliver(self, event: Frame, size: int) -> None:
+        is_ours = event.get("id") == self._request["id"] or event.get("agent_name") == self.agent_name
+        if event.get("turn_id") != self.turn_id or not is_ours:  # turn_ids are unique within an agent only
             return
-        self._client._turns[self.turn_id] = self
-        if self._client._send_frame({**self._request, "agent_name": self.agent_name}):
-            self._sent += 1
-
-
-class Subscription(_Feed):
-    """The events of all turns of one agent, without end: those stored above `after`, then live ones.
-
-    Iterate it with `async for`. It survives a broken connection. Iteration raises RemoteError where the server
-    refuses the agent or the cursor, and ConnectionLost where the client gives up.
-    """
-
-    def __init__(self, client: Client, agent_name: str, after: int | None) -> None:
-        super().__init__(after or 0)
-        self.agent_name = agent_name
-        self._client = client
-        self._after = after
-        self._opened = asyncio.get_running_loop().create_future()
-        self._opened.add_done_callback(lambda done: done.exception())  # the reader is told as well
-
-    async def ready(self) -> int:
-        """Wait until the server follows the agent for us; gives the agent's last seq at that time."""
-        last_seq: int = await asyncio.shield(self._opened)
-        return last_seq
-
-    def _accept(self, event: Frame, size: int) -> bool:
-        return not self._deaf and super()._accept(event, size)
-
-    def _end(self, error: MemwsError | None) -> None:
-        super()._end(error)
-        if not self._opened.done():
-            self._opened.set_exception(error or ConnectionLost(self._client.url))
-
-    def _open(self) -> None:
-        after = {} if self._after is None else {"after": self.cursor}
-        self._client._post("subscribe", {"agent_name": self.agent_name, **after}, self._confirm)
-
-    def _confirm(self, answer: Frame | MemwsError) -> None:
-        if isinstance(answer, RemoteError) and answer.code == "unknown_seq" and self._opened.done():
-            # The history is shorter than what was seen of it: another database. Follow it from its present end.
-            self._after = self.cursor = answer.details.get("last_seq", 0)
-            self._open()
-        elif isinstance(answer, RemoteError):
-            self._client._forget(self)
-            self._end(answer)
-        elif not isinstance(answer, MemwsError):
-            self._deaf = False
-            last_seq = answer.get("last_seq", self.cursor)
-            if self._after is None:
-                self._after = self.cursor = last_seq
-            if not self._opened.done():
-                self._opened.set_result(last_seq)
-
-    def _fall_behind(self) -> None:
-        self._client._post("unsubscribe", {"agent_name": self.agent_name}, lambda answer: None)
+        if event["type"] == "agent_response_start" and self._state == "opening":
+            self.agent_name = event["agent_name"]
+            self._begin(event["seq"])
+        terminal = event["type"] in TERMINAL_TYPES
+        # A refusal and a place in the queue come without a start; they are stored nowhere, so they are not put off.
+        early = "seq" not in event and (terminal or event.get("message_type") == "queue")
+        if (early or self._state == "open") and self._take(event, 0 if early else size) and terminal:
+            self._end()
 
 
 class Client:
     """An async client of one server; use it with `async with`, or `connect` and `close`.
 
-    token goes as `Authorization: Bearer`. timeout: seconds for a connection to open. reconnect: True tries for
-    ever after a loss, False never, a number for as many seconds; a client that gives up ends all that waits
-    with an error. After a reconnect it says hello again, loads its agent again, subscribes again from its cursor
-    and sends again the messages whose turns are not over. on_state is called with "lost", "restored" and, once
-    it gave up, "failed". Not thread-safe: all calls belong on the loop of `connect`; see `BlockingClient`.
+    token goes as `Authorization: Bearer`. timeout: seconds for a connection to open. reconnect: True tries for ever
+    after a loss, False never, a number for as many seconds; then all that waits ends with an error. On a new connection
+    it says hello, loads its agent, subscribes from its cursors and sends messages whose turns are not over again.
+    on_state is called with "lost", "restored" and "failed". Not thread-safe: all calls belong on the loop of `connect`.
     """
 
     def __init__(
-        self,
-        url: str = f"ws://localhost:{DEFAULT_PORT}",
-        token: str | None = None,
-        *,
-        timeout: float = 10.0,
-        reconnect: bool | float = True,
-        on_state: Callable[[str], None] | None = None,
-    ) -> None:
-        if token is not None and not (token.isascii() and token.isprintable() and " " not in token and token):
+        self, url: str = f"ws://localhost:{DEFAULT_PORT}", token: str | None = None, *, timeout: float = OPEN_TIMEOUT,
+        reconnect: bool | float = True, on_state: Callable[[str], None] = lambda state: None,
+    ) -> None:  # fmt: skip
+        if token is not None and not re.fullmatch("[!-~]+", token):
             raise ValueError("expected a token of printable ASCII characters without spaces")
-        self.url = _public_url(url)
-        """The address without user, password and query, fit for logs."""
+        self.url = re.sub(r"^(\w+://)?(?:.*@)?([^?#]*).*", r"\1\2", url, flags=re.DOTALL)
+        "The address without user, password and query, fit for logs."
         self.agent_name: str | None = None
-        """The connection's current agent: the one created or loaded last."""
-        self.on_state = on_state
-        self._address = url
-        self._token = token
-        self._timeout = timeout
-        self._reconnect = reconnect
+        "The connection's current agent: the one created or loaded last."
+        self._address, self._token, self._timeout = url, token, timeout
+        self._reconnect, self._on_state = reconnect, on_state
         self._message_types: list[str] | None = None
         self._task: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[str] | None = None  # None: no connection
         self._delay = RECONNECT_DELAY
-        self._last_id = 0
-        self._pending: dict[int, tuple[str, Frame, Callable[[Frame | MemwsError], None]]] = {}
+        self._ids = itertools.count(1)
+        self._pending: dict[int | None, tuple[Frame, Callable[[Frame | MemwsError], None]]] = {}
         self._parts: dict[int, dict[int, str]] = {}
-        self._turns: dict[str, ClientTurn] = {}
-        self._subscriptions: dict[str, Subscription] = {}
+        self._feeds: list[Subscription] = []
 
     def __repr__(self) -> str:
         return f"<memws.Client {self.url} {'connected' if self.connected else 'not connected'}>"
@@ -6179,9 +6101,7 @@ class Client:
         await self.connect()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
     @property
@@ -6190,16 +6110,16 @@ class Client:
         return self._outbox is not None
 
     @property
-    def _alive(self) -> bool:
+    def alive(self) -> bool:
         """Whether there is a connection or one is being sought."""
         return self._task is not None and not self._task.done()
 
     async def connect(self) -> None:
         """Open the connection, in one attempt; nothing happens where it is open. Raises ConnectFailed."""
-        if not self._alive:
+        if not self.alive:
             socket = await self._dial()
             self._task = asyncio.create_task(self._run(socket), name=f"memws client of {self.url}")
-            self._begin()
+            await asyncio.sleep(0)  # it begins: what is asked for next finds a connection
 
     async def close(self) -> None:
         """Close the connection; whatever waits gets ConnectionLost."""
@@ -6209,27 +6129,23 @@ class Client:
             await asyncio.wait([task])
 
     async def command(self, command: str, /, **arguments: Any) -> Frame:
-        """Send one command and give its result.
-
-        Raises RemoteError with the server's code and sentence, ConnectionLost where the connection breaks
-        before the answer (the command may have been done), RequestTooLarge.
-        """
-        answered: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
-
-        def settle(answer: Frame | MemwsError) -> None:
-            if not answered.done():  # else: the caller was cancelled
-                answered.set_exception(answer) if isinstance(answer, MemwsError) else answered.set_result(answer)
-
-        self._post(command, arguments, settle)
-        return await answered
+        """Send one command and give its result. Raises RemoteError with the server's code and sentence,
+        ConnectionLost where the connection breaks before the answer (it may have been done), RequestTooLarge."""
+        answered: asyncio.Future[Frame | MemwsError] = asyncio.get_running_loop().create_future()
+        request = {**arguments, "type": "command", "command": command}
+        self._post(request, lambda answer: None if answered.done() else answered.set_result(answer))
+        answer = await answered
+        if isinstance(answer, MemwsError):
+            raise answer
+        return answer
 
     async def hello(self, message_types: Iterable[str] | None = None) -> Frame:
         """Ask what the server is, and, with message_types, for these instead of the classic three ("*": all)."""
-        return await self.command("hello", **({} if message_types is None else {"message_types": list(message_types)}))
+        return await self.command("hello", message_types=None if message_types is None else list(message_types))
 
     async def create_agent(self, name: str | None = None, **config: Any) -> Frame:
         """Create an agent, which becomes the current one; config as in the contract."""
-        return await self.command("create_agent", config={**({} if name is None else {"name": name}), **config})
+        return await self.command("create_agent", config={"name": name, **config})
 
     async def load_agent(self, name: str) -> Frame:
         """Load an agent, which becomes the current one."""
@@ -6238,24 +6154,10 @@ class Client:
     def send(
         self, message: str, agent_name: str | None = None, turn_id: str | None = None, when_busy: str = "queue"
     ) -> ClientTurn:
-        """Send a user message, to the current agent if none is named, and give its turn, to be iterated.
-
-        It goes out also when nobody iterates, and after a reconnect when there is no connection just now. turn_id
-        is made here when absent; one from an earlier process resumes that turn. when_busy: "queue", "reject"
-        or "interrupt".
-        """
-        if not self._alive:
-            raise ConnectionLost(self.url)
-        turn_id = turn_id or uuid.uuid4().hex
-        if turn_id in self._turns:
-            raise ValueError(f"turn {turn_id!r} is not over in this client; iterate it, or choose another turn_id")
-        name = agent_name or self.agent_name
-        request = {"type": "user_message", "id": self._next_id(), "message": message, "turn_id": turn_id,
-                   "agent_name": name and _nfc(name), "when_busy": when_busy}  # fmt: skip
-        self._encode(request)  # a text that cannot be sent fails here, not at a reconnect
-        turn = ClientTurn(self, request)
-        turn._open()
-        return turn
+        """Send a user message, to the current agent if none is named, and give its turn, to be iterated once.
+        Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn."""
+        about = {"turn_id": turn_id or uuid.uuid4().hex, "agent_name": self._named(agent_name), "when_busy": when_busy}
+        return ClientTurn(self, {"type": "user_message", "id": next(self._ids), "message": message, **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue") -> str:
         """Send a user message and give the text of the reply; raises as `ClientTurn.text` does."""
@@ -6263,318 +6165,204 @@ class Client:
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Subscription:
         """Follow an agent (None: the current one): events stored above `after` (0: all, None: none), then live ones.
-
-        As on the wire, a second subscription of the same agent takes the first one's place, which ends.
-        """
-        name = agent_name or self.agent_name
-        if name is None:
-            raise ValueError("no agent to subscribe to; name one, or create or load one first")
-        if not self._alive:
-            raise ConnectionLost(self.url)
-        subscription = Subscription(self, _nfc(name), after)
-        if former := self._subscriptions.get(subscription.agent_name):
-            former._end(None)
-        self._subscriptions[subscription.agent_name] = subscription
-        subscription._open()
-        return subscription
+        As on the wire, a second subscription of the same agent takes the first one's place, which ends."""
+        self._end_subscription(agent_name)
+        request = {"type": "command", "command": "subscribe", "agent_name": self._named(agent_name), "after": after}
+        return Subscription(self, request | {"id": next(self._ids)}, after)
 
     async def unsubscribe(self, agent_name: str | None = None) -> None:
         """End the subscription of an agent (None: the current one); its iteration ends."""
-        subscription = self._subscriptions.get(_nfc(agent_name or self.agent_name or ""))
-        if subscription is not None:
-            self._forget(subscription)
-            subscription._end(None)
-            await self.command("unsubscribe", agent_name=subscription.agent_name)
+        self._end_subscription(agent_name)
+        await self.command("unsubscribe", agent_name=self._named(agent_name))
 
-    # The connection: one task reads, one writes, for as long as it lasts.
+    def _named(self, agent_name: str | None) -> str | None:
+        """The agent that a call means, spelled as the server spells it, so that its frames are recognised."""
+        name = agent_name or self.agent_name
+        return name and unicodedata.normalize("NFC", name)
+
+    def _end_subscription(self, agent_name: str | None) -> None:
+        for feed in list(self._feeds):
+            if not isinstance(feed, ClientTurn) and feed.agent_name == self._named(agent_name):
+                feed._end()
 
     async def _run(self, socket: ClientConnection) -> None:
-        """Keep a connection until the client is closed or gives up."""
+        """Keep a connection until the client is closed or gives up; then whatever waits fails."""
         error: MemwsError = ConnectionLost(self.url)
         try:
             while True:
                 await self._converse(socket)
-                self._lose()
                 self._report("lost")
-                if not self._reconnect:
-                    break
                 socket = await self._redial()
-                self._begin()
                 self._report("restored")
-        except ConnectFailed as failure:
+        except (ConnectFailed, ConnectionLost) as failure:
             error = failure
             self._report("failed")
         finally:
-            self._lose()
-            for feed in [*self._turns.values(), *self._subscriptions.values()]:
+            for feed in list(self._feeds):
                 feed._end(error)
-            self._turns.clear()
-            self._subscriptions.clear()
+
+    def _report(self, state: str) -> None:
+        logger.info("connection to %s %s", self.url, state)
+        asyncio.get_running_loop().call_soon(self._on_state, state)  # what it raises must not end the connection
 
     async def _converse(self, socket: ClientConnection) -> None:
-        """Read until the connection ends; a task of its own writes, so that neither waits for the other."""
-        writer = asyncio.create_task(self._write(socket))
+        """One connection: it is asked again for what the last one knew; this task reads, another writes."""
+        self._outbox = asyncio.Queue()
+        writer = asyncio.create_task(_write(socket, self._outbox))
         try:
-            async for text in socket:
-                if isinstance(text, str):
+            if self._message_types is not None:
+                self._post({"type": "command", "command": "hello", "message_types": self._message_types})
+            if self.agent_name is not None:
+                self._post({"type": "command", "command": "load_agent", "name": self.agent_name})
+            # Subscriptions before turns: their replay must not find newer events already delivered.
+            for feed in sorted(self._feeds, key=lambda feed: isinstance(feed, ClientTurn)):
+                if feed._state != "behind":  # else once its reader is back
+                    feed._open()
+            with contextlib.suppress(ConnectionClosed):
+                async for text in socket:
                     self._route(text)
-        except ConnectionClosed as closed:
-            logger.debug("connection to %s ended: %s", self.url, closed)
         finally:
+            self._outbox = None
+            pending, self._pending, self._parts = self._pending, {}, {}
+            for _, answer in pending.values():
+                answer(ConnectionLost(self.url))
             writer.cancel()
-            await asyncio.wait([writer])
             await socket.close()
 
-    async def _write(self, socket: ClientConnection) -> None:
-        outbox = self._outbox
-        try:
-            while outbox is not None:
-                await socket.send(await outbox.get())
-        except ConnectionClosed:
-            pass  # the reader sees it too
-
     async def _dial(self) -> ClientConnection:
-        """One attempt to connect. Nothing of the address but its public part gets into an error, hence `from None`."""
-        headers = {} if self._token is None else {"Authorization": f"Bearer {self._token}"}
+        """One attempt to connect. Raises ConnectFailed, which shows nothing of the address but its public part."""
+        status = None
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
+        is_loopback = re.match(r"wss?://(localhost|127\.[\d.]+|\[::1\])([:/?]|$)", self._address)
         try:
-            # A proxy that the environment names cannot reach our own loopback.
-            proxy: Literal[True] | None = None if _is_loopback(self._address) else True
             return await _websocket_connect(
                 self._address, additional_headers=headers, compression=None, max_size=MAX_FRAME, logger=_ws_logger,
-                open_timeout=self._timeout, close_timeout=CLOSE_TIMEOUT, proxy=proxy,
+                open_timeout=self._timeout, close_timeout=CLOSE_TIMEOUT,
+                proxy=None if is_loopback else True,  # a proxy that the environment names cannot reach our loopback
             )  # fmt: skip
         except InvalidStatus as refused:
             status = refused.response.status_code
             advice = REFUSALS.get(status, f"what answers there is no memws server (HTTP {status}); check the address")
-            raise ConnectFailed(self.url, advice, status) from None
         except (InvalidURI, ValueError):
-            raise ConnectFailed(self.url, "expected an address like ws://localhost:8282") from None
+            advice = "expected an address like ws://localhost:8282"
         except TimeoutError:
-            raise ConnectFailed(self.url, f"no answer within {self._timeout:g} s; check the address") from None
+            advice = f"no answer within {self._timeout:g} s; check the address"
         except WebSocketException:
-            raise ConnectFailed(self.url, "what answers there is no memws server; check the address") from None
+            advice = "what answers there is no memws server; check the address"
         except OSError as error:
-            refused_all = isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error)
-            advice = "start the server with `python memws.py`"
-            if not refused_all:
-                advice = f"{error.strerror or error}; check the address"
-            raise ConnectFailed(self.url, advice) from None
+            advice = f"{error.strerror or error}; check the address"
+            if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):  # at each address
+                advice = "start the server with `python memws.py`"
+        raise ConnectFailed(self.url, advice, status)
 
     async def _redial(self) -> ClientConnection:
-        """Connect again, later and later; raises ConnectFailed when the time is over or the server refuses for good."""
-        patience = float("inf") if self._reconnect is True else float(self._reconnect)
-        deadline = time.monotonic() + patience
-        while True:
-            delay = self._delay * random.uniform(0.5, 1.0)  # noqa: S311
-            await asyncio.sleep(min(delay, max(0.0, deadline - time.monotonic())))
+        """Connect again, later and later, until time is over (ConnectionLost) or we are refused (ConnectFailed)."""
+        deadline = time.monotonic() + (math.inf if self._reconnect is True else self._reconnect)
+        while (left := deadline - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, self._delay * random.uniform(0.5, 1.0)))  # noqa: S311
             self._delay = min(2 * self._delay, RECONNECT_DELAY_MAX)
             try:
                 return await self._dial()
             except ConnectFailed as failure:
-                if failure.status in (401, 403) or time.monotonic() >= deadline:
+                if failure.status in (401, 403):
                     raise
+        raise ConnectionLost(self.url)
 
-    def _begin(self) -> None:
-        """A connection is open: restore on it what the last one knew, in the order in which the server takes it up.
-
-        Subscriptions come before messages: their replay must not find newer events already delivered.
-        """
-        self._outbox = asyncio.Queue()
-        if self._message_types is not None:
-            self._post("hello", {"message_types": self._message_types}, lambda answer: None)
-        if self.agent_name is not None:
-            self._post("load_agent", {"name": self.agent_name}, self._check_reload)
-        for feed in [*self._subscriptions.values(), *self._turns.values()]:
-            if not feed._behind:  # else: once its reader is back
-                feed._open()
-
-    def _check_reload(self, answer: Frame | MemwsError) -> None:
-        if isinstance(answer, RemoteError):
-            logger.warning("agent %r could not be loaded again: %s", self.agent_name, answer)
-            self.agent_name = None
-
-    def _lose(self) -> None:
-        """The connection is gone: commands fail, turns and subscriptions wait for the next."""
-        self._outbox = None
-        pending, self._pending, self._parts = self._pending, {}, {}
-        for _, _, answer in pending.values():
-            answer(ConnectionLost(self.url))
-        for feed in [*self._turns.values(), *self._subscriptions.values()]:
-            feed._interrupt()
-
-    def _report(self, state: str) -> None:
-        logger.info("connection to %s %s", self.url, state)
-        try:
-            if self.on_state is not None:
-                self.on_state(state)
-        except Exception:  # the caller's function must not end the connection
-            logger.exception("on_state failed")
-
-    # Frames out.
-
-    def _next_id(self) -> int:
-        self._last_id += 1
-        return self._last_id
-
-    def _encode(self, request: Frame) -> str:
+    def _post(self, request: Frame, answer: Callable[[Frame | MemwsError], None] = lambda answer: None) -> None:
+        """Queue a request for the writer. `answer` gets the result or the error, before the next frame is read; for a
+        message only an error. Raises RequestTooLarge."""
+        request = {"id": next(self._ids), **request}
         text = encode_json(request)
-        if len(text) > MAX_FRAME // 4 and (size := len(text.encode())) > MAX_FRAME:
+        if (size := len(text.encode())) > MAX_FRAME:
             raise RequestTooLarge(size)
-        return text
-
-    def _send_frame(self, request: Frame) -> bool:
-        """Queue a request for the writer; False without a connection."""
-        if self._outbox is not None:
-            self._outbox.put_nowait(self._encode(request))
-        return self._outbox is not None
-
-    def _post(self, command: str, arguments: Frame, answer: Callable[[Frame | MemwsError], None]) -> None:
-        """Send a command; `answer` is called once, from the reader, with the result or the error."""
-        number = self._next_id()
-        if self._send_frame({**arguments, "type": "command", "command": command, "id": number}):
-            self._pending[number] = (command, arguments, answer)
-        else:
+        if self._outbox is None:
             answer(ConnectionLost(self.url))
+        else:
+            self._outbox.put_nowait(text)
+            self._pending[request["id"]] = (request, answer)
 
-    def _forget(self, subscription: Subscription) -> None:
-        if self._subscriptions.get(subscription.agent_name) is subscription:
-            del self._subscriptions[subscription.agent_name]
-
-    # Frames in.
-
-    def _route(self, text: str) -> None:
+    def _route(self, text: str | bytes) -> None:
         """Hand one frame to whoever waits for it."""
         self._delay = RECONNECT_DELAY  # the server answers: the next loss is a new one
         try:
             frame = decode_json(text)
-            kind, number = frame.get("type"), frame.get("id")
-            if kind in ("command_response", "server_error") and number in self._pending:
-                self._answer(number, frame)
-            elif kind in ("agent_response_start", "agent_response", "agent_response_end", "agent_response_error"):
-                self._deliver(frame, len(text))
-            elif kind == "server_error":
-                self._refuse(frame)
-            else:
-                logger.debug("frame of unknown type ignored: %.80r", text)
+            if frame["type"] in ("command_response", "server_error"):
+                self._settle(frame)
+            elif frame["type"].startswith("agent_response"):
+                for feed in list(self._feeds):
+                    feed._deliver(frame, len(text))
+                if frame.get("change") in ("renamed", "deleted"):
+                    self._rename(frame["agent_name"], frame.get("new_name"))
         except Exception:  # one odd frame must not end the connection
             logger.exception("frame ignored: %.80r", text)
 
-    def _answer(self, number: int, frame: Frame) -> None:
-        """Settle a command; the answer of several parts is whole once all are there."""
-        result = frame.get("result") or {}
-        if (parts := frame.get("parts")) is not None:
+    def _settle(self, frame: Frame) -> None:
+        """Answer a request; the answer of several parts is whole once all are there."""
+        number, result = frame["id"], frame.get("result", {})
+        if "parts" in frame:
             pieces = self._parts.setdefault(number, {})
             pieces[frame["part"]] = result["text"]
-            if len(pieces) < parts:
+            if len(pieces) < frame["parts"]:
                 return
-            del self._parts[number]
-            result = decode_json("".join(pieces[part] for part in sorted(pieces)))
-        command, arguments, answer = self._pending.pop(number)
-        if frame.get("ok", str(frame.get("status")).startswith("OK")) and frame["type"] == "command_response":
-            self._follow(command, arguments, result)
+            result = decode_json("".join(piece for _, piece in sorted(self._parts.pop(number).items())))
+        request, answer = self._pending.pop(number)
+        if frame.get("ok"):
             answer(result)
+            self._follow(request, result)
         else:
-            error = {"code": frame.get("code"), "message": frame.get("message") or frame.get("status")}
-            error |= frame.get("error") or {}
-            answer(RemoteError(str(error.pop("code")), str(error.pop("message")), error))
+            error = {"code": "internal", "message": "", **frame.get("error", frame)}
+            answer(RemoteError(error.pop("code"), error.pop("message"), error))
 
-    def _follow(self, command: str, arguments: Frame, result: Frame) -> None:
+    def _follow(self, request: Frame, result: Frame) -> None:
         """Keep in mind what a command changed about this connection."""
-        if command == "hello" and arguments.get("message_types") is not None:
-            self._message_types = arguments["message_types"]
+        command = request["command"]
+        if command == "hello" and request.get("message_types") is not None:
+            self._message_types = request["message_types"]
         elif command in ("create_agent", "load_agent"):
-            self.agent_name = result.get("agent_name", self.agent_name)
+            self.agent_name = result["agent_name"]
         elif command in ("rename_agent", "delete_agent"):
-            self._renamed(arguments.get("agent_name") or self.agent_name, result.get("agent_name"))
+            self._rename(request.get("agent_name") or self.agent_name, result.get("agent_name"))
 
-    def _renamed(self, old: str | None, new: str | None) -> None:
-        """An agent has another name, or none any more; its subscription and the current agent follow."""
+    def _rename(self, old: str | None, new: str | None) -> None:
+        """An agent has another name, or none any more: the current agent and its feeds follow."""
         if old == self.agent_name:
             self.agent_name = new
-        if old is not None and new is not None and old != new and old in self._subscriptions:
-            subscription = self._subscriptions[new] = self._subscriptions.pop(old)
-            subscription.agent_name = new
-
-    def _deliver(self, event: Frame, size: int) -> None:
-        """Hand an event to its turn and to the subscription of its agent; it comes once for both."""
-        turn = self._turns.get(event.get("turn_id", ""))
-        if turn is not None and turn._takes(event):
-            turn._accept(event, size)
-        is_refusal = event["type"] == "agent_response_error" and event.get("seq") is None
-        subscription = self._subscriptions.get(event.get("agent_name", ""))
-        if subscription is not None and not is_refusal:
-            subscription._accept(event, size)
-        if event.get("message_type") == "agent_change" and event.get("change") in ("renamed", "deleted"):
-            self._renamed(event.get("agent_name"), event.get("new_name"))
-
-    def _refuse(self, frame: Frame) -> None:
-        """A server_error that answers no command: a message that was no valid request, else only for the log."""
-        turns = [turn for turn in self._turns.values() if turn._request["id"] == frame.get("id")]
-        for turn in turns:
-            turn._accept(frame, 0)
-        if not turns:
-            logger.warning("the server refused a frame: %.200r", frame.get("message"))
+        for feed in self._feeds:
+            if feed.agent_name == old and new is not None:
+                feed.agent_name = new
 
 
-def _public_url(url: str) -> str:
-    """An address without what may be secret in it: user, password, query."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-    except ValueError:
-        return "this address"
-    return urllib.parse.urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def _is_loopback(url: str) -> bool:
-    host = urllib.parse.urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def _nfc(name: str) -> str:
-    """A name as the server spells it, so that its frames are recognised."""
-    return unicodedata.normalize("NFC", name)
-
-
-def connect(
-    url: str = f"ws://localhost:{DEFAULT_PORT}",
-    token: str | None = None,
-    *,
-    timeout: float = 10.0,
-    reconnect: bool | float = 60.0,
-    on_state: Callable[[str], None] | None = None,
-) -> BlockingClient:
-    """Open a `Client` for scripts and notebook cells: the same calls, which wait. Use it with `with`."""
-    return BlockingClient(Client(url, token, timeout=timeout, reconnect=reconnect, on_state=on_state))
+async def _write(socket: ClientConnection, outbox: asyncio.Queue[str]) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        while True:
+            await socket.send(await outbox.get())
 
 
 class BlockingClient:
     """A Client on a loop of its own daemon thread; its calls work from any other thread, also inside a running loop.
 
-    Ends with `close`, with its `with` block, when nothing refers to it any more, or with the process.
+    Use it with `with`; it ends also when nothing refers to it any more. All is as in Client, but reconnect is 60 s, and
+    turns and subscriptions are ordinary iterators; a subscription comes once the server has confirmed it.
     """
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        """The async client; it belongs to this object's thread."""
+    def __init__(self, url: str = f"ws://localhost:{DEFAULT_PORT}", token: str | None = None, **options: Any) -> None:
+        self.client = Client(url, token, **{"reconnect": 60.0, **options})
+        "The async client; it belongs to this object's thread."
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=_run_loop, args=(self._loop,), name="memws client", daemon=True)
         self._thread.start()
-        self._finalizer = weakref.finalize(self, _stop_loop, client, self._loop, self._thread)
+        self.close = weakref.finalize(self, _stop_loop, self._loop, self._thread)
+        "Close the connection and end the thread, within 3 s; whatever waits gets ConnectionLost."
         try:
-            self._call(client.connect())
+            self._call(self.client.connect)
         except BaseException:
             self.close()
             raise
 
-    def __repr__(self) -> str:
-        return f"<memws.BlockingClient of {self.client!r}>"
-
     def __enter__(self) -> typing.Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     @property
@@ -6582,68 +6370,39 @@ class BlockingClient:
         """The connection's current agent."""
         return self.client.agent_name
 
-    @property
-    def alive(self) -> bool:
-        """Whether there is a connection or one is being sought."""
-        return self.client._alive and self._finalizer.alive
-
-    def close(self) -> None:
-        """Close the connection and end the thread, within 2 s; whatever waits gets ConnectionLost."""
-        self._finalizer()
-
     def command(self, command: str, /, **arguments: Any) -> Frame:
-        """As Client.command."""
-        return self._call(self.client.command(command, **arguments))
+        return self._call(self.client.command, command, **arguments)
 
     def hello(self, message_types: Iterable[str] | None = None) -> Frame:
-        """As Client.hello."""
-        return self._call(self.client.hello(message_types))
+        return self._call(self.client.hello, message_types)
 
     def create_agent(self, name: str | None = None, **config: Any) -> Frame:
-        """As Client.create_agent."""
-        return self._call(self.client.create_agent(name, **config))
+        return self._call(self.client.create_agent, name, **config)
 
     def load_agent(self, name: str) -> Frame:
-        """As Client.load_agent."""
-        return self._call(self.client.load_agent(name))
+        return self._call(self.client.load_agent, name)
 
-    def send(
-        self, message: str, agent_name: str | None = None, turn_id: str | None = None, when_busy: str = "queue"
-    ) -> BlockingTurn:
-        """As Client.send; the turn is an ordinary iterator."""
+    def send(self, message: str, *arguments: Any, **options: Any) -> BlockingTurn:
+        return BlockingTurn(self, self._call(_soon, self.client.send, message, *arguments, **options))
 
-        async def send() -> ClientTurn:
-            return self.client.send(message, agent_name, turn_id, when_busy)
+    def ask(self, message: str, *arguments: Any, **options: Any) -> str:
+        return self.send(message, *arguments, **options).text()
 
-        return BlockingTurn(self, self._call(send()))
-
-    def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue") -> str:
-        """As Client.ask; an interrupt cancels the turn."""
-        return self.send(message, agent_name, when_busy=when_busy).text()
-
-    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> BlockingFeed:
-        """As Client.subscribe, once the server has confirmed it."""
-
-        async def subscribe() -> Subscription:
-            subscription = self.client.subscribe(agent_name, after)
-            await subscription.ready()
-            return subscription
-
-        return BlockingFeed(self, self._call(subscribe()))
+    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Iterator[Frame]:
+        subscription: Subscription = self._call(_soon, self.client.subscribe, agent_name, after)
+        self._call(subscription.ready)
+        return iter(functools.partial(self._call, _next, subscription), None)
 
     def unsubscribe(self, agent_name: str | None = None) -> None:
-        """As Client.unsubscribe."""
-        self._call(self.client.unsubscribe(agent_name))
+        self._call(self.client.unsubscribe, agent_name)
 
-    def _call(self, call: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the client's loop and wait for it."""
+    def _call(self, call: Callable[..., Coroutine[Any, Any, T]], *arguments: Any, **options: Any) -> T:
+        """Run a call on the client's loop and wait for it."""
         if threading.current_thread() is self._thread:
-            call.close()
             raise RuntimeError("a blocking call on the client's own thread would never end; await memws.Client instead")
-        if not self._finalizer.alive:
-            call.close()
+        if not self.close.alive:
             raise ConnectionLost(self.client.url)
-        future = asyncio.run_coroutine_threadsafe(call, self._loop)
+        future = asyncio.run_coroutine_threadsafe(call(*arguments, **options), self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -6653,82 +6412,56 @@ class BlockingClient:
             raise
 
 
-class BlockingFeed:
-    """The events of a turn or of a subscription as an ordinary iterator."""
+connect = BlockingClient  # for scripts and cells: with memws.connect(url) as client
 
-    def __init__(self, client: BlockingClient, feed: ClientTurn | Subscription) -> None:
+
+class BlockingTurn(Iterator[Frame]):
+    """A turn as an ordinary iterator; an interrupt (KeyboardInterrupt) that meets it waiting cancels the turn."""
+
+    def __init__(self, client: BlockingClient, turn: ClientTurn) -> None:
+        self.turn_id = turn.turn_id
         self._client = client
-        self._feed = feed
-
-    def __iter__(self) -> typing.Self:
-        return self
+        self._feed = turn
 
     def __next__(self) -> Frame:
-        async def following() -> Frame | None:
-            return await anext(self._feed, None)
-
-        event = self._client._call(following())
+        event = self._wait(_next, self._feed)
         if event is None:
             raise StopIteration
         return event
 
-
-class BlockingTurn(BlockingFeed):
-    """A turn as an ordinary iterator; an interrupt (KeyboardInterrupt) that meets it waiting cancels the turn."""
-
-    _feed: ClientTurn
-
-    @property
-    def turn_id(self) -> str:
-        """The turn's id, made by the client unless it was given."""
-        return self._feed.turn_id
-
-    def __next__(self) -> Frame:
-        try:
-            return super().__next__()
-        except KeyboardInterrupt:
-            self.cancel()
-            raise
-
     def text(self) -> str:
-        """As ClientTurn.text."""
-        try:
-            return self._client._call(self._feed.text())
-        except KeyboardInterrupt:
-            self.cancel()
-            raise
+        return self._wait(self._feed.text)
 
     def cancel(self) -> None:
         """Ask the server to end this turn, without waiting for it: fit for any thread and for signal handlers."""
-        self._client._loop.call_soon_threadsafe(self._feed.cancel_soon)
+        asyncio.run_coroutine_threadsafe(self._feed.cancel(), self._client._loop)
+
+    def _wait(self, call: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+        try:
+            return self._client._call(call, *arguments)
+        except KeyboardInterrupt:
+            self.cancel()
+            raise
+
+
+async def _soon(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+    return call(*arguments, **options)
+
+
+async def _next(feed: Subscription) -> Frame | None:
+    return await anext(feed, None)
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """A loop in its own thread, until it is stopped."""
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-        leftover = asyncio.all_tasks(loop)
-        for task in leftover:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*leftover, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    finally:
-        loop.close()
+    """The thread of a loop: it runs until it is stopped, then its tasks are cancelled and it is closed."""
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.get_loop().run_forever()
 
 
-def _stop_loop(client: Client, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    """Close a blocking client; it may be the garbage collector that calls, on whatever thread."""
-    if loop.is_closed():
-        return
-
-    async def close() -> None:
-        try:
-            await client.close()
-        finally:
-            loop.stop()
-
-    asyncio.run_coroutine_threadsafe(close(), loop)
+def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    """End a loop's thread; it may be the garbage collector that calls, on whatever thread."""
+    with contextlib.suppress(RuntimeError):  # it has ended already
+        loop.call_soon_threadsafe(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(CLOSE_TIMEOUT + 1.0)
 
@@ -8537,12 +8270,9 @@ def import_nest_asyncio() -> Any:
 # 12. CLI: arguments, the terminal client, main
 # ======================================================================================================================
 
-# The terminal client: input on the main thread, because only there an interrupt reaches a line being typed; the
-# connection, the follower of the agent's other turns and the clock on threads of their own.
+# The terminal client. Input is read on the main thread, because only there an interrupt reaches a line being typed;
+# the connection and what others make the agent do are on threads of their own.
 
-CHAT_TYPES = ["user_message", "delta", "internal_monologue", "assistant_message", "tool_call", "tool_return",
-              "memory_change", "context", "compaction", "heartbeat", "retry", "correction", "queue",
-              "agent_change"]  # fmt: skip
 CHAT_HELP = """\
 /agents          the agents of this server
 /load NAME       talk to this agent
@@ -8554,12 +8284,26 @@ CHAT_HELP = """\
 /help            this list
 /quit            leave (also Ctrl-D)
 Ctrl-C cancels a running turn; twice leaves. A message that begins with a slash: write two."""
-CHAT_COMMANDS = [line.split()[0] for line in CHAT_HELP.splitlines() if line.startswith("/")]
+CHAT_COMMANDS = re.findall(r"^/\w+", CHAT_HELP, re.MULTILINE)
 CHAT_PATIENCE = 2.0
-"""Seconds of silence until a running turn shows that it is waited for, and within which a second Ctrl-C leaves."""
-HISTORY_FILE = "~/.memws_history"
-HISTORY_LINES = 1000
+"Seconds after a cancel within which another Ctrl-C leaves, and of silence until a wait is told."
+
 STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+SHOWN = {
+    "internal_monologue": ("~ {message}", "dim"),
+    "assistant_message": ("{agent_name}: {message}", ""),
+    "user_message": ("someone: {message}", "cyan"),
+    "tool_call": ("> {name}({message})", "dim"),
+    "tool_return": ("< {message}", "dim"),
+    "memory_change": ("[{label}, changed by the {by}]", "dim"),
+    "context": ("[context: {warning}]", "yellow"),
+    **dict.fromkeys(("compaction", "heartbeat", "retry", "correction", "queue"), ("[{kind}: {message}]", "dim")),
+    "agent_change": ("[{agent_name}: {message}]", "dim"),
+    "agent_response_end": ("[{stop_reason}]", "yellow"),
+    "agent_response_error": ("error: {message}", "red"),
+}
+"How events are shown: by message type, or type, the line and its style."
+WHOLE_TEXTS = ("internal_monologue", "assistant_message", "user_message", "agent_response_error")
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -8576,7 +8320,7 @@ def clipped(text: object, length: int = 160) -> str:
 
 
 class Screen:
-    """The terminal, for several threads: streamed text, whole lines, and what is redrawn below them.
+    """The terminal, for several threads: streamed text, whole lines, and the prompt, which stays below them.
 
     Without a terminal (or with TERM=dumb) no escape code is written; NO_COLOR (https://no-color.org) is honoured.
     """
@@ -8585,221 +8329,151 @@ class Screen:
         self.terminal = out.isatty() and os.environ.get("TERM") != "dumb"
         self._colour = self.terminal and not os.environ.get("NO_COLOR")
         self._out = out
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._mid_line = False  # the cursor stands behind streamed text
-        self._held = ""  # a line for above the prompt, until it is whole
         self._prompt: str | None = None
-        self._waiting_since: float | None = None
-        self._clock_shown = False
+        self._waiting = False  # the line tells how long nothing has come
+        self._last = time.monotonic()
 
     def write(self, text: str, style: str = "") -> None:
         """Add to the current line; `text` has been made printable."""
         with self._lock:
-            if self._prompt is not None:
-                self._held += self._paint(text, style)
-            elif text:
-                self._clear()
-                self._put(self._paint(text, style))
-                self._mid_line = not text.endswith("\n")
+            self._end_wait()
+            print(self._painted(text, style), end="", file=self._out, flush=True)
+            self._mid_line = not text.endswith("\n") if text else self._mid_line
 
     def line(self, text: str = "", style: str = "") -> None:
-        """Write a whole line, above the prompt if one is shown."""
+        """Write a whole line: below streamed text, above the prompt and what is being typed behind it."""
         with self._lock:
-            self.end_line()
-            self._whole_line(self._paint(text, style))
+            self._end_wait()
+            before = "\n" if self._mid_line or self._prompt is not None else ""
+            readline = sys.modules.get("readline")
+            typed = readline.get_line_buffer() if readline else ""
+            below = "" if self._prompt is None else self._prompt + typed
+            if below and self.terminal:
+                rows = len(below) // (os.get_terminal_size(self._out.fileno()).columns or 80)
+                before = (f"\x1b[{rows}A" if rows else "") + "\r\x1b[J"
+            # The cursor ends up behind what is typed: readline does not tell its place.
+            print(f"{before}{self._painted(text, style)}\n{below}", end="", file=self._out, flush=True)
+            self._mid_line = False
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Tell, on a terminal, how long nothing has come, from CHAT_PATIENCE on and until something does."""
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(0.5):
+                with self._lock:
+                    silence = time.monotonic() - self._last
+                    if self.terminal and not self._mid_line and self._prompt is None and silence >= CHAT_PATIENCE:
+                        text = self._painted(f"thinking … {silence:.0f} s", "dim")
+                        print(f"\r\x1b[K{text}", end="", file=self._out, flush=True)
+                        self._waiting = True
+
+        self._last = time.monotonic()
+        thread = threading.Thread(target=tick, name="memws clock", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            with self._lock:
+                self._end_wait()
+
+    def _end_wait(self) -> None:
+        if self._waiting:
+            print("\r\x1b[K", end="", file=self._out)
+        self._waiting = False
+        self._last = time.monotonic()
 
     def end_line(self) -> None:
         """Go to the beginning of a line."""
-        with self._lock:
-            if self._mid_line:
-                self._put("\n")
-                self._mid_line = False
-            if self._held:
-                held, self._held = self._held, ""
-                self._whole_line(held)
+        if self._mid_line:
+            self.write("\n")
 
     def ask(self, prompt: str) -> str:
         """Read a line from the user. Raises EOFError and KeyboardInterrupt."""
-        with self._lock:
-            self.end_line()
-            self._clear()
-            self._prompt = prompt
+        self.end_line()
+        self._prompt = prompt
         try:
             return input(prompt)
         finally:
             self._prompt = None
 
-    def wait(self, waiting: bool) -> None:
-        """From now on something is waited for, or no longer."""
-        with self._lock:
-            self._clear()
-            self._waiting_since = time.monotonic() if waiting else None
-
-    def tick(self) -> None:
-        """Show how long the wait has lasted; written over by what comes next."""
-        with self._lock:
-            if self.terminal and self._waiting_since is not None and not self._mid_line and self._prompt is None:
-                waited = time.monotonic() - self._waiting_since
-                if waited >= CHAT_PATIENCE:
-                    self._put("\r" + self._paint(f"thinking … {waited:.0f} s", "dim") + "\x1b[K")
-                    self._clock_shown = True
-
-    def _whole_line(self, line: str) -> None:
-        self._clear()
-        self._put(line + "\n")
-        self._restore()
-
-    def _clear(self) -> None:
-        """Remove what is redrawn: the clock, the prompt with the line being typed."""
-        if self._clock_shown:
-            self._put("\r\x1b[K")
-            self._clock_shown = False
-        if self._waiting_since is not None:
-            self._waiting_since = time.monotonic()
-        if self._prompt is not None and self.terminal:
-            with contextlib.suppress(OSError):
-                rows = len(self._prompt + _typed()) // os.get_terminal_size(self._out.fileno()).columns
-                self._put(f"\x1b[{rows}A" if rows else "")
-            self._put("\r\x1b[J")
-
-    def _restore(self) -> None:
-        if self._prompt is not None and self.terminal:
-            self._put(self._prompt + _typed())  # a cursor within the line ends up behind it: readline does not tell
-
-    def _paint(self, text: str, style: str) -> str:
+    def _painted(self, text: str, style: str) -> str:
         return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
 
-    def _put(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
 
-
-def _typed() -> str:
-    """What stands behind the prompt, where readline reads it."""
-    module = sys.modules.get("readline")
-    return str(module.get_line_buffer()) if module else ""
+def show_line(screen: Screen, event: Frame) -> None:
+    """Show an event as SHOWN has it; of types that are not there, nothing."""
+    kind = str(event.get("message_type", event["type"]))
+    form, style = SHOWN.get(kind, ("", ""))
+    style = "red" if event.get("status") == "Failed" else style
+    is_said = event.get("name") == "send_message" or (kind == "tool_return" and event.get("message") == "None")
+    is_usual = event.get("stop_reason") == "done" or event.get("reason") == HEARTBEAT_REQUESTED
+    if is_usual or (is_said and style != "red") or (kind == "context" and "warning" not in event) or not form:
+        return
+    if isinstance(arguments := event.get("arguments"), dict):
+        arguments = {name: value for name, value in arguments.items() if name != "request_heartbeat"}
+        event = {**event, "message": encode_json(arguments)}
+    show = printable if kind in WHOLE_TEXTS else clipped
+    texts = {"kind": kind, "label": "archival memory", **{key: show(value) for key, value in event.items()}}
+    screen.line(form.format_map(collections.defaultdict(str, texts)), style)
+    if kind == "memory_change":
+        for line in str(event.get("diff", "")).splitlines()[:8]:
+            screen.line(f"{line[:1]} {clipped(line[1:])}", "red" if line.startswith("-") else "green")
 
 
 class TurnView:
-    """Shows the events of an agent's turns: the reply as it comes, what lies behind it dimmed.
+    """Shows the user's own turn as it comes: text while it is being made, all else a line each."""
 
-    A stored event repeats the text of the deltas before it, so `_ahead` keeps what was shown of each kind and is
-    not stored yet. With live=False whole events only, as suits lines above a prompt.
-    """
-
-    KINDS: typing.ClassVar = {"assistant_message": "", "internal_monologue": "dim"}
-
-    def __init__(self, screen: Screen, live: bool = True) -> None:
+    def __init__(self, screen: Screen) -> None:
         self._screen = screen
-        self._live = live
+        self._kind: str | None = None  # of the text on the current line
         self._step: object = None
-        self._ahead = dict.fromkeys(self.KINDS, "")
-        self._kind: str | None = None  # of the line being streamed
+        # Of each kind, what was shown of this step before its stored event, which repeats it.
+        self._ahead: dict[str, str] = collections.defaultdict(str)
 
     def show(self, event: Frame) -> None:
-        """Show one event; of types that are not known, nothing."""
-        kind = str(event.get("message_type", event.get("type")))
-        if kind == "delta" and self._live and event.get("of") in self.KINDS:
-            self._stream(event)
-        elif kind in self.KINDS:
-            self._complete(kind, event)
-        elif handler := getattr(self, f"_show_{kind}", None):
-            handler(event)
+        """Show one event."""
+        kind, text = str(event.get("message_type", event["type"])), str(event.get("message"))
+        if kind == "delta":
+            if self._step != (step := (event.get("turn_id"), event.get("step"))):
+                self._step = step
+                self._ahead.clear()
+            self._say(event["of"], text, event)
+            self._ahead[event["of"]] += text
+        elif kind in ("internal_monologue", "assistant_message"):
+            self._complete(kind, text, event)
+        elif kind != "user_message":
+            if kind == "retry" or event.get("what") == "verify" or kind in TERMINAL_TYPES:
+                self._ahead.clear()  # a text that is begun again is all new
+                self._kind = None
+            show_line(self._screen, event)
 
-    def _stream(self, delta: Frame) -> None:
-        if self._step != (step := (delta.get("turn_id"), delta.get("step"))):
-            self._step, self._ahead = step, dict.fromkeys(self.KINDS, "")
-        self._say(delta["of"], str(delta["message"]), delta)
-        self._ahead[delta["of"]] += str(delta["message"])
-
-    def _complete(self, kind: str, event: Frame) -> None:
-        text, ahead = str(event.get("message")), self._ahead[kind]
-        if ahead.startswith(text):
-            self._ahead[kind] = ahead[len(text) :]
-        elif text.startswith(ahead):
+    def _complete(self, kind: str, text: str, event: Frame) -> None:
+        ahead = self._ahead[kind]
+        if not (text.startswith(ahead) or ahead.startswith(text)):  # not what was streamed: it was corrected
+            self._kind = None
+            ahead = self._ahead[kind] = ""
+        if len(text) > len(ahead):
             self._say(kind, text[len(ahead) :], event)
-            self._ahead[kind] = ""
-        else:  # not what was streamed: it was corrected
-            self._end_line()
-            self._ahead[kind] = ""
-            self._say(kind, text, event)
-        if event.get("part", 1) == event.get("parts", 1) and not self._ahead[kind] and self._kind == kind:
-            self._end_line()
+        self._ahead[kind] = ahead[len(text) :]  # more than this text: of several messages
+        if event.get("part") == event.get("parts") and not self._ahead[kind] and self._kind == kind:
+            self._screen.end_line()
+            self._kind = None
 
     def _say(self, kind: str, text: str, event: Frame) -> None:
         """Add text to the line of its kind; a line that was broken off goes on without a new heading."""
         if kind != self._kind:
-            self._end_line()
+            self._screen.end_line()
             self._kind = kind
             if not self._ahead[kind] and event.get("part", 1) == 1:
                 heading = f"{printable(event.get('agent_name'))}: " if kind == "assistant_message" else "~ "
                 self._screen.write(heading, "bold" if kind == "assistant_message" else "dim")
-        self._screen.write(printable(text), self.KINDS[kind])
-
-    def _end_line(self) -> None:
-        self._screen.end_line()
-        self._kind = None
-
-    def _line(self, text: str, style: str) -> None:
-        self._kind = None
-        self._screen.line(text, style)
-
-    def _note(self, event: Frame, style: str = "dim") -> None:
-        what = str(event.get("message_type")).replace("_", " ")
-        self._line(f"[{what}: {clipped(event.get('message') or '-')}]", style)
-
-    def _show_user_message(self, event: Frame) -> None:
-        if not self._live:  # another client wrote it
-            self._line(f"someone: {printable(event.get('message'))}", "cyan")
-
-    def _show_tool_call(self, event: Frame) -> None:
-        if event.get("name") != "send_message":
-            self._line(f"> {clipped(event.get('name'))}({clipped(event.get('message'))})", "dim")
-
-    def _show_tool_return(self, event: Frame) -> None:
-        failed = event.get("status") != "OK"
-        if failed or event.get("name") != "send_message":
-            self._line(f"< {clipped(event.get('message'))}", "red" if failed else "dim")
-
-    def _show_memory_change(self, event: Frame) -> None:
-        where = event.get("label") or "archival memory"
-        self._line(f"[{clipped(where)}, changed by the {clipped(event.get('by', 'agent'))}]", "dim")
-        for line in memory_diff(event):
-            self._line(line, "green" if line.startswith("+") else "red")
-
-    def _show_context(self, event: Frame) -> None:
-        if event.get("warning"):
-            self._note(event, "yellow")
-
-    def _show_retry(self, event: Frame) -> None:
-        self._ahead = dict.fromkeys(self.KINDS, "")  # the model begins its text again
-        self._note(event)
-
-    _show_compaction = _show_heartbeat = _show_correction = _show_queue = _show_agent_change = _note
-
-    def _show_agent_response_end(self, event: Frame) -> None:
-        self._ahead = dict.fromkeys(self.KINDS, "")
-        self._end_line()
-        if event.get("stop_reason") != "done":
-            self._line(f"[{clipped(event.get('stop_reason'))}]", "yellow")
-
-    def _show_agent_response_error(self, event: Frame) -> None:
-        self._ahead = dict.fromkeys(self.KINDS, "")
-        self._line(f"error: {clipped(event.get('message'), 1000)}", "red")
-
-    _show_server_error = _show_agent_response_error
-
-
-def memory_diff(event: Frame, lines: int = 8) -> list[str]:
-    """What a memory_change removed and added, in a few lines that begin with - and +."""
-    before, after = (str(event.get(key) or "") for key in ("before", "after"))
-    differing = (at for at, (old, new) in enumerate(zip(before, after, strict=False)) if old != new)
-    same = before[: next(differing, min(len(before), len(after)))].rpartition("\n")[2]
-    if len(same) > 60:  # of a long line, only what surrounds the change
-        before, after = (text.replace(same, "…" + same[-40:], 1) for text in (before, after))
-    pairs = difflib.ndiff(before.splitlines(), after.splitlines())
-    changed = [f"{line[0]} {clipped(line[2:])}" for line in pairs if line[0] in "-+"]
-    return changed if len(changed) <= lines else [*changed[: lines - 1], f"+ … {len(changed) - lines + 1} more lines"]
+        self._screen.write(printable(text), SHOWN[kind][1])
 
 
 class Chat:
@@ -8809,152 +8483,114 @@ class Chat:
         self._client = client
         self._screen = screen
         self._own_turns: set[str] = set()
-        self._interrupted = float("-inf")
-        self._names: tuple[float, list[str]] = (float("-inf"), [])
+        self._leaves_until = 0.0  # until then another Ctrl-C leaves
 
     def run(self, agent_name: str | None) -> int:
         """Talk until the user leaves."""
-        threading.Thread(target=self._keep_time, name="memws clock", daemon=True).start()
-        save_history = set_up_readline(self._complete) if self._screen.terminal else None
-        try:
-            self._greet()
+        about = self._client.hello(["delta", *SHOWN])
+        server = f"memws {about['version']} at {self._client.client.url}, model {about['model']}"
+        self._screen.line(f"{clipped(server)}; /help lists the commands", "dim")
+        if about.get("offline"):
+            self._screen.line("the model is offline: a rule-based stand-in, not a language model", "yellow")
+        with contextlib.suppress(EOFError), line_editing() if self._screen.terminal else contextlib.nullcontext():
             self._choose(agent_name)
             while self._take_line():
                 pass
-        except EOFError:
-            self._screen.line()
-        finally:
-            if save_history is not None:
-                save_history()
+        self._screen.end_line()
         return 0
-
-    def _take_line(self) -> bool:
-        """One line from the user and what it asks for; False leaves."""
-        try:
-            return self._act(self._screen.ask(f"{self._client.agent_name or ''}> ").strip())
-        except KeyboardInterrupt:
-            self._screen.line()
-            if self._is_second_interrupt():
-                return False
-            self._screen.line("[Ctrl-C again, or Ctrl-D, leaves]", "dim")
-            self._interrupted = float("inf")  # at the prompt the second may take its time
-        except MemwsError as error:
-            self._screen.line(clipped(error, 1000), "red")
-            if isinstance(error, ConnectionLost) and not self._client.alive:
-                raise
-        return True
-
-    def _is_second_interrupt(self) -> bool:
-        return time.monotonic() - self._interrupted < CHAT_PATIENCE
-
-    def _act(self, text: str) -> bool:
-        if self._interrupted == float("inf"):
-            self._interrupted = float("-inf")
-        word, _, rest = text.partition(" ")
-        if word in ("/quit", "/exit"):
-            return False
-        if text.startswith("//"):
-            self._talk(text[1:])
-        elif word in CHAT_COMMANDS:
-            getattr(self, f"_do_{word[1:]}")(rest.strip())
-        elif text.startswith("/"):
-            near = difflib.get_close_matches(word, CHAT_COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
-            self._screen.line(f"unknown command {clipped(word, 40)}: {hint}", "yellow")
-        elif self._client.agent_name is None:
-            self._screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
-        elif text:
-            self._talk(text)
-        return True
-
-    def _talk(self, text: str) -> None:
-        """Send a message and show its turn; Ctrl-C cancels it, a second one within 2 s leaves."""
-        turn_id = uuid.uuid4().hex
-        self._own_turns.add(turn_id)
-        turn = self._client.send(text, turn_id=turn_id)
-        view = TurnView(self._screen)
-
-        def interrupt(number: int, frame: object) -> None:
-            if self._is_second_interrupt():
-                raise KeyboardInterrupt
-            self._interrupted = time.monotonic()
-            turn.cancel()
-
-        usual = signal.signal(signal.SIGINT, interrupt)
-        self._screen.wait(True)
-        try:
-            for event in turn:
-                view.show(event)
-        finally:
-            self._screen.wait(False)
-            signal.signal(signal.SIGINT, usual)
-
-    def _greet(self) -> None:
-        about = self._client.hello(CHAT_TYPES)
-        server = f"memws {clipped(about.get('version'))} at {self._client.client.url}"
-        self._screen.line(f"{server}, model {clipped(about.get('model'))}; /help lists the commands", "dim")
-        if about.get("offline"):
-            self._screen.line("the model is offline: a rule-based stand-in, not a language model", "yellow")
 
     def _choose(self, name: str | None) -> None:
         """Load the agent that was asked for, or the most recently active one; offer to create a missing one."""
         name = name or latest_agent(self._client)
+        question = f"there is no agent {printable(name)!r}; create it? [Y/n] "
         try:
-            if name is not None:
-                return self._load(name)
+            if name:
+                return self._do_load(name)
+            question = "there is no agent yet; create 'sam'? [Y/n] "
         except RemoteError as error:
             if error.code != "unknown_agent":
-                self._screen.line(clipped(error, 1000), "red")
-                return None
-        question = "there is no agent yet; create 'sam'? [Y/n] "
-        if name is not None:
-            question = f"there is no agent {printable(name)!r}; create it? [Y/n] "
-        try:
+                return self._screen.line(printable(error), "red")
+        with contextlib.suppress(KeyboardInterrupt):
             if self._screen.ask(question).strip().lower() in ("", "y", "yes"):
                 self._do_new(name or "sam")
-        except KeyboardInterrupt:
-            self._screen.line()
-        except RemoteError as error:
-            self._screen.line(clipped(error, 1000), "red")
         return None
 
-    def _load(self, name: str) -> None:
-        former = self._client.agent_name
-        result = self._client.load_agent(name)
-        self._follow(former, result)
-        self._screen.line(f"[{clipped(result.get('agent_name'))}, model {clipped(result.get('model'))}]", "dim")
+    def _take_line(self) -> bool:
+        """One line from the user and what it asks for; False leaves."""
+        try:
+            text = self._screen.ask(f"{self._client.agent_name or ''}> ").strip()
+            self._leaves_until = 0.0
+            if text in ("/quit", "/exit"):
+                return False
+            self._act(text)
+        except KeyboardInterrupt:
+            self._screen.line()
+            if time.monotonic() < self._leaves_until:
+                return False
+            self._leaves_until = math.inf
+            self._screen.line("[Ctrl-C again, or Ctrl-D, leaves]", "dim")
+        except MemwsError as error:
+            if not self._client.client.alive:  # it has given up
+                raise
+            self._screen.line(printable(error), "red")
+        return True
 
-    def _follow(self, former: str | None, result: Frame) -> None:
-        """Show from now on what others make the current agent do."""
-        for warning in result.get("warnings") or []:
+    def _act(self, text: str) -> None:
+        word, _, rest = text.partition(" ")
+        if word in CHAT_COMMANDS:
+            getattr(self, f"_do_{word[1:]}")(rest.strip())
+        elif text.startswith("/") and not text.startswith("//"):
+            near = difflib.get_close_matches(word, CHAT_COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else "/help lists the commands"
+            self._screen.line(f"unknown command {clipped(word, 40)}: {hint}", "yellow")
+        elif text and self._client.agent_name is None:
+            self._screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
+        elif text:
+            self._talk(text.removeprefix("/"))
+
+    def _talk(self, text: str) -> None:
+        """Send a message and show its turn; Ctrl-C cancels it, a second one within 2 s leaves."""
+        turn_id, view = uuid.uuid4().hex, TurnView(self._screen)
+        turn: BlockingTurn | None = None
+        self._own_turns.add(turn_id)
+
+        def interrupt(number: int, frame: object) -> None:
+            if time.monotonic() < self._leaves_until:
+                raise KeyboardInterrupt
+            self._leaves_until = time.monotonic() + CHAT_PATIENCE
+            if turn is not None:
+                turn.cancel()
+
+        usual = signal.signal(signal.SIGINT, interrupt)
+        try:
+            turn = self._client.send(text, turn_id=turn_id)
+            if self._leaves_until:  # interrupted while it was sent
+                turn.cancel()
+            with self._screen.waiting():
+                for event in turn:
+                    view.show(event)
+        finally:
+            signal.signal(signal.SIGINT, usual)
+
+    def _switch(self, call: Callable[[str], Frame], name: str, form: str) -> None:
+        """Create or load an agent, and show from now on what others make it do."""
+        former, result = self._client.agent_name, call(name)
+        self._screen.line(form.format_map({key: clipped(value) for key, value in result.items()}), "dim")
+        for warning in result["warnings"]:
             self._screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
         if former is not None:
             self._client.unsubscribe(former)
-        feed = self._client.subscribe()
-        threading.Thread(target=self._show_others, args=(feed,), name="memws follower", daemon=True).start()
+        events = self._client.subscribe()
 
-    def _show_others(self, feed: BlockingFeed) -> None:
-        view = TurnView(self._screen, live=False)
-        with contextlib.suppress(MemwsError):  # the main thread meets it as well
-            for event in feed:
-                if event.get("turn_id") not in self._own_turns:
-                    view.show(event)
+        def show_others() -> None:
+            with contextlib.suppress(MemwsError):  # the main thread meets it as well
+                for event in events:
+                    if event.get("turn_id") not in self._own_turns:
+                        show_line(self._screen, event)
 
-    def _keep_time(self) -> None:
-        while self._client.alive:
-            time.sleep(0.5)
-            self._screen.tick()
+        threading.Thread(target=show_others, name="memws follower", daemon=True).start()
 
-    def _complete(self, text: str, line: str) -> list[str]:
-        """The words that may stand where `text` begins, the last word of `line`."""
-        if line.startswith("/load "):
-            if time.monotonic() - self._names[0] > 5:
-                with contextlib.suppress(MemwsError):
-                    self._names = time.monotonic(), [agent["agent_name"] for agent in all_agents(self._client)]
-            return [name for name in self._names[1] if name.startswith(text)]
-        return [word for word in CHAT_COMMANDS if word.startswith(text)] if line == text and text else []
-
-    # The slash commands.
+    # -- the slash commands --
 
     def _do_help(self, rest: str) -> None:
         self._screen.line(CHAT_HELP)
@@ -8962,119 +8598,87 @@ class Chat:
     def _do_agents(self, rest: str) -> None:
         agents = all_agents(self._client)
         for agent in agents:
-            mark = "*" if agent.get("agent_name") == self._client.agent_name else " "
-            name, model, state = (clipped(agent.get(key)) for key in ("agent_name", "model", "state"))
-            active = clipped(agent.get("last_active") or "never")
-            self._screen.line(f"{mark} {name}  {model}, {state}, last active {active}")
+            mark = "*" if agent["agent_name"] == self._client.agent_name else " "
+            state = f"{agent['state']}, last active {agent['last_active'] or 'never'}"
+            self._screen.line(f"{mark} {clipped(agent['agent_name'])}  {clipped(agent['model'])}, {clipped(state)}")
         if not agents:
             self._screen.line("no agent yet: /new NAME creates one")
 
     def _do_load(self, rest: str) -> None:
-        if rest:
-            self._load(rest)
-        else:
-            self._screen.line("which one? /load NAME; /agents lists them", "yellow")
+        if not rest:
+            return self._screen.line("which one? /load NAME; /agents lists them", "yellow")
+        return self._switch(self._client.load_agent, rest, "[{agent_name}, model {model}]")
 
     def _do_new(self, rest: str) -> None:
-        former = self._client.agent_name
-        result = self._client.create_agent(rest or None)
-        self._screen.line(f"[{clipped(result.get('agent_name'))} created]", "dim")
-        self._follow(former, result)
+        self._switch(lambda name: self._client.create_agent(name or None), rest, "[{agent_name} created]")
 
     def _do_memory(self, rest: str) -> None:
-        agent = self._client.command("get_agent", **self._current())
-        for block in agent.get("blocks", []):
-            value = str(block.get("value"))
-            used = f"{len(value)} of {clipped(block.get('limit'))} characters"
-            self._screen.line(f"{clipped(block.get('label'))} ({used})", "bold")
-            self._screen.line(printable(value))
-        counts = ", ".join(f"{clipped(key)} {clipped(count)}" for key, count in (agent.get("counts") or {}).items())
-        self._screen.line(f"[{counts}]", "dim")
+        agent = self._client.command("get_agent")
+        for block in agent["blocks"]:
+            used = f"{len(block['value'])} of {block['limit']} characters"
+            self._screen.line(f"{clipped(block['label'])} ({used})", "bold")
+            self._screen.line(printable(block["value"]))
+        self._screen.line(f"[{', '.join(f'{key} {count}' for key, count in agent['counts'].items())}]", "dim")
 
     def _do_context(self, rest: str) -> None:
-        context = self._client.command("get_context", **self._current())
-        window = context.get("window") or 1
-        for section in context.get("sections", []):
-            self._screen.line(f"{clipped(section.get('name')):12} {bar(section.get('tokens', 0), window)}")
-        about = "estimated" if context.get("estimated") else "counted"
-        self._screen.line(f"{'used':12} {bar(context.get('used', 0), window)} of {window} tokens, {about}", "bold")
+        context = self._client.command("get_context")
+        for section in context["sections"]:
+            share = section["tokens"] / context["window"]
+            bar = f"{'#' * min(30, round(30 * share)):.<30}"
+            self._screen.line(f"{clipped(section['name']):12} {bar} {section['tokens']:7} {share:6.0%}")
+        about = "estimated" if context["estimated"] else "counted"
+        self._screen.line(f"{context['used']} of {context['window']} tokens, {about}", "bold")
 
     def _do_search(self, rest: str) -> None:
         if not rest:
-            self._screen.line("for what? /search WORDS", "yellow")
-            return
-        found = self._client.command("search_memory", query=rest, store="all", **self._current())
-        for item in found.get("items", []):
+            return self._screen.line("for what? /search WORDS", "yellow")
+        found = self._client.command("search_memory", query=rest, store="all")
+        for item in found["items"]:
             origin = " ".join(clipped(item[key]) for key in ("store", "role", "time") if item.get(key))
             self._screen.line(f"[{origin}]", "dim")
-            self._screen.line(clipped(item.get("text"), 400))
-        self._screen.line(f"[{len(found.get('items', []))} of {found.get('total', 0)} found]", "dim")
+            self._screen.line(clipped(item["text"], 400))
+        return self._screen.line(f"[{len(found['items'])} of {found['total']} found]", "dim")
 
     def _do_cancel(self, rest: str) -> None:
-        state = self._client.command("cancel", **self._current()).get("state")
+        state = self._client.command("cancel")["state"]
         self._screen.line("[nothing runs]" if state == "over" else f"[{clipped(state)}]", "dim")
 
-    def _current(self) -> Frame:
-        return {} if self._client.agent_name is None else {"agent_name": self._client.agent_name}
 
-
-def bar(tokens: int, window: int, width: int = 30) -> str:
-    """A share of the window as a bar of characters, with both numbers."""
-    filled = min(width, round(width * tokens / window))
-    return f"{'#' * filled}{'.' * (width - filled)} {tokens:7} {100 * tokens / window:4.0f} %"
-
-
-def all_agents(client: BlockingClient, pages: int = 50) -> list[Frame]:
-    """The agents of the server, 100 a page, in its order."""
+def all_agents(client: BlockingClient) -> list[Frame]:
+    """The agents of the server, in its order."""
     agents: list[Frame] = []
-    for _ in range(pages):
-        after = {"after": agents[-1]["agent_name"]} if agents else {}
-        result = client.command("list_agents", limit=100, **after)
-        agents += result["agents"]
-        if not result["agents"] or len(agents) >= result.get("total", 0):
-            break
-    return agents
+    while True:
+        after = agents[-1]["agent_name"] if agents else None
+        page = client.command("list_agents", limit=100, after=after)
+        agents += page["agents"]
+        if not page["agents"] or len(agents) >= page["total"]:
+            return agents
 
 
-def latest_agent(client: BlockingClient) -> str | None:
-    """The agent that was active last."""
-    latest = max(all_agents(client), key=lambda agent: str(agent.get("last_active") or ""), default=None)
-    return None if latest is None else str(latest["agent_name"])
+def latest_agent(client: BlockingClient) -> str:
+    """The agent that was active last; "" where there is none."""
+    agents = sorted(all_agents(client), key=lambda agent: str(agent["last_active"] or ""))
+    return str(agents[-1]["agent_name"]) if agents else ""
 
 
-def set_up_readline(complete: Callable[[str, str], list[str]]) -> Callable[[], None] | None:
-    """Line editing, history and completion where Python has readline; gives what saves the history."""
+@contextlib.contextmanager
+def line_editing() -> Iterator[None]:
+    """Line editing, and a history from chat to chat, where Python has readline."""
     try:
         import readline  # not on Windows
     except ImportError:
-        return None
-    usable = False
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-        path = pathlib.Path(HISTORY_FILE).expanduser()
+        yield
+        return
+    path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises where there is no home)
+    readline.set_history_length(1000)  # lines
+    with contextlib.suppress(OSError):
         path.touch(0o600)
-        path.chmod(0o600)
         readline.read_history_file(path)
-        usable = True
-    readline.set_history_length(HISTORY_LINES)
-    readline.set_completer_delims(" ")
-    found: list[str] = []
-
-    def completer(text: str, number: int) -> str | None:
-        if number == 0:
-            found[:] = complete(text, readline.get_line_buffer())
-        return found[number] if number < len(found) else None
-
-    readline.set_completer(completer)
-    readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
-
-    def save() -> None:
-        readline.set_completer(None)
-        if usable:
-            with contextlib.suppress(OSError):
-                readline.write_history_file(path)
-                path.chmod(0o600)
-
-    return save
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)
 
 
 def answer_once(client: BlockingClient, agent_name: str | None, text: str) -> int:
@@ -9088,20 +8692,16 @@ def answer_once(client: BlockingClient, agent_name: str | None, text: str) -> in
         client.create_agent(name)
         print(f"there was no agent {printable(name)!r}; it has been created", file=sys.stderr)
     client.hello(["assistant_message"])
-    replied, stop_reason = False, "done"
     for event in client.send(text):
-        if event.get("message_type") == "assistant_message":
-            replied = True
-            whole = event.get("part", 1) == event.get("parts", 1)
-            print(printable(event.get("message")), end="\n" if whole else "", flush=True)
-        elif event["type"] in ("agent_response_error", "server_error"):
-            raise RemoteError(str(event.get("code")), str(event.get("message")))
-        elif event["type"] == "agent_response_end":
-            stop_reason = str(event.get("stop_reason"))
-    if stop_reason != "done":
-        ended = f"the turn ended early ({clipped(stop_reason)})"
-        print(f"{ended}; send the message again, or a shorter one", file=sys.stderr)
-    return 0 if replied or stop_reason == "done" else 1
+        if event["type"] == "agent_response_error":
+            raise RemoteError(event["code"], event["message"])
+        if event["type"] == "agent_response":
+            is_whole = event.get("part") == event.get("parts")
+            print(printable(event["message"]), end="\n" if is_whole else "", flush=True)
+        elif event.get("stop_reason", "done") != "done":
+            print(f"the turn ended early ({clipped(event['stop_reason'])}); send the message again", file=sys.stderr)
+            return 1
+    return 0
 
 
 def chat(url: str, agent_name: str | None = None, token: str | None = None) -> int:
@@ -9109,15 +8709,19 @@ def chat(url: str, agent_name: str | None = None, token: str | None = None) -> i
 
     Where standard input is no terminal, all of it is one message. Call it on the main thread.
     """
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
+    for name, errors in (("stdin", "replace"), ("stdout", "backslashreplace"), ("stderr", "backslashreplace")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, pathlib.Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     interactive = sys.stdin.isatty()
     screen = Screen(sys.stdout if interactive else sys.stderr)
 
+    logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
+
     def on_state(state: str) -> None:
-        said = {"lost": "connection lost; reconnecting …", "restored": "reconnected"}.get(state, "connection lost")
-        screen.line(f"[{said}]" if interactive else said, "dim")
+        said = {"lost": "connection lost; reconnecting …", "restored": "reconnected", "failed": "connection lost"}
+        screen.line(f"[{said[state]}]", "dim")
 
     try:
         with connect(url, token, reconnect=True if interactive else 60.0, on_state=on_state) as client:

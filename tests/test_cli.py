@@ -1,8 +1,10 @@
 """Section 12, CLI: the command line as the processes that people start; its terminal client is in test_chat.py."""
 
 import json
+import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import PROGRAM, Serving, environment, run
+from commandline import PROGRAM, Serving, command, environment, run
 from endpoint import Endpoint, Reply
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -81,15 +83,15 @@ COMMANDS |= {name: ["--db"] for name in ("export", "import", "backup")}
 """The commands and their flags; of serve, the table FLAGS."""
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help(command: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [None, *COMMANDS])
+def test_help(name: str | None, tmp_path: Path) -> None:
     """Each command's help names each of its flags with its environment variable, and makes no file."""
-    done = run(*([command] if command else []), "--help", cwd=tmp_path)
+    done = run(*([name] if name else []), "--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    flags = (COMMANDS[command] if command else None) or list(FLAGS if command in (None, "serve") else [])
+    flags = (COMMANDS[name] if name else None) or list(FLAGS if name in (None, "serve") else [])
     assert set(re.findall(r"^  (--[\w-]+)", done.stdout, re.MULTILINE)) - {"--version"} == set(flags)
     assert [flag for flag in flags if flag != "--repair" and not re.search(rf"\b{variable(flag)}\b", done.stdout)] == []
-    if command is None:
+    if name is None:
         assert [word for word in COMMANDS if f"\n    {word} " not in done.stdout] == []
     assert list(tmp_path.iterdir()) == []
 
@@ -713,14 +715,16 @@ def test_protocol(tmp_path: Path) -> None:
 
 def test_logs(tmp_path: Path) -> None:
     """At any log level no line holds the token, the key or a bare control character, whatever an endpoint sends."""
-    echo = {"error": {"message": "Incorrect API key provided: sk-canary-key-0123456789. \x1b[2J\r\nforged line"}}
+    echo = {
+        "error": {"message": "Incorrect API key: canary-key-0123 (sk-canary-other-0123456789). \x1b[2J\r\nforged line"}
+    }
     flags = ("--log-level", "debug", "--token", "canary-token", "--db", ":memory:")
     with ExitStack() as stack:
         endpoint = stack.enter_context(Endpoint())
         endpoint.script(
             Reply(status=400, body=echo), Reply(error_in_stream=echo["error"]), *[Reply(status=500, body=echo)] * 9
         )
-        key = {"OPENAI_API_KEY": "sk-canary-key-0123456789"}
+        key = {"OPENAI_API_KEY": "canary-key-0123"}
         server = stack.enter_context(Serving(*flags, "--base-url", endpoint.url, cwd=tmp_path, variables=key))
         frames: list[str] = []
         for path, headers in (("/?token=canary-token", {}), ("/", {"Authorization": "Bearer canary-token"})):
@@ -738,10 +742,25 @@ def test_logs(tmp_path: Path) -> None:
     assert server.log
     assert [line for line in server.log.splitlines() if not re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", line)] == []
     assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", server.log) is None
-    for secret in ("canary-toke", "sk-canary"):
+    for secret in ("canary-toke", "canary-key", "sk-canary"):
         assert secret not in server.log
         assert secret not in "".join(frames)
         assert secret not in "\n".join(server.out)
+
+
+def test_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token, key, what looks like one, and control characters are kept out of messages and of tracebacks alike."""
+    monkeypatch.setenv("OPENAI_API_KEY", "canary-key")
+    told = "canary-token canary-key sk-canary-0123456789 \x1b[2J\u202e\x9b2J\rforged"
+    try:
+        raise ValueError(told + "\n2026-01-01 00:00:00,000 INFO forged")
+    except ValueError:
+        record = logging.LogRecord("memws", logging.ERROR, "", 0, "%s\nforged", (told,), sys.exc_info())
+    text = memws._LogFormatter("canary-token").format(record)
+    assert "ValueError" in text
+    assert "canary" not in text
+    assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text) is None
+    assert re.findall(r"^(?:\d{4}-|forged).*", text, re.MULTILINE) == [text.splitlines()[0]]
 
 
 # ---- chat in a pipe --------------------------------------------------------------------------------------------------
@@ -836,3 +855,30 @@ def test_closed_output(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(closed: str, tmp_path: Path) -> None:
+    """chat with a closed standard stream ends without a traceback, and still sends what it was given."""
+    with Serving(cwd=tmp_path) as server:
+        words = shlex.join(command("chat", "--url", server.url, "--agent", "sam"))
+        done = subprocess.run(
+            ["/bin/sh", "-c", f"{words} {closed}"], cwd=tmp_path, env=environment(), input="I love otters",
+            capture_output=True, encoding="utf-8", timeout=30, check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (1 if closed == "<&-" else 0)
+        assert "otters" in done.stdout or closed != "2>&-"
+
+
+@pytest.mark.parametrize("words", [["protocol"], ["export", "sam"], ["--port", "0", "--db", ":memory:"]])
+def test_full_output(words: list[str], tmp_path: Path) -> None:
+    """A standard output that takes nothing more is one sentence, not a traceback."""
+    talked(tmp_path)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command(*words), cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, encoding="utf-8",
+            timeout=30, check=False,
+        )  # fmt: skip
+    assert done.returncode != 0
+    assert re.fullmatch(r"memws: [^\n]+No space left on device[^\n]*\n", done.stderr), done.stderr

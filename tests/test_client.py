@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from commandline import Serving
@@ -672,24 +672,39 @@ def test_blocking_ends_with_its_last_reference(server: memws.WebSocketServer) ->
     assert client_threads() == []
 
 
+class Watched(asyncio.Event):
+    """An event that tells when it is waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited_for = threading.Event()
+
+    async def wait(self) -> Literal[True]:
+        self.waited_for.set()
+        return await super().wait()
+
+
 def test_interrupt_cancels(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
-    """An interrupt that meets a turn being iterated cancels it."""
+    """An interrupt that meets a turn being waited for cancels it."""
     endpoint.script(say("slow", hold=True))
     with memws.connect(server.url) as client:
         client.create_agent("sam")
         turn = client.send("hi")
-        interrupting = threading.Thread(target=interrupt_while_held, args=(endpoint,))
+        assert next(turn)["type"] == "agent_response_start"
+
+        news = turn._feed._news = Watched()
+
+        def interrupt() -> None:
+            endpoint.wait_requests(1)
+            assert news.waited_for.wait(10)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        interrupting = threading.Thread(target=interrupt)
         interrupting.start()
         with pytest.raises(KeyboardInterrupt):
-            for _ in turn:
-                pass
+            next(turn)
         interrupting.join()
         assert list(turn)[-1]["stop_reason"] == "cancelled"
-
-
-def interrupt_while_held(endpoint: Endpoint) -> None:
-    endpoint.wait_requests(1)
-    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_close_from_another_thread(server: memws.WebSocketServer, endpoint: Endpoint) -> None:

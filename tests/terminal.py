@@ -1,0 +1,98 @@
+"""A program on a real terminal (pty): what a person sees and types."""
+
+import codecs
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+# A child that leads a session takes the terminal as its own, so that Ctrl-C reaches it; then it becomes the program.
+_LEAD = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+class Terminal:
+    """A program on a terminal of 120 columns, while the `with` block lasts."""
+
+    def __init__(self, words: Sequence[str], *, cwd: Path, variables: Mapping[str, str]) -> None:
+        self.words = words
+        self.cwd = cwd
+        self.variables = {**variables, "TERM": variables.get("TERM", "xterm")}
+        self.seen = ""
+        """All that the program has written."""
+        self._read_to = 0
+        self._news = threading.Condition()
+        self._over = False
+
+    def __enter__(self) -> Self:
+        self._master, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _LEAD, *self.words],
+            cwd=self.cwd,
+            env=self.variables,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.wait()
+        os.close(self._master)
+
+    def expect(self, *texts: str, timeout: float = 15) -> str:
+        """Wait until the program writes one of these, behind what was waited for last, and give it."""
+        pattern = re.compile("|".join(map(re.escape, texts)))
+        found: re.Match[str] | None = None
+
+        def look() -> bool:
+            nonlocal found
+            found = pattern.search(self.seen, self._read_to)
+            return found is not None or self._over
+
+        with self._news:
+            self._news.wait_for(look, timeout)
+            if found is None:
+                raise AssertionError(f"expected one of {texts}, but got {self.seen[self._read_to :]!r}")
+            self._read_to = found.end()
+            return found[0]
+
+    def line(self, text: str = "") -> None:
+        """Type a line."""
+        self.type(text + "\r")
+
+    def type(self, keys: str) -> None:
+        """Press keys; \\x03 is Ctrl-C, \\x04 is Ctrl-D."""
+        os.write(self._master, keys.encode())
+
+    def wait(self, timeout: float = 15) -> int:
+        """Wait for the program's end and give its exit status."""
+        status = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return status
+
+    def _read(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        with contextlib.suppress(OSError):  # EIO: nobody holds the other side any more
+            while data := os.read(self._master, 4096):
+                with self._news:
+                    self.seen += decoder.decode(data)
+                    self._news.notify_all()
+        with self._news:
+            self._over = True
+            self._news.notify_all()
