@@ -1239,19 +1239,23 @@ async def test_when_busy_interrupt(server: Server, endpoint: Endpoint) -> None:
 
 
 async def test_eight_messages_of_a_connection_wait(server: Server, endpoint: Endpoint) -> None:
-    """One message of a connection runs and eight wait, also when they arrive at once; the next one is refused."""
+    """One message of a connection runs and eight wait, also when they arrive at once; a cancelled one makes room."""
     endpoint.script(HELD)
     async with wire(server) as client:
         await client.send(type="command", command="create_agent", config={})
         for number in range(10):
-            await client.say(f"{number}", id=number)
+            await client.say(f"{number}", id=number, turn_id=f"t{number}")
         refusal = (await client.until(is_terminal))[-1]
         assert (refusal["id"], refusal["code"]) == (9, "queue_full")
+        assert await client.ok("cancel", turn_id="t5") == {"state": "removed"}
+        await client.say("5", id="again", turn_id="t5")
+        await client.say("10", id=10)
         await asked(endpoint, 1)
         endpoint.release()
-        await client.until(lambda frame: is_terminal(frame) and frame["id"] == 8)
-        assert ends_of(client.frames) == {9: "queue_full", **dict.fromkeys(range(9), "done")}
-        assert said_on_disk(server) == [f"{number}" for number in range(9)]
+        await client.until(lambda frame: is_terminal(frame) and frame["id"] == "again")
+        refused = {9: "queue_full", 5: "cancelled", 10: "queue_full"}
+        assert ends_of(client.frames) == dict.fromkeys([*range(9), "again"], "done") | refused
+        assert said_on_disk(server) == ["0", "1", "2", "3", "4", "6", "7", "8", "5"]
 
 
 async def test_the_eight_are_counted_over_all_agents(server: Server, endpoint: Endpoint) -> None:
@@ -1423,6 +1427,26 @@ async def test_a_running_turn_sent_again(server: Server, endpoint: Endpoint, sub
         assert [frame["seq"] for frame in mine[-4:]] == [frame["seq"] for frame in again[-4:]]
         assert len(endpoint.requests) == 2
         assert said_on_disk(server) == ["hi"]
+
+
+async def test_a_resent_turn_outlives_its_subscription(server: Server, endpoint: Endpoint) -> None:
+    """A client that sends a running turn again and then subscribes or unsubscribes still gets all of it, once."""
+    for commands in (["subscribe", "unsubscribe"], ["subscribe"], []):
+        async with wire(server) as client, wire(server) as other:
+            name = (await client.ok("create_agent", config={}))["agent_name"]
+            await hold(client, endpoint, "hi", turn_id="t")
+            await other.ok("load_agent", name=name)
+            if commands == ["subscribe", "unsubscribe"]:
+                await other.ok("subscribe")
+            await other.say("hi", turn_id="t", id="again")
+            await other.started()
+            for command in commands[-1:]:
+                await other.ok(command)
+            endpoint.release()
+            frames = await other.until(is_terminal)
+            assert (frames[-1]["id"], frames[-1]["stop_reason"]) == ("again", "done")
+            seqs = [frame["seq"] for frame in frames]
+            assert seqs == sorted(set(seqs))
 
 
 @pytest.mark.parametrize("subscribed", [False, True])

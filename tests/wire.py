@@ -174,8 +174,9 @@ class Wire:
 
 @contextlib.asynccontextmanager
 async def wire(server: memws.WebSocketServer, *types: str, **options: Any) -> AsyncIterator[Wire]:
-    """A connection to a server, which asks for `types` of messages where any are named."""
-    async with connect(server.url, compression=None, max_size=memws.MAX_FRAME, **options) as websocket:
+    """A connection to a server, which asks for `types` of messages where any are named, and always reads."""
+    settings: JSON = {"compression": None, "max_size": memws.MAX_FRAME, "max_queue": None}
+    async with connect(server.url, **(settings | options)) as websocket:
         opened = Wire(websocket)
         if types:
             await opened.ok("hello", message_types=list(types))
