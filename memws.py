@@ -3550,7 +3550,7 @@ _BREAK: Final = re.compile(
 )
 _GOES_ON: Final = re.compile(r"\b(?:he|she|it|they|his|her|its|their|ella|su|sus|se llama)\b")
 _HELLO: Final = r"(?:hi|hello|hey|hola|buenas(?: tardes| noches)?|buenos d[ií]as|good (?:morning|afternoon|evening))"
-_GREETING: Final = re.compile(rf"\W*{_HELLO}\b", re.IGNORECASE)
+_GREETING: Final = re.compile(rf"\W*{_HELLO}\b(?:(?: there| again| sam)?\W*$)?", re.IGNORECASE)
 _LEAD: Final = re.compile(
     rf"^[\s¿¡\"'(-]*(?:(?:{_HELLO}|well|oh|ok|okay|so|and|but|actually|also|please|thanks|btw|by the way|pues|bueno|y"
     r"|pero|adem[aá]s|por favor|gracias|por cierto|(?:yes|no|s[ií])(?=[,.!]))(?: there| again)?[\s,.!:;¿-]{1,3}){0,4}",
@@ -3730,7 +3730,7 @@ class _OfflineTurn:
             self.forgets.append(clause.bare[forget.end() :])
         elif asked and (rest := clause.text[asked.end() :].rstrip("? ")):
             self.facts.append(_Clause(rest))
-        elif clause.is_fact:
+        elif clause.is_fact and not _GREETING.fullmatch(clause.text):
             self.facts.append(clause)
 
     def calls(self) -> list[OfflineCall]:

@@ -200,7 +200,7 @@ def test_second_interrupt_of_a_turn(terminal: Callable[..., Terminal], endpoint:
 
 
 def interrupt(chat: Terminal, answer: str) -> None:
-    """Press Ctrl-C until it is noticed: one that comes just as readline begins to wait is seen with the next key only."""
+    """Press Ctrl-C until it is noticed: one that comes as readline begins to wait is seen with the next key only."""
     for _ in range(5):
         chat.type(CTRL_C)
         try:

@@ -627,3 +627,13 @@ def test_a_typical_step_is_quick() -> None:
     for _ in range(20):
         offline_reply([harness.system(), *harness.messages], MEMORY_TOOLS)
     assert (time.perf_counter() - began) / 20 < 0.02
+
+
+@pytest.mark.parametrize("greeting", ["Hello!", "Hi there,", "Hola,", "Good morning!"])
+def test_a_greeting_is_no_fact(greeting: str) -> None:
+    """What stands beside a greeting is kept, the greeting is not."""
+    said = json.dumps({"type": "user_message", "message": f"{greeting} My name is Marta"})
+    system = 'x\nRecall memory: 0 messages.\n<human characters="0/2000">\n</human>'
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": said}]
+    _, calls = memws.offline_reply(messages, frozenset(memws.MEMORY_TOOLS))
+    assert [arguments["content"] for _, arguments in calls] == ["My name is Marta"]
