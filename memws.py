@@ -8243,12 +8243,20 @@ def run_nested(work: Coroutine[Any, Any, None]) -> None:
             f"run(block=True) cannot block here ({error}); use start(), which serves from a thread"
         ) from error
     task = loop.create_task(work)
+    previous = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if main:  # as asyncio.run does: else the interrupt would be raised inside whatever task runs just then
+        signal.signal(signal.SIGINT, lambda *_: loop.call_soon_threadsafe(task.cancel))
     try:
-        loop.run_until_complete(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(task)
     except KeyboardInterrupt:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             loop.run_until_complete(task)
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def import_nest_asyncio() -> Any:
