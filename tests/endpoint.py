@@ -241,7 +241,7 @@ def _pieces(text: str, size: int) -> list[str]:
 # ======================================================================================================================
 
 
-class Refusal(Exception):  # noqa: N818 (an answer of the API, not an error of ours)
+class Refusal(Exception):
     """A request that the API does not take: the HTTP status and the fields of OpenAI's error JSON."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
