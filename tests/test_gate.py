@@ -495,6 +495,12 @@ def test_one_connection_too_many_gets_503(serve: Serve) -> None:
         assert ask(server, "Host: localhost").status == 101
 
 
+def test_nothing_is_compressed(serve: Serve) -> None:
+    """Compression is not agreed to, also where a client offers it."""
+    answer = ask(serve(), "Host: localhost", "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
+    assert (answer.status, "Sec-WebSocket-Extensions" in answer.head) == (101, False)
+
+
 @pytest.mark.parametrize(
     ("raw", "code"),
     [
