@@ -5430,7 +5430,7 @@ class Agent:
             turn.seen_calls[call] += 1
         stop, error, reason = turn.stop_reason, None, ""
         used = self.used(changes.messages)
-        warn = used > WARNING_FRACTION * self.window and not self.record.state.get("warned")
+        warn = used > WARNING_FRACTION * self.window and not (self.record.state.get("warned") or turn.compactions)
         if stop is None and turn.failed_tools >= MAX_FAILED_TOOLS:
             error = ModelError(
                 "bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {answer_error(changes)}"
@@ -7005,7 +7005,8 @@ class Session:
         "The ids of its messages, by agent and turn, until their terminal frames are sent."
         self.hosts: set[AgentHost] = set()
         "The agents whose events it may get."
-        self._catching: dict[AgentHost, asyncio.Task[None]] = {}
+        self._replays: dict[AgentHost, dict[asyncio.Task[None], bool]] = {}
+        "Replays under way, and whether they are a subscription's, which ends them."
         self._allowance = float(RATE_BURST)
         self._last_request = 0.0
 
@@ -7118,7 +7119,7 @@ class Session:
 
     def _refuse(self, request: Request, error: MemwsError) -> None:
         if isinstance(request, UserMessage):
-            self.send(refusal(request.id, request.turn_id, request.agent_name, error))
+            self.send(refusal(request.id, request.turn_id or new_turn_id(), request.agent_name, error))
         elif isinstance(request, Command):
             self.send(command_error(request, error))
 
@@ -7288,37 +7289,43 @@ class Session:
             running.followers[self] = follower
             self.hosts.add(host)
             self.marks[host.agent.id, turn_id] = request.id
+        self._replay(host, lambda: self._replay_turn(host, follower, once=running is None), subscription=False)
+
+    async def _replay_turn(self, host: AgentHost, follower: Follower, *, once: bool) -> None:
+        """Give a turn's frames so far, and let its follower go live; a subscription rests meanwhile."""
         subscriber = host.subscribers.get(self)
-        if running is None or subscriber is None:
-            self.replay(follower, once=running is None)
+        if once or subscriber is None:
+            await follower.catch_up(once=once)
+            return
+        subscriber.live = False
+        await follower.catch_up(once=True, up_to=subscriber.cursor)
+        if host.subscribers.get(self) is subscriber:
+            follower.cursor, follower.live = subscriber.cursor, True  # takes over if the subscription ends
+            self.replay(subscriber)
         else:
-            self.replay(subscriber, after=follower)
+            await follower.catch_up()
 
-    def replay(
-        self, follower: Follower, *, once: bool = False, lagging: bool = False, after: Follower | None = None
-    ) -> None:
-        """Let a follower catch up, after this session's replay of the same agent, if any: seqs come in order.
+    def replay(self, follower: Follower, *, lagging: bool = False) -> None:
+        """Let a follower catch up and go live."""
+        self._replay(follower.host, lambda: follower.catch_up(lagging=lagging), subscription=follower.turn_id is None)
 
-        `after`: a turn's follower that first gets what a subscription has had of it, and takes over if that ends.
-        """
-        before = self._catching.get(follower.host)
+    def _replay(self, host: AgentHost, work: Callable[[], Coroutine[Any, Any, None]], *, subscription: bool) -> None:
+        """Run a replay after this session's earlier ones of the same agent: seqs come in order."""
+        replays = self._replays.setdefault(host, {})
+        earlier = list(replays)
 
-        async def catch_up() -> None:
-            if before is not None:
-                await asyncio.wait([before])
+        async def run() -> None:
             try:
-                if after is not None:
-                    follower.live = False
-                    await after.catch_up(once=True, up_to=follower.cursor)
-                    after.cursor, after.live = follower.cursor, True
-                await follower.catch_up(once=once, lagging=lagging)
+                if earlier:
+                    await asyncio.wait(earlier)
+                await work()
             except StoreFailed as error:
                 logger.error("session %d: a replay failed: %s", self.number, error)
                 await self.close(INTERNAL_ERROR, "the database cannot be read")
 
-        task = self._spawn(catch_up())
-        if follower.turn_id is None:
-            self._catching[follower.host] = task
+        task = self._spawn(run())
+        replays[task] = subscription
+        task.add_done_callback(lambda done: replays.pop(done, None))
 
     # -- commands --
 
@@ -7531,7 +7538,7 @@ class Session:
             raise Refused(
                 "unknown_seq", f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}", last_seq=last_seq
             )
-        self._stop_catching(host)
+        self._stop_replays(host)
         follower = host.subscribers[self] = Follower(self, host, last_seq if after is None else after)
         self.hosts.add(host)
         self.send(command_response(request, {"last_seq": last_seq}))
@@ -7541,14 +7548,15 @@ class Session:
 
     async def _unsubscribe(self, request: Unsubscribe) -> None:
         host = await self._host(request.agent_name)
-        self._stop_catching(host)
+        self._stop_replays(host)
         host.subscribers.pop(self, None)
         self.send(command_response(request, {"last_seq": host.published}))
 
-    def _stop_catching(self, host: AgentHost) -> None:
-        task = self._catching.pop(host, None)
-        if task is not None:
-            task.cancel()
+    def _stop_replays(self, host: AgentHost) -> None:
+        """End the replays of a subscription that ends."""
+        for task, subscription in list(self._replays.get(host, {}).items()):
+            if subscription:
+                task.cancel()
 
     async def _wake(self, request: Wake) -> None:
         host = await self._host(request.agent_name)

@@ -1102,6 +1102,15 @@ async def test_the_agent_is_warned_once_before_the_window_is_full(endpoint: Endp
     assert agent.record.state["warned"] is False, "after a compaction it may be warned again"
 
 
+async def test_no_turn_is_warned_twice(endpoint: Endpoint, lab: Lab) -> None:
+    """Where the blocks alone nearly fill the window, a turn still has one warning at most and ends with its reply."""
+    agent = await lab.create(context_window=3_000, persona="p" * 2_000, human="h" * 2_000)
+    for number in range(30):
+        turn = await lab.say(agent, f"Message {number}. " + "word " * (number * 7 % 60))
+        assert sum("warning" in frame for frame in turn.of("context")) <= 1
+        assert (turn.replies[0], turn.stop_reason) == ("Hello!", "done")
+
+
 async def test_the_context_event_adds_up(endpoint: Endpoint, lab: Lab, agent: memws.Agent) -> None:
     """The sections of a context event add up to what is used, and that is what the endpoint counts, roughly."""
     await lab.say(agent, "Hi")

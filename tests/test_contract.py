@@ -68,7 +68,7 @@ CODES = {
     "turn_id_reused": "test_server.py::test_a_turn_that_is_over_sent_again",
     "context_overflow": "test_agent.py::test_an_overflow_that_cannot_be_helped",
     "model_auth": "test_server.py::test_a_failed_turn_has_one_error",
-    "model_rate_limit": "test_agent.py::test_a_failed_call_is_made_again_twice",
+    "model_rate_limit": "test_agent.py::test_a_failure_that_is_final_ends_the_turn",
     "model_timeout": "test_agent.py::test_a_model_that_stalls_ends_the_turn",
     "model_unavailable": "test_server.py::test_a_failed_turn_has_one_error",
     "model_refused": "test_server.py::test_a_failed_turn_has_one_error",
