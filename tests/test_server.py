@@ -266,6 +266,15 @@ async def test_load_agent(offline: Server) -> None:
         assert answer["code"] == "missing_field"
 
 
+async def test_create_and_load_call_no_model(server: Server, endpoint: Endpoint) -> None:
+    """No model is asked before the first message."""
+    async with wire(server) as client:
+        await client.ok("create_agent", config={"name": "sam"})
+        await client.ok("load_agent", name="sam")
+        await client.ok("get_context")
+        assert endpoint.requests == []
+
+
 async def test_an_unknown_agent_is_told_with_the_nearest(offline: Server) -> None:
     """The refusal of an unknown name lists the ten nearest and the count, and the current agent stays."""
     async with wire(offline) as client:
@@ -468,11 +477,15 @@ async def test_delete_and_restore_an_agent(offline: Server) -> None:
         assert (await client.refused("delete_agent", agent_name="sam"))["code"] == "unknown_agent"
 
         await client.ok("create_agent", config={"name": "sam"})
+        await client.turn("hi")
+        await other.nothing_more()  # its subscription was the old agent's
         assert (await client.refused("restore_agent", agent_name="sam"))["code"] == "name_taken"
         restored = await client.ok("restore_agent", agent_name="sam", new_name="ada")
         assert restored == {"agent_name": "ada", "last_seq": change["seq"]}
         assert (await client.ok("get_messages", agent_name="ada"))["total"] > 0
-        assert (await client.ok("get_messages", agent_name="sam"))["total"] == 0
+        assert "My name is Ada" not in [
+            message["text"] for message in (await client.ok("get_messages", agent_name="sam"))["messages"]
+        ]
         assert (await client.refused("restore_agent", agent_name="sam"))["code"] == "unknown_agent"
         assert (await client.refused("restore_agent", agent_name="never"))["code"] == "unknown_agent"
 
@@ -779,6 +792,23 @@ async def test_wake(server: Server, endpoint: Endpoint) -> None:
         assert (await client.ok("get_messages"))["messages"][0]["role"] == "system"
 
 
+async def test_timed_heartbeats_go_to_subscribers_only(
+    server: Server, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The turn that a timer starts is told to subscribers, without an id, and not to who merely loaded the agent."""
+    monkeypatch.setattr(memws, "MIN_HEARTBEAT_INTERVAL", 1)
+    async with wire(server, "*") as client, wire(server, "*") as other:
+        await client.ok("create_agent", config={"name": "sam", "heartbeat_interval": 1})
+        await client.turn("hi")
+        await other.ok("subscribe", agent_name="sam")
+        frames = await other.until(is_terminal)
+        assert frames[0]["type"] == "agent_response_start"
+        assert of_kind(frames, "heartbeat")
+        assert of_kind(frames, "user_message") == []
+        assert [frame for frame in frames if "id" in frame] == []
+        await client.nothing_more()
+
+
 # ---- frames ----------------------------------------------------------------------------------------------------------
 
 
@@ -915,6 +945,13 @@ async def test_cancel_overtakes(server: Server, endpoint: Endpoint) -> None:
         rest = [frame["id"] for frame in [await client.receive(), await client.receive()]]
         assert sorted(rest) == ["edit", "turn"]
         assert ends_of(client.frames) == {"turn": "cancelled"}
+
+
+async def test_a_frame_may_come_in_fragments(offline: Server) -> None:
+    """A request whose frame is sent in fragments is one request."""
+    async with wire(offline) as client:
+        await client.websocket.send(iter(['{"type": "command", ', '"command": "hel', 'lo", "id": 7}']))
+        assert (await client.receive())["id"] == 7
 
 
 async def test_a_frame_over_the_limit_closes_with_1009(offline: Server) -> None:
@@ -1840,6 +1877,29 @@ async def test_no_character_makes_a_frame_too_long(
             await client.ok("search_memory", query="")
 
 
+async def test_unsubscribing_ends_a_replay_and_nothing_else(online: Callable[..., Server], endpoint: Endpoint) -> None:
+    """A client that subscribes, sends a running turn again and unsubscribes in mid-replay gets only that turn."""
+    server = online(context_window=100_000_000)
+    async with wire(server) as client:
+        await client.ok("create_agent", config={"name": "sam"})
+        endpoint.script(reply(LONG[:2_000_000], chunk=2_000_000, whole_arguments=True))
+        await client.turn("long")
+        await hold(client, endpoint, "hi", turn_id="t")
+        async with wire(server, max_queue=1) as slow:
+            await slow.send(type="command", command="subscribe", agent_name="sam", after=0)
+            await slow.say("hi", agent_name="sam", turn_id="t", id="again")
+            await slow.send(type="command", command="unsubscribe", agent_name="sam", id="unsubscribe")
+            await client.nothing_more()
+            await slow.until(lambda frame: frame.get("id") == "unsubscribe")
+            endpoint.release()
+            frames = await slow.until(is_terminal)
+            turn = [frame for frame in slow.frames if frame.get("turn_id") == "t"]
+            assert {frame["turn_id"] for frame in frames} == {"t"}
+            assert (turn[0]["type"], turn[0]["id"]) == ("agent_response_start", "again")
+            assert (frames[-1]["id"], frames[-1]["stop_reason"]) == ("again", "done")
+            assert [frame["seq"] for frame in turn] == sorted({frame["seq"] for frame in turn})
+
+
 async def test_a_slow_replay_is_not_a_slow_reader(online: Callable[..., Server], endpoint: Endpoint) -> None:
     """A replay of far more than may wait goes at its reader's pace, and live events follow without a gap."""
     server = online(context_window=100_000_000)
@@ -1980,23 +2040,20 @@ async def observe(server: Server, agent: str) -> list[JSON]:
         return [frame for frame in await client.until(lambda frame: frame.get("after") == "the end") if stored(frame)]
 
 
-def whole_turns(events: list[JSON]) -> set[str]:
-    """The turns of an agent's events, which never overlap and begin and end once each."""
-    running, over = None, set()
+def begun_turns(events: list[JSON]) -> set[str]:
+    """The turns of an agent's events, which never overlap, and begin and end once each; the last may run on."""
+    running, begun = None, set()
     for event in events:
         turn_id = event.get("turn_id")
         if event["type"] == "agent_response_start":
             assert running is None
-            assert turn_id not in over
+            assert turn_id not in begun
             running = turn_id
-        elif is_terminal(event):
-            assert running == turn_id
-            over.add(turn_id)
-            running = None
+            begun.add(turn_id)
         else:
             assert turn_id in (None, running)
-    assert running is None
-    return over
+            running = None if is_terminal(event) else running
+    return begun
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -2029,12 +2086,12 @@ async def test_many_clients_at_random(online: Callable[..., Server], endpoint: E
     async with wire(server, "*") as client:
         for agent, events in seen.items():
             assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
-            over = whole_turns(events)
-            assert len(over) > 10
+            begun = begun_turns(events)
+            assert len(begun) > 10
             assert (await client.ok("load_agent", name=agent))["repaired"] == []
             await client.ok("subscribe", after=0)
             assert await client.until(lambda frame: frame.get("after") == "the end") == events
-            said = [text for (name, turn_id), text in turns.items() if name == agent and turn_id in over]
+            said = [text for (name, turn_id), text in turns.items() if name == agent and turn_id in begun]
             assert sorted(said_to(server, agent)) == sorted(said)
 
 

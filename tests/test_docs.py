@@ -1,0 +1,353 @@
+"""What the documentation says is true: README's commands and code run, its tables and the header are the module's."""
+
+import ast
+import asyncio
+import inspect
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import PROGRAM, Serving, command, environment, run
+from endpoint import Endpoint
+from terminal import Terminal
+
+import memws
+
+ROOT = PROGRAM.parent
+README = (ROOT / "README.md").read_text("utf-8")
+SOURCE = PROGRAM.read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """README's code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def rows(*headings: str) -> list[list[str]]:
+    """The cells of README's table with these headings, row by row."""
+    head = re.escape("| " + " | ".join(headings) + " |\n")
+    table = re.search(rf"^{head}\|[-|]+\|\n((?:\|.*\|\n)+)", README, re.MULTILINE)
+    assert table is not None, headings
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+
+
+def code(cell: str) -> list[str]:
+    """What stands in a cell as code."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        return int(holder.getsockname()[1])
+
+
+# ---- code and commands -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+async def test_python_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """README's Python blocks run one after the other, as cells of a notebook, and print what stands below them."""
+    monkeypatch.chdir(tmp_path)
+    port = str(free_port())
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    found = re.findall(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", README, re.MULTILINE | re.DOTALL)
+    assert len(found) == len(blocks("python"))
+    assert sum(1 for _, expected in found if expected) == len(blocks("text"))
+    try:
+        for text, expected in [found[0], *found]:  # the first one twice: a cell can be run again
+            cell = compile(text.replace("8282", port), "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            result = eval(cell, namespace)  # noqa: S307
+            if inspect.iscoroutine(result):
+                await asyncio.wait_for(result, 30)
+            printed = capsys.readouterr().out
+            assert not expected or printed == expected
+            assert printed or "print" not in text
+    finally:
+        if "server" in namespace:
+            namespace["server"].stop()
+
+
+def test_conversation(tmp_path: Path) -> None:
+    """README's first block is what a terminal shows, to the letter."""
+    (session,) = blocks("console")
+    typed = re.findall(r"^sam> (.*)$", session, re.MULTILINE)
+    assert session.startswith("$ python memws.py chat\n")
+    variables = environment({"HOME": str(tmp_path), "NO_COLOR": "1"})
+    with Serving(cwd=tmp_path) as server:
+        words = command("chat", "--url", server.url)
+        with Terminal(words, cwd=tmp_path, variables=variables) as chat:
+            chat.expect("[Y/n] ")
+            chat.line("y")
+            for line in typed:
+                chat.expect("sam> ")
+                chat.line(line)
+            assert chat.wait() == 0
+        shown = chat.seen.replace("\r\n", "\n").replace(server.url, "ws://localhost:8282")
+    assert shown == session.partition("\n")[2]
+
+
+def test_javascript_block(tmp_path: Path) -> None:
+    """README's JavaScript has at most fifteen lines, its requests are valid, and where Node is found it talks."""
+    (script,) = blocks("js")
+    assert len(script.splitlines()) <= 15
+    sent = [re.sub(r"(\w+):", r'"\1":', each) for each in re.findall(r"send\((\{.*\})\)", script)]
+    kinds = [memws.decode_request(each).kind for each in sent]
+    assert kinds == ["hello", "create_agent", "user_message"]
+    assert {"assistant_message", "delta"} <= set(re.findall(r'"(\w+)"', script)) & set(memws.MESSAGE_TYPES)
+    node = shutil.which("node")
+    flags = [] if node is None else websocket_flags(node)
+    if node is None or flags is None:
+        return  # its requests are checked above
+    with Serving(cwd=tmp_path) as server:
+        script = script.replace("ws://localhost:8282", server.url)
+        done = subprocess.run(
+            [node, *flags, "-e", script], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=30, check=False
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Ada" in done.stdout
+
+
+def websocket_flags(node: str) -> list[str] | None:
+    """What makes a Node know WebSocket: nothing from 22 on, a flag from 20.10 on, None: it does not."""
+    for flags in ([], ["--experimental-websocket"]):
+        probe = [node, *flags, "-e", "process.exit(typeof WebSocket === 'function' ? 0 : 1)"]
+        if subprocess.run(probe, capture_output=True, timeout=30, check=False).returncode == 0:
+            return flags
+    return None
+
+
+def commands() -> Iterator[tuple[dict[str, str], list[str]]]:
+    """(variables, words behind `python memws.py`) of README's command lines."""
+    for line in "".join(blocks("sh")).splitlines():
+        for part in line.partition("#")[0].split("&&"):
+            words = shlex.split(part)
+            variables = [word for word in words if re.match(r"[A-Z_]+=", word)]
+            rest = words[len(variables) :]
+            if rest[:2] == ["python", "memws.py"]:
+                yield dict(word.split("=", 1) for word in variables), rest[2:]
+            else:
+                assert rest in (["pip", "install", "-r", "requirements.txt"], ["python", "-m", "pytest"]), line
+
+
+SERVES = [(variables, words) for variables, words in commands() if words[:1] != ["chat"]]
+
+
+@pytest.mark.parametrize(("variables", "words"), SERVES, ids=[" ".join(words) or "serve" for _, words in SERVES])
+def test_serve_commands(variables: dict[str, str], words: list[str], tmp_path: Path) -> None:
+    """Each of README's commands that serve does serve, with the model that it names."""
+    with Endpoint(models=["only"]) as endpoint:
+        flags = [endpoint.url if word.startswith("http://localhost") else word for word in words]
+        with Serving(*flags, cwd=tmp_path, variables=variables) as server, memws.connect(server.url) as client:
+            about = client.hello()
+            default = "only" if "--base-url" in words else memws.DEFAULT_MODEL if variables else "offline"
+            assert about["model"] == (words[words.index("--model") + 1] if "--model" in words else default)
+            if "--context-window" in words:
+                client.create_agent()
+                assert str(client.command("get_context")["window"]) == words[words.index("--context-window") + 1]
+
+
+def test_commands_are_complete() -> None:
+    """README has the commands to install and serve, to chat and to test."""
+    text = "".join(blocks("sh"))
+    for line in ("pip install -r requirements.txt && python memws.py", "python memws.py chat"):
+        assert f"{line}\n" in text
+    assert "pip install -r requirements.txt && python -m pytest\n" in text
+    assert {"OPENAI_API_KEY"} == {name for variables, _ in SERVES for name in variables}
+
+
+def test_pipe(tmp_path: Path) -> None:
+    """The piped message that README shows is answered once."""
+    (text,) = re.findall(r'`echo "([^"]+)" \| python memws\.py chat --agent sam`', README)
+    with Serving(cwd=tmp_path) as server:
+        for said in ("I love otters", text):
+            done = run("chat", "--url", server.url, "--agent", "sam", cwd=tmp_path, text=said)
+    assert "otters" in done.stdout
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def test_events_table() -> None:
+    """README's table of events names each message type, which are live, and the fields of each."""
+    table = rows("message_type", "tells", "fields of its own")
+    assert [code(name)[0] for name, _, _ in table] == list(memws.MESSAGE_TYPES)
+    for name, _, own in table:
+        kind = memws.MESSAGE_TYPES[code(name)[0]]
+        assert ("(live)" in name) == kind.live, name
+        assert code(own) == list(kind.fields), name
+    classic = [code(name)[0] for name, _, _ in table[:3]]
+    assert classic == list(memws.CLASSIC_TYPES)
+
+
+def test_requests_table() -> None:
+    """README's table of commands names each command, its arguments, and what its result holds."""
+    table = rows("command", "arguments", "result")
+    assert {code(name)[0] for name, _, _ in table} == set(memws.COMMANDS)
+    for name, arguments, result in table:
+        request = memws.COMMANDS[code(name)[0]]
+        names = [field.name for field in request.fields.values() if field.name != "agent_name"]
+        assert code(arguments) == names, name
+        told = re.sub(r": \[\{.*?\}\]", "", request.result).partition("}")[0].strip("{ ")
+        for key in filter(None, re.split(r", ", told.partition(":")[0])):
+            assert re.search(rf"\b{key}\b", result), (name, key)
+
+
+def test_message_fields() -> None:
+    """README names the fields of a user message and the answers that a busy agent can be asked for."""
+    about = README[README.index("A message is `") : README.index("| command | arguments")]
+    assert {field.name for field in memws.UserMessage.fields.values()} <= set(re.findall(r"\w+", about))
+    assert {"queue", "reject", "interrupt"} <= set(code(about))
+
+
+def test_codes_table() -> None:
+    """README's table of codes names exactly the codes that the module raises."""
+    table = dict(rows("where", "codes"))
+    listed = {name for cells in table.values() for name in code(cells)}
+    raised: dict[str, set[str]] = {"InvalidRequest": set(), "Refused": set(), "ModelError": set()}
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in raised:
+            assert isinstance(node.args[0], ast.Constant), ast.unparse(node)
+            raised[node.func.id].add(node.args[0].value)
+    assert listed == set().union(*raised.values()) | {memws.StoreFailed.code, memws.MemwsError.code}
+    requests, answers, turns = (set(code(cells)) for cells in table.values())
+    assert requests == raised["InvalidRequest"]
+    assert raised["ModelError"] <= turns
+    assert answers | turns == listed - requests
+
+
+def test_stop_reasons() -> None:
+    """README names the reasons for which a turn ends well."""
+    (text,) = re.findall(r"The `stop_reason` of a turn that did not fail: ((?:`\w+`[,.]\s*)+)", README)
+    assert code(text) == list(memws.STOP_REASONS)
+
+
+def test_close_codes() -> None:
+    """README's close codes are those of the module and of the WebSocket standard."""
+    listed = {int(number) for number, _ in rows("close code", "when") for number in re.findall(r"\d+", number)}
+    assert listed == {memws.GOING_AWAY, memws.INTERNAL_ERROR, memws.SLOW_READER, 1002, 1007, 1009}
+
+
+def test_command_line_table(tmp_path: Path) -> None:
+    """README's table of the command line names each command that --help lists."""
+    words = [code(line)[0].removeprefix("python memws.py").split() for line, _ in rows("command", "does")]
+    listed = re.search(r"^commands:\n(.*?)^\S", run("--help", cwd=tmp_path).stdout + "\n.", re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    found = [line.split()[0] for line in listed[1].splitlines() if re.match(r"    \w", line)]
+    assert {word[0] for word in words if word} | {"serve"} == set(found)
+    assert [word[1] for word in words if len(word) > 1] == ["NAME", "FILE", "FILE"]
+
+
+def test_options_are_flags() -> None:
+    """Each option of the server is a flag, and the other way round, but for the key."""
+    serve = memws.make_parser()
+    flags = {action.dest for action in serve._actions} - {"help", "version", "command", "log_level"}
+    assert flags == {option.name for option in fields(memws.Options)} - {"api_key"}
+
+
+def test_numbers() -> None:
+    """The numbers in README's sentences are the module's."""
+    assert memws.MAX_FRAME == 2**20
+    assert re.findall(r"(\d+) MiB", README) == ["1", "1"]
+    assert f"`DEFAULT_PORT` | the same, {memws.DEFAULT_PORT} |" in README
+    assert f"Python {'.'.join(re.findall(r'requires-python = .>=([0-9.]+)', SOURCE))} or newer" in README
+    assert f"### {memws.__version__}\n" in README
+
+
+def test_config_keys() -> None:
+    """README names every key of an agent's config, every setting and every bundled text."""
+    (text,) = re.findall(r"^`config`, all of it optional: (.*?)\n\n", README, re.MULTILINE | re.DOTALL)
+    bundled = set(memws.PERSONAS) | set(memws.HUMANS)
+    settings = set(memws._SETTINGS) | {"reasoning_effort"}
+    keys = {"name", "persona", "human", "blocks"} | set(memws.AgentConfig.DEFAULTS)
+    assert set(code(text)) == keys | settings | bundled
+
+
+# ---- the crosswalk ---------------------------------------------------------------------------------------------------
+
+ANCESTOR = set(
+    """
+    WebSocketServer run_step handle_client create_new_agent load_agent initialize_server start_server run
+    host port interface agent agent_name DEFAULT_PORT CLIENT_TIMEOUT
+    SyncWebSocketInterface register_client unregister_client user_message internal_monologue assistant_message
+    function_message close
+    server_error server_command_response server_agent_response_error server_agent_response_start
+    server_agent_response_end server_agent_internal_monologue server_agent_assistant_message
+    server_agent_function_message client_user_message client_command_create client_command_load
+    """.split()  # noqa: SIM905 (a list of words reads better as words)
+)
+"""The names of MemGPT 0.2.7's websocket server, interface, protocol and constants."""
+
+
+def test_crosswalk() -> None:
+    """README's crosswalk has each name of MemGPT 0.2.7, and what it calls the same is there."""
+    table = rows("MemGPT 0.2.7", "here")
+    server = inspect.getsource(memws.WebSocketServer)
+    listed = {name for left, _ in table for each in code(left) for name in re.findall(r"\w+", each.partition("(")[0])}
+    assert listed - {"websocket_server"} == ANCESTOR
+    for left, right in table:
+        for name in (each.partition("(")[0] for each in code(left)) if right.startswith("the same") else ():
+            holders = [memws.WebSocketServer, memws.Interface, memws]
+            assert f"self.{name} " in server or any(hasattr(each, name) for each in holders), name
+        for name in re.findall(r"`client\.(\w+)\(", right):
+            assert hasattr(memws.Client, name)
+        for name in re.findall(r"`server\.(\w+)", right):
+            assert hasattr(memws.WebSocketServer, name)
+
+
+def test_classic_frames() -> None:
+    """The frames that the crosswalk gives for the old client's functions are valid requests."""
+    old = {
+        "user_message": '{"type": "user_message", "message": "hi", "agent_name": null}',
+        "create_agent": '{"type": "command", "command": "create_agent", "config": {}}',
+        "load_agent": '{"type": "command", "command": "load_agent", "name": "sam"}',
+    }
+    assert {kind: memws.decode_request(frame).kind for kind, frame in old.items()} == {kind: kind for kind in old}
+
+
+# ---- the file itself -------------------------------------------------------------------------------------------------
+
+
+def requirements(name: str) -> list[str]:
+    lines = (ROOT / name).read_text("utf-8").splitlines()
+    return [line.replace('"', "'") for line in lines if line and not line.startswith("#")]
+
+
+def test_script_metadata() -> None:
+    """The file's own list of packages is requirements.txt less pytest, and its first lines say what it is."""
+    head = SOURCE.partition('"""')[0]
+    listed = re.search(r"^# dependencies = \[\n(.*?)^# \]$", head, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    found = [line.strip('# ,\n"') for line in listed[1].splitlines()]
+    assert found == [line for line in requirements("requirements.txt") if not line.startswith("pytest")]
+    assert "# /// script\n" in head
+    assert head.rstrip().endswith("# ///")
+    assert f"memws {memws.__version__}" in head
+
+
+def test_packages_are_installed_apart() -> None:
+    """What only checks need is not in requirements.txt."""
+    names = [re.match(r"[\w-]+", line)[0] for line in requirements("requirements.txt")]  # type: ignore[index]
+    assert sorted(names) == ["ipywidgets", "nest-asyncio", "nest-asyncio2", "openai", "pytest", "websockets"]
+
+
+def test_docstring_commands(tmp_path: Path) -> None:
+    """The commands in the module's docstring are real, and the public names exist and are told of."""
+    assert memws.__doc__ is not None
+    shown = re.findall(r"^    python memws\.py(.*?)  ", memws.__doc__, re.MULTILINE)
+    words = [word for line in shown for word in line.split()]
+    assert words == ["chat", "--help"]
+    assert [name for name in memws.__all__ if inspect.getdoc(getattr(memws, name)) is None] == []
+
+
+def test_no_local_paths() -> None:
+    """README names no path and no address of one machine."""
+    assert re.findall(r"/(?:home|root|work|tmp|Users)/|https?://(?!localhost)\S+", README) == []
