@@ -1,0 +1,122 @@
+"""A fake OpenAI-compatible endpoint that costs little: answers are put together from bytes, requests hardly read.
+
+The model's name says what it does: `now` answers at once, `ms-200` after 200 ms, `never` not at all, `big` with 5 MB,
+`pace-600` with 600 tokens at 200 a second, `tool-compute` first calls that tool. Each answer goes through send_message
+and repeats the last mark <<…>> of the request, so that a delivery to the wrong client can be seen; after a tool's
+result that follows the mark `tool-compute` says so too. A request without tools is answered in plain text. GET /last
+gives the body of the last chat request.
+"""
+
+import asyncio
+import json
+import re
+
+PACE = 200
+"""Tokens a second."""
+BIG = 5_000_000
+_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
+_MODEL = re.compile(rb'"model": ?"([^"]+)"')
+_THOUGHT = ("I ", "greet ", "the ", "user ", "and ", "keep ", "it ", "short", ".")
+
+
+def event(delta: dict[str, object], finish: str | None = None, usage: bool = False) -> bytes:
+    """One chunk of the stream, as a server-sent event in a chunk of HTTP's."""
+    chunk: dict[str, object] = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion.chunk",
+        "created": 1_700_000_000,
+        "model": "fake",
+        "choices": [] if usage else [{"index": 0, "delta": delta, "finish_reason": finish}],
+        "usage": {"prompt_tokens": 1000, "completion_tokens": 20, "total_tokens": 1020} if usage else None,
+    }
+    return chunked(b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n")
+
+
+def chunked(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def arguments(piece: str) -> bytes:
+    """A delta of the call's arguments."""
+    return event({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+
+
+def call(name: str) -> bytes:
+    """The delta that begins a call."""
+    function = {"name": name, "arguments": ""}
+    return event({"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]})
+
+
+def pieces(text: str, size: int) -> list[str]:
+    return [text[start : start + size] for start in range(0, len(text), size)]
+
+
+_BEGIN = event({"role": "assistant", "content": ""}) + b"".join(event({"content": word}) for word in _THOUGHT)
+_SAY = call("send_message") + b"".join(map(arguments, pieces('{"message": "', 4)))
+_END = event({}, "tool_calls") + event({}, usage=True) + chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+_PLAIN = event({"role": "assistant", "content": ""}) + event({"content": "They talked, and all went well."}) + _END
+_BIG = b"".join(arguments("word " * 1000) for _ in range(BIG // 5000))
+_CLOSE = arguments('"}')
+
+
+class Model(asyncio.Protocol):
+    """One connection."""
+
+    last = b"{}"
+    _calls = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._got = bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        end = self._got.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = bytes(self._got[:end])
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        size = end + 4 + (int(length[1]) if length else 0)
+        if len(self._got) >= size:
+            body = bytes(self._got[end + 4 : size])
+            del self._got[:size]
+            self._answer(head, body)
+
+    def _answer(self, head: bytes, body: bytes) -> None:
+        if head.startswith(b"GET /last"):
+            size = len(Model.last)
+            self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (size, Model.last))
+            return
+        Model.last = body
+        match = _MODEL.search(body)
+        kind, _, number = (match[1].decode() if match else "now").partition("-")
+        at = body.rfind(b"<<")
+        mark = body[at : body.find(b">>", at) + 2].decode() if at >= 0 else "<<>>"
+        if b'"tools":' not in body:
+            self._write(_HEAD + _PLAIN)
+        elif kind == "never":
+            pass
+        elif kind == "pace":
+            self._pace(int(number), asyncio.get_running_loop().time(), _HEAD + _BEGIN + _SAY)
+        elif kind == "tool" and body.rfind(b'"role":"tool"') < at:
+            self._write(_HEAD + _BEGIN + call(number) + arguments("{}") + _END)
+        else:
+            said = _BIG if kind == "big" else b"".join(map(arguments, pieces(f"You said {mark}", 4)))
+            answer = _HEAD + _BEGIN + _SAY + said + _CLOSE + _END
+            if kind == "ms":
+                asyncio.get_running_loop().call_later(int(number) / 1000, self._write, answer)
+            else:
+                self._write(answer)
+
+    def _pace(self, left: int, at: float, data: bytes) -> None:
+        self._write(data)
+        if left:
+            at += 1 / PACE
+            asyncio.get_running_loop().call_at(at, self._pace, left - 1, at, arguments("word "))
+        else:
+            self._write(_CLOSE + _END)
+
+    def _write(self, data: bytes) -> None:
+        if not self._transport.is_closing():
+            self._transport.write(data)
