@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-# memws 0.1.0: a WebSocket server for AI agents with memory, and its client, in one file.
+# memws 0.1.0: a WebSocket server for AI agents with memory, its client and its notebook panel, in one file.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
@@ -28,6 +28,7 @@ The file reads downwards; a section names only what stands above it.
     7. Tools: schemas from signatures, the memory tools, calls that end in time
     8. Agent: a turn is a loop of steps
     9. Client: send a request, iterate the events of a turn
+    10. Panel: an ipywidgets panel, which is only a client
     11. Server: agents by name, one session per connection, the gate
     12. CLI: arguments, the terminal client, main
 
@@ -62,6 +63,7 @@ import functools
 import hashlib
 import heapq
 import hmac
+import html
 import http
 import importlib.util
 import inspect
@@ -117,6 +119,8 @@ __all__ = [
     "BlockingClient",
     "Client",
     "connect",
+    # 10. Panel
+    "Panel",
     # 11. Server
     "WebSocketServer",
 ]
@@ -336,6 +340,12 @@ def clean_text(text: str) -> str:
 def now_text() -> str:
     """The time as the wire has it: RFC 3339, UTC, milliseconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def process_wide(name: str, default: Any) -> Any:
+    """Something that all copies of this module in a process share: it outlives a re-run cell and a reload."""
+    module = sys.modules.setdefault("_memws_live", types.ModuleType("_memws_live"))
+    return module.__dict__.setdefault(name, default)
 
 
 async def in_thread(name: str, function: Callable[[], T]) -> T:
@@ -6070,12 +6080,14 @@ class Client:
     token goes as `Authorization: Bearer`. timeout: seconds for a connection to open. reconnect: True tries for ever
     after a loss, False never, a number for as many seconds; then all that waits ends with an error. On a new connection
     it says hello, loads its agent, subscribes from its cursors and sends messages whose turns are not over again.
-    on_state is called with "lost", "restored" and "failed". Not thread-safe: all calls belong on the loop of `connect`.
+    on_state is called with "lost", "restored" and "failed"; on_frame with "sent" or "received" and each frame.
+    Not thread-safe: all calls belong on the loop of `connect`.
     """
 
     def __init__(
         self, url: str = f"ws://localhost:{DEFAULT_PORT}", token: str | None = None, *, timeout: float = OPEN_TIMEOUT,
         reconnect: bool | float = True, on_state: Callable[[str], None] = lambda state: None,
+        on_frame: Callable[[str, str], None] = lambda direction, text: None,
     ) -> None:  # fmt: skip
         if token is not None and not re.fullmatch("[!-~]+", token):
             raise ValueError("expected a token of printable ASCII characters without spaces")
@@ -6084,7 +6096,7 @@ class Client:
         self.agent_name: str | None = None
         "The connection's current agent: the one created or loaded last."
         self._address, self._token, self._timeout = url, token, timeout
-        self._reconnect, self._on_state = reconnect, on_state
+        self._reconnect, self._on_state, self._on_frame = reconnect, on_state, on_frame
         self._message_types: list[str] | None = None
         self._task: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[str] | None = None  # None: no connection
@@ -6279,12 +6291,14 @@ class Client:
             answer(ConnectionLost(self.url))
         else:
             self._outbox.put_nowait(text)
+            self._on_frame("sent", text)
             self._pending[request["id"]] = (request, answer)
 
     def _route(self, text: str | bytes) -> None:
         """Hand one frame to whoever waits for it."""
         self._delay = RECONNECT_DELAY  # the server answers: the next loss is a new one
         try:
+            self._on_frame("received", str(text))
             frame = decode_json(text)
             if frame["type"] in ("command_response", "server_error"):
                 self._settle(frame)
@@ -6464,6 +6478,1573 @@ def _stop_loop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> Non
         loop.call_soon_threadsafe(loop.stop)
     if threading.current_thread() is not thread:
         thread.join(CLOSE_TIMEOUT + 1.0)
+
+
+# ======================================================================================================================
+# 10. Panel: an ipywidgets panel, which is only a client
+# ======================================================================================================================
+
+SETTLE: Final = 0.25
+"Seconds that the rest of a text may take to follow the Enter or the click that sends it."
+FLUSH_INTERVAL: Final = 0.075
+"Seconds in which changes of the transcript are gathered into one push to the browser."
+COPY_INTERVAL: Final = 1.0
+"Seconds between updates of the static copy."
+MEMORY_INTERVAL: Final = 0.2
+"Seconds between a change of memory and reading it again."
+PIECE: Final = 8_000
+"Characters of a streamed text in one widget, which is sent whole at each push."
+PAGE: Final = 25
+"Items of the transcript in one box: only the last box changes, so that what is opened in others stays open."
+LIVE_ITEMS: Final = 200
+"Items with a widget each; older ones are folded into one."
+FOLDED_SIZE: Final = 200_000
+"Characters of HTML kept of folded items, and in the static copy."
+HISTORY: Final = 600
+"Stored events that are shown of the time before the panel."
+STATIC_TURNS: Final = 50
+"Turns in the static copy."
+FRAMES: Final = 500
+"Frames that the tab Frames keeps."
+FRAMES_SIZE: Final = 8_000_000
+"Characters that they have together."
+
+
+# ---- HTML: whatever an agent, a tool or a user wrote is escaped here, and nowhere else is HTML made ------------------
+
+PANEL_STYLE: Final = """<style>
+.memws-panel, .memws-static { --memws-text: var(--jp-content-font-color1, var(--vscode-foreground, #1f2328));
+  --memws-soft: var(--jp-layout-color2, rgba(128,128,128,.12)); --memws-line: var(--jp-border-color2, #8886);
+  --memws-user: #3b82c4; --memws-agent: #2e9e6b; --memws-tool: #a06cd5; --memws-warn: #c77d0a; --memws-bad: #d14343;
+  color: var(--memws-text); font-size: var(--jp-content-font-size1, 14px); line-height: 1.45; }
+.memws-panel { border: 1px solid var(--memws-line); border-radius: 6px; padding: 8px 10px; overflow: hidden;
+  background: var(--jp-layout-color1, transparent); gap: 6px; container-type: inline-size; }
+.memws-panel .widget-html, .memws-panel .widget-html-content { line-height: 1.45; color: var(--memws-text);
+  font-size: inherit; overflow: visible; }
+.memws-panel .widget-html, .memws-panel .widget-box { margin: 0; min-width: 0; }
+.memws-panel .widget-html-content { overflow-wrap: anywhere; min-width: 0; }
+.memws-panel .memws-item, .memws-panel .memws-side > .widget-html { width: 100%; max-width: 100%; }
+.memws-panel .memws-item > .widget-html { width: 100%; }
+.memws-panel .memws-top, .memws-panel .memws-row { flex-flow: row wrap; align-items: center; gap: 4px 8px;
+  overflow: visible; }
+.memws-panel .memws-top > .memws-status { flex: 1 1 300px; }
+.memws-panel .memws-columns { flex-flow: row wrap; align-items: stretch; gap: 10px; overflow: visible; }
+.memws-panel .memws-left { flex: 3 1 420px; gap: 6px; overflow: visible; }
+.memws-panel .memws-right { flex: 2 1 340px; overflow: visible; }
+.memws-panel .memws-log { display: flex; flex-direction: column-reverse; height: 420px; overflow-x: hidden;
+  overflow-y: auto; border: 1px solid var(--memws-line); border-radius: 4px; padding: 8px; }
+.memws-panel .memws-log.memws-short { height: 90px; }
+.memws-panel .memws-log > .widget-box { flex: 0 0 auto; overflow: visible; margin-bottom: auto; width: 100%; }
+.memws-panel .memws-log .widget-box { overflow: visible; }
+.memws-panel .memws-side { height: 444px; overflow: auto; gap: 8px; padding: 2px; }
+.memws-panel .memws-side .widget-vbox { gap: 6px; overflow: visible; }
+.memws-panel .widget-tab > .widget-tab-contents { padding: 8px; overflow: visible; }
+.memws-panel .memws-field { flex: 1 1 200px; width: auto; min-width: 120px; margin: 0; }
+.memws-panel .memws-field textarea { height: 90px; }
+.memws-panel .memws-wide { width: auto; flex: 1 1 auto; margin: 0; }
+.memws-panel .jupyter-button { margin: 0; width: auto; min-width: 64px; }
+.memws-panel .widget-tab { margin: 0; } .memws-panel .lm-TabBar-tabLabel { color: var(--memws-text); }
+.memws-panel .widget-checkbox { width: auto; margin: 0; }
+.memws-panel .memws-form { border: 1px solid var(--memws-line); border-radius: 4px; padding: 8px; gap: 4px; }
+.memws-panel .memws-item .jp-OutputArea-output { padding: 0; }
+.memws-panel .memws-item .jp-OutputPrompt, .memws-panel .memws-item .jp-OutputArea-promptOverlay { display: none; }
+.memws-panel .memws-item .jp-RenderedMarkdown { padding: 0 0 0 10px; border-left: 3px solid var(--memws-agent);
+  font-size: inherit; color: inherit; line-height: inherit; }
+.memws-panel .memws-item .jp-RenderedMarkdown > :last-child { margin-bottom: 0; }
+.memws-text { white-space: pre-wrap; border-left: 3px solid var(--memws-line); padding-left: 10px; }
+.memws-head { font-size: 85%; margin-top: 8px; }
+.memws-user .memws-text { border-color: var(--memws-user); }
+.memws-agent .memws-text { border-color: var(--memws-agent); }
+.memws-monologue, .memws-tool, .memws-change, .memws-note { font-size: 88%; margin: 3px 0; }
+.memws-monologue .memws-text { font-style: italic; }
+.memws-tool .memws-text { border-color: var(--memws-tool); }
+.memws-change .memws-text { border-color: var(--memws-agent); font-family: var(--jp-code-font-family, monospace); }
+.memws-change del { text-decoration: line-through; } .memws-change ins { text-decoration: none; }
+.memws-change del, .memws-change ins { display: block; }
+.memws-change ins { background: rgba(46,158,107,.16); } .memws-change del { background: rgba(209,67,67,.14); }
+.memws-panel details > summary, .memws-static details > summary { cursor: pointer; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+.memws-panel details[open] > summary, .memws-static details[open] > summary { white-space: normal; }
+.memws-label { font-size: 85%; font-weight: 600; }
+.memws-code { font-family: var(--jp-code-font-family, monospace); font-size: 92%; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.memws-warn { border-left: 3px solid var(--memws-warn); padding-left: 8px; }
+.memws-bad { border-left: 3px solid var(--memws-bad); padding-left: 8px; }
+.memws-dot { display: inline-block; width: .6em; height: .6em; border-radius: 50%; background: var(--memws-bad);
+  margin-right: .4em; } .memws-dot.memws-on { background: var(--memws-agent); }
+.memws-bar { display: flex; height: 8px; border-radius: 4px; overflow: hidden; background: var(--memws-soft);
+  border: 1px solid var(--memws-line); }
+.memws-key { display: inline-block; margin-right: 12px; white-space: nowrap; font-size: 85%; }
+.memws-key i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .35em; }
+.memws-empty { padding: 24px 12px; text-align: center; }
+.memws-hide-monologue .memws-monologue, .memws-hide-tool .memws-tool { display: none; }
+.memws-frame { font-family: var(--jp-code-font-family, monospace); font-size: 80%; }
+.memws-frame > summary, div.memws-frame { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
+</style>"""
+
+SECTION_COLOURS: Final = {
+    "system": "#7a8793",
+    "tools": "#a06cd5",
+    "core_memory": "#2e9e6b",
+    "summary": "#c77d0a",
+    "messages": "#3b82c4",
+}
+
+
+def escaped(text: object) -> str:
+    """A text as HTML that shows it and does nothing else."""
+    return html.escape(str(text))
+
+
+def one_line(text: object, length: int = 120) -> str:
+    """The beginning of a text on one line, not escaped yet."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def text_html(text: object) -> str:
+    """A text with its line breaks, which stay also where no style sheet does."""
+    return f'<div class="memws-text" style="white-space:pre-wrap">{escaped(text)}</div>'
+
+
+def fold_html(kind: str, summary: str, body: str, *, opened: bool = False) -> str:
+    """Something to open; `summary` and `body` are HTML."""
+    state = " open" if opened else ""
+    return f'<details class="memws-{kind}"{state}><summary>{summary}</summary>{body}</details>'
+
+
+def clock_time(moment: str, seconds: bool = False) -> str:
+    """A time of the wire as this machine's clock shows it, with the date where it is not today's."""
+    with contextlib.suppress(ValueError):
+        local = datetime.datetime.fromisoformat(moment).astimezone()
+        day = "" if local.date() == datetime.datetime.now().astimezone().date() else f"{local:%Y-%m-%d} "
+        return day + (f"{local:%H:%M:%S}" if seconds else f"{local:%H:%M}")
+    return ""
+
+
+def diff_html(diff: str) -> str:
+    """The lines of a diff, what went and what came."""
+    lines = []
+    for line in diff.splitlines() or [" unchanged"]:
+        tag = {"-": "del", "+": "ins"}.get(line[:1], "div")
+        lines.append(f"<{tag}>{escaped(line[:1])} {escaped(line[1:])}</{tag}>")
+    return f'<div class="memws-text">{"".join(lines)}</div>'
+
+
+def bar_html(sections: Iterable[Frame], used: int, window: int, warning: str = "") -> str:
+    """How full the context window is, by section."""
+    spans, keys = [], []
+    for section in sections:
+        name, tokens = str(section["name"]), int(section["tokens"])
+        colour = SECTION_COLOURS.get(name, "#888")
+        spans.append(f'<span style="width:{100 * tokens / max(window, used, 1):.2f}%;background:{colour}"></span>')
+        if tokens:
+            named = escaped(name.replace("_", " "))
+            keys.append(f'<span class="memws-key"><i style="background:{colour}"></i>{named} {tokens:,}</span>')
+    total = f'<span class="memws-key">context {used:,} / {window:,} tokens, {100 * used / max(window, 1):.0f} %</span>'
+    note = f'<div class="memws-note memws-warn">{escaped(warning)}</div>' if warning else ""
+    return f'<div class="memws-bar">{"".join(spans)}</div><div>{total}{"".join(keys)}</div>{note}'
+
+
+_CODE = re.compile(r"(^```.*?^```[^\S\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
+_LOADS = re.compile(r"(?im)!\[|^```\s*mermaid|<[^>]*\b(src\w*|href|style|data|poster|background)\b")
+_MARKUP = re.compile(r"[*_`#|~\[\]]|^\s*([-+>]|\d+[.)])\s", re.MULTILINE)
+
+
+def safe_markdown(text: str) -> str | None:
+    """A model's Markdown without raw HTML, images and formulas by accident; None: better shown as it stands.
+
+    The front end removes scripts from Markdown, but not images, which tell other servers or read the notebook's files.
+    Inside code nothing can be escaped; what might load something stands there only if a Markdown parser agrees with us
+    on what is code, so such a text stays plain.
+    """
+    pieces = _CODE.split(text)
+    if not _MARKUP.search(text) or any(_LOADS.search(code) for code in pieces[1::2]):
+        return None
+    for place in range(0, len(pieces), 2):
+        piece = pieces[place].replace("<", "&lt;").replace("![", "!&#91;")
+        pieces[place] = re.sub(r"(?<!\$)\$(?!\$)", "&#36;", piece)
+    return "".join(pieces)
+
+
+def cut_text(text: str) -> list[str]:
+    """A text in pieces of at most PIECE characters, between words where possible; more text moves no cut."""
+    pieces = []
+    while len(text) > PIECE:
+        end = max(text.rfind(space, PIECE // 2, PIECE) for space in "\n ") + 1 or PIECE
+        pieces.append(text[:end])
+        text = text[end:]
+    return [*pieces, text]
+
+
+# ---- the transcript: events become items, no widget is near ----------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Item:
+    """One entry of the transcript; `kind` is also its CSS class."""
+
+    kind: str
+    head: str = ""
+    text: str = ""
+    time: str = ""
+    open: bool = False
+    "More may come: it is being streamed, or its tool runs."
+    result: str = ""
+    state: str = ""
+    gone: bool = False
+    "Another item has taken its place."
+
+    @property
+    def streams(self) -> bool:
+        """Whether its text comes, or came, bit by bit."""
+        return self.kind in ("agent", "monologue")
+
+    def pieces(self) -> list[str]:
+        """Its HTML, that of a long streamed text in several pieces."""
+        if self.kind != "agent" and not (self.streams and self.open):
+            return [self.html()]
+        first, *more = cut_text(self.text)
+        return [self._said(first), *(f'<div class="memws-{self.kind}">{text_html(piece)}</div>' for piece in more)]
+
+    def html(self) -> str:
+        """All of it as one HTML."""
+        if self.kind in ("user", "agent") or (self.kind == "monologue" and self.open):
+            return self._said(self.text)
+        if self.kind == "monologue":
+            return fold_html("monologue", f"inner monologue · {escaped(one_line(self.text))}", text_html(self.text))
+        if self.kind == "tool":
+            return self._tool()
+        if self.kind == "change":
+            return f'<div class="memws-change">{escaped(self.head)}{diff_html(self.text)}</div>'
+        if self.text:
+            return fold_html(f"note {self.state}", escaped(self.head), text_html(self.text))
+        return f'<div class="memws-note {self.state}">{escaped(self.head)}</div>'
+
+    def heading(self) -> str:
+        """Who says it and when, as HTML."""
+        mark = f" · {escaped(self.state)}" if self.state else ""
+        return f'<div class="memws-head"><b>{escaped(self.head)}</b> {clock_time(self.time)}{mark}</div>'
+
+    def _said(self, text: str) -> str:
+        return f'<div class="memws-{self.kind}">{self.heading()}{text_html(text)}</div>'
+
+    def _tool(self) -> str:
+        summary = f"tool <b>{escaped(self.head)}</b> · {escaped(self.state)} · {escaped(one_line(self.text))}"
+        body = f'<div class="memws-label">arguments</div><div class="memws-code">{escaped(self.text)}</div>'
+        if not self.open:
+            body += f'<div class="memws-label">result</div><div class="memws-code">{escaped(self.result)}</div>'
+        return fold_html("tool", summary, f'<div class="memws-text">{body}</div>')
+
+
+_NOTICE = re.compile(r"^\[This is an automated[^]]*\] ")
+
+
+class Transcript:
+    """The events of one agent as items, and whether a turn runs.
+
+    `changed` holds the items to be shown (again), in order; whoever shows them clears it.
+    """
+
+    def __init__(self, agent_name: str) -> None:
+        self.agent_name = agent_name
+        self.items: collections.deque[Item] = collections.deque(maxlen=2_000)
+        self.changed: dict[Item, None] = {}
+        self.steps: collections.deque[tuple[str, int, str]] = collections.deque(maxlen=100)
+        "(turn_id, step, time) of the model calls seen, oldest first."
+        self.running: str | None = None
+        "The turn_id of the turn that runs."
+        self.step = 0
+        self.doing = ""
+        self._streams: dict[tuple[str, int, str], Item] = {}
+        self._calls: dict[str, Item] = {}
+        self._sent: dict[str, Item] = {}
+
+    def add(self, kind: str, head: str, text: str = "", **more: Any) -> Item:
+        """Append an item."""
+        item = Item(kind, head, text, **more)
+        self.items.append(item)
+        self.changed[item] = None
+        return item
+
+    def send(self, turn_id: str, text: str) -> None:
+        """Show a message that is on its way; its event will find it."""
+        moment = datetime.datetime.now(datetime.UTC).isoformat()
+        self._sent[turn_id] = self.add("user", "you", text, time=moment, state="sending")
+
+    def refuse(self, turn_id: str, error: str) -> None:
+        """Mark a message that never became a turn."""
+        if item := self._sent.pop(turn_id, None):
+            item.state = "not sent"
+            self.changed[item] = None
+        self.note(error, "memws-bad")
+
+    def note(self, head: str, state: str = "", text: str = "") -> None:
+        """Append a line that nobody said."""
+        self.add("note", one_line(head, 1_000), text, state=state)
+
+    def take(self, event: Frame) -> None:
+        """Show an event; of types that are not known, nothing."""
+        kind = str(event.get("message_type") or event.get("type"))
+        if handler := getattr(self, f"_take_{kind}", None):
+            handler(event)
+
+    def _take_agent_response_start(self, event: Frame) -> None:
+        self.running, self.step, self.doing = event["turn_id"], 1, "thinking"
+
+    def _take_user_message(self, event: Frame) -> None:
+        item = self._sent.pop(event["turn_id"], None)
+        if item is None:
+            self.add("user", "you", event["message"], time=event["time"])
+            return
+        item.state = ""
+        if self.items[-1] is not item:  # it waited, and others came first
+            self._drop(item)
+            item = self.add("user", "you", item.text, time=event["time"])
+        self.changed[item] = None
+
+    def _take_queue(self, event: Frame) -> None:
+        if item := self._sent.get(str(event.get("turn_id"))):
+            item.state = f"waits, number {event.get('position')}"
+            self.changed[item] = None
+
+    def _take_delta(self, event: Frame) -> None:
+        item = self._stream(event, event["of"])
+        item.text += event["message"]
+        self.changed[item] = None
+        self.step, self.doing = event["step"], "answering" if item.kind == "agent" else "thinking"
+
+    def _stream(self, event: Frame, of: str) -> Item:
+        """The item that a piece of text belongs to."""
+        key = (event["turn_id"], event["step"], of)
+        if key not in self._streams:
+            kind, head = ("agent", self.agent_name) if of == "assistant_message" else ("monologue", "inner monologue")
+            self._streams[key] = self.add(kind, head, time=event["time"], open=True)
+        return self._streams[key]
+
+    def _take_assistant_message(self, event: Frame) -> None:
+        """The stored text: what was streamed of it is replaced, what was streamed beyond it is the next one's."""
+        item = self._stream(event, event["message_type"])
+        text = event["message"] if event.get("part", 1) == 1 else item.result + event["message"]
+        item.result = text  # the stored text so far, while parts are missing
+        if event.get("part", 1) < event.get("parts", 1):
+            return
+        rest = item.text[len(text) :] if item.text.startswith(text) else ""
+        item.text, item.open, item.result = text, False, ""
+        item.state = "stopped" if event.get("partial") else ""
+        self.changed[item] = None
+        del self._streams[event["turn_id"], event["step"], event["message_type"]]
+        if rest:
+            self._stream(event, event["message_type"]).text = rest
+
+    _take_internal_monologue = _take_assistant_message
+
+    def _take_retry(self, event: Frame) -> None:
+        for item in self._streams.values():  # the model begins its text again
+            self._drop(item)
+        self._streams.clear()
+        self._take_note(event)
+
+    def _drop(self, item: Item) -> None:
+        with contextlib.suppress(ValueError):  # so long ago that it has left by itself
+            self.items.remove(item)
+        item.gone = True
+        self.changed[item] = None
+
+    def _take_tool_call(self, event: Frame) -> None:
+        if event["name"] == "send_message":
+            return
+        if item := self._calls.get(event["tool_call_id"]):
+            item.text += event["message"]  # arguments in parts
+        else:
+            item = self._calls[event["tool_call_id"]] = self.add(
+                "tool", event["name"], event["message"], time=event["time"], open=True, state="running"
+            )
+        if isinstance(arguments := event.get("arguments"), dict):
+            shown = {key: value for key, value in arguments.items() if key != "request_heartbeat"}
+            item.text = "\n".join(f"{key}: {value if isinstance(value, str) else encode_json(value)}"
+                                  for key, value in shown.items())  # fmt: skip
+        self.doing = f"running {event['name']}"
+        self.changed[item] = None
+
+    def _take_tool_return(self, event: Frame) -> None:
+        failed = event["status"] != "OK"
+        item = self._calls.get(event["tool_call_id"])
+        if item is None:
+            if failed and self.items[-1].state != "stopped":  # a stop has cut send_message, and its text says so
+                self.note(f"{event['name']} failed: {event['message']}", "memws-bad")
+            return
+        item.open = False
+        item.result += event["message"]
+        item.state = f"{'failed' if failed else 'ok'} · {event.get('duration_ms', 0):,} ms"
+        self.doing = "thinking"
+        self.changed[item] = None
+
+    def _take_memory_change(self, event: Frame) -> None:
+        place = event["label"] if event["what"] == "core" else f"passage {event['id']}"
+        self.add("change", f"{event['what']} memory, {place} · changed by the {event['by']}", event["diff"])
+
+    def _take_context(self, event: Frame) -> None:
+        self.steps.append((event["turn_id"], event["step"], event["time"]))
+        if warning := event.get("warning"):
+            self.note(warning, "memws-warn")
+
+    def _take_compaction(self, event: Frame) -> None:
+        sizes = f"{event['tokens_before']:,} → {event['tokens_after']:,} tokens"
+        self.note(f"compaction: {event['message']}, {sizes}", "memws-warn", event["summary"])
+
+    def _take_note(self, event: Frame) -> None:
+        self.note(f"{event['message_type'].replace('_', ' ')}: {_NOTICE.sub('', event['message'])}")
+        self.step = event.get("step", self.step)
+
+    def _take_heartbeat(self, event: Frame) -> None:
+        self.step = event["step"] + 1
+        self.note(f"step {self.step}: {_NOTICE.sub('', event['reason']).removesuffix(', returning control')}")
+
+    _take_correction = _take_agent_change = _take_note
+
+    def _take_agent_response_end(self, event: Frame) -> None:
+        self._end(event)
+        if event["stop_reason"] != "done":
+            reason = {"cancelled": "stopped", "superseded": "stopped for another message"}.get(event["stop_reason"])
+            self.note(reason or event["stop_reason"].replace("_", " "), "memws-warn")
+
+    def _take_agent_response_error(self, event: Frame) -> None:
+        self._end(event)
+        self.note(f"error: {event['message']}", "memws-bad")
+
+    def _end(self, event: Frame) -> None:
+        for item in (*self._streams.values(), *self._calls.values()):
+            if item.open:
+                item.open, item.state = False, "stopped"
+                self.changed[item] = None
+        self._streams.clear()
+        self._calls.clear()
+        if event.get("turn_id") == self.running:
+            self.running, self.doing = None, ""
+
+    def turns(self, count: int) -> list[Item]:
+        """The items of the last turns."""
+        items: list[Item] = []
+        for item in reversed(self.items):
+            items.append(item)
+            count -= item.kind == "user"
+            if not count:
+                break
+        return items[::-1]
+
+
+# ---- widgets ---------------------------------------------------------------------------------------------------------
+
+
+def import_ipywidgets() -> Any:
+    """ipywidgets. Raises UsageError where it is missing."""
+    try:
+        import ipywidgets
+    except ImportError:
+        raise UsageError("the panel needs ipywidgets: pip install ipywidgets, then restart the kernel") from None
+    if "marimo" in sys.modules:
+        logger.warning("marimo does not show ipywidgets; use memws.connect() there, or the panel in Jupyter")
+    return ipywidgets
+
+
+def import_display() -> Any:
+    """IPython.display, which is there wherever a panel can be shown."""
+    import IPython.display
+
+    return IPython.display
+
+
+def classed(widget: Any, *names: str) -> Any:
+    """A widget with CSS classes."""
+    for name in names:
+        widget.add_class(name)
+    return widget
+
+
+def show(widget: Any, shown: bool) -> None:
+    """Show or hide a widget."""
+    widget.layout.display = None if shown else "none"
+
+
+class Log:
+    """The transcript on the screen: a widget for each of the last LIVE_ITEMS items, in boxes of PAGE."""
+
+    def __init__(self, widgets: Any) -> None:
+        self._w = widgets
+        self._folded = widgets.HTML()
+        self._inner = widgets.VBox([self._folded])
+        self.box = classed(widgets.Box([self._inner]), "memws-log")
+        self.clear("")
+
+    def clear(self, message: str) -> None:
+        """Begin anew; `message` is HTML that stands there until the first item."""
+        for page in self._inner.children[1:]:
+            close_widget(page)
+        self._views: dict[Item, Any] = {}
+        self._pages: collections.deque[list[Item]] = collections.deque()
+        self._boxes: collections.deque[Any] = collections.deque()
+        self._gone: collections.deque[str] = collections.deque()
+        self._count = 0
+        self._folded.value = message
+        self._inner.children = (self._folded,)
+
+    def update(self, items: Iterable[Item]) -> None:
+        """Show items that are new or have changed."""
+        added = False
+        for item in items:
+            if item in self._views:
+                self._refresh(item)
+            elif not item.gone:
+                self._append(item)
+                added = True
+        if added:
+            self._fill()
+
+    def _append(self, item: Item) -> None:
+        if not self._pages or len(self._pages[-1]) >= PAGE:
+            self._pages.append([])
+            self._boxes.append(self._w.VBox())
+        box = self._w.VBox() if item.streams else self._w.HTML()
+        self._views[item] = classed(box, "memws-item", f"memws-item-{item.kind}")
+        self._pages[-1].append(item)
+        self._refresh(item)
+
+    def _fill(self) -> None:
+        """Put new widgets where they belong, and fold the oldest ones."""
+        while sum(map(len, self._pages)) > LIVE_ITEMS:
+            self._fold()
+        if not self._gone and self._folded.value:
+            self._folded.value = ""
+        for page, box in zip(self._pages, self._boxes, strict=True):
+            children = tuple(self._views[item] for item in page)
+            if box.children != children:
+                box.children = children
+        boxes = (self._folded, *self._emptied(), *self._boxes)
+        if self._inner.children != boxes:
+            self._inner.children = boxes
+
+    def _emptied(self) -> tuple[Any, ...]:
+        """Boxes of folded pages stay: taking one out would make the browser draw all later ones again."""
+        live = set(map(id, self._boxes))
+        return tuple(box for box in self._inner.children[1:] if id(box) not in live)
+
+    def _fold(self) -> None:
+        """Fold the oldest page into the one HTML above."""
+        box = self._boxes.popleft()
+        for item in self._pages.popleft():
+            self._gone.append(item.html())
+            self._count += 1
+            close_widget(self._views.pop(item))
+        box.children = ()
+        while sum(map(len, self._gone)) > FOLDED_SIZE:
+            self._gone.popleft()
+        cut = "" if self._count == len(self._gone) else "<div>… Search finds what was said before.</div>"
+        self._folded.value = fold_html("note", f"… {self._count:,} earlier items", cut + "".join(self._gone))
+
+    def _refresh(self, item: Item) -> None:
+        view = self._views[item]
+        if item.gone:
+            show(view, False)
+        elif not item.streams:
+            view.value = item.html()
+        elif item.kind == "agent" and not item.open and (markdown := safe_markdown(item.text)) is not None:
+            self._set_markdown(view, item, markdown)
+        else:
+            self._set_pieces(view, item.pieces())
+
+    def _set_pieces(self, view: Any, pieces: list[str]) -> None:
+        shown = view.children
+        for widget, piece in zip(shown, pieces, strict=False):
+            widget.value = piece
+        if len(shown) != len(pieces):
+            view.children = (*shown[: len(pieces)], *map(self._w.HTML, pieces[len(shown) :]))
+            for widget in shown[len(pieces) :]:
+                close_widget(widget)
+
+    def _set_markdown(self, view: Any, item: Item, markdown: str) -> None:
+        """Rendered by the front end, which removes scripts; sent once, at the end of a reply."""
+        output = {"output_type": "display_data", "data": {"text/markdown": markdown, "text/plain": item.text}}
+        former = view.children
+        head = f'<div class="memws-agent">{item.heading()}</div>'
+        view.children = (self._w.HTML(head), self._w.Output(outputs=({**output, "metadata": {}},)))
+        for widget in former:
+            close_widget(widget)
+
+
+def close_widget(widget: Any) -> None:
+    """Close a widget and all below it: layouts and styles are widgets too."""
+    for part in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
+        if part is not None:
+            close_widget(part)
+    with contextlib.suppress(Exception):  # a front end that has gone must not keep the rest open
+        widget.close()
+
+
+class Entry:
+    """Text fields, of which one is shown, and a button: `give` gets each text once, when Enter or the button asks.
+
+    The browser sends the field's text as it is typed, a few times a second, and what asks for sending it on another
+    way, which may be faster: so the text is whole once SETTLE has passed without more of it. What does not go on from
+    it is the next text. Enter empties the field at once, for typing goes on; a browser that has newer text by then does
+    not listen.
+    """
+
+    def __init__(
+        self, panel: Panel, fields: list[Any], button: Any, give: Callable[[str], None], *, clears: bool = True
+    ) -> None:
+        self._loop, self._fields, self._give, self._clears = panel.loop, fields, give, clears
+        self._draft, self._since = "", float("-inf")
+        self._wanted: str | None = None
+        self._by_enter = False
+        self._asked_again = float("-inf")
+        self._timer: asyncio.TimerHandle | None = None
+        for each in fields:
+            each.observe(lambda change: panel.from_user(self._arrived, change["new"]), "value")
+            each.on_msg(lambda _, content, buffers: self._heard(panel, content))
+        button.on_click(lambda _: panel.from_user(self._asked, False))
+
+    def _heard(self, panel: Panel, content: Frame) -> None:
+        if content.get("event") == "submit":
+            panel.from_user(self._asked, True)
+
+    def _arrived(self, text: str) -> None:
+        """The field has another text: more of what was asked for, or the next."""
+        self._since = self._loop.time()
+        if self._wanted is not None and text.startswith(self._wanted):
+            self._want(text, SETTLE)
+            return
+        is_wanted = self._since - self._asked_again < SETTLE / 2
+        if self._wanted is not None:
+            self._send()
+        self._draft = text
+        if is_wanted:
+            self._asked(self._by_enter)
+
+    def _asked(self, by_enter: bool) -> None:
+        """Enter or the button: twice within SETTLE is once, unless another text comes with it."""
+        now = self._loop.time()
+        self._by_enter = by_enter
+        if self._wanted is not None:
+            self._asked_again = now
+        else:
+            self._want(self._draft, SETTLE if not self._draft else max(0, self._since + SETTLE - now))
+
+    def _want(self, text: str, seconds: float) -> None:
+        """Send this soon, unless it goes on."""
+        self._wanted = text
+        if self._clears:
+            self._draft = ""
+        if self._by_enter:
+            self._empty()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(seconds, self._settled)
+
+    def _settled(self) -> None:
+        self._empty()
+        self._send()
+
+    def _empty(self) -> None:
+        for each in self._fields if self._clears else ():
+            each.value = ""
+
+    def _send(self) -> None:
+        text, self._wanted, self._asked_again = self._wanted or "", None, float("-inf")
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if text.strip() or not self._clears:
+            self._give(text.strip())
+
+
+class BlockEditor:
+    """One block of core memory: shown, or edited in place; an edit is saved with the version it was based on."""
+
+    def __init__(self, panel: Panel, block: Frame) -> None:
+        w = panel.widgets
+        self._panel = panel
+        self.block = block
+        self._base: Frame = block
+        self._changed = ""
+        self._head, self._view, self._said = w.HTML(), w.HTML(), w.HTML()
+        self._field = classed(w.Textarea(rows=8), "memws-wide")
+        self._edit, self._save, self._undo = (w.Button(description=name) for name in ("edit", "save", "undo"))
+        self._editing = w.VBox([self._field, classed(w.HBox([self._save, self._undo]), "memws-row"), self._said])
+        panel.on_click(self._edit, self._begin)
+        panel.on_click(self._save, lambda: panel.spawn(self._store()))
+        panel.on_click(self._undo, self._end)
+        show(self._edit, "set_block" in panel.commands)
+        self.box = w.VBox([classed(w.HBox([self._head, self._edit]), "memws-row"), self._view, self._editing])
+        self._end()
+
+    def take(self, block: Frame, changed: str = "") -> None:
+        """The block as the server has it now."""
+        meanwhile = block["version"] != self.block["version"]
+        self.block = block
+        if meanwhile and changed:
+            self._changed = f" · changed {changed}"
+        if self._edit.disabled and meanwhile:
+            self._tell_conflict()
+        self._show()
+
+    def _show(self) -> None:
+        value, limit = self.block["value"], self.block["limit"]
+        told = f"{len(value):,} / {limit:,}{self._changed}"
+        self._head.value = f'<b>{escaped(self.block["label"])}</b> <span class="memws-label">{escaped(told)}</span>'
+        self._view.value = text_html(value) if value else '<div class="memws-note">empty</div>'
+
+    def _begin(self) -> None:
+        self._base = self.block
+        self._field.value = self.block["value"]
+        self._said.value = ""
+        self._edit.disabled = True
+        show(self._editing, True)
+
+    def _end(self) -> None:
+        self._edit.disabled = False
+        show(self._editing, False)
+        self._show()
+
+    def _tell_conflict(self) -> None:
+        text = "Conflict: the block has changed, to what is above your text. Save again to replace that, or undo."
+        self._said.value = f'<div class="memws-bad">{text}</div>'
+        self._base = self.block
+
+    async def _store(self) -> None:
+        await asyncio.sleep(SETTLE)  # the text may come after the click
+        label, version = self.block["label"], self._base["version"]
+        try:
+            await self._panel.command("set_block", label=label, value=self._field.value, version=version)
+        except RemoteError as error:
+            if error.code != "conflict":
+                self._said.value = f'<div class="memws-bad">{escaped(error)}</div>'
+                return
+            self.block = {**self.block, "value": error.details["value"], "version": error.details["version"]}
+            self._show()
+            self._tell_conflict()
+        else:
+            self._end()
+            await self._panel.refresh_memory()
+
+
+class MemoryTab:
+    """Core memory: the blocks with their counts, edited in place."""
+
+    title, needs = "Memory", "get_agent"
+
+    def __init__(self, panel: Panel) -> None:
+        self._panel = panel
+        self._editors: dict[str, BlockEditor] = {}
+        self._counts = panel.widgets.HTML()
+        self.box = panel.widgets.VBox([self._counts])
+
+    def take(self, agent: Frame | None) -> None:
+        """What get_agent told; None: there is no agent."""
+        blocks = agent["blocks"] if agent else []
+        if [block["label"] for block in blocks] != list(self._editors):
+            for editor in self._editors.values():
+                close_widget(editor.box)
+            self._editors = {block["label"]: BlockEditor(self._panel, block) for block in blocks}
+            self.box.children = (self._counts, *(editor.box for editor in self._editors.values()))
+        for block in blocks:
+            self._editors[block["label"]].take(block, f"{datetime.datetime.now().astimezone():%H:%M}")
+        counts = agent["counts"] if agent else {}
+        told = f"recall memory {counts.get('messages', 0):,} messages · "
+        told += f"archival memory {counts.get('passages', 0):,} passages"
+        self._counts.value = f'<div class="memws-label">{told}</div>' if agent else ""
+
+    def clear(self) -> None:
+        self.take(None)
+
+
+class ContextTab:
+    """What the model gets: the present context, or the exact request of a step with the answer that came."""
+
+    title, needs = "Context", "get_context"
+
+    def __init__(self, panel: Panel) -> None:
+        w = panel.widgets
+        self._panel = panel
+        self._pick = classed(w.Dropdown(options=[("now", "")]), "memws-wide")
+        self._show = w.Button(description="show")
+        self._out = w.HTML()
+        self.box = w.VBox([classed(w.HBox([self._pick, self._show]), "memws-row"), self._out])
+        panel.on_click(self._show, self.selected)
+        self._pick.observe(lambda change: panel.from_user(self._chosen), "value")
+
+    def selected(self) -> None:
+        """The user looks here: offer the steps known by now."""
+        steps = list(reversed(self._panel.transcript.steps)) if "get_request" in self._panel.commands else []
+        options = [("now", ""), *((f"{clock_time(time, seconds=True)} step {step}", f"{step} {turn_id}")
+                                  for turn_id, step, time in steps)]  # fmt: skip
+        if tuple(options) != tuple(self._pick.options):
+            value = self._pick.value
+            self._pick.options = options
+            self._pick.value = value if value in [each for _, each in options] else ""
+        self._chosen()
+
+    def _chosen(self) -> None:
+        if self._panel.agent_name:
+            self._panel.spawn(self._load(self._pick.value or ""))
+
+    async def _load(self, choice: str) -> None:
+        if not choice:
+            context = await self._panel.command("get_context")
+            parts = [(f"{part['name'].replace('_', ' ')} · {part['tokens']:,} tokens", part["text"])
+                     for part in context["sections"] if part["tokens"]]  # fmt: skip
+            self._out.value = self._listed(f"{context['used']:,} of {context['window']:,} tokens", parts)
+            return
+        step, _, turn_id = choice.partition(" ")
+        found = await self._panel.command("get_request", turn_id=turn_id, step=int(step))
+        parts = [(f"{message.get('role')} · {len(encode_json(message)):,} characters", message)
+                 for message in found["request"].get("messages", [])]  # fmt: skip
+        rest = {key: value for key, value in found["request"].items() if key != "messages"}
+        usage = found.get("usage") or {}
+        told = f"{usage.get('input_tokens', '?')} tokens in, {usage.get('output_tokens', '?')} out, "
+        told += f"first token after {found.get('first_token_ms')} ms, all after {found.get('total_ms')} ms"
+        self._out.value = self._listed(told, [*parts, ("settings and tools", rest), ("answer", found["response"])])
+
+    def _listed(self, told: str, parts: list[tuple[str, Any]]) -> str:
+        folds = []
+        for title, content in parts:
+            text = content if isinstance(content, str) else pretty(content)
+            folds.append(fold_html("tool", escaped(title), f'<div class="memws-code">{escaped(text)}</div>'))
+        return f'<div class="memws-label">{escaped(told)}</div>{"".join(folds)}'
+
+    def clear(self) -> None:
+        self._out.value = ""
+
+
+def pretty(value: Any, indent: str = "") -> str:
+    """A JSON value for people: a line for each field, texts as they are."""
+    if isinstance(value, dict):
+        pairs = [(f"{key}:", item) for key, item in value.items()]
+    elif isinstance(value, list):
+        pairs = [("-", item) for item in value]
+    else:
+        return value if isinstance(value, str) else encode_json(value)
+    lines = []
+    for key, item in pairs:
+        nested = isinstance(item, (dict, list)) and item
+        lines.append(f"{indent}{key}{chr(10) if nested else ' '}{pretty(item, indent + '  ')}")
+    return "\n".join(lines) or encode_json(value)
+
+
+class SearchTab:
+    """Recall and archival memory: texts with dates and scores, page by page."""
+
+    title, needs = "Search", "search_memory"
+
+    def __init__(self, panel: Panel) -> None:
+        w = panel.widgets
+        self._panel = panel
+        self._query, self._page, self._pages = "", 1, 0
+        self._store = w.Dropdown(options=["all", "recall", "archival"], layout={"width": "100px"})
+        self._field = classed(w.Text(placeholder="Words to look for"), "memws-field")
+        narrow = {"layout": {"width": "190px"}, "style": {"description_width": "32px"}}
+        self._from, self._to = (w.DatePicker(description=name, **narrow) for name in ("from", "to"))
+        find, self._back, self._next = (w.Button(description=name) for name in ("find", "‹", "›"))
+        self._told, self._out = w.HTML(), w.HTML()
+        Entry(panel, [self._field], find, self._find, clears=False)
+        panel.on_click(self._back, lambda: self._turn(-1))
+        panel.on_click(self._next, lambda: self._turn(1))
+        contents = ([self._store, self._field, find], [self._from, self._to], [self._back, self._told, self._next])
+        rows = [classed(w.HBox(content), "memws-row") for content in contents]
+        self._row = rows[-1]
+        self.box = w.VBox([*rows, self._out])
+        self.clear()
+
+    def clear(self) -> None:
+        show(self._row, False)
+        self._out.value = '<div class="memws-note">Everything ever said, and what the agent chose to keep.</div>'
+
+    def _find(self, query: str) -> None:
+        self._query, self._page = query, 1
+        self._turn(0)
+
+    def _turn(self, by: int) -> None:
+        self._page += by
+        if self._panel.agent_name:
+            self._panel.spawn(self._search())
+
+    async def _search(self) -> None:
+        days = {"from": self._from.value, "to": self._to.value}
+        found = await self._panel.command(
+            "search_memory", query=self._query, store=self._store.value, page=self._page,
+            **{key: f"{day:%Y-%m-%d}" for key, day in days.items() if day},
+        )  # fmt: skip
+        self._back.disabled, self._next.disabled = self._page <= 1, self._page >= found["pages"]
+        self._told.value = f"{found['total']:,} found, page {self._page} of {max(found['pages'], 1)}"
+        show(self._row, True)
+        self._out.value = "".join(map(self._result, found["items"])) or '<div class="memws-note">Nothing found.</div>'
+
+    def _result(self, item: Frame) -> str:
+        moment = datetime.datetime.fromisoformat(item["time"]).astimezone()
+        about = f"{moment:%Y-%m-%d %H:%M} · {item['store']} · {item.get('role') or 'passage'} · {item['score']:.2f}"
+        return f'<div class="memws-tool"><div class="memws-label">{escaped(about)}</div>{text_html(item["text"])}</div>'
+
+
+class FramesTab:
+    """The raw protocol: the last frames in both directions."""
+
+    title, needs = "Frames", ""
+
+    def __init__(self, panel: Panel) -> None:
+        w = panel.widgets
+        self._panel = panel
+        self._frames: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=FRAMES)
+        self._size = 0
+        self._pause = w.ToggleButton(description="pause")
+        self._save = w.Button(description="save")
+        self._told, self._out = w.HTML(), w.HTML()
+        self.box = w.VBox([classed(w.HBox([self._pause, self._save, self._told]), "memws-row"), self._out])
+        self._timer: asyncio.TimerHandle | None = None
+        self._looked_at = False
+        self._pause.observe(lambda change: panel.from_user(self._draw), "value")
+        panel.on_click(self._save, lambda: panel.spawn(self._write()))
+
+    def clear(self) -> None:
+        """Frames are the connection's, not the agent's: they stay."""
+
+    def record(self, direction: str, text: str) -> None:
+        """Keep a frame; it is drawn twice a second while somebody looks."""
+        if self._pause.value:
+            return
+        if len(self._frames) == FRAMES:
+            self._size -= len(self._frames[0][2])
+        self._frames.append((time.time(), direction, text))
+        self._size += len(text)
+        while self._size > FRAMES_SIZE and len(self._frames) > 1:
+            self._size -= len(self._frames.popleft()[2])
+        if self._looked_at and self._timer is None:
+            self._timer = self._panel.loop.call_later(0.5, self._draw)
+
+    def selected(self, here: bool = True) -> None:
+        self._looked_at = here
+        if here:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._timer = None
+        paused = self._pause.value
+        self._told.value = f"{len(self._frames)} frames, the newest first" + ("; open one" if paused else "")
+        self._out.value = "".join(self._line(*frame, paused) for frame in reversed(self._frames))
+
+    def _line(self, moment: float, direction: str, text: str, whole: bool) -> str:
+        arrow = "→" if direction == "sent" else "←"
+        frame = decode_json(text)
+        kind = frame.get("message_type") or frame.get("command") or frame["type"]
+        at = time.strftime("%H:%M:%S", time.localtime(moment))
+        line = f"{escaped(f'{arrow} {at} ')}<b>{escaped(kind)}</b>{escaped(f' {len(text.encode()):,} B {text[:160]}')}"
+        if not whole:
+            return f'<div class="memws-frame">{line}</div>'
+        body = pretty(frame) if len(text) < 20_000 else text[:20_000] + " …"
+        return fold_html("frame", line, f'<div class="memws-code">{escaped(body)}</div>')
+
+    async def _write(self) -> None:
+        """Save the frames beside the notebook, a line each."""
+        name = f"memws-frames-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
+        lines = [encode_json({"time": moment, "direction": direction, "frame": decode_json(text)}) + "\n"
+                 for moment, direction, text in self._frames]  # fmt: skip
+        with os.fdopen(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.writelines(lines)
+        self._told.value = f"saved as {escaped(name)}"
+
+
+class AgentForm:
+    """What a new agent is made of."""
+
+    def __init__(self, panel: Panel) -> None:
+        w = panel.widgets
+        self._panel = panel
+        wide = {"layout": {"width": "auto"}, "style": {"description_width": "110px"}}
+        self._name = w.Text(description="name", placeholder="made up when empty", **wide)
+        self._persona = w.Textarea(description="persona", placeholder="who it is; empty: Sam, curious and warm", **wide)
+        self._human = w.Textarea(description="human", placeholder="what it knows about you from the start", **wide)
+        self._model = w.Combobox(description="model", placeholder="the server's default", **wide)
+        self._window = w.Text(description="context window", placeholder="tokens; empty: the model's", **wide)
+        self._create, self._cancel = w.Button(description="create"), w.Button(description="cancel")
+        self._said = w.HTML()
+        fields = [self._name, self._persona, self._human, self._model, self._window]
+        buttons = classed(w.HBox([self._create, self._cancel, self._said]), "memws-row")
+        self.box = classed(w.VBox([*fields, buttons]), "memws-form")
+        panel.on_click(self._create, lambda: panel.spawn(self._make()))
+        panel.on_click(self._cancel, lambda: show(self.box, False))
+        show(self.box, False)
+
+    def open(self, name: str = "", models: Iterable[str] = ()) -> None:
+        """Offer to create an agent."""
+        if name:
+            self._name.value = name
+        self._model.options = tuple(models)
+        self._said.value = ""
+        show(self.box, True)
+
+    async def _make(self) -> None:
+        await asyncio.sleep(SETTLE)  # texts may come after the click
+        fields = {"name": self._name, "persona": self._persona, "human": self._human, "model": self._model}
+        config: Frame = {key: text for key, field in fields.items() if (text := field.value.strip())}
+        try:
+            if window := re.sub(r"[\s,._]", "", self._window.value):
+                config["context_window"] = int(window)
+            created = await self._panel.command("create_agent", config=config)
+        except (RemoteError, ValueError) as error:
+            text = str(error) if isinstance(error, RemoteError) else "context window: expected a number of tokens"
+            self._said.value = f'<div class="memws-bad">{escaped(text)}</div>'
+            return
+        show(self.box, False)
+        for text_field in (self._name, self._persona, self._human):
+            text_field.value = ""
+        await self._panel.open_agent(created["agent_name"], created.get("warnings", ()))
+
+
+class Panel:
+    """An agent in a notebook: talk to it, see what it thinks, remembers and sends to the model.
+
+    It is a client of the server at `url` and works with any; show it as the last line of a cell. agent: who to talk to
+    (None: the one that was active last). compact: the conversation alone. static: keep a plain copy of the conversation
+    in the notebook, for reading it without a kernel. A panel replaces an earlier one of the same `name` (by default the
+    agent's). Everything but the widgets lives on a loop of its own daemon thread, which alone changes what is shown: so
+    the panel goes on while a cell is busy. Callbacks of widgets come on any thread, and only hand over.
+    Raises UsageError where ipywidgets is missing.
+    """
+
+    def __init__(
+        self,
+        url: str = f"ws://localhost:{DEFAULT_PORT}",
+        agent: str | None = None,
+        compact: bool = False,
+        static: bool = True,
+        token: str | None = None,
+        name: str | None = None,
+        *,
+        widgets: Any = None,
+    ) -> None:
+        self.widgets = widgets if widgets is not None else import_ipywidgets()
+        self.name = name or agent or "main"
+        self.agent_name: str | None = None
+        "The agent that is shown."
+        self.commands: list[str] = []
+        "What the server can do."
+        self.transcript = Transcript("")
+        self.loop = asyncio.new_event_loop()
+        self._wanted = agent
+        self._compact = compact
+        self._client = Client(url, token, reconnect=True, on_state=self._heard, on_frame=self._framed)
+        self._about: Frame = {}
+        self._online = False
+        self._trouble = "connecting"
+        self._lost_at = ""
+        self._turn_since = 0.0
+        self._shown_seq = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._follower: asyncio.Task[None] | None = None
+        self._flush_timer: asyncio.TimerHandle | None = None
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._opening: asyncio.Lock | None = None
+        self._ready = threading.Event()
+        self._mark = f"memws-static-{secrets.token_hex(6)}" if static else ""
+        self._copies: list[Any] = []
+        self._copied_at = float("-inf")
+        self._build()
+        self._thread = threading.Thread(target=self._run, name=f"memws-panel-{self.name}", daemon=True)
+        former = live_panels().pop((__name__, self.name), None)
+        if former is not None:
+            former.close()
+        live_panels()[__name__, self.name] = self
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<memws.Panel {self.name!r} of {self._client.url}>"
+
+    # -- for the cell --
+
+    def _ipython_display_(self, **options: Any) -> None:
+        """Show the widgets and, hidden by them, the static copy; called by the notebook."""
+        display = import_display()
+        self._ready.wait(3.0)  # so that the copy that is saved has the history
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.ui.model_id}
+        plain = "memws panel (needs a running kernel)"
+        display.display({"application/vnd.jupyter.widget-view+json": view, "text/plain": plain}, raw=True)
+        if self._mark:
+            self._copies.append(display.display(display.HTML(self.static_html()), display_id=secrets.token_hex(8)))
+
+    def send(self, text: str) -> None:
+        """Say something to the agent, as if it had been typed; returns at once."""
+        self.from_user(self._say, text)
+
+    def wait(self, seconds: float = 10.0) -> None:
+        """Wait until all that was said so far is shown and in the static copy, as at the end of a notebook that runs
+        without a browser. Raises TimeoutError."""
+        done = asyncio.run_coroutine_threadsafe(self._catch_up(), self.loop)
+        try:
+            done.result(seconds)
+        finally:
+            done.cancel()
+
+    def close(self) -> None:
+        """Close connection, thread and widgets; the static copy stays."""
+        if live_panels().get((__name__, self.name)) is self:
+            del live_panels()[__name__, self.name]
+        with contextlib.suppress(RuntimeError):  # closed already
+            self.loop.call_soon_threadsafe(self.loop.stop)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(3.0)
+        for widget in (self.ui, self._field, self._area, self._right, *(tab.box for tab in self._tabs.values())):
+            close_widget(widget)
+
+    def static_html(self) -> str:
+        """The conversation as HTML that needs no kernel, no style sheet and no script."""
+        parts, size = [], 0
+        for item in reversed(self.transcript.turns(STATIC_TURNS)):
+            part = item.html()
+            size += len(part)
+            if size > FOLDED_SIZE:
+                parts.append("<p>…</p>")
+                break
+            parts.append(part)
+        told = f"memws · {escaped(self.agent_name or 'no agent')} · the conversation as it was saved"
+        body = "".join(reversed(parts)) or "<p>Nothing was said yet.</p>"
+        return f'<div class="memws-static {self._mark}">{PANEL_STYLE}<p><b>{told}</b></p>{body}</div>'
+
+    # -- threads --
+
+    def from_user(self, handler: Callable[..., Any], *arguments: Any) -> None:
+        """Call a handler on the panel's loop, unless it was the panel itself that changed the widget."""
+        if threading.current_thread() is not self._thread:
+            with contextlib.suppress(RuntimeError):  # the panel was closed
+                self.loop.call_soon_threadsafe(handler, *arguments)
+
+    def on_click(self, button: Any, handler: Callable[[], Any]) -> None:
+        """Let a button call a handler on the panel's loop."""
+        button.on_click(lambda _: self.from_user(handler))
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """A task whose failure is shown in the panel."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, MemwsError):
+            self._tell(str(error))
+        elif error is not None:
+            logger.error("panel: %r", error, exc_info=error)
+            self._tell(f"this failed: {error!r}")
+
+    def _run(self) -> None:
+        """The panel's thread."""
+        asyncio.set_event_loop(self.loop)
+        self._opening = asyncio.Lock()
+        try:
+            self._tick()
+            self.spawn(self._connect())
+            self.loop.run_forever()
+            for task in self._tasks:
+                task.cancel()
+            self.loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
+            self.loop.run_until_complete(self._client.close())
+        finally:
+            self.loop.close()
+
+    # -- widgets --
+
+    def _build(self) -> None:
+        w = self.widgets
+        self._status = classed(w.HTML(), "memws-status")
+        self._model = classed(w.HTML(), "memws-model")
+        self._agents = w.Dropdown(description="agent", layout={"width": "240px"}, style={"description_width": "45px"})
+        self._new, self._reload = w.Button(description="new…"), w.Button(description="reload")
+        self._bar = classed(w.HTML(), "memws-context")
+        self._log = Log(w)
+        self._field = classed(w.Text(placeholder="Message"), "memws-field")
+        self._area = classed(w.Textarea(placeholder="Message"), "memws-field")
+        self._send = w.Button(description="Send", button_style="primary")
+        self._stop = w.Button(description="Stop", disabled=True)
+        self._said = w.HTML()
+        boxes = {"monologue": True, "tools": True, "multi-line": False}
+        toggles = [w.Checkbox(value=value, description=name, indent=False) for name, value in boxes.items()]
+        self._form = AgentForm(self)
+        self._row = classed(w.HBox([self._field, self._send, self._stop]), "memws-row")
+        below = classed(w.HBox(toggles), "memws-row")
+        left = classed(w.VBox([self._log.box, self._row, below, self._said]), "memws-left")
+        kinds: tuple[Any, ...] = () if self._compact else (MemoryTab, ContextTab, SearchTab, FramesTab)
+        self._tabs = {kind.title: kind(self) for kind in kinds}
+        self._tab = w.Tab()
+        self._right = classed(w.VBox([self._tab]), "memws-right")
+        columns = classed(w.HBox([left, *([self._right] if self._tabs else [])]), "memws-columns")
+        show(self._right, False)
+        style = PANEL_STYLE + (f"<style>.{self._mark} {{ display: none; }}</style>" if self._mark else "")
+        top = classed(w.HBox([self._status, self._model, self._agents, self._new, self._reload]), "memws-top")
+        self.ui = classed(w.VBox([w.HTML(style), top, self._form.box, self._bar, columns]), "memws-panel")
+        self._connect_widgets(toggles)
+
+    def _connect_widgets(self, toggles: list[Any]) -> None:
+        Entry(self, [self._field, self._area], self._send, self._say)
+        self.on_click(self._stop, lambda: self.spawn(self._cancel()))
+        self.on_click(self._new, lambda: self._form.open(models=self._about.get("models", ())))
+        self.on_click(self._reload, lambda: self.spawn(self._reload_all()))
+        self._agents.observe(lambda change: self.from_user(self._chosen, change["new"]), "value")
+        self._tab.observe(lambda change: self.from_user(self._looked), "selected_index")
+        handlers = (self._hide("monologue"), self._hide("tool"), self._many_lines)
+        for toggle, handler in zip(toggles, handlers, strict=True):
+            toggle.observe(lambda change, handler=handler: self.from_user(handler, change["new"]), "value")
+
+    def _hide(self, kind: str) -> Callable[[bool], None]:
+        def hide(shown: bool) -> None:
+            (self._log.box.remove_class if shown else self._log.box.add_class)(f"memws-hide-{kind}")
+
+        return hide
+
+    def _many_lines(self, many: bool) -> None:
+        former, field = (self._field, self._area) if many else (self._area, self._field)
+        field.value = former.value
+        self._row.children = (field, self._send, self._stop)
+
+    def _looked(self) -> None:
+        shown = list(self._tabs.values())[self._tab.selected_index or 0] if self._tabs else None
+        for tab in self._tabs.values():
+            if isinstance(tab, FramesTab):
+                tab.selected(tab is shown)
+        if isinstance(shown, ContextTab):
+            shown.selected()
+
+    def _tell(self, text: str) -> None:
+        """Show a sentence below the field; the next one replaces it."""
+        self._said.value = f'<div class="memws-note memws-bad">{escaped(text)}</div>' if text else ""
+
+    # -- the connection --
+
+    async def _connect(self) -> None:
+        """Find the server, however long that takes, and greet it."""
+        delay = RECONNECT_DELAY
+        while True:
+            try:
+                await self._client.connect()
+                break
+            except ConnectFailed as failure:
+                self._go_offline(str(failure))
+                self._ready.set()
+                if failure.status in (401, 403):
+                    return
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, RECONNECT_DELAY_MAX)
+        await self._greet()
+
+    async def _greet(self) -> None:
+        """Learn what the server can do, and open the agent; after a reconnect the client follows it again by itself."""
+        self._online = True
+        self._show_state()
+        try:
+            self._about = await self._client.hello(["*"])
+            self.commands = self._about.get("commands", [])
+            self._show_tabs()
+            if self.agent_name in [agent["agent_name"] for agent in await self._list_agents()]:
+                await self.refresh_memory()
+            else:
+                await self._open_first()
+        except ConnectionLost:
+            pass  # greeted again when it is back
+        finally:
+            self._show_state()
+            self._ready.set()
+
+    async def _open_first(self) -> None:
+        """The agent that was asked for, or was shown before the connection broke; else the one active last."""
+        agents = await self._list_agents()
+        names = [agent["agent_name"] for agent in agents]
+        wanted = self.agent_name or self._wanted
+        if wanted is None and agents:
+            wanted = max(agents, key=lambda agent: agent.get("last_active") or "")["agent_name"]
+        if wanted in names and wanted is not None:
+            await self.open_agent(wanted)
+        else:
+            self._show_no_agent(f"There is no agent {wanted!r} yet." if wanted else "There is no agent yet.")
+            self._form.open(wanted or "sam", self._about.get("models", ()))
+
+    def _heard(self, state: str) -> None:
+        """The client tells of its connection."""
+        if state == "lost":
+            self._lost_at = time.strftime("%H:%M:%S")
+            self._go_offline("the server does not answer; trying again")
+        elif state == "failed":
+            self._go_offline("the server refuses this panel; run the cell again")
+        else:
+            lost, back = self._lost_at, time.strftime("%H:%M:%S")
+            self.transcript.note(f"connection lost at {lost}, back at {back}", "memws-warn")
+            self._changed()
+            self.spawn(self._greet())
+
+    def _go_offline(self, trouble: str) -> None:
+        self._online, self._trouble = False, trouble
+        self._show_state()
+
+    def _framed(self, direction: str, text: str) -> None:
+        if frames := self._tabs.get(FramesTab.title):
+            frames.record(direction, text)
+
+    async def command(self, command: str, **arguments: Any) -> Frame:
+        """Send a command; for the agent that is shown, where the command is one agent's."""
+        if command not in ("create_agent", "list_agents", "hello"):
+            arguments["agent_name"] = self.agent_name
+        return await self._client.command(command, **arguments)
+
+    # -- the agent --
+
+    async def _list_agents(self) -> list[Frame]:
+        """Offer the agents there are."""
+        agents: list[Frame] = []
+        while True:
+            after = {"after": agents[-1]["agent_name"]} if agents else {}
+            page = await self._client.command("list_agents", **after)
+            agents += page["agents"]
+            if not page["agents"] or len(agents) >= page["total"]:
+                break
+        names = [agent["agent_name"] for agent in agents]
+        if list(self._agents.options) != names:
+            self._agents.options = names
+            self._agents.value = self.agent_name if self.agent_name in names else None
+        return agents
+
+    async def _reload_all(self) -> None:
+        await self._list_agents()
+        if self.agent_name:
+            await self.open_agent(self.agent_name)
+
+    def _chosen(self, name: str | None) -> None:
+        if name and name != self.agent_name:
+            self.spawn(self.open_agent(name))
+
+    async def open_agent(self, name: str, warnings: Iterable[str] = ()) -> None:
+        """Show an agent: its recent history, then what happens."""
+        assert self._opening is not None
+        async with self._opening:
+            if self._follower is not None:
+                self._follower.cancel()
+                await asyncio.wait([self._follower])
+                with contextlib.suppress(MemwsError):
+                    await self._client.unsubscribe(self.agent_name)
+            loaded = await self._client.load_agent(name)
+            self.agent_name = loaded["agent_name"]
+            self.transcript = Transcript(loaded["agent_name"])
+            self._log.clear(f'<div class="memws-empty">Say hello to <b>{escaped(self.agent_name)}</b>.</div>')
+            for tab in self._tabs.values():
+                tab.clear()
+            last_seq = loaded["last_seq"]
+            subscription = self._client.subscribe(self.agent_name, max(0, last_seq - HISTORY))
+            caught_up = asyncio.Event()
+            self._follower = self.spawn(self._follow(subscription, last_seq, caught_up))
+            if self.agent_name not in self._agents.options:
+                await self._list_agents()
+            self._agents.value = self.agent_name
+            for warning in (*warnings, *loaded.get("repaired", ()), *loaded.get("warnings", ())):
+                self.transcript.note(warning, "memws-warn")
+            await self._show_context()
+            await self.refresh_memory()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(caught_up.wait(), 3.0)
+            self._flush()
+            self._show_state()
+
+    async def _follow(self, subscription: Subscription, last_seq: int, caught_up: asyncio.Event) -> None:
+        """Show an agent's events as they come."""
+        try:
+            if last_seq == 0:
+                caught_up.set()
+            async for event in subscription:
+                try:
+                    self._take(event)
+                except Exception:  # one event of a later server must not end the view of all others
+                    logger.exception("panel: event not shown: %.200r", event)
+                if event.get("seq", 0) >= last_seq:
+                    caught_up.set()
+        except RemoteError as error:
+            self._show_no_agent(str(error))
+        finally:
+            caught_up.set()
+
+    def _take(self, event: Frame) -> None:
+        self._shown_seq = event.get("seq", self._shown_seq)
+        kind = event.get("message_type") or event["type"]
+        was = self.transcript.running
+        self.transcript.take(event)
+        if self.transcript.running != was:
+            self._turn_since = self.loop.time()
+            self._show_state()
+        if kind == "context":
+            self._bar.value = bar_html(event["sections"], event["used"], event["window"], event.get("warning", ""))
+        elif kind == "memory_change" or (kind == "agent_response_end" and self._tabs):
+            self._soon("memory", MEMORY_INTERVAL, self.refresh_memory)
+        elif kind == "agent_change":
+            self.spawn(self._agent_changed(event))
+        if kind in ("agent_response_end", "agent_response_error"):
+            self._flush()
+            self._soon("copies", self._copied_at + COPY_INTERVAL - self.loop.time(), self._update_copies)
+        else:
+            self._changed()
+
+    async def _agent_changed(self, event: Frame) -> None:
+        """Somebody renamed, deleted or updated the agent."""
+        if event.get("change") == "renamed":
+            self.agent_name = self.transcript.agent_name = event["new_name"]
+        elif event.get("change") == "deleted":
+            self._show_no_agent("The agent was deleted.")
+        await self._list_agents()
+
+    def _show_no_agent(self, text: str) -> None:
+        self.agent_name = None
+        self.transcript = Transcript("")
+        self._log.clear(f'<div class="memws-empty">{escaped(text)} Create one, or choose one above.</div>')
+        self._bar.value = ""
+        for tab in self._tabs.values():
+            tab.clear()
+        self._show_state()
+
+    async def _catch_up(self) -> None:
+        """Wait for the events that the server has stored by now, and for the end of a running turn."""
+        while True:
+            with contextlib.suppress(ConnectionLost):
+                last = {agent["agent_name"]: agent["last_seq"] for agent in await self._list_agents()}
+                if self._shown_seq >= last.get(self.agent_name, 0) and self.transcript.running is None:
+                    break
+            await asyncio.sleep(FLUSH_INTERVAL)
+        self._flush()
+        await self._update_copies()
+
+    async def _show_context(self) -> None:
+        if "get_context" in self.commands:
+            context = await self.command("get_context")
+            self._bar.value = bar_html(context["sections"], context["used"], context["window"])
+
+    def _soon(self, name: str, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Do what takes longer than a turn may, once for all turns of the next seconds."""
+
+        async def later() -> None:
+            await asyncio.sleep(seconds)
+            with contextlib.suppress(ConnectionLost):
+                await work()
+
+        if not any(task.get_name() == name for task in self._tasks):
+            self.spawn(later()).set_name(name)
+
+    async def refresh_memory(self) -> None:
+        """Show core memory as it is now, and whether a turn runs that began before this panel."""
+        if self.agent_name is None or "get_agent" not in self.commands:
+            return
+        agent = await self.command("get_agent")
+        if tab := self._tabs.get(MemoryTab.title):
+            tab.take(agent)
+        if agent.get("turn") and self.transcript.running is None:
+            self.transcript.running, self.transcript.step = agent["turn"]["turn_id"], agent["turn"]["step"]
+            self._turn_since = self.loop.time()
+
+    # -- talking --
+
+    def _say(self, text: str) -> None:
+        """Send what the user wrote."""
+        if self.agent_name is None:
+            self._tell("no agent yet: choose or create one")
+            return
+        self._tell("")
+        try:
+            turn = self._client.send(text, self.agent_name)
+        except MemwsError as error:
+            self._tell(str(error))
+            return
+        self.transcript.send(turn.turn_id, text)
+        self._changed()
+        self.spawn(self._await_turn(turn, self.transcript))
+
+    async def _await_turn(self, turn: ClientTurn, transcript: Transcript) -> None:
+        """The subscription shows the turn; only a refusal comes here alone."""
+        try:
+            async for event in turn:
+                if event["type"] in ("agent_response_error", "server_error") and event.get("seq") is None:
+                    transcript.refuse(turn.turn_id, str(event["message"]))
+                elif event.get("message_type") == "queue":
+                    transcript.take(event)
+        except MemwsError as error:
+            transcript.refuse(turn.turn_id, str(error))
+        self._changed()
+
+    async def _cancel(self) -> None:
+        await self.command("cancel")
+
+    # -- what is shown --
+
+    def _changed(self) -> None:
+        """The transcript has changed: show that soon."""
+        if self._flush_timer is None:
+            self._flush_timer = self.loop.call_later(FLUSH_INTERVAL, self._flush)
+
+    def _flush(self) -> None:
+        if self._flush_timer is not None:
+            self._flush_timer.cancel()
+            self._flush_timer = None
+        changed, self.transcript.changed = self.transcript.changed, {}
+        self._log.update(changed)
+
+    async def _update_copies(self) -> None:
+        if self._copies:
+            self._copied_at = self.loop.time()
+            copy = import_display().HTML(self.static_html())
+            for handle in self._copies:
+                handle.update(copy)
+
+    def _show_tabs(self) -> None:
+        """Tabs whose command the server has."""
+        for title, tab in list(self._tabs.items()):
+            if tab.needs and tab.needs not in self.commands:
+                close_widget(self._tabs.pop(title).box)
+        boxes = tuple(classed(tab.box, "memws-side") for tab in self._tabs.values())
+        if self._tab.children != boxes:
+            self._tab.children = boxes
+            for index, title in enumerate(self._tabs):
+                self._tab.set_title(index, title)
+            self._tab.selected_index = 0 if boxes else None
+
+    def _show_state(self) -> None:
+        """Status, buttons, field: only what has changed is sent, for any change redraws a field being typed into."""
+        running = self.transcript.running is not None and self._online
+        self._stop.disabled = not running
+        usable = self._online and self.agent_name is not None
+        self._send.disabled = not usable
+        show(self._right, self.agent_name is not None and bool(self._tabs))
+        (self._log.box.remove_class if self.agent_name else self._log.box.add_class)("memws-short")
+        self._field.disabled = self._area.disabled = not usable
+        about = self._about
+        if about.get("offline"):
+            self._model.value = '<span class="memws-warn">rule-based offline stand-in, not a language model</span>'
+        elif about:
+            self._model.value = f'<span class="memws-label">model {escaped(about.get("model", "?"))}</span>'
+        self._tick()
+
+    def _tick(self) -> None:
+        """The status line with its clock, which tells a dead panel from a living one."""
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        state = "connected" if self._online else "offline"
+        dot = f'<span class="memws-dot{" memws-on" if self._online else ""}"></span>'
+        told = [f"{dot}<b>{state}</b>", escaped(self._client.url), time.strftime("%H:%M:%S")]
+        running = self._online and self.transcript.running is not None
+        if not self._online:
+            told.append(escaped(self._trouble))
+        elif running:
+            seconds = self.loop.time() - self._turn_since
+            doing = escaped(self.transcript.doing or "thinking")
+            told.append(f"<b>step {self.transcript.step}, {doing}, {seconds:.0f} s</b>")
+        self._status.value = " · ".join(told)
+        self._tick_timer = self.loop.call_later(1.0 if running else 10.0, self._tick)
+
+
+def live_panels() -> dict[tuple[str, str], Any]:
+    """The panels of this process: they outlive a re-run cell and a reloaded module."""
+    panels: dict[tuple[str, str], Any] = process_wide("panels", {})
+    return panels
 
 
 # ======================================================================================================================
@@ -7987,6 +9568,10 @@ class WebSocketServer:
             self._loop.call_soon_threadsafe(self._hub.take_tools)
         return function
 
+    def panel(self, agent: str | None = None, compact: bool = False, static: bool = True) -> Panel:
+        """An ipywidgets panel that is a client of this server; see Panel. Needs a started server."""
+        return Panel(self.url, agent, compact, static, self.options.token)
+
     # -- running --
 
     def start(self) -> WebSocketServer:
@@ -8229,14 +9814,12 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 def _hub_token() -> str:
     """A token made once for this process, so that a re-run cell finds its server again."""
-    module = sys.modules.setdefault("_memws_live", types.ModuleType("_memws_live"))
-    return str(module.__dict__.setdefault("token", secrets.token_urlsafe(32)))
+    return str(process_wide("token", secrets.token_urlsafe(32)))
 
 
 def _live_servers() -> dict[tuple[str, str, int], WebSocketServer]:
     """The servers of this process that listen in threads: they outlive a re-run cell and a reloaded module."""
-    module = sys.modules.setdefault("_memws_live", types.ModuleType("_memws_live"))
-    servers: dict[tuple[str, str, int], WebSocketServer] = module.__dict__.setdefault("servers", {})
+    servers: dict[tuple[str, str, int], WebSocketServer] = process_wide("servers", {})
     return servers
 
 

@@ -125,6 +125,16 @@ def websocket_flags(node: str) -> list[str] | None:
     return None
 
 
+INSTALL = ["pip", "install", "-r", "requirements.txt"]
+# .ci/run does the first two; the browser tests open the notebook of the last.
+OTHER_COMMANDS = [
+    INSTALL,
+    ["python", "-m", "pytest"],
+    [*INSTALL, "jupyterlab"],
+    ["jupyter", "lab", "notebooks/01_quickstart.ipynb"],
+]
+
+
 def commands() -> Iterator[tuple[dict[str, str], list[str]]]:
     """(variables, words behind `python memws.py`) of README's command lines."""
     for line in "".join(blocks("sh")).splitlines():
@@ -135,7 +145,7 @@ def commands() -> Iterator[tuple[dict[str, str], list[str]]]:
             if rest[:2] == ["python", "memws.py"]:
                 yield dict(word.split("=", 1) for word in variables), rest[2:]
             else:
-                assert rest in (["pip", "install", "-r", "requirements.txt"], ["python", "-m", "pytest"]), line
+                assert rest in OTHER_COMMANDS, line
 
 
 SERVES = [(variables, words) for variables, words in commands() if words[:1] != ["chat"]]

@@ -26,7 +26,6 @@ TABLE: dict[int, tuple[str, set[int]]] = {
     11: ("Server", set(range(1, 11))),
     12: ("CLI", set(range(1, 12))),
 }
-OPTIONAL = {10}
 # JSON and events are everybody's: sections without the rest of Wire may name these.
 CODEC = {"encode_json", "decode_json", "decode_loose", "decode_first"}
 RUN_TIME = {"websockets", *sys.stdlib_module_names}
@@ -205,8 +204,7 @@ def map_and_banners(module: Module) -> list[str]:
     ]
     names = {number: re.split(r"\W", title)[0] for number, title in banners.items()}
     for number, (name, _) in TABLE.items():
-        is_there = number in names or number not in {0} | OPTIONAL
-        if is_there and names.get(number) != name:
+        if number and names.get(number) != name:
             faults.append(f"{number}. is {name} in the table and {names.get(number)!r} in its banner")
     order = [number for number, _, _ in module.banners]
     return faults + ([f"the order is {order}"] if order != sorted(set(order) & TABLE.keys()) else [])
