@@ -634,7 +634,6 @@ async def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> N
                 assert ends == starts
                 texts = [text for talker in mine for text in talker.turns.values()]
                 assert sorted(await users_messages(client, name)) == sorted(texts)
-                assert len(texts) > 5
                 for text, acknowledged in [item for talker in mine for item in talker.kept.items()]:
                     query = {"query": text, "store": "archival", "limit": 50}
                     found = (await client.ok("search_memory", agent_name=name, **query))["items"]
@@ -642,6 +641,7 @@ async def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path: Path) -> N
                     assert count == 1 or (count == 0 and not acknowledged)
         assert serving.end(place.end) == 0
     place.check()
+    assert sum(len(talker.over) for talker in talkers) > 10
 
 
 async def users_messages(client: Wire, name: str) -> list[str]:

@@ -709,6 +709,7 @@ async def test_a_damaged_row_is_a_failure_of_the_store(store: SqliteStore, confi
     store._connection.execute("UPDATE agents SET config = ? WHERE id = ?", (config, agent.id))
     await fails(store.find_agent("sam"), "the database")
     assert await store.find_agent("ada") == other
+    assert (await store.list_agents("", 10))[0] == [other]
     store._connection.execute("UPDATE agents SET state = x'ff', config = '{}' WHERE id = ?", (agent.id,))
     await fails(store.find_agent("sam"), "the database")
     await fails(store.search(agent.id, "", ("recall",), None, None, None, 10, 2**70), "the database")
