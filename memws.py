@@ -210,6 +210,8 @@ FIRST_TOKEN_TIMEOUT: Final = 120.0
 "A model that says nothing for so long has failed; local models read a long prompt slowly."
 IDLE_TIMEOUT: Final = 30.0
 "The longest silence inside a model's answer."
+END_PATIENCE: Final = 0.1
+"From an answer's last event to the end of its stream."
 TOOL_TIMEOUT: Final = 60.0
 RETRY_PAUSE: Final = 0.5
 "Before the first retry of a failed model call; doubled for the next."
@@ -1213,6 +1215,13 @@ def response_events(message_type: str, message: str, *, turn_id: str | None, ste
 
 
 _KIND = re.compile(r'\{"type":"(\w+)"(?:,"message_type":"(\w+)")?')
+
+
+def damaged_event(seq: int) -> str:
+    """What stands for a stored event that cannot be read any more."""
+    (event,) = response_events("correction", "this event is damaged on disk", turn_id=None, step=0, what="damaged")
+    event.encode(seq, now_text())
+    return event.text
 
 
 def event_kind(text: str) -> tuple[str, str]:
@@ -2398,7 +2407,9 @@ class SqliteStore:
                 f"SELECT {_MESSAGE_COLUMNS} FROM messages WHERE agent = ? AND id >= ? ORDER BY id", (agent, first)
             ).fetchall()
             turns = connection.execute(
-                "SELECT turn_id, digest, over, first_seq, last_seq FROM turns WHERE agent = ? AND NOT over", (agent,)
+                "SELECT turn_id, digest, over, first_seq, last_seq FROM turns INDEXED BY turns_open"
+                " WHERE agent = ? AND NOT over",
+                (agent,),
             ).fetchall()
             return (
                 [Block(*row) for row in blocks],
@@ -2730,6 +2741,16 @@ def backup_database(path: str, target: str, progress: Callable[[int, int], None]
             raise UsageError(f"cannot write the backup {target!r} ({error}); choose another place") from error
 
 
+@contextlib.contextmanager
+def telling_damage(what: str) -> Iterator[None]:
+    """Around reading what may be damaged. Raises UsageError."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
+        text = f"{what} is damaged ({error}); memws.py check tells more, a backup is the way back"
+        raise UsageError(text) from error
+
+
 def export_agent(connection: sqlite3.Connection, name: str) -> JSON:
     """One agent, memory and history, as JSON: the rows of its tables, bytes in hexadecimal. Raises UnknownAgent."""
     row = _agent_row(connection, f"name = ? AND {_LIVE}", name)
@@ -2853,10 +2874,16 @@ class Damage:
 
 def check_database(connection: sqlite3.Connection, repair: bool) -> Iterator[Damage]:
     """Look for damage, agent by agent, and with `repair` mend what can be mended without deleting what was said."""
-    for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
-        if line != "ok":
-            yield Damage("", f"the file is damaged: {line}")
-    for agent, name in connection.execute("SELECT id, name FROM agents ORDER BY name, id").fetchall():
+    connection.text_factory = lambda data: data.decode("utf-8", "replace")  # a bad byte is told, it ends nothing
+    try:
+        for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
+            if line != "ok":
+                yield Damage("", f"the file is damaged: {line}")
+        agents = connection.execute("SELECT id, name FROM agents ORDER BY name, id").fetchall()
+    except sqlite3.Error as error:
+        yield Damage("", f"the file cannot be read: {error}")
+        return
+    for agent, name in agents:
         try:
             for text, mend in _check_agent(connection, agent):
                 if repair and mend is not None:
@@ -2864,10 +2891,10 @@ def check_database(connection: sqlite3.Connection, repair: bool) -> Iterator[Dam
                     mend()
                     connection.execute("COMMIT")
                 yield Damage(name, text, repair and mend is not None)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            yield Damage(name, f"cannot be read: {error}")
+            yield Damage(str(name), f"cannot be read: {error}")
 
 
 def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[str, Callable[[], object] | None]]:
@@ -2899,6 +2926,8 @@ def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[s
             f"its last seq {last_seq} is below that of its events, {seqs[1]}; a repair raises it",
             setting("last_seq", seqs[1]),
         )
+    for (seq,) in connection.execute("SELECT seq FROM events WHERE agent = ? AND NOT json_valid(text)", (agent,)):
+        yield f"event {seq} is no JSON object", None
     yield from _check_history(connection, agent)
     indexed = "SELECT count(DISTINCT item) FROM search_rows WHERE agent = ? AND store = ?"
     said = connection.execute(f"SELECT count(*) FROM messages WHERE agent = ? AND {_SEARCHABLE}", (agent,)).fetchone()[
@@ -3201,13 +3230,14 @@ class OpenAIModel:
                     async for data in events:
                         begun = True
                         patience.reschedule(loop.time() + self.endpoint.idle_timeout)
-                        if data == b"[DONE]":
+                        if data == b"[DONE]":  # read on to the end of the body: that keeps the connection for the next
                             reply.whole = True
-                            break
-                        reply.feed(self._chunk(data))
-                        yield
+                            patience.reschedule(loop.time() + END_PATIENCE)
+                        elif not reply.whole:
+                            reply.feed(self._chunk(data))
+                            yield
         except TimeoutError:
-            if reply.finish is not None:  # all was said; only the end of the stream is missing
+            if reply.whole or reply.finish is not None:  # all was said; only the end of the stream is missing
                 return
             waited = self.endpoint.idle_timeout if begun else FIRST_TOKEN_TIMEOUT
             raise ModelError(
@@ -8268,6 +8298,9 @@ class Follower:
             published = host.published
             rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id, up_to)
             for seq, text in rows:
+                if not _is_object(text):
+                    logger.error("agent %s: event %d is damaged; run memws.py check", host.agent.name, seq)
+                    text = damaged_event(seq)
                 kind, message_type = event_kind(text)
                 if self.session.wants(message_type):
                     await self.session.drained(self if lagging else None)
@@ -8408,7 +8441,7 @@ class AgentHost:
     def refuse(self, item: QueuedTurn, error: MemwsError) -> None:
         """Tell everybody who waits for a turn that it will not be."""
         for session, follower in item.followers.items():
-            session.marks.pop((self.agent.id, item.turn.turn_id), None)
+            session.own.pop((self.agent.id, item.turn.turn_id), None)
             session.send(refusal(follower.request_id, item.turn.turn_id, self.agent.name, error))
         if item.done is not None and not item.done.done():
             item.done.set_exception(error)
@@ -8479,10 +8512,12 @@ class AgentHost:
         """A start or terminal frame with the id that the session gave its message, if it is its sender."""
         if kind == "agent_response" or turn_id is None:
             return text
-        marks, key = follower.session.marks, (self.agent.id, turn_id)
-        request_id = marks.get(key) if follower.request_id is None else follower.request_id
+        own, key = follower.session.own, (self.agent.id, turn_id)
+        request_id = follower.request_id
+        if request_id is None and key in own:
+            request_id = own[key].request_id
         if kind in TERMINAL_TYPES:
-            marks.pop(key, None)
+            own.pop(key, None)
         return text if request_id is None else extend_json(text, id=request_id)
 
     async def edit(self, events: AsyncGenerator[Event, None]) -> list[Event]:
@@ -8494,6 +8529,8 @@ class AgentHost:
                     self.publish(event)
                     told.append(event)
         except StoreFailed:
+            if self.gone:
+                raise self.deleted() from None
             self.stale = True
             raise
         return told
@@ -8582,8 +8619,8 @@ class Session:
         "What ends with the connection: writing and replays. Answers that are being made go on."
         self.waiting = 0
         "Its messages that wait for their turns."
-        self.marks: dict[tuple[int, str], RequestId] = {}
-        "The ids of its messages, by agent and turn, until their terminal frames are sent."
+        self.own: dict[tuple[int, str], Follower] = {}
+        "The followers of its own turns, by agent and turn, until their terminal frames are sent."
         self.hosts: set[AgentHost] = set()
         "The agents whose events it may get."
         self._replays: dict[AgentHost, dict[asyncio.Task[None], bool]] = {}
@@ -8825,6 +8862,9 @@ class Session:
         turn_id = request.turn_id or new_turn_id()
         if request.turn_id is not None:
             stored = await self.hub.store.turn(host.agent.id, turn_id)
+            if stored is not None and not stored.over and host.stale and not host.busy:
+                await host.freshen()  # its end could not be stored then; it can be by now
+                stored = await self.hub.store.turn(host.agent.id, turn_id)
             known = host.find(turn_id) or stored  # looked for last: it may have begun meanwhile
             if known is not None:
                 self._follow_again(host, request, known)
@@ -8842,9 +8882,9 @@ class Session:
                 "queue_full", f"{len(host.waiting)} messages wait for agent {host.agent.name!r}; try again later"
             )
         item = QueuedTurn(Turn(turn_id, request.message), self)
-        item.followers[self] = Follower(self, host, host.published, turn_id=turn_id, request_id=request.id)
+        follower = Follower(self, host, host.published, turn_id=turn_id, request_id=request.id)
+        item.followers[self] = self.own[host.agent.id, turn_id] = follower
         self.hosts.add(host)
-        self.marks[host.agent.id, turn_id] = request.id
         host.user_spoke()
         if host.busy and request.when_busy == "queue" and self.wants("queue"):
             position = len(host.waiting) + 1
@@ -8867,9 +8907,8 @@ class Session:
         follower.live = False
         running = known if isinstance(known, QueuedTurn) else None
         if running is not None:
-            running.followers[self] = follower
+            running.followers[self] = self.own[host.agent.id, turn_id] = follower
             self.hosts.add(host)
-            self.marks[host.agent.id, turn_id] = request.id
         self._replay(host, lambda: self._replay_turn(host, follower, once=running is None), subscription=False)
 
     async def _replay_turn(self, host: AgentHost, follower: Follower, *, once: bool) -> None:
@@ -9114,12 +9153,14 @@ class Session:
 
     async def _subscribe(self, request: Subscribe) -> None:
         host = await self._host(request.agent_name)
+        if not host.busy:
+            await host.freshen()
         last_seq, after = host.published, request.after
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             raise Refused(
                 "unknown_seq", f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}", last_seq=last_seq
             )
-        self._stop_replays(host)
+        self._end_subscription(host, after)
         follower = host.subscribers[self] = Follower(self, host, last_seq if after is None else after)
         self.hosts.add(host)
         self.send(command_response(request, {"last_seq": last_seq}))
@@ -9129,15 +9170,23 @@ class Session:
 
     async def _unsubscribe(self, request: Unsubscribe) -> None:
         host = await self._host(request.agent_name)
-        self._stop_replays(host)
-        host.subscribers.pop(self, None)
+        self._end_subscription(host, None)
         self.send(command_response(request, {"last_seq": host.published}))
 
-    def _stop_replays(self, host: AgentHost) -> None:
-        """End the replays of a subscription that ends."""
+    def _end_subscription(self, host: AgentHost, after: int | None) -> None:
+        """End a subscription and its replays; own turns that were left to it are brought up by themselves, unless a new
+        subscription replays them, from `after` on."""
+        former = host.subscribers.pop(self, None)
         for task, subscription in list(self._replays.get(host, {}).items()):
             if subscription:
                 task.cancel()
+        if former is None or former.live or (after is not None and after <= former.cursor):
+            return
+        for (agent, turn_id), own in list(self.own.items()):
+            if agent == host.agent.id:
+                own.cursor, own.live = max(own.cursor, former.cursor), False
+                once = host.find(turn_id) is None
+                self._replay(host, functools.partial(own.catch_up, once=once), subscription=False)
 
     async def _wake(self, request: Wake) -> None:
         host = await self._host(request.agent_name)
@@ -9297,6 +9346,8 @@ class Hub:
         if host.busy:
             raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end, or cancel it")
         async with self._names, host.agent.lock:
+            if host.gone:
+                raise host.deleted()
             before = host.agent.name
             text = f"the agent is now {name!r}"
             (event,) = response_events("agent_change", text, turn_id=None, step=0, change="renamed", new_name=name)
@@ -9310,25 +9361,24 @@ class Hub:
 
     async def delete(self, host: AgentHost, *, force: bool, purge: bool) -> None:
         """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
+        if host.gone:
+            raise host.deleted()
         if host.busy and not force:
             raise Refused("busy", f"agent {host.agent.name!r} is in a turn; wait for its end, or send force true")
-        name = host.agent.name
         host.gone = True
         try:
             await host.stop_turns("cancelled", host.deleted())
             async with self._names, host.agent.lock:
-                (event,) = response_events(
-                    "agent_change", "the agent was deleted", turn_id=None, step=0, change="deleted"
-                )
+                text = "the agent was deleted"
+                (event,) = response_events("agent_change", text, turn_id=None, step=0, change="deleted")
                 await self.store.delete_agent(host.agent.id, event, purge)
+                host.publish(event)
+                host.close()
+                host.subscribers.clear()
+                del self._hosts[host.agent.name]
         except MemwsError:
             host.gone = False
             raise
-        async with self._names:
-            host.publish(event)
-            host.close()
-            host.subscribers.clear()
-            del self._hosts[name]
 
     async def purge_deleted(self, name: str) -> None:
         """Forget the agent that was deleted last under a name. Raises UnknownAgent."""
@@ -10507,7 +10557,7 @@ def check_command(db: str, repair: bool) -> int:
 
 def export_command(db: str, name: str) -> int:
     """Print an agent as JSON. Raises UsageError, UnknownAgent."""
-    with contextlib.closing(read_database(db)) as connection:
+    with contextlib.closing(read_database(db)) as connection, telling_damage(f"agent {quote(name)}"):
         print(encode_json(export_agent(connection, unicodedata.normalize("NFC", name))))
     return 0
 
