@@ -1900,6 +1900,33 @@ async def test_unsubscribing_ends_a_replay_and_nothing_else(online: Callable[...
             assert [frame["seq"] for frame in turn] == sorted({frame["seq"] for frame in turn})
 
 
+@pytest.mark.parametrize("command", ["subscribe", "unsubscribe"])
+async def test_a_sender_gets_its_turn_whatever_it_subscribes(
+    online: Callable[..., Server], endpoint: Endpoint, command: str
+) -> None:
+    """A turn that ends during its sender's replay reaches the sender, also where that replay is replaced or ended."""
+    server = online(context_window=100_000_000)
+    async with wire(server) as client:
+        await client.ok("create_agent", config={"name": "sam"})
+        await client.ok("subscribe")
+        endpoint.script(reply(LONG[:2_000_000], chunk=2_000_000, whole_arguments=True))
+        await client.turn("long")
+        async with wire(server, max_queue=1) as slow:
+            await slow.ok("load_agent", name="sam")
+            await hold(slow, endpoint, "hi", turn_id="t", id="mine")
+            await slow.send(type="command", command="subscribe", after=0)
+            await client.started()
+            await client.nothing_more()
+            endpoint.release()
+            await client.ended()
+            await slow.send(type="command", command=command, id="then")
+            frames = await slow.until(lambda frame: is_terminal(frame) and frame["turn_id"] == "t")
+            assert (frames[-1]["id"], frames[-1]["stop_reason"]) == ("mine", "done")
+            mine = [frame for frame in slow.frames if frame.get("turn_id") == "t"]
+            assert [said["message"] for said in of_kind(mine, "assistant_message")] == ["held"]
+            assert [frame["seq"] for frame in mine] == sorted({frame["seq"] for frame in mine})
+
+
 async def test_a_slow_replay_is_not_a_slow_reader(online: Callable[..., Server], endpoint: Endpoint) -> None:
     """A replay of far more than may wait goes at its reader's pace, and live events follow without a gap."""
     server = online(context_window=100_000_000)
@@ -2033,11 +2060,9 @@ class Visitor:
             waits[await client.request(command, agent_name=agent, **more)] = False
 
 
-async def observe(server: Server, agent: str) -> list[JSON]:
+async def observe(client: Wire) -> list[JSON]:
     """All stored events of an agent as they happen, up to the passage that says so."""
-    async with wire(server, "*") as client:
-        await client.ok("subscribe", agent_name=agent)
-        return [frame for frame in await client.until(lambda frame: frame.get("after") == "the end") if stored(frame)]
+    return [frame for frame in await client.until(lambda frame: frame.get("after") == "the end") if stored(frame)]
 
 
 def begun_turns(events: list[JSON]) -> set[str]:
@@ -2066,21 +2091,20 @@ async def test_many_clients_at_random(online: Callable[..., Server], endpoint: E
         return Reply("Well. ", calls=[edit] if number == 0 else [("send_message", {"message": "Hi"})], chunk=2 + number)
 
     endpoint.default = model
-    server = online()
+    server = online(rate_limit=0)
     agents, turns = ["ada", "sam"], dict[tuple[str, str], str]()
-    async with wire(server) as client:
-        for agent in agents:
-            await client.ok("create_agent", config={"name": agent})
-        observers = [asyncio.create_task(observe(server, agent)) for agent in agents]
-        while len(server.interface.clients) < 1 + len(agents):
-            await client.ok("hello")
+    async with wire(server) as client, wire(server, "*") as ada, wire(server, "*") as sam:
+        for observer, agent in zip((ada, sam), agents, strict=True):
+            await observer.ok("create_agent", config={"name": agent})
+            await observer.ok("subscribe")
+        watching = asyncio.gather(observe(ada), observe(sam))
         visitors = [Visitor(server, f"{seed} {number}", agents, turns) for number in range(4)]
         await asyncio.gather(*(visitor.visit(40) for visitor in visitors))
         while any(agent["state"] != "idle" for agent in (await client.ok("list_agents"))["agents"]):
             pass
         for agent in agents:
             await client.ok("insert_passage", agent_name=agent, text="the end")
-        seen = dict(zip(agents, await asyncio.gather(*observers), strict=True))
+        seen = dict(zip(agents, await watching, strict=True))
     server.stop()
     server = online()
     async with wire(server, "*") as client:
