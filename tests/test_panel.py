@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("ipywidgets")
+pytest.importorskip("hypothesis")
 
 import ipywidgets
 from endpoint import Endpoint, Reply
