@@ -2184,8 +2184,7 @@ class SqliteStore:
             raise StoreFailed("the database is closed")
         done: asyncio.Future[Any] = self._loop.create_future()
         self._jobs.put((job, done))
-        # The commit happens whether or not somebody still waits for it: no cancel may lose its outcome.
-        return cast(T, await asyncio.shield(done))
+        return cast(T, await done)  # the commit happens whether or not somebody still waits for it
 
     async def _read(self, job: Callable[[sqlite3.Connection], T]) -> T:
         """Run `job` on a reader's thread."""
@@ -5639,47 +5638,42 @@ class Agent:
             raise ModelError("context_overflow", too_small)
         if turn is not None:
             turn.compactions += 1
-        hidden = self.messages[:cut]
+        hidden, kept = self.messages[:cut], self.messages[cut:]
         gist = await self._summarize(turn, hidden)
         if turn is not None and turn.message is not None and hidden[-1].id > turn.before:
             gist += f"\n{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self.lock:
-            kept = self.messages[cut:]
-            smaller = gist
-            while True:
-                summary = pack(
-                    "system_alert",
-                    message=_SUMMARY_NOTE.format(hidden=hidden[-1].id, total=self.last_message, gist=smaller),
-                )
-                body = encode_json({"role": "user", "content": summary})
-                saved = sum(message.tokens for message in hidden) + estimate_tokens(self._summary_body) * bool(
-                    self._summary_body
-                )
-                if estimate_tokens(body) < saved:
-                    break
-                if not smaller:
-                    raise ModelError("context_overflow", too_small)
-                smaller = smaller[: len(smaller) // 2]
-            state = {**self.record.state, "cut": kept[0].id if kept else self.last_message + 1, "warned": False}
-            state |= {"summary": summary, "gist": smaller}
-            fixed = before - round(sum(message.tokens for message in self.messages) * self.model.ratio)
-            after = fixed + round((sum(message.tokens for message in kept) + estimate_tokens(body)) * self.model.ratio)
-            after -= round(estimate_tokens(self._summary_body) * self.model.ratio) if self._summary_body else 0
+            summary, gist, saved = self._fitting_summary(gist, hidden)
+            if saved <= 0:
+                raise ModelError("context_overflow", too_small)
             told = {
                 "messages_before": count,
                 "messages_after": len(kept),
                 "tokens_before": before,
-                "tokens_after": after,
+                "tokens_after": before - max(1, round(saved * self.model.ratio)),
             }
             text = f"{cut} messages became a summary"
             turn_id, step = (turn.turn_id, turn.step) if turn else (None, 0)
-            events = response_events("compaction", text, turn_id=turn_id, step=step, summary=smaller, **told)
-            changes = Changes(state=state, events=events)
-            await self._store(changes)
+            first = kept[0].id if kept else self.last_message + 1
+            state = {**self.record.state, "cut": first, "warned": False, "summary": summary, "gist": gist}
+            events = response_events("compaction", text, turn_id=turn_id, step=step, summary=gist, **told)
+            await self._store(Changes(state=state, events=events))
             self.messages = kept
             self._rebuild()
-            for event in changes.events:
+            for event in events:
                 yield event
+
+    def _fitting_summary(self, gist: str, hidden: Sequence[ChatMessage]) -> tuple[str, str, int]:
+        """(summary as packed, its words, tokens saved): the words are halved until they save something."""
+        replaced = sum(message.tokens for message in hidden)
+        replaced += estimate_tokens(self._summary_body) if self._summary_body else 0
+        while True:
+            note = _SUMMARY_NOTE.format(hidden=hidden[-1].id, total=self.last_message, gist=gist)
+            summary = pack("system_alert", message=note)
+            saved = replaced - estimate_tokens(encode_json({"role": "user", "content": summary}))
+            if saved > 0 or not gist:
+                return summary, gist, saved
+            gist = gist[: len(gist) // 2]
 
     def _cut_at(self, keep: float) -> int:
         """Where to cut: the index of the first message kept, never between a call and its result; 0: nowhere."""
