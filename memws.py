@@ -8728,6 +8728,9 @@ class Session:
         except Exception:  # a fault of ours is one request's trouble, not the connection's
             logger.exception("session %d: %s failed", self.number, request.kind)
             self._refuse(request, MemwsError("this failed for a reason of ours; the server's log has it"))
+        finally:
+            if self.closed:  # the client left while it was answered, and may have been made a follower since
+                self._unfollow()
 
     def _refuse(self, request: Request, error: MemwsError) -> None:
         if isinstance(request, UserMessage):
@@ -8822,6 +8825,10 @@ class Session:
         for future in (self._drained, self._room):
             if future is not None and not future.done():
                 future.set_result(None)
+        self._unfollow()
+
+    def _unfollow(self) -> None:
+        """Get no more events of any agent."""
         for host in self.hosts:
             host.subscribers.pop(self, None)
             for item in (host.current, *host.waiting):
