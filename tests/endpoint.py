@@ -14,6 +14,7 @@ requests.
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import http.client
 import itertools
@@ -507,9 +508,12 @@ class Endpoint:
         self._started.set()
         await self._stopping.wait()
         server.close()
-        for writer in self._connections.values():
-            writer.transport.abort()
-        await asyncio.gather(*self._connections)
+        for _ in range(5):  # what was accepted just now gets its task
+            await asyncio.sleep(0)
+        while self._connections:
+            for writer in self._connections.values():
+                writer.transport.abort()
+            await asyncio.wait(self._connections)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -521,8 +525,10 @@ class Endpoint:
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the client has left
         finally:
-            del self._connections[task]
             writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()  # else the loop could end before its transport does
+            del self._connections[task]
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request and its answer; whether the connection stays open."""
