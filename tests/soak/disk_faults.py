@@ -1,0 +1,308 @@
+"""Disks that fail and files that are damaged: python tests/soak/disk_faults.py [--seed N] [--count N]
+
+The count is that of byte flips, each in a fresh copy of a database, which is then served, talked to and checked. Before
+them each of the first 200 writes of a server fails once, with the file full, locked or read-only meanwhile.
+"""
+
+import asyncio
+import collections
+import contextlib
+import io
+import json
+import logging
+import random
+import re
+import resource
+import shutil
+import sqlite3
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from soaking import GONE, JSON, Soak, client, folder, run, soak_server
+
+# isort: split
+from commandline import Serving
+from test_kill import Place, bare, events_of, stored, users_messages, wal_size
+from wire import Wire
+
+import memws
+
+LEAK = re.compile(r'Traceback|File "|memws\.py|site-packages')
+TALK = "My name is Ada and I like otters. What is my name?"
+ERRORS = ["disk I/O error", "database or disk is full", "attempt to write a readonly database", "database is locked"]
+
+
+def look(soak: Soak, case: str, frame: JSON) -> JSON:
+    """A frame that a client got: no traceback, no failure that nobody foresaw."""
+    text = json.dumps(frame)
+    code = frame.get("code") or frame.get("error", {}).get("code")
+    if LEAK.search(text):
+        soak.fault("traceback to a client", f"{case}: {text[:500]}")
+    if code == "internal":
+        soak.fault("no clear error", f"{case}: {text[:500]}")
+    return frame
+
+
+# ---- writes that fail ------------------------------------------------------------------------------------------------
+
+
+async def failing_writes(soak: Soak, where: Path) -> None:
+    """Each of the first writes fails once; what was refused can be sent again, what was told is kept."""
+    plan = where / "plan.json"
+    told: dict[int, JSON] = {}
+    sent: dict[str, str] = {}
+    place = Place(where)
+    with soak_server(where, model="offline", sync="normal", fail={"plan": str(plan)}) as server:
+        async with client(server, "*") as wire:
+            for name in ("sam", "ada"):
+                await wire.ok("create_agent", config={"name": name})
+            for number in range(soak.part(200)):
+                text = soak.rng.choice(ERRORS)
+                fault = {"from": 1 + number % 40, "to": 2 + number % 40, "text": text, "undo": soak.rng.random() < 0.5}
+                plan.write_text(json.dumps(fault), "utf-8")
+                turn_id = f"turn {number}"
+                sent[turn_id] = f"{TALK} {number}"
+                case = f"write {fault['from']} fails, {text!r}, undo {fault['undo']}"
+                try:
+                    frames = await wire.turn(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                    frames.append(await wire.command("insert_passage", agent_name="sam", text=f"passage {number}"))
+                    frames.append(await wire.command("set_block", agent_name="sam", label="human", value=f"n {number}"))
+                    plan.unlink()
+                    frames += await wire.turn(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                    other = await wire.turn("Hello", agent_name="ada")
+                except TimeoutError:
+                    soak.fault("hang", case)
+                    return
+                for frame in frames:
+                    look(soak, case, frame)
+                for seq, frame in stored([f for f in frames if f.get("agent_name") == "sam"]).items():
+                    if told.setdefault(seq, frame) != frame:
+                        soak.fault("half-written", f"{case}: {told[seq]} {frame}")
+                if frames[-1].get("seq") is None:
+                    soak.fault("agent does not go on", f"{case}: {frames[-1]}")
+                if other[-1].get("stop_reason") != "done":
+                    soak.fault("other agent does not go on", f"{case}: {other[-1]}")
+                soak.step(0.5)
+            await compare(soak, wire, told, sent)
+        if server.end() != 0:
+            soak.fault("crash", server.log[-500:])
+    with soak.expect("half-written", "the database"):
+        place.check()
+
+
+async def compare(soak: Soak, wire: Wire, told: dict[int, JSON], sent: dict[str, str]) -> None:
+    """What is stored is what was told, each message once."""
+    try:
+        events = {frame["seq"]: bare(frame) for frame in await events_of(wire)}
+    except AssertionError as error:
+        soak.fault("half-written", f"gaps: {error!r:.200}")
+        return
+    for seq, frame in told.items():
+        if events.get(seq) != frame:
+            soak.fault("half-written", f"{seq}: {frame} {events.get(seq)}")
+    texts = await users_messages(wire, "sam")
+    for text in sent.values():
+        if texts.count(text) != 1:
+            soak.fault("half-written", f"{text!r} is there {texts.count(text)} times")
+    await wire.ok("unsubscribe", agent_name="sam")
+
+
+async def full_and_locked(soak: Soak, where: Path) -> None:
+    """The disk is full, or another program holds the database, at random moments of turns of two agents."""
+    place = Place(where)
+    told: dict[int, JSON] = {}
+    sent: dict[str, str] = {}
+    with soak_server(where, model="offline", sync="normal", constants={"BUSY_TIMEOUT": 0.3}) as server:
+        async with client(server, "*") as wire:
+            for number in range(soak.part(40)):
+                turn_id = f"disk {number}"
+                sent[turn_id] = f"{TALK} disk {number}"
+                fault = "full" if number % 2 else "locked"
+                try:
+                    mark = await wire.say(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                    await asyncio.sleep(soak.rng.random() * 0.02)
+                    with full_disk(server, where) if fault == "full" else locked_file(place.path):
+                        frames = await wire.until(lambda frame, mark=mark: is_end(frame, mark))
+                        frames.append(await wire.command("insert_passage", agent_name="ada", text="x"))
+                        reading = await wire.command("get_messages", agent_name="sam", limit=3)
+                    frames += await wire.turn(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                except TimeoutError:
+                    soak.fault("hang", f"the disk is {fault}, then the message is sent again: {wire.frames[-3:]}")
+                    break
+                if reading.get("ok") is not True:
+                    soak.fault("no reading meanwhile", reading)
+                for frame in frames:
+                    look(soak, turn_id, frame)
+                told |= stored([f for f in frames if f.get("agent_name") == "sam"])
+                if frames[-1].get("seq") is None:
+                    soak.fault("agent does not go on", frames[-1])
+            await compare(soak, wire, told, sent)
+        if server.end() != 0:
+            soak.fault("crash", server.log[-500:])
+    with soak.expect("half-written", "the database"):
+        place.check()
+
+
+def is_end(frame: JSON, mark: str) -> bool:
+    return frame.get("id") == mark and frame["type"] in ("agent_response_end", "agent_response_error")
+
+
+@contextlib.contextmanager
+def full_disk(server: Serving, where: Path) -> Iterator[None]:
+    """No file of the server can grow."""
+    pid = server.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (wal_size(where), limits[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
+@contextlib.contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Another program is writing."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
+        connection.execute("ROLLBACK")
+
+
+# ---- damaged files ---------------------------------------------------------------------------------------------------
+
+
+def last_lines() -> str:
+    """Where the exception that is handled came from, and what it says."""
+    lines = traceback.format_exc(limit=-2).splitlines()
+    return " | ".join(line.strip()[:150] for line in lines[1:] if "^" not in line)
+
+
+async def make_database(where: Path) -> Path:
+    """Three agents that have talked; one is deleted."""
+    with soak_server(where, model="offline", sync="normal") as server:
+        async with client(server) as wire:
+            for name in ("sam", "ada", "gone"):
+                await wire.ok("create_agent", config={"name": name})
+                for number in range(6):
+                    await wire.turn(f"{TALK} I have {number} cats.", agent_name=name)
+                    await wire.ok("insert_passage", agent_name=name, text=f"passage {number} of {name}")
+            await wire.ok("delete_agent", agent_name="gone")
+        server.end()
+    path = where / "memws.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    return path
+
+
+async def use(soak: Soak, case: str, server: memws.WebSocketServer) -> list[bool]:
+    """Ask for everything that two agents have, and talk to them; whether each went on."""
+    went_on = []
+    async with client(server, "*") as wire:
+        look(soak, case, await wire.command("list_agents"))
+        for name in ("sam", "ada"):
+            answers = [await wire.command("load_agent", name=name)]
+            for command, fields in (
+                ("get_agent", {}), ("get_messages", {}), ("search_memory", {"query": "otters"}), ("get_context", {}),
+                ("insert_passage", {"text": "new"}), ("set_block", {"label": "human", "value": "Ada"}),
+                ("subscribe", {"after": 0}), ("unsubscribe", {}), ("compact", {}),
+            ):  # fmt: skip
+                answers.append(await wire.command(command, agent_name=name, **fields))
+            answers += await wire.turn(TALK, agent_name=name)
+            for frame in answers:
+                look(soak, case, frame)
+            went_on.append(answers[-1].get("stop_reason") == "done")
+        look(soak, case, await wire.command("restore_agent", agent_name="gone"))
+        look(soak, case, await wire.command("create_agent", config={}))
+    return went_on
+
+
+def check(soak: Soak, case: str, path: Path, *flags: str) -> None:
+    """Whatever was damaged, check and export say so and do not fall over."""
+    for words in (["check", *flags], ["export", "sam"]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = memws.main([*words, "--db", str(path)])
+            except Exception:  # a traceback of the command line is what is looked for
+                soak.fault("check or export falls over", f"{words}: {last_lines()}")
+                continue
+        if status not in (0, 1, 2) or "Traceback" in err.getvalue():
+            soak.fault("check or export falls over", f"{case} {words}: {status} {err.getvalue()[-300:]}")
+
+
+def damage(rng: random.Random, original: Path, path: Path) -> list[int]:
+    """Make a copy with a few bytes flipped, one in ten of them in the header and the schema; where."""
+    for left in path.parent.glob(f"{path.name}*"):
+        left.unlink()
+    shutil.copy(original, path)
+    data = bytearray(path.read_bytes())
+    count = rng.choice([1, 1, 1, 2, 8])
+    places = [rng.randrange(4096 if rng.random() < 0.1 else len(data)) for _ in range(count)]
+    for place in places:
+        data[place] ^= 1 << rng.randrange(8) if rng.random() < 0.5 else rng.randrange(1, 256)
+    path.write_bytes(data)
+    return places
+
+
+async def flips(soak: Soak, where: Path) -> list[int]:
+    """Flip bytes of a copy, serve it, use it, check it; how often no, one, and both agents went on, and no start."""
+    original = await make_database(where)
+    told = [0, 0, 0, 0]
+    refused: collections.Counter[str] = collections.Counter()
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    logging.getLogger("memws").addHandler(handler)
+    logging.getLogger("memws").propagate = False
+    path = where / "copy.db"
+    for number in range(soak.count):
+        places = damage(random.Random(f"{soak.seed} flip {number}"), original, path)
+        case = f"flip {number} at {places[:4]}"
+        server = None
+        try:
+            check(soak, case, path)
+            async with asyncio.timeout(30):
+                server = memws.WebSocketServer("127.0.0.1", 0, db=str(path), model="offline", rate_limit=0)
+                await asyncio.to_thread(server.start)
+                told[sum(await use(soak, case, server))] += 1
+        except memws.UsageError as error:
+            told[3] += 1
+            refused[str(error).partition("(")[2][:40]] += 1
+        except TimeoutError:
+            soak.fault("hang", case)
+        except GONE as error:
+            soak.fault("connection closed", f"{case}: {error!r}")
+        except Exception:  # start, stop and check raise UsageError and nothing else
+            soak.fault("no clear error", f"{case}: {last_lines()}")
+        finally:
+            if server is not None:
+                await asyncio.to_thread(server.stop)
+        check(soak, case, path, "--repair")
+        soak.step()
+    soak.told("not served because", dict(refused.most_common(4)))
+    return told
+
+
+async def main() -> int:
+    soak = Soak("disks that fail and damaged files", 500)
+    soak.total(soak.count + soak.part(200) / 2)
+    with folder() as where:
+        await failing_writes(soak, where)
+        await full_and_locked(soak, where)
+    with folder() as where:
+        told = await flips(soak, where)
+    soak.none("hangs", "hang")
+    soak.none("crashes, connections closed", "crash", "connection closed")
+    soak.none("tracebacks to a client", "traceback to a client")
+    soak.none("failures without a clear error", "no clear error")
+    soak.none("half-written, lost or doubled", "half-written")
+    soak.none("agents that do not go on after a failed write", "agent does not go on", "other agent does not go on")
+    soak.none("reads refused while the disk is full or locked", "no reading meanwhile")
+    soak.none("check and export that fall over", "check or export falls over")
+    soak.told("writes that failed", f"{soak.part(200)}; full or locked {soak.part(40)} times")
+    soak.told("flips", f"both agents went on {told[2]}, one {told[1]}, none {told[0]}, not served {told[3]}")
+    return soak.finish()
+
+
+if __name__ == "__main__":
+    run(main)

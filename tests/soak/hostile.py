@@ -1,0 +1,448 @@
+"""Hostile frames and handshakes: python tests/soak/hostile.py [--seed N] [--count N]
+
+Eight clients send, on one server, requests that are nearly right, JSON that is none, bytes that are no WebSocket and
+handshakes that are no HTTP, while a healthy client talks to it.
+"""
+
+import asyncio
+import collections
+import contextlib
+import copy
+import json
+import random
+import re
+from typing import Any
+
+from soaking import GONE, JSON, Probe, Soak, descriptors, folder, memory, run, threads, until
+
+# isort: split
+from commandline import Serving
+from websockets.asyncio.client import ClientConnection, connect
+from wire import MAX_ERROR_BYTES, TERMINALS, check_event
+
+import memws
+
+TOKEN, KEY = "canary-token-7d1f", "sk-canary-key-93ab"
+LEAK = re.compile(rf'Traceback|File "|site-packages|/usr/lib|memws-soak-|memws\.py|\.py:\d|{TOKEN}|{KEY}')
+BATCH = 25
+WORKERS = 8
+NAMES = [f"agent{number}" for number in range(12)]
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for number in range(depth):
+        value = [value] if number % 2 else {"a": value}
+    return value
+
+
+TEXTS = [
+    "", " ", "x", "\x00", "a\x00b", "\ud800", "\udfff\ud800", "../../etc/passwd", "/etc/passwd", "C:\\con", "sam.json",
+    "'; DROP TABLE agents; --", '" OR 1=1', "foo AND", "nope:x", "*", "NEAR(", "a\"b", "-", "^", "()", "{{7*7}}",
+    "${jndi:ldap://127.0.0.1/}", "%s%n%x", "\x1b[31m\x1b]0;x\x07", "\r\nERROR forged", "<script>alert(1)</script>",
+    "\u202e\u2066", "\ufeff", "日本語", "e\u0301", "🦦" * 50, "null", "true", "NaN", "1e999", "__proto__",
+    "constructor", "__class__", "None", "a" * 129, "b" * 2_001, "c" * 65_537,
+]  # fmt: skip
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 7, 0.5, -0.0, 1e308, 2**31, 2**53, 2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**400,
+    [], {}, [None], [[]], {"": ""}, ["a", 1], [1] * 500, {str(n): n for n in range(300)}, nested(60), nested(70),
+    {"__class__": {"__init__": {}}}, {"$gt": ""}, [{}] * 20,
+]  # fmt: skip
+NUMBERS = ["NaN", "-Infinity", "1e999", "-1e999", "9" * 5_000, "1." + "0" * 400, "0x10", "01", "1_000", "+1"]
+COMMANDS: dict[str, JSON] = {
+    "create_agent": {"config": {"name": "agent1", "persona": "sam_pov", "human": "basic", "model": None,
+                                "context_window": 8000, "blocks": [{"label": "x", "value": "y", "limit": 50}],
+                                "max_steps": 5, "settings": {"temperature": 1}, "tools": ["send_message"]}},
+    "load_agent": {"name": "agent1"}, "hello": {"message_types": ["delta"]}, "list_agents": {"after": "", "limit": 5},
+    "get_agent": {}, "update_agent": {"config": {"max_steps": 3, "settings": {"seed": 1}}},
+    "rename_agent": {"new_name": "agent2"}, "delete_agent": {"force": True, "purge": True},
+    "restore_agent": {"new_name": "agent3"}, "get_messages": {"before": 3, "limit": 3},
+    "search_memory": {"query": "what do I like", "store": "all", "roles": ["user"], "from": "2024-01-01",
+                      "to": "2030-01-01", "page": 1, "limit": 3},
+    "get_context": {}, "get_request": {"turn_id": "t", "step": 1},
+    "set_block": {"label": "human", "value": "Name: Ada", "version": 1}, "insert_passage": {"text": "I like otters"},
+    "delete_passage": {"id": 1}, "cancel": {"turn_id": "t"}, "subscribe": {"after": 0}, "unsubscribe": {}, "wake": {},
+    "compact": {},
+}  # fmt: skip
+
+
+class Maker:
+    """Draws frames; each holds a fresh id, unless it is mutated away."""
+
+    def __init__(self, rng: random.Random, mark: str) -> None:
+        self.rng, self.mark, self.number = rng, mark, 0
+
+    def new_id(self) -> str:
+        self.number += 1
+        return f"{self.mark}-{self.number}"
+
+    def request(self) -> JSON:
+        """A request that is right."""
+        rng = self.rng
+        if rng.random() < 0.06:
+            frame: JSON = {"type": "user_message", "message": "I like otters. Do I?", "turn_id": self.new_id()}
+            frame["when_busy"] = rng.choice(["queue", "reject", "interrupt"])
+        else:
+            command = rng.choice(list(COMMANDS))
+            frame = {"type": "command", "command": command, **json.loads(json.dumps(COMMANDS[command]))}
+            if command in ("create_agent", "compact", "wake") and rng.random() < 0.7:
+                frame = frame | {"config": 5} if command == "create_agent" else frame | {"agent_name": "nobody"}
+            for name in ("new_name", "name"):
+                if name in frame:
+                    frame[name] = rng.choice(NAMES)
+            if isinstance(frame.get("config"), dict) and "name" in frame["config"]:
+                frame["config"]["name"] = rng.choice(NAMES)
+        if frame.get("command") not in ("hello", "list_agents", "create_agent") and rng.random() < 0.8:
+            frame.setdefault("agent_name", rng.choice(NAMES))
+        return {"id": self.new_id(), **frame}
+
+    def value(self) -> Any:
+        return self.rng.choice(TEXTS) if self.rng.random() < 0.5 else copy.deepcopy(self.rng.choice(VALUES))
+
+    def mutate(self, frame: JSON) -> None:
+        """Put one thing of a request wrong."""
+        rng = self.rng
+        place = frame
+        while True:
+            inner = [value for value in place.values() if isinstance(value, dict) and value]
+            if not inner or rng.random() < 0.4:
+                break
+            place = rng.choice(inner)
+        key = rng.choice(list(place))
+        kind = rng.randrange(6)
+        if kind == 0 and key != "name":  # an agent with a made-up name each time would fill the memory by right
+            del place[key]
+        elif kind == 1:
+            place[rng.choice(TEXTS)] = self.value()
+        elif kind == 2 and isinstance(place[key], str) and key != "turn_id":
+            place[key] = place[key] + rng.choice(TEXTS)
+        else:
+            place[key] = self.value()
+
+    def frame(self) -> str | bytes:
+        """A hostile frame."""
+        rng = self.rng
+        request = self.request()
+        for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
+            self.mutate(request)
+        if request.get("type") == "user_message" and not isinstance(request.get("turn_id"), str):
+            request.setdefault("turn_id", self.new_id())
+        if isinstance(request.get("config"), dict) and request["config"].get("name") is None:
+            request["config"]["name"] = rng.choice(NAMES)
+        text = json.dumps(request)
+        kind = rng.randrange(20)
+        if kind == 0:
+            text = text[: rng.randrange(len(text))]
+        elif kind == 1:
+            at = rng.randrange(len(text))
+            text = text[:at] + chr(rng.choice([0, 10, 34, 44, 58, 92, 123, 125, 91, 0x7F, 0x2028])) + text[at + 1 :]
+        elif kind == 2:
+            text = re.sub(r"(?<=: )(\d+|null|true|false)", lambda _: rng.choice(NUMBERS), text, count=1)
+        elif kind == 3:
+            text = rng.choice(["\ufeff", "﻿\n", "x", "[", "// c\n"]) + text
+        elif kind == 4:
+            text = text + rng.choice([",", "}", "{}", "\x00", " x", text])
+        elif kind == 5:
+            depth = rng.choice([65, 200, 5_000, 100_000])
+            text = rng.choice(["[" * depth, '{"a":' * depth, '{"type":"command","x":' + "[" * depth])
+        elif kind == 6:
+            text = text[:-1] + f', "id": "{self.new_id()}", "type": "command"}}' if text.endswith("}") else text
+        elif kind == 7:
+            return rng.choice([text.encode(), text.encode("utf-16"), rng.randbytes(rng.randrange(200)), b""])
+        elif kind == 8:
+            return json.dumps(self.value())
+        elif kind == 9 and rng.random() < 0.03:
+            text = json.dumps(request | {"pad": "p" * 900_000})
+        return text
+
+
+# ---- bytes and handshakes --------------------------------------------------------------------------------------------
+
+
+def violation(rng: random.Random) -> bytes:
+    """Bytes after the handshake that RFC 6455 does not allow."""
+    payload = rng.randbytes(rng.randrange(100))
+    head = rng.randrange(256), rng.choice([len(payload), 0x80 | len(payload)])
+    return rng.choice(
+        [
+            bytes(head) + payload,
+            b"\x81\x05hello",  # not masked
+            b"\xc1\x85\0\0\0\0hello",  # compressed, though nobody agreed
+            b"\x81\x85\0\0\0\0\xff\xfe\xfd\xfc\xfb",  # no UTF-8
+            b"\x81\xff" + (2**40).to_bytes(8) + b"\0\0\0\0",  # a terabyte
+            b"\x81\xff" + (2**63).to_bytes(8) + b"\0\0\0\0",
+            b"\x89\xfe\x00\x7e\0\0\0\0" + b"p" * 126,  # a ping that is too long
+            b"\x09\x80\0\0\0\0",  # a ping in pieces
+            b"\x80\x80\0\0\0\0",  # the end of nothing
+            b"\x88\x81\0\0\0\0\x03",  # a close with half a code
+            b"\x88\x82\0\0\0\0\x03\xed",  # a close with a code of nobody's
+            b"\x83\x80\0\0\0\0",
+            rng.randbytes(rng.randrange(1, 300)),
+        ]
+    )
+
+
+LINES = [
+    "GET", "GET /", "GET / HTTP/9.9", "\x00", "POST / HTTP/1.1", "G" * 9_000, "GET /" + "a" * 9_000 + " HTTP/1.1",
+    "GET http://[::1 HTTP/1.1", "PRI * HTTP/2.0", "GET / HTTP/1.1 x", " GET / HTTP/1.1", "OPTIONS * HTTP/1.1",
+]  # fmt: skip
+HOSTS = ["evil.example", "[::1", "127.0.0.1:99999", "", "a" * 8_000, "127.0.0.1@evil", "\xff", "localhost.evil.example"]
+ORIGINS = ["null", "http://[::1", "http://evil.example", "file://", "", "http://127.0.0.1.evil.example", "\xff\xfe"]
+BEARERS = ["Bearer", "Bearer x", f"Bearer {TOKEN}x", "Basic \xff", "bearer " + "t" * 3_000]
+
+
+def handshake(rng: random.Random, port: int) -> bytes:
+    """A request that is no handshake of ours: something in it is foreign, missing or broken."""
+    key = "dGhlIHNhbXBsZSBub25jZQ=="
+    headers = [
+        ("Host", f"127.0.0.1:{port}"), ("Upgrade", "websocket"), ("Connection", "Upgrade"),
+        ("Sec-WebSocket-Key", key), ("Sec-WebSocket-Version", "13"),
+    ]  # fmt: skip
+    line = "GET / HTTP/1.1"
+    kind = rng.randrange(12)
+    if kind == 0:
+        line = rng.choice(LINES)
+    elif kind == 1:
+        headers[0] = ("Host", rng.choice(HOSTS))
+    elif kind == 2:
+        headers.append(("Origin", rng.choice(ORIGINS)))
+    elif kind == 3:
+        headers.append(rng.choice(headers))
+    elif kind == 4:
+        del headers[rng.randrange(len(headers))]
+    elif kind == 5:
+        name, _ = headers[rng.randrange(len(headers))]
+        headers = [(n, rng.choice(["", "x", "\x00", "\t", "é", "0", "a,b,c"]) if n == name else v) for n, v in headers]
+    elif kind == 6:
+        headers += [(f"X-{number}", "y") for number in range(rng.choice([130, 500]))]
+    elif kind == 7:
+        headers.append(("X", "z" * rng.choice([8_000, 9_000, 70_000])))
+    elif kind == 8:
+        headers.append(("Content-Length", rng.choice(["5", "-1", "x", "9" * 30])))
+    elif kind == 9:
+        headers.append(("Transfer-Encoding", "chunked"))
+    elif kind == 10:
+        headers.append(("Authorization", rng.choice(BEARERS)))
+    else:
+        return rng.randbytes(rng.randrange(1, 2_000)) + b"\r\n\r\n"
+    text = line + "\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
+    return text.encode("latin-1", "replace")
+
+
+class Attack:
+    """What all clients share."""
+
+    def __init__(self, soak: Soak, server: Serving) -> None:
+        self.soak, self.server = soak, server
+        self.answers = 0
+        self.largest = 0
+        self.statuses: dict[str, int] = {}
+
+    def read(self, text: str | bytes) -> JSON:
+        """A reply, looked at."""
+        soak = self.soak
+        self.answers += 1
+        if not isinstance(text, str):
+            soak.fault("not strict JSON", "binary")
+            return {}
+        if found := LEAK.search(text):
+            soak.fault("leak in a reply", f"{found[0]!r} in {text[:300]}")
+        try:
+            frame: JSON = memws.decode_json(text)
+            if self.answers % 20 == 0:
+                check_event(text)
+        except Exception as error:  # pytest.fail raises a class of its own; whatever it is, the frame is wrong
+            soak.fault("not strict JSON", f"{text[:300]} ({error!r:.200})")
+            return {}
+        if frame["type"] in ("server_error", "agent_response_error") or frame.get("ok") is False:
+            size = len(text.encode())
+            if frame.get("error", {}).get("code") != "conflict":
+                self.largest = max(self.largest, size)
+                if size > MAX_ERROR_BYTES:
+                    soak.fault("reply over 4 KiB", f"{size} bytes: {text[:300]}")
+            if frame.get("code") == "internal" or frame.get("error", {}).get("code") == "internal":
+                soak.fault("internal error", text[:300])
+        return frame
+
+    def connection(self) -> connect:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return connect(self.server.url, additional_headers=headers, compression=None, max_size=None, max_queue=None,
+                       ping_interval=None, close_timeout=2)  # fmt: skip
+
+    async def wake_readers(self) -> None:
+        """Have the server make all the threads and descriptors that it keeps."""
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(self.connection()) for _ in range(WORKERS)]
+            ask = json.dumps({"type": "command", "command": "get_messages", "agent_name": "healthy-probe"})
+            for _ in range(20):
+                await asyncio.gather(*(each.send(ask) for each in clients for _ in range(20)))
+                for each in clients:
+                    for _ in range(20):
+                        await each.recv()
+
+    async def frames(self, maker: Maker, cases: int) -> None:
+        """Send so many hostile frames on one connection, in batches; each is answered exactly once."""
+        async with self.connection() as websocket:
+            while cases > 0:
+                batch = [maker.frame() for _ in range(min(cases, BATCH))]
+                cases -= len(batch)
+                if not await self.batch(websocket, batch, maker.new_id()):
+                    return
+                self.soak.step(len(batch))
+
+    async def batch(self, websocket: ClientConnection, batch: list[str | bytes], mark: str) -> bool:
+        """Send frames, and read until all are answered; whether the connection can go on."""
+        soak = self.soak
+        marks = [marks_of(text) for text in batch]
+        ids = collections.Counter(known for known, _ in marks if known is not None)
+        turns = {turn for _, turn in marks if turn is not None}
+        sent = json.dumps({"type": "command", "command": "hello", "id": mark})
+        answers: collections.Counter[Any] = collections.Counter()
+        try:
+            for text in batch:
+                await websocket.send(text)
+            await websocket.send(sent)
+            marked = False
+            async with asyncio.timeout(30):
+                while not marked or answers.total() < len(batch):
+                    frame = self.read(await websocket.recv())
+                    known, kind = frame.get("id"), frame.get("type")
+                    if known == mark:
+                        marked = True
+                    elif kind in ("server_error", "command_response") or (kind in TERMINALS and known in ids):
+                        answers[known] += 1
+                    elif kind in TERMINALS and known is None and frame.get("turn_id") in turns:
+                        turns.discard(frame["turn_id"])
+                        answers[None] += 1
+        except TimeoutError:
+            left = [text[:300] for text, (known, _) in zip(batch, marks, strict=True) if not answers[known]]
+            anonymous = [text[:250] for text, (known, _) in zip(batch, marks, strict=True) if known is None]
+            nameless = f"{answers[None]} of {len(anonymous)} without id: {anonymous}"
+            soak.fault("unanswered", f"{len(batch) - answers.total()} of {len(batch)}: {left[:3]} ({nameless})")
+            return False
+        except GONE as error:
+            soak.fault("connection closed", f"{websocket.close_code} {websocket.close_reason} {error!r}")
+            return False
+        for known, count in answers.items():
+            if known is not None and count > ids[known]:
+                mine = [text[:200] for text, (mark, _) in zip(batch, marks, strict=True) if mark == known]
+                soak.fault("answered twice", f"{count} answers: {mine}")
+        return True
+
+    async def violations(self, rng: random.Random, cases: int) -> None:
+        """Break the WebSocket protocol; each time the connection is closed with a code of the protocol's."""
+        for _ in range(cases):
+            data = violation(rng)
+            async with self.connection() as websocket:
+                websocket.transport.write(data)
+                websocket.transport.write_eof()
+                with contextlib.suppress(*GONE):
+                    async with asyncio.timeout(15):
+                        while True:
+                            self.read(await websocket.recv())
+            if websocket.close_code == 1011:
+                self.soak.fault("closed with 1011", data)
+            self.soak.step()
+
+    async def handshakes(self, rng: random.Random, cases: int) -> None:
+        """Knock with requests that are wrong; none gets in, none is answered with a failure of the server's."""
+        for _ in range(cases):
+            data = handshake(rng, self.server.port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
+            reply = b""
+            with contextlib.suppress(ConnectionError, TimeoutError):
+                writer.write(data)
+                async with asyncio.timeout(15):
+                    while b"\r\n\r\n" not in reply and (more := await reader.read(65_536)):
+                        reply += more
+            writer.close()
+            status = reply.split(b" ", 2)[1].decode() if reply.startswith(b"HTTP/1.1 ") else "closed"
+            self.statuses[status] = self.statuses.get(status, 0) + 1
+            if status == "101" or status.startswith("5"):
+                self.soak.fault("let in" if status == "101" else "answered 5xx", data[:300])
+            if len(reply) > MAX_ERROR_BYTES or LEAK.search(reply.decode("latin-1")):
+                self.soak.fault("leak in a reply", reply[:300])
+            self.soak.step()
+
+    async def work(self, rng: random.Random, mark: str, cases: int) -> None:
+        """One client: frames for the most part, on a few connections, one after another."""
+        maker = Maker(rng, mark)
+        while cases > 0:
+            part = min(cases, 1_000)
+            cases -= part
+            frames, broken = round(part * 0.9), round(part * 0.03)
+            await self.frames(maker, frames)
+            await self.violations(rng, broken)
+            await self.handshakes(rng, part - frames - broken)
+
+
+def marks_of(text: str | bytes) -> tuple[Any, str | None]:
+    """The id and, of a user's message, the turn_id that an answer to this frame may have."""
+    with contextlib.suppress(ValueError, RecursionError):
+        frame = json.loads(text) if isinstance(text, str) else None
+        if isinstance(frame, dict):
+            request_id, turn_id = frame.get("id"), frame.get("turn_id")
+            mine = frame.get("type") == "user_message" and isinstance(turn_id, str)
+            return request_id if type(request_id) in (str, int) else None, turn_id if mine else None
+    return None, None
+
+
+async def main() -> int:
+    soak = Soak("hostile frames and handshakes", 100_000)
+    with folder() as where:
+        flags = ("--host", "127.0.0.1", "--model", "offline", "--rate-limit", "0", "--sync", "normal")
+        flags += ("--token", TOKEN, "--log-level", "debug")
+        variables = {"OPENAI_API_KEY": KEY}
+        with Serving(*flags, cwd=where, variables=variables) as server:
+            pid = server.process.pid
+            attack = Attack(soak, server)
+
+            async def wave(name: str, cases: int) -> None:
+                shares = [cases // WORKERS + (number < cases % WORKERS) for number in range(WORKERS)]
+                rngs = [random.Random(f"{soak.seed} {name} {number}") for number in range(WORKERS)]
+                async with asyncio.TaskGroup() as group:
+                    for number, (rng, share) in enumerate(zip(rngs, shares, strict=True)):
+                        group.create_task(attack.work(rng, f"{name}{number}", share))
+
+            with Probe(server.url, token=TOKEN) as probe:
+                warm = max(soak.count // 10, min(1_000, soak.count // 2))
+                await wave("w", warm)
+                await attack.wake_readers()
+                before = memory(pid), descriptors(pid), threads(pid)
+                await wave("h", soak.count - warm)
+                await until(lambda: descriptors(pid) <= before[1] and threads(pid) <= before[2], 5)
+                after = memory(pid), descriptors(pid), threads(pid)
+            if server.process.poll() is not None:
+                soak.fault("crash", server.process.returncode)
+            status = server.end()
+        if status:
+            soak.fault("crash", f"exit status {status}")
+        for part in server.log.split("Traceback")[1:]:
+            soak.fault("leak in the log", f"Traceback{part[:1_500]}")
+        for line in server.log.splitlines():
+            if (found := LEAK.search(line)) and not line.startswith("    "):  # the lines of a traceback are indented
+                soak.fault("leak in the log", f"{found[0]!r} in {line[:200]}")
+    soak.none("crashes", "crash")
+    soak.none("connections closed for a frame, or with 1011", "connection closed", "closed with 1011")
+    soak.none("unanswered, or answered twice", "unanswered", "answered twice")
+    soak.none("replies over 4 KiB", "reply over 4 KiB")
+    soak.none("replies that are no strict JSON of the protocol", "not strict JSON")
+    soak.none("answers with the code internal", "internal error")
+    soak.none("handshakes let in, or answered 5xx", "let in", "answered 5xx")
+    soak.none("file paths, tracebacks, secrets in replies", "leak in a reply")
+    soak.none("file paths, tracebacks, secrets in the log", "leak in the log")
+    probe.judge(soak)
+    soak.most("memory growth, MiB", after[0] - before[0], 16)
+    spare = max(0, 2 + memws.READERS - before[2])  # readers are made when they are first needed, each with a connection
+    soak.most("threads more than at the start", after[2] - before[2], spare)
+    soak.most("descriptors more than at the start", after[1] - before[1], 3 * spare)
+    soak.told("replies", f"{attack.answers:,}, the largest error {attack.largest:,} bytes; memory {after[0]:.0f} MiB")
+    soak.told("handshakes", dict(sorted(attack.statuses.items())))
+    return soak.finish()
+
+
+if __name__ == "__main__":
+    run(main)
