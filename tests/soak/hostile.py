@@ -156,7 +156,8 @@ class Maker:
             return json.dumps(self.value())
         elif kind == 9 and rng.random() < 0.03:
             text = json.dumps(request | {"pad": "p" * 900_000})
-        return text
+        nameless = '"type": "user_message"' in text and marks_of(text) == (None, None)
+        return f"{text}x" if nameless else text  # an answer that nobody could tell from others is no case for us
 
 
 # ---- bytes and handshakes --------------------------------------------------------------------------------------------
@@ -272,11 +273,18 @@ class Attack:
         return connect(self.server.url, additional_headers=headers, compression=None, max_size=None, max_queue=None,
                        ping_interval=None, close_timeout=2)  # fmt: skip
 
-    async def wake_readers(self) -> None:
-        """Have the server make all the threads and descriptors that it keeps."""
+    async def wake(self) -> None:
+        """Have the server make all the threads and descriptors that it keeps, and import what it imports late."""
         async with contextlib.AsyncExitStack() as stack:
             clients = [await stack.enter_async_context(self.connection()) for _ in range(WORKERS)]
             ask = json.dumps({"type": "command", "command": "get_messages", "agent_name": "healthy-probe"})
+            for frame in (
+                {"type": "command", "command": "create_agent", "config": {"name": "needs-a-model", "model": "x"}},
+                {"type": "user_message", "message": "Hello"},
+            ):
+                await clients[0].send(json.dumps(frame))
+            while self.read(await clients[0].recv())["type"] not in TERMINALS:
+                pass
             for _ in range(20):
                 await asyncio.gather(*(each.send(ask) for each in clients for _ in range(20)))
                 for each in clients:
@@ -395,7 +403,7 @@ async def main() -> int:
     with folder() as where:
         flags = ("--host", "127.0.0.1", "--model", "offline", "--rate-limit", "0", "--sync", "normal")
         flags += ("--token", TOKEN, "--log-level", "debug")
-        variables = {"OPENAI_API_KEY": KEY}
+        variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}  # where nobody answers
         with Serving(*flags, cwd=where, variables=variables) as server:
             pid = server.process.pid
             attack = Attack(soak, server)
@@ -410,7 +418,7 @@ async def main() -> int:
             with Probe(server.url, token=TOKEN) as probe:
                 warm = max(soak.count // 10, min(1_000, soak.count // 2))
                 await wave("w", warm)
-                await attack.wake_readers()
+                await attack.wake()
                 before = memory(pid), descriptors(pid), threads(pid)
                 await wave("h", soak.count - warm)
                 await until(lambda: descriptors(pid) <= before[1] and threads(pid) <= before[2], 5)

@@ -107,7 +107,7 @@ async def check_plain_turn(soak: Soak, wire: Wire, agent: str, case: str) -> Non
     """The agent takes a turn without a fault, and answers."""
     turn = await wire.turn(f"plain {case}", agent_name=agent)
     replies = [frame["message"] for frame in turn if frame.get("message_type") == "assistant_message"]
-    if turn[-1].get("stop_reason") != "done" or replies != ["Hello!"]:
+    if turn[-1].get("stop_reason") != "done" or set(replies) != {"Hello!"}:  # twice beside a warning of the window
         soak.fault("the next plain turn failed", f"{case}: {turn[-1]}, {replies}")
 
 

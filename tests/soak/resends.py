@@ -124,7 +124,7 @@ class Agent:
                         over = True
                         self.slowest.append(time.monotonic() - begin)
             end = next(frame for frame in frames if is_terminal(frame))
-            if end.get("stop_reason") not in ("cancelled", "done") and end.get("code") != "cancelled":
+            if end.get("stop_reason") not in ("cancelled", "done", "max_steps") and end.get("code") != "cancelled":
                 self.soak.fault("cancel not understood", end)
             self.keep(frames)
             if "seq" in end:

@@ -207,6 +207,17 @@ def threads(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
+class SoakServer(Serving):
+    """A server process; one that does not start says why."""
+
+    def __enter__(self) -> "SoakServer":
+        super().__enter__()
+        if not self.url:
+            self.wait()
+            raise RuntimeError(f"the server did not start: {self.log}")
+        return self
+
+
 def soak_server(
     where: Path,
     *,
@@ -214,11 +225,11 @@ def soak_server(
     desk: int | None = None,
     fail: JSON | None = None,
     **options: Any,
-) -> Serving:
+) -> SoakServer:
     """A server process with `constants` of memws set, the tools of a desk, and writes that fail as `fail` says."""
     options = {"host": "127.0.0.1", "port": 0, "db": str(where / "memws.db"), "rate_limit": 0, **options}
     told = {"options": options, "constants": constants or {}, "desk": desk, "fail": fail}
-    return Serving(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(told)})
+    return SoakServer(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(told)})
 
 
 @contextlib.asynccontextmanager
@@ -255,8 +266,10 @@ class Desk:
         self.came = asyncio.Condition()
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(writer):
             question = (await reader.readline()).decode().strip()
+            if not question:  # cancelled before it had asked
+                return
             async with self.came:
                 self.calls[question] += 1
                 self.came.notify_all()
@@ -266,7 +279,6 @@ class Desk:
             if not leaving.done():
                 writer.write(f"asked {question}\n".encode())
             leaving.cancel()
-        writer.close()
 
 
 @contextlib.asynccontextmanager
