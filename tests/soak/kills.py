@@ -1,0 +1,190 @@
+"""Servers killed: python tests/soak/kills.py [--seed N] [--count N]
+
+kill -9 at random points under eight clients that talk, keep passages and send again what they do not know to be done;
+replies stream and tools work meanwhile. What was acknowledged is compared with what the next server has.
+"""
+
+import asyncio
+import contextlib
+import random
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+from soaking import GONE, JSON, Soak, client, desk, every, folder, run, soak_server
+
+# isort: split
+from commandline import Serving
+from endpoint import Endpoint
+from resends import Model
+from test_kill import Place, bare, events_of, users_messages
+from wire import Wire, is_terminal
+
+AGENTS = ["sam", "ada", "bob", "eve"]
+CLIENTS = 8
+
+
+class Log:
+    """What one client sent and was told."""
+
+    def __init__(self, number: int, agent: str) -> None:
+        self.number, self.agent = number, agent
+        self.turns: dict[str, str] = {}
+        self.started: set[str] = set()
+        "Acknowledged: their start came."
+        self.over: set[str] = set()
+        self.kept: dict[str, bool] = {}
+        self.told: dict[int, JSON] = {}
+
+    def read(self, frame: JSON, soak: Soak) -> None:
+        if frame["type"] == "agent_response_start":
+            self.started.add(frame["turn_id"])
+        if is_terminal(frame) and "seq" in frame:
+            self.over.add(frame["turn_id"])
+        if "seq" in frame:
+            known = self.told.setdefault(frame["seq"], bare(frame))
+            if known != bare(frame):
+                soak.fault("told otherwise", f"{known} {frame}")
+
+    async def talk(self, wire: Wire, soak: Soak) -> None:
+        """Send until the connection is gone."""
+        while True:
+            turn_id = next((each for each in self.turns if each not in self.over), None)
+            if turn_id is None:
+                turn_id = f"{self.number}-{len(self.turns)}"
+                self.turns[turn_id] = f"message {turn_id}"
+            await self.finish(wire, turn_id, soak)
+            text = f"passage{self.number}x{len(self.kept)}"
+            self.kept[text] = False
+            await wire.ok("insert_passage", agent_name=self.agent, text=text)
+            self.kept[text] = True
+
+    async def finish(self, wire: Wire, turn_id: str, soak: Soak) -> None:
+        """Send a message, for the first time or again, and read to its end."""
+        await wire.say(self.turns[turn_id], agent_name=self.agent, turn_id=turn_id)
+        while True:
+            frame = await wire.receive()
+            self.read(frame, soak)
+            if is_terminal(frame):
+                return
+
+
+def compare_file(soak: Soak, path: Path, logs: list[Log]) -> None:
+    """Right after a kill, before any server repairs: each acknowledged message is there once, each passage too."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        if (line := connection.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
+            soak.fault("integrity", line)
+        sql = "SELECT a.name, m.turn_id, count(*) FROM messages m JOIN agents a ON a.id = m.agent WHERE m.role = 'user'"
+        sql += " AND m.text LIKE 'message %' GROUP BY 1, 2"
+        stored = {(name, turn_id): count for name, turn_id, count in connection.execute(sql)}
+        sql = "SELECT text, count(*) FROM passages WHERE text LIKE 'passage%' GROUP BY 1"
+        passages = dict(connection.execute(sql).fetchall())
+    for log in logs:
+        for turn_id in log.started:
+            if (log.agent, turn_id) not in stored:
+                soak.fault("lost", f"{log.agent} {turn_id}")
+        for text, acknowledged in log.kept.items():
+            if acknowledged and text not in passages:
+                soak.fault("lost", text)
+    for what, count in [*stored.items(), *passages.items()]:
+        if count != 1:
+            soak.fault("doubled", f"{what}: {count}")
+
+
+async def session(soak: Soak, log: Log, server: Serving) -> None:
+    with contextlib.suppress(*GONE):
+        async with client(server, "*") as wire:
+            await log.talk(wire, soak)
+
+
+async def compare(soak: Soak, server: Serving, logs: list[Log]) -> None:
+    """At the end everything is finished, and all that was told is there."""
+    async with client(server, "*") as wire:
+        for log in logs:
+            for turn_id in [each for each in log.turns if each not in log.over]:
+                await log.finish(wire, turn_id, soak)
+        for name in AGENTS:
+            mine = [log for log in logs if log.agent == name]
+            try:
+                events = {frame["seq"]: bare(frame) for frame in await events_of(wire, name)}
+            except AssertionError as error:
+                soak.fault("doubled", f"gaps: {error!r:.300}")
+                continue
+            for log in mine:
+                for seq, frame in log.told.items():
+                    if events.get(seq) != frame:
+                        soak.fault("told otherwise", f"{name} {seq}: {frame} {events.get(seq)}")
+            sent = sorted(turn_id for log in mine for turn_id in log.turns)
+            for kind in ("agent_response_start", "end"):
+                found = [f["turn_id"] for f in events.values() if (f["type"] == kind or (kind == "end" and is_terminal(f)))]
+                if sorted(found) != sent:
+                    soak.fault("doubled", f"{name}: {kind}s of {len(found)} turns, {len(sent)} were sent")
+            texts = sorted(await users_messages(wire, name))
+            if texts != sorted(text for log in mine for text in log.turns.values()):
+                soak.fault("lost", f"{name}: {len(texts)} messages of {len(sent)}")
+
+
+async def main() -> int:
+    soak = Soak("kill -9 under eight clients", 200)
+    slowest = 0.0
+    logs = [Log(number, AGENTS[number % len(AGENTS)]) for number in range(CLIENTS)]
+    with folder() as where, Endpoint() as endpoint:
+        endpoint.default = Model(soak.seed)
+        async with desk() as (opened, port):
+            opened.answers = lambda question: 0.2 * random.Random(question).random()
+            options: JSON = {"model": "test-model", "api_key": "sk-x", "base_url": endpoint.url, "desk": port}
+            with soak_server(where, **options) as server:
+                async with client(server) as wire:
+                    for name in AGENTS:
+                        config = {"name": name, "tools": ["ask", "ask_later"], "context_window": 16_000}
+                        await wire.ok("create_agent", config=config)
+                server.end()
+            for _ in range(soak.count):
+                begin = time.monotonic()
+                with soak_server(where, **options) as server:
+                    async with client(server) as wire:
+                        await wire.ok("list_agents")
+                        slowest = max(slowest, time.monotonic() - begin)
+                        for name in AGENTS:
+                            if not (loaded := await wire.command("load_agent", name=name))["ok"]:
+                                soak.fault("not loaded", f"{name}: {loaded}")
+                    sessions = [asyncio.create_task(session(soak, log, server)) for log in logs]
+                    await asyncio.sleep(0.05 + soak.rng.random() * 0.8)
+                    server.process.send_signal(signal.SIGKILL)
+                    await asyncio.to_thread(server.wait)
+                    await asyncio.gather(*sessions)
+                    if "Traceback" in server.log:
+                        soak.fault("crash", server.log.partition("Traceback")[2][-500:])
+                compare_file(soak, where / "memws.db", logs)
+                soak.step()
+            with soak_server(where, **options) as server:
+                await every([compare(soak, server, logs)], 1)
+                if server.end() != 0:
+                    soak.fault("crash", server.log[-500:])
+            for question, calls in opened.calls.items():
+                if calls > 1:
+                    soak.fault("a tool called twice", question)
+        with soak.expect("integrity", "the database"):
+            Place(where).check()
+        for refusal in endpoint.refusals:
+            soak.fault("a poisoned request", refusal)
+    soak.none("acknowledged messages and passages lost", "lost")
+    soak.none("doubled", "doubled")
+    soak.none("agents that do not load", "not loaded")
+    soak.none("integrity_check", "integrity")
+    soak.none("events told otherwise later", "told otherwise")
+    soak.none("tools called twice, poisoned requests", "a tool called twice", "a poisoned request")
+    soak.none("crashes and tracebacks", "crash")
+    soak.most("slowest restart, s, from the start of Python to an answer", slowest, 2.0)
+    turns = sum(len(log.turns) for log in logs)
+    soak.told("turns", f"{turns:,}, of them interrupted {sum(interrupted(log) for log in logs):,}; tools {len(opened.calls):,}")
+    return soak.finish()
+
+
+def interrupted(log: Log) -> int:
+    return sum(frame.get("stop_reason") == "interrupted" for frame in log.told.values())
+
+
+if __name__ == "__main__":
+    run(main)
