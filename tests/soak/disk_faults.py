@@ -28,6 +28,7 @@ from wire import Wire
 
 import memws
 
+WHAT, COUNT = "disks that fail and damaged files", 500
 LEAK = re.compile(r'Traceback|File "|memws\.py|site-packages')
 TALK = "My name is Ada and I like otters. What is my name?"
 ERRORS = ["disk I/O error", "database or disk is full", "attempt to write a readonly database", "database is locked"]
@@ -283,8 +284,7 @@ async def flips(soak: Soak, where: Path) -> list[int]:
     return told
 
 
-async def main() -> int:
-    soak = Soak("disks that fail and damaged files", 500)
+async def main(soak: Soak) -> None:
     soak.total(soak.count + soak.part(200) / 2)
     with folder() as where:
         await failing_writes(soak, where)
@@ -301,8 +301,7 @@ async def main() -> int:
     soak.none("check and export that fall over", "check or export falls over")
     soak.told("writes that failed", f"{soak.part(200)}; full or locked {soak.part(40)} times")
     soak.told("flips", f"both agents went on {told[2]}, one {told[1]}, none {told[0]}, not served {told[3]}")
-    return soak.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, WHAT, COUNT)

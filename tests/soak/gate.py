@@ -12,10 +12,11 @@ from soaking import Soak, folder, run
 # isort: split
 from commandline import Serving
 
+WHAT, COUNT = "foreign Origins, foreign Hosts, wrong tokens", 10_000
 TOKEN = "canary-token-7d1f"
 KEY = "dGhlIHNhbXBsZSBub25jZQ=="
 AT_ONCE = 8
-WORDS = ["evil", "localhost", "127.0.0.1", "example", "memws", "0", "[::1]", "[::1", "xn--80ak6aa92e", "local.host", "ö"]
+WORDS = "evil localhost 127.0.0.1 example memws 0 [::1] [::1 xn--80ak6aa92e local.host ö".split()  # noqa: SIM905 (words)
 ENDS = ["com", "example", "localhost", "local", "nip.io", "127.0.0.1", "invalid", ""]
 
 
@@ -26,7 +27,7 @@ def foreign_host(rng: random.Random, port: int) -> str:
         [
             f"127.0.0.1@{name}", f"{name}@127.0.0.1", f"127.0.0.1 {name}", f"127.0.0.1,{name}", f"127.0.0.1#{name}",
             f"localhost:{port}:{port}", "127.0.0.1:99999", "127.0.0.1:-1", "127.0.0.1:port", "[::1", "[::1]]", "::1",
-            "0.0.0.0", "127.1", "2130706433", "0x7f000001", "127.0.0.2.nip.io", "localhost.", "[::ffff:127.0.0.1]",
+            "0.0.0.0", "127.1", "2130706433", "0x7f000001", "127.0.0.2.nip.io", "localhost.", "[::ffff:127.0.0.1]",  # noqa: S104
             f"169.254.169.254:{port}", f"192.168.1.{rng.randrange(256)}", f"[fe80::{rng.randrange(9)}]", "", " ",
             "\x00", "\xff\xfe", "a" * rng.randrange(300, 7_000), f"LOCALHOST.{name}", "localhost%00.evil.example",
         ]
@@ -51,16 +52,18 @@ def wrong_token(rng: random.Random) -> list[tuple[str, str]]:
     """Headers, or a path, with a token that is not ours."""
     token = rng.choice(
         [
-            TOKEN[:-1], TOKEN + "x", TOKEN.upper(), TOKEN[::-1], "", " ", "x" * rng.randrange(1, 4_000), "null", "\xff",
-            "\x01", "%00" + TOKEN, TOKEN + "%00", TOKEN.replace("-", "%2d%2d"), f'"{TOKEN}"', f"{TOKEN},x", f"x {TOKEN}",
+            TOKEN[:-1], TOKEN + "x", TOKEN.upper(), TOKEN[::-1], "", " ", "x" * rng.randrange(1, 4_000), "null",
+            "\xff", "\x01", "%00" + TOKEN, TOKEN + "%00", TOKEN.replace("-", "%2d%2d"), f'"{TOKEN}"', f"{TOKEN},x",
+            f"x {TOKEN}",
         ]
     )  # fmt: skip
     return rng.choice(
         [
             [], [("Authorization", f"Bearer {token}")], [("Authorization", f"Basic {TOKEN}")],
             [("Authorization", f"bearer\t{token}x")], [("Sec-WebSocket-Protocol", f"memws, {token}x")],
-            [("Sec-WebSocket-Protocol", TOKEN)], [("Sec-WebSocket-Protocol", f"x, {TOKEN}")], [("Cookie", f"token={TOKEN}")],
-            [("path", f"/?token={token}x")], [("path", f"/?TOKEN={TOKEN}")], [("path", f"/{TOKEN}")],
+            [("Sec-WebSocket-Protocol", TOKEN)], [("Sec-WebSocket-Protocol", f"x, {TOKEN}")],
+            [("Cookie", f"token={TOKEN}")], [("path", f"/?token={token}x")], [("path", f"/?TOKEN={TOKEN}")],
+            [("path", f"/{TOKEN}")],
             [("path", f"/?token=x&tokens={TOKEN}")], [("path", f"/#token={TOKEN}")],
         ]
     )  # fmt: skip
@@ -88,6 +91,8 @@ class Door:
                 while b"\r\n\r\n" not in reply and (more := await reader.read(65_536)):
                     reply += more
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
         return reply.split(b" ", 2)[1].decode() if reply.startswith(b"HTTP/1.1 ") else "closed"
 
     async def refused(self, what: str, headers: list[tuple[str, str]], **options: str) -> None:
@@ -105,8 +110,7 @@ class Door:
         self.soak.step()
 
 
-async def main() -> int:
-    soak = Soak("foreign Origins, foreign Hosts, wrong tokens", 10_000)
+async def main(soak: Soak) -> None:
     tokens = soak.part(2_000)
     soak.total(2 * soak.count + tokens)
     flags = ("--host", "127.0.0.1", "--model", "offline", "--db", ":memory:", "--log-level", "debug")
@@ -153,10 +157,9 @@ async def main() -> int:
     soak.none("answered 5xx", "answered 5xx")
     soak.none("not answered, or the right ones refused", "no answer")
     soak.none("crashes, tracebacks, tokens in the log", "crash", "in the log")
-    soak.told("knocks", f"{soak.count:,} Origins, {soak.count:,} Hosts (half with an Origin that agrees), {tokens:,} tokens")
+    soak.told("knocks", f"{soak.count:,} Origins, {soak.count:,} Hosts, half with an Origin; {tokens:,} tokens")
     soak.told("statuses", statuses)
-    return soak.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, WHAT, COUNT)

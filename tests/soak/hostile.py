@@ -22,6 +22,7 @@ from wire import MAX_ERROR_BYTES, TERMINALS, check_event
 
 import memws
 
+WHAT, COUNT = "hostile frames and handshakes", 100_000
 TOKEN, KEY = "canary-token-7d1f", "sk-canary-key-93ab"
 LEAK = re.compile(rf'Traceback|File "|site-packages|/usr/lib|memws-soak-|memws\.py|\.py:\d|{TOKEN}|{KEY}')
 BATCH = 25
@@ -398,8 +399,7 @@ def marks_of(text: str | bytes) -> tuple[Any, str | None]:
     return None, None
 
 
-async def main() -> int:
-    soak = Soak("hostile frames and handshakes", 100_000)
+async def main(soak: Soak) -> None:
     with folder() as where:
         flags = ("--host", "127.0.0.1", "--model", "offline", "--rate-limit", "0", "--sync", "normal")
         flags += ("--token", TOKEN, "--log-level", "debug")
@@ -449,8 +449,7 @@ async def main() -> int:
     soak.most("descriptors more than at the start", after[1] - before[1], 3 * spare)
     soak.told("replies", f"{attack.answers:,}, the largest error {attack.largest:,} bytes; memory {after[0]:.0f} MiB")
     soak.told("handshakes", dict(sorted(attack.statuses.items())))
-    return soak.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, WHAT, COUNT)

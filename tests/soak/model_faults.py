@@ -21,6 +21,7 @@ from agents import packed
 from endpoint import Body, Endpoint, Reply, greet
 from wire import Wire, is_terminal
 
+WHAT, COUNT = "faults of the model, and kills in mid-tool", 1_000
 AGENTS = 12
 KILLED_AGENTS = 4
 MAX_STEPS = 8
@@ -238,8 +239,7 @@ async def reached(opened: Desk, questions: set[str]) -> None:
         await opened.came.wait_for(lambda: all(opened.calls[question] for question in questions))
 
 
-async def main() -> int:
-    soak = Soak("faults of the model, and kills in mid-tool", 1_000)
+async def main(soak: Soak) -> None:
     soak.total(soak.count + 10 * soak.part(100))
     told: collections.Counter[str] = collections.Counter()
     with folder() as where, Endpoint() as endpoint:
@@ -258,8 +258,7 @@ async def main() -> int:
     soak.none("crashes and tracebacks", "crash", "a traceback in the log")
     soak.told("kills in mid-tool", f"{soak.part(100)} servers, {KILLED_AGENTS * soak.part(100)} turns")
     soak.told("model calls", f"{requests:,}; ends {json.dumps(dict(told.most_common()))}")
-    return soak.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, WHAT, COUNT)

@@ -19,9 +19,10 @@ from test_kill import Place
 
 import memws
 
+WHAT, COUNT = "SIGTERM and SIGINT under load", 100
 
-async def main() -> int:
-    soak = Soak("SIGTERM and SIGINT under load", 100)
+
+async def main(soak: Soak) -> None:
     slowest = 0.0
     logs = [Log(number, AGENTS[number % len(AGENTS)]) for number in range(CLIENTS)]
     with folder() as where, Endpoint() as endpoint:
@@ -63,15 +64,14 @@ async def main() -> int:
         for refusal in endpoint.refusals:
             soak.fault("a poisoned request", refusal)
     soak.none("exit status other than 0", "exit status")
-    soak.most("slowest end, s: the grace period and 1 s", slowest, memws.STOP_GRACE + 1)
+    soak.within("slowest end, s: the grace period and 1 s", slowest, memws.STOP_GRACE + 1)
     soak.none("acknowledged messages and passages lost", "lost")
     soak.none("doubled, or told otherwise later", "doubled", "told otherwise")
     soak.none("agents left to be repaired at the next load", "left to repair")
     soak.none("integrity_check", "integrity")
     soak.none("poisoned requests, tracebacks", "a poisoned request", "traceback")
     soak.told("turns", f"{sum(len(log.turns) for log in logs):,}")
-    return soak.finish()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, WHAT, COUNT)

@@ -1,10 +1,12 @@
 """What the soak scripts share: a run with its arguments, progress and figures; servers of our own; a healthy client.
 
-    soak = Soak("what is measured", 1_000)
-    ...  soak.step(), soak.fault("lost", "what was lost"), soak.rng
-    soak.none("messages lost", "lost")
-    soak.most("slowest answer, s", slowest, 1.0)
-    sys.exit(soak.finish())
+    async def main(soak: Soak) -> None:
+        ...  soak.step(), soak.fault("lost", "what was lost"), soak.rng
+        soak.none("messages lost", "lost")
+        soak.within("slowest answer, s", slowest, 1.0)
+
+    if __name__ == "__main__":
+        run(main, "what is measured", 1_000)
 
 Linux only: memory, descriptors and threads are read in /proc. `python soaking.py serve` and `python soaking.py probe`
 are the processes that the scripts start.
@@ -51,15 +53,14 @@ GONE = (ConnectionClosed, InvalidHandshake, OSError)
 class Soak:
     """One run: its seed and count, its progress on standard error, its figures on standard output."""
 
-    def __init__(self, what: str, count: int) -> None:
-        parser = argparse.ArgumentParser(description=what)
-        parser.add_argument("--seed", type=int, default=1, help="what the run draws at random from (1)")
-        parser.add_argument("--count", type=int, default=count, help=f"how many cases; the figure asks for {count:,}")
-        given = parser.parse_args()
-        self.what, self.seed, self.count, self.full = what, given.seed, given.count, count
-        self.rng = random.Random(self.seed)
+    def __init__(self, what: str, full: int, count: int | None = None, seed: int = 1) -> None:
+        self.what, self.seed, self.full = what, seed, full
+        self.count = full if count is None else count
+        self.rng = random.Random(seed)
         self.faults: dict[str, list[str]] = collections.defaultdict(list)
         self.notes: list[str] = []
+        self.missed: list[str] = []
+        "Figures that are missed, but for times, which depend on what else the machine does."
         self._figures: list[tuple[str, str, str, bool]] = []
         self._started = time.monotonic()
         self._done = self._shown = 0.0
@@ -102,16 +103,26 @@ class Soak:
 
     def none(self, what: str, *kinds: str) -> None:
         """A figure: no fault of these kinds."""
-        count = sum(len(self.faults[kind]) for kind in kinds)
-        self._figures.append((what, f"{count:,}", "0", count == 0))
+        faults = [f"{kind}: {fault}" for kind in kinds for fault in self.faults[kind]]
+        self._figures.append((what, f"{len(faults):,}", "0", not faults))
+        if faults:
+            self.missed.append(f"{what}: {len(faults)}, such as {faults[0]}")
 
     def most(self, what: str, value: float, limit: float) -> None:
         """A figure: a value that is at most `limit`."""
+        self.within(what, value, limit)
+        if value > limit:
+            self.missed.append(f"{what}: {value:,.4g}, at most {limit:,.4g}")
+
+    def within(self, what: str, value: float, limit: float) -> None:
+        """A figure: a time that is at most `limit`."""
         self._figures.append((what, f"{value:,.4g}", f"<= {limit:,.4g}", value <= limit))
 
     def least(self, what: str, value: float, limit: float) -> None:
         """A figure: a value that is at least `limit`."""
         self._figures.append((what, f"{value:,.4g}", f">= {limit:,.4g}", value >= limit))
+        if value < limit:
+            self.missed.append(f"{what}: {value:,.4g}, at least {limit:,.4g}")
 
     def told(self, what: str, value: object) -> None:
         """A line of the summary that asks for nothing."""
@@ -157,9 +168,15 @@ def folder() -> Iterator[Path]:
         yield Path(path)
 
 
-def run(main: Callable[[], Coroutine[Any, Any, int]]) -> None:
-    """Run a script."""
-    sys.exit(asyncio.run(main()))
+def run(main: Callable[[Soak], Coroutine[Any, Any, None]], what: str, full: int) -> None:
+    """Run a script; its exit status is 1 when a figure is missed."""
+    parser = argparse.ArgumentParser(description=what)
+    parser.add_argument("--seed", type=int, default=1, help="what the run draws at random from (1)")
+    parser.add_argument("--count", type=int, default=full, help=f"how many cases; the figure asks for {full:,}")
+    given = parser.parse_args()
+    soak = Soak(what, full, given.count, given.seed)
+    asyncio.run(main(soak))
+    sys.exit(soak.finish())
 
 
 async def every(jobs: list[Coroutine[Any, Any, None]], at_once: int) -> None:
@@ -317,8 +334,8 @@ class Probe:
         if self.error:
             soak.fault("healthy client failed", self.error)
         soak.none("healthy client failed", "healthy client failed")
-        soak.most("healthy client's p99, ms", 1000 * percentile(self.times, 0.99), 100)
-        soak.most("healthy client's slowest answer, ms", 1000 * max(self.times, default=9.0), 1000)
+        soak.within("healthy client's p99, ms", 1000 * percentile(self.times, 0.99), 100)
+        soak.within("healthy client's slowest answer, ms", 1000 * max(self.times, default=9.0), 1000)
         soak.told("healthy client's answers", f"{len(self.times):,}")
 
 
