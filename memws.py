@@ -91,7 +91,17 @@ import unicodedata
 import urllib.parse
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)  # fmt: skip
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast, overload
@@ -246,6 +256,22 @@ MIN_REPLY_TOKENS: Final = 512
 "A context window must leave this much beside the prompt and full blocks."
 SEARCH_PAGE: Final = 10
 "Results of one page of the search tools; MemGPT's five lose a tenth of the evidence."
+
+# Embeddings.
+EMBEDDING_BATCH: Final = 16
+"Texts in one call of an embedding model, of which one runs at a time."
+EMBEDDING_PATIENCE: Final = 3.0
+"Seconds that a search waits for the query's vector before words alone decide."
+EMBEDDING_PAUSE: Final = 60.0
+"Seconds without a call after one that failed."
+EMBEDDING_RECENT: Final = 100
+"Vectors of queries that are kept for the next page or the same question."
+EMBEDDING_TOLD: Final = 64
+"Texts to embed, from which on the agent's subscribers are told of the progress."
+EMBEDDING_INTERVAL: Final = 2.0
+"Seconds between two events of that progress."
+KEPT_SEARCHES: Final = 16
+"Searches of one connection whose pages do not change while messages arrive."
 
 CONTEXT_WINDOWS: Final = {
     OFFLINE: 32_768,
@@ -1129,8 +1155,13 @@ MESSAGE_TYPES: Final[dict[str, EventType]] = {
     "correction": EventType("a model's output or a stored agent that had to be mended, and how", {"what": _STRING}),
     "queue": EventType("a message waits for its turn", {"position": _INTEGER}, live=True),
     "agent_change": EventType(
-        "the agent was renamed, updated or deleted",
-        {"change": {"enum": ["renamed", "updated", "deleted"]}, "new_name": _STRING},
+        "the agent was renamed, updated or deleted; or how much of its memory is embedded by now",
+        {
+            "change": {"enum": ["renamed", "updated", "deleted", "embedding"]},
+            "new_name": _STRING,
+            "done": _INTEGER,
+            "total": _INTEGER,
+        },
     ),
 }
 
@@ -1593,6 +1624,13 @@ def slices(text: str) -> tuple[list[str], int]:
     return [text[a:b] for a, b in itertools.pairwise(cuts)], len(starts)
 
 
+NEAR, NEAR_PLACE = 0.5, 20
+"""Reciprocal rank fusion (Cormack et al. 2009): what a place by vectors counts of one by words, how soon both fade."""
+NEAR_BESIDE = 0.35
+"""What the likeness of a turn beside counts for a turn, where vectors rank."""
+VECTOR_BLOCK = 4_096
+"""Vectors that a search has in memory at once."""
+
 _PLACE, _SLICE = 28, 10  # bits of a doc: agent, one bit of store, place, slice
 _APART = 8  # places between turns that lend each other no words; more than the reach of CONTEXT
 
@@ -1656,6 +1694,58 @@ def score_row(row: _Row, docs: dict[str, set[int]], weights: dict[str, float], l
     if row.store == "archival":
         return score
     return score * math.pow(min(1.0, TURN_WORDS / max(1, row.words)), PRIOR) * (1 - ASKING * row.asking)
+
+
+def fuse(by_words: list[tuple[int, float]], near: list[int]) -> list[tuple[int, float]]:
+    """(doc, score) by the places in both rankings; what vectors alone find comes in among the rest."""
+    scores: dict[int, float] = {}
+    docs: dict[int, int] = {}
+    for weight, ranking in ((1.0, [doc for doc, _ in by_words[:CANDIDATES]]), (NEAR, near)):
+        for place, doc in enumerate(ranking, 1):
+            message = doc >> _SLICE
+            docs.setdefault(message, doc)
+            scores[message] = scores.get(message, 0.0) + weight / (NEAR_PLACE + place)
+    order = sorted(scores, key=lambda message: scores[message], reverse=True)
+    rest = [(doc, score) for doc, score in by_words[CANDIDATES:] if doc >> _SLICE not in scores]
+    return [(docs[message], scores[message]) for message in order] + rest
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+MISSING_NUMPY: Final = "embeddings need the numpy package: pip install numpy"
+
+
+class Near(NamedTuple):
+    """A query's vector, and the model that made it: only vectors of the same kind are compared with it."""
+
+    model: str
+    vector: bytes
+
+
+def import_numpy() -> Any:
+    """The numpy package. Raises UsageError where it is missing."""
+    try:
+        import numpy
+    except ImportError as error:
+        raise UsageError(MISSING_NUMPY) from error
+    return numpy
+
+
+def pack_vector(values: Sequence[float]) -> bytes:
+    """A vector of length 1, as 16-bit floats. Raises ValueError for one without a direction."""
+    numpy = import_numpy()
+    vector = numpy.asarray(values, numpy.float32)
+    length = float(numpy.linalg.norm(vector))
+    if vector.ndim != 1 or not 0 < length < math.inf:
+        raise ValueError("no vector")
+    return bytes((vector / length).astype(numpy.float16).tobytes())
+
+
+def unnamed(query: str, names: Iterable[str]) -> str:
+    """The query without names: vectors draw a name to the turns that mention it, not to what its owner said."""
+    parts = [re.escape(part) for name in names for part in name.split() if len(part) > 1]
+    pattern = rf"\b(?:{'|'.join(parts)})(?:['\u2019]s)?\b" if parts else "(?!)"
+    return re.sub(pattern, " ", query, flags=re.IGNORECASE).strip() or query
 
 
 # ======================================================================================================================
@@ -1798,8 +1888,21 @@ class Store(Protocol):
         limit: int,
         offset: int,
         up_to: tuple[int, int] | None = None,
+        near: Near | None = None,
     ) -> tuple[list[Found], int]:
         """The best matches from `offset` on, and how many there are in all; nothing above the ids `up_to`."""
+
+    async def without_vector(self, agent: int, model: str, dimension: int | None, after: tuple[int, int]) -> list[int]:
+        """What of the agent's memory has no vector of that model, above the message and the passage `after`.
+
+        The numbers are for the two methods that follow; the oldest come first. dimension None: any.
+        """
+
+    async def texts_to_embed(self, numbers: Sequence[int]) -> list[tuple[int, str]]:
+        """(number, text) of what is still there."""
+
+    async def keep_vectors(self, model: str, vectors: Sequence[tuple[int, bytes]]) -> None:
+        """Store (number, vector)."""
 
     async def close(self) -> None:
         """Finish what is queued and let go of the files."""
@@ -1819,10 +1922,15 @@ CREATE TABLE IF NOT EXISTS search_rows (
 );
 CREATE INDEX IF NOT EXISTS search_items ON search_rows (agent, store, item, role);
 CREATE INDEX IF NOT EXISTS search_times ON search_rows (agent, store, time);
-CREATE VIRTUAL TABLE IF NOT EXISTS search_text
-    USING fts5 (terms, content = '', columnsize = 0, detail = none, tokenize = "ascii tokenchars '_'");
-CREATE VIRTUAL TABLE IF NOT EXISTS search_counts USING fts5vocab (search_text, row);
 """
+
+VECTOR_SCHEMA = """
+CREATE TABLE search_vectors (
+    doc INTEGER PRIMARY KEY, model TEXT NOT NULL, dimension INTEGER NOT NULL,
+    vector BLOB NOT NULL);    -- of length 1, 16-bit floats
+"""
+
+Embed = Callable[[list[str]], Iterable[Sequence[float]]]
 
 _STORES = ("recall", "archival")
 _STORE_OF = {"u": "recall", "a": "recall", "x": "recall", "p": "archival"}
@@ -1832,10 +1940,22 @@ def _kind(store: str, role: str) -> str:
     return "p" if store == "archival" else {"user": "u", "assistant": "a"}.get(role, "x")
 
 
-def _keys(agent: int, store: str, role: str, terms: str) -> str:
-    """The terms as they stand in search_text: of one agent and one kind of row."""
+def _keys(agent: int, store: str, role: str, terms: str) -> list[str]:
+    """The terms as the postings know them: of one agent and one kind of row."""
     kind = _kind(store, role)
-    return " ".join(f"{agent}_{term}_{kind}" for term in terms.split())
+    return [f"{agent}_{term}_{kind}" for term in terms.split()]
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All of what is inside, or nothing."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
 
 
 def _seconds_between(earlier: str, later: str) -> float:
@@ -1857,17 +1977,131 @@ class _Scope(NamedTuple):
     def wants(self, kind: str) -> bool:
         return self.roles is None or kind in {_kind("recall", role) for role in self.roles}
 
+    @property
+    def role_test(self) -> str:
+        """The SQL of it, for `roles` as values."""
+        return "" if self.roles is None else f" AND role IN ({', '.join('?' * len(self.roles))})"
+
+
+class Postings:
+    """Which rows hold a term, in FTS5: compressed, without the terms themselves, which `search_rows` keeps."""
+
+    VERSION = 2
+    "Of what is indexed and how; an agent whose memory was indexed by another one is indexed anew at the opening."
+    SCHEMA = """
+        CREATE VIRTUAL TABLE IF NOT EXISTS search_text
+            USING fts5 (terms, content = '', columnsize = 0, detail = none, tokenize = "ascii tokenchars '_'");
+        CREATE VIRTUAL TABLE IF NOT EXISTS search_counts USING fts5vocab (search_text, row);
+        SELECT term FROM search_counts LIMIT 1;
+    """
+    COUNTS = "SELECT term, doc FROM search_counts WHERE term > ? AND term < ?"
+
+    def clear(self, connection: sqlite3.Connection) -> None:
+        connection.execute("INSERT INTO search_text (search_text) VALUES ('delete-all')")
+
+    def add(self, connection: sqlite3.Connection, doc: int, keys: list[str]) -> None:
+        connection.execute("INSERT INTO search_text (rowid, terms) VALUES (?, ?)", (doc, " ".join(keys)))
+
+    def remove(self, connection: sqlite3.Connection, doc: int, keys: list[str]) -> None:
+        """Take a row out; its keys have to be those it was added with."""
+        sql = "INSERT INTO search_text (search_text, rowid, terms) VALUES ('delete', ?, ?)"
+        connection.execute(sql, (doc, " ".join(keys)))
+
+    def docs(self, connection: sqlite3.Connection, key: str, low: int, high: int, most: int) -> set[int]:
+        """The rows from `low` to `high` that hold the key, the newest `most`."""
+        sql = """SELECT rowid FROM search_text WHERE search_text MATCH ? AND rowid BETWEEN ? AND ?
+            ORDER BY rowid DESC LIMIT ?"""
+        return {row[0] for row in connection.execute(sql, (f'"{key}"', low, high, most))}
+
+
+class PlainPostings(Postings):
+    """The same in a table, for an SQLite that was built without FTS5: larger and slower."""
+
+    VERSION = -Postings.VERSION
+    SCHEMA = """CREATE TABLE IF NOT EXISTS search_terms (
+        term TEXT NOT NULL, doc INTEGER NOT NULL, PRIMARY KEY (term, doc)) WITHOUT ROWID;"""
+    COUNTS = "SELECT term, count(*) FROM search_terms WHERE term > ? AND term < ? GROUP BY term"
+
+    def clear(self, connection: sqlite3.Connection) -> None:
+        connection.execute("DELETE FROM search_terms")
+
+    def add(self, connection: sqlite3.Connection, doc: int, keys: list[str]) -> None:
+        rows = [(key, doc) for key in keys]
+        connection.executemany("INSERT OR IGNORE INTO search_terms VALUES (?, ?)", rows)
+
+    def remove(self, connection: sqlite3.Connection, doc: int, keys: list[str]) -> None:
+        rows = [(key, doc) for key in keys]
+        connection.executemany("DELETE FROM search_terms WHERE term = ? AND doc = ?", rows)
+
+    def docs(self, connection: sqlite3.Connection, key: str, low: int, high: int, most: int) -> set[int]:
+        sql = "SELECT doc FROM search_terms WHERE term = ? AND doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?"
+        return {row[0] for row in connection.execute(sql, (key, low, high, most))}
+
 
 class SearchIndex:
     """The search index of recall and archival memory: every agent, one ranking for both stores.
 
-    FTS5 holds which rows a term is in; the ranking is above, in section 4. A term stands in `search_text` as
+    Postings say which rows a term is in; the ranking is above, in section 4. A term stands in them as
     agent_term_kind, kind being u (user), a (assistant), x (another role) or p (archival): a search reads and counts
     the rows of its own agent only, however many others there are. A row's id, its doc, is made of agent (24 bits),
     store, place and slice. Turns of a session that lend each other words have places side by side, others stand
     `_APART`: the turns around a turn are found by arithmetic and their words stored once. Stateless: any thread may
     search with its own connection.
     """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        """Make the postings' tables where they are missing, in FTS5 where this SQLite has it."""
+        self._postings = Postings()
+        try:
+            connection.executescript(Postings.SCHEMA)
+        except sqlite3.OperationalError as error:
+            if "no such module" not in str(error):
+                raise
+            self._postings = PlainPostings()
+            connection.executescript(PlainPostings.SCHEMA)
+        self.version = self._postings.VERSION
+
+    def refresh(self, connection: sqlite3.Connection) -> None:
+        """Index anew, agent by agent, what another version of memws indexed, and log how far it is."""
+        sql = "SELECT id, name, search_version FROM agents WHERE search_version <> ?"
+        outdated = connection.execute(sql, (self.version,)).fetchall()
+        if any(version == -self.version for _, _, version in outdated):  # an SQLite without FTS5 had it, or has it now
+            with transaction(connection):
+                self._postings.clear(connection)
+                connection.execute("UPDATE agents SET search_version = 0")
+            outdated = connection.execute(sql, (self.version,)).fetchall()
+        told = time.monotonic()
+
+        def progress(where: str, done: int, total: int) -> None:
+            nonlocal told
+            if time.monotonic() > told + 1:
+                told = time.monotonic()
+                logger.info("indexing memory for search anew: %s, %d of %d texts", where, done, total)
+
+        for number, (agent, name, _) in enumerate(outdated, 1):
+            where = f"agent {name} ({number} of {len(outdated)})"
+            with transaction(connection):
+                self.index_agent(connection, agent, functools.partial(progress, where))
+
+    def index_agent(
+        self,
+        connection: sqlite3.Connection,
+        agent: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        """Index an agent's memory anew; `progress` is called with the texts done and their total after each."""
+        self.drop_agent(connection, agent)
+        messages = f"""SELECT 'recall', id, role, time, coalesce(said, text) FROM messages
+            WHERE agent = ? AND {_SEARCHABLE} ORDER BY id"""
+        passages = "SELECT 'archival', id, '', time, text FROM passages WHERE agent = ? ORDER BY id"
+        total = sum(
+            connection.execute(f"SELECT count(*) FROM ({sql})", (agent,)).fetchone()[0] for sql in (messages, passages)
+        )
+        rows = itertools.chain(*(connection.execute(sql, (agent,)) for sql in (messages, passages)))
+        for done, (store, item, role, time_, text) in enumerate(rows, 1):
+            self.add(connection, agent, store, item, role, time_, text)
+            progress(done, total)
+        connection.execute("UPDATE agents SET search_version = ? WHERE id = ?", (self.version, agent))
 
     def add(self, connection: sqlite3.Connection, agent: int, store: str, item: int, role: str, time: str, text: str,
             joined: bool | None = None) -> None:  # fmt: skip
@@ -1896,9 +2130,7 @@ class SearchIndex:
                 "INSERT INTO search_rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (doc, agent, store, item, role, time, words, asks, asked, terms, part),
             )
-            connection.execute(
-                "INSERT INTO search_text (rowid, terms) VALUES (?, ?)", (doc, _keys(agent, store, role, terms))
-            )
+            self._postings.add(connection, doc, _keys(agent, store, role, terms))
 
     def remove(self, connection: sqlite3.Connection, agent: int, store: str, item: int) -> None:
         """Take one message or passage out of the index; unknown: nothing."""
@@ -1911,22 +2143,21 @@ class SearchIndex:
     def _remove(self, connection: sqlite3.Connection, where: str, values: tuple[object, ...]) -> None:
         rows = connection.execute(f"SELECT doc, agent, store, role, terms FROM search_rows WHERE {where}", values)
         for doc, agent, store, role, terms in rows:
-            connection.execute(
-                "INSERT INTO search_text (search_text, rowid, terms) VALUES ('delete', ?, ?)",
-                (doc, _keys(agent, store, role, terms)),
-            )
+            self._postings.remove(connection, doc, _keys(agent, store, role, terms))
+            connection.execute("DELETE FROM search_vectors WHERE doc = ?", (doc,))
         connection.execute(f"DELETE FROM search_rows WHERE {where}", values)
 
     def search(self, connection: sqlite3.Connection, agent: int, query: str, stores: tuple[str, ...] = _STORES,
                roles: tuple[str, ...] | None = None, since: str | None = None, until: str | None = None,
-               limit: int = 10, offset: int = 0, up_to: tuple[int, int] | None = None
+               limit: int = 10, offset: int = 0, up_to: tuple[int, int] | None = None, near: Near | None = None
                ) -> tuple[list[Hit], int]:  # fmt: skip
         """The hits from `offset` on, best first and newest first on ties, and the number of all.
 
         roles: of messages; where given, passages are left out. since, until: times as stored, the first included, the
-        second not. up_to: what `cursor` gave at the first page, so that pages stay the same while messages arrive. An
-        empty query gives the newest; words the index does not know are looked for as they stand. The number of all
-        counts among the POSTINGS rows that were read.
+        second not. up_to: the last message and passage there were at the first page, so that pages stay the same while
+        messages arrive. near: the query's vector; the ranking by words and that by vectors are then fused. An empty
+        query gives the newest; words the index does not know are looked for as they stand. The number of all counts
+        among the POSTINGS rows that were read.
         """
         query, limit, offset = clean_text(query[:QUERY_CHARACTERS]), max(0, limit), max(0, offset)
         if roles is not None:
@@ -1934,22 +2165,16 @@ class SearchIndex:
         spans = {store: self._bounds(connection, agent, store, since, until, up_to) for store in stores}
         scope = _Scope(agent, spans, roles)
         terms = list(dict.fromkeys(split_terms(query)))[:QUERY_TERMS]
-        hits, total = self._ranked(connection, terms, scope, limit, offset) if terms else ([], 0)
-        if not total:
-            hits, total = self._scan(connection, query.strip(), scope, limit, offset)
-        if not total and not terms:
-            hits, total = self._scan(connection, "", scope, limit, offset)
-        return hits, total
-
-    def cursor(self, connection: sqlite3.Connection, agent: int) -> tuple[int, int]:
-        """The highest items of recall and archival memory now, for `up_to`."""
-        items = [
-            connection.execute(
-                "SELECT max(item) FROM search_rows WHERE agent = ? AND store = ?", (agent, store)
-            ).fetchone()[0]
-            for store in _STORES
-        ]
-        return items[0] or 0, items[1] or 0
+        ranking = self._ranked(connection, terms, scope, offset + limit) if terms else []
+        if not ranking and query.strip():
+            ranking = self._containing(connection, query.strip(), scope)
+        if near is not None and query.strip():
+            ranking = fuse(ranking, self._nearest(connection, near, scope))
+        if not ranking and not terms:
+            return self._newest(connection, scope, limit, offset)
+        page = ranking[offset : offset + limit]
+        rows = self._rows(connection, [doc for doc, _ in page])
+        return [Hit(rows[doc].store, rows[doc].item, score) for doc, score in page if doc in rows], len(ranking)
 
     def _range(self, agent: int, store: str) -> tuple[int, int]:
         low = (agent * 2 + _STORES.index(store)) << (_PLACE + _SLICE)
@@ -1975,10 +2200,13 @@ class SearchIndex:
             low, high = (max(low, found[0]), high) if order == "ASC" else (low, min(high, found[0]))
         return low, high
 
-    def _ranked(self, connection: sqlite3.Connection, terms: list[str], scope: _Scope, limit: int, offset: int
-                ) -> tuple[list[Hit], int]:  # fmt: skip
-        """The messages that hold one of the terms; of the turns beside them those among the best CANDIDATES."""
-        found = self._postings(connection, terms, scope)
+    def _ranked(self, connection: sqlite3.Connection, terms: list[str], scope: _Scope, shown: int
+                ) -> list[tuple[int, float]]:  # fmt: skip
+        """(doc, score) of the messages that hold one of the terms, and of the turns beside the best of them.
+
+        The best CANDIDATES are ranked in full; the others follow, with score 0, in order where they are `shown`.
+        """
+        found = self._holders(connection, terms, scope)
         docs = {term: set[int]().union(*kinds.values()) for term, kinds in found.items()}
         size = max([self._size(connection, scope), *map(len, docs.values())])
         weights = {term: rarity(len(own), size) for term, own in docs.items()}
@@ -1995,19 +2223,15 @@ class SearchIndex:
                     score *= 1 + SPEAKER
                 key = (score, row.time if len(scope.spans) > 1 else "", doc)
                 scored[doc >> _SLICE] = max(scored.get(doc >> _SLICE, key), key)
-        order = [doc for _, _, doc in sorted(scored.values(), reverse=True)]
         own = [kinds[kind] for kinds in found.values() for kind in kinds if scope.wants(kind)]
         rest: dict[int, tuple[float, int]] = {}
         for doc in set[int]().union(*own):
             if doc >> _SLICE not in scored:
                 rest[doc >> _SLICE] = max(rest.get(doc >> _SLICE, (0.0, 0)), (alone[doc], doc))
-        if rest and offset + limit > len(order):
-            order += [doc for _, doc in sorted(rest.values(), reverse=True)]
-        page = order[offset : offset + limit]
-        rows.update(self._rows(connection, [doc for doc in page if doc not in rows]))
-        scores = {doc: score for score, _, doc in scored.values()}
-        hits = [Hit(rows[doc].store, rows[doc].item, scores.get(doc, 0.0)) for doc in page if doc in rows]
-        return hits, len(scored) + len(rest)
+        last = rest.values() if shown <= len(scored) else sorted(rest.values(), reverse=True)
+        return [(doc, score) for score, _, doc in sorted(scored.values(), reverse=True)] + [
+            (doc, 0.0) for _, doc in last
+        ]
 
     def _rows(self, connection: sqlite3.Connection, docs: list[int]) -> dict[int, _Row]:
         rows = {}
@@ -2023,25 +2247,19 @@ class SearchIndex:
         rows = [connection.execute(sql, span).fetchone() for span in scope.spans.values()]
         return sum(int(row[0]) for row in rows if row)
 
-    def _postings(self, connection: sqlite3.Connection, terms: list[str], scope: _Scope
-                  ) -> dict[str, dict[str, set[int]]]:  # fmt: skip
+    def _holders(self, connection: sqlite3.Connection, terms: list[str], scope: _Scope
+                 ) -> dict[str, dict[str, set[int]]]:  # fmt: skip
         """The docs of each term and kind, the rarest first, POSTINGS together."""
         counted: list[tuple[int, str, str]] = []
-        sql = "SELECT term, doc FROM search_counts WHERE term > ? AND term < ?"
         for term in terms:
             key = f"{scope.agent}_{term}_"
-            for full, count in connection.execute(sql, (key, key + "z")):
+            for full, count in connection.execute(self._postings.COUNTS, (key, key + "z")):
                 if _STORE_OF[full[-1]] in scope.spans:
                     counted.append((count, full, term))
         found: dict[str, dict[str, set[int]]] = {}
         room = POSTINGS
         for _, full, term in sorted(counted):
-            rows = connection.execute(
-                "SELECT rowid FROM search_text WHERE search_text MATCH ? AND rowid BETWEEN ? AND ?"
-                " ORDER BY rowid DESC LIMIT ?",
-                (f'"{full}"', *scope.spans[_STORE_OF[full[-1]]], room),
-            )
-            docs = {row[0] for row in rows}
+            docs = self._postings.docs(connection, full, *scope.spans[_STORE_OF[full[-1]]], room)
             room -= len(docs)
             if docs:
                 found.setdefault(term, {})[full[-1]] = docs
@@ -2049,59 +2267,116 @@ class SearchIndex:
                 break
         return found
 
-    def _scan(self, connection: sqlite3.Connection, part: str, scope: _Scope, limit: int, offset: int
-              ) -> tuple[list[Hit], int]:  # fmt: skip
-        """The messages that hold the text as it stands, of the newest SCANNED rows; every message for no text.
-
-        The newest first.
-        """
-        roles = scope.roles or ()
-        wanted = f" AND role IN ({', '.join('?' * len(roles))})" if scope.roles is not None else ""
+    def _containing(self, connection: sqlite3.Connection, part: str, scope: _Scope) -> list[tuple[int, float]]:
+        """The messages that hold the text as it stands, of the newest SCANNED rows; the newest first."""
         like = "%" + re.sub(r"([\\%_])", r"\\\1", part[:1000]) + "%"
-        found: dict[tuple[str, int], tuple[str, int]] = {}
+        found: dict[int, tuple[str, int]] = {}
+        for span in scope.spans.values():
+            sql = f"""SELECT time, doc FROM (SELECT doc, role, time, text FROM search_rows
+                WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?) WHERE text LIKE ? ESCAPE '\\'{scope.role_test}"""
+            rows = connection.execute(sql, (*span, SCANNED, like, *(scope.roles or ())))
+            found.update({doc >> _SLICE: (time if len(scope.spans) > 1 else "", doc) for time, doc in rows})
+        return [(doc, 0.0) for _, doc in sorted(found.values(), reverse=True)]
+
+    def _newest(self, connection: sqlite3.Connection, scope: _Scope, limit: int, offset: int
+                ) -> tuple[list[Hit], int]:  # fmt: skip
+        """All messages, the newest first."""
+        found: list[tuple[str, int, Hit]] = []
         total = 0
         for store, span in scope.spans.items():
-            if part:
-                sql = f"""SELECT item, time, doc FROM (SELECT doc, item, role, time, text FROM search_rows
-                    WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?) WHERE text LIKE ? ESCAPE '\\'{wanted}"""
-                rows = connection.execute(sql, (*span, SCANNED, like, *roles)).fetchall()
-            else:
-                where = f"doc BETWEEN ? AND ? AND doc & {(1 << _SLICE) - 1} = 0{wanted}"
-                sql = f"SELECT item, time, doc FROM search_rows WHERE {where} ORDER BY doc DESC LIMIT ?"
-                rows = connection.execute(sql, (*span, *roles, offset + limit)).fetchall()
-                where = f"agent = ? AND store = ? AND {where}"
-                sql = f"SELECT count(*) FROM search_rows INDEXED BY search_items WHERE {where}"
-                total += connection.execute(sql, (scope.agent, store, *span, *roles)).fetchone()[0]
-            found.update({(store, item): (time if len(scope.spans) > 1 else "", doc) for item, time, doc in rows})
-        keys = sorted(found, key=lambda key: found[key], reverse=True)
-        return [Hit(*key, 0.0) for key in keys[offset : offset + limit]], len(found) if part else total
+            values = (*span, *(scope.roles or ()))
+            where = f"doc BETWEEN ? AND ? AND doc & {(1 << _SLICE) - 1} = 0{scope.role_test}"
+            sql = f"SELECT item, time, doc FROM search_rows WHERE {where} ORDER BY doc DESC LIMIT ?"
+            for item, time_, doc in connection.execute(sql, (*values, offset + limit)):
+                found.append((time_ if len(scope.spans) > 1 else "", doc, Hit(store, item, 0.0)))
+            sql = f"SELECT count(*) FROM search_rows INDEXED BY search_items WHERE agent = ? AND store = ? AND {where}"
+            total += connection.execute(sql, (scope.agent, store, *values)).fetchone()[0]
+        return [hit for *_, hit in sorted(found, reverse=True)[offset : offset + limit]], total
+
+    # -- vectors --
+
+    def _nearest(self, connection: sqlite3.Connection, near: Near, scope: _Scope) -> list[int]:
+        """The CANDIDATES docs whose vectors are most like the query's, a turn's with those of the turns beside it."""
+        numpy = import_numpy()
+        query = numpy.frombuffer(near.vector, numpy.float16).astype(numpy.float32)
+        sql = """SELECT doc, vector FROM search_vectors
+            WHERE doc BETWEEN ? AND ? AND model = ? AND dimension = ? ORDER BY doc"""
+        docs: list[int] = []
+        parts = [numpy.zeros(0, numpy.float32)]
+        for span in sorted(scope.spans.values()):
+            cursor = connection.execute(sql, (*span, near.model, len(query)))
+            while rows := cursor.fetchmany(VECTOR_BLOCK):
+                docs += [doc for doc, _ in rows]
+                matrix = numpy.frombuffer(b"".join(vector for _, vector in rows), numpy.float16)
+                parts.append(matrix.reshape(len(rows), -1).astype(numpy.float32) @ query)
+        own = numpy.concatenate(parts)
+        likeness = own.copy()
+        beside = numpy.diff(numpy.array(docs, numpy.int64)) == 1 << _SLICE
+        likeness[1:][beside] += NEAR_BESIDE * own[:-1][beside]
+        likeness[:-1][beside] += NEAR_BESIDE * own[1:][beside]
+        order = [docs[place] for place in numpy.argsort(-likeness, kind="stable")[:CANDIDATES]]
+        found = self._rows(connection, order)
+        best = {doc >> _SLICE: doc for doc in reversed(order) if scope.roles is None or found[doc].role in scope.roles}
+        return [doc for doc in order if best.get(doc >> _SLICE) == doc]
+
+    def without_vector(
+        self, connection: sqlite3.Connection, agent: int, model: str, dimension: int | None, after: tuple[int, int]
+    ) -> list[int]:
+        """The agent's docs that have no vector of that model and dimension (None: any), of items above `after`."""
+        sql = """SELECT doc FROM search_rows WHERE agent = ? AND store = ? AND item > ? AND NOT EXISTS (
+            SELECT 1 FROM search_vectors AS kept WHERE kept.doc = search_rows.doc AND kept.model = ?
+            AND kept.dimension = coalesce(?, kept.dimension)) ORDER BY item, doc"""
+        docs = []
+        for store, item in zip(_STORES, after, strict=True):
+            docs += [row[0] for row in connection.execute(sql, (agent, store, item, model, dimension))]
+        return docs
+
+    def keep_vectors(self, connection: sqlite3.Connection, model: str, vectors: Iterable[tuple[int, bytes]]) -> None:
+        """Store vectors of docs, in place of those of another model; docs that are gone by now are left out."""
+        sql = "INSERT OR REPLACE INTO search_vectors SELECT doc, ?, ?, ? FROM search_rows WHERE doc = ?"
+        connection.executemany(sql, [(model, len(vector) // 2, vector, doc) for doc, vector in vectors])
 
 
 class MemoryIndex:
     """An index in memory over turns, by the very code that agents search with."""
 
-    def __init__(self, turns: Iterable[tuple[str, str, str]], kind: str = "recall") -> None:
+    def __init__(self, turns: Iterable[tuple[str, str, str]], kind: str, embed: Embed | None) -> None:
         if kind not in _STORES:
             raise ValueError(f"unknown kind {kind!r}; expected 'recall' or 'archival'")
         self._connection = sqlite3.connect(":memory:", check_same_thread=False)
         weakref.finalize(self, self._connection.close)
-        self._connection.executescript(SEARCH_SCHEMA)
-        self._index, self._kind = SearchIndex(), kind
+        self._connection.executescript(SEARCH_SCHEMA + VECTOR_SCHEMA)
+        self._index, self._kind, self._embed = SearchIndex(self._connection), kind, embed
+        self._speakers: set[str] = set()
         before = None
         for item, (speaker, date, text) in enumerate(turns, 1):
             self._index.add(self._connection, 1, kind, item, speaker, date, text, joined=date == before)
+            self._speakers.add(speaker)
             before = date
+        if embed is not None:
+            rows = self._connection.execute("SELECT doc, text FROM search_rows ORDER BY doc").fetchall()
+            vectors = map(pack_vector, embed([text for _, text in rows]))
+            self._index.keep_vectors(self._connection, "", zip((doc for doc, _ in rows), vectors, strict=True))
         self._connection.commit()
 
     def search(self, query: str, limit: int = 10) -> list[int]:
         """The positions of the turns found, best first, at most `limit`."""
-        hits, _ = self._index.search(self._connection, 1, query, (self._kind,), limit=limit)
+        near = None
+        if self._embed is not None:
+            (vector,) = self._embed([unnamed(query, self._speakers)])
+            near = Near("", pack_vector(vector))
+        hits, _ = self._index.search(self._connection, 1, query, (self._kind,), limit=limit, near=near)
         return [hit.item - 1 for hit in hits]
 
 
-def memory_index(turns: Iterable[tuple[str, str, str]], kind: str = "recall") -> MemoryIndex:
-    """An index over (speaker, date, text) turns in order of time; kind is "recall" or "archival"."""
-    return MemoryIndex(turns, kind)
+def memory_index(
+    turns: Iterable[tuple[str, str, str]], kind: str = "recall", embed: Embed | None = None
+) -> MemoryIndex:
+    """An index over (speaker, date, text) turns in order of time; kind is "recall" or "archival".
+
+    embed: gives each text of a list a vector, to search by vectors too; needs numpy. Raises UsageError without it.
+    """
+    return MemoryIndex(turns, kind, embed)
 
 
 _SCHEMA = """
@@ -2134,7 +2409,10 @@ CREATE TABLE parts (
     agent INTEGER NOT NULL, digest BLOB NOT NULL, text TEXT NOT NULL, PRIMARY KEY (agent, digest)) WITHOUT ROWID;
 """
 
-_MIGRATIONS: Final = (_SCHEMA + SEARCH_SCHEMA,)
+_MIGRATIONS: Final = (
+    _SCHEMA + SEARCH_SCHEMA,
+    "ALTER TABLE agents ADD COLUMN search_version INTEGER NOT NULL DEFAULT 0;" + VECTOR_SCHEMA,
+)
 "Script n brings a database from schema version n to n + 1; the version is SQLite's user_version."
 
 _LIVE, _DELETED = "deleted IS NULL", "deleted IS NOT NULL"
@@ -2160,7 +2438,6 @@ class SqliteStore:
         self.memory = path == ":memory:"
         self.path = path = path if self.memory else os.path.realpath(path)  # a link must not get past the lock
         self._loop = loop
-        self._index = SearchIndex()
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
         self._lock = None if self.memory else DatabaseLock(path)
         try:
@@ -2169,6 +2446,7 @@ class SqliteStore:
             if self._lock is not None:
                 self._lock.give_up()
             raise
+        self._index = SearchIndex(self._connection)
         self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
         self._writer.start()
         self._local = threading.local()
@@ -2272,9 +2550,9 @@ class SqliteStore:
             now = now_text()
             row = (name, encode_json(config), "{}", now, now, _last_seq_of_name(connection, name), base_url)
             agent = connection.execute(
-                "INSERT INTO agents (name, config, state, created, last_active, last_seq, base_url)"
-                " VALUES (?,?,?,?,?,?,?)",
-                row,
+                "INSERT INTO agents (name, config, state, created, last_active, last_seq, base_url, search_version)"
+                " VALUES (?,?,?,?,?,?,?,?)",
+                (*row, self._index.version),
             ).lastrowid
             connection.executemany(
                 "INSERT INTO blocks VALUES (?,?,?,?,?,?)",
@@ -2488,14 +2766,28 @@ class SqliteStore:
         limit: int,
         offset: int,
         up_to: tuple[int, int] | None = None,
+        near: Near | None = None,
     ) -> tuple[list[Found], int]:
         def job(connection: sqlite3.Connection) -> tuple[list[Found], int]:
             hits, total = self._index.search(
-                connection, agent, query, stores, roles, since, until, limit, offset, up_to
+                connection, agent, query, stores, roles, since, until, limit, offset, up_to, near
             )
             return [_found(connection, agent, hit.store, hit.item, hit.score) for hit in hits], total
 
         return await self._read(job)
+
+    async def without_vector(self, agent: int, model: str, dimension: int | None, after: tuple[int, int]) -> list[int]:
+        def job(connection: sqlite3.Connection) -> list[int]:
+            return self._index.without_vector(connection, agent, model, dimension, after)
+
+        return await self._read(job)
+
+    async def texts_to_embed(self, numbers: Sequence[int]) -> list[tuple[int, str]]:
+        sql = f"SELECT doc, text FROM search_rows WHERE doc IN ({', '.join('?' * len(numbers))})"
+        return await self._read(lambda connection: connection.execute(sql, numbers).fetchall())
+
+    async def keep_vectors(self, model: str, vectors: Sequence[tuple[int, bytes]]) -> None:
+        await self._write(lambda connection: self._index.keep_vectors(connection, model, vectors))
 
 
 def _settle(settled: list[tuple[asyncio.Future[Any], tuple[Any, BaseException | None]]]) -> None:
@@ -2630,7 +2922,7 @@ def connect_database(path: str) -> sqlite3.Connection:
 
 
 def open_database(path: str, sync: str) -> sqlite3.Connection:
-    """The writer's connection to the database, made or migrated where needed. Raises UsageError."""
+    """The writer's connection to the database, made, migrated and indexed anew where needed. Raises UsageError."""
     try:
         if path != ":memory:":
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -2640,6 +2932,7 @@ def open_database(path: str, sync: str) -> sqlite3.Connection:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {'NORMAL' if sync == 'normal' else 'FULL'}")
             connection.execute("PRAGMA foreign_keys = OFF")
+            SearchIndex(connection).refresh(connection)
         except BaseException:
             connection.close()
             raise
@@ -2719,6 +3012,8 @@ def read_database(path: str, write: bool = False) -> sqlite3.Connection:
         if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION_ID:
             connection.close()
             raise UsageError(f"{path!r} is no memws database; name one with --db")
+        if write:
+            _migrate(connection, path)
     except sqlite3.Error as error:
         raise UsageError(f"cannot read the database {path!r} ({error}); name another file with --db") from error
     return connection
@@ -2784,8 +3079,8 @@ def import_agent(connection: sqlite3.Connection, data: Any) -> str:
     for key, kind in kinds.items():
         if type(told[key]) is not kind:
             raise UsageError(f"damaged: agent.{key}: expected a {kind.__name__}, but got {quote(told[key])}")
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    index = SearchIndex(connection)
+    with transaction(connection):
         _refuse_taken(connection, told["name"])
         last_seq = max(told["last_seq"], _last_seq_of_name(connection, told["name"]))
         agent = connection.execute(
@@ -2798,11 +3093,7 @@ def import_agent(connection: sqlite3.Connection, data: Any) -> str:
         assert agent is not None
         for table in _AGENT_TABLES:
             _import_rows(connection, agent, table, data.get(table))
-        index_agent(connection, SearchIndex(), agent)
-        connection.execute("COMMIT")
-    except BaseException:
-        connection.execute("ROLLBACK")
-        raise
+        index.index_agent(connection, agent)
     return str(told["name"])
 
 
@@ -2848,17 +3139,6 @@ def _columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[str,
     return {name: (kind, bool(needed or key)) for _, name, kind, needed, _, key in rows}
 
 
-def index_agent(connection: sqlite3.Connection, index: SearchIndex, agent: int) -> None:
-    """Index an agent's memory anew."""
-    index.drop_agent(connection, agent)
-    messages = "SELECT id, role, time, coalesce(said, text) FROM messages WHERE agent = ? AND {} ORDER BY id"
-    for item, role, time_, text in connection.execute(messages.format(_SEARCHABLE), (agent,)).fetchall():
-        index.add(connection, agent, "recall", item, role, time_, text)
-    passages = "SELECT id, time, text FROM passages WHERE agent = ? ORDER BY id"
-    for item, time_, text in connection.execute(passages, (agent,)).fetchall():
-        index.add(connection, agent, "archival", item, "", time_, text)
-
-
 _SEARCHABLE: Final = "(said <> '' OR (said IS NULL AND role = 'user' AND text <> ''))"
 
 
@@ -2875,6 +3155,7 @@ def check_database(connection: sqlite3.Connection, repair: bool) -> Iterator[Dam
     """Look for damage, agent by agent, and with `repair` mend what can be mended without deleting what was said."""
     connection.text_factory = lambda data: data.decode("utf-8", "replace")  # a bad byte is told, it ends nothing
     try:
+        index = SearchIndex(connection) if repair else None
         for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
             if line != "ok":
                 yield Damage("", f"the file is damaged: {line}")
@@ -2884,20 +3165,18 @@ def check_database(connection: sqlite3.Connection, repair: bool) -> Iterator[Dam
         return
     for agent, name in agents:
         try:
-            for text, mend in _check_agent(connection, agent):
+            for text, mend in _check_agent(connection, agent, index):
                 if repair and mend is not None:
-                    connection.execute("BEGIN IMMEDIATE")
-                    mend()
-                    connection.execute("COMMIT")
+                    with transaction(connection):
+                        mend()
                 yield Damage(name, text, repair and mend is not None)
         except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
             yield Damage(str(name), f"cannot be read: {error}")
 
 
-def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[str, Callable[[], object] | None]]:
-    """(what is wrong, what mends it) of one agent."""
+def _check_agent(connection: sqlite3.Connection, agent: int, index: SearchIndex | None
+                 ) -> Iterator[tuple[str, Callable[[], object] | None]]:  # fmt: skip
+    """(what is wrong, what mends it) of one agent; without an index, nothing is mended."""
 
     def setting(column: str, value: Any) -> Callable[[], object]:
         update = f"UPDATE agents SET {column} = ? WHERE id = ?"
@@ -2938,7 +3217,7 @@ def _check_agent(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[s
         text = (
             f"search knows {found[0]} of {said} messages and {found[1]} of {kept} passages; a repair indexes them anew"
         )
-        yield text, lambda: index_agent(connection, SearchIndex(), agent)
+        yield text, functools.partial(index.index_agent, connection, agent) if index else None
 
 
 def _check_history(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[str, None]]:
@@ -3421,6 +3700,76 @@ def only_model(base_url: str, api_key: str | None) -> str:
         served = ", ".join(models[:20]) or "none"
         raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {served}")
     return models[0]
+
+
+class Embedder:
+    """Vectors of texts, from the embeddings API of an OpenAI-compatible endpoint. Needs numpy.
+
+    What fails is logged once, and nothing is asked for EMBEDDING_PAUSE: searches go by words alone meanwhile.
+    """
+
+    def __init__(self, name: str, endpoint: Endpoint) -> None:
+        self.name = name
+        self.dimension: int | None = None
+        "That of the last vectors that came."
+        self._endpoint = endpoint
+        self._failing = False
+        self._paused_until = 0.0
+        self._recent: collections.OrderedDict[str, bytes] = collections.OrderedDict()
+
+    @property
+    def pause(self) -> float:
+        """Seconds until the endpoint is asked again."""
+        return max(0.0, self._paused_until - time.monotonic())
+
+    async def vectors(self, texts: list[str]) -> list[bytes] | None:
+        """The vectors of the texts, in their order; None where the endpoint fails or has just failed."""
+        if self.pause:
+            return None
+        try:
+            vectors = await self._ask(texts)
+        except ModelError as error:
+            self._paused_until = time.monotonic() + EMBEDDING_PAUSE
+            if not self._failing:
+                logger.warning("embeddings of %s: %s; searches go by words alone until it answers", self.name, error)
+            self._failing = True
+            return None
+        if self._failing:
+            logger.info("embeddings of %s: the endpoint answers again", self.name)
+        self._failing = False
+        self.dimension = len(vectors[0]) // 2
+        return vectors
+
+    async def near(self, query: str) -> Near | None:
+        """The query's vector; None where it cannot be had in time."""
+        if query not in self._recent:
+            vectors = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EMBEDDING_PATIENCE):
+                    vectors = await self.vectors([query])
+            if vectors is None:
+                return None
+            self._recent[query] = vectors[0]
+            if len(self._recent) > EMBEDDING_RECENT:
+                self._recent.popitem(last=False)
+        return Near(self.name, self._recent[query])
+
+    async def _ask(self, texts: list[str]) -> list[bytes]:
+        """Raises ModelError for whatever fails."""
+        client = await self._endpoint.client()
+        await in_thread(_IMPORT_THREAD, import_numpy)
+        openai = import_openai()
+        try:
+            answer = await client.embeddings.create(model=self.name, input=texts, timeout=self._endpoint.idle_timeout)
+            vectors = [pack_vector(item.embedding) for item in sorted(answer.data, key=lambda item: item.index)]
+        except openai.OpenAIError as error:
+            reason = self._endpoint.hide(str(getattr(error, "message", error)))
+            raise ModelError("model_unavailable", f"the endpoint refuses or fails ({reason})") from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError("model_unavailable", f"the endpoint's answer holds no vectors ({error})") from None
+        if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) != 1:
+            raise ModelError("model_unavailable", f"the endpoint gave {len(vectors)} vectors for {len(texts)} texts")
+        return vectors
 
 
 # ---- the offline model -----------------------------------------------------------------------------------------------
@@ -4063,6 +4412,7 @@ class Models:
         api_key: str | None = None,
         context_window: int | None = None,
         idle_timeout: float = IDLE_TIMEOUT,
+        embedding_model: str | None = None,
     ) -> None:
         self.context_window = context_window
         "Tokens for every agent whose config says nothing, in place of what its model's name suggests."
@@ -4070,14 +4420,18 @@ class Models:
         has_key = bool(api_key or os.environ.get("OPENAI_API_KEY"))
         if not model:
             model = only_model(base_url, api_key) if base_url else DEFAULT_MODEL if has_key else OFFLINE
-        if model != OFFLINE and importlib.util.find_spec("openai") is None:
+        if (model != OFFLINE or embedding_model) and importlib.util.find_spec("openai") is None:
             raise UsageError(MISSING_OPENAI)
+        if embedding_model and importlib.util.find_spec("numpy") is None:
+            raise UsageError(MISSING_NUMPY)
         self.default = model
+        self.embedding_model = embedding_model
         self.has_endpoint = bool(base_url or has_key or model != OFFLINE)
         self.endpoint = Endpoint(base_url, api_key, idle_timeout)
         self._idle_timeout = idle_timeout
         self._endpoints: dict[str, Endpoint] = {self.endpoint.key: self.endpoint}
         self._models: dict[tuple[str, str], Model] = {}
+        self._embedders: dict[tuple[str, str], Embedder] = {}
         self._offline = OfflineModel()
 
     @property
@@ -4092,24 +4446,44 @@ class Models:
                 "offline, a rule-based stand-in, not a language model; "
                 "for a real one set OPENAI_API_KEY, or --base-url and --model"
             )
-        return f"{self.default} at {self.endpoint.base_url or 'OpenAI'}"
+        vectors = f", embeddings by {self.embedding_model}" if self.embedding_model else ""
+        return f"{self.default} at {self.endpoint.base_url or 'OpenAI'}{vectors}"
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
         name = name or self.default
         if name == OFFLINE:
             return self._offline, []
-        endpoint = self.endpoint
-        if base_url or api_key:
-            endpoint = Endpoint(base_url or self.endpoint.base_url, api_key, self._idle_timeout)
-            endpoint = self._endpoints.setdefault(endpoint.key, endpoint)
-        elif not self.has_endpoint:
+        endpoint = self._find_endpoint(base_url, api_key)
+        if endpoint is None:
             warning = (
                 f"model {quote(name)} is kept, but there is no endpoint: the offline stand-in answers; "
                 "set OPENAI_API_KEY or --base-url"
             )
             return self._offline, [warning]
         return self._models.setdefault((endpoint.key, name), OpenAIModel(name, endpoint)), []
+
+    def embedder(
+        self, name: str | None, base_url: str | None = None, api_key: str | None = None
+    ) -> tuple[Embedder | None, list[str]]:
+        """What gives vectors for search (None: the server's, which may be none), and warnings."""
+        name = name or self.embedding_model
+        if name is None:
+            return None, []
+        endpoint = self._find_endpoint(base_url, api_key)
+        missing = "" if endpoint else "there is no endpoint; set OPENAI_API_KEY or --base-url"
+        if importlib.util.find_spec("numpy") is None:
+            missing = MISSING_NUMPY
+        if endpoint is None or missing:
+            return None, [f"embedding model {quote(name)} is kept, but searches go by words alone: {missing}"]
+        return self._embedders.setdefault((endpoint.key, name), Embedder(name, endpoint)), []
+
+    def _find_endpoint(self, base_url: str | None, api_key: str | None) -> Endpoint | None:
+        """The server's endpoint, or an agent's own."""
+        if base_url or api_key:
+            endpoint = Endpoint(base_url or self.endpoint.base_url, api_key, self._idle_timeout)
+            return self._endpoints.setdefault(endpoint.key, endpoint)
+        return self.endpoint if self.has_endpoint else None
 
     async def close(self) -> None:
         for endpoint in self._endpoints.values():
@@ -4343,12 +4717,14 @@ class MemoryEdit:
     after: str | None
 
 
+Search = Callable[..., Awaitable[tuple[list[Found], int]]]
+"Store.search of one agent."
+
+
 class AgentMemory:
     """One agent's memory while a transaction is made: edits are gathered here and stored together, or not at all."""
 
-    def __init__(
-        self, store: Store, agent: int, blocks: Mapping[str, Block], last_passage: int, last_message: int
-    ) -> None:
+    def __init__(self, search: Search, blocks: Mapping[str, Block], last_passage: int, last_message: int) -> None:
         self.blocks = dict(blocks)
         self.passages: list[Passage] = []
         self.removed: list[int] = []
@@ -4356,7 +4732,7 @@ class AgentMemory:
         self.said: list[str] = []
         "What send_message said."
         self.pause_minutes: int | None = None
-        self._store, self._agent, self._last_passage, self._last_message = store, agent, last_passage, last_message
+        self._search, self._last_passage, self._last_message = search, last_passage, last_message
 
     def block(self, label: str) -> Block:
         """The block. Raises ToolError naming the labels there are."""
@@ -4397,9 +4773,7 @@ class AgentMemory:
         page = min(max(0, page), 1_000_000)
         start = page * SEARCH_PAGE
         seen = (self._last_message, self._last_passage)
-        found, total = await self._store.search(
-            self._agent, query, (store,), None, since, until, SEARCH_PAGE, start, seen
-        )
+        found, total = await self._search(query, (store,), None, since, until, SEARCH_PAGE, start, seen)
         if not found:
             return (
                 f"No results found in {store} memory for {quote(query)}."
@@ -4767,7 +5141,9 @@ _IGNORED_KEYS: Final = frozenset(
     )
 )  # fmt: skip
 "What MemGPT 0.2.7's AgentConfig had beside ours."
-UPDATABLE: Final = ("model", "context_window", "tools", "system", "max_steps", "heartbeat_interval", "settings")
+UPDATABLE: Final = (
+    *("model", "context_window", "tools", "system", "max_steps", "heartbeat_interval", "settings", "embedding"),
+)
 _SETTINGS: Final[dict[str, tuple[type, float, float]]] = {
     "temperature": (float, 0.0, 2.0),
     "top_p": (float, 0.0, 1.0),
@@ -4790,7 +5166,8 @@ class AgentConfig:
     """What an agent is made of, checked. Raises Refused (bad_config, block_limit).
 
     `values` is what is stored: model (None: the server's default), context_window (None: the model's), tools (None: the
-    memory tools), system (None: SYSTEM_PROMPT), max_steps, heartbeat_interval (seconds, 0: none), settings.
+    memory tools), system (None: SYSTEM_PROMPT), max_steps, heartbeat_interval (seconds, 0: none), settings, embedding
+    (a model that gives vectors for search; None: the server's).
     """
 
     DEFAULTS: Final[JSON] = {
@@ -4801,6 +5178,7 @@ class AgentConfig:
         "max_steps": None,
         "heartbeat_interval": 0,
         "settings": {},
+        "embedding": None,
     }
 
     def __init__(self, config: JSON, tools: Mapping[str, Tool], base: JSON | None = None) -> None:
@@ -4819,7 +5197,7 @@ class AgentConfig:
     def _checked(self, key: str, value: Any, tools: Mapping[str, Tool]) -> Any:
         if value is None:
             return self.DEFAULTS[key]
-        if key == "model":
+        if key in ("model", "embedding"):
             return self._text(key, value, MAX_MODEL_NAME)
         if key == "system":
             return self._text(key, value, MAX_SYSTEM)
@@ -5083,7 +5461,10 @@ class Agent:
     def configure(self) -> None:
         """Choose model, window and tools by the config, and build the prompt anew."""
         config = self.record.config
-        self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
+        own = self.record.base_url, self._api_key
+        self.model, warnings = self._models.get(config["model"], *own)
+        self.embedder, no_vectors = self._models.embedder(config.get("embedding"), *own)
+        self.warnings = [*warnings, *no_vectors]
         self.window: int = config["context_window"] or self._models.context_window or self.model.window
         self.max_steps: int = config["max_steps"] or self._max_steps
         if missing := [name for name in config["tools"] or () if name not in self._tools]:
@@ -5342,7 +5723,7 @@ class Agent:
         while True:
             outside: tuple[Call, Tool, JSON] | None = None
             async with self.lock:
-                memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, turn.before)
+                memory = AgentMemory(self.search, self.blocks, self.last_passage, turn.before)
                 while calls and outside is None:
                     outside = await self._run_call(changes, turn, calls.popleft(), memory)
                 self._add_edits(changes, memory)
@@ -5727,7 +6108,7 @@ class Agent:
             if version is not None and version != block.version:
                 text = f"block {label} has version {block.version} by now; read its value, then send that version"
                 raise Refused("conflict", text, version=block.version, value=block.value)
-            memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, self.last_message)
+            memory = AgentMemory(self.search, self.blocks, self.last_passage, self.last_message)
             try:
                 memory.write(label, value)
             except ToolError:
@@ -5741,7 +6122,7 @@ class Agent:
         if len(text) > MAX_TEXT:
             raise Refused("text_too_long", f"a passage has at most {MAX_TEXT:,} characters, but got {len(text):,}")
         async with self.lock:
-            memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, self.last_message)
+            memory = AgentMemory(self.search, self.blocks, self.last_passage, self.last_message)
             memory.insert(text)
             async for event in self._edit(memory):
                 yield event
@@ -5752,7 +6133,7 @@ class Agent:
             passage = await self.store.passage(self.id, passage_id)
             if passage is None:
                 raise Refused("not_found", f"no passage {passage_id}; search_memory lists passages with their ids")
-            memory = AgentMemory(self.store, self.id, self.blocks, self.last_passage, self.last_message)
+            memory = AgentMemory(self.search, self.blocks, self.last_passage, self.last_message)
             memory.remove(passage)
             async for event in self._edit(memory):
                 yield event
@@ -5766,6 +6147,14 @@ class Agent:
             await self._store(changes)
         for event in changes.events:
             yield event
+
+    async def tell(self, message: str, **fields: Any) -> AsyncGenerator[Event, None]:
+        """Store an agent_change that belongs to no turn."""
+        async with self.lock:
+            events = response_events("agent_change", message, turn_id=None, step=0, **fields)
+            await self._store(Changes(events=events))
+            for event in events:
+                yield event
 
     def settings(self) -> JSON:
         """The config with what the defaults make of it."""
@@ -5802,6 +6191,25 @@ class Agent:
                 yield event
 
     # -- reading --
+
+    async def search(
+        self,
+        query: str,
+        stores: tuple[str, ...],
+        roles: tuple[str, ...] | None,
+        since: str | None,
+        until: str | None,
+        limit: int,
+        offset: int,
+        up_to: tuple[int, int],
+    ) -> tuple[list[Found], int]:
+        """As Store.search; by vectors too, where the agent has an embedding model and it answers in time."""
+        near = None
+        if self.embedder is not None and query.strip():
+            human = self.blocks.get("human")
+            names = [self.name, *(_USER_NAMED.findall(human.value) if human else ())]
+            near = await self.embedder.near(unnamed(query, names))
+        return await self.store.search(self.id, query, stores, roles, since, until, limit, offset, up_to, near)
 
     async def request(self, turn_id: str, step: int) -> JSON:
         """What was sent for a step and what came back, rebuilt and compared with the hash of the bytes sent.
@@ -5883,6 +6291,9 @@ _SUMMARY_NOTE: Final = (
     "Note: prior messages ({hidden} of {total}) have left your view to make room; conversation_search finds them. "
     "Summary of them:\n{gist}"
 )
+
+
+_USER_NAMED = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
 def message_digest(message: str) -> bytes:
@@ -8095,6 +8506,9 @@ class Options:
     api_key: str | None = _option(
         None, "the endpoint's key: only from Python, or as OPENAI_API_KEY; no flag, as others can read those"
     )
+    embedding_model: str | None = _option(
+        None, "model of the endpoint that gives vectors for search, in addition to its words; needs numpy"
+    )
     context_window: int | None = _option(None, "tokens of the context window, where the model's name does not tell")
     max_steps: int = _option(MAX_STEPS, "steps of one turn at most")
     token: str | None = _option(None, "secret that clients have to show")
@@ -8119,6 +8533,8 @@ class Options:
             value = getattr(self, name)
             if type(value) is not int or not least <= value <= most:
                 raise UsageError(f"{name}: expected an integer from {least} to {most}, but got {quote(value)}")
+        if self.embedding_model is not None and not 0 < len(self.embedding_model) <= MAX_MODEL_NAME:
+            raise UsageError(f"embedding_model: expected a model's name, but got {quote(self.embedding_model)}")
         if self.context_window is not None:
             if type(self.context_window) is not int:
                 raise UsageError(f"context_window: expected a number of tokens, but got {quote(self.context_window)}")
@@ -8316,6 +8732,68 @@ _REPLAY_PAGE: Final = 100
 "Stored events that a replay reads at once."
 
 
+class Embedding:
+    """Gives an agent's memory its vectors, in the background: what is new after a turn, all of it for another model."""
+
+    def __init__(self, host: AgentHost) -> None:
+        self._host = host
+        self._task: asyncio.Task[None] | None = None
+        self._wanted = False
+        self._done: tuple[Embedder, int | None, tuple[int, int]] | None = None
+        "The embedder, its dimension, and the last message and passage that have vectors of it."
+
+    def want(self) -> None:
+        """Look for what has no vector yet."""
+        self._wanted = True
+        if self._task is None and self._host.agent.embedder is not None and not self._host.hub.stopping:
+            self._task = self._host.hub.spawn(self._run())
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            while self._wanted and (embedder := self._host.agent.embedder) is not None:
+                self._wanted = False
+                await self._embed_all(embedder)
+        except MemwsError as error:
+            logger.warning("agent %s: its memory is not embedded: %s", self._host.agent.name, error)
+        finally:
+            self._task = None
+
+    async def _embed_all(self, embedder: Embedder) -> None:
+        """One pass over what has no vector; another is wanted where the dimension turned out to be another."""
+        agent, dimension = self._host.agent, embedder.dimension
+        known = self._done is not None and self._done[:2] == (embedder, dimension)
+        after = self._done[2] if self._done is not None and known else (0, 0)
+        up_to = agent.last_message, agent.last_passage
+        numbers = await agent.store.without_vector(agent.id, embedder.name, dimension, after)
+        told = time.monotonic()
+        for start in range(0, len(numbers), EMBEDDING_BATCH):
+            if len(numbers) >= EMBEDDING_TOLD and (start == 0 or time.monotonic() > told + EMBEDDING_INTERVAL):
+                told = time.monotonic()
+                await self._tell(embedder, start, len(numbers))
+            rows = await agent.store.texts_to_embed(numbers[start : start + EMBEDDING_BATCH])
+            vectors = None
+            while rows and vectors is None:
+                if agent.embedder is not embedder:
+                    return
+                vectors = await embedder.vectors([text for _, text in rows])
+                await asyncio.sleep(embedder.pause)
+            if vectors is not None:
+                named = [(number, vector) for (number, _), vector in zip(rows, vectors, strict=True)]
+                await agent.store.keep_vectors(embedder.name, named)
+        if len(numbers) >= EMBEDDING_TOLD:
+            await self._tell(embedder, len(numbers), len(numbers))
+        self._done = embedder, dimension, up_to
+        self._wanted |= embedder.dimension != dimension
+
+    async def _tell(self, embedder: Embedder, done: int, total: int) -> None:
+        text = f"{done:,} of {total:,} texts of the memory are embedded by {embedder.name}"
+        await self._host.edit(self._host.agent.tell(text, change="embedding", done=done, total=total))
+
+
 class QueuedTurn:
     """A turn that waits or runs, and whom it answers."""
 
@@ -8352,6 +8830,8 @@ class AgentHost:
         self._delta: tuple[Event, QueuedTurn | None] | None = None
         self._delta_timer: asyncio.TimerHandle | None = None
         self._delta_sent = 0.0
+        self._embedding = Embedding(self)
+        self._embedding.want()
         self.arm_heartbeat()
 
     @property
@@ -8392,6 +8872,7 @@ class AgentHost:
         try:
             while self.current is not None:
                 await self._run_turn(self.current)
+                self._embedding.want()
                 self.current = self._next() if self.waiting and not self.hub.stopping else None
         finally:
             self.current = self._task = None
@@ -8527,6 +9008,7 @@ class AgentHost:
                 raise self.deleted() from None
             self.stale = True
             raise
+        self._embedding.want()
         return told
 
     # -- timed heartbeats --
@@ -8551,6 +9033,7 @@ class AgentHost:
         self._idle_heartbeats = 0
 
     def close(self) -> None:
+        self._embedding.stop()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -8619,6 +9102,7 @@ class Session:
         "The agents whose events it may get."
         self._replays: dict[AgentHost, dict[asyncio.Task[None], bool]] = {}
         "Replays under way, and whether they are a subscription's, which ends them."
+        self._searches: dict[tuple[object, ...], tuple[int, int]] = {}
         self._allowance = float(RATE_BURST)
         self._last_request = 0.0
 
@@ -9080,9 +9564,8 @@ class Session:
             raise InvalidRequest("bad_field", f"from, to: {error}", request.id) from None
         roles = None if request.roles is None else tuple(request.roles)
         offset = (request.page - 1) * request.limit
-        found, total = await self.hub.store.search(
-            host.agent.id, request.query, stores, roles, since, until, request.limit, offset
-        )
+        up_to = self._first_page(host.agent, (request.query, stores, roles, since, until, request.limit), request.page)
+        found, total = await host.agent.search(request.query, stores, roles, since, until, request.limit, offset, up_to)
         items = [
             {
                 "id": item.id,
@@ -9097,6 +9580,17 @@ class Session:
         kept = fitting_items(items)
         result = {"items": kept, "total": total, "page": request.page, "pages": -(-total // request.limit)}
         self.send(command_response(request, result | ({"more": True} if len(kept) < len(items) else {})))
+
+    def _first_page(self, agent: Agent, asked: tuple[object, ...], page: int) -> tuple[int, int]:
+        """The last message and passage there were at the first page of a search: later pages see no others."""
+        key = (agent.id, *asked)
+        up_to = (agent.last_message, agent.last_passage)
+        if page > 1:
+            up_to = self._searches.pop(key, up_to)
+        self._searches[key] = up_to
+        if len(self._searches) > KEPT_SEARCHES:
+            self._searches.pop(next(iter(self._searches)))
+        return up_to
 
     async def _get_context(self, request: GetContext) -> None:
         agent = (await self._host(request.agent_name)).agent
@@ -9268,7 +9762,8 @@ class Hub:
         self.loop = loop
         self.tools = tools
         self.models = Models(
-            options.model, options.base_url, options.api_key, options.context_window, options.idle_timeout
+            *(options.model, options.base_url, options.api_key, options.context_window, options.idle_timeout),
+            options.embedding_model,
         )
         self.store = store or SqliteStore(options.db, options.sync, loop)
         self.interface = Interface(self)

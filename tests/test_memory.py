@@ -26,7 +26,7 @@ HOSTILE = [
 @pytest.fixture
 def connection() -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(":memory:")
-    connection.executescript(memws.SEARCH_SCHEMA)
+    connection.executescript(memws.SEARCH_SCHEMA + memws.VECTOR_SCHEMA)
     yield connection
     connection.close()
 
@@ -37,7 +37,7 @@ def stamp(minute: int) -> str:
 
 def fill(connection: sqlite3.Connection, rows: Sequence[tuple[str, str]], agent: int = 1) -> SearchIndex:
     """An index over (role, text) messages, a minute apart, their items counted from 1."""
-    index = SearchIndex()
+    index = SearchIndex(connection)
     for item, (role, text) in enumerate(rows, 1):
         index.add(connection, agent, "recall", item, role, stamp(item), text)
     return index
@@ -253,7 +253,7 @@ def test_filters(connection: sqlite3.Connection) -> None:
 @pytest.mark.parametrize("query", ["cake", "", "ake"])
 def test_a_clock_set_back_hides_nothing(connection: sqlite3.Connection, query: str) -> None:
     """Messages between two times are found although the clock was set back between them."""
-    index = SearchIndex()
+    index = SearchIndex(connection)
     for item, at in enumerate(("10:00", "10:30", "09:50", "10:10", "11:00"), 1):
         index.add(connection, 1, "recall", item, "user", f"2026-11-24T{at}:00.000Z", f"cake {item}")
     between = {"since": "2026-11-24T10:05:00.000Z", "until": "2026-11-24T10:40:00.000Z"}
@@ -264,7 +264,7 @@ def test_a_clock_set_back_hides_nothing(connection: sqlite3.Connection, query: s
 def test_pages_follow_each_other(connection: sqlite3.Connection) -> None:
     """Pages hold every hit once, and stay the same while messages arrive."""
     index = fill(connection, [("user", f"apple number {number}") for number in range(61)])
-    cursor = index.cursor(connection, 1)
+    cursor = (61, 0)
 
     def pages() -> list[list[int]]:
         starts = range(0, 70, 10)
@@ -342,7 +342,7 @@ def test_the_turns_around_a_hit_are_found() -> None:
 
 def test_an_hour_of_silence_ends_a_session(connection: sqlite3.Connection) -> None:
     """A turn more than an hour after another takes no words from it."""
-    index = SearchIndex()
+    index = SearchIndex(connection)
     for item, at in enumerate(("10:00", "10:59", "12:30"), 1):
         text = "pancakes" if item == 1 else f"reply {item}"
         index.add(connection, 1, "recall", item, "user", f"2026-11-24T{at}:00.000Z", text)
@@ -380,7 +380,7 @@ def test_rare_words_weigh_more_than_common_ones() -> None:
 def test_a_bounded_number_of_rows_is_read(connection: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a query's words stand in more rows than are read, the rarest words are read first, then the newest rows."""
     monkeypatch.setattr(memws, "POSTINGS", 50)
-    index = SearchIndex()
+    index = SearchIndex(connection)
     words = ["zebra" if number == 10 else "dog" if number % 3 == 0 else "cat" for number in range(500)]
     for item, word in enumerate(words, 1):
         index.add(connection, 1, "recall", item, "user", stamp(item), word, joined=False)

@@ -740,7 +740,8 @@ async def memory(**blocks: str) -> AsyncIterator[memws.AgentMemory]:
     try:
         stored = [memws.Block(label, value, 100) for label, value in blocks.items()]
         record = await store.create_agent("sam", {}, stored, None)
-        yield memws.AgentMemory(store, record.id, {block.label: block for block in stored}, 0, 10**6)
+        search = functools.partial(store.search, record.id)
+        yield memws.AgentMemory(search, {block.label: block for block in stored}, 0, 10**6)
     finally:
         await store.close()
 
@@ -824,7 +825,7 @@ async def filled() -> AsyncIterator[memws.AgentMemory]:
         ]  # fmt: skip
         passages = [memws.Passage(number, f"pie {number}", "2026-02-01T00:00:00.000Z") for number in range(1, 13)]
         await store.commit(record.id, memws.Changes(messages=messages, passages=passages))
-        yield memws.AgentMemory(store, record.id, {}, 12, 25)
+        yield memws.AgentMemory(functools.partial(store.search, record.id), {}, 12, 25)
     finally:
         await store.close()
 

@@ -96,7 +96,7 @@ class Filled:
         self.path = path
         self.rows = 0
         self.seconds = 0.0
-        self._index = memws.SearchIndex()
+        self._index = memws.SearchIndex(self.connection)
         self._texts = grown(stores)
 
     def insert(self, count: int) -> None:

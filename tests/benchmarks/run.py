@@ -105,11 +105,11 @@ class Peer:
 
     def _line(self) -> str:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline().decode().rstrip("\n")
-        if not line and self._process.poll() is not None:
+        line = self._process.stdout.readline().decode()
+        if not line:
             self._log.seek(0)
             raise SystemExit(f"{self._process.args!r} ended:\n{self._log.read().decode()}")
-        return line
+        return line.rstrip("\n")
 
     def ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None
@@ -528,11 +528,12 @@ def bystanders(bench: Bench) -> Iterator[str]:
 
 def fill_archive(connection: Any, name: str, rows: int) -> Iterator[int]:
     """Store an agent with so many passages in archival memory; yields after each 50,000."""
-    index, text = memws.SearchIndex(), texts()
+    index, text = memws.SearchIndex(connection), texts()
     config = memws.AgentConfig({"name": name}, memws.MEMORY_TOOLS)
     agent = connection.execute(
-        "INSERT INTO agents (name, config, state, created, last_active, last_seq) VALUES (?,?,?,?,?,0)",
-        (name, memws.encode_json(config.values), "{}", *[memws.now_text()] * 2),
+        "INSERT INTO agents (name, config, state, created, last_active, last_seq, search_version)"
+        " VALUES (?,?,?,?,?,0,?)",
+        (name, memws.encode_json(config.values), "{}", *[memws.now_text()] * 2, index.version),
     ).lastrowid
     now = memws.now_text()
     connection.execute("PRAGMA synchronous = OFF")
