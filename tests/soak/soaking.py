@@ -241,11 +241,12 @@ def soak_server(
     constants: JSON | None = None,
     desk: int | None = None,
     fail: JSON | None = None,
+    debug: bool = False,
     **options: Any,
 ) -> SoakServer:
     """A server process with `constants` of memws set, the tools of a desk, and writes that fail as `fail` says."""
     options = {"host": "127.0.0.1", "port": 0, "db": str(where / "memws.db"), "rate_limit": 0, **options}
-    told = {"options": options, "constants": constants or {}, "desk": desk, "fail": fail}
+    told = {"options": options, "constants": constants or {}, "desk": desk, "fail": fail, "debug": debug}
     return SoakServer(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(told)})
 
 
@@ -280,6 +281,7 @@ class Desk:
         self.calls: collections.Counter[str] = collections.Counter()
         self.answers: Callable[[str], float | None] = lambda question: 0.0
         "Seconds until the answer to a question; None: never."
+        self.says: Callable[[str], str] = "asked {}".format
         self.came = asyncio.Condition()
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -294,7 +296,7 @@ class Desk:
             leaving = asyncio.ensure_future(reader.read())
             await asyncio.wait({leaving}, timeout=pause)
             if not leaving.done():
-                writer.write(f"asked {question}\n".encode())
+                writer.write(f"{self.says(question)}\n".encode())
             leaving.cancel()
 
 
@@ -411,6 +413,8 @@ async def _serve(told: JSON) -> None:
     for name, value in told["constants"].items():
         assert hasattr(memws, name), name
         setattr(memws, name, value)
+    if told["debug"]:
+        logging.getLogger("memws").setLevel(logging.DEBUG)
     if told["fail"]:
         Faulty.plan = Path(told["fail"]["plan"])
         sqlite3.connect = functools.partial(sqlite3.connect, factory=Faulty)  # type: ignore[assignment]
