@@ -39,6 +39,9 @@ PARAMETERS = set(
     tool_choice tools top_logprobs top_p user verbosity web_search_options
     """.split()  # noqa: SIM905 (a list of words reads better as words)
 )
+EMBEDDING_PARAMETERS = {"dimensions", "encoding_format", "input", "model", "user"}
+MAX_INPUTS = 2048
+"""Texts in one request for embeddings."""
 ROLES = ("system", "assistant", "user", "tool", "developer")
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -119,6 +122,7 @@ class Reply:
 
 Answer = Reply | Callable[[Body], Reply]
 """A reply, or what makes one from the request's body."""
+Vector = list[float]
 
 
 def greet(body: Body) -> Reply:
@@ -387,6 +391,26 @@ def _check_pairs(messages: list[Body]) -> None:
             waiting = [call["id"] for call in message.get("tool_calls", ())]
 
 
+def check_embedding(body: Body) -> list[str]:
+    """The texts of a request for embeddings; lists of tokens are not covered. Raises Refusal as OpenAI refuses."""
+    if unknown := sorted(body.keys() - EMBEDDING_PARAMETERS):
+        raise Refusal(f"Unrecognized request argument supplied: {', '.join(unknown)}")
+    if not isinstance(body.get("model"), str) or not body["model"]:
+        raise Refusal("you must provide a model parameter")
+    if body.get("encoding_format", "float") not in ("float", "base64"):
+        text = "Invalid value for 'encoding_format'. Supported values are: 'float', 'base64'."
+        raise Refusal(text, "encoding_format")
+    dimensions = body.get("dimensions", 1)
+    if type(dimensions) is not int or dimensions < 1:
+        raise Refusal(f"Invalid 'dimensions': expected a positive integer, but got {dimensions!r}.", "dimensions")
+    given = body.get("input")
+    texts = given if isinstance(given, list) else [given]
+    if not texts or len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
+        text = f"'$.input' is invalid: expected a non-empty string, or 1 to {MAX_INPUTS} of them."
+        raise Refusal(text, "input", "invalid_type")
+    return texts
+
+
 def prompt_tokens(body: Body) -> tuple[int, int]:
     """Tokens of the messages and of the tools, as characters / 4."""
     characters = 0
@@ -427,16 +451,23 @@ class Endpoint:
         api_key: str | None = None,
         refuse: Sequence[str] = (),
         dimension: int = 32,
+        synonyms: Mapping[str, str] | None = None,
     ) -> None:
         self.models = list(models)
         self.context_window = context_window
         self.api_key = api_key
         self.refuse = set(refuse)
         self.dimension = dimension
+        """Of its embeddings, where a request names none."""
+        self.synonyms = dict(synonyms or {})
+        """Words that embeddings take for another: {"feline": "cat"}."""
+        self.spoil: Callable[[list[Vector]], list[Any]] | None = None
+        """What makes of the vectors of an answer something else, of which there may be more or fewer."""
         self.default: Answer = greet
         """What answers when the script is over."""
-        self.overrides: dict[str, Reply] = {}
-        """Replies in place of a whole route: overrides["/v1/embeddings"] = Reply(status=500)."""
+        self.overrides: dict[str, Reply | Callable[[Body], Reply | None]] = {}
+        """Replies in place of a whole route: overrides["/v1/embeddings"] = Reply(status=500); what is held, or has
+        neither status nor body of its own, answers as ever. A function gets the request; None is no reply."""
         self.requests: list[Body] = []
         """Bodies of POST /v1/chat/completions, in order of arrival; refused ones too, {} where it is no JSON."""
         self.bodies: list[bytes] = []
@@ -444,7 +475,7 @@ class Endpoint:
         self.headers: list[dict[str, str]] = []
         """Their headers, names in lower case."""
         self.embedding_requests: list[Body] = []
-        """Bodies of POST /v1/embeddings."""
+        """Bodies of POST /v1/embeddings, in order of arrival, those that failed too."""
         self.refusals: list[str] = []
         """Why requests were refused by the strict checks; a good client leaves it empty."""
         self.port = 0
@@ -485,6 +516,18 @@ class Endpoint:
     def release(self) -> None:
         """Let every reply go on that is held or stalled, or will be: of all requests that have arrived so far."""
         self._loop.call_soon_threadsafe(self._open_gates)
+
+    @property
+    def embedded(self) -> list[str]:
+        """All texts that were to be embedded, in order of arrival."""
+        given = [body.get("input", []) for body in self.embedding_requests]
+        return [text for each in given for text in (each if isinstance(each, list) else [each])]
+
+    def wait_embeddings(self, count: int, timeout: float = 10) -> None:
+        """Block until `count` requests for embeddings have arrived in all. Raises TimeoutError."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: len(self.embedding_requests) >= count, timeout):
+                raise TimeoutError(f"{len(self.embedding_requests)} of {count} requests arrived in {timeout} s")
 
     def wait_requests(self, count: int, timeout: float = 10) -> None:
         """Block until `count` chat requests have arrived in all; on a loop, call it through `asyncio.to_thread`.
@@ -549,30 +592,39 @@ class Endpoint:
         """The reply to a request and its JSON. Raises Refusal."""
         route = (request.method, request.path)
         is_chat = route == ("POST", "/v1/chat/completions")
-        body = self._record(request) if is_chat else {}
+        is_embedding = route == ("POST", "/v1/embeddings")
+        body = self._record(request, is_chat) if is_chat or is_embedding else {}
         if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
             raise Refusal("Incorrect API key provided.", code="invalid_api_key", status=401)
-        if request.path in self.overrides:
-            return self.overrides[request.path], {"object": "list", "data": []}
+        override = self.overrides.get(request.path)
+        if callable(override):
+            override = override(body if isinstance(body, dict) else {})
+        if override is not None and (override.status != 200 or override.body is not None):
+            return override, {}
         if is_chat:
-            return self._chat(body)
+            reply, answer = self._chat(body)
+            return override or reply, answer
+        if is_embedding:
+            return override or Reply(), self._embed(body)
         if route == ("GET", "/v1/models"):
             models = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.models]
-            return Reply(), {"object": "list", "data": models}
-        if route == ("POST", "/v1/embeddings"):
-            return Reply(), self._embed(parse(request.raw))
+            return override or Reply(), {"object": "list", "data": models}
         raise Refusal(f"Invalid URL ({request.method} {request.path})", status=404)
 
-    def _record(self, request: Request) -> Body | Refusal:
+    def _record(self, request: Request, is_chat: bool) -> Body | Refusal:
         body: Body | Refusal
         try:
             body = parse(request.raw)
         except Refusal as refusal:
             body = refusal
+        known = body if isinstance(body, dict) else {}
         with self._arrived:
-            self.bodies.append(request.raw)
-            self.headers.append(request.headers)
-            self.requests.append(body if isinstance(body, dict) else {})
+            if is_chat:
+                self.bodies.append(request.raw)
+                self.headers.append(request.headers)
+                self.requests.append(known)
+            else:
+                self.embedding_requests.append(known)
             self._arrived.notify_all()
         return body
 
@@ -608,33 +660,44 @@ class Endpoint:
             text += "functions). Please reduce the length of the messages or functions."
             raise Refusal(text, "messages", "context_length_exceeded")
 
-    def _embed(self, body: Body) -> Body:
-        self.embedding_requests.append(body)
-        texts = [body["input"]] if isinstance(body.get("input"), str) else _array(body, "input")
-        if not isinstance(body.get("model"), str) or not all(isinstance(text, str) and text for text in texts):
-            raise Refusal("'input' must be non-empty strings, and a model be named.", "input")
-        vectors = [embedding(text, self.dimension) for text in texts]
-        as_text = body.get("encoding_format") == "base64"
-        data = [
-            {
-                "object": "embedding",
-                "index": index,
-                "embedding": base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if as_text else vector,
-            }
-            for index, vector in enumerate(vectors)
-        ]
+    def _embed(self, body: Body | Refusal) -> Body:
+        try:
+            if isinstance(body, Refusal):
+                raise body
+            texts = check_embedding(body)
+        except Refusal as refusal:
+            self.refusals.append(str(refusal))
+            raise
+        vectors: list[Any] = [self.vector(text, body.get("dimensions")) for text in texts]
+        if self.spoil is not None:
+            vectors = self.spoil(vectors)
+        if body.get("encoding_format") == "base64":
+            vectors = [_base64(vector) for vector in vectors]
+        data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
         tokens = sum(map(len, texts)) // 4
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": body["model"], "usage": usage}
 
+    def vector(self, text: str, dimension: int | None = None) -> Vector:
+        """The embedding of a text, as a request for it is answered now."""
+        return embedding(text, dimension or self.dimension, self.synonyms)
 
-def embedding(text: str, dimension: int) -> list[float]:
-    """A unit vector of hashed words: texts that share words point the same way, in every process."""
-    words = re.findall(r"\w+", text.lower()) or [text]
-    digests = [hashlib.shake_256(word.encode("utf-8", "replace")).digest(dimension) for word in words]
-    vector = [sum(column) - 127.5 * len(words) for column in zip(*digests, strict=True)]
+
+def embedding(text: str, dimension: int, synonyms: Mapping[str, str] | None = None) -> Vector:
+    """A unit vector of hashed triples of letters: texts alike in letters point the same way, in every process."""
+    words = [(synonyms or {}).get(word, word) for word in re.findall(r"\w+", text.lower())] or [text]
+    triples = [f" {word} "[start : start + 3] for word in words for start in range(len(word))]
+    digests = [hashlib.shake_256(triple.encode("utf-8", "replace")).digest(dimension) for triple in triples]
+    vector = [sum(column) - 127.5 * len(digests) for column in zip(*digests, strict=True)]
     length = math.hypot(*vector)
     return [value / length for value in vector]
+
+
+def _base64(vector: Any) -> Any:
+    """A vector as base64 of 32-bit floats; what is none, as it is."""
+    if not isinstance(vector, list) or not all(isinstance(value, float) for value in vector):
+        return vector
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Request:

@@ -362,7 +362,7 @@ async def test_models_and_embeddings(client: Any, endpoint: Endpoint) -> None:
     assert [model.id async for model in client.models.list()] == ["test-model"]
     encodings: list[Body] = [{}, {"encoding_format": "float"}]
     for encoding in encodings:
-        texts = ["the cat sleeps", "the cat wakes", "quarterly figures"]
+        texts = ["the cat sleeps", "the cats sleep", "quarterly figures"]
         answer = await client.embeddings.create(model="e", input=texts, **encoding)
         cat, other_cat, figures = (item.embedding for item in answer.data)
         assert len(cat) == endpoint.dimension
@@ -372,4 +372,63 @@ async def test_models_and_embeddings(client: Any, endpoint: Endpoint) -> None:
     for request in (client.embeddings.create(model="e", input="x"), client.models.list()):
         with pytest.raises(openai.InternalServerError):
             await request
-    assert len(endpoint.embedding_requests) == 2
+    assert len(endpoint.embedding_requests) == 3
+    assert endpoint.embedded == [*texts, *texts, "x"]
+
+
+@pytest.mark.anyio
+async def test_embeddings_as_a_test_wants_them(client: Any, endpoint: Endpoint) -> None:
+    """Synonyms, dimension and spoiled vectors change while the endpoint runs; a held answer comes when released."""
+
+    async def embed(*texts: str, **more: Any) -> list[Any]:
+        answer = await client.embeddings.create(model="e", input=list(texts), **more)
+        return [item.embedding for item in answer.data]
+
+    endpoint.synonyms["feline"] = "cat"
+    cat, feline, dog = await embed("a cat", "a feline", "a dog")
+    assert cat == feline != dog
+    assert math.dist(cat, endpoint.vector("a cat")) < 1e-6
+    endpoint.dimension = 8
+    assert [len(vector) for vector in await embed("a cat") + await embed("a cat", dimensions=5)] == [8, 5]
+    endpoint.spoil = lambda vectors: [*vectors[1:], None, "text"]
+    spoiled = await embed("a", "b", encoding_format="float")
+    assert [type(vector) for vector in spoiled] == [list, type(None), str]
+    endpoint.spoil = lambda vectors: [[math.nan] for _ in vectors]
+    assert math.isnan((await embed("a"))[0][0])
+
+    endpoint.spoil = None
+    endpoint.overrides["/v1/embeddings"] = lambda body: Reply(hold=True) if body["input"] == ["held"] else None
+    held = asyncio.create_task(embed("held"))
+    await asyncio.to_thread(endpoint.wait_embeddings, 6)
+    assert len(await embed("not held")) == 1
+    assert not held.done()
+    endpoint.release()
+    assert len(await held) == 1
+    with pytest.raises(TimeoutError, match=r"^7 of 8 requests arrived in 0 s$"):
+        endpoint.wait_embeddings(8, timeout=0)
+
+
+EMBEDDING_FAULTS: dict[str, tuple[Body, str]] = {
+    "no input": ({}, "input' is invalid"),
+    "an empty input": ({"input": ""}, "input' is invalid"),
+    "no texts": ({"input": []}, "input' is invalid"),
+    "an empty text": ({"input": ["a", ""]}, "input' is invalid"),
+    "a text that is none": ({"input": ["a", 5]}, "input' is invalid"),
+    "too many texts": ({"input": ["a"] * 2049}, "1 to 2048"),
+    "no model": ({"input": "a", "model": ""}, "provide a model"),
+    "an unknown encoding": ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
+    "dimensions that are no number": ({"input": "a", "dimensions": "8"}, "dimensions"),
+    "no dimensions": ({"input": "a", "dimensions": 0}, "dimensions"),
+    "an unknown parameter": ({"input": "a", "messages": []}, "Unrecognized request argument supplied: messages"),
+}
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("fault", EMBEDDING_FAULTS)
+async def test_faulty_requests_for_embeddings(client: Any, endpoint: Endpoint, fault: str) -> None:
+    """What the embeddings API refuses is refused with 400, and counted."""
+    body, reason = EMBEDDING_FAULTS[fault]
+    with pytest.raises(openai.BadRequestError, match=reason.replace("'", ".")):
+        await client.post("/embeddings", body={"model": "e", **body}, cast_to=object)
+    assert len(endpoint.refusals) == 1
+    endpoint.refusals.clear()
