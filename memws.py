@@ -331,6 +331,8 @@ PRESSURE_WARNING: Final = (
     "important is not in your memory yet, save it now with core_memory_append, core_memory_replace or "
     "archival_memory_insert. Do not tell the user about this."
 )
+INTERRUPTED: Final = "interrupted: result unknown"
+"The result of a call that a crash or a cancel cut."
 HEARTBEAT_REQUESTED: Final = _ALERT + "A tool was called with request_heartbeat true, returning control"
 HEARTBEAT_FAILED: Final = _ALERT + "A tool call failed, returning control"
 HEARTBEAT_NO_REPLY: Final = _ALERT + "The user is still waiting for a reply: answer with send_message"
@@ -745,6 +747,19 @@ class Maybe(Field[T | None]):
         return None if value is None else self.inner.check(value)
 
 
+_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
+
+
+def valid_name(name: Any) -> str:
+    """An agent's name in NFC. Raises Refused (bad_config)."""
+    if isinstance(name, str):
+        normal = unicodedata.normalize("NFC", name)
+        if _NAME.fullmatch(normal):
+            return normal
+    expected = f"1 to {MAX_NAME} letters, digits, '_', '.' or '-', the first a letter or digit"
+    raise Refused("bad_config", f"name: expected {expected}, but got {quote(name)}")
+
+
 def _agent_name() -> Field[str | None]:
     return Maybe(Text("the agent; null or absent: the connection's current agent", 1_000))
 
@@ -1157,7 +1172,7 @@ MESSAGE_TYPES: Final[dict[str, EventType]] = {
     "agent_change": EventType(
         "the agent was renamed, updated or deleted; or how much of its memory is embedded by now",
         {
-            "change": {"enum": ["renamed", "updated", "deleted", "embedding"]},
+            "change": {"enum": ["renamed", "updated", "deleted", "imported", "embedding"]},
             "new_name": _STRING,
             "done": _INTEGER,
             "total": _INTEGER,
@@ -1464,6 +1479,54 @@ class Found:
     score: float
 
 
+def read_body(message: ChatMessage) -> JSON | None:
+    """What a model gets, decoded; None where it is damaged: no endpoint would take it."""
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        body = decode_json(message.body)
+        calls = body.get("tool_calls", [])
+        texts = [call[key] for call in calls for key in ("id", "type")]
+        texts += [call["function"][key] for call in calls for key in ("name", "arguments")]
+        texts += [body["content"]] if body.get("content") is not None or not calls else []
+        texts += [body["tool_call_id"]] if message.role == "tool" else []
+        objects = [decode_json(call["function"]["arguments"]) for call in calls]
+        if (
+            body["role"] == (message.role if message.role in ("assistant", "tool") else "user")
+            and all(isinstance(text, str) for text in texts)
+            and all(isinstance(value, dict) for value in objects)
+        ):
+            return cast(JSON, body)
+    return None
+
+
+OpenCall = tuple[ChatMessage, str, str]
+"A message with a tool call that has no result, the call's id, the tool."
+
+
+def history_faults(messages: Sequence[ChatMessage]) -> tuple[list[tuple[int, str]], list[OpenCall]]:
+    """(index, what is wrong) of the places no prompt may hold, which begins at `index` or later; the open calls at the
+    end."""
+    faults: list[tuple[int, str]] = []
+    waiting: dict[str, OpenCall] = {}
+    for index, message in enumerate(messages):
+        body = read_body(message)
+        if body is not None and message.role == "tool":
+            if waiting.pop(body["tool_call_id"], None) is None:
+                faults.append((index + 1, f"chat message {message.id} answers a call that is not there"))
+            continue
+        for asked, call_id, _ in waiting.values():
+            faults.append((index, f"the call {quote(call_id)} of chat message {asked.id} has no result"))
+        waiting = {}
+        if body is None:
+            faults.append((index + 1, f"chat message {message.id} is damaged"))
+            continue
+        calls = body.get("tool_calls", ())
+        waiting = {call["id"]: (message, call["id"], call["function"]["name"]) for call in calls}
+        if len(waiting) < len(calls):
+            faults.append((index + 1, f"two calls of chat message {message.id} have the same id"))
+            waiting = {}
+    return faults, list(waiting.values())
+
+
 def estimate_tokens(text: str) -> int:
     """Tokens of `text`, roughly: a token per four bytes of UTF-8, and four around each message."""
     return 4 + (len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))) // 4
@@ -1753,6 +1816,10 @@ def unnamed(query: str, names: Iterable[str]) -> str:
 # ======================================================================================================================
 
 
+LOST: Final = "lost"
+"The only key of a config or state that could not be read."
+
+
 @dataclass(slots=True)
 class AgentRecord:
     """What the store knows of an agent beside its messages, passages and events."""
@@ -1767,6 +1834,11 @@ class AgentRecord:
     last_seq: int
     base_url: str | None = None
     "An endpoint of the agent's own; only Python sets it, never the wire or an imported file."
+
+
+def message_digest(message: str) -> bytes:
+    """What tells a turn sent again from another turn under the same id."""
+    return hashlib.sha256(message.encode()).digest()
 
 
 @dataclass(slots=True)
@@ -1936,6 +2008,11 @@ _STORES = ("recall", "archival")
 _STORE_OF = {"u": "recall", "a": "recall", "x": "recall", "p": "archival"}
 
 
+_INDEXED_MESSAGES: Final = """SELECT 'recall', id, role, time, coalesce(said, text) FROM messages
+    WHERE agent = ? AND (said <> '' OR (said IS NULL AND role = 'user' AND text <> '')) ORDER BY id"""
+_INDEXED_PASSAGES: Final = "SELECT 'archival', id, '', time, text FROM passages WHERE agent = ? ORDER BY id"
+
+
 def _kind(store: str, role: str) -> str:
     return "p" if store == "archival" else {"user": "u", "assistant": "a"}.get(role, "x")
 
@@ -1958,7 +2035,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("COMMIT")
 
 
-def _seconds_between(earlier: str, later: str) -> float:
+def seconds_between(earlier: str, later: str) -> float:
     """Seconds from one time to the other; 0 where one cannot be read."""
     try:
         return (datetime.datetime.fromisoformat(later) - datetime.datetime.fromisoformat(earlier)).total_seconds()
@@ -2091,17 +2168,33 @@ class SearchIndex:
     ) -> None:
         """Index an agent's memory anew; `progress` is called with the texts done and their total after each."""
         self.drop_agent(connection, agent)
-        messages = f"""SELECT 'recall', id, role, time, coalesce(said, text) FROM messages
-            WHERE agent = ? AND {_SEARCHABLE} ORDER BY id"""
-        passages = "SELECT 'archival', id, '', time, text FROM passages WHERE agent = ? ORDER BY id"
-        total = sum(
-            connection.execute(f"SELECT count(*) FROM ({sql})", (agent,)).fetchone()[0] for sql in (messages, passages)
-        )
-        rows = itertools.chain(*(connection.execute(sql, (agent,)) for sql in (messages, passages)))
+        both = _INDEXED_MESSAGES, _INDEXED_PASSAGES
+        total = sum(connection.execute(f"SELECT count(*) FROM ({sql})", (agent,)).fetchone()[0] for sql in both)
+        rows = itertools.chain(*(connection.execute(sql, (agent,)) for sql in both))
         for done, (store, item, role, time_, text) in enumerate(rows, 1):
             self.add(connection, agent, store, item, role, time_, text)
             progress(done, total)
         connection.execute("UPDATE agents SET search_version = ? WHERE id = ?", (self.version, agent))
+
+    def drift(self, connection: sqlite3.Connection, agent: int) -> str:
+        """What the index has otherwise than the agent's memory; empty: nothing."""
+        for store, sql in (("recall", _INDEXED_MESSAGES), ("archival", _INDEXED_PASSAGES)):
+            rows = connection.execute(
+                "SELECT item, text, doc, role, terms FROM search_rows WHERE agent = ? AND store = ? ORDER BY doc",
+                (agent, store),
+            )
+            indexed = itertools.groupby(rows, key=lambda row: row[0])
+            for kept, found in itertools.zip_longest(connection.execute(sql, (agent,)), indexed):
+                if kept is None or found is None or kept[1] != found[0]:
+                    return f"does not know the {store} memory as it is"
+                slices_of = list(found[1])
+                if "".join(row[1] for row in slices_of) != clean_text(kept[4]):
+                    return f"knows item {kept[1]} of the {store} memory by another text"
+                for _, _, doc, role, terms in slices_of:
+                    for key in _keys(agent, store, role, terms)[:1]:
+                        if not self._postings.docs(connection, key, doc, doc, 1):
+                            return f"does not find item {kept[1]} of the {store} memory"
+        return ""
 
     def add(self, connection: sqlite3.Connection, agent: int, store: str, item: int, role: str, time: str, text: str,
             joined: bool | None = None) -> None:  # fmt: skip
@@ -2118,7 +2211,7 @@ class SearchIndex:
         place, asked = 0, False
         if last is not None:
             if joined is None:
-                joined = _seconds_between(last[1], time) <= SESSION_GAP
+                joined = seconds_between(last[1], time) <= SESSION_GAP
             beside = bool(joined) and store == "recall" and words <= TURN_WORDS and last[2] <= TURN_WORDS
             asked = beside and last[3] > 0
             place = (last[0] - low >> _SLICE) + (1 if beside else _APART)
@@ -2579,13 +2672,7 @@ class SqliteStore:
                 (after, limit),
             ).fetchall()
             total = connection.execute("SELECT count(*) FROM agents WHERE deleted IS NULL").fetchone()[0]
-            records = []
-            for row in rows:
-                try:
-                    records.append(_agent_record(row))
-                except ValueError:  # one damaged agent must not hide the others
-                    logger.error("agent %s is damaged; run memws.py check", row[1])
-            return records, total
+            return [_agent_record(row) for row in rows], total
 
         return await self._read(job)
 
@@ -2819,7 +2906,16 @@ def _agent_row(connection: sqlite3.Connection, where: str, value: Any) -> Any:
 
 def _agent_record(row: Any) -> AgentRecord:
     agent, name, config, state, *rest = row
-    return AgentRecord(agent, name, decode_json(config), decode_json(state), *rest)
+    return AgentRecord(agent, name, _read_object(config), _read_object(state), *rest)
+
+
+def _read_object(text: Any) -> JSON:
+    """A stored JSON object; where it is damaged, one that says so: a load mends it."""
+    with contextlib.suppress(ValueError, RecursionError, TypeError):
+        value = decode_json(text)
+        if isinstance(value, dict):
+            return value
+    return {LOST: True}
 
 
 def _chat_message(row: Any) -> ChatMessage:
@@ -2918,7 +3014,9 @@ def _found(connection: sqlite3.Connection, agent: int, store: str, item: int, sc
 
 def connect_database(path: str) -> sqlite3.Connection:
     """A connection that leaves transactions to us and may be closed by another thread."""
-    return sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+    connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # one bad byte ends nothing
+    return connection
 
 
 def open_database(path: str, sync: str) -> sqlite3.Connection:
@@ -3093,6 +3191,11 @@ def import_agent(connection: sqlite3.Connection, data: Any) -> str:
         assert agent is not None
         for table in _AGENT_TABLES:
             _import_rows(connection, agent, table, data.get(table))
+        if last_seq > told["last_seq"]:  # seqs go on above those seen under the name: the event tells of the jump
+            text = "the agent was imported under a name that was in use before"
+            _store_events(
+                connection, agent, response_events("agent_change", text, turn_id=None, step=0, change="imported")
+            )
         index.index_agent(connection, agent)
     return str(told["name"])
 
@@ -3139,116 +3242,214 @@ def _columns(connection: sqlite3.Connection, table: str) -> dict[str, tuple[str,
     return {name: (kind, bool(needed or key)) for _, name, kind, needed, _, key in rows}
 
 
-_SEARCHABLE: Final = "(said <> '' OR (said IS NULL AND role = 'user' AND text <> ''))"
-
-
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Something wrong in a database: whose it is, what it is, and whether it was mended."""
+    """Something wrong in a database: whose it is, what it is, whether it can be mended, and whether it was."""
 
     agent: str
     text: str
+    mendable: bool = False
     repaired: bool = False
 
 
-def check_database(connection: sqlite3.Connection, repair: bool) -> Iterator[Damage]:
-    """Look for damage, agent by agent, and with `repair` mend what can be mended without deleting what was said."""
-    connection.text_factory = lambda data: data.decode("utf-8", "replace")  # a bad byte is told, it ends nothing
+Mender = Callable[[JSON], tuple[JSON, list[str]]]
+"Gives the object that an agent can be loaded with, and what of it had to be changed."
+Fault = tuple[str, Callable[[], object] | None]
+"What is wrong, and what mends it in the transaction it is called in."
+
+
+def check_database(connection: sqlite3.Connection, menders: Mapping[str, Mender], repair: bool) -> Iterator[Damage]:
+    """Look for damage, agent by agent, and with `repair` mend what can be mended without deleting what was said.
+
+    menders: of an agent's config and state.
+    """
+    connection.create_function("whole_text", 1, lambda data: str(data, "utf-8", "replace"), deterministic=True)
     try:
-        index = SearchIndex(connection) if repair else None
         for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
             if line != "ok":
                 yield Damage("", f"the file is damaged: {line}")
+        index = SearchIndex(connection)
+        lost = " UNION ".join(f"SELECT agent FROM {table}" for table in _AGENT_TABLES)
+        for (agent,) in connection.execute(f"SELECT agent FROM ({lost}) EXCEPT SELECT id FROM agents").fetchall():
+            yield from _told("", [_lost_agent(connection, agent)], connection, repair)
         agents = connection.execute("SELECT id, name FROM agents ORDER BY name, id").fetchall()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, ValueError) as error:
         yield Damage("", f"the file cannot be read: {error}")
         return
     for agent, name in agents:
-        try:
-            for text, mend in _check_agent(connection, agent, index):
-                if repair and mend is not None:
-                    with transaction(connection):
-                        mend()
-                yield Damage(name, text, repair and mend is not None)
-        except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
-            yield Damage(str(name), f"cannot be read: {error}")
+        yield from _told(str(name), _check_agent(connection, agent, index, menders), connection, repair)
 
 
-def _check_agent(connection: sqlite3.Connection, agent: int, index: SearchIndex | None
-                 ) -> Iterator[tuple[str, Callable[[], object] | None]]:  # fmt: skip
-    """(what is wrong, what mends it) of one agent; without an index, nothing is mended."""
+def _told(name: str, faults: Iterable[Fault], connection: sqlite3.Connection, repair: bool) -> Iterator[Damage]:
+    """The faults as damage, mended where that is asked for; what cannot be read ends the list, with its own line."""
+    try:
+        for text, mend in faults:
+            if repair and mend is not None:
+                with transaction(connection):
+                    mend()
+            yield Damage(name, text, mend is not None, repair and mend is not None)
+    except (sqlite3.Error, ValueError, TypeError, LookupError, OverflowError, AttributeError) as error:
+        yield Damage(name, f"cannot be read: {error}")
 
-    def setting(column: str, value: Any) -> Callable[[], object]:
-        update = f"UPDATE agents SET {column} = ? WHERE id = ?"
-        return lambda: connection.execute(update, (value, agent))
 
-    config, state, last_seq = connection.execute(
-        "SELECT config, state, last_seq FROM agents WHERE id = ?", (agent,)
-    ).fetchone()
-    for column, text in (("config", config), ("state", state)):
-        if not _is_object(text):
-            yield f"its {column} is no JSON object; a repair empties it", setting(column, "{}")
-    for label, value, limit in connection.execute('SELECT label, value, "limit" FROM blocks WHERE agent = ?', (agent,)):
-        if len(value) > limit:
-            raised = f'UPDATE blocks SET "limit" = {len(value)} WHERE agent = ? AND label = ?'
-            text = f"block {label} holds {len(value):,} of {limit:,} characters; a repair raises its limit"
-            yield text, functools.partial(connection.execute, raised, (agent, label))
-    ids = [row[0] for row in connection.execute("SELECT id FROM messages WHERE agent = ? ORDER BY id", (agent,))]
-    if ids and (ids[0] != 1 or ids[-1] != len(ids)):
-        yield f"{ids[-1] - len(ids)} chat messages are missing between 1 and {ids[-1]}", None
-    seqs = connection.execute("SELECT min(seq), max(seq), count(*) FROM events WHERE agent = ?", (agent,)).fetchone()
-    if seqs[2] and seqs[1] - seqs[0] + 1 != seqs[2]:
-        yield f"{seqs[1] - seqs[0] + 1 - seqs[2]} events are missing between {seqs[0]} and {seqs[1]}", None
-    if seqs[2] and seqs[1] > last_seq:
+def _lost_agent(connection: sqlite3.Connection, agent: int) -> Fault:
+    """An agent of which everything is there but its row."""
+
+    def mend() -> None:
+        last_seq = connection.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[
+            0
+        ]
+        row = (agent, f"recovered-{agent}", "{}", "{}", now_text(), now_text(), last_seq)
+        sql = "INSERT INTO agents (id, name, config, state, created, last_active, last_seq) VALUES (?,?,?,?,?,?,?)"
+        connection.execute(sql, row)
+
+    return f"agent number {agent} has a history and no name; a repair calls it recovered-{agent}", mend
+
+
+def _check_agent(connection: sqlite3.Connection, agent: int, index: SearchIndex, menders: Mapping[str, Mender]
+                 ) -> Iterator[Fault]:  # fmt: skip
+    """What is wrong with one agent."""
+
+    def updating(sql: str, *values: Any) -> Callable[[], object]:
+        return lambda: connection.execute(sql, values)
+
+    for table in ("agents", *_AGENT_TABLES):
+        yield from _check_columns(connection, table, "id" if table == "agents" else "agent", agent)
+    name, last_seq = connection.execute("SELECT name, last_seq FROM agents WHERE id = ?", (agent,)).fetchone()
+    try:
+        valid_name(name)
+    except Refused:
+        called = f"recovered-{agent}"
         yield (
-            f"its last seq {last_seq} is below that of its events, {seqs[1]}; a repair raises it",
-            setting("last_seq", seqs[1]),
+            f"its name cannot be; a repair calls it {called}",
+            updating("UPDATE agents SET name = ? WHERE id = ?", called, agent),
         )
-    for (seq,) in connection.execute("SELECT seq FROM events WHERE agent = ? AND NOT json_valid(text)", (agent,)):
-        yield f"event {seq} is no JSON object", None
+    for column, mender in menders.items():
+        text = connection.execute(f"SELECT {column} FROM agents WHERE id = ?", (agent,)).fetchone()[0]
+        mended, faults = mender(_read_object(text))
+        if faults:
+            sql = f"UPDATE agents SET {column} = ? WHERE id = ?"
+            yield "; ".join(faults), updating(sql, encode_json(mended), agent)
+    blocks = connection.execute('SELECT label, value, "limit" FROM blocks WHERE agent = ?', (agent,)).fetchall()
+    for label in {"persona", "human"} - {label for label, *_ in blocks}:
+        sql = "INSERT INTO blocks SELECT ?, coalesce(max(position), -1) + 1, ?, '', ?, 1 FROM blocks WHERE agent = ?"
+        yield (
+            f"its block {label} is missing; a repair makes an empty one",
+            updating(sql, agent, label, BLOCK_LIMIT, agent),
+        )
+    for label, value, limit in blocks:
+        if len(value) > limit:
+            text = f"block {label} holds {len(value):,} of {limit:,} characters; a repair raises its limit"
+            sql = 'UPDATE blocks SET "limit" = ? WHERE agent = ? AND label = ?'
+            yield text, updating(sql, len(value), agent, label)
+    ids = connection.execute("SELECT count(*), coalesce(max(id), 0) FROM messages WHERE agent = ?", (agent,)).fetchone()
+    if ids[0] != ids[1]:
+        yield (
+            f"{ids[1] - ids[0]} chat messages are missing between 1 and {ids[1]}; nothing here can bring them back",
+            None,
+        )
+    yield from _check_events(connection, agent, last_seq)
+    yield from _check_turns(connection, agent)
     yield from _check_history(connection, agent)
-    indexed = "SELECT count(DISTINCT item) FROM search_rows WHERE agent = ? AND store = ?"
-    said = connection.execute(f"SELECT count(*) FROM messages WHERE agent = ? AND {_SEARCHABLE}", (agent,)).fetchone()[
-        0
-    ]
-    kept = connection.execute("SELECT count(*) FROM passages WHERE agent = ?", (agent,)).fetchone()[0]
-    found = tuple(connection.execute(indexed, (agent, store)).fetchone()[0] for store in ("recall", "archival"))
-    if found != (said, kept):
-        text = (
-            f"search knows {found[0]} of {said} messages and {found[1]} of {kept} passages; a repair indexes them anew"
+    if drift := index.drift(connection, agent):
+        yield f"search {drift}; a repair indexes the memory anew", lambda: index.index_agent(connection, agent)
+
+
+def _check_columns(connection: sqlite3.Connection, table: str, owner: str, agent: int) -> Iterator[Fault]:
+    """Values that are not of their column's type, and texts that are no UTF-8."""
+    for column, (kind, needed) in _columns(connection, table).items():
+        strange = f"typeof(\"{column}\") <> '{kind.lower()}'"
+        if not needed:
+            strange += f' AND "{column}" IS NOT NULL'
+        mends = [(strange, f"CAST(coalesce(\"{column}\", '') AS {kind})", f"that is no {kind}")]
+        if kind == "TEXT":
+            whole = f'whole_text(CAST("{column}" AS BLOB))'
+            mends.append((f'typeof("{column}") = \'text\' AND {whole} <> "{column}"', whole, "that is no UTF-8"))
+        for test, mended, what in mends:
+            where = f"{owner} = ? AND {test}"
+            count = connection.execute(f"SELECT count(*) FROM {table} WHERE {where}", (agent,)).fetchone()[0]
+            if count:
+                sql = f'UPDATE {table} SET "{column}" = {mended} WHERE {where}'
+                text = f"{table}.{column} holds {count} times what {what}; a repair keeps what can be read of it"
+                yield text, functools.partial(connection.execute, sql, (agent,))
+
+
+def _check_events(connection: sqlite3.Connection, agent: int, last_seq: int) -> Iterator[Fault]:
+    """Events that are missing or damaged. Seqs jump where an agent comes under a name that was in use before, and an
+    agent_change tells of it."""
+    for (seq,) in connection.execute(
+        "SELECT seq FROM events WHERE agent = ? AND NOT (json_valid(text) AND json_type(text) = 'object')", (agent,)
+    ).fetchall():
+        yield f"event {seq} is no JSON object; a replay says so in its place", None
+    begun = connection.execute("SELECT min(first_seq) FROM turns WHERE agent = ?", (agent,)).fetchone()[0]
+    before, kind = (begun or 1) - 1, "agent_change" if begun is None else ""
+    rows = connection.execute("SELECT seq, text FROM events WHERE agent = ? ORDER BY seq", (agent,))
+    for seq, text in itertools.chain(rows, [(last_seq + 1, "")]):
+        told = event_kind(text)[1]
+        if seq > before + 1 and "agent_change" not in (kind, told):
+            yield f"{seq - before - 1} events are missing after {before}; nothing here can bring them back", None
+        before, kind = max(seq, before), told
+    if before > last_seq + 1:
+        sql = "UPDATE agents SET last_seq = (SELECT max(seq) FROM events WHERE agent = ?) WHERE id = ?"
+        text = f"its last seq {last_seq} is below that of its events; a repair raises it"
+        yield text, functools.partial(connection.execute, sql, (agent, agent))
+
+
+def _check_turns(connection: sqlite3.Connection, agent: int) -> Iterator[Fault]:
+    """Turns that are not known as what their events tell."""
+    rows = connection.execute(
+        "SELECT turn_id, min(seq), max(seq), over FROM events LEFT JOIN turns USING (agent, turn_id)"
+        " WHERE agent = ? AND turn_id IS NOT NULL AND coalesce(over, 0) = 0 GROUP BY turn_id",
+        (agent,),
+    ).fetchall()
+    for turn_id, first, last, over in rows:
+        end = connection.execute("SELECT text FROM events WHERE agent = ? AND seq = ?", (agent, last)).fetchone()[0]
+        ended = event_kind(end)[0] in TERMINAL_TYPES
+        if over is None:
+            said = connection.execute(
+                "SELECT text FROM messages WHERE agent = ? AND turn_id = ? AND role = 'user' ORDER BY id",
+                (agent, turn_id),
+            ).fetchone()
+            row = (agent, turn_id, message_digest(said[0]) if said else None, ended, first, last)
+            mend = functools.partial(connection.execute, "INSERT INTO turns VALUES (?,?,?,?,?,?)", row)
+            yield f"turn {quote(turn_id)} has events, but is not known; a repair makes it known", mend
+        elif ended:
+            sql = "UPDATE turns SET over = 1, last_seq = ? WHERE agent = ? AND turn_id = ?"
+            mend = functools.partial(connection.execute, sql, (last, agent, turn_id))
+            yield f"turn {quote(turn_id)} has ended, but is kept as open; a repair closes it", mend
+
+
+def _check_history(connection: sqlite3.Connection, agent: int) -> Iterator[Fault]:
+    """What the prompt must not hold: a load and a repair let it begin behind that; search finds it still."""
+    state = _read_object(connection.execute("SELECT state FROM agents WHERE id = ?", (agent,)).fetchone()[0])
+    messages = [
+        _chat_message(row)
+        for row in connection.execute(
+            f"SELECT {_MESSAGE_COLUMNS} FROM messages WHERE agent = ? AND id >= ? ORDER BY id",
+            (agent, state.get("cut", 0)),
         )
-        yield text, functools.partial(index.index_agent, connection, agent) if index else None
+    ]
+    faults, open_calls = history_faults(messages)
+    if faults:
+        begin = max(index for index, _ in faults)
+        first = messages[begin].id if begin < len(messages) else messages[-1].id + 1
+        values = (encode_json({**state, "cut": first}), agent)
+        mend = functools.partial(connection.execute, "UPDATE agents SET state = ? WHERE id = ?", values)
+        for _, text in faults:
+            yield f"{text}; a repair lets the prompt begin behind it", mend
+    running = {
+        turn_id for (turn_id,) in connection.execute("SELECT turn_id FROM turns WHERE agent = ? AND NOT over", (agent,))
+    }
+    for number, (message, call_id, _) in enumerate(open_calls, 1):
+        if message.turn_id not in running:
+            body = encode_json({"role": "tool", "tool_call_id": call_id, "content": INTERRUPTED})
+            row = (agent, messages[-1].id + number, "tool", now_text(), INTERRUPTED, body, "", *_place(messages[-1]))
+            mend = functools.partial(connection.execute, "INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?)", row)
+            yield f"the call {quote(call_id)} of chat message {message.id} has no result; a repair adds one", mend
 
 
-def _check_history(connection: sqlite3.Connection, agent: int) -> Iterator[tuple[str, None]]:
-    """Tool calls without a result, results without a call, ids used twice: a load keeps such out of every prompt."""
-    waiting: dict[str, int] = {}
-    seen: set[str] = set()
-    rows = connection.execute("SELECT id, role, body FROM messages WHERE agent = ? ORDER BY id", (agent,))
-    for number, role, body in rows:
-        if not _is_object(body):
-            yield f"chat message {number} is no JSON object", None
-            continue
-        message = decode_json(body)
-        if role == "tool":
-            if waiting.pop(str(message.get("tool_call_id")), None) is None:
-                yield f"chat message {number} answers a call that is not there", None
-            continue
-        for call_id, asked in waiting.items():
-            yield f"the call {quote(call_id)} of chat message {asked} has no result (a load keeps it out)", None
-        waiting = {}
-        for call in message.get("tool_calls") or ():
-            call_id = str(call.get("id"))
-            if call_id in seen:
-                yield f"the id {quote(call_id)} names two calls", None
-            seen.add(call_id)
-            waiting[call_id] = number
-
-
-def _is_object(text: str) -> bool:
-    with contextlib.suppress(ValueError, RecursionError, TypeError):
-        return isinstance(decode_json(text), dict)
-    return False
+def _place(message: ChatMessage) -> tuple[str | None, int, int]:
+    return message.turn_id, message.step, message.seq
 
 
 # ======================================================================================================================
@@ -5132,7 +5333,6 @@ def _calls_in(value: Any) -> list[tuple[str, Any]]:
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
-_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 _IGNORED_KEYS: Final = frozenset(
     (
         "preset", "model_endpoint_type", "model_endpoint", "model_wrapper", "embedding_endpoint_type",
@@ -5150,16 +5350,6 @@ _SETTINGS: Final[dict[str, tuple[type, float, float]]] = {
     "max_tokens": (int, 1, 10_000_000),
     "seed": (int, -(2**53), 2**53),
 }
-
-
-def valid_name(name: Any) -> str:
-    """An agent's name in NFC. Raises Refused (bad_config)."""
-    if isinstance(name, str):
-        normal = unicodedata.normalize("NFC", name)
-        if _NAME.fullmatch(normal):
-            return normal
-    expected = f"1 to {MAX_NAME} letters, digits, '_', '.' or '-', the first a letter or digit"
-    raise Refused("bad_config", f"name: expected {expected}, but got {quote(name)}")
 
 
 class AgentConfig:
@@ -5193,6 +5383,21 @@ class AgentConfig:
                 self.values[key] = self._checked(key, config[key], tools)
         self.name = valid_name(config["name"]) if config.get("name") is not None else f"agent_{secrets.token_hex(4)}"
         self.blocks = [] if base is not None else self._blocks(config)
+
+    @classmethod
+    def mended(cls, values: JSON) -> tuple[JSON, list[str]]:
+        """A stored config, with defaults for what is missing or cannot be, and what was damaged."""
+        checker, good = cls({}, {}, {}), {}
+        faults = ["its config was lost, and is that of a new agent"] if LOST in values else []
+        for key, default in cls.DEFAULTS.items():
+            good[key] = default
+            value = values.get(key, default)
+            known: Any = value if key == "tools" else {}  # a tool may be one that is not registered now
+            try:
+                good[key] = checker._checked(key, value, known)
+            except Refused as error:
+                faults.append(f"its config had to be mended ({error})")
+        return good, faults
 
     def _checked(self, key: str, value: Any, tools: Mapping[str, Tool]) -> Any:
         if value is None:
@@ -5296,6 +5501,22 @@ class AgentConfig:
         return Block(label, value, limit)
 
 
+_STATE: Final[dict[str, tuple[type, ...]]] = {
+    "cut": (int,), "last_passage": (int,), "summary": (str,), "gist": (str,), "last_user": (str,), "warned": (bool,),
+    "paused_until": (int, float),
+}  # fmt: skip
+
+
+def mended_state(state: JSON) -> tuple[JSON, list[str]]:
+    """A stored state without what cannot be, and what that was."""
+    faults = ["its state was lost: the prompt begins with the first message"] if LOST in state else []
+    good = {key: value for key, value in state.items() if key != LOST}
+    for key, kinds in _STATE.items():
+        if key in good and type(good[key]) not in kinds:
+            faults.append(f"its state had to be mended ({key} was {quote(good.pop(key))})")
+    return good, faults
+
+
 def check_window(window: int, prompt: str, tools: str, blocks: Iterable[Block]) -> None:
     """Raises Refused where a context window has no room for prompt, full blocks and a reply."""
     needed = estimate_tokens(prompt) + estimate_tokens(tools) + MIN_REPLY_TOKENS
@@ -5387,7 +5608,6 @@ class Turn:
 
 
 _NO_USAGE: Final = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated": True}
-_INTERRUPTED: Final = "interrupted: result unknown"
 _UNVERIFIED: Final = "the first reply has to go through send_message"
 
 
@@ -5451,19 +5671,28 @@ class Agent:
     ) -> tuple[Agent, list[Event]]:
         """The agent, loaded and repaired, and the events of the repair."""
         agent = cls(store, record, models, tools, max_steps, api_key)
-        blocks, agent.messages, counts, open_turns = await store.load(record.id, int(record.state.get("cut", 0)))
-        agent.blocks = {block.label: block for block in blocks}
-        agent.recall, agent.archival, agent.last_message = counts["recall"], counts["archival"], counts["last_message"]
-        agent.last_passage = max(counts["last_passage"], int(record.state.get("last_passage", 0)))
-        agent.configure()
-        return agent, await agent._repair(open_turns)
+        try:
+            record.config, agent.repairs = AgentConfig.mended(record.config)
+            record.state, repairs = mended_state(record.state)
+            agent.repairs += repairs
+            blocks, agent.messages, counts, open_turns = await store.load(record.id, record.state.get("cut", 0))
+            agent.blocks = {block.label: block for block in blocks}
+            agent.recall, agent.archival = counts["recall"], counts["archival"]
+            agent.last_message = counts["last_message"]
+            agent.last_passage = max(counts["last_passage"], record.state.get("last_passage", 0))
+            agent.configure()
+            return agent, await agent._repair(open_turns)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            logger.error("agent %s cannot be loaded", record.name, exc_info=error)
+            text = f"agent {record.name!r} is damaged; stop the server and run: memws.py check --repair"
+            raise StoreFailed(text) from error
 
     def configure(self) -> None:
         """Choose model, window and tools by the config, and build the prompt anew."""
         config = self.record.config
         own = self.record.base_url, self._api_key
         self.model, warnings = self._models.get(config["model"], *own)
-        self.embedder, no_vectors = self._models.embedder(config.get("embedding"), *own)
+        self.embedder, no_vectors = self._models.embedder(config["embedding"], *own)
         self.warnings = [*warnings, *no_vectors]
         self.window: int = config["context_window"] or self._models.context_window or self.model.window
         self.max_steps: int = config["max_steps"] or self._max_steps
@@ -5484,12 +5713,17 @@ class Agent:
     async def _repair(self, open_turns: list[TurnRecord]) -> list[Event]:
         """Close what a crash left open: calls get a result, turns their end. Nothing that was said is dropped."""
         changes = Changes()
-        open_calls, broken = unpaired_calls(self.messages)
+        if self.repairs:  # of config and state
+            text = "; ".join(self.repairs)
+            changes.events += response_events("correction", text, turn_id=None, step=0, what="config")
+            changes.config, changes.state = self.record.config, self.record.state
+        faults, open_calls = history_faults(self.messages)
+        broken = max((index for index, _ in faults), default=0)
         for message, call_id, name in open_calls:
             self.repairs.append(f"the call of {name} was interrupted and got a result")
             turn = Turn(message.turn_id or "", None)
             turn.step = message.step
-            self._add_result(changes, turn, Call(call_id, name, {}), ToolError(_INTERRUPTED))
+            self._add_result(changes, turn, Call(call_id, name, {}), ToolError(INTERRUPTED))
         if broken:
             self.repairs.append(
                 "chat messages with unpaired tool calls left the context window; recall memory keeps them"
@@ -5556,7 +5790,7 @@ class Agent:
                 self._add_event_message(changes, turn, "heartbeat", reason=turn.reason)
             else:
                 last = self.record.state.get("last_user")
-                if last is None or _seconds_since(last) > LOGIN_SILENCE:
+                if last is None or seconds_between(last, now) > LOGIN_SILENCE:
                     self._add_event_message(changes, turn, "login", last_login=last or "Never (first login)")
                 assert changes.state is not None
                 changes.state["last_user"] = now
@@ -5938,8 +6172,8 @@ class Agent:
         turn.over = False
         try:
             async with self.lock:
-                for _, call_id, name in unpaired_calls(self.messages)[0]:
-                    self._add_result(changes, turn, Call(call_id, name, {}), ToolError(_INTERRUPTED))
+                for _, call_id, name in history_faults(self.messages)[1]:
+                    self._add_result(changes, turn, Call(call_id, name, {}), ToolError(INTERRUPTED))
                 self._end(changes, turn, error)
                 await self._store(changes)
         except StoreFailed:
@@ -6296,29 +6530,6 @@ _SUMMARY_NOTE: Final = (
 _USER_NAMED = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
-def message_digest(message: str) -> bytes:
-    """What tells a turn sent again from another turn under the same id."""
-    return hashlib.sha256(message.encode()).digest()
-
-
-def unpaired_calls(messages: Sequence[ChatMessage]) -> tuple[list[tuple[ChatMessage, str, str]], int]:
-    """(message, call id, tool) of the calls at the end that have no result, and the index after the last broken pairing
-    before them (0: none)."""
-    waiting: dict[str, tuple[ChatMessage, str, str]] = {}
-    broken = 0
-    for index, message in enumerate(messages):
-        if message.role == "tool":
-            if waiting.pop(decode_json(message.body)["tool_call_id"], None) is None:
-                broken = index + 1
-            continue
-        if waiting:
-            waiting, broken = {}, index
-        if message.role == "assistant" and '"tool_calls":' in message.body:
-            for call in decode_json(message.body)["tool_calls"]:
-                waiting[call["id"]] = (message, call["id"], call["function"]["name"])
-    return list(waiting.values()), broken
-
-
 def edit_events(edit: MemoryEdit, by: str, turn: Turn | None) -> list[Event]:
     """The memory_change that tells of an edit."""
     named = {"label": edit.name} if edit.what == "core" else {"id": edit.name}
@@ -6346,11 +6557,6 @@ def answer_error(changes: Changes) -> str:
 
 def _says(call: Call) -> bool:
     return call.name == "send_message" and isinstance(call.arguments.get("message"), str)
-
-
-def _seconds_since(moment: str) -> float:
-    """Seconds since an RFC 3339 time."""
-    return time.time() - datetime.datetime.fromisoformat(moment).timestamp()
 
 
 # ======================================================================================================================
@@ -8708,7 +8914,7 @@ class Follower:
             published = host.published
             rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id, up_to)
             for seq, text in rows:
-                if not _is_object(text):
+                if LOST in _read_object(text):
                     logger.error("agent %s: event %d is damaged; run memws.py check", host.agent.name, seq)
                     text = damaged_event(seq)
                 kind, message_type = event_kind(text)
@@ -9720,10 +9926,9 @@ MAX_LISTED_CALLS: Final = 20
 
 def calls_of(message: ChatMessage) -> list[JSON]:
     """The tool calls of a chat message; of long arguments, excerpts of their texts."""
-    if message.role != "assistant":
-        return []
+    body = read_body(message) if message.role == "assistant" else None
     calls = []
-    for call in decode_json(message.body).get("tool_calls", ()):
+    for call in body.get("tool_calls", ()) if body else ():
         arguments = decode_json(call["function"]["arguments"])
         if len(message.body) > _LIST_TEXT:
             texts = {key: value if isinstance(value, str) else encode_json(value) for key, value in arguments.items()}
@@ -11034,12 +11239,14 @@ def _raise_descriptor_limit(connections: int) -> None:
 def check_command(db: str, repair: bool) -> int:
     """Print what is damaged; 0 where nothing is, or all was mended. Raises UsageError."""
     lock = DatabaseLock(os.path.realpath(db)) if repair and pathlib.Path(db).is_file() else None
+    menders: dict[str, Mender] = {"config": AgentConfig.mended, "state": mended_state}
     try:
-        if repair:
-            target = f"{db}.before-repair-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-            backup_command(db, target)
-        with contextlib.closing(read_database(db, write=repair)) as connection:
-            damages = list(check_database(connection, repair))
+        with contextlib.closing(read_database(db)) as connection:
+            damages = list(check_database(connection, menders, repair=False))
+        if repair and any(damage.mendable for damage in damages):
+            backup_command(db, f"{db}.before-repair-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
+            with contextlib.closing(read_database(db, write=True)) as connection:
+                damages = list(check_database(connection, menders, repair=True))
     finally:
         if lock is not None:
             lock.release()

@@ -126,7 +126,7 @@ class Lab:
         assert events[0].starts
         assert [event.terminal for event in events] == [False] * (len(events) - 1) + [True]
         assert [event.seq for event in events if not event.live] == list(range(before + 1, agent.last_seq + 1))
-        assert memws.unpaired_calls(agent.messages) == ([], 0)
+        assert memws.history_faults(agent.messages) == ([], [])
         await self.check_stored(agent)
         return Told(events)
 
