@@ -53,7 +53,7 @@ def wrong_token(rng: random.Random) -> list[tuple[str, str]]:
     token = rng.choice(
         [
             TOKEN[:-1], TOKEN + "x", TOKEN.upper(), TOKEN[::-1], "", " ", "x" * rng.randrange(1, 4_000), "null",
-            "\xff", "\x01", "%00" + TOKEN, TOKEN + "%00", TOKEN.replace("-", "%2d%2d"), f'"{TOKEN}"', f"{TOKEN},x",
+            "\xff", "\x01", "%00" + TOKEN, TOKEN + "%00", TOKEN.replace("-", "%2d%2d"), f'"{TOKEN}"', f"{TOKEN};x",
             f"x {TOKEN}",
         ]
     )  # fmt: skip
