@@ -203,7 +203,6 @@ READERS: Final = 4
 
 # Close codes (RFC 6455 section 7.4 and the IANA registry).
 GOING_AWAY: Final = 1001
-INTERNAL_ERROR: Final = 1011
 SLOW_READER: Final = 1013
 
 # Seconds.
@@ -211,7 +210,9 @@ STOP_GRACE: Final = 2.0
 "From a signal or stop() until open turns are closed by force."
 SLOW_READER_PATIENCE: Final = 5.0
 "A reader for whom too much waits may take nothing for so long."
-PING_INTERVAL: Final = 20.0
+PING_INTERVAL: Final = 5.0
+PING_TIMEOUT: Final = 9.0
+"A connection that answers no ping for so long, because it sent half a frame or hangs, is closed."
 OPEN_TIMEOUT: Final = 10.0
 BUSY_TIMEOUT: Final = 5.0
 "How long another program may hold the database before a write or an opening fails."
@@ -264,6 +265,8 @@ EMBEDDING_PATIENCE: Final = 3.0
 "Seconds that a search waits for the query's vector before words alone decide."
 EMBEDDING_PAUSE: Final = 60.0
 "Seconds without a call after one that failed."
+EMBEDDING_TEXT: Final = 2_000
+"Characters of a query that is embedded."
 EMBEDDING_RECENT: Final = 100
 "Vectors of queries that are kept for the next page or the same question."
 EMBEDDING_TOLD: Final = 64
@@ -1680,11 +1683,12 @@ def slices(text: str) -> tuple[list[str], int]:
 
     In scripts without spaces three characters count as a word.
     """
-    starts = [match.start() for match in _WORD.finditer(text)]
-    count = max(1, -(-len(starts) // ROW_WORDS))
-    size = max(1, -(-len(starts) // count))
-    cuts = [0, *starts[size::size], len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(cuts)], len(starts)
+    words = sum(1 for _ in _WORD.finditer(text))
+    count = max(1, -(-words // ROW_WORDS))
+    size = max(1, -(-words // count))
+    starts = itertools.islice(_WORD.finditer(text), size, None, size)
+    cuts = [0, *(match.start() for match in starts), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(cuts)], words
 
 
 NEAR, NEAR_PLACE = 0.5, 20
@@ -1759,7 +1763,7 @@ def score_row(row: _Row, docs: dict[str, set[int]], weights: dict[str, float], l
     return score * math.pow(min(1.0, TURN_WORDS / max(1, row.words)), PRIOR) * (1 - ASKING * row.asking)
 
 
-def fuse(by_words: list[tuple[int, float]], near: list[int]) -> list[tuple[int, float]]:
+def fuse(by_words: list[tuple[int, float]], near: Sequence[int]) -> list[tuple[int, float]]:
     """(doc, score) by the places in both rankings; what vectors alone find comes in among the rest."""
     scores: dict[int, float] = {}
     docs: dict[int, int] = {}
@@ -1797,8 +1801,9 @@ def import_numpy() -> Any:
 def pack_vector(values: Sequence[float]) -> bytes:
     """A vector of length 1, as 16-bit floats. Raises ValueError for one without a direction."""
     numpy = import_numpy()
-    vector = numpy.asarray(values, numpy.float32)
-    length = float(numpy.linalg.norm(vector))
+    with numpy.errstate(all="ignore"):
+        vector = numpy.asarray(values, numpy.float32)
+        length = float(numpy.linalg.norm(vector))
     if vector.ndim != 1 or not 0 < length < math.inf:
         raise ValueError("no vector")
     return bytes((vector / length).astype(numpy.float16).tobytes())
@@ -1944,7 +1949,13 @@ class Store(Protocol):
     async def events(
         self, agent: int, after: int, limit: int, turn_id: str | None = None, up_to: int = 2**62
     ) -> list[tuple[int, str]]:
-        """(seq, text) of stored events above `after`, in order; those of one turn where one is named."""
+        """(seq, text) of stored events above `after`, in order; those of one turn where one is named.
+
+        At most `limit`, and no more once they have TEXT_PART characters; none means that there are none.
+        """
+
+    async def backlog(self, agent: int, after: int, turn_id: str | None = None) -> int:
+        """Characters of the next thousand stored events above `after`."""
 
     async def request(self, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
         """A model call and the encoded chat messages it held."""
@@ -1960,9 +1971,24 @@ class Store(Protocol):
         limit: int,
         offset: int,
         up_to: tuple[int, int] | None = None,
-        near: Near | None = None,
+        near: Sequence[int] = (),
     ) -> tuple[list[Found], int]:
-        """The best matches from `offset` on, and how many there are in all; nothing above the ids `up_to`."""
+        """The best matches from `offset` on, and how many there are in all; nothing above the ids `up_to`.
+
+        near: what `nearest` gave for the same search; it counts beside the words.
+        """
+
+    async def nearest(
+        self,
+        agent: int,
+        near: Near,
+        stores: tuple[str, ...],
+        roles: tuple[str, ...] | None,
+        since: str | None,
+        until: str | None,
+        up_to: tuple[int, int] | None,
+    ) -> list[int]:
+        """What is nearest to the query by its vector, as numbers for `search`."""
 
     async def without_vector(self, agent: int, model: str, dimension: int | None, after: tuple[int, int]) -> list[int]:
         """What of the agent's memory has no vector of that model, above the message and the passage `after`.
@@ -1973,8 +1999,8 @@ class Store(Protocol):
     async def texts_to_embed(self, numbers: Sequence[int]) -> list[tuple[int, str]]:
         """(number, text) of what is still there."""
 
-    async def keep_vectors(self, model: str, vectors: Sequence[tuple[int, bytes]]) -> None:
-        """Store (number, vector)."""
+    async def keep_vectors(self, model: str, vectors: Sequence[tuple[int, str, bytes]]) -> None:
+        """Store (number, text, vector)."""
 
     async def close(self) -> None:
         """Finish what is queued and let go of the files."""
@@ -2035,12 +2061,29 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
     connection.execute("COMMIT")
 
 
+def is_moment(text: str) -> bool:
+    """Whether it is a time as stored."""
+    with contextlib.suppress(ValueError):
+        return datetime.datetime.fromisoformat(text).tzinfo is not None
+    return False
+
+
 def seconds_between(earlier: str, later: str) -> float:
     """Seconds from one time to the other; 0 where one cannot be read."""
     try:
         return (datetime.datetime.fromisoformat(later) - datetime.datetime.fromisoformat(earlier)).total_seconds()
     except (ValueError, TypeError):
         return 0.0
+
+
+@contextlib.contextmanager
+def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """All that is read inside is of one moment, whatever others write."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("ROLLBACK")
 
 
 class _Scope(NamedTuple):
@@ -2144,8 +2187,7 @@ class SearchIndex:
         outdated = connection.execute(sql, (self.version,)).fetchall()
         if any(version == -self.version for _, _, version in outdated):  # an SQLite without FTS5 had it, or has it now
             with transaction(connection):
-                self._postings.clear(connection)
-                connection.execute("UPDATE agents SET search_version = 0")
+                self.clear(connection)
             outdated = connection.execute(sql, (self.version,)).fetchall()
         told = time.monotonic()
 
@@ -2175,6 +2217,13 @@ class SearchIndex:
             self.add(connection, agent, store, item, role, time_, text)
             progress(done, total)
         connection.execute("UPDATE agents SET search_version = ? WHERE id = ?", (self.version, agent))
+
+    def clear(self, connection: sqlite3.Connection) -> None:
+        """Forget what is indexed, of every agent: the next opening indexes it anew."""
+        self._postings.clear(connection)
+        for table in ("search_rows", "search_vectors"):
+            connection.execute(f"DELETE FROM {table}")
+        connection.execute("UPDATE agents SET search_version = 0")
 
     def drift(self, connection: sqlite3.Connection, agent: int) -> str:
         """What the index has otherwise than the agent's memory; empty: nothing."""
@@ -2242,32 +2291,37 @@ class SearchIndex:
 
     def search(self, connection: sqlite3.Connection, agent: int, query: str, stores: tuple[str, ...] = _STORES,
                roles: tuple[str, ...] | None = None, since: str | None = None, until: str | None = None,
-               limit: int = 10, offset: int = 0, up_to: tuple[int, int] | None = None, near: Near | None = None
+               limit: int = 10, offset: int = 0, up_to: tuple[int, int] | None = None, near: Sequence[int] = ()
                ) -> tuple[list[Hit], int]:  # fmt: skip
         """The hits from `offset` on, best first and newest first on ties, and the number of all.
 
         roles: of messages; where given, passages are left out. since, until: times as stored, the first included, the
         second not. up_to: the last message and passage there were at the first page, so that pages stay the same while
-        messages arrive. near: the query's vector; the ranking by words and that by vectors are then fused. An empty
-        query gives the newest; words the index does not know are looked for as they stand. The number of all counts
-        among the POSTINGS rows that were read.
+        messages arrive. near: what `nearest` gave, a ranking that is fused with that by words. An empty query gives
+        the newest; words the index does not know are looked for as they stand. The number of all counts among the
+        POSTINGS rows that were read.
         """
         query, limit, offset = clean_text(query[:QUERY_CHARACTERS]), max(0, limit), max(0, offset)
-        if roles is not None:
-            stores = tuple(store for store in stores if store == "recall")
-        spans = {store: self._bounds(connection, agent, store, since, until, up_to) for store in stores}
-        scope = _Scope(agent, spans, roles)
+        scope = self._scope(connection, agent, stores, roles, since, until, up_to)
         terms = list(dict.fromkeys(split_terms(query)))[:QUERY_TERMS]
         ranking = self._ranked(connection, terms, scope, offset + limit) if terms else []
         if not ranking and query.strip():
             ranking = self._containing(connection, query.strip(), scope)
-        if near is not None and query.strip():
-            ranking = fuse(ranking, self._nearest(connection, near, scope))
+        if near and query.strip():
+            ranking = fuse(ranking, near)
         if not ranking and not terms:
             return self._newest(connection, scope, limit, offset)
         page = ranking[offset : offset + limit]
         rows = self._rows(connection, [doc for doc, _ in page])
         return [Hit(rows[doc].store, rows[doc].item, score) for doc, score in page if doc in rows], len(ranking)
+
+    def _scope(self, connection: sqlite3.Connection, agent: int, stores: tuple[str, ...],
+               roles: tuple[str, ...] | None, since: str | None, until: str | None, up_to: tuple[int, int] | None
+               ) -> _Scope:  # fmt: skip
+        if roles is not None:
+            stores = tuple(store for store in stores if store == "recall")
+        spans = {store: self._bounds(connection, agent, store, since, until, up_to) for store in stores}
+        return _Scope(agent, spans, roles)
 
     def _range(self, agent: int, store: str) -> tuple[int, int]:
         low = (agent * 2 + _STORES.index(store)) << (_PLACE + _SLICE)
@@ -2388,9 +2442,12 @@ class SearchIndex:
 
     # -- vectors --
 
-    def _nearest(self, connection: sqlite3.Connection, near: Near, scope: _Scope) -> list[int]:
+    def nearest(self, connection: sqlite3.Connection, near: Near, agent: int, stores: tuple[str, ...],
+                roles: tuple[str, ...] | None = None, since: str | None = None, until: str | None = None,
+                up_to: tuple[int, int] | None = None) -> list[int]:  # fmt: skip
         """The CANDIDATES docs whose vectors are most like the query's, a turn's with those of the turns beside it."""
         numpy = import_numpy()
+        scope = self._scope(connection, agent, stores, roles, since, until, up_to)
         query = numpy.frombuffer(near.vector, numpy.float16).astype(numpy.float32)
         sql = """SELECT doc, vector FROM search_vectors
             WHERE doc BETWEEN ? AND ? AND model = ? AND dimension = ? ORDER BY doc"""
@@ -2415,19 +2472,25 @@ class SearchIndex:
     def without_vector(
         self, connection: sqlite3.Connection, agent: int, model: str, dimension: int | None, after: tuple[int, int]
     ) -> list[int]:
-        """The agent's docs that have no vector of that model and dimension (None: any), of items above `after`."""
+        """The agent's docs that have no vector of that model and dimension (None: any), of items above `after`.
+
+        An empty vector is kept for a text that the model refuses.
+        """
         sql = """SELECT doc FROM search_rows WHERE agent = ? AND store = ? AND item > ? AND NOT EXISTS (
             SELECT 1 FROM search_vectors AS kept WHERE kept.doc = search_rows.doc AND kept.model = ?
-            AND kept.dimension = coalesce(?, kept.dimension)) ORDER BY item, doc"""
+            AND kept.dimension IN (0, coalesce(?, kept.dimension))) ORDER BY item, doc"""
         docs = []
         for store, item in zip(_STORES, after, strict=True):
             docs += [row[0] for row in connection.execute(sql, (agent, store, item, model, dimension))]
         return docs
 
-    def keep_vectors(self, connection: sqlite3.Connection, model: str, vectors: Iterable[tuple[int, bytes]]) -> None:
-        """Store vectors of docs, in place of those of another model; docs that are gone by now are left out."""
-        sql = "INSERT OR REPLACE INTO search_vectors SELECT doc, ?, ?, ? FROM search_rows WHERE doc = ?"
-        connection.executemany(sql, [(model, len(vector) // 2, vector, doc) for doc, vector in vectors])
+    def keep_vectors(
+        self, connection: sqlite3.Connection, model: str, vectors: Iterable[tuple[int, str, bytes]]
+    ) -> None:
+        """Store vectors of docs with their texts, in place of another model's; of texts that are gone, nothing."""
+        sql = "INSERT OR REPLACE INTO search_vectors SELECT doc, ?, ?, ? FROM search_rows WHERE doc = ? AND text = ?"
+        rows = [(model, len(vector) // 2, vector, doc, text) for doc, text, vector in vectors]
+        connection.executemany(sql, rows)
 
 
 class MemoryIndex:
@@ -2449,15 +2512,17 @@ class MemoryIndex:
         if embed is not None:
             rows = self._connection.execute("SELECT doc, text FROM search_rows ORDER BY doc").fetchall()
             vectors = map(pack_vector, embed([text for _, text in rows]))
-            self._index.keep_vectors(self._connection, "", zip((doc for doc, _ in rows), vectors, strict=True))
+            self._index.keep_vectors(
+                self._connection, "", [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
+            )
         self._connection.commit()
 
     def search(self, query: str, limit: int = 10) -> list[int]:
         """The positions of the turns found, best first, at most `limit`."""
-        near = None
+        near: Sequence[int] = ()
         if self._embed is not None:
             (vector,) = self._embed([unnamed(query, self._speakers)])
-            near = Near("", pack_vector(vector))
+            near = self._index.nearest(self._connection, Near("", pack_vector(vector)), 1, (self._kind,))
         hits, _ = self._index.search(self._connection, 1, query, (self._kind,), limit=limit, near=near)
         return [hit.item - 1 for hit in hits]
 
@@ -2817,11 +2882,26 @@ class SqliteStore:
         self, agent: int, after: int, limit: int, turn_id: str | None = None, up_to: int = 2**62
     ) -> list[tuple[int, str]]:
         def job(connection: sqlite3.Connection) -> list[tuple[int, str]]:
-            return connection.execute(
+            rows, size = [], 0
+            for seq, text in connection.execute(
                 "SELECT seq, text FROM events"
                 " WHERE agent = ? AND seq > ? AND seq <= ? AND turn_id IS coalesce(?, turn_id) ORDER BY seq LIMIT ?",
                 (agent, after, up_to, turn_id, limit),
-            ).fetchall()
+            ):
+                rows.append((seq, text))
+                size += len(text)
+                if size > TEXT_PART:
+                    break
+            return rows
+
+        return await self._read(job)
+
+    async def backlog(self, agent: int, after: int, turn_id: str | None = None) -> int:
+        sql = """SELECT sum(length(text)) FROM (SELECT text FROM events
+            WHERE agent = ? AND seq > ? AND turn_id IS coalesce(?, turn_id) ORDER BY seq LIMIT 1000)"""
+
+        def job(connection: sqlite3.Connection) -> int:
+            return connection.execute(sql, (agent, after, turn_id)).fetchone()[0] or 0
 
         return await self._read(job)
 
@@ -2853,7 +2933,7 @@ class SqliteStore:
         limit: int,
         offset: int,
         up_to: tuple[int, int] | None = None,
-        near: Near | None = None,
+        near: Sequence[int] = (),
     ) -> tuple[list[Found], int]:
         def job(connection: sqlite3.Connection) -> tuple[list[Found], int]:
             hits, total = self._index.search(
@@ -2873,7 +2953,22 @@ class SqliteStore:
         sql = f"SELECT doc, text FROM search_rows WHERE doc IN ({', '.join('?' * len(numbers))})"
         return await self._read(lambda connection: connection.execute(sql, numbers).fetchall())
 
-    async def keep_vectors(self, model: str, vectors: Sequence[tuple[int, bytes]]) -> None:
+    async def nearest(
+        self,
+        agent: int,
+        near: Near,
+        stores: tuple[str, ...],
+        roles: tuple[str, ...] | None,
+        since: str | None,
+        until: str | None,
+        up_to: tuple[int, int] | None,
+    ) -> list[int]:
+        def job(connection: sqlite3.Connection) -> list[int]:
+            return self._index.nearest(connection, near, agent, stores, roles, since, until, up_to)
+
+        return await self._read(job)
+
+    async def keep_vectors(self, model: str, vectors: Sequence[tuple[int, str, bytes]]) -> None:
         await self._write(lambda connection: self._index.keep_vectors(connection, model, vectors))
 
 
@@ -3099,6 +3194,9 @@ class DatabaseLock:
 
 EXPORT_FORMAT: Final = 1
 
+Mender = Callable[[JSON], tuple[JSON, list[str]]]
+"Gives the object that an agent can be loaded with, and what of it had to be changed."
+
 
 def read_database(path: str, write: bool = False) -> sqlite3.Connection:
     """A connection that only reads, unless told otherwise. Raises UsageError where there is no memws database."""
@@ -3125,8 +3223,13 @@ def backup_database(path: str, target: str, progress: Callable[[int, int], None]
     with contextlib.closing(read_database(path)) as source:
         try:
             os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
-            with contextlib.closing(sqlite3.connect(target)) as copy:
-                source.backup(copy, pages=1000, progress=lambda _, remaining, total: progress(remaining, total))
+            try:
+                with contextlib.closing(sqlite3.connect(target)) as copy, snapshot(source):
+                    source.execute("SELECT count(*) FROM sqlite_master")  # without it, each write begins the copy anew
+                    source.backup(copy, pages=1000, progress=lambda _, remaining, total: progress(remaining, total))
+            except BaseException:
+                pathlib.Path(target).unlink()
+                raise
         except FileExistsError:
             raise UsageError(f"{target!r} exists; name a file that does not") from None
         except (OSError, sqlite3.Error) as error:
@@ -3145,6 +3248,11 @@ def telling_damage(what: str) -> Iterator[None]:
 
 def export_agent(connection: sqlite3.Connection, name: str) -> JSON:
     """One agent, memory and history, as JSON: the rows of its tables, bytes in hexadecimal. Raises UnknownAgent."""
+    with snapshot(connection):
+        return _export(connection, name)
+
+
+def _export(connection: sqlite3.Connection, name: str) -> JSON:
     row = _agent_row(connection, f"name = ? AND {_LIVE}", name)
     if row is None:
         raise _unknown_agent(connection, name, _LIVE)
@@ -3165,7 +3273,7 @@ def export_agent(connection: sqlite3.Connection, name: str) -> JSON:
     return {"memws_agent": EXPORT_FORMAT, "agent": told, **tables}
 
 
-def import_agent(connection: sqlite3.Connection, data: Any) -> str:
+def import_agent(connection: sqlite3.Connection, data: Any, menders: Mapping[str, Mender]) -> str:
     """Store what export_agent gave, under its name; the name. Raises UsageError with the place of what is damaged, and
     Refused (name_taken); then nothing is stored."""
     if not isinstance(data, dict) or data.get("memws_agent") != EXPORT_FORMAT:
@@ -3177,6 +3285,13 @@ def import_agent(connection: sqlite3.Connection, data: Any) -> str:
     for key, kind in kinds.items():
         if type(told[key]) is not kind:
             raise UsageError(f"damaged: agent.{key}: expected a {kind.__name__}, but got {quote(told[key])}")
+    valid_name(told["name"])
+    for key, mender in menders.items():
+        told[key], faults = mender(told[key])
+        if faults:
+            raise UsageError(f"damaged: agent.{key}: {faults[0]}")
+    if not 0 <= told["last_seq"] < 2**53:
+        raise UsageError(f"damaged: agent.last_seq: expected a number of events, but got {told['last_seq']}")
     index = SearchIndex(connection)
     with transaction(connection):
         _refuse_taken(connection, told["name"])
@@ -3191,6 +3306,9 @@ def import_agent(connection: sqlite3.Connection, data: Any) -> str:
         assert agent is not None
         for table in _AGENT_TABLES:
             _import_rows(connection, agent, table, data.get(table))
+        newest = connection.execute("SELECT max(seq) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
+        if newest is not None and newest > told["last_seq"]:
+            raise UsageError(f"damaged: agent.last_seq: it is {told['last_seq']}, but events go up to {newest}")
         if last_seq > told["last_seq"]:  # seqs go on above those seen under the name: the event tells of the jump
             text = "the agent was imported under a name that was in use before"
             _store_events(
@@ -3211,10 +3329,19 @@ def _import_rows(connection: sqlite3.Connection, agent: int, table: str, rows: A
         if not isinstance(row, dict) or row.keys() != columns.keys():
             raise UsageError(f"damaged: {place}: expected the fields {', '.join(columns)}")
         values = [_imported(f"{place}.{name}", row[name], *kind) for name, kind in columns.items()]
+        if table == "blocks" and len(row["value"]) > row["limit"]:
+            raise UsageError(f"damaged: {place}.value: it is longer than its limit")
+        if table == "messages" and row["role"] not in _ROLES:
+            raise UsageError(f"damaged: {place}.role: expected one of {', '.join(_ROLES)}, got {quote(row['role'])}")
+        if table == "messages" and read_body(ChatMessage(row["id"], row["role"], "", "", row["body"])) is None:
+            raise UsageError(f"damaged: {place}.body: expected a chat message, but got {quote(row['body'])}")
         try:
             connection.execute(insert, (agent, *values))
         except (sqlite3.Error, OverflowError) as error:
             raise UsageError(f"damaged: {place}: {error}") from None
+
+
+_ROLES: Final = ("user", "assistant", "tool", "system")
 
 
 def _imported(place: str, value: Any, kind: str, needed: bool) -> Any:
@@ -3224,10 +3351,7 @@ def _imported(place: str, value: Any, kind: str, needed: bool) -> Any:
     if kind == "INTEGER" and type(value) is int:
         return value
     if kind == "TEXT" and isinstance(value, str) and _is_text(value):
-        if place.endswith(".body") or (place.startswith("events") and place.endswith(".text")):
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(decode_json(value), dict):
-                    return value
+        if place.startswith("events") and place.endswith(".text") and LOST in _read_object(value):
             raise UsageError(f"damaged: {place}: expected a JSON object, but got {quote(value)}")
         return value
     if kind == "BLOB" and isinstance(value, str):
@@ -3252,8 +3376,6 @@ class Damage:
     repaired: bool = False
 
 
-Mender = Callable[[JSON], tuple[JSON, list[str]]]
-"Gives the object that an agent can be loaded with, and what of it had to be changed."
 Fault = tuple[str, Callable[[], object] | None]
 "What is wrong, and what mends it in the transaction it is called in."
 
@@ -3261,22 +3383,30 @@ Fault = tuple[str, Callable[[], object] | None]
 def check_database(connection: sqlite3.Connection, menders: Mapping[str, Mender], repair: bool) -> Iterator[Damage]:
     """Look for damage, agent by agent, and with `repair` mend what can be mended without deleting what was said.
 
-    menders: of an agent's config and state.
+    menders: of an agent's config and state. Without `repair` all is read as of one moment.
     """
-    connection.create_function("whole_text", 1, lambda data: str(data, "utf-8", "replace"), deterministic=True)
-    try:
-        for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
-            if line != "ok":
-                yield Damage("", f"the file is damaged: {line}")
+    index = None
+    with contextlib.suppress(sqlite3.OperationalError):  # of another version, or for an SQLite with another FTS5
+        connection.execute("SELECT search_version FROM agents LIMIT 1")
         index = SearchIndex(connection)
-        lost = " UNION ".join(f"SELECT agent FROM {table}" for table in _AGENT_TABLES)
-        for (agent,) in connection.execute(f"SELECT agent FROM ({lost}) EXCEPT SELECT id FROM agents").fetchall():
-            yield from _told("", [_lost_agent(connection, agent)], connection, repair)
-        agents = connection.execute("SELECT id, name FROM agents ORDER BY name, id").fetchall()
+    try:
+        with contextlib.nullcontext() if repair else snapshot(connection):
+            yield from _check_all(connection, index, menders, repair)
     except (sqlite3.Error, ValueError) as error:
         yield Damage("", f"the file cannot be read: {error}")
-        return
-    for agent, name in agents:
+
+
+def _check_all(
+    connection: sqlite3.Connection, index: SearchIndex | None, menders: Mapping[str, Mender], repair: bool
+) -> Iterator[Damage]:
+    connection.create_function("whole_text", 1, lambda data: str(data, "utf-8", "replace"), deterministic=True)
+    for (line,) in connection.execute("PRAGMA integrity_check(20)").fetchall():
+        if line != "ok":
+            yield Damage("", f"the file is damaged: {line}")
+    lost = " UNION ".join(f"SELECT agent FROM {table}" for table in _AGENT_TABLES)
+    for (agent,) in connection.execute(f"SELECT agent FROM ({lost}) EXCEPT SELECT id FROM agents").fetchall():
+        yield from _told("", [_lost_agent(connection, agent)], connection, repair)
+    for agent, name in connection.execute("SELECT id, name FROM agents ORDER BY name, id").fetchall():
         yield from _told(str(name), _check_agent(connection, agent, index, menders), connection, repair)
 
 
@@ -3306,7 +3436,7 @@ def _lost_agent(connection: sqlite3.Connection, agent: int) -> Fault:
     return f"agent number {agent} has a history and no name; a repair calls it recovered-{agent}", mend
 
 
-def _check_agent(connection: sqlite3.Connection, agent: int, index: SearchIndex, menders: Mapping[str, Mender]
+def _check_agent(connection: sqlite3.Connection, agent: int, index: SearchIndex | None, menders: Mapping[str, Mender]
                  ) -> Iterator[Fault]:  # fmt: skip
     """What is wrong with one agent."""
 
@@ -3338,7 +3468,7 @@ def _check_agent(connection: sqlite3.Connection, agent: int, index: SearchIndex,
             updating(sql, agent, label, BLOCK_LIMIT, agent),
         )
     for label, value, limit in blocks:
-        if len(value) > limit:
+        if isinstance(value, str) and isinstance(limit, int) and len(value) > limit:
             text = f"block {label} holds {len(value):,} of {limit:,} characters; a repair raises its limit"
             sql = 'UPDATE blocks SET "limit" = ? WHERE agent = ? AND label = ?'
             yield text, updating(sql, len(value), agent, label)
@@ -3351,27 +3481,31 @@ def _check_agent(connection: sqlite3.Connection, agent: int, index: SearchIndex,
     yield from _check_events(connection, agent, last_seq)
     yield from _check_turns(connection, agent)
     yield from _check_history(connection, agent)
-    if drift := index.drift(connection, agent):
-        yield f"search {drift}; a repair indexes the memory anew", lambda: index.index_agent(connection, agent)
+    version = "SELECT search_version FROM agents WHERE id = ?"
+    known = index is not None and connection.execute(version, (agent,)).fetchone()[0] == index.version
+    if index and known and (drift := index.drift(connection, agent)):
+        yield (
+            f"search {drift}; after a repair the next start indexes it anew",
+            functools.partial(index.clear, connection),
+        )
 
 
 def _check_columns(connection: sqlite3.Connection, table: str, owner: str, agent: int) -> Iterator[Fault]:
     """Values that are not of their column's type, and texts that are no UTF-8."""
     for column, (kind, needed) in _columns(connection, table).items():
-        strange = f"typeof(\"{column}\") <> '{kind.lower()}'"
-        if not needed:
-            strange += f' AND "{column}" IS NOT NULL'
-        mends = [(strange, f"CAST(coalesce(\"{column}\", '') AS {kind})", f"that is no {kind}")]
+        name = f'"{column}"'
+        strange = f"typeof({name}) <> '{kind.lower()}'" + ("" if needed else f" AND {name} IS NOT NULL")
+        sql = f"SELECT count(*) FROM {table} WHERE {owner} = ? AND {{}}"
+        count = connection.execute(sql.format(strange), (agent,)).fetchone()[0]
+        if count:
+            mend = f"UPDATE {table} SET {name} = CAST(coalesce({name}, '') AS {kind}) WHERE {owner} = ? AND {strange}"
+            text = f"{table}.{column} is {count} times no {kind}; a repair keeps what can be read of it"
+            yield text, functools.partial(connection.execute, mend, (agent,))
         if kind == "TEXT":
-            whole = f'whole_text(CAST("{column}" AS BLOB))'
-            mends.append((f'typeof("{column}") = \'text\' AND {whole} <> "{column}"', whole, "that is no UTF-8"))
-        for test, mended, what in mends:
-            where = f"{owner} = ? AND {test}"
-            count = connection.execute(f"SELECT count(*) FROM {table} WHERE {where}", (agent,)).fetchone()[0]
+            test = f"typeof({name}) = 'text' AND whole_text(CAST({name} AS BLOB)) <> {name}"
+            count = connection.execute(sql.format(test), (agent,)).fetchone()[0]
             if count:
-                sql = f'UPDATE {table} SET "{column}" = {mended} WHERE {where}'
-                text = f"{table}.{column} holds {count} times what {what}; a repair keeps what can be read of it"
-                yield text, functools.partial(connection.execute, sql, (agent,))
+                yield f"{table}.{column} is {count} times no UTF-8; it is read with \ufffd in that place", None
 
 
 def _check_events(connection: sqlite3.Connection, agent: int, last_seq: int) -> Iterator[Fault]:
@@ -3923,32 +4057,33 @@ class Embedder:
         """Seconds until the endpoint is asked again."""
         return max(0.0, self._paused_until - time.monotonic())
 
-    async def vectors(self, texts: list[str]) -> list[bytes] | None:
-        """The vectors of the texts, in their order; None where the endpoint fails or has just failed."""
+    async def vectors(self, texts: list[str], patience: float | None = None) -> list[bytes] | None:
+        """The vectors of the texts, in their order; None where the endpoint fails or has just failed.
+
+        A text that the endpoint refuses, as too long or otherwise, gets an empty one. patience: seconds to wait.
+        """
         if self.pause:
             return None
         try:
-            vectors = await self._ask(texts)
-        except ModelError as error:
+            async with asyncio.timeout(patience):
+                vectors = await self._ask_apart(texts)
+        except (ModelError, TimeoutError) as error:
             self._paused_until = time.monotonic() + EMBEDDING_PAUSE
             if not self._failing:
-                logger.warning("embeddings of %s: %s; searches go by words alone until it answers", self.name, error)
+                reason = error if isinstance(error, ModelError) else f"no answer within {patience:g} s"
+                logger.warning("embeddings of %s: %s; searches go by words alone until it answers", self.name, reason)
             self._failing = True
             return None
         if self._failing:
             logger.info("embeddings of %s: the endpoint answers again", self.name)
         self._failing = False
-        self.dimension = len(vectors[0]) // 2
         return vectors
 
     async def near(self, query: str) -> Near | None:
         """The query's vector; None where it cannot be had in time."""
         if query not in self._recent:
-            vectors = None
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(EMBEDDING_PATIENCE):
-                    vectors = await self.vectors([query])
-            if vectors is None:
+            vectors = await self.vectors([query], EMBEDDING_PATIENCE)
+            if not vectors or not vectors[0]:
                 return None
             self._recent[query] = vectors[0]
             if len(self._recent) > EMBEDDING_RECENT:
@@ -3965,12 +4100,29 @@ class Embedder:
             vectors = [pack_vector(item.embedding) for item in sorted(answer.data, key=lambda item: item.index)]
         except openai.OpenAIError as error:
             reason = self._endpoint.hide(str(getattr(error, "message", error)))
-            raise ModelError("model_unavailable", f"the endpoint refuses or fails ({reason})") from None
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ModelError("model_unavailable", f"the endpoint's answer holds no vectors ({error})") from None
+            if getattr(error, "status_code", 0) in (400, 413, 422):
+                raise ModelError("model_refused", f"the endpoint refuses the texts ({reason})") from None
+            raise ModelError("model_unavailable", f"the endpoint fails ({reason})") from None
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = self._endpoint.hide(str(error))
+            raise ModelError("model_unavailable", f"the endpoint's answer holds no vectors ({reason})") from None
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) != 1:
             raise ModelError("model_unavailable", f"the endpoint gave {len(vectors)} vectors for {len(texts)} texts")
+        self.dimension = len(vectors[0]) // 2
         return vectors
+
+    async def _ask_apart(self, texts: list[str]) -> list[bytes]:
+        """As _ask; where the texts are refused, one by one, and an empty vector for each that is the reason."""
+        try:
+            return await self._ask(texts)
+        except ModelError as error:
+            if error.code != "model_refused":
+                raise
+        if len(texts) > 1:
+            return [vector for text in texts for vector in await self._ask_apart([text])]
+        await self._ask(["memory"])  # where this is refused too, the reason is not the text
+        logger.info("embeddings of %s: a text of %d characters is refused", self.name, len(texts[0]))
+        return [b""]
 
 
 # ---- the offline model -----------------------------------------------------------------------------------------------
@@ -4918,6 +5070,8 @@ class MemoryEdit:
     after: str | None
 
 
+Where = tuple[str, tuple[str, ...], tuple[str, ...] | None, str | None, str | None]
+"What is searched for: query, stores, roles, since, until."
 Search = Callable[..., Awaitable[tuple[list[Found], int]]]
 "Store.search of one agent."
 
@@ -5388,7 +5542,10 @@ class AgentConfig:
     def mended(cls, values: JSON) -> tuple[JSON, list[str]]:
         """A stored config, with defaults for what is missing or cannot be, and what was damaged."""
         checker, good = cls({}, {}, {}), {}
-        faults = ["its config was lost, and is that of a new agent"] if LOST in values else []
+        faults = ["its config was lost, and is that of a new agent"] if LOST in values or not values else []
+        faults += [
+            f"its config had an unknown key {quote(key)}" for key in values.keys() - {LOST} - cls.DEFAULTS.keys()
+        ]
         for key, default in cls.DEFAULTS.items():
             good[key] = default
             value = values.get(key, default)
@@ -5512,9 +5669,13 @@ def mended_state(state: JSON) -> tuple[JSON, list[str]]:
     faults = ["its state was lost: the prompt begins with the first message"] if LOST in state else []
     good = {key: value for key, value in state.items() if key != LOST}
     for key, kinds in _STATE.items():
-        if key in good and type(good[key]) not in kinds:
+        unreadable = type(good.get(key)) not in kinds or (key == "last_user" and not is_moment(good[key]))
+        if key in good and unreadable:
             faults.append(f"its state had to be mended ({key} was {quote(good.pop(key))})")
     return good, faults
+
+
+MENDERS: Final[dict[str, Mender]] = {"config": AgentConfig.mended, "state": mended_state}
 
 
 def check_window(window: int, prompt: str, tools: str, blocks: Iterable[Block]) -> None:
@@ -6438,12 +6599,25 @@ class Agent:
         up_to: tuple[int, int],
     ) -> tuple[list[Found], int]:
         """As Store.search; by vectors too, where the agent has an embedding model and it answers in time."""
-        near = None
-        if self.embedder is not None and query.strip():
-            human = self.blocks.get("human")
-            names = [self.name, *(_USER_NAMED.findall(human.value) if human else ())]
-            near = await self.embedder.near(unnamed(query, names))
+        near = await self.nearest(query, stores, roles, since, until, up_to)
         return await self.store.search(self.id, query, stores, roles, since, until, limit, offset, up_to, near)
+
+    async def nearest(
+        self,
+        query: str,
+        stores: tuple[str, ...],
+        roles: tuple[str, ...] | None,
+        since: str | None,
+        until: str | None,
+        up_to: tuple[int, int],
+    ) -> list[int]:
+        """As Store.nearest; nothing without an embedding model, or where it does not answer in time."""
+        human = self.blocks.get("human")
+        names = [self.name, *(_USER_NAMED.findall(human.value) if human else ())]
+        text = unnamed(clean_text(query[:EMBEDDING_TEXT]), names)
+        if self.embedder is None or not text.strip() or (near := await self.embedder.near(text)) is None:
+            return []
+        return await self.store.nearest(self.id, near, stores, roles, since, until, up_to)
 
     async def request(self, turn_id: str, step: int) -> JSON:
         """What was sent for a step and what came back, rebuilt and compared with the hash of the bytes sent.
@@ -8929,9 +9103,8 @@ class Follower:
                 return
 
     async def backlog(self) -> int:
-        """Characters of stored events that wait for this follower, counted up to MAX_OUTGOING."""
-        rows = await self.host.hub.store.events(self.host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id)
-        return sum(len(text) for _, text in rows)
+        """Characters of stored events that wait for this follower."""
+        return await self.host.hub.store.backlog(self.host.agent.id, self.cursor, self.turn_id)
 
 
 _REPLAY_PAGE: Final = 100
@@ -8944,6 +9117,7 @@ class Embedding:
     def __init__(self, host: AgentHost) -> None:
         self._host = host
         self._task: asyncio.Task[None] | None = None
+        self._embedder: Embedder | None = None
         self._wanted = False
         self._done: tuple[Embedder, int | None, tuple[int, int]] | None = None
         "The embedder, its dimension, and the last message and passage that have vectors of it."
@@ -8951,22 +9125,29 @@ class Embedding:
     def want(self) -> None:
         """Look for what has no vector yet."""
         self._wanted = True
-        if self._task is None and self._host.agent.embedder is not None and not self._host.hub.stopping:
-            self._task = self._host.hub.spawn(self._run())
+        embedder = self._host.agent.embedder
+        if embedder is not self._embedder:
+            self.stop()
+            self._embedder = embedder
+        if self._task is None and embedder is not None and not self._host.hub.stopping:
+            self._task = self._host.hub.spawn(self._run(embedder))
 
     def stop(self) -> None:
         if self._task is not None:
             self._task.cancel()
+            self._task = None
 
-    async def _run(self) -> None:
+    async def _run(self, embedder: Embedder) -> None:
         try:
-            while self._wanted and (embedder := self._host.agent.embedder) is not None:
+            while self._wanted:
                 self._wanted = False
                 await self._embed_all(embedder)
-        except MemwsError as error:
-            logger.warning("agent %s: its memory is not embedded: %s", self._host.agent.name, error)
+        except Exception as error:  # a fault of ours ends this run, not the next
+            known = isinstance(error, MemwsError)
+            logger.error("agent %s: embedding: %s", self._host.agent.name, error, exc_info=not known)
         finally:
-            self._task = None
+            if self._embedder is embedder:
+                self._task = None
 
     async def _embed_all(self, embedder: Embedder) -> None:
         """One pass over what has no vector; another is wanted where the dimension turned out to be another."""
@@ -8975,21 +9156,19 @@ class Embedding:
         after = self._done[2] if self._done is not None and known else (0, 0)
         up_to = agent.last_message, agent.last_passage
         numbers = await agent.store.without_vector(agent.id, embedder.name, dimension, after)
-        told = time.monotonic()
+        told = 0.0
         for start in range(0, len(numbers), EMBEDDING_BATCH):
-            if len(numbers) >= EMBEDDING_TOLD and (start == 0 or time.monotonic() > told + EMBEDDING_INTERVAL):
+            rows = await agent.store.texts_to_embed(numbers[start : start + EMBEDDING_BATCH])
+            vectors = await embedder.vectors([text for _, text in rows]) if rows else []
+            if vectors is None:  # begin again, with what there is by then
+                self._wanted = True
+                await asyncio.sleep(embedder.pause)
+                return
+            if len(numbers) >= EMBEDDING_TOLD and time.monotonic() > told + EMBEDDING_INTERVAL:
                 told = time.monotonic()
                 await self._tell(embedder, start, len(numbers))
-            rows = await agent.store.texts_to_embed(numbers[start : start + EMBEDDING_BATCH])
-            vectors = None
-            while rows and vectors is None:
-                if agent.embedder is not embedder:
-                    return
-                vectors = await embedder.vectors([text for _, text in rows])
-                await asyncio.sleep(embedder.pause)
-            if vectors is not None:
-                named = [(number, vector) for (number, _), vector in zip(rows, vectors, strict=True)]
-                await agent.store.keep_vectors(embedder.name, named)
+            kept = [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
+            await agent.store.keep_vectors(embedder.name, kept)
         if len(numbers) >= EMBEDDING_TOLD:
             await self._tell(embedder, len(numbers), len(numbers))
         self._done = embedder, dimension, up_to
@@ -9308,7 +9487,7 @@ class Session:
         "The agents whose events it may get."
         self._replays: dict[AgentHost, dict[asyncio.Task[None], bool]] = {}
         "Replays under way, and whether they are a subscription's, which ends them."
-        self._searches: dict[tuple[object, ...], tuple[int, int]] = {}
+        self._searches: dict[tuple[object, ...], tuple[tuple[int, int], list[int]]] = {}
         self._allowance = float(RATE_BURST)
         self._last_request = 0.0
 
@@ -9600,7 +9779,7 @@ class Session:
         if running is not None:
             running.followers[self] = self.own[host.agent.id, turn_id] = follower
             self.hosts.add(host)
-        self._replay(host, lambda: self._replay_turn(host, follower, once=running is None), subscription=False)
+        self._replay(follower, lambda: self._replay_turn(host, follower, once=running is None))
 
     async def _replay_turn(self, host: AgentHost, follower: Follower, *, once: bool) -> None:
         """Give a turn's frames so far, and let its follower go live; a subscription rests meanwhile."""
@@ -9618,10 +9797,14 @@ class Session:
 
     def replay(self, follower: Follower, *, lagging: bool = False) -> None:
         """Let a follower catch up and go live."""
-        self._replay(follower.host, lambda: follower.catch_up(lagging=lagging), subscription=follower.turn_id is None)
+        self._replay(follower, lambda: follower.catch_up(lagging=lagging))
 
-    def _replay(self, host: AgentHost, work: Callable[[], Coroutine[Any, Any, None]], *, subscription: bool) -> None:
-        """Run a replay after this session's earlier ones of the same agent: seqs come in order."""
+    def _replay(self, follower: Follower, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a replay after this session's earlier ones of the same agent: seqs come in order.
+
+        A replay that the database refuses ends what it was for, with an error of its own; all else goes on.
+        """
+        host = follower.host
         replays = self._replays.setdefault(host, {})
         earlier = list(replays)
 
@@ -9632,10 +9815,14 @@ class Session:
                 await work()
             except StoreFailed as error:
                 logger.error("session %d: a replay failed: %s", self.number, error)
-                await self.close(INTERNAL_ERROR, "the database cannot be read")
+                if follower.turn_id is None:
+                    host.subscribers.pop(self, None)
+                elif running := host.find(follower.turn_id):
+                    running.followers.pop(self, None)
+                self.send(refusal(follower.request_id, follower.turn_id, host.agent.name, error))
 
         task = self._spawn(run())
-        replays[task] = subscription
+        replays[task] = follower.turn_id is None
         task.add_done_callback(lambda done: replays.pop(done, None))
 
     # -- commands --
@@ -9770,8 +9957,9 @@ class Session:
             raise InvalidRequest("bad_field", f"from, to: {error}", request.id) from None
         roles = None if request.roles is None else tuple(request.roles)
         offset = (request.page - 1) * request.limit
-        up_to = self._first_page(host.agent, (request.query, stores, roles, since, until, request.limit), request.page)
-        found, total = await host.agent.search(request.query, stores, roles, since, until, request.limit, offset, up_to)
+        where = (request.query, stores, roles, since, until)
+        up_to, near = await self._first_page(host.agent, where, request.limit, request.page)
+        found, total = await self.hub.store.search(host.agent.id, *where, request.limit, offset, up_to, near)
         items = [
             {
                 "id": item.id,
@@ -9787,16 +9975,17 @@ class Session:
         result = {"items": kept, "total": total, "page": request.page, "pages": -(-total // request.limit)}
         self.send(command_response(request, result | ({"more": True} if len(kept) < len(items) else {})))
 
-    def _first_page(self, agent: Agent, asked: tuple[object, ...], page: int) -> tuple[int, int]:
-        """The last message and passage there were at the first page of a search: later pages see no others."""
-        key = (agent.id, *asked)
-        up_to = (agent.last_message, agent.last_passage)
-        if page > 1:
-            up_to = self._searches.pop(key, up_to)
-        self._searches[key] = up_to
+    async def _first_page(self, agent: Agent, where: Where, limit: int, page: int) -> tuple[tuple[int, int], list[int]]:
+        """The last message and passage at the first page of a search, and what was near: for all its pages."""
+        key = (agent.id, limit, *where)
+        known = self._searches.pop(key, None) if page > 1 else None
+        if known is None:
+            up_to = agent.last_message, agent.last_passage
+            known = up_to, await agent.nearest(*where, up_to)
+        self._searches[key] = known
         if len(self._searches) > KEPT_SEARCHES:
             self._searches.pop(next(iter(self._searches)))
-        return up_to
+        return known
 
     async def _get_context(self, request: GetContext) -> None:
         agent = (await self._host(request.agent_name)).agent
@@ -9887,7 +10076,7 @@ class Session:
             if agent == host.agent.id:
                 own.cursor, own.live = max(own.cursor, former.cursor), False
                 once = host.find(turn_id) is None
-                self._replay(host, functools.partial(own.catch_up, once=once), subscription=False)
+                self._replay(own, functools.partial(own.catch_up, once=once))
 
     async def _wake(self, request: Wake) -> None:
         host = await self._host(request.agent_name)
@@ -10030,7 +10219,7 @@ class Hub:
         except InvalidRequest as error:
             raise Refused("bad_config", str(error)) from None
         checked = AgentConfig(config, self.tools)
-        model, warnings = self.models.get(checked.values["model"], base_url, api_key)
+        model, _ = self.models.get(checked.values["model"], base_url, api_key)
         window = checked.values["context_window"] or self.options.context_window or model.window
         names = MEMORY_TOOLS if checked.values["tools"] is None else checked.values["tools"]
         specs = ",".join(self.tools[name].spec for name in names)
@@ -10039,7 +10228,7 @@ class Hub:
             record = await self.store.create_agent(checked.name, checked.values, checked.blocks, base_url)
             self._api_keys[record.id] = api_key
             host = await self._open(record)
-        return host, [*checked.warnings, *warnings]
+        return host, [*checked.warnings, *host.agent.warnings]
 
     async def rename(self, host: AgentHost, new_name: str) -> str:
         """Give an agent another name, which its sessions and subscribers follow. Raises Refused (busy, name_taken)."""
@@ -10129,7 +10318,7 @@ class Hub:
                 compression=None,
                 max_size=MAX_FRAME,
                 ping_interval=PING_INTERVAL,
-                ping_timeout=PING_INTERVAL,
+                ping_timeout=PING_TIMEOUT,
                 open_timeout=OPEN_TIMEOUT,
                 close_timeout=STOP_GRACE,
                 server_header=None,
@@ -11239,14 +11428,13 @@ def _raise_descriptor_limit(connections: int) -> None:
 def check_command(db: str, repair: bool) -> int:
     """Print what is damaged; 0 where nothing is, or all was mended. Raises UsageError."""
     lock = DatabaseLock(os.path.realpath(db)) if repair and pathlib.Path(db).is_file() else None
-    menders: dict[str, Mender] = {"config": AgentConfig.mended, "state": mended_state}
     try:
         with contextlib.closing(read_database(db)) as connection:
-            damages = list(check_database(connection, menders, repair=False))
+            damages = list(check_database(connection, MENDERS, repair=False))
         if repair and any(damage.mendable for damage in damages):
             backup_command(db, f"{db}.before-repair-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
             with contextlib.closing(read_database(db, write=True)) as connection:
-                damages = list(check_database(connection, menders, repair=True))
+                damages = list(check_database(connection, MENDERS, repair=True))
     finally:
         if lock is not None:
             lock.release()
@@ -11271,15 +11459,10 @@ def import_command(db: str, file: str) -> int:
         data = decode_json(pathlib.Path(file).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {file!r} ({error}); give a file that export printed") from None
-    if isinstance(data, dict) and isinstance(told := data.get("agent"), dict) and isinstance(told.get("config"), dict):
-        valid_name(told.get("name"))
-        known = {key: value for key, value in told["config"].items() if key != "tools"}
-        told["config"] = {**told["config"], **AgentConfig(known, MEMORY_TOOLS, AgentConfig.DEFAULTS).values}
-        told["config"]["tools"] = data["agent"]["config"].get("tools")
     lock = DatabaseLock(os.path.realpath(db))
     try:
         with contextlib.closing(open_database(db, "full")) as connection:
-            name = import_agent(connection, data)
+            name = import_agent(connection, data, MENDERS)
     finally:
         lock.release()
     print(f"agent {name!r} is in {db}")

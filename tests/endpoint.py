@@ -404,7 +404,7 @@ def check_embedding(body: Body) -> list[str]:
     if type(dimensions) is not int or dimensions < 1:
         raise Refusal(f"Invalid 'dimensions': expected a positive integer, but got {dimensions!r}.", "dimensions")
     given = body.get("input")
-    texts = given if isinstance(given, list) else [given]
+    texts: list[Any] = given if isinstance(given, list) else [given]
     if not texts or len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
         text = f"'$.input' is invalid: expected a non-empty string, or 1 to {MAX_INPUTS} of them."
         raise Refusal(text, "input", "invalid_type")

@@ -208,8 +208,55 @@ AGENT = {
     "8. token counts are calibrated within bounds": ["test_agent.py::test_estimates_are_calibrated_within_bounds"],
 }
 
+MEMORY = {
+    "one search for every script and any query": [
+        "test_memory.py::test_every_script_is_found",
+        "test_memory.py::test_hostile_queries_are_answered",
+        "test_memory.py::test_hostile_queries_cost_no_more_than_a_plain_one",
+    ],
+    "memory_index is the same code": [
+        "test_memory.py::test_positions_are_the_turns",
+        "test_memory.py::test_any_query_is_answered",
+        "test_embeddings.py::test_memory_index_by_vectors",
+    ],
+    "search_memory: stores, roles, times, pages that stay": [
+        "test_server.py::test_search_memory",
+        "test_server.py::test_search_memory_by_time",
+        "test_memory.py::test_pages_over_the_wire_stay_while_messages_arrive",
+        "test_embeddings.py::test_filters_hold_for_what_vectors_find",
+        "test_embeddings.py::test_pages_stay_while_vectors_arrive",
+    ],
+    "embeddings are off unless a model is named": [
+        "test_embeddings.py::test_without_a_model_nothing_is_embedded",
+        "test_embeddings.py::test_what_shares_no_word_is_found",
+        "test_embeddings.py::test_the_flag_names_the_model",
+    ],
+    "another model or dimension: anew in the background, with progress": [
+        "test_embeddings.py::test_another_model_embeds_anew_and_tells",
+        "test_embeddings.py::test_another_dimension_embeds_anew",
+        "test_embeddings.py::test_searches_answer_while_all_is_embedded_anew",
+        "test_embeddings.py::test_a_restart_embeds_nothing_twice",
+    ],
+    "embeddings are never in the way of a turn; an endpoint that fails is logged once": [
+        "test_embeddings.py::test_turns_and_searches_go_on_while_embeddings_hang",
+        "test_embeddings.py::test_faults_are_logged_once_and_leave_the_words",
+        "test_embeddings.py::test_stop_while_embeddings_hang",
+    ],
+    "without an endpoint, without numpy": [
+        "test_embeddings.py::test_without_an_endpoint_the_agent_says_so",
+        "test_embeddings.py::test_without_numpy_the_flag_is_refused",
+        "test_embeddings.py::test_without_numpy_a_config_gets_a_warning",
+    ],
+    "an SQLite without FTS5; a database written before": [
+        "test_memory.py::test_without_fts5_searches_find_the_same",
+        "test_memory.py::test_a_database_moves_between_both_kinds",
+        "test_memory.py::test_an_old_database_is_indexed_on_opening",
+        "test_memory.py::test_an_interrupted_indexing_goes_on",
+    ],
+}
+
 NAMED = sorted(
-    {name for table in (BAD_INPUT, ANSWERS_AND_EVENTS, AGENT) for names in table.values() for name in names}
+    {name for table in (BAD_INPUT, ANSWERS_AND_EVENTS, AGENT, MEMORY) for names in table.values() for name in names}
     | set(CODES.values())
 )
 

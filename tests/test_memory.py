@@ -1,10 +1,20 @@
 """Memory: how texts of every script are split and found, how results are ranked, what no query can break."""
 
+import functools
+import os
+import re
 import sqlite3
+import subprocess
+import sys
+import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from wire import LIMIT, wire
 
 import memws
 from memws import SearchIndex, memory_index, slices, split_terms, stem
@@ -392,6 +402,292 @@ def test_the_past_of_a_verb_is_found() -> None:
     """A question's verb finds its irregular past."""
     turns = [("a", "", "nothing here"), ("a", "", "We went to the zoo, the kids loved it")]
     assert memory_index(turns).search("go")[:1] == [1]
+
+
+# ---- an SQLite without FTS5 ------------------------------------------------------------------------------------------
+
+TOPICS = (
+    "red kite",
+    "blue whale",
+    "日本の天気",
+    "Мы ездили летом",
+    "ran home",
+    "the walrus sang",
+    "kite? why?",
+    "x_1 C++",
+)
+
+
+class PlainConnection(sqlite3.Connection):
+    """A connection of an SQLite that was built without FTS5: it refuses as that one does."""
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        self._refuse(sql)
+        return super().execute(sql, *values)
+
+    def executemany(self, sql: str, values: Any) -> sqlite3.Cursor:
+        self._refuse(sql)
+        return super().executemany(sql, values)
+
+    def executescript(self, sql: str) -> sqlite3.Cursor:
+        self._refuse(sql)
+        return super().executescript(sql)
+
+    def _refuse(self, sql: str) -> None:
+        if re.search(r"USING fts5|(FROM|INTO) search_(text|counts)", sql):
+            raise sqlite3.OperationalError("no such module: fts5")
+
+
+@contextmanager
+def without_fts5(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every connection that is made meanwhile lacks FTS5."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=PlainConnection))
+        yield
+
+
+def texts(count: int) -> list[tuple[str, str]]:
+    """Messages of two roles, alike and unlike."""
+    return [
+        ("user" if number % 2 else "assistant", f"{TOPICS[number % 8]} {TOPICS[number % 5]} and {number} more")
+        for number in range(count)
+    ]
+
+
+def test_without_fts5_searches_find_the_same(connection: sqlite3.Connection) -> None:
+    """The index of an SQLite without FTS5 gives the same hits, scores and totals, also after rows are removed."""
+    with closing(sqlite3.connect(":memory:", factory=PlainConnection)) as plain_connection:
+        plain_connection.executescript(memws.SEARCH_SCHEMA + memws.VECTOR_SCHEMA)
+        index, plain = fill(connection, texts(300)), fill(plain_connection, texts(300))
+        assert (index.version, plain.version) == (memws.Postings.VERSION, -memws.Postings.VERSION)
+
+        def compare() -> None:
+            for query in (*TOPICS, *HOSTILE, "kite 17 more", "wal", ""):
+                for options in (
+                    {"limit": 50},
+                    {"roles": ("user",), "offset": 5},
+                    {"since": stamp(20), "until": stamp(90)},
+                ):
+                    expected = index.search(connection, 1, query, **options)
+                    assert plain.search(plain_connection, 1, query, **options) == expected, (query[:20], options)
+
+        assert index.search(connection, 1, "walrus kite")[1] > 100
+        compare()
+        for item in range(1, 300, 3):
+            index.remove(connection, 1, "recall", item)
+            plain.remove(plain_connection, 1, "recall", item)
+        compare()
+        plain.drop_agent(plain_connection, 1)
+        assert plain_connection.execute("SELECT count(*) FROM search_terms").fetchone() == (0,)
+
+
+def test_memory_index_without_fts5(monkeypatch: pytest.MonkeyPatch) -> None:
+    """memory_index gives the same positions without FTS5."""
+    turns = [(role, str(number // 20), text) for number, (role, text) in enumerate(texts(200))]
+    with without_fts5(monkeypatch):
+        plain = memory_index(turns)
+    index = memory_index(turns)
+    for query in (*TOPICS, *HOSTILE):
+        assert plain.search(query, 30) == index.search(query, 30), query[:20]
+
+
+Serve = Callable[..., memws.WebSocketServer]
+
+
+def test_a_database_moves_between_both_kinds(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that meets an SQLite without FTS5, and then one with it, is indexed anew and finds everything."""
+
+    def visit(*passages: str, forget: int | None = None) -> list[list[Any]]:
+        """Serve the database, change something, and search."""
+        server = serve()
+        with memws.connect(server.url) as talk:
+            for name in ("ada", "bob"):
+                if name not in [agent["agent_name"] for agent in talk.command("list_agents")["agents"]]:
+                    talk.create_agent(name)
+                talk.load_agent(name)
+                for passage in passages:
+                    talk.command("insert_passage", text=f"{passage} of {name}")
+                if forget is not None:
+                    talk.command("delete_passage", passage_id=forget)
+            talk.ask(f"I saw {' and '.join(passages)} today")
+            pages = [talk.command("search_memory", query=query, limit=50)["items"] for query in ("walrus", "kite", "")]
+        server.stop()
+        return [[(item["store"], item["id"], item["text"]) for item in page] for page in pages]
+
+    first = visit("walrus", "kite")
+    with without_fts5(monkeypatch):
+        second = visit("walrus two", "kite two")
+        third = visit("walrus three", "kite three", forget=1)
+    fourth = visit("walrus four", "kite four")
+    for before, after in ((first, second), (third, fourth)):
+        for old, new in zip(before, after, strict=True):
+            assert set(old) < set(new)
+    gone = ("archival", 1, "walrus of bob")
+    assert gone in second[0]
+    assert gone not in third[0]
+    assert [item for item in second[0] if item not in third[0]] == [gone]
+    walruses = {text for _, _, text in fourth[0]}
+    assert walruses >= {f"walrus{number} of bob" for number in (" two", " three", " four")}
+    assert memws.main(["check", "--db", serve().options.db]) == 0
+
+
+# ---- a database written before ---------------------------------------------------------------------------------------
+
+
+def old_database(path: Path, agents: int, messages: int) -> None:
+    """A database of schema version 1, nothing of which is in its index."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(memws._MIGRATIONS[0] + memws.Postings.SCHEMA)
+        config = {key: value for key, value in memws.AgentConfig.DEFAULTS.items() if key != "embedding"}
+        for agent in range(1, agents + 1):
+            row = (agent, f"agent{agent}", memws.encode_json(config), "{}", stamp(0), stamp(0), 0)
+            connection.execute(
+                "INSERT INTO agents (id, name, config, state, created, last_active, last_seq) VALUES (?,?,?,?,?,?,?)",
+                row,
+            )
+            for place, label in enumerate(("persona", "human")):
+                connection.execute("INSERT INTO blocks VALUES (?,?,?,'',2000,1)", (agent, place, label))
+            rows = []
+            for number in range(1, messages + 1):
+                role, text = ("user", f"kite {number} of {agent}") if number % 2 else ("assistant", "hm")
+                body = {"role": role, "content": text}
+                said = None if role == "user" else f"whale {number} of {agent}"
+                rows.append((agent, number, role, stamp(number), text, memws.encode_json(body), said, None, 0, 0))
+            connection.executemany("INSERT INTO messages VALUES (?,?,?,?,?,?,?,?,?,?)", rows)
+            connection.execute("INSERT INTO passages VALUES (?,?,?,?)", (agent, 1, f"walrus of {agent}", stamp(9)))
+        connection.executescript(f"PRAGMA application_id = {memws._APPLICATION_ID}; PRAGMA user_version = 1;")
+        connection.commit()
+
+
+def check_found(connection: sqlite3.Connection, agents: int, messages: int) -> None:
+    """Every text of every agent is found, once."""
+    index = SearchIndex(connection)
+    for agent in range(1, agents + 1):
+        assert index.search(connection, agent, "", limit=1)[1] == messages + 1
+        assert index.search(connection, agent, "kite", roles=("user",))[1] == (messages + 1) // 2
+        assert index.search(connection, agent, "whale", roles=("assistant",))[1] == messages // 2
+        assert index.search(connection, agent, "walrus", limit=1)[0][0][:2] == ("archival", 1)
+        assert items(index.search(connection, agent, f"kite {messages - 1}", limit=1)) == [messages - 1]
+
+
+def test_an_old_database_is_indexed_on_opening(tmp_path: Path) -> None:
+    """A database written before there were versions of the index is indexed on its first opening, and only then."""
+    path = tmp_path / "old.db"
+    old_database(path, agents=3, messages=60)
+    assert memws.main(["export", "agent1", "--db", str(path)]) == 0
+    with closing(memws.open_database(str(path), "normal")) as connection:
+        assert connection.total_changes > 0
+        check_found(connection, 3, 60)
+        kept = connection.execute("SELECT count(*), sum(length(text)), sum(length(body)) FROM messages").fetchone()
+    with closing(memws.open_database(str(path), "normal")) as connection:
+        assert connection.total_changes == 0
+        check_found(connection, 3, 60)
+        assert (
+            connection.execute("SELECT count(*), sum(length(text)), sum(length(body)) FROM messages").fetchone() == kept
+        )
+    assert memws.main(["check", "--db", str(path)]) == 0
+
+
+def test_an_old_database_is_served(tmp_path: Path, serve: Serve) -> None:
+    """The agents of such a database load, search what they had and go on."""
+    path = tmp_path / "old.db"
+    old_database(path, agents=2, messages=40)
+    with memws.connect(serve(db=str(path)).url) as talk:
+        talk.load_agent("agent2")
+        assert talk.command("get_agent")["settings"]["embedding"] is None
+        assert talk.command("search_memory", query="walrus")["items"][0]["text"] == "walrus of 2"
+        assert (
+            talk.command("search_memory", query="whale 40", roles=["assistant"])["items"][0]["text"] == "whale 40 of 2"
+        )
+        talk.ask("A kite again")
+        assert talk.command("search_memory", query="again")["items"][0]["text"] == "A kite again"
+        assert talk.command("search_memory", query="", store="recall", roles=["user"])["total"] == 21
+
+
+@pytest.mark.parametrize("repair", [[], ["--repair"]])
+@pytest.mark.parametrize("kind", ["old", "without FTS5", "made without FTS5"])
+def test_a_check_leaves_an_index_of_another_kind_to_the_opening(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, repair: list[str]
+) -> None:
+    """A check finds no damage where the next opening indexes anew anyway, and a repair does not harm it."""
+    path, agents = tmp_path / "old.db", 0 if kind == "made without FTS5" else 2
+    if agents:
+        old_database(path, agents, 20)
+    if kind != "old":
+        with without_fts5(monkeypatch):
+            memws.open_database(str(path), "normal").close()
+    assert memws.main(["check", *repair, "--db", str(path)]) == 0
+    with closing(memws.open_database(str(path), "normal")) as connection:
+        check_found(connection, agents, 20)
+    assert memws.main(["check", "--db", str(path)]) == 0
+
+
+@pytest.mark.parametrize("kind", ["old", "without FTS5"])
+def test_an_interrupted_indexing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A process killed while it indexes loses nothing: the next opening goes on with the agents that are left."""
+    path, agents, messages = tmp_path / "old.db", 12, 400
+    old_database(path, agents, messages)
+    if kind == "without FTS5":
+        with without_fts5(monkeypatch):
+            memws.open_database(str(path), "normal").close()
+    program = "import sys, memws; memws.open_database(sys.argv[1], 'normal'); print('done')"
+    environment = {**os.environ, "PYTHONPATH": str(Path(memws.__file__).parent)}
+    arguments = [sys.executable, "-c", program, str(path)]
+    with (
+        closing(sqlite3.connect(path)) as reader,
+        subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True) as running,
+    ):
+
+        def done() -> int:
+            (version,) = reader.execute("PRAGMA user_version").fetchone()
+            sql = "SELECT count(*) FROM agents WHERE search_version = ?"
+            return int(reader.execute(sql, (memws.Postings.VERSION,)).fetchone()[0]) if version > 1 else 0
+
+        deadline = time.monotonic() + LIMIT
+        while done() < 2 and running.poll() is None and time.monotonic() < deadline:
+            pass
+        running.kill()
+        out, _ = running.communicate(timeout=LIMIT)
+        indexed = done()
+    assert out == ""
+    assert 2 <= indexed < agents
+    with closing(sqlite3.connect(path)) as connection:  # a mark that indexing anew would wipe out
+        sql = "SELECT id FROM agents WHERE search_version = ?"
+        ready = [row[0] for row in connection.execute(sql, (memws.Postings.VERSION,))]
+        connection.executemany("UPDATE search_rows SET asked = 7 WHERE agent = ?", [(agent,) for agent in ready])
+        connection.commit()
+    with closing(memws.open_database(str(path), "normal")) as connection:
+        marked = [row[0] for row in connection.execute("SELECT DISTINCT agent FROM search_rows WHERE asked = 7")]
+        assert marked == ready
+        check_found(connection, agents, messages)
+
+
+# ---- pages over the wire ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("query", "limit"), [("kite", 3), ("kite", 7), ("", 4), ("ite num", 5)])
+async def test_pages_over_the_wire_stay_while_messages_arrive(serve: Serve, query: str, limit: int) -> None:
+    """Pages of search_memory hold each hit once although turns and passages that fit arrive between them."""
+    async with wire(serve()) as client:
+        await client.ok("create_agent", config={})
+        for number in range(12):
+            await client.ok("insert_passage", text=f"kite number {number}")
+        for number in range(4):
+            await client.turn(f"I saw the kite number {number} fly")
+        before = await client.ok("search_memory", query=query, limit=50)
+        expected = [(item["store"], item["id"]) for item in before["items"]]
+        pages = -(-len(expected) // limit)
+        seen = []
+        for page in range(1, pages + 1):
+            result = await client.ok("search_memory", query=query, limit=limit, page=page)
+            assert (result["total"], result["pages"], result["page"]) == (len(expected), pages, page)
+            seen += [(item["store"], item["id"]) for item in result["items"]]
+            await client.turn(f"kite kite kite number kite {page}")
+            await client.ok("insert_passage", text=f"kite number kite {page}")
+            await client.ok("search_memory", query="another", limit=limit)
+        assert seen == expected
+        assert (await client.ok("search_memory", query=query, limit=limit))["total"] > len(expected)
 
 
 # ---- memory_index ----------------------------------------------------------------------------------------------------
