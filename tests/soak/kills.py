@@ -5,6 +5,7 @@ replies stream and tools work meanwhile. What was acknowledged is compared with 
 """
 
 import asyncio
+import collections
 import contextlib
 import random
 import signal
@@ -37,8 +38,11 @@ class Log:
         self.over: set[str] = set()
         self.kept: dict[str, bool] = {}
         self.told: dict[int, JSON] = {}
+        self.streams = False
+        "The last frame was a piece of a reply."
 
     def read(self, frame: JSON, soak: Soak) -> None:
+        self.streams = frame.get("message_type") == "delta"
         if frame["type"] == "agent_response_start":
             self.started.add(frame["turn_id"])
         if is_terminal(frame) and "seq" in frame:
@@ -128,6 +132,7 @@ async def compare(soak: Soak, server: Serving, logs: list[Log]) -> None:
 
 async def main(soak: Soak) -> None:
     slowest = 0.0
+    hit: collections.Counter[str] = collections.Counter()
     logs = [Log(number, AGENTS[number % len(AGENTS)]) for number in range(CLIENTS)]
     with folder() as where, Endpoint() as endpoint:
         endpoint.default = Model(soak.seed)
@@ -152,6 +157,8 @@ async def main(soak: Soak) -> None:
                     sessions = [asyncio.create_task(session(soak, log, server)) for log in logs]
                     await asyncio.sleep(0.05 + soak.rng.random() * 0.8)
                     server.process.send_signal(signal.SIGKILL)
+                    hit["stream"] += any(log.streams for log in logs)
+                    hit["tool"] += opened.open > 0
                     await asyncio.to_thread(server.wait)
                     await asyncio.gather(*sessions)
                     if "Traceback" in server.log:
@@ -177,6 +184,8 @@ async def main(soak: Soak) -> None:
     soak.none("tools called twice, poisoned requests", "a tool called twice", "a poisoned request")
     soak.none("crashes and tracebacks", "crash")
     soak.within("slowest restart, s, from the start of Python to an answer", slowest, 2.0)
+    soak.least("kills in mid-stream", hit["stream"], soak.count // 10)
+    soak.least("kills in mid-tool", hit["tool"], soak.count // 10)
     cut = {frame["turn_id"] for log in logs for frame in log.told.values() if frame.get("stop_reason") == "interrupted"}
     turns = sum(len(log.turns) for log in logs)
     soak.told("turns", f"{turns:,}, of them interrupted {len(cut):,}; tool calls {len(opened.calls):,}")

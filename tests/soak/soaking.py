@@ -279,6 +279,8 @@ class Desk:
 
     def __init__(self) -> None:
         self.calls: collections.Counter[str] = collections.Counter()
+        self.open = 0
+        "Calls that wait for their answer."
         self.answers: Callable[[str], float | None] = lambda question: 0.0
         "Seconds until the answer to a question; None: never."
         self.says: Callable[[str], str] = "asked {}".format
@@ -294,7 +296,9 @@ class Desk:
                 self.came.notify_all()
             pause = self.answers(question)
             leaving = asyncio.ensure_future(reader.read())
+            self.open += 1
             await asyncio.wait({leaving}, timeout=pause)
+            self.open -= 1
             if not leaving.done():
                 writer.write(f"{self.says(question)}\n".encode())
             leaving.cancel()
