@@ -11,13 +11,14 @@ import random
 import signal
 import sqlite3
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from soaking import GONE, JSON, Soak, client, desk, every, folder, run, soak_server
 
 # isort: split
 from commandline import Serving
-from endpoint import Endpoint
+from endpoint import Body, Endpoint, Reply
 from resends import Model
 from test_kill import Place, bare, events_of, users_messages
 from wire import Wire, is_terminal
@@ -25,6 +26,18 @@ from wire import Wire, is_terminal
 WHAT, COUNT = "kill -9 under eight clients", 200
 AGENTS = ["sam", "ada", "bob", "eve"]
 CLIENTS = 8
+
+
+class Stalling(Model):
+    """Stops in the middle of some answers, for good."""
+
+    stalls = True
+
+    def __call__(self, body: Body) -> Reply:
+        reply = super().__call__(body)
+        if self.stalls and self.rng.random() < 0.1:
+            return replace(reply, stall_after=self.rng.randrange(4, 40))
+        return reply
 
 
 class Log:
@@ -135,7 +148,7 @@ async def main(soak: Soak) -> None:
     hit: collections.Counter[str] = collections.Counter()
     logs = [Log(number, AGENTS[number % len(AGENTS)]) for number in range(CLIENTS)]
     with folder() as where, Endpoint() as endpoint:
-        endpoint.default = Model(soak.seed)
+        endpoint.default = model = Stalling(soak.seed)
         async with desk() as (opened, port):
             opened.answers = lambda question: 0.2 * random.Random(question).random()
             options: JSON = {"model": "test-model", "api_key": "sk-x", "base_url": endpoint.url, "desk": port}
@@ -165,6 +178,7 @@ async def main(soak: Soak) -> None:
                         soak.fault("crash", server.log.partition("Traceback")[2][-500:])
                 compare_file(soak, where / "memws.db", logs)
                 soak.step()
+            model.stalls = False
             with soak_server(where, **options) as server:
                 await every([compare(soak, server, logs)], 1)
                 if server.end() != 0:
