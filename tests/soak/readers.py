@@ -30,7 +30,7 @@ CHUNK = 1_000
 ARRIVAL = 2.0
 "Seconds within which all slow peers come."
 PATIENCE = 60
-HASTE: JSON = {"OPEN_TIMEOUT": 1.0, "PING_INTERVAL": 2.0, "SLOW_READER_PATIENCE": 0.5}
+HASTE: JSON = {"OPEN_TIMEOUT": 1.0, "PING_INTERVAL": 1.0, "PING_TIMEOUT": 1.0, "SLOW_READER_PATIENCE": 0.5}
 "Constants of a small run, which would wait for most of its time."
 HANDSHAKE = (
     "GET / HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
