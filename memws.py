@@ -210,8 +210,8 @@ STOP_GRACE: Final = 2.0
 "From a signal or stop() until open turns are closed by force."
 SLOW_READER_PATIENCE: Final = 5.0
 "A reader for whom too much waits may take nothing for so long."
-PING_INTERVAL: Final = 5.0
-PING_TIMEOUT: Final = 9.0
+PING_INTERVAL: Final = 4.0
+PING_TIMEOUT: Final = 8.0
 "A connection that answers no ping for so long, because it sent half a frame or hangs, is closed."
 OPEN_TIMEOUT: Final = 10.0
 BUSY_TIMEOUT: Final = 5.0
@@ -1231,6 +1231,8 @@ class Event:
             frame["seq"] = seq
         frame["time"] = now
         self.seq, self.text = seq, encode_json(frame)
+        if "part" in self.fields:  # of a text of megabytes, which need not be held twice
+            del self.fields["message"]
 
     def frame(self, agent_name: str) -> str:
         """The frame as sent to a client."""
@@ -1678,7 +1680,7 @@ def asking(text: str) -> float:
     return sum(sentence[-1] in "?\uff1f\u061f" for sentence in sentences) / max(1, len(sentences))
 
 
-def slices(text: str) -> tuple[list[str], int]:
+def slices(text: str) -> tuple[Iterator[str], int]:
     """The text in slices of about equal length, none over ROW_WORDS words, and the number of its words.
 
     In scripts without spaces three characters count as a word.
@@ -1688,7 +1690,7 @@ def slices(text: str) -> tuple[list[str], int]:
     size = max(1, -(-words // count))
     starts = itertools.islice(_WORD.finditer(text), size, None, size)
     cuts = [0, *(match.start() for match in starts), len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(cuts)], words
+    return (text[a:b] for a, b in itertools.pairwise(cuts)), words
 
 
 NEAR, NEAR_PLACE = 0.5, 20
@@ -2265,7 +2267,7 @@ class SearchIndex:
             asked = beside and last[3] > 0
             place = (last[0] - low >> _SLICE) + (1 if beside else _APART)
             time = max(time, last[1])  # a clock may be set back; searches by time rely on the order of rows
-        for number, part in enumerate(parts[: 1 << _SLICE]):
+        for number, part in enumerate(itertools.islice(parts, 1 << _SLICE)):
             doc = low + (place << _SLICE) + number
             terms = " ".join(split_terms(part))
             connection.execute(
@@ -4121,6 +4123,11 @@ class Embedder:
         if len(texts) > 1:
             return [vector for text in texts for vector in await self._ask_apart([text])]
         await self._ask(["memory"])  # where this is refused too, the reason is not the text
+        try:
+            return await self._ask(texts)
+        except ModelError as error:
+            if error.code != "model_refused":
+                raise
         logger.info("embeddings of %s: a text of %d characters is refused", self.name, len(texts[0]))
         return [b""]
 
@@ -5724,7 +5731,7 @@ class Turn:
         "Tool calls that failed in a row."
         self.step_failed = False
         self.compactions = 0
-        self.seen_calls: collections.Counter[str] = collections.Counter()
+        self.seen_calls: collections.Counter[bytes] = collections.Counter()
         self.request: RequestRecord | None = None
         "The last model call, until it is stored."
         self.reply: ModelReply | None = None
@@ -5982,6 +5989,7 @@ class Agent:
             async for event in self._end_stopped(turn):
                 yield event
             return
+        turn.reply = None  # the answer holds all of it
         async for event in self._act(turn, answer):
             yield event
 
@@ -6125,11 +6133,11 @@ class Agent:
                 if outside is None:
                     self._finish_step(changes, turn, answer)
                 await self._store(changes)
-                for event in changes.events:
-                    yield event
+                events, changes = collections.deque(changes.events), Changes()
+                while events:  # each is let go of once it is sent: there may be megabytes of them
+                    yield events.popleft()
             if outside is None:
                 return
-            changes = Changes()
             await self._run_outside(changes, turn, *outside)
 
     def _add_answer(self, changes: Changes, turn: Turn, answer: Answer) -> None:
@@ -6241,7 +6249,7 @@ class Agent:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
         if turn.request is not None:
             changes.requests.append(turn.request)
-        for call in {f"{call.name}{encode_json(call.shown)}" for call in answer.calls}:
+        for call in {message_digest(f"{call.name}{encode_json(call.shown)}") for call in answer.calls}:
             turn.seen_calls[call] += 1
         stop, error, reason = turn.stop_reason, None, ""
         used = self.used(changes.messages)
@@ -9084,7 +9092,9 @@ class Follower:
         """
         self.live = False
         host = self.host
+        reader = self if lagging else None
         while True:
+            await self.session.drained(reader)  # here too: a page that waits is held by none
             published = host.published
             rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id, up_to)
             for seq, text in rows:
@@ -9093,7 +9103,7 @@ class Follower:
                     text = damaged_event(seq)
                 kind, message_type = event_kind(text)
                 if self.session.wants(message_type):
-                    await self.session.drained(self if lagging else None)
+                    await self.session.drained(reader)
                     turn_id = None if kind == "agent_response" else decode_json(text)["turn_id"]
                     frame = extend_json(text, agent_name=host.agent.name)
                     self.session.send(host.marked(frame, kind, turn_id, self))
@@ -10246,7 +10256,8 @@ class Hub:
             self._hosts[name] = host
             host.publish(event)
             host.agent.record.name = name
-            host.agent.record.last_seq = host.published
+            record = await self.store.find_agent(name)  # under a name that was in use before, seqs go on above that
+            host.agent.record.last_seq = host.published = record.last_seq
         return name
 
     async def delete(self, host: AgentHost, *, force: bool, purge: bool) -> None:
@@ -11405,6 +11416,9 @@ def serve_command(flags: argparse.Namespace) -> int:
 
 async def _serve_until_signal(server: WebSocketServer) -> None:
     loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))  # while a large database is indexed anew
+    server.initialize_server()
     serving = loop.create_task(server.start_server())
     for number in (signal.SIGINT, signal.SIGTERM):
         with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt ends asyncio.run
