@@ -1489,7 +1489,7 @@ def read_body(message: ChatMessage) -> JSON | None:
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, RecursionError):
         body = decode_json(message.body)
         calls = body.get("tool_calls", [])
-        texts = [call[key] for call in calls for key in ("id", "type")]
+        texts = [call["id"] for call in calls]
         texts += [call["function"][key] for call in calls for key in ("name", "arguments")]
         texts += [body["content"]] if body.get("content") is not None or not calls else []
         texts += [body["tool_call_id"]] if message.role == "tool" else []
@@ -1497,6 +1497,7 @@ def read_body(message: ChatMessage) -> JSON | None:
         if (
             body["role"] == (message.role if message.role in ("assistant", "tool") else "user")
             and all(isinstance(text, str) for text in texts)
+            and all(call["type"] == "function" for call in calls)
             and all(isinstance(value, dict) for value in objects)
         ):
             return cast(JSON, body)
@@ -1591,13 +1592,7 @@ _TRIPLED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khme
 _SILENT = (  # accents, points of Hebrew and Arabic, tatweel, nukta; soft hyphen, joiners, variation selectors
     "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed\u093c\u00ad\u200b-\u200d\ufe0e\ufe0f"
 )
-_MARKS = "".join(chr(code) for code in range(0x370, 0x1ABF) if unicodedata.category(chr(code))[0] == "M")
 _DROPPED = re.compile(f"[{_SILENT}]+|(?<=\\w)['\u2019]s\\b")
-_TERM = re.compile(
-    f"(?P<paired>[{_PAIRED}]+)|(?P<tripled>[{_TRIPLED}]+)|(?:[^\\W_{_PAIRED}{_TRIPLED}]|[{_MARKS}])+"
-    "|[\u2190-\u2bff\U0001f000-\U0001faff]"  # an emoji is a term
-)
-_WORD = re.compile(f"[{_PAIRED}{_TRIPLED}]{{1,3}}|[^\\s{_PAIRED}{_TRIPLED}]{{1,40}}")
 _SENTENCE = re.compile(r"[^.!?\u2026\u3002\uff01\uff1f\u061f\u0964\n]+[.!?\u2026\u3002\uff01\uff1f\u061f\u0964]*")
 _STOP = frozenset(
     """a about above after again against all am an and any are as at be because been before being below between both but
@@ -1636,6 +1631,21 @@ _ARABIC_ENDING = re.compile(
 )
 
 
+@functools.cache
+def _term_pattern() -> re.Pattern[str]:
+    """Terms. Compiled when the first text comes: the two patterns are 4 ms of every import otherwise."""
+    marks = "".join(chr(code) for code in range(0x370, 0x1ABF) if unicodedata.category(chr(code))[0] == "M")
+    emoji = "[\u2190-\u2bff\U0001f000-\U0001faff]"
+    spaced = f"(?:[^\\W_{_PAIRED}{_TRIPLED}]|[{marks}])+"
+    return re.compile(f"(?P<paired>[{_PAIRED}]+)|(?P<tripled>[{_TRIPLED}]+)|{spaced}|{emoji}")
+
+
+@functools.cache
+def _word_pattern() -> re.Pattern[str]:
+    """Words, for counting."""
+    return re.compile(f"[{_PAIRED}{_TRIPLED}]{{1,3}}|[^\\s{_PAIRED}{_TRIPLED}]{{1,40}}")
+
+
 @functools.lru_cache(maxsize=65_536)
 def stem(word: str) -> str:
     """The word without its endings: English and Arabic ones, irregular English forms; then its first letters."""
@@ -1661,7 +1671,7 @@ def split_terms(text: str) -> list[str]:
     folded = unicodedata.normalize("NFKD", text.casefold().replace("\u0131", "i"))
     folded = unicodedata.normalize("NFC", _DROPPED.sub("", folded))
     terms: list[str] = []
-    for match in _TERM.finditer(folded):
+    for match in _term_pattern().finditer(folded):
         run = match.group()
         width = {"paired": 2, "tripled": 3}.get(match.lastgroup or "", 0)
         if width and len(run) > width:
@@ -1685,10 +1695,10 @@ def slices(text: str) -> tuple[Iterator[str], int]:
 
     In scripts without spaces three characters count as a word.
     """
-    words = sum(1 for _ in _WORD.finditer(text))
+    words = sum(1 for _ in _word_pattern().finditer(text))
     count = max(1, -(-words // ROW_WORDS))
     size = max(1, -(-words // count))
-    starts = itertools.islice(_WORD.finditer(text), size, None, size)
+    starts = itertools.islice(_word_pattern().finditer(text), size, None, size)
     cuts = [0, *(match.start() for match in starts), len(text)]
     return (text[a:b] for a, b in itertools.pairwise(cuts)), words
 
@@ -5731,7 +5741,7 @@ class Turn:
         "Tool calls that failed in a row."
         self.step_failed = False
         self.compactions = 0
-        self.seen_calls: collections.Counter[bytes] = collections.Counter()
+        self.seen_calls: collections.Counter[int] = collections.Counter()
         self.request: RequestRecord | None = None
         "The last model call, until it is stored."
         self.reply: ModelReply | None = None
@@ -6249,7 +6259,7 @@ class Agent:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
         if turn.request is not None:
             changes.requests.append(turn.request)
-        for call in {message_digest(f"{call.name}{encode_json(call.shown)}") for call in answer.calls}:
+        for call in {hash((call.name, encode_json(call.shown))) for call in answer.calls}:
             turn.seen_calls[call] += 1
         stop, error, reason = turn.stop_reason, None, ""
         used = self.used(changes.messages)
@@ -7239,14 +7249,35 @@ class BlockingClient:
             raise RuntimeError("a blocking call on the client's own thread would never end; await memws.Client instead")
         if not self.close.alive:
             raise ConnectionLost(self.client.url)
-        future = asyncio.run_coroutine_threadsafe(call(*arguments, **options), self._loop)
-        try:
-            return future.result()
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        try:  # an interrupt may come at any place in here, and must leave no call behind
+            self._loop.call_soon_threadsafe(_begin, done, functools.partial(call, *arguments, **options))
+            return done.result()
         except concurrent.futures.CancelledError:
             raise ConnectionLost(self.client.url) from None
         except BaseException:
-            future.cancel()
+            done.cancel()
             raise
+
+
+def _begin(done: concurrent.futures.Future[T], call: Callable[[], Coroutine[Any, Any, T]]) -> None:
+    """Run a call as a task that settles `done` and is cancelled with it."""
+    if done.cancelled():
+        return
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(call())
+
+    def settle(task: asyncio.Task[T]) -> None:
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # cancelled, at this very moment
+            if task.cancelled():
+                done.cancel()
+            elif error := task.exception():
+                done.set_exception(error)
+            else:
+                done.set_result(task.result())
+
+    task.add_done_callback(settle)
+    done.add_done_callback(lambda done: done.cancelled() and loop.call_soon_threadsafe(task.cancel))
 
 
 connect = BlockingClient  # for scripts and cells: with memws.connect(url) as client
