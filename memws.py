@@ -3603,13 +3603,38 @@ def _place(message: ChatMessage) -> tuple[str | None, int, int]:
 # ======================================================================================================================
 
 
-@dataclass(slots=True)
+class GrowingText:
+    """A text that comes in pieces, joined when it is read: adding to a str copies it each time."""
+
+    __slots__ = ("_pieces",)
+
+    def __init__(self, text: str = "") -> None:
+        self._pieces = [text] if text else []
+
+    def add(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+
+    def __bool__(self) -> bool:
+        return bool(self._pieces)
+
+    def __str__(self) -> str:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+
 class RawCall:
     """A tool call as a model streams it: its arguments are text until they are whole."""
 
-    id: str = ""
-    name: str = ""
-    arguments: str = ""
+    def __init__(self, call_id: str = "", name: str = "", arguments: str = "") -> None:
+        self.id = call_id
+        self.name = name
+        self.growing = GrowingText(arguments)
+
+    @property
+    def arguments(self) -> str:
+        return str(self.growing)
 
 
 class ReplyText:
@@ -3623,21 +3648,29 @@ class ReplyText:
     )
 
     def __init__(self) -> None:
-        self._at = -1
+        self._rest = ""
+        "What came and was not read yet."
+        self._begun = False
 
-    def news(self, arguments: str) -> str:
-        """What has come since the last call; escapes that are cut wait for their rest."""
-        if self._at < 0:
-            start = self._START.search(arguments)
+    def feed(self, piece: str) -> None:
+        """Take more of the arguments."""
+        self._rest += piece
+
+    def news(self, more: str = "") -> str:
+        """What has come since the last call, and with `more`; escapes that are cut wait for their rest."""
+        self.feed(more)
+        if not self._begun:
+            start = self._START.search(self._rest)
             if start is None:
                 return ""
-            self._at = start.end()
-        whole = self._WHOLE.match(arguments, self._at)
-        if whole is None or not whole.group():
-            return ""
-        self._at = whole.end()
+            self._begun, self._rest = True, self._rest[start.end() :]
+        whole = self._WHOLE.match(self._rest)
+        text = whole.group() if whole else ""
+        self._rest = self._rest[len(text) :]
+        if self._rest[:1] == '"':  # the end of the message: the rest is nothing to read
+            self._rest = '"'
         with contextlib.suppress(ValueError):
-            return clean_text(str(decode_loose(f'"{whole.group()}"')))
+            return clean_text(str(decode_loose(f'"{text}"')))
         return ""
 
 
@@ -3645,10 +3678,7 @@ class ModelReply:
     """What a model has answered so far; `feed` takes the chunks of a chat-completions stream."""
 
     def __init__(self) -> None:
-        self.text = ""
-        "The content."
-        self.monologue = ""
-        "Reasoning and content in the order they came."
+        self._text, self._monologue = GrowingText(), GrowingText()
         self.calls: list[RawCall] = []
         self.finish: str | None = None
         self.usage: JSON | None = None
@@ -3656,8 +3686,19 @@ class ModelReply:
         self.refusal = ""
         self.whole = False
         "The endpoint said that this was all."
-        self._told = 0
+        self._untold: list[str] = []
+        "What came of the monologue since the last news."
         self._replies: list[ReplyText] = []
+
+    @property
+    def text(self) -> str:
+        """The content."""
+        return str(self._text)
+
+    @property
+    def monologue(self) -> str:
+        """Reasoning and content in the order they came."""
+        return str(self._monologue)
 
     def feed(self, chunk: JSON) -> None:
         """Take one chunk. Endpoints differ: whatever is missing or of another type counts as absent."""
@@ -3677,14 +3718,13 @@ class ModelReply:
 
     def _feed_delta(self, delta: JSON, whole: bool) -> None:
         reasoning = _text_of(delta.get("reasoning_content")) or _text_of(delta.get("reasoning"))
-        if reasoning:
-            self.monologue += reasoning
         content = _text_of(delta.get("content"))
-        if content:
-            if self.monologue and not self.text:
-                self.monologue += "\n"
-            self.text += content
-            self.monologue += content
+        between = "\n" if content and not self._text and (self._monologue or reasoning) else ""
+        self._text.add(content)
+        for piece in (reasoning, between, content):
+            if piece:
+                self._monologue.add(piece)
+                self._untold.append(piece)
         self.refusal += _text_of(delta.get("refusal"))
         calls = delta.get("tool_calls")
         if isinstance(delta.get("function_call"), dict):  # the API's first form of tools, still spoken by some
@@ -3714,16 +3754,18 @@ class ModelReply:
         if name and name != call.name:
             call.name += name
         arguments = function.get("arguments")
-        call.arguments += encode_json(arguments) if isinstance(arguments, dict) else _text_of(arguments)
+        text = encode_json(arguments) if isinstance(arguments, dict) else _text_of(arguments)
+        call.growing.add(text)
+        self._replies[index].feed(text)
 
     def news(self) -> list[tuple[str, str]]:
         """(message type, text) that has come since the last call, to be shown while the rest is made."""
         news = []
-        if len(self.monologue) > self._told:
-            news.append(("internal_monologue", clean_text(self.monologue[self._told :])))
-            self._told = len(self.monologue)
+        if self._untold:
+            news.append(("internal_monologue", clean_text("".join(self._untold))))
+            self._untold.clear()
         for call, reply in zip(self.calls, self._replies, strict=True):
-            if call.name == "send_message" and (text := reply.news(call.arguments)):
+            if call.name == "send_message" and (text := reply.news()):
                 news.append(("assistant_message", text))
         return news
 

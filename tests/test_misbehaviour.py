@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def test_any_reply_cut_anywhere_is_read_whole(message: str, ascii_only: bool, pl
     """Any text of send_message, cut at any places while it arrives, comes out as it is."""
     arguments = json.dumps({"message": message}, ensure_ascii=ascii_only)
     reply = memws.ReplyText()
-    pieces = [reply.news(arguments[:place]) for place in [*sorted(places), len(arguments)]]
+    cuts = itertools.pairwise([0, *sorted(places), len(arguments)])
+    pieces = [reply.news(arguments[begin:end]) for begin, end in cuts]
     assert "".join(pieces) == message.replace("\x00", "\ufffd")
 
 
