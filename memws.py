@@ -3398,7 +3398,7 @@ def check_database(connection: sqlite3.Connection, menders: Mapping[str, Mender]
     menders: of an agent's config and state. Without `repair` all is read as of one moment.
     """
     index = None
-    with contextlib.suppress(sqlite3.OperationalError):  # of another version, or for an SQLite with another FTS5
+    with contextlib.suppress(sqlite3.Error):  # of another version, for an SQLite with another FTS5, or damaged
         connection.execute("SELECT search_version FROM agents LIMIT 1")
         index = SearchIndex(connection)
     try:
@@ -9720,7 +9720,7 @@ class Session:
                 self._outgoing_bytes -= len(frame) if frame.isascii() else len(frame.encode())
                 await self.websocket.send(frame)
                 self._taken += 1
-                if self._drained is not None and self._outgoing_bytes <= MAX_OUTGOING // 8:
+                if self._drained is not None and self._outgoing_bytes <= MAX_OUTGOING // 32:
                     self._drained.set_result(None)
                     self._drained = None
         except ConnectionClosed:
@@ -9733,7 +9733,7 @@ class Session:
 
         A reader that lags is closed where it takes nothing for SLOW_READER_PATIENCE while too much waits for it.
         """
-        while self._outgoing_bytes > MAX_OUTGOING // 8 and not self.closed:
+        while self._outgoing_bytes > MAX_OUTGOING // 32 and not self.closed:
             if self._drained is None:
                 self._drained = self.hub.loop.create_future()
             taken = self._taken
@@ -11482,6 +11482,7 @@ def serve_command(flags: argparse.Namespace) -> int:
     logger.setLevel(level)
     _ws_logger.setLevel(max(level, logging.WARNING))
     _raise_descriptor_limit(values["max_connections"])
+    _share_one_heap()
     server = WebSocketServer(**values)
     asyncio.run(_serve_until_signal(server))
     return 0
@@ -11510,6 +11511,17 @@ def _raise_descriptor_limit(connections: int) -> None:
         if soft != resource.RLIM_INFINITY and soft < wanted:
             wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _share_one_heap() -> None:
+    """Let all threads take memory from one heap (glibc's mallopt), so that one can use what another let go of.
+
+    A reply of 5 MB beside 450 slow peers: 50 MiB more at the most, instead of 70.
+    """
+    with contextlib.suppress(ImportError, AttributeError, OSError, TypeError):
+        import ctypes
+
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def check_command(db: str, repair: bool) -> int:

@@ -422,6 +422,7 @@ async def _serve(told: JSON) -> None:
     if told["fail"]:
         Faulty.plan = Path(told["fail"]["plan"])
         sqlite3.connect = functools.partial(sqlite3.connect, factory=Faulty)  # type: ignore[assignment]
+    memws._share_one_heap()  # as the command line does
     server = memws.WebSocketServer(**told["options"])
     port = told["desk"]
     if port:
