@@ -3154,6 +3154,8 @@ def _migrate(connection: sqlite3.Connection, path: str) -> None:
     used = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
     if used and application != _APPLICATION_ID:
         raise UsageError(f"{path!r} is a database of another program; name another file with --db")
+    if version < 0:
+        raise UsageError(f"{path!r} is damaged (schema {version}); memws.py check tells more, a backup is the way back")
     if version > len(_MIGRATIONS):
         raise UsageError(
             f"{path!r} was written by a newer memws (schema {version}); use that one or another file with --db"
