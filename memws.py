@@ -105,8 +105,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar, cast, overload
 
-from websockets.asyncio.client import ClientConnection
-from websockets.asyncio.client import connect as _websocket_connect
 from websockets.asyncio.server import Server as _WebSocketListener
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as _websocket_serve
@@ -116,6 +114,8 @@ from websockets.http11 import Response as HandshakeResponse
 
 if typing.TYPE_CHECKING:
     import argparse
+
+    from websockets.asyncio.client import ClientConnection
 
 __all__ = [
     # 1. Constants
@@ -7125,11 +7125,13 @@ class Client:
 
     async def _dial(self) -> ClientConnection:
         """One attempt to connect. Raises ConnectFailed, which shows nothing of the address but its public part."""
+        from websockets.asyncio.client import connect  # 4 ms of every import otherwise
+
         status = None
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
         is_loopback = re.match(r"wss?://(localhost|127\.[\d.]+|\[::1\])([:/?]|$)", self._address)
         try:
-            return await _websocket_connect(
+            return await connect(
                 self._address, additional_headers=headers, compression=None, max_size=MAX_FRAME, logger=_ws_logger,
                 open_timeout=self._timeout, close_timeout=CLOSE_TIMEOUT,
                 proxy=None if is_loopback else True,  # a proxy that the environment names cannot reach our loopback

@@ -575,8 +575,9 @@ def idle(bench: Bench) -> Iterator[str]:
 
 def start(bench: Bench) -> Iterator[str]:
     """From the call to the first accepted connection, beside importing websockets; imports."""
-    samples: dict[str, list[float]] = {"start": [], "websockets": [], "memws": []}
-    held: list[float] = []
+    samples: dict[str, list[float]] = {"script": [], "module": [], "websockets": [], "memws": []}
+    held: dict[str, list[float]] = {"script": [], "module": []}
+    ways = {"script": [str(PROGRAM)], "module": ["-m", PROGRAM.stem]}
     variables = clean_environment(PYTHONPYCACHEPREFIX=str(bench.folder / "bytecode"))
 
     def megabytes(pid: int) -> list[float]:
@@ -587,18 +588,20 @@ def start(bench: Bench) -> Iterator[str]:
             return []
         return [int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20]
 
-    def until_accepted() -> float:
+    def until_accepted(way: str) -> float:
         """Start a server; seconds until it has accepted a connection."""
         begin = time.perf_counter()
-        command = [sys.executable, str(PROGRAM), "serve", "--port", "0", "--db", bench.database(), "--model", "offline"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=variables)
+        command = [sys.executable, *ways[way], "serve", "--port", "0", "--db", bench.database(), "--model", "offline"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=variables, cwd=PROGRAM.parent
+        )
         assert process.stdout is not None
         url = process.stdout.readline().decode().split()[-1]
 
         async def accept() -> float:
             async with connect(url, compression=None):
                 took = time.perf_counter() - begin
-                held.extend(megabytes(process.pid))
+                held[way].extend(megabytes(process.pid))
                 return took
 
         took = asyncio.run(accept())
@@ -616,7 +619,8 @@ def start(bench: Bench) -> Iterator[str]:
         took: dict[str, list[float]] = {name: [] for name in samples}
         for _ in range(3):
             took["websockets"].append(until_imported("websockets.asyncio.server"))
-            took["start"].append(until_accepted())
+            for way in ways:
+                took[way].append(until_accepted(way))
             took["memws"].append(until_imported("memws"))
         for name, seconds in took.items():
             samples[name].append(statistics.median(seconds))
@@ -624,17 +628,18 @@ def start(bench: Bench) -> Iterator[str]:
     floor = samples["websockets"]
     shown = {name: milliseconds(statistics.median(seconds)) for name, seconds in samples.items()}
     bare = '`python -c "import websockets.asyncio.server"`'
-    bench.add(
-        "start",
-        f"start to the first accepted connection / {bare}",
-        shown["start"],
-        shown["websockets"],
-        [ours / other for ours, other in zip(samples["start"], floor, strict=True)],
-        1.8,
-    )
-    if held:
-        middle = f"{statistics.median(held):.1f} MB"
-        bench.add("start-memory", "memory then, with `offline`", middle, "", held, 45, unit=" MB")
+    for way, called in {"script": "python memws.py", "module": "python -m memws"}.items():
+        bench.add(
+            f"start-{way}",
+            f"`{called}` to the first accepted connection / {bare}",
+            shown[way],
+            shown["websockets"],
+            [ours / other for ours, other in zip(samples[way], floor, strict=True)],
+            1.8,
+        )
+        if held[way]:
+            middle = f"{statistics.median(held[way]):.1f} MB"
+            bench.add(f"start-{way}-memory", "memory then, with `offline`", middle, "", held[way], 45, unit=" MB")
     bench.add(
         "import",
         f'`python -c "import memws"` / {bare}',
