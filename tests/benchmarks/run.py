@@ -203,7 +203,7 @@ class Bench:
             "last_seq": count * seqs,
         }
         with contextlib.closing(memws.open_database(path, "normal")) as connection:
-            memws.import_agent(connection, data)
+            memws.import_agent(connection, data, memws.MENDERS)
 
     # -- processes --
 
