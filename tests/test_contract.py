@@ -101,6 +101,7 @@ ANSWERS_AND_EVENTS = {
         "test_server.py::test_seq_is_gapless_over_everything",
         "test_server.py::test_seq_goes_on_above_under_an_old_name",
         "test_server.py::test_deltas_are_live",
+        "test_machine.py::test_whatever_clients_do",
     ],
     "a step is one transaction, one more before each call of a user's tool": [
         "test_agent.py::test_a_step_that_cannot_be_stored_leaves_nothing",
@@ -118,6 +119,7 @@ ANSWERS_AND_EVENTS = {
         "test_server.py::test_a_turn_that_is_over_sent_again",
         "test_server.py::test_a_turn_id_sent_twice_at_once_runs_once",
         "test_kill.py::test_a_killed_turn_is_whole_and_never_runs_twice",
+        "test_machine.py::test_whatever_clients_do",
     ],
     "a crash in mid-turn": [
         "test_agent.py::test_a_crash_while_a_tool_runs",
@@ -137,6 +139,7 @@ ANSWERS_AND_EVENTS = {
         "test_server.py::test_rename_agent",
         "test_server.py::test_a_busy_agent_is_deleted_by_force_only",
         "test_server.py::test_purge_forgets_for_ever",
+        "test_machine.py::test_whatever_clients_do",
     ],
     "turns of one agent never overlap, those of different agents never wait": [
         "test_server.py::test_messages_wait_their_turn",
@@ -164,6 +167,8 @@ AGENT = {
     "1. history is never poisoned": [
         "test_misbehaviour.py::test_whatever_happens_talk_goes_on",
         "test_agent.py::test_a_broken_history_is_mended_and_told",
+        "test_keeping.py::test_damage_is_no_fault_of_ours",
+        "test_keeping.py::test_a_load_says_what_it_mended",
         "test_agent.py::test_a_tool_runs_once_for_one_call",
         "test_agent.py::test_cancel_at_any_event",
     ],
@@ -255,10 +260,33 @@ MEMORY = {
     ],
 }
 
-NAMED = sorted(
-    {name for table in (BAD_INPUT, ANSWERS_AND_EVENTS, AGENT, MEMORY) for names in table.values() for name in names}
-    | set(CODES.values())
-)
+KEEPING = {
+    "check: damage in stored agents, mended after a backup": [
+        "test_keeping.py::test_check_repair_and_go_on",
+        "test_keeping.py::test_healthy_agents_are_found_healthy",
+        "test_keeping.py::test_a_repair_needs_no_damage",
+    ],
+    "export and import: one agent, memory and history": [
+        "test_keeping.py::test_an_imported_agent_is_the_exported_one",
+        "test_keeping.py::test_a_damaged_export_is_refused",
+        "test_keeping.py::test_what_an_import_takes_works",
+        "test_keeping.py::test_a_name_in_use_is_refused",
+        "test_keeping.py::test_an_export_holds_no_secret",
+    ],
+    "backup: a copy of the database, also while a server runs": [
+        "test_keeping.py::test_a_backup_made_while_turns_run_is_whole",
+        "test_keeping.py::test_a_backup_ends_however_much_is_written",
+    ],
+    "check, export and backup work beside a running server; check --repair and import need it stopped": [
+        "test_cli.py::test_backup_beside_a_server",
+        "test_keeping.py::test_an_export_is_of_one_moment",
+        "test_keeping.py::test_a_check_is_of_one_moment",
+    ],
+}
+"What section 1 says of keeping agents."
+
+TABLES = (BAD_INPUT, ANSWERS_AND_EVENTS, AGENT, MEMORY, KEEPING)
+NAMED = sorted({name for table in TABLES for names in table.values() for name in names} | set(CODES.values()))
 
 
 @pytest.mark.parametrize("name", NAMED)
