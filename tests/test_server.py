@@ -8,7 +8,7 @@ import sqlite3
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -1898,6 +1898,24 @@ async def test_unsubscribing_ends_a_replay_and_nothing_else(online: Callable[...
             assert (turn[0]["type"], turn[0]["id"]) == ("agent_response_start", "again")
             assert (frames[-1]["id"], frames[-1]["stop_reason"]) == ("again", "done")
             assert [frame["seq"] for frame in turn] == sorted({frame["seq"] for frame in turn})
+
+
+async def test_a_replay_that_cannot_be_read_ends_alone(server: Server) -> None:
+    """A subscription whose events the database cannot read ends with an error of its own; all else goes on."""
+    async with wire(server) as client:
+        await client.ok("create_agent", config={"name": "sam"})
+        await client.turn("Hello")
+        with closing(sqlite3.connect(server.options.db, isolation_level=None)) as other:
+            other.execute("ALTER TABLE events RENAME TO lost")
+            await client.ok("subscribe", after=0)
+            error = await client.receive()
+            assert (error["type"], error["code"]) == ("agent_response_error", "store_failed")
+            assert (error["agent_name"], "seq" in error) == ("sam", False)
+            await client.ok("hello")
+            other.execute("ALTER TABLE lost RENAME TO events")
+        assert (await client.turn("Hello again"))[-1]["stop_reason"] == "done"
+        await client.ok("subscribe", after=0)
+        assert (await client.receive())["seq"] == 1
 
 
 @pytest.mark.parametrize("command", ["subscribe", "unsubscribe"])

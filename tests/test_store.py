@@ -703,7 +703,7 @@ async def test_a_store_that_may_not_write_reads_on(tmp_path: Path) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize("config", ["{", "NaN", "", "\x00", '{"model": 1', "[]"])
 async def test_a_damaged_row_hides_no_agent(store: SqliteStore, config: str) -> None:
-    """An agent whose stored JSON is damaged is found as one that lost it; a search that cannot be is the store's fault."""
+    """An agent whose stored JSON is damaged is found as one that lost it; a search that fails says so."""
     agent, other = await new_agent(store), await new_agent(store, "ada")
     await whole_step(store, agent.id)
     store._connection.execute("UPDATE agents SET config = ? WHERE id = ?", (config, agent.id))
