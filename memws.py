@@ -6243,6 +6243,7 @@ class Agent:
         arguments = encode_json(call.arguments)
         whole = call.arguments if len(arguments) <= TEXT_PART // 2 else None  # the frame holds them twice
         changes.events += turn.events("tool_call", arguments, tool_call_id=call.id, name=call.name, arguments=whole)
+        del arguments  # they may be megabytes, and so is what follows
         changes.events += turn.events("function_message", f"Running {call.name}({call.shown!r})")
         started = time.monotonic()
         edits = len(memory.edits)
