@@ -170,18 +170,20 @@ def answer(text: str) -> Any:
     return reply
 
 
+def started(soak: Soak, where: Path, endpoint: Endpoint) -> Serving:
+    """The command line, as users start it; in a small run a server that waits less."""
+    if soak.count < soak.full:
+        options: JSON = {"model": "test-model", "api_key": "sk-x", "base_url": endpoint.url}
+        return soak_server(where, constants=HASTE, **options, rate_limit=memws.RATE_LIMIT)
+    flags = ("--host", "127.0.0.1", "--model", "test-model", "--base-url", endpoint.url)
+    return Serving(*flags, cwd=where, variables={"OPENAI_API_KEY": "sk-x"})
+
+
 async def main(soak: Soak) -> None:
     text = story(soak.rng, SIZE)
     with folder() as where, Endpoint() as endpoint:
         endpoint.default = answer(text)
-        options: JSON = {
-            "model": "test-model",
-            "api_key": "sk-x",
-            "base_url": endpoint.url,
-            "rate_limit": memws.RATE_LIMIT,
-        }
-        constants = HASTE if soak.count < soak.full else {}
-        with soak_server(where, constants=constants, **options) as server:
+        with started(soak, where, endpoint) as server:
             async with client(server, "*") as wire:
                 await wire.ok("create_agent", config={"name": "long"})
                 await wire.turn("Hello")
