@@ -1287,6 +1287,7 @@ async def test_eight_messages_of_a_connection_wait(server: Server, endpoint: End
         assert await client.ok("cancel", turn_id="t5") == {"state": "removed"}
         await client.say("5", id="again", turn_id="t5")
         await client.say("10", id=10)
+        await client.until(lambda frame: is_terminal(frame) and frame["id"] == 10)
         await asked(endpoint, 1)
         endpoint.release()
         await client.until(lambda frame: is_terminal(frame) and frame["id"] == "again")
