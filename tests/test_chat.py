@@ -117,6 +117,7 @@ def test_offline_is_said(tmp_path: Path) -> None:
             chat.expect("> ")
             chat.line("hi")
             chat.expect("no agent yet: /new NAME creates one, /load NAME loads one")
+            chat.expect("> ")  # a Ctrl-D before readline waits would be lost
             chat.type(CTRL_D)
             assert chat.wait() == 0
     finally:
