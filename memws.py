@@ -612,9 +612,9 @@ def extend_json(text: str, **fields: Any) -> str:
     return f"{text[:-1]},{encode_json(fields)[1:]}"
 
 
-def parts_of(text: str) -> list[str]:
-    """`text` cut into pieces of at most TEXT_PART characters; one empty piece for an empty text."""
-    return [text[start : start + TEXT_PART] for start in range(0, len(text), TEXT_PART)] or [""]
+def spans_of(text: str) -> list[slice]:
+    """Where to cut `text` into parts of at most TEXT_PART characters; one empty part for an empty text."""
+    return [slice(start, start + TEXT_PART) for start in range(0, len(text), TEXT_PART)] or [slice(0)]
 
 
 # ---- fields of requests ----------------------------------------------------------------------------------------------
@@ -1194,20 +1194,31 @@ class Event:
     """Something that happened to an agent, as its followers are told.
 
     `type` is the frame's type, `message_type` its kind where it is an agent_response. Stored events get their `seq`
-    and their `text`, the encoded frame without agent_name and id, in the transaction that stores them; live ones
-    (delta, retry, queue) get no seq, and their text when they are sent.
+    and their `time` in the transaction that stores them; live ones (delta, retry, queue) get no seq, and their time
+    when they are sent. A long message is told in parts: each of these events holds the whole of it, and a `span`.
     """
 
-    __slots__ = ("fields", "message_type", "seq", "step", "text", "turn_id", "type")
+    __slots__ = ("_text", "fields", "message_type", "seq", "span", "step", "time", "turn_id", "type")
 
-    def __init__(self, kind: str, message_type: str = "", *, turn_id: str | None, step: int = 0, **fields: Any) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message_type: str = "",
+        *,
+        turn_id: str | None,
+        step: int = 0,
+        span: slice | None = None,
+        **fields: Any,
+    ) -> None:
         self.type = kind
         self.message_type = message_type
         self.turn_id = turn_id
         self.step = step
+        self.span = span
         self.fields = fields
         self.seq: int | None = None
-        self.text = ""
+        self.time = ""
+        self._text = ""
 
     @property
     def live(self) -> bool:
@@ -1221,27 +1232,32 @@ class Event:
     def terminal(self) -> bool:
         return self.type in TERMINAL_TYPES
 
-    def encode(self, seq: int | None, now: str) -> None:
-        """Give the event its seq (None: live) and its text."""
+    @property
+    def text(self) -> str:
+        """The encoded frame without agent_name and id; a part's is made each time, as megabytes need not be kept."""
+        if self._text:
+            return self._text
         frame: JSON = {"type": self.type}
         if self.message_type:
             frame["message_type"] = self.message_type
         frame |= self.fields
+        if self.span is not None:
+            frame["message"] = self.fields["message"][self.span]
         if self.turn_id is not None:
             frame["turn_id"] = self.turn_id
         if self.message_type and self.step:
             frame["step"] = self.step
-        if seq is not None:
-            frame["seq"] = seq
-        frame["time"] = now
-        self.seq, self.text = seq, encode_json(frame)
-        if "part" in self.fields:  # of a text of megabytes, which need not be held twice
-            del self.fields["message"]
+        if self.seq is not None:
+            frame["seq"] = self.seq
+        frame["time"] = self.time
+        text = encode_json(frame)
+        if self.span is None:
+            self._text = text
+        return text
 
     def frame(self, agent_name: str) -> str:
         """The frame as sent to a client."""
-        if not self.text:
-            self.encode(None, now_text())
+        self.time = self.time or now_text()
         return extend_json(self.text, agent_name=agent_name)
 
 
@@ -1253,19 +1269,20 @@ def response_events(message_type: str, message: str, *, turn_id: str | None, ste
     """An agent_response, as several with `part` and `parts` where its message is too long for one frame."""
     if len(message) <= TEXT_PART:
         return [Event("agent_response", message_type, turn_id=turn_id, step=step, message=message, **fields)]
-    pieces = parts_of(message)
+    spans = spans_of(message)
     return [
         Event(
             "agent_response",
             message_type,
             turn_id=turn_id,
             step=step,
-            message=piece,
+            span=span,
+            message=message,
             part=part,
-            parts=len(pieces),
+            parts=len(spans),
             **fields,
         )
-        for part, piece in enumerate(pieces, 1)
+        for part, span in enumerate(spans, 1)
     ]
 
 
@@ -1275,7 +1292,7 @@ _KIND = re.compile(r'\{"type":"(\w+)"(?:,"message_type":"(\w+)")?')
 def damaged_event(seq: int) -> str:
     """What stands for a stored event that cannot be read any more."""
     (event,) = response_events("correction", "this event is damaged on disk", turn_id=None, step=0, what="damaged")
-    event.encode(seq, now_text())
+    event.seq, event.time = seq, now_text()
     return event.text
 
 
@@ -3076,8 +3093,8 @@ def _store_events(connection: sqlite3.Connection, agent: int, events: list[Event
         raise StoreFailed("the agent was deleted meanwhile")
     last_seq = int(row[0])
     for seq, event in enumerate(events, last_seq - len(events) + 1):
-        event.encode(seq, now)
-    rows = [(agent, event.seq, event.turn_id, event.text) for event in events]
+        event.seq, event.time = seq, now
+    rows = ((agent, event.seq, event.turn_id, event.text) for event in events)
     connection.executemany("INSERT INTO events VALUES (?,?,?,?)", rows)
     return last_seq
 
@@ -6412,7 +6429,8 @@ class Agent:
                 await self._store(changes)
         except StoreFailed:
             logger.error("agent %s: the end of turn %s could not be stored", self.name, turn.turn_id)
-            changes.events = changes.events[-1:]
+            changes = Changes()
+            self._end(changes, turn, error)  # anew: the one that was not stored may have got a seq
         for event in changes.events:
             yield event
 
@@ -10100,10 +10118,10 @@ class Session:
         if len(text.encode()) < MAX_FRAME - 10_000:
             self.send(command_response(request, result))
             return
-        pieces = parts_of(text)
-        for part, piece in enumerate(pieces, 1):
+        spans = spans_of(text)
+        for part, span in enumerate(spans, 1):
             await self.drained()
-            self.send(extend_json(command_response(request, {"text": piece}), part=part, parts=len(pieces)))
+            self.send(extend_json(command_response(request, {"text": text[span]}), part=part, parts=len(spans)))
 
     async def _set_block(self, request: SetBlock) -> None:
         host = await self._host(request.agent_name)

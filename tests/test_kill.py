@@ -525,7 +525,7 @@ async def test_a_disk_that_fills_in_mid_turn_ends_it_once(endpoint: Endpoint, tm
             resource.prlimit(process, resource.RLIMIT_FSIZE, (wal_size(tmp_path), limits[1]))
             endpoint.release()
             end = await client.ended()
-            assert (end["type"], end["code"]) == ("agent_response_error", "store_failed")
+            assert (end["type"], end["code"], "seq" in end) == ("agent_response_error", "store_failed", False)
             resource.prlimit(process, resource.RLIMIT_FSIZE, limits)
             turn = await client.turn("And now?", agent_name="sam")
             assert turn[-1]["stop_reason"] == "done"

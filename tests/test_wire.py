@@ -534,7 +534,7 @@ def test_an_event_is_encoded_once_and_then_extended(message_type: str) -> None:
     """An encoded event holds type, message type, fields, seq and time, and each copy only gets more fields."""
     (event,) = memws.response_events(message_type, "hi", turn_id="t1", step=2)
     seq = None if event.live else 7
-    event.encode(seq, "2026-11-24T10:00:00.000Z")
+    event.seq, event.time = seq, "2026-11-24T10:00:00.000Z"
     expected = {"type": "agent_response", "message_type": message_type, "message": "hi", "turn_id": "t1", "step": 2}
     expected |= {} if seq is None else {"seq": seq}
     expected |= {"time": "2026-11-24T10:00:00.000Z"}
@@ -554,7 +554,7 @@ def test_starts_and_terminals_are_encoded() -> None:
         "agent_response_error", turn_id="t1", message="no", code="model_auth", stop_reason="error", usage={}
     )
     for seq, event in enumerate((start, end, failed), 1):
-        event.encode(seq, memws.now_text())
+        event.seq, event.time = seq, memws.now_text()
         frame = memws.decode_json(event.frame("sam"))
         VALIDATORS[event.type].validate(frame)
         assert (frame["seq"], frame["turn_id"], frame["agent_name"]) == (seq, "t1", "sam")
@@ -583,7 +583,7 @@ def test_long_texts_become_parts(letter: str, length: int) -> None:
     events = memws.response_events("assistant_message", text, turn_id="x" * 128, step=1)
     frames = []
     for seq, event in enumerate(events, 1):
-        event.encode(seq, memws.now_text())
+        event.seq, event.time = seq, memws.now_text()
         sent = memws.extend_json(event.frame("é" * 64), id="\x01" * 128)
         assert len(sent.encode()) <= memws.MAX_FRAME
         frames.append(memws.decode_json(sent))
@@ -610,16 +610,16 @@ def test_fields_of_a_long_text_stand_on_every_part() -> None:
 def test_any_text_survives_the_wire(text: str, seq: int, name: str) -> None:
     """A message, a seq and a name are the same after encoding, extending and decoding."""
     (event,) = memws.response_events("assistant_message", text, turn_id=None, step=0)
-    event.encode(seq, "now")
+    event.seq, event.time = seq, "now"
     frame = memws.decode_json(event.frame(name))
     assert (frame["message"], frame["seq"], frame["agent_name"]) == (text, seq, name)
 
 
-def test_parts_of_nothing_is_one_empty_part() -> None:
+def test_a_text_of_nothing_is_one_empty_part() -> None:
     """A text is cut into full parts and a rest, and is never without a part."""
-    assert memws.parts_of("") == [""]
-    assert memws.parts_of("x" * memws.TEXT_PART) == ["x" * memws.TEXT_PART]
-    assert list(map(len, memws.parts_of("x" * (2 * memws.TEXT_PART + 1)))) == [memws.TEXT_PART, memws.TEXT_PART, 1]
+    part = memws.TEXT_PART
+    for text, sizes in (("", [0]), ("x" * part, [part]), ("x" * (2 * part + 1), [part, part, 1])):
+        assert [len(text[span]) for span in memws.spans_of(text)] == sizes
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
