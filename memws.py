@@ -164,6 +164,8 @@ MAX_TEXT: Final = 65_536
 "Characters of one user message or passage."
 TEXT_PART: Final = 131_072
 "Characters of a text in one frame: six bytes each, in the worst case, stay under MAX_FRAME."
+LONG_REPLY: Final = 200_000
+"Characters of a model's reply from which on a thread reads it."
 MAX_ID: Final = 128
 MAX_NAME: Final = 64
 MAX_MODEL_NAME: Final = 200
@@ -374,6 +376,17 @@ def clean_text(text: str) -> str:
     return text
 
 
+def clean_value(value: Any) -> Any:
+    """A JSON value with every text cleaned."""
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, list):
+        return [clean_value(item) for item in value]
+    if isinstance(value, dict):
+        return {clean_text(str(key)): clean_value(item) for key, item in value.items()}
+    return value
+
+
 def now_text() -> str:
     """The time as the wire has it: RFC 3339, UTC, milliseconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -576,9 +589,12 @@ class RequestTooLarge(MemwsError):
 # No pydantic: importing it and 25 models of it costs 78 ms and 10 MiB of a start that takes 75 ms and 27 MiB without.
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def encode_json(value: Any) -> str:
     """`value` as compact strict JSON. Raises ValueError for NaN and infinities."""
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
 
 
 def decode_json(text: str | bytes) -> Any:
@@ -1912,8 +1928,8 @@ class RequestRecord:
     "The ids of the chat messages between."
     digest: bytes
     "SHA-256 of the bytes sent."
-    response: str = "{}"
-    usage: str = "{}"
+    response: JSON = field(default_factory=dict)
+    usage: JSON = field(default_factory=dict)
     first_token_ms: int | None = None
     total_ms: int = 0
 
@@ -2953,6 +2969,7 @@ class SqliteStore:
             if row is None:
                 return None
             record = RequestRecord(*row)
+            record.response, record.usage = decode_json(row[10]), decode_json(row[11])
             between = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
             return record, [body for (body,) in connection.execute(between, (agent, record.first, record.last))]
 
@@ -3109,7 +3126,8 @@ def _insert_request(connection: sqlite3.Connection, agent: int, request: Request
         "INSERT OR REPLACE INTO requests VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             *(agent, request.turn_id, request.step, request.head, *digests, request.first, request.last),
-            *(request.digest, request.response, request.usage, request.first_token_ms, request.total_ms),
+            *(request.digest, encode_json(clean_value(request.response)), encode_json(request.usage)),
+            *(request.first_token_ms, request.total_ms),
         ),
     )
 
@@ -5382,15 +5400,19 @@ class Call:
     arguments: JSON
     problem: str = ""
     "Why it cannot run, as advice for the model."
+    encoded: str = field(init=False)
+    "The arguments as JSON."
+    line: str = field(init=False)
+    "The call as MemGPT shows it; its request_heartbeat is nobody's business."
+
+    def __post_init__(self) -> None:
+        self.encoded = encode_json(self.arguments)
+        shown = {name: value for name, value in self.arguments.items() if name != REQUEST_HEARTBEAT}
+        self.line = f"Running {self.name}({shown!r})"
 
     @property
     def heartbeat(self) -> bool:
         return self.arguments.get(REQUEST_HEARTBEAT) in (True, "true")
-
-    @property
-    def shown(self) -> JSON:
-        """The arguments without request_heartbeat."""
-        return {name: value for name, value in self.arguments.items() if name != REQUEST_HEARTBEAT}
 
 
 @dataclass(slots=True)
@@ -5401,6 +5423,19 @@ class Answer:
     content: str = ""
     calls: list[Call] = field(default_factory=list)
     corrections: list[tuple[str, str]] = field(default_factory=list)
+    body: str = ""
+    "The chat message, encoded."
+
+
+def assistant_body(content: str, calls: Sequence[Call]) -> str:
+    """The encoded chat message of what an agent said and called."""
+    body: JSON = {"role": "assistant", "content": content or None}
+    if calls:
+        body["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.encoded}}
+            for call in calls
+        ]
+    return encode_json(body)
 
 
 _THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)(?:</think(?:ing)?>\s*(.*)|$)", re.DOTALL)
@@ -5433,6 +5468,7 @@ def read_answer(reply: ModelReply, tools: Mapping[str, Tool]) -> Answer:
         _read_text_calls(answer, tools)
     if not answer.calls and reply.finish == "length":
         answer.corrections.append(("length", "the answer was cut off at the endpoint's length limit"))
+    answer.body = assistant_body(answer.content, answer.calls)
     return answer
 
 
@@ -5451,22 +5487,22 @@ def _read_call(raw: RawCall, tools: Mapping[str, Tool], seen: set[str], answer: 
     arguments, problem = read_arguments(raw.arguments)
     if problem and cut:
         raise ModelError("bad_output", "a tool call was cut off at the endpoint's length limit")
-    call = Call(call_id, re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64] or "unknown", arguments or {})
+    name = re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64] or "unknown"
     if arguments is None:
-        call.problem = f"the arguments are no JSON object: {quote(raw.arguments)}"
-    elif problem:
-        answer.corrections.append(("arguments", f"the arguments of {call.name} were {problem}"))
-    _mend_send_message(call, answer)
-    return call
+        return Call(call_id, name, {}, problem=f"the arguments are no JSON object: {quote(raw.arguments)}")
+    if problem:
+        answer.corrections.append(("arguments", f"the arguments of {name} were {problem}"))
+    if name == "send_message":
+        _mend_send_message(arguments, answer)
+    return Call(call_id, name, arguments)
 
 
-def _mend_send_message(call: Call, answer: Answer) -> None:
+def _mend_send_message(arguments: JSON, answer: Answer) -> None:
     """A reply under another parameter's name is still a reply."""
-    if call.name == "send_message" and "message" not in call.arguments:
-        texts = [key for key, value in call.arguments.items() if isinstance(value, str) and key != REQUEST_HEARTBEAT]
-        if len(texts) == 1:
-            call.arguments["message"] = call.arguments.pop(texts[0])
-            answer.corrections.append(("arguments", f"send_message takes message, not {quote(texts[0])}"))
+    texts = [key for key, value in arguments.items() if isinstance(value, str) and key != REQUEST_HEARTBEAT]
+    if "message" not in arguments and len(texts) == 1:
+        arguments["message"] = arguments.pop(texts[0])
+        answer.corrections.append(("arguments", f"send_message takes message, not {quote(texts[0])}"))
 
 
 def read_arguments(text: str) -> tuple[JSON | None, str]:
@@ -5486,19 +5522,8 @@ def read_arguments(text: str) -> tuple[JSON | None, str]:
 def _loads(text: str) -> Any:
     """The value of JSON as models write it (line breaks inside strings), free of what cannot be stored; else None."""
     with contextlib.suppress(ValueError, RecursionError):
-        return _clean_value(decode_loose(text))
+        return clean_value(decode_loose(text))
     return None
-
-
-def _clean_value(value: Any) -> Any:
-    """A JSON value with every text cleaned."""
-    if isinstance(value, str):
-        return clean_text(value)
-    if isinstance(value, list):
-        return [_clean_value(item) for item in value]
-    if isinstance(value, dict):
-        return {clean_text(str(key)): _clean_value(item) for key, item in value.items()}
-    return value
 
 
 def mend_json(text: str) -> str:
@@ -6087,8 +6112,7 @@ class Agent:
             try:
                 async for event in self._call_model(turn, extra):
                     yield event
-                assert turn.reply is not None
-                answer = read_answer(turn.reply, self.tools)
+                answer = await self._read_reply(turn)
                 if not answer.calls and not answer.content and not turn.replied:
                     raise ModelError("bad_output", "the model's answer is empty")
                 spoken = any(call.name == "send_message" for call in answer.calls)
@@ -6124,6 +6148,14 @@ class Agent:
                         yield event
                 else:
                     raise
+
+    async def _read_reply(self, turn: Turn) -> Answer:
+        """What the reply says; one of megabytes is read on a thread, as others would wait for it. Raises ModelError."""
+        reply = turn.reply
+        assert reply is not None
+        if len(reply.text) + sum(len(call.arguments) for call in reply.calls) < LONG_REPLY:
+            return read_answer(reply, self.tools)
+        return await in_thread("memws-reply", lambda: read_answer(reply, self.tools))
 
     async def _retry(
         self, turn: Turn, error: ModelError, attempt: int, of: int, delay: float
@@ -6175,7 +6207,7 @@ class Agent:
         response = {"content": reply.text, "tool_calls": calls, "finish_reason": reply.finish}
         if len(reply.monologue) > len(reply.text):
             response["monologue"] = reply.monologue
-        request.response = encode_json(_clean_value(response))
+        request.response = response
         usage = reply.usage
         if usage is None:
             output = estimate_tokens(reply.monologue) + sum(estimate_tokens(call.arguments) for call in reply.calls)
@@ -6185,14 +6217,14 @@ class Agent:
             ratio = usage["input_tokens"] / estimated
             self._cut_prompts = self._cut_prompts + 1 if ratio < 0.5 and estimated > 1000 else 0
             self.model.ratio += 0.3 * (min(2.0, max(0.5, ratio)) - self.model.ratio)
-        request.usage = encode_json({**usage, "estimated": reply.usage is None})
+        request.usage = {**usage, "estimated": reply.usage is None}
         turn.input_tokens += usage["input_tokens"]
         turn.output_tokens += usage["output_tokens"]
 
     def _note_failure(self, turn: Turn, error: ModelError) -> None:
         """Keep with the request why it failed."""
         if turn.request is not None:
-            turn.request.response = encode_json({"error": {"code": error.code, "message": str(error)}})
+            turn.request.response = {"error": {"code": error.code, "message": str(error)}}
 
     # -- doing what it says --
 
@@ -6202,7 +6234,7 @@ class Agent:
         Memory tools run inside the transaction. A user's tool runs between two: the first holds the step up to its
         call, the next begins with its result.
         """
-        turn.seen_calls.update({hash((call.name, encode_json(call.shown))) for call in answer.calls})
+        turn.seen_calls.update({hash(call.line) for call in answer.calls})
         changes = Changes()
         self._add_answer(changes, turn, answer)
         calls = collections.deque(answer.calls)
@@ -6218,7 +6250,10 @@ class Agent:
                 await self._store(changes)
                 events, changes = collections.deque(changes.events), Changes()
                 while events:  # each is let go of once it is sent: there may be megabytes of them
-                    yield events.popleft()
+                    event = events.popleft()
+                    yield event
+                    if event.span is not None:  # between the parts of a long text others have their turn
+                        await asyncio.sleep(0)
             if outside is None:
                 return
             await self._run_outside(changes, turn, *outside)
@@ -6237,32 +6272,15 @@ class Agent:
             turn.replied = True
         if answer.calls or answer.content:
             said = [call.arguments["message"] for call in answer.calls if _says(call)]
-            self._add_assistant(changes, turn, answer.content, answer.calls, "\n".join(said) or reply, monologue)
-
-    def _add_assistant(
-        self, changes: Changes, turn: Turn, content: str, calls: list[Call], said: str, monologue: str
-    ) -> None:
-        body: JSON = {"role": "assistant", "content": content or None}
-        if calls:
-            body["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": encode_json(call.arguments)},
-                }
-                for call in calls
-            ]
-        self._add_message(changes, turn, "assistant", monologue, encode_json(body), said=said)
+            self._add_message(changes, turn, "assistant", monologue, answer.body, said="\n".join(said) or reply)
 
     async def _run_call(
         self, changes: Changes, turn: Turn, call: Call, memory: AgentMemory
     ) -> tuple[Call, Tool, JSON] | None:
         """Run a memory tool, or hand back a user's tool with its arguments, to be run outside the transaction."""
-        arguments = encode_json(call.arguments)
-        whole = call.arguments if len(arguments) <= TEXT_PART // 2 else None  # the frame holds them twice
-        changes.events += turn.events("tool_call", arguments, tool_call_id=call.id, name=call.name, arguments=whole)
-        del arguments  # they may be megabytes, and so is what follows
-        changes.events += turn.events("function_message", f"Running {call.name}({call.shown!r})")
+        whole = call.arguments if len(call.encoded) <= TEXT_PART // 2 else None  # the frame holds them twice
+        changes.events += turn.events("tool_call", call.encoded, tool_call_id=call.id, name=call.name, arguments=whole)
+        changes.events += turn.events("function_message", call.line)
         started = time.monotonic()
         edits = len(memory.edits)
         try:
@@ -6405,7 +6423,8 @@ class Agent:
             if monologue:
                 changes.events += turn.events("internal_monologue", monologue)
             if said or content:
-                self._add_assistant(changes, turn, content, [call] if said else [], said, monologue)
+                body = assistant_body(content, [call] if said else [])
+                self._add_message(changes, turn, "assistant", monologue, body, said=said)
             if said:
                 changes.events += turn.events("assistant_message", said, partial=True)
                 self._add_result(
@@ -6725,8 +6744,8 @@ class Agent:
             raise StoreFailed("the stored request does not match the hash of what was sent; run memws.py check")
         return {
             "request": decode_json(body),
-            "response": decode_json(record.response),
-            "usage": decode_json(record.usage),
+            "response": record.response,
+            "usage": record.usage,
             "first_token_ms": record.first_token_ms,
             "total_ms": record.total_ms,
         }

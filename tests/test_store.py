@@ -65,7 +65,7 @@ def tell(text: str = "x", turn_id: str | None = "t1", **fields: Any) -> Event:
 def asked(turn_id: str = "t1", step: int = 1, first: int = 1, last: int = 1, **texts: str) -> memws.RequestRecord:
     """A model call over the messages `first` to `last`, with the hash of what would have been sent."""
     pieces = {"head": '{"model":"m"}', "system": '{"s":1}', "summary": "", "tools": "[]", "extra": ""} | texts
-    return memws.RequestRecord(turn_id, step, **pieces, first=first, last=last, digest=b"?", response='{"r":1}')
+    return memws.RequestRecord(turn_id, step, **pieces, first=first, last=last, digest=b"?", response={"r": 1})
 
 
 async def new_agent(store: SqliteStore, name: str = "sam") -> AgentRecord:
