@@ -1,6 +1,8 @@
 """Whatever way an endpoint answers or fails, its reply is read whole, or its failure has a code and a sentence."""
 
 import asyncio
+import collections
+import contextlib
 import datetime
 import email.utils
 import json
@@ -564,6 +566,18 @@ async def test_nobody_listens(endpoint: Endpoint) -> None:
         await models.close()
     assert (error.code, error.retry) == ("model_unavailable", True)
     assert "--base-url" in str(error)
+
+
+@pytest.mark.anyio
+async def test_a_client_has_few_requests_at_once(endpoint: Endpoint) -> None:
+    """Requests at once are spread over clients with CLIENT_REQUESTS each at most; later ones take those again."""
+    shared, most = memws.Endpoint(endpoint.url, KEY), memws.CLIENT_REQUESTS
+    async with contextlib.AsyncExitStack() as stack:
+        used = collections.Counter([await stack.enter_async_context(shared.client()) for _ in range(2 * most + 4)])
+        assert sorted(used.values()) == [4, most, most]
+    async with shared.client() as again:
+        assert again in used
+    await shared.close()
 
 
 @pytest.mark.anyio
