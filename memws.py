@@ -164,6 +164,8 @@ MAX_TEXT: Final = 65_536
 "Characters of one user message or passage."
 TEXT_PART: Final = 131_072
 "Characters of a text in one frame: six bytes each, in the worst case, stay under MAX_FRAME."
+REPLAY_PAGE: Final = 65_536
+"Characters of stored events that a replay holds at once; it is as fast as its reader, who may read nothing."
 LONG_REPLY: Final = 200_000
 "Characters of a model's reply from which on a thread reads it."
 MAX_ID: Final = 128
@@ -1689,7 +1691,7 @@ def _word_pattern() -> re.Pattern[str]:
     return re.compile(f"[{_PAIRED}{_TRIPLED}]{{1,3}}|[^\\s{_PAIRED}{_TRIPLED}]{{1,40}}")
 
 
-@functools.lru_cache(maxsize=65_536)
+@functools.lru_cache(maxsize=8_192)
 def stem(word: str) -> str:
     """The word without its endings: English and Arabic ones, irregular English forms; then its first letters."""
     if "\u0370" <= word[0] <= "\u052f":
@@ -2009,7 +2011,7 @@ class Store(Protocol):
     ) -> list[tuple[int, str]]:
         """(seq, text) of stored events above `after`, in order; those of one turn where one is named.
 
-        At most `limit`, and no more once they have TEXT_PART characters; none means that there are none.
+        At most `limit`, with REPLAY_PAGE characters in all or else a single one; none means that there are none.
         """
 
     async def backlog(self, agent: int, after: int, turn_id: str | None = None) -> int:
@@ -2940,16 +2942,17 @@ class SqliteStore:
         self, agent: int, after: int, limit: int, turn_id: str | None = None, up_to: int = 2**62
     ) -> list[tuple[int, str]]:
         def job(connection: sqlite3.Connection) -> list[tuple[int, str]]:
-            rows, size = [], 0
+            rows: list[tuple[int, str]] = []
+            size = 0
             for seq, text in connection.execute(
                 "SELECT seq, text FROM events"
                 " WHERE agent = ? AND seq > ? AND seq <= ? AND turn_id IS coalesce(?, turn_id) ORDER BY seq LIMIT ?",
                 (agent, after, up_to, turn_id, limit),
             ):
-                rows.append((seq, text))
                 size += len(text)
-                if size > TEXT_PART:
+                if rows and size > REPLAY_PAGE:
                     break
+                rows.append((seq, text))
             return rows
 
         return await self._read(job)
@@ -3654,7 +3657,7 @@ def _place(message: ChatMessage) -> tuple[str | None, int, int]:
 
 
 class GrowingText:
-    """A text that comes in pieces, joined when it is read: adding to a str copies it each time."""
+    """A text that comes in pieces, which are joined to ever longer ones: adding to a str copies all of it each time."""
 
     __slots__ = ("_pieces",)
 
@@ -3664,6 +3667,9 @@ class GrowingText:
     def add(self, piece: str) -> None:
         if piece:
             self._pieces.append(piece)
+            while len(self._pieces) > 1 and len(self._pieces[-2]) <= len(self._pieces[-1]):
+                last = self._pieces.pop()
+                self._pieces[-1] += last
 
     def __bool__(self) -> bool:
         return bool(self._pieces)
@@ -9261,28 +9267,34 @@ class Follower:
         while True:
             await self.session.drained(reader)  # here too: a page that waits is held by none
             published = host.published
-            rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_PAGE, self.turn_id, up_to)
-            for seq, text in rows:
-                if LOST in _read_object(text):
-                    logger.error("agent %s: event %d is damaged; run memws.py check", host.agent.name, seq)
-                    text = damaged_event(seq)
-                kind, message_type = event_kind(text)
-                if self.session.wants(message_type):
-                    await self.session.drained(reader)
-                    turn_id = None if kind == "agent_response" else decode_json(text)["turn_id"]
-                    frame = extend_json(text, agent_name=host.agent.name)
-                    self.session.send(host.marked(frame, kind, turn_id, self))
-                self.cursor = seq
+            rows = await host.hub.store.events(host.agent.id, self.cursor, _REPLAY_ROWS, self.turn_id, up_to)
             if not rows and (once or published == host.published):
                 self.live = not once
                 return
+            rows.reverse()
+            while rows:  # each is let go of before the next one waits
+                await self._tell(*rows.pop(), reader)
+
+    async def _tell(self, seq: int, text: str, reader: Follower | None) -> None:
+        """Send a stored event as soon as the reader has taken what came before it."""
+        agent = self.host.agent
+        if LOST in _read_object(text):
+            logger.error("agent %s: event %d is damaged; run memws.py check", agent.name, seq)
+            text = damaged_event(seq)
+        kind, message_type = event_kind(text)
+        if self.session.wants(message_type):
+            await self.session.drained(reader)
+            turn_id = None if kind == "agent_response" else decode_json(text)["turn_id"]
+            frame = extend_json(text, agent_name=agent.name)
+            self.session.send(self.host.marked(frame, kind, turn_id, self))
+        self.cursor = seq
 
     async def backlog(self) -> int:
         """Characters of stored events that wait for this follower."""
         return await self.host.hub.store.backlog(self.host.agent.id, self.cursor, self.turn_id)
 
 
-_REPLAY_PAGE: Final = 100
+_REPLAY_ROWS: Final = 100
 "Stored events that a replay reads at once."
 
 
