@@ -601,6 +601,17 @@ def encode_json(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
+def encode_long(value: Any) -> str:
+    """As encode_json, long texts slice by slice: in one go no other thread would run for 14 ms at 5 MB."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{encode_json(name)}:{encode_long(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(encode_long, value)) + "]"
+    if isinstance(value, str) and len(value) > TEXT_PART:
+        return '"' + "".join(encode_json(value[span])[1:-1] for span in spans_of(value)) + '"'
+    return encode_json(value)
+
+
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
@@ -3135,7 +3146,7 @@ def _insert_request(connection: sqlite3.Connection, agent: int, request: Request
         "INSERT OR REPLACE INTO requests VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)",
         (
             *(agent, request.turn_id, request.step, request.head, *digests, request.first, request.last),
-            *(request.digest, encode_json(clean_value(request.response)), encode_json(request.usage)),
+            *(request.digest, encode_long(clean_value(request.response)), encode_json(request.usage)),
             *(request.first_token_ms, request.total_ms),
         ),
     )
@@ -5452,9 +5463,10 @@ class Call:
     "The call as MemGPT shows it; its request_heartbeat is nobody's business."
 
     def __post_init__(self) -> None:
-        self.encoded = encode_json(self.arguments)
+        self.encoded = encode_long(self.arguments)
         shown = {name: value for name, value in self.arguments.items() if name != REQUEST_HEARTBEAT}
-        self.line = f"Running {self.name}({shown!r})"
+        arguments = repr(shown)
+        self.line = f"Running {self.name}({arguments})"
 
     @property
     def heartbeat(self) -> bool:
@@ -5481,7 +5493,7 @@ def assistant_body(content: str, calls: Sequence[Call]) -> str:
             {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.encoded}}
             for call in calls
         ]
-    return encode_json(body)
+    return encode_long(body)
 
 
 _THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)(?:</think(?:ing)?>\s*(.*)|$)", re.DOTALL)

@@ -622,6 +622,18 @@ def test_a_text_of_nothing_is_one_empty_part() -> None:
         assert [len(text[span]) for span in memws.spans_of(text)] == sizes
 
 
+@SETTINGS
+@hypothesis.given(
+    st.recursive(st.none() | st.integers() | TEXTS, lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner)),
+    st.integers(1, 4),
+)
+def test_long_texts_are_encoded_slice_by_slice(value: Any, part: int) -> None:
+    """The JSON of a value is the same, however short the slices are in which its texts are encoded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memws, "TEXT_PART", part)
+        assert memws.encode_long(value) == memws.encode_json(value)
+
+
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
