@@ -1,5 +1,6 @@
 """What the benchmarks share: a progress bar, percentiles, the machine, and texts that look like people's."""
 
+import contextlib
 import os
 import platform
 import random
@@ -60,11 +61,9 @@ def machine() -> dict[str, str]:
     }
     if hasattr(os, "getloadavg"):
         facts["load"] = f"{os.getloadavg()[0]:.1f}"
-    for package in ("websockets", "openai"):
-        try:
+    for package in ("websockets", "openai", "aiohttp"):
+        with contextlib.suppress(PackageNotFoundError):
             facts[package] = version(package)
-        except PackageNotFoundError:
-            facts[package] = "missing"
     return facts
 
 
