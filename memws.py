@@ -4345,9 +4345,6 @@ _IDEAS: Final = {  # what people ask for in other words than they state it: (Eng
     "AGE": ("age", "edad"),
     "color": ("colour color", "color"),
 }  # fmt: skip
-_IDEA_OF: Final = {
-    term: idea for idea, words in _IDEAS.items() for word in " ".join(words).split() for term in split_terms(word)
-}
 _EMPTY_ENGLISH: Final = (  # beside the stop words of search
     "actually ago also always any anymore anything could dont ever everything forgot going im ive know lot may me mean "
     "might mine much my please really recall remember remind right said say shall something sort still tell thank "
@@ -4418,6 +4415,13 @@ def _telling_words(text: str) -> list[str]:
     return [word for word in re.findall(r"[^\W_]+", text) if _fold(word) not in _EMPTY and split_terms(word)]
 
 
+@functools.cache
+def _idea_of() -> dict[str, str]:
+    """The idea that a term stands for."""
+    listed = [(idea, word) for idea, words in _IDEAS.items() for word in " ".join(words).split()]
+    return {term: idea for idea, word in listed for term in split_terms(word)}
+
+
 def _ideas(text: str) -> set[str]:
     """What two texts must share to be about the same: terms of search, and ideas, in capitals, in place of theirs."""
     folded, ideas = _fold(text), {"NAME"} if _NAME_ALONE.match(text) else set[str]()
@@ -4425,7 +4429,7 @@ def _ideas(text: str) -> set[str]:
         if idea and pattern.search(folded):
             ideas.add(idea)
             text = pattern.sub(" ", _fold(text))
-    return ideas | {_IDEA_OF.get(term, term) for word in _telling_words(text) for term in split_terms(word)}
+    return ideas | {_idea_of().get(term, term) for word in _telling_words(text) for term in split_terms(word)}
 
 
 # Sentences and clauses

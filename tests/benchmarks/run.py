@@ -750,7 +750,7 @@ async def timed(connection: Client, command: str, **fields: Any) -> float:
 
 def long_history(bench: Bench) -> Iterator[str]:
     """A turn and a load with 100,000 messages of history, beside 10; the window is the same."""
-    path, each = bench.database(), 5
+    path, each = bench.database(), 9
     bench.seed(path, "warm", 10)
     for number in range(each * bench.repeat):
         bench.seed(path, f"short-{number}", 10)
