@@ -204,8 +204,6 @@ MAX_INCOMING: Final = 2 * 1024 * 1024
 "Bytes of requests of one connection that may wait to be taken up; above it reading pauses."
 WRITE_BATCH: Final = 256
 "Write jobs that share one transaction at most."
-SETTLED_AT_ONCE: Final = 4
-"Of these, how many go on before the loop looks at what else has come."
 CLIENT_REQUESTS: Final = 8
 "Requests to an endpoint at once that share a client and its connections."
 READERS: Final = 4
@@ -3048,10 +3046,8 @@ class SqliteStore:
 
 
 def _settle(settled: list[tuple[asyncio.Future[Any], tuple[Any, BaseException | None]]]) -> None:
-    """Give each write job's future its outcome, on the loop: a few at once, as everybody waits for whom they wake."""
-    if len(settled) > SETTLED_AT_ONCE:
-        asyncio.get_running_loop().call_soon(_settle, settled[SETTLED_AT_ONCE:])
-    for done, (result, error) in settled[:SETTLED_AT_ONCE]:
+    """Give each write job's future its outcome, in the order of the writes, on the loop."""
+    for done, (result, error) in settled:
         if done.done():
             continue
         if error is None:
