@@ -214,7 +214,7 @@ def test_interrupt_and_restart(notebook: Callable[..., Notebook]) -> None:
     """An interrupt of another cell harms neither server nor panel; after a restart the cells give them back."""
     port = free_port()
     page = notebook("restart", SERVER.format(port=port) + "\nserver.create_new_agent({'name': 'sam'})",
-                    "server.panel()", "import time; time.sleep(30)")  # fmt: skip
+                    "server.panel()", "import time; time.sleep(globals().get('pause', 0)); pause = 30")  # fmt: skip
     page.await_status("connected")
     page.run(2, wait=False)
     time.sleep(0.5)
