@@ -204,6 +204,8 @@ MAX_INCOMING: Final = 2 * 1024 * 1024
 "Bytes of requests of one connection that may wait to be taken up; above it reading pauses."
 WRITE_BATCH: Final = 256
 "Write jobs that share one transaction at most."
+CHUNKS_AT_ONCE: Final = 5
+"Chunks of one answer that are read before the loop looks at what else has come."
 CLIENT_REQUESTS: Final = 8
 "Requests to an endpoint at once that share a client and its connections."
 READERS: Final = 4
@@ -3991,9 +3993,12 @@ class OpenAIModel:
             async with self.endpoint.client() as client, asyncio.timeout(FIRST_TOKEN_TIMEOUT) as patience:
                 response = await self._post(client, body)
                 async with contextlib.aclosing(self._data(response)) as events:
-                    until = 0.0
+                    until, count = 0.0, 0
                     async for data in events:
                         begun = True
+                        count += 1
+                        if count % CHUNKS_AT_ONCE == 0:  # answers that come at once would keep the others waiting
+                            await asyncio.sleep(0)
                         if (now := loop.time()) + idle > until + idle / 10:  # at each chunk: a tenth of a turn's CPU
                             until = now + idle
                             patience.reschedule(until)
