@@ -581,6 +581,30 @@ async def test_a_client_has_few_requests_at_once(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.anyio
+async def test_a_turnstile_lets_one_in_at_each_pass() -> None:
+    """Of many at once one goes on in each pass of the loop, in their order; who is cancelled holds up nobody."""
+    stile, passes, entered = memws.Turnstile(), 0, list[tuple[int, int]]()
+
+    async def count() -> None:
+        nonlocal passes
+        while len(entered) < 5:
+            passes += 1
+            await asyncio.sleep(0)
+
+    async def one(number: int) -> None:
+        await stile.enter()
+        entered.append((number, passes))
+
+    counting = asyncio.create_task(count())
+    tasks = [asyncio.create_task(one(number)) for number in range(6)]
+    await asyncio.sleep(0)
+    tasks[3].cancel()
+    await asyncio.wait([counting, *tasks], timeout=5)
+    assert [number for number, _ in entered] == [0, 1, 2, 4, 5]
+    assert len({at for _, at in entered}) == 5
+
+
+@pytest.mark.anyio
 async def test_a_cancelled_call_leaves_the_client_usable(endpoint: Endpoint, model: memws.Model) -> None:
     """A call that is cancelled while it waits or streams lets go of its connection, and the next one works."""
     for answer in (Reply(TEXT, hold=True), Reply(TEXT, stall_after=2)):

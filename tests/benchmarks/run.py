@@ -385,7 +385,7 @@ def floors(bench: Bench) -> Iterator[str]:
 def throughput(bench: Bench) -> Iterator[str]:
     """Turns a second with a model that takes 200 ms, starts spread over these, of the ideal."""
     goals = {8: 0.97, 32: 0.95, 128: 0.88 if find_spec("aiohttp") else 0.78}
-    seconds = 4.0
+    seconds = 2.0
     got: dict[int, list[JSON]] = {clients: [] for clients in goals}
 
     async def run(url: str, clients: int, prefix: str) -> tuple[int, int]:
