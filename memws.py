@@ -3964,12 +3964,15 @@ class Endpoint:
         The client's own retries are off: ours are counted and reported.
         """
         openai = import_openai()
+        http_client = None
+        with contextlib.suppress(RuntimeError, AttributeError):  # aiohttp is missing, or too old
+            http_client = openai.DefaultAioHttpClient()
         return openai.AsyncOpenAI(
             base_url=self.base_url,
             api_key=self._api_key or os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=0,
             timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT),
-            http_client=openai.DefaultAioHttpClient() if importlib.util.find_spec("aiohttp") else None,
+            http_client=http_client,
         )
 
     def hide(self, text: str) -> str:
