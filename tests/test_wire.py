@@ -628,10 +628,18 @@ def test_a_text_of_nothing_is_one_empty_part() -> None:
     st.integers(1, 4),
 )
 def test_long_texts_are_encoded_slice_by_slice(value: Any, part: int) -> None:
-    """The JSON of a value is the same, however short the slices are in which its texts are encoded."""
+    """The JSON and the repr of a value are the same, however short the slices are in which its texts are encoded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memws, "TEXT_PART", part)
         assert memws.encode_long(value) == memws.encode_json(value)
+        assert memws.repr_long(value) == repr(value)
+
+
+@pytest.mark.parametrize("text", ["'", '"', "'x\"", "plain", "\\'\n\x00\ud800é"])
+def test_long_texts_keep_their_quotes(text: str) -> None:
+    """Quotes are chosen and escaped by all that a text holds, also where a slice holds none or others."""
+    long = text + "x" * memws.TEXT_PART + text
+    assert memws.repr_long({"message": [long, 1]}) == repr({"message": [long, 1]})
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
