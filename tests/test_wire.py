@@ -635,11 +635,13 @@ def test_long_texts_are_encoded_slice_by_slice(value: Any, part: int) -> None:
         assert memws.repr_long(value) == repr(value)
 
 
-@pytest.mark.parametrize("text", ["'", '"', "'x\"", "plain", "\\'\n\x00\ud800é"])
-def test_long_texts_keep_their_quotes(text: str) -> None:
+@pytest.mark.parametrize("first", ["", "'", '"', "'x\"", "\\'\n\x00\ud800é"])
+@pytest.mark.parametrize("last", ["", "'", '"', "'x\""])
+def test_long_texts_keep_their_quotes(first: str, last: str) -> None:
     """Quotes are chosen and escaped by all that a text holds, also where a slice holds none or others."""
-    long = text + "x" * memws.TEXT_PART + text
-    assert memws.repr_long({"message": [long, 1]}) == repr({"message": [long, 1]})
+    text = first + "x" * memws.TEXT_PART + last
+    assert memws.repr_long({"message": [text, 1]}) == repr({"message": [text, 1]})
+    assert memws.encode_long({"message": [text, 1]}) == memws.encode_json({"message": [text, 1]})
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
