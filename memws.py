@@ -606,9 +606,9 @@ def encode_long(value: Any) -> str:
     return "".join(_encoded(value, encode_json, ",", ":"))
 
 
-def repr_long(value: Any) -> str:
-    """As repr of a JSON value, long texts slice by slice."""
-    return "".join(_encoded(value, repr, ", ", ": "))
+def repr_pieces(value: Any) -> Iterator[str]:
+    """As repr of a JSON value, long texts slice by slice, for whoever joins them with more."""
+    return _encoded(value, repr, ", ", ": ")
 
 
 def _encoded(value: Any, show: Callable[[Any], str], comma: str, colon: str) -> Iterator[str]:
@@ -5530,7 +5530,7 @@ class Call:
     def __post_init__(self) -> None:
         self.encoded = encode_long(self.arguments)
         shown = {name: value for name, value in self.arguments.items() if name != REQUEST_HEARTBEAT}
-        self.line = f"Running {self.name}({repr_long(shown)})"
+        self.line = "".join([f"Running {self.name}(", *repr_pieces(shown), ")"])
 
     @property
     def heartbeat(self) -> bool:

@@ -632,7 +632,7 @@ def test_long_texts_are_encoded_slice_by_slice(value: Any, part: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memws, "TEXT_PART", part)
         assert memws.encode_long(value) == memws.encode_json(value)
-        assert memws.repr_long(value) == repr(value)
+        assert "".join(memws.repr_pieces(value)) == repr(value)
 
 
 @pytest.mark.parametrize("first", ["", "'", '"', "'x\"", "\\'\n\x00\ud800é"])
@@ -640,7 +640,7 @@ def test_long_texts_are_encoded_slice_by_slice(value: Any, part: int) -> None:
 def test_long_texts_keep_their_quotes(first: str, last: str) -> None:
     """Quotes are chosen and escaped by all that a text holds, also where a slice holds none or others."""
     text = first + "x" * memws.TEXT_PART + last
-    assert memws.repr_long({"message": [text, 1]}) == repr({"message": [text, 1]})
+    assert "".join(memws.repr_pieces({"message": [text, 1]})) == repr({"message": [text, 1]})
     assert memws.encode_long({"message": [text, 1]}) == memws.encode_json({"message": [text, 1]})
 
 
