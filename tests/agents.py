@@ -13,6 +13,7 @@ import asyncio
 import itertools
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,17 +23,18 @@ import memws
 
 LIMIT = 20
 """Seconds after which a turn that does not end fails its test."""
+OnEvent = Callable[[Body], object]
 
 
 class Told:
-    """The events of one turn."""
+    """The events of one turn, as frames without the agent's name."""
 
-    def __init__(self, events: Iterable[memws.Event]) -> None:
+    def __init__(self, events: Iterable[Body]) -> None:
         self.events = list(events)
 
     def of(self, *kinds: str) -> list[Body]:
         """The frames of these message types."""
-        return [json.loads(event.frame("")) for event in self.events if event.message_type in kinds]
+        return [event for event in self.events if event.get("message_type") in kinds]
 
     def texts(self, *kinds: str) -> list[str]:
         """What the events of these message types say."""
@@ -41,12 +43,12 @@ class Told:
     @property
     def kinds(self) -> list[str]:
         """The message types of the stored events between start and end, in order."""
-        return [event.message_type for event in self.events if event.message_type and event.seq is not None]
+        return [event["message_type"] for event in self.events if "message_type" in event and "seq" in event]
 
     @property
     def end(self) -> Body:
         """The terminal frame."""
-        return dict(json.loads(self.events[-1].frame("")))
+        return self.events[-1]
 
     @property
     def stop_reason(self) -> str:
@@ -83,7 +85,7 @@ class Lab:
 
     async def __aenter__(self) -> Self:
         self.models = memws.Models(**self._models_options)
-        self.store = memws.SqliteStore(self.path, "normal", asyncio.get_running_loop())
+        self.store = memws.Store(memws.Sqlite(self.path, "normal"))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -93,14 +95,14 @@ class Lab:
     async def create(self, name: str = "sam", **config: Any) -> memws.Agent:
         """A new agent; tools of the lab's own are offered to it."""
         own = [tool for tool in self.tools if tool not in memws.MEMORY_TOOLS]
-        checked = memws.AgentConfig({"name": name, **({"tools": own} if own else {}), **config}, self.tools)
-        await self.store.create_agent(checked.name, checked.values, checked.blocks, None)
+        config = {**({"tools": own} if own else {}), **config}
+        blocks = [asdict(block) for block in memws.read_core_memory(config)]
+        await self.store.create_agent(name, memws.read_config(config, self.tools)[0], blocks, None)
         return await self.open(name)
 
     async def open(self, name: str = "sam") -> memws.Agent:
         """The agent as its database has it."""
-        agent, _ = await memws.Agent.open(self.store, await self.store.find_agent(name), self.models, self.tools)
-        return agent
+        return await memws.Agent.open(self.store, await self.store.find_agent(name), self.models, self.tools)
 
     def turn(self, message: str | None, **options: Any) -> memws.Turn:
         return memws.Turn(f"turn-{next(self._numbers)}", message, **options)
@@ -109,42 +111,51 @@ class Lab:
         """Run a turn to its end."""
         return await self.run(agent, self.turn(message, **options))
 
-    async def run(
-        self, agent: memws.Agent, turn: memws.Turn, on_event: Callable[[memws.Event], object] | None = None
-    ) -> Told:
+    async def run(self, agent: memws.Agent, turn: memws.Turn, on_event: OnEvent | None = None) -> Told:
         """Run a turn in a task of its own, as the server does, and check what must be true of every turn."""
-        before = agent.last_seq
-        events: list[memws.Event] = []
+        before = agent.record.last_seq
+        events: list[Body] = []
 
-        async def drive() -> None:
-            async for event in agent.turn(turn):
-                events.append(event)
-                if on_event is not None:
-                    on_event(event)
+        def emit(event: Any) -> None:
+            events.append(json.loads(event.text))
+            if on_event is not None:
+                on_event(events[-1])
 
-        await asyncio.wait_for(asyncio.create_task(drive()), LIMIT)
-        assert events[0].starts
-        assert [event.terminal for event in events] == [False] * (len(events) - 1) + [True]
-        assert [event.seq for event in events if not event.live] == list(range(before + 1, agent.last_seq + 1))
-        assert memws.history_faults(agent.messages) == ([], [])
+        agent.memory.emit = emit
+        await asyncio.wait_for(asyncio.create_task(agent.turn(turn)), LIMIT)
+        assert events[0]["type"] == "agent_response_start"
+        ends = [event["type"] in memws.TERMINAL_TYPES for event in events]
+        assert ends == [False] * (len(events) - 1) + [True]
+        stored = [event["seq"] for event in events if "seq" in event]
+        assert stored == list(range(before + 1, agent.record.last_seq + 1))
+        assert memws.history_faults(agent.memory.messages) == ([], [])
         await self.check_stored(agent)
         return Told(events)
 
     async def check_stored(self, agent: memws.Agent) -> None:
         """What the agent holds in memory is what opening it would read."""
-        blocks, messages, counts, open_turns = await self.store.load(agent.id, int(agent.record.state.get("cut", 0)))
-        assert {block.label: block for block in blocks} == agent.blocks
-        assert [message.body for message in messages] == [message.body for message in agent.messages]
-        assert counts["recall"] == agent.recall
-        assert counts["archival"] == agent.archival
-        assert open_turns == []
+        record, memory = await self.store.find_agent(agent.name), agent.memory
+        messages, counts = await self.store.load(record.id, record.state.get("cut", 0))
+        assert (record.state, record.config) == (agent.record.state, agent.record.config)
+        assert record.blocks == [asdict(block) for block in memory.blocks.values()]
+        assert [message.body for message in messages] == [message.body for message in memory.messages]
+        assert (counts["messages"], counts["passages"]) == (memory.recall, memory.archival)
+        assert (counts["unreadable"], record.state.get("turn")) == (0, None)
+
+    async def events(self, agent: memws.Agent, turn_id: str | None = None) -> list[Body]:
+        """The stored events of an agent, or of one of its turns."""
+        found: list[Body] = []
+        while page := await self.store.events(agent.record.id, found[-1]["seq"] if found else 0, 1_000, turn_id):
+            found += [json.loads(event.text) for event in page]
+        return found
 
 
 def sent(body: Body) -> list[Body]:
-    """The messages of a request, user messages unpacked from their JSON."""
+    """The messages of a request, what tools say unpacked from its JSON, and what users say too, an event each."""
     return [
-        message | {"content": json.loads(message["content"])} if message["role"] in ("user", "tool") else message
+        message | {"content": json.loads(line) if message["role"] in ("user", "tool") else line}
         for message in body["messages"]
+        for line in (message["content"].split("\n") if message["role"] == "user" else [message["content"]])
     ]
 
 

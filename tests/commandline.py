@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-PROGRAM = Path(__file__).parents[1] / "memws.py"
+import memws
+
+PROGRAM = Path(memws.__file__)
 
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from endpoint import Endpoint
@@ -31,16 +32,16 @@ def endpoint() -> Iterator[Endpoint]:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., memws.WebSocketServer]]:
+def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Start servers that answer from the offline model, on free ports; at the end no thread of theirs is left."""
-    started: list[memws.WebSocketServer] = []
+    started: list[Any] = []
     before = set(threading.enumerate())
 
-    def start(**options: object) -> memws.WebSocketServer:
+    def start(**options: object) -> Any:
         defaults = {"host": "127.0.0.1", "port": 0, "db": str(tmp_path / "memws.db"), "sync": "normal"}
         if "base_url" not in options:
             defaults["model"] = "offline"
-        server = memws.WebSocketServer(**(defaults | options))  # type: ignore[arg-type]
+        server = memws.WebSocketServer(**(defaults | options))
         started.append(server)
         return server.start()
 

@@ -26,7 +26,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 Body = dict[str, Any]
@@ -40,8 +40,7 @@ PARAMETERS = set(
     """.split()  # noqa: SIM905 (a list of words reads better as words)
 )
 EMBEDDING_PARAMETERS = {"dimensions", "encoding_format", "input", "model", "user"}
-MAX_INPUTS = 2048
-"""Texts in one request for embeddings."""
+MAX_INPUTS = 2048  # texts in one request for embeddings
 ROLES = ("system", "assistant", "user", "tool", "developer")
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
@@ -55,73 +54,45 @@ FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 class Reply:
     """One answer of the model, and the ways in which its endpoint departs from OpenAI's."""
 
-    text: str | None = None
-    """The content; None sends null."""
-    calls: Sequence[tuple[str, Body | str]] = ()
-    """Tool calls as (name, arguments); a str goes out as it is, so it may be broken JSON."""
-    call_ids: Sequence[str | None] | None = None
-    """The calls' ids, which may repeat or be empty; None in the list leaves the field out; None: fresh ones."""
-    reasoning: str = ""
-    """The model's private text."""
+    text: str | None = None  # the content; None sends null
+    calls: Sequence[tuple[str, Body | str]] = ()  # (name, arguments); a str goes out as it is, so it may be broken JSON
+    call_ids: Sequence[str | None] | None = None  # None in the list leaves the field out; None: fresh ones
+    reasoning: str = ""  # the model's private text
+    # as DeepSeek and llama.cpp, or as OpenRouter and Ollama
     reasoning_field: Literal["reasoning_content", "reasoning"] = "reasoning_content"
-    """The delta's field for it: reasoning_content (DeepSeek, llama.cpp) or reasoning (OpenRouter, Ollama)."""
-    refusal: str = ""
-    """The refusal field, as OpenAI sends it in place of content."""
-    finish: str | None = None
-    """The finish reason; None: tool_calls or stop, as the content asks."""
-    usage: Body | Literal["auto"] | None = "auto"
-    """Token counts; "auto": characters / 4; None: never sent."""
-    usage_style: Literal["own", "last"] = "own"
-    """own: a chunk with empty choices, where stream_options asks (OpenAI); last: always, in the chunk that finishes."""
-    chunk: int = 8
-    """Characters of text or arguments in one delta."""
+    refusal: str = ""  # the refusal field, as OpenAI sends it in place of content
+    finish: str | None = None  # the finish reason; None: tool_calls or stop, as the content asks
+    usage: Body | Literal["auto"] | None = "auto"  # token counts; "auto": characters / 4; None: never sent
+    usage_style: Literal["own", "last"] = "own"  # own: a chunk of its own, where stream_options asks; last: always
+    chunk: int = 8  # characters of text or arguments in one delta
 
-    status: int = 200
-    """The HTTP status; any other than 200 answers with `body` alone."""
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """More response headers, such as Retry-After."""
+    status: int = 200  # the HTTP status; any other than 200 answers with `body` alone
+    headers: Mapping[str, str] = field(default_factory=dict)  # more response headers, such as Retry-After
+    # the whole body: a dict as JSON, a str as HTML; None: the reply, or OpenAI's error JSON
     body: str | Body | None = None
-    """The whole body: a dict as JSON, a str as HTML (with any status); None: the reply, or OpenAI's error JSON."""
-    delay: float = 0
-    """Seconds before the first byte; for benchmarks only."""
-    hold: bool = False
-    """Wait before the first byte until `Endpoint.release()`, or until the client leaves."""
-    stall_after: int | None = None
-    """Send so many chunks, then nothing until `Endpoint.release()`, or until the client leaves."""
-    cut_after: int | None = None
-    """Send so many chunks, then reset the connection."""
-    error_in_stream: Body | None = None
-    """The second half of the stream is one chunk {"error": this}."""
+    delay: float = 0  # seconds before the first byte; for benchmarks only
+    hold: bool = False  # wait before the first byte until `Endpoint.release()`, or until the client leaves
+    stall_after: int | None = None  # send so many chunks, then nothing until `release()`, or until the client leaves
+    cut_after: int | None = None  # send so many chunks, then reset the connection
+    endless: bool = False  # repeat the last delta until the client leaves
+    error_in_stream: Body | None = None  # the second half of the stream is one chunk {"error": this}
 
-    whole: bool = False
-    """One JSON answer in spite of stream=true."""
-    done: bool = True
-    """End the stream with [DONE]."""
-    first_without_delta: bool = False
-    """Begin with a choice that has no delta."""
-    empty_choices: Literal["none", "first", "all"] = "none"
-    """Chunks whose choices are empty: none, one at the start (Azure), all of them."""
-    calls_as_text: bool = False
-    """Tool calls in the content, as <tool_call>{…}</tool_call> (Hermes templates without a parser)."""
-    whole_arguments: bool = False
-    """Each tool call in one delta (Ollama)."""
-    arguments_as_object: bool = False
-    """Arguments as a JSON object instead of a string, in one delta."""
-    call_index: bool = True
-    """Tool call deltas carry their index; False: it is missing (Gemini)."""
+    whole: bool = False  # one JSON answer in spite of stream=true
+    done: bool = True  # end the stream with [DONE]
+    first_without_delta: bool = False  # begin with a choice that has no delta
+    empty_choices: Literal["none", "first", "all"] = "none"  # one at the start (Azure), or all of them
+    calls_as_text: bool = False  # as <tool_call>{…}</tool_call> in the content (Hermes templates without a parser)
+    whole_arguments: bool = False  # each tool call in one delta (Ollama)
+    arguments_as_object: bool = False  # arguments as a JSON object instead of a string, in one delta
+    call_index: bool = True  # tool call deltas carry their index; False: it is missing (Gemini)
 
-    comments: bool = False
-    """A ": ping" comment before each event."""
-    crlf: bool = False
-    """Lines end with CR LF."""
-    multiline: bool = False
-    """Each event's JSON over several data lines."""
-    split: int | None = None
-    """Bytes in one write, each a chunk of HTTP's; small values fall inside lines and UTF-8 characters."""
+    comments: bool = False  # a ": ping" comment before each event
+    crlf: bool = False  # lines end with CR LF
+    multiline: bool = False  # each event's JSON over several data lines
+    split: int | None = None  # bytes in one write, each a chunk of HTTP's; they fall inside lines and characters
 
 
-Answer = Reply | Callable[[Body], Reply]
-"""A reply, or what makes one from the request's body."""
+Answer = Reply | Callable[[Body], Reply]  # a reply, or what makes one from the request's body
 Vector = list[float]
 
 
@@ -247,12 +218,18 @@ def _pieces(text: str, size: int) -> list[str]:
 
 
 class Refusal(Exception):
-    """A request that the API does not take: the HTTP status and the fields of OpenAI's error JSON."""
+    """A request that the API does not take: the HTTP status and OpenAI's error JSON."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+    def __init__(self, message: str, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)
         self.status = status
-        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
+
+
+def demand(right: object, message: str, code: str | None = "invalid_value") -> None:
+    """Refuse a request that is not right."""
+    if not right:
+        raise Refusal(message, code)
 
 
 def parse(raw: bytes) -> Body:
@@ -274,141 +251,110 @@ def parse(raw: bytes) -> Body:
 
 def check(body: Body) -> None:
     """Refuse what OpenAI's chat completions refuse. Raises Refusal."""
-    if unknown := sorted(body.keys() - PARAMETERS):
-        raise Refusal(f"Unrecognized request argument supplied: {', '.join(unknown)}")
-    if not isinstance(body.get("model"), str) or not body["model"]:
-        raise Refusal("you must provide a model parameter")
+    _check_parameters(body, PARAMETERS)
     for name in ("tool_choice", "parallel_tool_calls"):
-        if name in body and "tools" not in body:
-            raise Refusal(f"Invalid value for '{name}': '{name}' is only allowed when 'tools' are specified.", name)
-    if "stream_options" in body and not body.get("stream"):
-        raise Refusal("The 'stream_options' parameter is only allowed when 'stream' is enabled.", "stream_options")
-    if "tools" in body:
-        for index, tool in enumerate(_array(body, "tools")):
-            _check_tool(tool, f"tools[{index}]")
+        demand(name not in body or "tools" in body, f"'{name}' is only allowed when 'tools' are specified.")
+    streams = "stream_options" not in body or body.get("stream")
+    demand(streams, "The 'stream_options' parameter is only allowed when 'stream' is enabled.")
+    for index, tool in enumerate(_array(body, "tools") if "tools" in body else ()):
+        _check_tool(tool, f"tools[{index}]")
     messages = _array(body, "messages")
     for index, message in enumerate(messages):
         _check_message(message, f"messages[{index}]")
     _check_pairs(messages)
 
 
+def _check_parameters(body: Body, names: set[str]) -> None:
+    unknown = ", ".join(sorted(body.keys() - names))
+    demand(not unknown, f"Unrecognized request argument supplied: {unknown}", None)
+    demand(isinstance(body.get("model"), str) and body["model"], "you must provide a model parameter", None)
+
+
 def _array(body: Body, name: str) -> list[Any]:
     value = body.get(name)
-    if not isinstance(value, list):
-        text = f"Invalid type for '{name}': expected an array of objects, but got {value!r} instead."
-        raise Refusal(text, name, "invalid_type")
-    if not value:
-        text = f"Invalid '{name}': empty array. Expected an array with minimum length 1, "
-        text += "but got an empty array instead."
-        raise Refusal(text, name, "empty_array")
-    return value
+    text = f"Invalid type for '{name}': expected an array of objects, but got {value!r} instead."
+    demand(isinstance(value, list), text, "invalid_type")
+    demand(value, f"Invalid '{name}': empty array. Expected an array with minimum length 1.", "empty_array")
+    return list(value or ())
+
+
+def _check_function(value: Any, path: str) -> None:
+    right = isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict)
+    demand(right, f"Invalid value for '{path}': expected an object of type 'function'.")
+    text = f"Invalid '{path}.function.name': string does not match pattern '^[a-zA-Z0-9_-]{{1,64}}$'."
+    demand(FUNCTION_NAME.fullmatch(str(value["function"].get("name") or "")), text)
 
 
 def _check_tool(tool: Any, path: str) -> None:
-    if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
-        raise Refusal(f"Invalid value for '{path}': expected a tool of type 'function'.", path, "invalid_value")
-    function = tool["function"]
-    _check_function_name(function, f"{path}.function")
-    schema = function.get("parameters", {"type": "object", "properties": {}})
+    _check_function(tool, path)
+    schema = tool["function"].get("parameters", {"type": "object", "properties": {}})
     well_formed = (
         isinstance(schema, dict)
         and schema.get("type") == "object"
         and isinstance(schema.get("properties"), dict)
         and set(schema.get("required", ())) <= schema["properties"].keys()
     )
-    if not well_formed:
-        text = f"Invalid schema for function '{function['name']}': "
-        text += "schema must be a JSON Schema of 'type: \"object\"', with its required properties."
-        raise Refusal(text, f"{path}.function.parameters", "invalid_function_parameters")
-
-
-def _check_function_name(function: Body, path: str) -> None:
-    name = function.get("name")
-    if not isinstance(name, str) or not FUNCTION_NAME.fullmatch(name):
-        text = f"Invalid '{path}.name': string does not match pattern. "
-        text += "Expected a string that matches the pattern '^[a-zA-Z0-9_-]{1,64}$'."
-        raise Refusal(text, f"{path}.name", "invalid_value")
+    text = f"Invalid schema for function '{tool['function']['name']}': "
+    text += "schema must be a JSON Schema of 'type: \"object\"', with its required properties."
+    demand(well_formed, text, "invalid_function_parameters")
 
 
 def _check_message(message: Any, path: str) -> None:
-    if not isinstance(message, dict):
-        text = f"Invalid type for '{path}': expected an object, but got {message!r} instead."
-        raise Refusal(text, path, "invalid_type")
-    role = message.get("role")
-    if role not in ROLES:
-        supported = ", ".join(map(repr, ROLES))
-        raise Refusal(f"Invalid value: {role!r}. Supported values are: {supported}.", f"{path}.role", "invalid_value")
+    text = f"Invalid type for '{path}': expected an object, but got {message!r} instead."
+    demand(isinstance(message, dict), text, "invalid_type")
+    role, content = message.get("role"), message.get("content")
+    demand(role in ROLES, f"Invalid value: {role!r}. Supported values are: {', '.join(map(repr, ROLES))}.")
     if "tool_calls" in message:
-        if role != "assistant":
-            raise Refusal(f"'tool_calls' is not allowed in a message of role {role!r}.", f"{path}.tool_calls")
+        demand(role == "assistant", f"'tool_calls' is not allowed in a message of role {role!r}.")
         _check_calls(_array(message, "tool_calls"), f"{path}.tool_calls")
-    content = message.get("content")
-    if not isinstance(content, str) and not (content is None and "tool_calls" in message):
-        got = "null" if content is None else type(content).__name__
-        raise Refusal(f"Invalid value for 'content': expected a string, got {got}.", f"{path}.content")
+    got = "null" if content is None else type(content).__name__
+    right = isinstance(content, str) or (content is None and "tool_calls" in message)
+    demand(right, f"Invalid value for 'content': expected a string, got {got}.")
 
 
 def _check_calls(calls: list[Any], path: str) -> None:
     seen = set()
     for index, call in enumerate(calls):
         place = f"{path}[{index}]"
-        if not isinstance(call, dict) or call.get("type") != "function" or not isinstance(call.get("function"), dict):
-            raise Refusal(f"Invalid value for '{place}': expected a call of type 'function'.", place, "invalid_value")
-        call_id = call.get("id")
-        if not isinstance(call_id, str) or not call_id or call_id in seen:
-            text = f"Invalid '{place}.id': expected a unique non-empty string, got {call_id!r}."
-            raise Refusal(text, f"{place}.id", "invalid_value")
+        _check_function(call, place)
+        call_id, arguments = call.get("id"), call["function"].get("arguments")
+        text = f"Invalid '{place}.id': expected a unique non-empty string, got {call_id!r}."
+        demand(isinstance(call_id, str) and call_id and call_id not in seen, text)
         seen.add(call_id)
-        _check_function_name(call["function"], f"{place}.function")
-        _check_arguments(call["function"].get("arguments"), f"{place}.function.arguments")
-
-
-def _check_arguments(arguments: Any, path: str) -> None:
-    """OpenAI's own models forgive some of this; vLLM, Anthropic's and Google's endpoints do not."""
-    try:
-        if isinstance(arguments, str) and isinstance(json.loads(arguments), dict):
-            return
-    except ValueError:
-        pass
-    raise Refusal(f"Invalid '{path}': expected a string that holds a JSON object.", path, "invalid_value")
+        value = None
+        with contextlib.suppress(ValueError, TypeError):
+            value = json.loads(arguments)  # OpenAI's own models forgive some of this; vLLM's and Google's do not
+        text = f"Invalid '{place}.function.arguments': expected a string that holds a JSON object."
+        demand(isinstance(arguments, str) and isinstance(value, dict), text)
 
 
 def _check_pairs(messages: list[Body]) -> None:
     """Every tool call is answered at once and exactly once; nothing else is answered."""
     waiting: list[str] = []
-    for index, message in enumerate([*messages, {"role": "end"}]):
+    for message in [*messages, {"role": "end"}]:
         if message["role"] == "tool":
-            if message.get("tool_call_id") not in waiting:
-                text = "Invalid parameter: messages with role 'tool' must be a response to a preceeding message "
-                text += "with 'tool_calls'."
-                raise Refusal(text, f"messages.[{index}].role")
+            text = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
+            demand(message.get("tool_call_id") in waiting, text)
             waiting.remove(message["tool_call_id"])
-        elif waiting:
+        else:
             text = "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
             text += f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(waiting)}"
-            raise Refusal(text, f"messages.[{index}].role")
-        else:
+            demand(not waiting, text)
             waiting = [call["id"] for call in message.get("tool_calls", ())]
 
 
 def check_embedding(body: Body) -> list[str]:
     """The texts of a request for embeddings; lists of tokens are not covered. Raises Refusal as OpenAI refuses."""
-    if unknown := sorted(body.keys() - EMBEDDING_PARAMETERS):
-        raise Refusal(f"Unrecognized request argument supplied: {', '.join(unknown)}")
-    if not isinstance(body.get("model"), str) or not body["model"]:
-        raise Refusal("you must provide a model parameter")
-    if body.get("encoding_format", "float") not in ("float", "base64"):
-        text = "Invalid value for 'encoding_format'. Supported values are: 'float', 'base64'."
-        raise Refusal(text, "encoding_format")
+    _check_parameters(body, EMBEDDING_PARAMETERS)
+    right = body.get("encoding_format", "float") in ("float", "base64")
+    demand(right, "Invalid value for 'encoding_format'. Supported values are: 'float', 'base64'.")
     dimensions = body.get("dimensions", 1)
-    if type(dimensions) is not int or dimensions < 1:
-        raise Refusal(f"Invalid 'dimensions': expected a positive integer, but got {dimensions!r}.", "dimensions")
-    given = body.get("input")
-    texts: list[Any] = given if isinstance(given, list) else [given]
-    if not texts or len(texts) > MAX_INPUTS or not all(isinstance(text, str) and text for text in texts):
-        text = f"'$.input' is invalid: expected a non-empty string, or 1 to {MAX_INPUTS} of them."
-        raise Refusal(text, "input", "invalid_type")
-    return texts
+    right = type(dimensions) is int and dimensions > 0
+    demand(right, f"Invalid 'dimensions': expected a positive integer, but got {dimensions!r}.")
+    texts = body["input"] if isinstance(body.get("input"), list) else [body.get("input")]
+    right = 0 < len(texts) <= MAX_INPUTS and all(isinstance(text, str) and text for text in texts)
+    demand(right, f"'$.input' is invalid: expected a non-empty string, or 1 to {MAX_INPUTS} of them.", "invalid_type")
+    return list(texts)
 
 
 def prompt_tokens(body: Body) -> tuple[int, int]:
@@ -453,31 +399,20 @@ class Endpoint:
         dimension: int = 32,
         synonyms: Mapping[str, str] | None = None,
     ) -> None:
-        self.models = list(models)
-        self.context_window = context_window
-        self.api_key = api_key
-        self.refuse = set(refuse)
-        self.dimension = dimension
-        """Of its embeddings, where a request names none."""
-        self.synonyms = dict(synonyms or {})
-        """Words that embeddings take for another: {"feline": "cat"}."""
-        self.spoil: Callable[[list[Vector]], list[Any]] | None = None
-        """What makes of the vectors of an answer something else, of which there may be more or fewer."""
-        self.default: Answer = greet
-        """What answers when the script is over."""
+        self.models, self.refuse = list(models), set(refuse)
+        self.context_window, self.api_key = context_window, api_key
+        self.dimension = dimension  # of its embeddings, where a request names none
+        self.synonyms = dict(synonyms or {})  # words that embeddings take for another: {"feline": "cat"}
+        self.spoil: Callable[[list[Vector]], list[Any]] | None = None  # changes the vectors of an answer
+        self.default: Answer = greet  # what answers when the script is over
+        # In place of a whole route: overrides["/v1/embeddings"] = Reply(status=500). What is held, or has no
+        # status or body of its own, answers as ever; a function gets the request, and None from it is no reply.
         self.overrides: dict[str, Reply | Callable[[Body], Reply | None]] = {}
-        """Replies in place of a whole route: overrides["/v1/embeddings"] = Reply(status=500); what is held, or has
-        neither status nor body of its own, answers as ever. A function gets the request; None is no reply."""
-        self.requests: list[Body] = []
-        """Bodies of POST /v1/chat/completions, in order of arrival; refused ones too, {} where it is no JSON."""
-        self.bodies: list[bytes] = []
-        """The same as raw bytes."""
-        self.headers: list[dict[str, str]] = []
-        """Their headers, names in lower case."""
-        self.embedding_requests: list[Body] = []
-        """Bodies of POST /v1/embeddings, in order of arrival, those that failed too."""
-        self.refusals: list[str] = []
-        """Why requests were refused by the strict checks; a good client leaves it empty."""
+        self.requests: list[Body] = []  # of chat, as they arrived, refused ones too; {} where it is no JSON
+        self.bodies: list[bytes] = []  # the same as raw bytes
+        self.headers: list[dict[str, str]] = []  # their headers, names in lower case
+        self.embedding_requests: list[Body] = []  # the same of embeddings
+        self.refusals: list[str] = []  # why requests were refused by the strict checks; a good client leaves it empty
         self.port = 0
         self._script: deque[Answer] = deque()
         self._fresh_ids = (f"call_{number:024}" for number in itertools.count(1))
@@ -493,18 +428,11 @@ class Endpoint:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self) -> Self:
-        self.start()
+        self._thread.start()
+        self._started.wait()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    def start(self) -> None:
-        """Listen; returns once the port is known."""
-        self._thread.start()
-        self._started.wait()
-
-    def stop(self) -> None:
         """Reset every connection and free the port."""
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
@@ -523,20 +451,18 @@ class Endpoint:
         given = [body.get("input", []) for body in self.embedding_requests]
         return [text for each in given for text in (each if isinstance(each, list) else [each])]
 
-    def wait_embeddings(self, count: int, timeout: float = 10) -> None:
-        """Block until `count` requests for embeddings have arrived in all. Raises TimeoutError."""
-        with self._arrived:
-            if not self._arrived.wait_for(lambda: len(self.embedding_requests) >= count, timeout):
-                raise TimeoutError(f"{len(self.embedding_requests)} of {count} requests arrived in {timeout} s")
-
     def wait_requests(self, count: int, timeout: float = 10) -> None:
-        """Block until `count` chat requests have arrived in all; on a loop, call it through `asyncio.to_thread`.
+        """Block until `count` chat requests have arrived; on a loop, call it in a thread. Raises TimeoutError."""
+        self._wait(self.requests, count, timeout)
 
-        Raises TimeoutError after `timeout` seconds.
-        """
+    def wait_embeddings(self, count: int, timeout: float = 10) -> None:
+        """The same for requests for embeddings."""
+        self._wait(self.embedding_requests, count, timeout)
+
+    def _wait(self, requests: list[Body], count: int, timeout: float) -> None:
         with self._arrived:
-            if not self._arrived.wait_for(lambda: len(self.requests) >= count, timeout):
-                raise TimeoutError(f"{len(self.requests)} of {count} requests arrived in {timeout} s")
+            if not self._arrived.wait_for(lambda: len(requests) >= count, timeout):
+                raise TimeoutError(f"{len(requests)} of {count} requests arrived in {timeout} s")
 
     def _open_gates(self) -> None:
         for gate in self._gates:
@@ -583,7 +509,7 @@ class Endpoint:
         except Refusal as refusal:
             reply, answer = Reply(status=refusal.status, body=refusal.body), {}
         try:
-            stays = await _send(reply, answer, gate, reader, writer)
+            stays = await _send(reply, answer, gate, (reader, writer))
         finally:
             self._gates.discard(gate)
         return stays and request.headers.get("connection", "").lower() != "close"
@@ -591,14 +517,13 @@ class Endpoint:
     def _route(self, request: Request) -> tuple[Reply, Body | list[Body]]:
         """The reply to a request and its JSON. Raises Refusal."""
         route = (request.method, request.path)
-        is_chat = route == ("POST", "/v1/chat/completions")
-        is_embedding = route == ("POST", "/v1/embeddings")
+        is_chat, is_embedding = route == ("POST", "/v1/chat/completions"), route == ("POST", "/v1/embeddings")
         body = self._record(request, is_chat) if is_chat or is_embedding else {}
         if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
             raise Refusal("Incorrect API key provided.", code="invalid_api_key", status=401)
         override = self.overrides.get(request.path)
         if callable(override):
-            override = override(body if isinstance(body, dict) else {})
+            override = override(body)
         if override is not None and (override.status != 200 or override.body is not None):
             return override, {}
         if is_chat:
@@ -611,31 +536,25 @@ class Endpoint:
             return override or Reply(), {"object": "list", "data": models}
         raise Refusal(f"Invalid URL ({request.method} {request.path})", status=404)
 
-    def _record(self, request: Request, is_chat: bool) -> Body | Refusal:
-        body: Body | Refusal
+    def _record(self, request: Request, is_chat: bool) -> Body:
+        """The body of a request, which is listed, and so is what is wrong with it. Raises Refusal."""
+        body: Body = {}
         try:
             body = parse(request.raw)
-        except Refusal as refusal:
-            body = refusal
-        known = body if isinstance(body, dict) else {}
-        with self._arrived:
-            if is_chat:
-                self.bodies.append(request.raw)
-                self.headers.append(request.headers)
-                self.requests.append(known)
-            else:
-                self.embedding_requests.append(known)
-            self._arrived.notify_all()
-        return body
-
-    def _chat(self, body: Body | Refusal) -> tuple[Reply, Body | list[Body]]:
-        try:
-            if isinstance(body, Refusal):
-                raise body
-            check(body)
+            (check if is_chat else check_embedding)(body)
         except Refusal as refusal:
             self.refusals.append(str(refusal))
             raise
+        finally:
+            with self._arrived:
+                if is_chat:
+                    self.bodies.append(request.raw)
+                    self.headers.append(request.headers)
+                (self.requests if is_chat else self.embedding_requests).append(body)
+                self._arrived.notify_all()
+        return body
+
+    def _chat(self, body: Body) -> tuple[Reply, Body | list[Body]]:
         self._check_limits(body)
         answer = self._script.popleft() if self._script else self.default
         try:
@@ -652,22 +571,14 @@ class Endpoint:
                 raise Refusal("Unrecognized request argument supplied: stream_options")
             instead = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
             text = f"Unsupported parameter: '{name}' is not supported with this model.{instead}"
-            raise Refusal(text, name, "unsupported_parameter")
-        messages, functions = prompt_tokens(body)
-        if self.context_window is not None and messages + functions > self.context_window:
-            text = f"This model's maximum context length is {self.context_window} tokens. However, your messages "
-            text += f"resulted in {messages + functions} tokens ({messages} in the messages, {functions} in the "
-            text += "functions). Please reduce the length of the messages or functions."
-            raise Refusal(text, "messages", "context_length_exceeded")
+            raise Refusal(text, "unsupported_parameter")
+        tokens = sum(prompt_tokens(body))
+        text = f"This model's maximum context length is {self.context_window} tokens. However, your messages "
+        fits = self.context_window is None or tokens <= self.context_window
+        demand(fits, f"{text}resulted in {tokens} tokens. Please reduce their length.", "context_length_exceeded")
 
-    def _embed(self, body: Body | Refusal) -> Body:
-        try:
-            if isinstance(body, Refusal):
-                raise body
-            texts = check_embedding(body)
-        except Refusal as refusal:
-            self.refusals.append(str(refusal))
-            raise
+    def _embed(self, body: Body) -> Body:
+        texts = check_embedding(body)
         vectors: list[Any] = [self.vector(text, body.get("dimensions")) for text in texts]
         if self.spoil is not None:
             vectors = self.spoil(vectors)
@@ -709,14 +620,12 @@ async def _read_request(reader: asyncio.StreamReader) -> Request:
     return Request(method, path, headers, await reader.readexactly(int(headers.get("content-length", 0))))
 
 
-async def _send(
-    reply: Reply,
-    answer: Body | list[Body],
-    gate: asyncio.Event,
-    reader: asyncio.StreamReader,
-    writer: asyncio.StreamWriter,
-) -> bool:
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def _send(reply: Reply, answer: Body | list[Body], gate: asyncio.Event, streams: Streams) -> bool:
     """Write one response; whether the connection stays open."""
+    reader, writer = streams
     if reply.delay and await _leaves(reader, asyncio.sleep(reply.delay)):
         return False
     if reply.hold and await _leaves(reader, gate.wait()):
@@ -727,21 +636,32 @@ async def _send(
         return True
 
     events = _events(reply, answer)
+    if reply.endless:
+        return await _send_without_end(reply, answer, writer)
     stop = next((count for count in (reply.cut_after, reply.stall_after) if count is not None), len(events))
     head = _head(reply, "text/event-stream; charset=utf-8", "Transfer-Encoding: chunked")
     begin = head + _http_chunks(events[:stop], reply.split)
-    end = _http_chunks(events[stop:], reply.split) + b"0\r\n\r\n"
     if reply.cut_after is not None:
         await _send_and_reset(writer, begin)
         return False
-    if reply.stall_after is not None:
-        writer.write(begin)
-        begin = b""
-        if await _leaves(reader, gate.wait()):
-            return False
-    writer.write(begin + end)
+    writer.write(begin)
+    if reply.stall_after is not None and await _leaves(reader, gate.wait()):
+        return False
+    writer.write(_http_chunks(events[stop:], reply.split) + b"0\r\n\r\n")
     await writer.drain()
     return True
+
+
+async def _send_without_end(reply: Reply, answer: list[Body], writer: asyncio.StreamWriter) -> bool:
+    """Write a stream's deltas, and the last of them again and again, until the client leaves."""
+    deltas = [chunk for chunk in answer if chunk["choices"] and chunk["choices"][0]["finish_reason"] is None]
+    events = _events(replace(reply, done=False), deltas)
+    head = _head(reply, "text/event-stream; charset=utf-8", "Transfer-Encoding: chunked")
+    writer.write(head + _http_chunks(events, None))
+    while not writer.is_closing():
+        writer.write(_http_chunks(events[-1:] * 10, None))
+        await writer.drain()
+    return False
 
 
 def _plain_response(reply: Reply, answer: Body | list[Body]) -> bytes:

@@ -52,9 +52,7 @@ class Lab:
                    "--IdentityProvider.token=", f"--ServerApp.root_dir={folder / 'work'}"]  # fmt: skip
         with (folder / "lab.log").open("wb") as log:
             command = [sys.executable, "-m", "jupyterlab", *options]
-            self._server = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-            )
+            self._server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
             self._await_server()
             self._playwright = sync_playwright().start()

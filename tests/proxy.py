@@ -115,7 +115,7 @@ class Proxy:
             self._news.notify_all()
         pumps = [asyncio.create_task(self._forth(client, server)), asyncio.create_task(self._back(client, server))]
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        code = server.close_code or client.close_code
+        code = server.close_code or client.close_code or 1000
         self._pairs.pop(client, None)
         await asyncio.gather(client.close(code if code in range(1000, 1004) or code == 1013 else 1000), server.close())
         await asyncio.gather(*pumps)

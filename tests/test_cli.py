@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -15,7 +14,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ import sys
 for name in {names}:
     sys.modules[name] = None  # importing it raises ModuleNotFoundError
 """
-PACKAGES = ["openai", "httpx", "pydantic", "pydantic_core", "anyio", "ipywidgets", "nest_asyncio", "nest_asyncio2"]
+PACKAGES = ["openai", "httpx", "pydantic", "pydantic_core", "anyio", "json_repair", "ipywidgets", "nest_asyncio"]
 
 
 def without(folder: Path, *names: str) -> dict[str, str]:
@@ -51,15 +50,16 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def hello(url: str, **options: Any) -> dict[str, Any]:
-    return requested(url, {"type": "command", "command": "hello"}, **options)["result"]
+def requested(url: str, command: str, **fields: Any) -> Any:
+    """The result of one command."""
+    options = {name: fields.pop(name) for name in ("additional_headers", "origin") if name in fields}
+    with connect(url, proxy=None, **options) as client:
+        client.send(json.dumps({"type": "command", "command": command, **fields}))
+        return json.loads(client.recv(timeout=10))["result"]
 
 
-def requested(url: str, request: dict[str, Any], **options: Any) -> dict[str, Any]:
-    """The answer to one request."""
-    with connect(url, proxy=None, **options) as socket:
-        socket.send(json.dumps(request))
-        return json.loads(socket.recv(timeout=10))
+def hello(url: str, **options: Any) -> Any:
+    return requested(url, "hello", **options)
 
 
 def refused(url: str, **options: Any) -> int:
@@ -69,32 +69,13 @@ def refused(url: str, **options: Any) -> int:
     return caught.value.response.status_code
 
 
+def together(calls: list[Callable[[], Any]]) -> list[Any]:
+    """The results of calls that mostly wait for processes."""
+    with ThreadPoolExecutor(4) as pool:
+        return [future.result() for future in [pool.submit(call) for call in calls]]
+
+
 # ---- help and flags --------------------------------------------------------------------------------------------------
-
-
-def test_version(tmp_path: Path) -> None:
-    """--version names the version."""
-    done = run("--version", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"memws {memws.__version__}\n", "")
-
-
-COMMANDS = {"serve": None, "chat": ["--url", "--agent", "--token"], "protocol": [], "check": ["--db", "--repair"]}
-COMMANDS |= {name: ["--db"] for name in ("export", "import", "backup")}
-"""The commands and their flags; of serve, the table FLAGS."""
-
-
-@pytest.mark.parametrize("name", [None, *COMMANDS])
-def test_help(name: str | None, tmp_path: Path) -> None:
-    """Each command's help names each of its flags with its environment variable, and makes no file."""
-    done = run(*([name] if name else []), "--help", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    flags = (COMMANDS[name] if name else None) or list(FLAGS if name in (None, "serve") else [])
-    assert set(re.findall(r"^  (--[\w-]+)", done.stdout, re.MULTILINE)) - {"--version"} == set(flags)
-    assert [flag for flag in flags if flag != "--repair" and not re.search(rf"\b{variable(flag)}\b", done.stdout)] == []
-    if name is None:
-        assert [word for word in COMMANDS if f"\n    {word} " not in done.stdout] == []
-    assert list(tmp_path.iterdir()) == []
-
 
 FLAGS = {
     "--host": ("127.0.0.1", "0.0.0.0"),  # noqa: S104
@@ -108,68 +89,69 @@ FLAGS = {
     "--token": ("right", "a b"),
     "--allow-origin": ("https://lab.example", "https://other.example"),
     "--allow-host": ("lab.example", "other.example"),
-    "--rate-limit": ("11", "-1"),
     "--max-connections": ("12", "0"),
     "--sync": ("normal", "never"),
     "--idle-timeout": ("3.5", "-1"),
     "--log-level": ("error", "loud"),
 }
 """For each flag of serve a value that shows, and one that is bad or would show as well."""
+COMMANDS: dict[str, list[str]] = {"serve": list(FLAGS), "chat": ["--url", "--agent", "--token"], "protocol": []}
+COMMANDS |= {name: ["--db"] for name in ("check", "export", "import", "backup")}
 
 
 def variable(flag: str) -> str:
     return "MEMWS_" + flag[2:].upper().replace("-", "_")
 
 
-@pytest.fixture(params=["flags", "variables"])
-def configured(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Serving]:
-    """A server with every flag given; once as flags over contrary variables, once as variables."""
-    flags = {flag: values for flag, values in FLAGS.items() if flag != "--embedding-model"}  # needs numpy
-    if request.param == "flags":
+def test_help(tmp_path: Path) -> None:
+    """Each command's help names each of its flags with its environment variable, and makes no file."""
+    assert run("--version", cwd=tmp_path).stdout == f"memws {memws.__version__}\n"
+    helps = together([partial(run, *words, "--help", cwd=tmp_path) for words in [(), *((name,) for name in COMMANDS)]])
+    for done, flags in zip(helps, [list(FLAGS), *COMMANDS.values()], strict=True):
+        assert (done.returncode, done.stderr) == (0, "")
+        assert set(re.findall(r"^  (--[\w-]+)", done.stdout, re.MULTILINE)) - {"--version"} == set(flags)
+        assert [flag for flag in flags if not re.search(rf"\b{variable(flag)}\b", done.stdout)] == []
+    assert [word for word in COMMANDS if f"\n    {word} " not in helps[0].stdout] == []
+    assert list(tmp_path.iterdir()) == []
+    options = {f"--{option.name.replace('_', '-')}" for option in fields(memws.Options)} - {"--api-key"}
+    assert set(FLAGS) == options | {"--log-level"}  # the table is whole
+
+
+@pytest.mark.parametrize("way", ["flags", "variables"])
+def test_flags_and_variables(way: str, tmp_path: Path) -> None:
+    """Every flag of serve has a variable MEMWS_<FLAG>, does what it says, and wins over its variable."""
+    flags = {flag: values for flag, values in FLAGS.items() if flag != "--embedding-model"}  # needs an endpoint
+    if way == "flags":
         words = [word for flag, (value, _) in flags.items() for word in (flag, value)]
         server = Serving(*words, cwd=tmp_path, variables={variable(flag): bad for flag, (_, bad) in flags.items()})
     else:
         server = Serving(cwd=tmp_path, variables={variable(flag): value for flag, (value, _) in flags.items()})
-    with server:
-        yield server
-
-
-def test_flags_and_variables(configured: Serving) -> None:
-    """Every flag of serve has a variable MEMWS_<FLAG>, does what it says, and wins over its variable."""
     right = {"Authorization": "Bearer right"}
-    about = hello(configured.url, additional_headers=right)
-    limits = {"max_steps": 7, "rate_limit": 11, "max_connections": 12}
-    assert {name: about["limits"][name] for name in limits} == limits
-    assert (about["model"], about["offline"]) == ("offline", True)
-    assert configured.url.startswith("ws://127.0.0.1:")
-    assert refused(configured.url) == 401
-    assert hello(configured.url, additional_headers=right, origin="https://lab.example")
-    assert refused(configured.url, additional_headers=right, origin="https://other.example") == 403
-    with socket.create_connection(("127.0.0.1", configured.port)) as raw:
-        raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: lab.example:1\r\n\r\n")
-        assert raw.recv(100).startswith(b"HTTP/1.1 200")
-    with connect(configured.url, proxy=None, additional_headers=right) as client:
-        client.send(json.dumps({"type": "command", "command": "create_agent", "config": {}}))
-        client.send(json.dumps({"type": "command", "command": "get_context"}))
-        client.recv(timeout=10)
-        assert json.loads(client.recv(timeout=10))["result"]["window"] == 9000
-    assert list(configured.cwd.glob("*.db*")) == []
-    assert configured.end() == 0
-    assert configured.log == ""
-
-
-def test_table_of_flags_is_whole() -> None:
-    """The table that the test above goes by names every flag."""
-    options = {f"--{option.name.replace('_', '-')}" for option in fields(memws.Options)} - {"--api-key"}
-    assert set(FLAGS) == options | {"--log-level"}
+    with server:
+        about = hello(server.url, additional_headers=right)
+        limits = {"max_steps": 7, "max_connections": 12}
+        assert {name: about["limits"][name] for name in limits} == limits
+        assert (about["model"], about["offline"]) == ("offline", True)
+        assert server.url.startswith("ws://127.0.0.1:")
+        assert refused(server.url) == 401
+        assert hello(server.url, additional_headers=right, origin="https://lab.example")
+        assert refused(server.url, additional_headers=right, origin="https://other.example") == 403
+        with socket.create_connection(("127.0.0.1", server.port)) as raw:
+            raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: lab.example:1\r\n\r\n")
+            assert raw.recv(100).startswith(b"HTTP/1.1 200")
+        with memws.connect(server.url, "right") as client:
+            client.create_agent()
+            assert client.command("get_context")["window"] == 9000
+        assert list(tmp_path.glob("*.db*")) == []  # :memory: keeps nothing
+        assert server.end() == 0
+    assert server.log == ""
 
 
 def test_bad_values(tmp_path: Path) -> None:
     """A bad value is refused alike as a flag and as a variable; the sentence names what it came from."""
-    bad = {
-        flag: value for flag, (_, value) in FLAGS.items() if flag not in ("--model", "--allow-origin", "--allow-host")
-    }
-    ways = [((flag, value), {}) for flag, value in bad.items()]
+    free = ("--model", "--allow-origin", "--allow-host")
+    bad = {flag: value for flag, (_, value) in FLAGS.items() if flag not in free} | {"--port": "http"}
+    ways: list[tuple[tuple[str, ...], dict[str, str]]] = [((flag, value), {}) for flag, value in bad.items()]
     ways += [((), {variable(flag): value}) for flag, value in bad.items()]
     rest = {"MEMWS_PORT": "0", "MEMWS_DB": ":memory:"}
     runs = together([partial(run, *words, cwd=tmp_path, variables=rest | given) for words, given in ways])
@@ -177,46 +159,29 @@ def test_bad_values(tmp_path: Path) -> None:
         said = sentence(done)
         if flag != "--host":  # there, what is missing is the token
             assert re.search(flag[2:].replace("-", "[-_ ]"), said, re.IGNORECASE), (flag, said)
+        if flag == "--port":
+            assert "MEMWS_PORT" in said
 
 
-def together(calls: list[Callable[[], Any]]) -> list[Any]:
-    """The results of calls that mostly wait for processes."""
-    with ThreadPoolExecutor(4) as pool:
-        return [future.result() for future in [pool.submit(call) for call in calls]]
-
-
-def test_numbers_in_variables(tmp_path: Path) -> None:
-    """A variable that should hold a number and does not is named; one set to nothing counts as not set."""
-    assert "MEMWS_PORT" in sentence(run(cwd=tmp_path, variables={"MEMWS_PORT": "http"}))
-    with Serving("--port", "0", cwd=tmp_path, variables={"MEMWS_MAX_STEPS": "", "MEMWS_TOKEN": ""}) as server:
-        assert hello(server.url)["limits"]["max_steps"] == memws.MAX_STEPS
-
-
-def test_repeatable_flags(tmp_path: Path) -> None:
-    """--allow-origin and --allow-host may be given several times, in the environment with commas."""
+def test_repeatable_and_empty_flags(tmp_path: Path) -> None:
+    """--allow-origin may be given several times, in the environment with commas; a variable set to nothing is none."""
     origins = ("https://a.example", "https://b.example")
-    flags = ("--allow-origin", origins[0], "--allow-origin", origins[1])
-    for given, variables in ((flags, {}), ((), {"MEMWS_ALLOW_ORIGIN": ", ".join(origins)})):
-        with Serving(*given, "--db", ":memory:", cwd=tmp_path, variables=variables) as server:
+    flags = ("--allow-origin", origins[0], f"--allow-origin={origins[1]}")
+    ways = ((flags, {"MEMWS_ALLOW_ORIGIN": "https://c.example"}), ((), {"MEMWS_ALLOW_ORIGIN": ", ".join(origins)}))
+    for given, variables in ways:
+        empty = {"MEMWS_MAX_STEPS": "", "MEMWS_TOKEN": ""}
+        with Serving(*given, "--db", ":memory:", cwd=tmp_path, variables={**variables, **empty}) as server:
             for origin in origins:
-                assert hello(server.url, origin=origin)
+                assert hello(server.url, origin=origin)["limits"]["max_steps"] == memws.MAX_STEPS
+            assert refused(server.url, origin="https://c.example") == 403
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
 
 
-def test_first_line(tmp_path: Path) -> None:
-    """The first line names the address that was really bound, and the next ones that the model is no language model."""
-    with Serving(cwd=tmp_path) as server:
-        assert re.fullmatch(rf"memws {memws.__version__} listening on ws://127\.0\.0\.1:[1-9]\d*", server.out[0])
-        assert hello(server.url)["version"] == memws.__version__
-        server.end()
-    assert "not a language model" in "\n".join(server.out)
-    assert server.log.count("Traceback") == 0
-
-
-def test_localhost_on_both_families(tmp_path: Path) -> None:
-    """localhost listens on 127.0.0.1 and, where this machine has it, on ::1, on the same port."""
+def test_serving(tmp_path: Path) -> None:
+    """The first lines name the address really bound, model and database; both families of localhost answer on it, and
+    so does /healthz; database, journal and lock are their owner's only."""
     addresses = ["127.0.0.1"]
     with socket.socket(socket.AF_INET6) as probe:
         try:
@@ -225,32 +190,20 @@ def test_localhost_on_both_families(tmp_path: Path) -> None:
         except OSError:
             pass  # no IPv6 here
     with Serving(cwd=tmp_path) as server:
+        assert re.fullmatch(rf"memws {memws.__version__} listening on ws://127\.0\.0\.1:[1-9]\d*", server.out[0])
         for address in addresses:
-            assert hello(f"ws://{address}:{server.port}")["protocol"] == memws.PROTOCOL
-
-
-def test_health(tmp_path: Path) -> None:
-    """/healthz answers on the same port without a token."""
-    with Serving("--token", "secret", cwd=tmp_path) as server:
+            assert hello(f"ws://{address}:{server.port}")["version"] == memws.__version__
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{server.port}/healthz", timeout=10) as response:
             assert json.load(response) == {"status": "ok", "version": memws.__version__}
-
-
-def test_file_modes(tmp_path: Path) -> None:
-    """The database, its journal and its lock can be read by their owner only."""
-    with Serving(cwd=tmp_path) as server:
-        requested(server.url, {"type": "command", "command": "create_agent", "config": {}})
+        requested(server.url, "create_agent", config={})
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("memws.db*")}
         assert set(modes) >= {"memws.db", "memws.db-wal", "memws.db.lock"}
         assert set(modes.values()) == {0o600}
-
-
-def test_memory_database(tmp_path: Path) -> None:
-    """:memory: keeps nothing and makes no file."""
-    with Serving("--db", ":memory:", cwd=tmp_path) as server:
-        requested(server.url, {"type": "command", "command": "create_agent", "config": {}})
-        assert [path.name for path in tmp_path.iterdir() if not path.name.startswith("stderr")] == []
+        server.end()
+    assert "not a language model" in server.out[1]
+    assert "memws.db" in server.out[1]
+    assert server.log.count("Traceback") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -272,17 +225,8 @@ def test_signals(number: int, tmp_path: Path, endpoint: Endpoint) -> None:
     with Serving(*model, cwd=tmp_path, variables=key) as server, memws.connect(server.url) as talk:
         talk.load_agent("sam")
         assert talk.ask("again") == "Hello!"
-        ends = [event["stop_reason"] for event in until_idle(talk) if "stop_reason" in event]
-        assert ends == ["interrupted", "done"]
-
-
-def until_idle(talk: memws.BlockingClient) -> Iterator[dict[str, Any]]:
-    """All stored events of the current agent."""
-    last_seq = talk.command("get_agent")["last_seq"]
-    for event in talk.subscribe(after=0):
-        yield event
-        if event["seq"] == last_seq:
-            break
+        ends = (event["stop_reason"] for event in talk.subscribe(after=0) if "stop_reason" in event)
+        assert [next(ends), next(ends)] == ["interrupted", "done"]
 
 
 def test_remembered_after_kill(tmp_path: Path) -> None:
@@ -298,10 +242,9 @@ def test_remembered_after_kill(tmp_path: Path) -> None:
 
 def test_remembered_after_kill_with_an_endpoint(tmp_path: Path, endpoint: Endpoint) -> None:
     """The main job with an OpenAI-compatible endpoint: what was said before a kill -9 is in the next prompt."""
-    flags = ("--base-url", endpoint.url, "--context-window", "9000")
-    key = {"OPENAI_API_KEY": "sk-test-key"}
+    key = {"OPENAI_API_KEY": "sk-test-key", "OPENAI_BASE_URL": endpoint.url}
     for text in ("My name is Ada", "What is my name?"):
-        with Serving(*flags, cwd=tmp_path, variables=key) as server:
+        with Serving("--context-window", "9000", cwd=tmp_path, variables=key) as server:
             done = run("chat", "--url", server.url, "--agent", "sam", cwd=tmp_path, text=text)
             assert (done.returncode, done.stdout) == (0, "Hello!\n")
             server.end(signal.SIGKILL)
@@ -310,44 +253,82 @@ def test_remembered_after_kill_with_an_endpoint(tmp_path: Path, endpoint: Endpoi
     assert {headers["authorization"] for headers in endpoint.headers} == {"Bearer sk-test-key"}
 
 
+def test_key_decides_the_model(tmp_path: Path) -> None:
+    """A key and no model gives DEFAULT_MODEL; --model offline stays offline beside a key."""
+    for flags, model in (((), memws.DEFAULT_MODEL), (("--model", "offline"), "offline")):
+        with Serving(*flags, "--db", ":memory:", cwd=tmp_path, variables={"OPENAI_API_KEY": "sk-test-key"}) as server:
+            about = hello(server.url)
+            assert (about["model"], about["offline"]) == (model, model == "offline")
+
+
 # ---- what cannot be --------------------------------------------------------------------------------------------------
 
+REFUSALS = [
+    (["--frobnicate"], "--frobnicate"),
+    (["serve", "--frobnicate"], "--frobnicate"),
+    (["chat", "--frobnicate"], "--frobnicate"),
+    (["frobnicate"], "frobnicate"),
+    (["protocol", "frobnicate"], "frobnicate"),
+    (["--port"], "--port"),
+    (["--port", "http"], "http"),
+    (["--port", "0", "--db", "."], "--db"),
+    (["--port", "0", "--db", "missing/x.db"], "No such file or directory"),
+    (["--port", "0", "--db", "text.db"], "file is not a database"),
+    (["--port", "0", "--db", "former.db"], "export"),
+    (["--port", "0", "--db", "damaged.db"], "damaged.db"),
+    (["--port", "0", "--db", "text.db/x"], "--db"),
+    (["--port", "0", "--host", "nowhere.invalid", "--token", "x"], "choose another host or port"),
+    (["--port", "0", "--host", "192.0.2.1", "--token", "x"], "choose another host or port"),
+    *((["--host", host, "--port", "0"], "--token") for host in ("0.0.0.0", "::", "[::]", "0", "00.0.0.0", "")),  # noqa: S104
+    *((["--host", host, "--port", "0"], "--token") for host in ("*", "::ffff:0.0.0.0", "lab.example")),
+    *(
+        (["--port", "0", "--base-url", url], "--base-url")
+        for url in ("nonsense", "file:///etc/passwd", "http://", "http://127.0.0.1:1/v1", "http://[::1", "http://x y/")
+    ),
+]
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--frobnicate"], "--frobnicate"),
-        (["serve", "--frobnicate"], "--frobnicate"),
-        (["chat", "--frobnicate"], "--frobnicate"),
-        (["frobnicate"], "frobnicate"),
-        (["protocol", "frobnicate"], "frobnicate"),
-        (["--port"], "--port"),
-        (["--port", "http"], "http"),
-        (["--port", "0", "--db", "."], "--db"),
-        (["--port", "0", "--db", "missing/x.db"], "No such file or directory"),
-        (["--port", "0", "--db", "text.db"], "file is not a database"),
-        (["--port", "0", "--db", "other.db"], "other.db' is a database of another program"),
-        (["--port", "0", "--db", "text.db/x"], "--db"),
-        (["--port", "0", "--host", "nowhere.invalid", "--token", "x"], "choose another host or port"),
-        (["--port", "0", "--host", "192.0.2.1", "--token", "x"], "choose another host or port"),
-    ],
-)
-def test_refused(words: list[str], said: str, tmp_path: Path) -> None:
-    """What cannot be is one sentence that says what to do next, with exit status 2 and without a traceback."""
+
+def test_refusals(tmp_path: Path) -> None:
+    """What cannot be is one sentence that says what to do next, with exit status 2, and nothing is made or changed."""
     (tmp_path / "text.db").write_text("this is a diary and no database\n" * 40, "utf-8")
-    with closing(sqlite3.connect(tmp_path / "other.db")) as other:
-        other.execute("CREATE TABLE diary (day TEXT)")
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert said in sentence(run(*words, cwd=tmp_path))
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before  # nothing made, nothing changed
+    with Serving(cwd=tmp_path) as server:
+        server.end()
+    for name in ("former.db", "damaged.db"):
+        shutil.copy(tmp_path / "memws.db", tmp_path / name)
+    with closing(sqlite3.connect(tmp_path / "former.db")) as database:
+        database.execute("PRAGMA user_version = 2")
+    with (tmp_path / "damaged.db").open("r+b") as file:
+        file.seek(100)
+        file.write(b"\xff" * 900)
+
+    def content() -> dict[str, bytes]:
+        paths = [path for path in tmp_path.iterdir() if not re.search(r"-wal$|-shm$|\.lock$|^stderr", path.name)]
+        return {path.name: path.read_bytes() for path in paths}
+
+    before = content()
+    runs = together([partial(run, *words, cwd=tmp_path) for words, _ in REFUSALS])
+    for (words, said), done in zip(REFUSALS, runs, strict=True):
+        assert said in sentence(done), words
+    assert content() == before
 
 
-def test_open_bind_without_a_token(tmp_path: Path) -> None:
-    """A bind that lets other machines in needs a token, however it is spelled."""
-    spelled = ["0.0.0.0", "::", "[::]", "0", "0.0", "00.0.0.0", "", "*", "::ffff:0.0.0.0", "lab.example"]  # noqa: S104
-    for done in together([partial(run, "--host", host, "--port", "0", cwd=tmp_path) for host in spelled]):
-        assert "--token" in sentence(done)
+def test_taken(tmp_path: Path) -> None:
+    """A port of another program, and a database of another server, also through a link, or held locked, are refused."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = str(holder.getsockname()[1])
+        said = sentence(run("--port", port, cwd=tmp_path))
+    assert f"port {port} on localhost is held by another program" in said
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "link.db").symlink_to(tmp_path / "memws.db")
+    with Serving(cwd=tmp_path) as server:
+        for name in ("memws.db", "link.db", str(tmp_path / "memws.db")):
+            assert "another" in sentence(run("--port", "0", "--db", name, cwd=tmp_path))
+        assert hello(server.url)
+        server.end()
+    with closing(sqlite3.connect(tmp_path / "memws.db", isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        assert "locked" in sentence(run("--port", "0", cwd=tmp_path))
 
 
 def test_open_bind_with_a_token(tmp_path: Path) -> None:
@@ -358,61 +339,12 @@ def test_open_bind_with_a_token(tmp_path: Path) -> None:
         assert hello(address, additional_headers={"Authorization": "Bearer secret"})
 
 
-def test_port_in_use(tmp_path: Path) -> None:
-    """A port held by another program is named, with the way out."""
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = str(holder.getsockname()[1])
-        said = sentence(run("--port", port, cwd=tmp_path))
-    assert f"port {port} on localhost is held by another program" in said
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_second_server_on_the_same_file(tmp_path: Path) -> None:
-    """A second server on the same database is refused, also through a link, and the first one goes on."""
-    (tmp_path / "link.db").symlink_to(tmp_path / "memws.db")
-    with Serving(cwd=tmp_path) as server:
-        for name in ("memws.db", "link.db", str(tmp_path / "memws.db")):
-            assert "another" in sentence(run("--port", "0", "--db", name, cwd=tmp_path))
-        assert hello(server.url)
-
-
-def test_locked_database(tmp_path: Path) -> None:
-    """A database that another program holds locked is one sentence."""
-    with Serving(cwd=tmp_path) as server:
-        server.end()
-    with closing(sqlite3.connect(tmp_path / "memws.db", isolation_level=None)) as other:
-        other.execute("PRAGMA locking_mode = EXCLUSIVE")
-        other.execute("BEGIN EXCLUSIVE")
-        assert "locked" in sentence(run("--port", "0", cwd=tmp_path))
-
-
-def test_damaged_database(tmp_path: Path) -> None:
-    """A database with a damaged first page is one sentence."""
-    with Serving(cwd=tmp_path) as server:
-        server.end()
-    with (tmp_path / "memws.db").open("r+b") as file:
-        file.seek(100)
-        file.write(b"\xff" * 900)
-    for left in tmp_path.glob("memws.db-*"):
-        left.unlink()
-    assert "memws.db" in sentence(run("--port", "0", cwd=tmp_path))
-
-
-def test_database_of_a_later_version(tmp_path: Path) -> None:
-    """A database that a later memws has written is left alone."""
-    with Serving(cwd=tmp_path) as server:
-        server.end()
-    with closing(sqlite3.connect(tmp_path / "memws.db")) as later:
-        later.execute("PRAGMA user_version = 999")
-    assert "newer" in sentence(run("--port", "0", cwd=tmp_path))
-
-
 @pytest.mark.parametrize("flags", [["--model", "gpt-5.4-mini"], []])
 def test_missing_package(flags: list[str], tmp_path: Path) -> None:
     """A model other than offline without the openai package is refused with the command that installs it."""
     variables = {**without(tmp_path, "openai"), "OPENAI_API_KEY": "k"}
     said = sentence(run("--port", "0", *flags, cwd=tmp_path, variables=variables))
-    assert "pip install openai" in said
+    assert re.search(r"pip install .*openai", said)
 
 
 @pytest.mark.parametrize(
@@ -422,49 +354,21 @@ def test_missing_package(flags: list[str], tmp_path: Path) -> None:
         (("a", "b"), "choose one with --model; they are: a, b"),
         (tuple(f"model-{n}" for n in range(200)), "serves 200 models"),
         (("evil\x1b[2J\nname", "b"), "b"),
+        (Reply(status=401), "--model"),
+        (Reply(status=500, body="<html>"), "--model"),
+        (Reply(body={"data": [{"id": 5}]}), "--model"),
+        (Reply(body="[" * 100_000), "--model"),
     ],
 )
-def test_endpoint_without_a_choice(models: tuple[str, ...], said: str, tmp_path: Path) -> None:
-    """A base URL and no model: where the endpoint serves not exactly one, the sentence lists them."""
-    with Endpoint(models=models) as endpoint:
+def test_endpoint_without_a_choice(models: Any, said: str, tmp_path: Path) -> None:
+    """A base URL and no model: where the endpoint does not serve exactly one, the sentence has the list or the way."""
+    with Endpoint(models=() if isinstance(models, Reply) else models) as endpoint:
+        if isinstance(models, Reply):
+            endpoint.overrides["/v1/models"] = models
         done = run("--port", "0", "--base-url", endpoint.url, cwd=tmp_path)
     assert said in sentence(done)
     assert "\x1b" not in done.stderr
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        Reply(status=401),
-        Reply(status=500, body="<html>"),
-        Reply(body="<html>"),
-        Reply(body={"data": "x"}),
-        Reply(body={"data": [{}]}),
-        Reply(body={"data": [{"id": 5}]}),
-        Reply(body="[" * 100_000),
-    ],
-)
-def test_endpoint_that_does_not_list(reply: Reply, tmp_path: Path) -> None:
-    """An endpoint that cannot list its models is one sentence with the next move."""
-    with Endpoint() as endpoint:
-        endpoint.overrides["/v1/models"] = reply
-        assert "--model" in sentence(run("--port", "0", "--base-url", endpoint.url, cwd=tmp_path))
-
-
-def test_endpoint_that_is_not_there(tmp_path: Path) -> None:
-    """A base URL where nothing answers is one sentence with the next move."""
-    urls = [
-        "nonsense",
-        "file:///etc/passwd",
-        "http://",
-        "http://127.0.0.1:1/v1",
-        "http://[::1",
-        "ws://x",
-        "http://x y/",
-    ]
-    for done in together([partial(run, "--port", "0", "--base-url", url, cwd=tmp_path) for url in urls]):
-        assert "--base-url" in sentence(done)
 
 
 def test_mute_endpoint(tmp_path: Path) -> None:
@@ -474,57 +378,7 @@ def test_mute_endpoint(tmp_path: Path) -> None:
         assert "--base-url" in sentence(run("--port", "0", "--base-url", url, cwd=tmp_path, timeout=20))
 
 
-def test_key_decides_the_model(tmp_path: Path) -> None:
-    """A key and no model gives DEFAULT_MODEL; --model offline stays offline beside a key."""
-    key = {"OPENAI_API_KEY": "sk-test-key"}
-    for flags, model in (((), memws.DEFAULT_MODEL), (("--model", "offline"), "offline")):
-        with Serving(*flags, "--db", ":memory:", cwd=tmp_path, variables=key) as server:
-            about = hello(server.url)
-            assert (about["model"], about["offline"]) == (model, model == "offline")
-
-
-def test_base_url_of_openai(tmp_path: Path, endpoint: Endpoint) -> None:
-    """OPENAI_BASE_URL names the endpoint as --base-url does, which wins."""
-    for flags, url in (((), endpoint.url), (("--base-url", endpoint.url), "http://127.0.0.1:1/v1")):
-        with Serving(*flags, "--db", ":memory:", cwd=tmp_path, variables={"OPENAI_BASE_URL": url}) as server:
-            assert hello(server.url)["model"] == "test-model"
-
-
 # ---- the file alone --------------------------------------------------------------------------------------------------
-
-
-def test_copied_alone(tmp_path: Path) -> None:
-    """The file alone, renamed, in an empty folder, without any package but websockets: serves, chats and imports."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    program = Path(shutil.copy(PROGRAM, folder / "agentd.py"))
-    bare = without(tmp_path, *PACKAGES)
-    with Serving(cwd=folder, program=program, variables=bare) as server:
-        done = run(
-            "chat",
-            "--url",
-            server.url,
-            "--agent",
-            "ada",
-            cwd=folder,
-            text="I love otters",
-            program=program,
-            variables=bare,
-        )
-        assert done.returncode == 0
-        assert "otters" in done.stdout
-        assert server.end() == 0
-    code = (
-        "import agentd\n"
-        "server = agentd.WebSocketServer(port=0, db='memws.db').start()\n"
-        "with agentd.connect(server.url) as client:\n"
-        "    client.load_agent('ada')\n"
-        "    print(client.ask('What do I love?'))\n"
-        "server.stop()\n"
-    )
-    done = python(code, folder, bare)
-    assert done.returncode == 0, done.stderr
-    assert "otters" in done.stdout
 
 
 def python(code: str, cwd: Path, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -539,24 +393,48 @@ def python(code: str, cwd: Path, variables: dict[str, str] | None = None) -> sub
     )
 
 
+def test_copied_alone(tmp_path: Path) -> None:
+    """The file alone, renamed, in an empty folder, without any package but websockets: serves, chats and imports."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    program = Path(shutil.copy(PROGRAM, folder / "agentd.py"))
+    bare = without(tmp_path, *PACKAGES)
+    with Serving(cwd=folder, program=program, variables=bare) as server:
+        words = ("chat", "--url", server.url, "--agent", "ada")
+        done = run(*words, cwd=folder, text="I love otters", program=program, variables=bare)
+        assert done.returncode == 0
+        assert "otters" in done.stdout
+        assert server.end() == 0
+    code = """
+import agentd
+server = agentd.WebSocketServer(port=0, db='memws.db').start()
+with agentd.connect(server.url) as client:
+    client.load_agent('ada')
+    print(client.ask('What do I love?'))
+server.stop()
+"""
+    done = python(code, folder, bare)
+    assert done.returncode == 0, done.stderr
+    assert "otters" in done.stdout
+
+
 def test_import(tmp_path: Path) -> None:
     """Importing the module prints nothing, opens nothing, starts nothing, and needs websockets alone."""
     shutil.copy(PROGRAM, tmp_path)
-    code = (
-        "import os, sys, threading\n"
-        "sys.dont_write_bytecode = True\n"
-        "before = set(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else set()\n"
-        "import memws\n"
-        "after = set(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else set()\n"
-        "assert len(after) <= len(before), after - before\n"
-        "assert threading.active_count() == 1\n"
-        "loaded = {name for name, module in sys.modules.items() if module}\n"
-        "assert not {'openai', 'ipywidgets', 'nest_asyncio', 'pydantic', 'IPython'} & loaded\n"
-    )
+    code = """
+import os, sys, threading
+sys.dont_write_bytecode = True
+before = set(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else set()
+import memws
+after = set(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else set()
+assert len(after) <= len(before), after - before
+assert threading.active_count() == 1
+loaded = {name for name, module in sys.modules.items() if module}
+assert not {'openai', 'json_repair', 'ipywidgets', 'nest_asyncio', 'pydantic', 'IPython'} & loaded
+"""
     (tmp_path / "work").mkdir()
-    done = python(
-        code, tmp_path / "work", without(tmp_path, *PACKAGES) | {"PYTHONPATH": f"{tmp_path}/blocked:{tmp_path}"}
-    )
+    bare = without(tmp_path, *PACKAGES) | {"PYTHONPATH": f"{tmp_path}/blocked:{tmp_path}"}
+    done = python(code, tmp_path / "work", bare)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list((tmp_path / "work").iterdir()) == []
 
@@ -565,127 +443,23 @@ def test_two_copies_in_one_process(tmp_path: Path) -> None:
     """Two copies of the file in one process serve side by side and do not meet."""
     for name in ("one.py", "two.py"):
         shutil.copy(PROGRAM, tmp_path / name)
-    code = (
-        "import one, two\n"
-        "first = one.WebSocketServer(port=0, db='one.db').start()\n"
-        "second = two.WebSocketServer(port=0, db='two.db').start()\n"
-        "first.create_new_agent({'name': 'ada'})\n"
-        "second.create_new_agent({'name': 'bob'})\n"
-        "for module, server in ((two, first), (one, second)):\n"
-        "    with module.connect(server.url) as client:\n"
-        "        print([agent['agent_name'] for agent in client.command('list_agents')['agents']])\n"
-        "first.stop()\n"
-        "with one.connect(second.url) as client:\n"
-        "    client.load_agent('bob')\n"
-        "    print(bool(client.ask('hi')))\n"
-        "second.stop()\n"
-    )
+    code = """
+import one, two
+first = one.WebSocketServer(port=0, db='one.db').start()
+second = two.WebSocketServer(port=0, db='two.db').start()
+first.create_new_agent({'name': 'ada'})
+second.create_new_agent({'name': 'bob'})
+for module, server in ((two, first), (one, second)):
+    with module.connect(server.url) as client:
+        print([agent['agent_name'] for agent in client.command('list_agents')['agents']])
+first.stop()
+with one.connect(second.url) as client:
+    client.load_agent('bob')
+    print(bool(client.ask('hi')))
+second.stop()
+"""
     done = python(code, tmp_path)
     assert done.stdout.splitlines() == ["['ada']", "['bob']", "True"], done.stderr
-
-
-# ---- check, export, import, backup -----------------------------------------------------------------------------------
-
-
-def talked(folder: Path) -> Path:
-    """A database in which the agent sam knows Ada."""
-    with Serving(cwd=folder) as server:
-        done = run("chat", "--url", server.url, "--agent", "sam", cwd=folder, text="My name is Ada and I love otters")
-        assert done.returncode == 0
-        server.end()
-    return folder / "memws.db"
-
-
-def answer(folder: Path, db: str, text: str) -> str:
-    """What the agent sam of a database says."""
-    with Serving("--db", db, cwd=folder) as server:
-        return run("chat", "--url", server.url, "--agent", "sam", cwd=folder, text=text).stdout
-
-
-def test_export_and_import(tmp_path: Path) -> None:
-    """An exported agent is one JSON file; imported elsewhere it remembers, and its next export says the same."""
-    talked(tmp_path)
-    first = run("export", "sam", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    (tmp_path / "sam.json").write_text(first.stdout, "utf-8")
-    done = run("import", "sam.json", "--db", "other.db", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert stat.S_IMODE((tmp_path / "other.db").stat().st_mode) == 0o600
-    second = run("export", "sam", cwd=tmp_path, variables={"MEMWS_DB": "other.db"})
-    assert json.loads(second.stdout) == json.loads(first.stdout)
-    assert "Ada" in answer(tmp_path, "other.db", "What is my name?")
-    assert "sam" in sentence(run("import", "sam.json", "--db", "other.db", cwd=tmp_path))  # the name is taken
-
-
-def test_backup_beside_a_server(tmp_path: Path) -> None:
-    """backup, check and export work while a server runs; import and check --repair say that it has to be stopped."""
-    talked(tmp_path)
-    with Serving(cwd=tmp_path) as server:
-        for words in (("backup", "copy.db"), ("check",), ("export", "sam")):
-            done = run(*words, cwd=tmp_path)
-            assert done.returncode == 0, done.stderr
-        (tmp_path / "sam.json").write_text(done.stdout, "utf-8")
-        for words in (("import", "sam.json"), ("check", "--repair")):
-            assert "stop" in sentence(run(*words, cwd=tmp_path))
-        assert hello(server.url)
-    assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == 0o600
-    assert "otters" in answer(tmp_path, "copy.db", "What do I love?")
-    assert "copy.db" in sentence(run("backup", "copy.db", cwd=tmp_path))  # nothing is written over
-
-
-def test_check_and_repair(tmp_path: Path) -> None:
-    """check names the damage and the agent; --repair mends it after a backup, and then nothing is found."""
-    db = talked(tmp_path)
-    assert run("check", cwd=tmp_path).stdout == "no damage found\n"
-    with closing(sqlite3.connect(db)) as connection, connection:
-        assert connection.execute('UPDATE blocks SET "limit" = 1').rowcount > 0
-        assert connection.execute("UPDATE agents SET last_seq = 1").rowcount == 1
-    broken = db.read_bytes()
-    found = run("check", cwd=tmp_path)
-    assert (found.returncode, found.stderr) == (1, "")
-    assert "agent sam" in found.stdout
-    assert db.read_bytes() == broken
-    mended = run("check", "--repair", cwd=tmp_path)
-    assert mended.returncode == 0, mended.stdout
-    (copy,) = tmp_path.glob("memws.db.before-repair-*")
-    assert run("check", "--db", copy.name, cwd=tmp_path).returncode == 1
-    assert run("check", cwd=tmp_path).stdout == "no damage found\n"
-    assert answer(tmp_path, "memws.db", "hi")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["export", "nobody"], "unknown agent 'nobody'"),
-        (["export"], "name"),
-        (["export", "sam", "--db", "missing.db"], "missing.db"),
-        (["check", "--db", "missing.db"], "missing.db"),
-        (["check", "--repair", "--db", "missing.db"], "missing.db"),
-        (["check", "--db", "text.db"], "text.db"),
-        (["backup", "copy.db", "--db", "missing.db"], "missing.db"),
-        (["backup", "missing/copy.db"], "missing"),
-        (["backup", "memws.db"], "memws.db"),
-        (["import", "missing.json"], "missing.json"),
-        (["import", "text.db"], "text.db"),
-        (["import", "list.json"], "exported"),
-        (["import", "deep.json"], "deep.json"),
-        (["import", "cut.json"], "cut.json"),
-    ],
-)
-def test_keeping_refused(words: list[str], said: str, tmp_path: Path) -> None:
-    """What these commands cannot do is one sentence, and no file is made or changed."""
-    (tmp_path / "text.db").write_text("this is a diary and no database\n" * 40, "utf-8")
-    (tmp_path / "list.json").write_text("[1]", "utf-8")
-    (tmp_path / "deep.json").write_text("[" * 100_000, "utf-8")
-    (tmp_path / "cut.json").write_text('{"agent": {"name": "sam"', "utf-8")
-    assert run("import", "none.json", cwd=tmp_path).returncode == 2
-    memws.WebSocketServer(port=0, db=str(tmp_path / "memws.db")).start().stop()
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    assert said in sentence(run(*words, cwd=tmp_path))
-    after = {
-        path: path.read_bytes() for path in tmp_path.iterdir() if not path.name.endswith((".lock", "-shm", "-wal"))
-    }
-    assert {path: data for path, data in before.items() if path in after} == after
 
 
 # ---- protocol and logs -----------------------------------------------------------------------------------------------
@@ -699,55 +473,45 @@ def test_protocol(tmp_path: Path) -> None:
     schema = json.loads(done.stdout)
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    requests = [
-        {"type": "command", "command": "hello", "message_types": ["*"]},
-        {"type": "command", "command": "create_agent", "config": {}},
-        {"type": "user_message", "message": "My name is Ada", "id": 1},
-    ]
     frames: list[dict[str, Any]] = []
-    with Serving(cwd=tmp_path) as server, connect(server.url, proxy=None) as client:
-        for request in requests:
-            client.send(json.dumps(request))
-        while not frames or frames[-1]["type"] != "agent_response_end":
-            frames.append(json.loads(client.recv(timeout=10)))
-    assert [error.message for frame in requests + frames for error in validator.iter_errors(frame)] == []
+    with Serving(cwd=tmp_path) as server:
+        on_frame: Callable[[str, str], None] = lambda direction, text: frames.append(json.loads(text))  # noqa: E731
+        with memws.connect(server.url, on_frame=on_frame) as client:
+            client.hello(["*"])
+            client.create_agent()
+            client.ask("My name is Ada")
+    assert {"agent_response_end", "user_message", "command"} <= {frame["type"] for frame in frames}
+    assert [error.message for frame in frames for error in validator.iter_errors(frame)] == []
     for broken in ({}, {"type": "user_message"}, {"type": "agent_response"}, {"type": "command", "command": "nothing"}):
         assert not validator.is_valid(broken)
 
 
 def test_logs(tmp_path: Path) -> None:
     """At any log level no line holds the token, the key or a bare control character, whatever an endpoint sends."""
-    echo = {
-        "error": {"message": "Incorrect API key: canary-key-0123 (sk-canary-other-0123456789). \x1b[2J\r\nforged line"}
-    }
-    flags = ("--log-level", "debug", "--token", "canary-token", "--db", ":memory:")
-    with ExitStack() as stack:
-        endpoint = stack.enter_context(Endpoint())
-        endpoint.script(
-            Reply(status=400, body=echo), Reply(error_in_stream=echo["error"]), *[Reply(status=500, body=echo)] * 9
-        )
+    text = "Incorrect API key: canary-key-0123 (sk-canary-other-0123456789). \x1b[2J\r\nforged line"
+    echo = {"error": {"message": text}}
+    flags = ("--log-level", "debug", "--token", "canary-token", "--db", ":memory:", "--context-window", "9000")
+    frames: list[str] = []
+    with Endpoint() as endpoint:
+        bad = [Reply(status=400, body=echo), Reply(error_in_stream=echo["error"]), *[Reply(status=500, body=echo)] * 9]
+        endpoint.script(*bad)
         key = {"OPENAI_API_KEY": "canary-key-0123"}
-        server = stack.enter_context(Serving(*flags, "--base-url", endpoint.url, cwd=tmp_path, variables=key))
-        frames: list[str] = []
-        for path, headers in (("/?token=canary-token", {}), ("/", {"Authorization": "Bearer canary-token"})):
-            with connect(server.url + path, proxy=None, additional_headers=headers) as client:
-                client.send("\x1b[2Jno json canary\nforged")
-                client.send(
-                    json.dumps({"type": "command", "command": "create_agent", "config": {"context_window": 9000}})
-                )
-                client.send(json.dumps({"type": "user_message", "message": "hi \x1b[31m\u202e"}))
-                while not frames or '"agent_response_error"' not in frames[-1]:
-                    frames.append(str(client.recv(timeout=20)))
-                frames.append("")
-        assert refused(server.url + "/?token=canary-tokem\x1b".replace("\x1b", "%1b")) == 401
-        assert server.end() == 0
+        with Serving(*flags, "--base-url", endpoint.url, cwd=tmp_path, variables=key) as server:
+            for path, headers in (("/?token=canary-token", {}), ("/", {"Authorization": "Bearer canary-token"})):
+                with connect(server.url + path, proxy=None, additional_headers=headers) as client:
+                    client.send("\x1b[2Jno json canary\nforged")
+                    client.send(json.dumps({"type": "command", "command": "create_agent", "config": {}}))
+                    client.send(json.dumps({"type": "user_message", "message": "hi \x1b[31m\u202e"}))
+                    while not frames or '"agent_response_error"' not in frames[-1]:
+                        frames.append(str(client.recv(timeout=20)))
+                    frames.append("")
+            assert refused(server.url + "/?token=canary-tokem%1b") == 401
+            assert server.end() == 0
     assert server.log
     assert [line for line in server.log.splitlines() if not re.match(r"\d{4}-\d\d-\d\d [\d:,]+ [A-Z]+ ", line)] == []
     assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", server.log) is None
     for secret in ("canary-toke", "canary-key", "sk-canary"):
-        assert secret not in server.log
-        assert secret not in "".join(frames)
-        assert secret not in "\n".join(server.out)
+        assert secret not in server.log + "".join(frames) + "\n".join(server.out)
 
 
 def test_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -775,8 +539,9 @@ def piped(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[
         yield lambda text, *flags: run("chat", "--url", server.url, *flags, cwd=tmp_path, text=text)
 
 
-def test_pipe_answers_once(piped: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_pipe(piped: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     """Piped input is one message and its reply the only output; an unknown agent is created, and that is said."""
+    assert piped("hi").stderr == "there was no agent 'sam'; it has been created\n"  # where none is named or there
     done = piped("My name is Ada\nand I live in Oslo\n", "--agent", "ana")
     assert done.returncode == 0
     assert done.stderr == "there was no agent 'ana'; it has been created\n"
@@ -784,27 +549,11 @@ def test_pipe_answers_once(piped: Callable[..., subprocess.CompletedProcess[str]
     again = piped("Where do I live?")  # no agent named: the one that was active last
     assert (again.returncode, again.stderr) == (0, "")
     assert "Oslo" in again.stdout
-
-
-def test_pipe_without_any_agent(piped: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """The first agent is sam."""
-    assert piped("hi").stderr == "there was no agent 'sam'; it has been created\n"
-
-
-@pytest.mark.parametrize("text", ["", " \n\n"])
-def test_pipe_without_a_message(text: str, piped: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """Nothing to send is said and fails."""
-    done = piped(text)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "nothing to send: standard input is empty; pipe a message in\n"
-
-
-def test_pipe_of_odd_text(piped: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    """A bad agent name and a text that is too long are one sentence each, and fail."""
-    for text, flags in (("hi", ("--agent", "../etc")), ("x" * (memws.MAX_TEXT + 1), ("--agent", "sam"))):
-        done = piped(text, *flags)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "Traceback" not in done.stderr
+    too_long = "x" * (memws.MAX_TEXT + 1)
+    for text, flags in (("", ()), (" \n\n", ()), ("hi", ("--agent", "../etc")), (too_long, ("--agent", "sam"))):
+        failed = piped(text, *flags)
+        assert (failed.returncode, failed.stdout) == (1, "")
+        assert re.fullmatch(r"memws: [^\n]+\n", failed.stderr)
 
 
 def test_pipe_of_an_error(tmp_path: Path, endpoint: Endpoint) -> None:
@@ -817,70 +566,65 @@ def test_pipe_of_an_error(tmp_path: Path, endpoint: Endpoint) -> None:
     assert "\x1b" not in done.stderr
 
 
-def test_chat_without_a_server(tmp_path: Path) -> None:
-    """Without a server, chat says how to start one and exits with 2."""
-    done = run("chat", "--url", "ws://127.0.0.1:1", cwd=tmp_path, text="hi")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "cannot connect to ws://127.0.0.1:1: start the server with `python memws.py`\n"
-
-
 def test_chat_flags_and_variables(tmp_path: Path) -> None:
-    """Every flag of chat has a variable, and wins over it."""
+    """Every flag of chat has a variable, and wins over it; without a server or the token it says what to do."""
     with Serving("--token", "right", cwd=tmp_path) as server:
         good = {"--url": server.url, "--agent": "ada", "--token": "right"}
         bad = {"--url": "ws://127.0.0.1:1", "--agent": "bob", "--token": "wrong"}
         first = run("chat", cwd=tmp_path, text="hi", variables={variable(flag): value for flag, value in good.items()})
         assert first.stderr == "there was no agent 'ada'; it has been created\n"
         words = [word for flag, value in good.items() for word in (flag, value)]
-        second = run(
-            "chat", *words, cwd=tmp_path, text="hi", variables={variable(flag): value for flag, value in bad.items()}
-        )
+        contrary = {variable(flag): value for flag, value in bad.items()}
+        second = run("chat", *words, cwd=tmp_path, text="hi", variables=contrary)
         assert (second.returncode, second.stderr) == (0, "")
-        third = run("chat", "--url", server.url, cwd=tmp_path, text="hi", variables={"MEMWS_TOKEN": "wrong"})
-        assert third.returncode == 2
-        assert "--token or MEMWS_TOKEN" in third.stderr
+        wrong = run("chat", "--url", server.url, cwd=tmp_path, text="hi", variables={"MEMWS_TOKEN": "wrong"})
+        assert "--token or MEMWS_TOKEN" in sentence(wrong)
+    assert "start the server with `python memws.py`" in sentence(run("chat", "--url", bad["--url"], cwd=tmp_path))
 
 
-def test_closed_output(tmp_path: Path) -> None:
-    """A reader of the output that has left is no traceback."""
+def test_closed_streams(tmp_path: Path) -> None:
+    """chat whose reader has left, or with a closed standard stream, ends without a traceback, and still sends."""
     with Serving(cwd=tmp_path) as server:
-        words = [sys.executable, str(PROGRAM), "chat", "--url", server.url, "--agent", "sam"]
-        read, write = os.pipe()
-        os.close(read)
-        try:
+        for number, (stream, status) in enumerate((("| true", 0), ("<&-", 1), (">&-", 0), ("2>&-", 0))):
+            words = shlex.join(command("chat", "--url", server.url, "--agent", f"agent{number}"))
             done = subprocess.run(
-                words, cwd=tmp_path, env=environment(), input="hi", stdout=write, stderr=subprocess.PIPE,
-                encoding="utf-8", timeout=30, check=False,
+                ["/bin/sh", "-c", f"{words} {stream}"], cwd=tmp_path, env=environment(), input="I love otters",
+                capture_output=True, encoding="utf-8", timeout=30, check=False,
             )  # fmt: skip
-        finally:
-            os.close(write)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr
+            assert "Traceback" not in done.stderr
+            assert "Exception" not in done.stderr
+            assert done.returncode == status
+            assert "otters" in done.stdout or stream != "2>&-"
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
-def test_closed_streams(closed: str, tmp_path: Path) -> None:
-    """chat with a closed standard stream ends without a traceback, and still sends what it was given."""
-    with Serving(cwd=tmp_path) as server:
-        words = shlex.join(command("chat", "--url", server.url, "--agent", "sam"))
-        done = subprocess.run(
-            ["/bin/sh", "-c", f"{words} {closed}"], cwd=tmp_path, env=environment(), input="I love otters",
-            capture_output=True, encoding="utf-8", timeout=30, check=False,
-        )  # fmt: skip
-        assert "Traceback" not in done.stderr
-        assert done.returncode == (1 if closed == "<&-" else 0)
-        assert "otters" in done.stdout or closed != "2>&-"
-
-
-@pytest.mark.parametrize("words", [["protocol"], ["export", "sam"], ["--port", "0", "--db", ":memory:"]])
+@pytest.mark.parametrize("words", [["protocol"], ["--port", "0", "--db", ":memory:"]])
 def test_full_output(words: list[str], tmp_path: Path) -> None:
     """A standard output that takes nothing more is one sentence, not a traceback."""
-    talked(tmp_path)
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             command(*words), cwd=tmp_path, env=environment(), stdout=full, stderr=subprocess.PIPE, encoding="utf-8",
             timeout=30, check=False,
         )  # fmt: skip
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert re.fullmatch(r"memws: [^\n]+No space left on device[^\n]*\n", done.stderr), done.stderr
+
+
+# Runs started in the background of a shell ignore SIGINT, and so would their children.
+HEED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def test_interrupted_chat(tmp_path: Path, endpoint: Endpoint) -> None:
+    """Ctrl-C ends a waiting chat with status 130 and cancels its turn."""
+    endpoint.script(Reply("never told", hold=True))
+    with Serving("--base-url", endpoint.url, "--db", ":memory:", cwd=tmp_path) as server:
+        words = [sys.executable, "-c", HEED, *command("chat", "--url", server.url, "--agent", "sam")]
+        with subprocess.Popen(words, cwd=tmp_path, env=environment(), stdin=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            process.stdin.write(b"hi")
+            process.stdin.close()
+            endpoint.wait_requests(1)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 130
+        with memws.connect(server.url) as client:
+            ends = (event for event in client.subscribe("sam", after=0) if "stop_reason" in event)
+            assert next(ends)["stop_reason"] == "cancelled"

@@ -1,316 +1,177 @@
-"""What shows each row of bad input, each code, each point of "Answers and events" and of section 4 of the contract."""
+"""What holds each promise of the contract that is built by now: a file and its tests; each of them has to exist."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
 
-import memws
-
-BAD_INPUT = {
-    "no JSON, no object, wrong types, too deep, huge numbers, NaN, lone surrogates, NUL: server_error": [
-        "test_server.py::test_bad_frames_get_one_sentence_and_the_connection_stays",
-        "test_wire.py::test_hostile_frames_get_one_named_error",
-        "test_wire.py::test_any_frame_is_a_request_or_a_named_error",
-        "test_wire.py::test_no_error_quotes_more_than_80_characters",
-        "test_server.py::test_the_largest_errors_are_small",
-    ],
-    "text that is not UTF-8: 1007; other breaches of RFC 6455: 1002": [
-        "test_server.py::test_text_that_is_not_utf_8_closes_with_1007",
-        "test_gate.py::test_breaches_of_the_standard_close",
-    ],
-    "a frame over 1 MiB: 1009": ["test_server.py::test_a_frame_over_the_limit_closes_with_1009"],
-    "over the rate limit: rate_limited": ["test_server.py::test_the_rate_limit", "test_server.py::test_no_rate_limit"],
-    "a taken name, a bad config, text over a limit, an unknown agent: an error and no change": [
-        "test_server.py::test_a_name_is_taken_once",
-        "test_server.py::test_bad_configs_change_nothing",
-        "test_server.py::test_set_block",
-        "test_server.py::test_an_unknown_agent_is_told_with_the_nearest",
-    ],
-    "a reader that does not read: 1013": ["test_server.py::test_a_reader_that_never_reads_is_closed"],
-    "a foreign Origin or Host: 403; missing or several Hosts: 400": [
-        "test_gate.py::test_foreign_origins_get_403",
-        "test_gate.py::test_several_origins_get_403",
-        "test_gate.py::test_foreign_hosts_get_403",
-        "test_gate.py::test_no_or_several_hosts_get_400",
-        "test_gate.py::test_the_gate_never_raises",
-    ],
-    "no or a wrong token: 401": ["test_gate.py::test_wrong_tokens_get_401", "test_gate.py::test_right_tokens_pass"],
-    "one connection too many: 503": ["test_gate.py::test_one_connection_too_many_gets_503"],
-    "a bind beyond loopback without a token": ["test_gate.py::test_beyond_loopback_needs_a_token"],
-}
-
-CODES = {
-    "not_json": "test_wire.py::test_hostile_frames_get_one_named_error",
-    "not_object": "test_wire.py::test_hostile_frames_get_one_named_error",
-    "bad_type": "test_wire.py::test_hostile_frames_get_one_named_error",
-    "bad_field": "test_server.py::test_a_config_that_is_no_object_is_a_bad_field",
-    "missing_field": "test_wire.py::test_hostile_frames_get_one_named_error",
-    "too_deep": "test_wire.py::test_depth_is_counted_exactly",
-    "too_large": "test_server.py::test_a_frame_over_the_limit_closes_with_1009",
-    "unknown_command": "test_wire.py::test_hostile_frames_get_one_named_error",
-    "rate_limited": "test_server.py::test_the_rate_limit",
-    "no_agent": "test_server.py::test_without_an_agent_nothing_is_current",
-    "unknown_agent": "test_server.py::test_an_unknown_agent_is_told_with_the_nearest",
-    "name_taken": "test_server.py::test_a_name_is_taken_once",
-    "bad_config": "test_server.py::test_bad_configs_change_nothing",
-    "block_limit": "test_server.py::test_set_block",
-    "text_too_long": "test_server.py::test_what_never_becomes_a_turn_is_refused_once",
-    "busy": "test_server.py::test_when_busy_reject",
-    "conflict": "test_server.py::test_set_block",
-    "not_found": "test_server.py::test_passages",
-    "unknown_turn": "test_server.py::test_cancel_what_is_over",
-    "unknown_seq": "test_server.py::test_an_unknown_seq_subscribes_nothing",
-    "store_failed": "test_server.py::test_a_message_that_cannot_be_stored_is_refused",
-    "internal": "test_errors.py::test_codes_are_those_of_the_contract",
-    "queue_full": "test_server.py::test_eight_messages_of_a_connection_wait",
-    "cancelled": "test_server.py::test_cancel_a_waiting_message",
-    "turn_id_reused": "test_server.py::test_a_turn_that_is_over_sent_again",
-    "context_overflow": "test_agent.py::test_an_overflow_that_cannot_be_helped",
-    "model_auth": "test_server.py::test_a_failed_turn_has_one_error",
-    "model_rate_limit": "test_agent.py::test_a_failure_that_is_final_ends_the_turn",
-    "model_timeout": "test_agent.py::test_a_model_that_stalls_ends_the_turn",
-    "model_unavailable": "test_server.py::test_a_failed_turn_has_one_error",
-    "model_refused": "test_server.py::test_a_failed_turn_has_one_error",
-    "bad_output": "test_agent.py::test_three_failed_calls_in_a_row_end_the_turn",
-}
-
-ANSWERS_AND_EVENTS = {
-    "classic message types, their order within a step": [
-        "test_server.py::test_the_flow_of_memgpt_0_2_7",
-        "test_agent.py::test_the_events_of_a_step_are_in_the_order_of_0_2_7",
-    ],
-    "more types for a connection that asks": [
-        "test_server.py::test_message_types_are_those_asked_for_last",
-        "test_server.py::test_tool_calls_and_returns",
-        "test_wire.py::test_message_types_are_those_of_the_contract",
-    ],
-    "a turn has one start, the receipt, and exactly one terminal frame": [
-        "test_server.py::test_a_turn_begins_and_ends_once",
-        "test_server.py::test_the_start_is_the_receipt",
-        "test_server.py::test_at_the_terminal_frame_all_is_on_disk",
-        "test_kill.py::test_twenty_kills_lose_nothing_and_double_nothing",
-    ],
-    "a message that never becomes a turn": [
-        "test_server.py::test_what_never_becomes_a_turn_is_refused_once",
-        "test_server.py::test_eight_messages_of_a_connection_wait",
-        "test_server.py::test_thirty_two_messages_wait_for_an_agent",
-        "test_kill.py::test_messages_that_waited_are_not_acknowledged",
-    ],
-    "seq: stored events, gapless, never reused for a name": [
-        "test_server.py::test_seq_is_gapless_over_everything",
-        "test_server.py::test_seq_goes_on_above_under_an_old_name",
-        "test_server.py::test_deltas_are_live",
-        "test_machine.py::test_whatever_clients_do",
-    ],
-    "a step is one transaction, one more before each call of a user's tool": [
-        "test_agent.py::test_a_step_that_cannot_be_stored_leaves_nothing",
-        "test_agent.py::test_the_step_up_to_a_tool_is_stored_before_it_runs",
-        "test_agent.py::test_tools_of_the_user_run_between_transactions",
-    ],
-    "who gets what": [
-        "test_server.py::test_no_frame_crosses_between_agents",
-        "test_server.py::test_sender_and_subscribers_get_each_frame_once",
-        "test_server.py::test_a_turn_goes_on_when_its_sender_leaves",
-    ],
-    "a turn_id sent again": [
-        "test_server.py::test_a_waiting_turn_sent_again",
-        "test_server.py::test_a_running_turn_sent_again",
-        "test_server.py::test_a_turn_that_is_over_sent_again",
-        "test_server.py::test_a_turn_id_sent_twice_at_once_runs_once",
-        "test_kill.py::test_a_killed_turn_is_whole_and_never_runs_twice",
-        "test_machine.py::test_whatever_clients_do",
-    ],
-    "a crash in mid-turn": [
-        "test_agent.py::test_a_crash_while_a_tool_runs",
-        "test_agent.py::test_a_crash_while_the_model_is_awaited",
-        "test_kill.py::test_the_end_of_a_killed_turn_comes_before_a_new_one",
-        "test_server.py::test_stop_ends_turns_cleanly",
-        "test_kill.py::test_a_signal_ends_turns_and_connections_cleanly",
-    ],
-    "subscribe": [
-        "test_server.py::test_subscribe_replays_and_goes_live",
-        "test_server.py::test_subscribing_again_replaces",
-        "test_server.py::test_a_slow_replay_is_not_a_slow_reader",
-        "test_kill.py::test_a_subscriber_goes_on_where_it_was",
-    ],
-    "delete, rename": [
-        "test_server.py::test_delete_and_restore_an_agent",
-        "test_server.py::test_rename_agent",
-        "test_server.py::test_a_busy_agent_is_deleted_by_force_only",
-        "test_server.py::test_purge_forgets_for_ever",
-        "test_machine.py::test_whatever_clients_do",
-    ],
-    "turns of one agent never overlap, those of different agents never wait": [
-        "test_server.py::test_messages_wait_their_turn",
-        "test_server.py::test_agents_never_wait_for_each_other",
-        "test_server.py::test_a_blocking_tool_stops_nobody",
-    ],
-    "no frame exceeds 1 MiB": [
-        "test_server.py::test_long_texts_come_in_parts",
-        "test_server.py::test_no_character_makes_a_frame_too_long",
-        "test_server.py::test_lists_hold_what_a_frame_can_hold",
-    ],
-    "frames are taken up and answered in order; cancel overtakes": [
-        "test_server.py::test_answers_come_in_the_order_sent",
-        "test_server.py::test_cancel_overtakes",
-        "test_server.py::test_cancel_finds_a_message_sent_just_before",
-    ],
-    "id": [
-        "test_server.py::test_an_id_is_on_answers_starts_terminals_and_refusals",
-        "test_server.py::test_without_an_id_answers_have_none",
-        "test_wire.py::test_a_bad_id_is_refused",
-    ],
-}
-
-AGENT = {
-    "1. history is never poisoned": [
-        "test_misbehaviour.py::test_whatever_happens_talk_goes_on",
-        "test_agent.py::test_a_broken_history_is_mended_and_told",
-        "test_keeping.py::test_damage_is_no_fault_of_ours",
-        "test_keeping.py::test_a_load_says_what_it_mended",
-        "test_agent.py::test_a_tool_runs_once_for_one_call",
-        "test_agent.py::test_cancel_at_any_event",
-    ],
-    "2. compaction is strictly smaller or a typed error; the warning; silent cuts": [
-        "test_agent.py::test_a_long_conversation_in_a_small_window",
-        "test_agent.py::test_the_agent_is_warned_once_before_the_window_is_full",
-        "test_agent.py::test_an_overflow_that_only_the_endpoint_sees",
-        "test_agent.py::test_an_overflow_that_cannot_be_helped",
-        "test_agent.py::test_an_endpoint_that_cuts_prompts_silently_is_noticed",
-    ],
-    "3. a turn ends": [
-        "test_agent.py::test_a_turn_has_at_most_max_steps",
-        "test_agent.py::test_a_turn_has_a_token_budget",
-        "test_agent.py::test_the_same_call_three_times_ends_the_turn",
-        "test_agent.py::test_a_model_that_stalls_ends_the_turn",
-        "test_agent.py::test_three_failed_calls_in_a_row_end_the_turn",
-        "test_agent.py::test_a_failing_turn_makes_at_most_eight_calls",
-    ],
-    "4. cancel": [
-        "test_agent.py::test_cancel_while_the_model_is_awaited",
-        "test_agent.py::test_cancel_in_mid_stream_keeps_the_partial_reply",
-        "test_agent.py::test_cancel_in_the_pause_before_a_retry",
-        "test_agent.py::test_cancel_in_an_async_tool",
-        "test_agent.py::test_cancel_in_a_sync_tool",
-    ],
-    "5. the ladder of corrections": [
-        "test_agent.py::test_a_reply_that_can_be_read_reaches_the_user",
-        "test_agent.py::test_an_unreadable_answer_is_asked_for_again_once",
-    ],
-    "6. nothing sent is executed; a tool sees its own agent only": [
-        "test_layers.py::test_memws",
-        "test_agent.py::test_a_tool_sees_its_own_agent_only",
-    ],
-    "7. the prompt only grows at its end; packing; login; heartbeats": [
-        "test_agent.py::test_the_prompt_only_grows_at_its_end",
-        "test_agent.py::test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction",
-        "test_agent.py::test_messages_are_packed_as_0_2_7_packed_them",
-        "test_agent.py::test_create_and_load_call_no_model",
-        "test_agent.py::test_a_login_precedes_a_message_after_an_hour_of_silence",
-        "test_heartbeat.py::test_timed_heartbeats",
-    ],
-    "8. token counts are calibrated within bounds": ["test_agent.py::test_estimates_are_calibrated_within_bounds"],
-}
-
-MEMORY = {
-    "one search for every script and any query": [
-        "test_memory.py::test_every_script_is_found",
-        "test_memory.py::test_hostile_queries_are_answered",
-        "test_memory.py::test_hostile_queries_cost_no_more_than_a_plain_one",
-    ],
-    "memory_index is the same code": [
-        "test_memory.py::test_positions_are_the_turns",
-        "test_memory.py::test_any_query_is_answered",
-        "test_embeddings.py::test_memory_index_by_vectors",
-    ],
-    "search_memory: stores, roles, times, pages that stay": [
-        "test_server.py::test_search_memory",
-        "test_server.py::test_search_memory_by_time",
-        "test_memory.py::test_pages_over_the_wire_stay_while_messages_arrive",
-        "test_embeddings.py::test_filters_hold_for_what_vectors_find",
-        "test_embeddings.py::test_pages_stay_while_vectors_arrive",
-    ],
-    "embeddings are off unless a model is named": [
-        "test_embeddings.py::test_without_a_model_nothing_is_embedded",
-        "test_embeddings.py::test_what_shares_no_word_is_found",
-        "test_embeddings.py::test_the_flag_names_the_model",
-    ],
-    "another model or dimension: anew in the background, with progress": [
-        "test_embeddings.py::test_another_model_embeds_anew_and_tells",
-        "test_embeddings.py::test_another_dimension_embeds_anew",
-        "test_embeddings.py::test_searches_answer_while_all_is_embedded_anew",
-        "test_embeddings.py::test_a_restart_embeds_nothing_twice",
-    ],
-    "embeddings are never in the way of a turn; an endpoint that fails is logged once": [
-        "test_embeddings.py::test_turns_and_searches_go_on_while_embeddings_hang",
-        "test_embeddings.py::test_faults_are_logged_once_and_leave_the_words",
-        "test_embeddings.py::test_stop_while_embeddings_hang",
-    ],
-    "without an endpoint, without numpy": [
-        "test_embeddings.py::test_without_an_endpoint_the_agent_says_so",
-        "test_embeddings.py::test_without_numpy_the_flag_is_refused",
-        "test_embeddings.py::test_without_numpy_a_config_gets_a_warning",
-    ],
-    "an SQLite without FTS5; a database written before": [
-        "test_memory.py::test_without_fts5_searches_find_the_same",
-        "test_memory.py::test_a_database_moves_between_both_kinds",
-        "test_memory.py::test_an_old_database_is_indexed_on_opening",
-        "test_memory.py::test_an_interrupted_indexing_goes_on",
-    ],
-}
-
-KEEPING = {
-    "check: damage in stored agents, mended after a backup": [
-        "test_keeping.py::test_check_repair_and_go_on",
-        "test_keeping.py::test_healthy_agents_are_found_healthy",
-        "test_keeping.py::test_a_repair_needs_no_damage",
-    ],
-    "export and import: one agent, memory and history": [
-        "test_keeping.py::test_an_imported_agent_is_the_exported_one",
-        "test_keeping.py::test_a_damaged_export_is_refused",
-        "test_keeping.py::test_what_an_import_takes_works",
-        "test_keeping.py::test_a_name_in_use_is_refused",
-        "test_keeping.py::test_an_export_holds_no_secret",
-    ],
-    "backup: a copy of the database, also while a server runs": [
-        "test_keeping.py::test_a_backup_made_while_turns_run_is_whole",
-        "test_keeping.py::test_a_backup_ends_however_much_is_written",
-    ],
-    "check, export and backup work beside a running server; check --repair and import need it stopped": [
-        "test_cli.py::test_backup_beside_a_server",
-        "test_keeping.py::test_an_export_is_of_one_moment",
-        "test_keeping.py::test_a_check_is_of_one_moment",
-    ],
-}
-"What section 1 says of keeping agents."
-
-TABLES = (BAD_INPUT, ANSWERS_AND_EVENTS, AGENT, MEMORY, KEEPING)
-NAMED = sorted({name for table in TABLES for names in table.values() for name in names} | set(CODES.values()))
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_what_the_table_names_exists(name: str) -> None:
-    """Every test that the table names is there and runs something."""
-    file, _, function = name.partition("::")
-    tree = ast.parse((Path(__file__).parent / file).read_text("utf-8"))
-    found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    assert function in {node.name for node in found}, f"no test {name}"
-
-
-def test_every_code_of_the_module_is_in_the_table() -> None:
-    """The codes that memws raises are those of the contract, no more and no fewer."""
-    tree = ast.parse(Path(memws.__file__).read_text("utf-8"))
-    raised = {
-        call.args[0].value
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Name)
-        and call.func.id in {"Refused", "InvalidRequest", "ModelError"}
-        and call.args
-        and isinstance(call.args[0], ast.Constant)
+COMMAND_LINE = """
+flags, variables, help: cli test_help test_flags_and_variables test_bad_values test_repeatable_and_empty_flags
+the model that a key, an address or nothing chooses: cli test_key_decides_the_model test_endpoint_without_a_choice
+the first line names the address; signals close cleanly: cli test_serving test_signals; kill
+  test_a_signal_ends_turns_and_connections_cleanly
+one sentence, exit 2, no traceback: cli test_refusals test_taken test_missing_package
+chat: cli test_pipe test_interrupted_chat; chat test_conversation test_slash_commands
+check, export, import, backup, beside a server: keeping test_damage test_an_imported_agent_is_the_exported_one
+  test_beside_a_server
+former exports are read, a former database is refused: store test_a_former_export_is_read
+  test_what_is_no_database_of_ours_is_left_alone
+the file alone serves; two copies do not meet: cli test_copied_alone test_import test_two_copies_in_one_process
+the protocol as JSON Schema: cli test_protocol; wire test_schema_is_valid_and_whole
+"""
+PYTHON = """
+start, stop, what is left: python_api test_start_and_stop test_stop_leaves_nothing_of_a_busy_server
+  test_stop_names_a_tool_that_will_not_end
+run, also in a cell: python_api test_run_blocks_until_interrupted test_run_inside_a_running_loop
+start_server, initialize_server, handle_client: python_api test_start_server_serves_until_cancelled
+  test_initialize_server_before_start_server test_handle_client_of_a_websockets_server_of_ones_own
+create_new_agent, load_agent, run_step: python_api test_run_step_gives_the_turns_events
+  test_the_agent_of_the_object_is_its_own test_only_python_names_an_endpoint
+first_message, no_verify: agent test_a_first_message_has_to_be_sent
+blocking calls from any thread, before start, not on the own loop: python_api test_blocking_calls_work_before_start
+  test_blocking_calls_work_from_any_thread test_blocking_calls_are_refused_on_the_servers_own_loop
+a cell that runs again, reload, a held port: python_api test_a_cell_that_runs_again_takes_over
+  test_a_reloaded_module_takes_over test_what_is_held_is_named
+server.tool: tools test_the_decorator_registers_and_replaces test_tools_in_a_turn
+Client, connect: client test_ask test_blocking test_reconnect_resumes
+memory_index: memory test_positions_are_the_turns test_any_turns_are_indexed
+import needs websockets alone: counts test_importing_memws_needs_websockets_alone; python_api
+  test_offline_needs_only_websockets
+"""
+WIRE = """
+healthz; other methods 405: gate test_healthz_needs_the_right_host_only test_other_methods_get_405
+MemGPT 0.2.7's protocol: server test_the_flow_of_memgpt_0_2_7; wire test_a_client_of_memgpt_is_understood
+no frame over 1 MiB; replies are cut at 100,000 characters: server test_a_long_reply_is_cut; wire
+  test_the_longest_reply_fits_a_frame; agent test_a_reply_without_end_is_cut
+pages and too_large: server test_lists_hold_what_a_frame_can_hold test_an_answer_over_a_frame_is_too_large
+  test_get_context_and_get_request_page_their_messages
+requests are taken up in order, compact beside them: server test_answers_come_in_the_order_sent test_compact; embeddings
+  test_a_search_waits_beside_its_session
+id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused test_no_id_is_no_field
+agent_name, agent_id: server test_naming_an_agent_does_not_switch test_without_an_agent_nothing_is_current
+when_busy: server test_when_busy
+every command: wire test_the_protocol_is_that_of_the_contract test_schema_and_check_agree_on_every_field
+create, load, config, names: server test_create_agent test_load_agent test_names_are_words
+  test_create_agent_warns_of_what_it_ignores
+hello, list, get, update: server test_hello_and_the_message_types test_list_agents_and_get_agent_tell_what_runs
+  test_update_agent
+rename, delete, restore, purge: server test_rename_agent test_delete_and_restore_an_agent
+ ; machine test_whatever_clients_do; store test_a_purged_agent_is_gone
+messages and search: server test_get_messages_pages_backwards test_search_memory; store test_search_is_filtered
+blocks and passages: server test_edits_of_memory
+wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_message
+"""
+BAD_INPUT = """
+not JSON, no object, wrong types, too deep, huge numbers, NaN: server
+  test_bad_frames_get_one_answer_and_the_connection_stays; wire test_hostile_frames_get_one_named_error
+  test_any_frame_is_a_request_or_a_named_error test_depth_is_counted_exactly
+at most 80 characters quoted, at most 4 KiB: wire test_no_error_quotes_more_than_80_characters; server
+  test_the_largest_errors_are_small; errors test_an_answer_to_any_error_fits_in_4_kib
+lone surrogates, NUL: server test_what_no_text_can_hold_becomes_u_fffd; wire
+  test_what_no_text_can_hold_is_read_as_u_fffd
+1007, 1002, 1009: server test_frames_in_fragments_and_of_the_largest_size; gate test_breaches_of_the_standard_close
+a flood: server test_a_flood_is_answered_and_others_are_served_in_between
+a taken name, a bad config, a text over a limit, an unknown agent: server test_names_are_words
+  test_bad_configs_change_nothing test_edits_of_memory test_an_unknown_agent_is_told_with_the_nearest
+a reader that does not read: readers test_a_reader_that_does_not_read_for_a_while_gets_all_stored_events
+  test_a_reader_that_takes_no_byte_is_closed
+a foreign Origin or Host: gate test_hosts test_origins test_what_is_allowed_passes test_no_or_several_hosts_get_400
+  test_the_gate_never_raises
+tokens: gate test_tokens test_with_a_token_addresses_are_right test_beyond_loopback_needs_a_token; python_api
+  test_on_a_jupyterhub_a_token_is_made
+connection number 4,097: gate test_one_connection_too_many_gets_503
+"""
+EVENTS = """
+classic types in their order: server test_the_flow_of_memgpt_0_2_7; agent
+  test_the_events_of_a_step_are_in_the_order_of_0_2_7
+more types: server test_hello_and_the_message_types test_deltas_are_live
+a turn: server test_a_turn_begins_and_ends_once; machine test_whatever_clients_do
+exactly one terminal frame, whatever befalls a reader: readers test_a_reader_far_behind_gets_each_end_once
+  test_a_reader_far_behind_hears_of_a_failed_store test_a_reader_far_behind_hears_of_a_stop
+a message that never becomes a turn: server test_what_never_becomes_a_turn_is_refused_once
+  test_eight_messages_of_a_connection_wait test_thirty_two_messages_wait_for_an_agent; kill
+  test_messages_that_waited_are_not_acknowledged
+seq: server test_seq_is_gapless_over_everything; store test_no_seq_is_used_twice_under_a_name; machine
+  test_whatever_clients_do
+a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool ;
+  readers test_a_reader_far_behind_hears_of_a_failed_store
+who gets what: server test_a_compaction_of_a_client_that_leaves_is_done_wholly; machine test_whatever_clients_do; kill
+  test_twenty_kills_lose_nothing_and_double_nothing
+a turn_id sent again: server test_a_waiting_turn_sent_again test_a_running_turn_sent_again; machine
+  test_whatever_clients_do; readers test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_behind
+a crash: kill test_a_killed_turn_is_whole_and_never_runs_twice test_a_repair_is_made_once_and_before_all_else
+  test_twenty_kills_lose_nothing_and_double_nothing
+subscribe: server test_subscribing_replays_replaces_and_ends test_an_unknown_seq_subscribes_nothing; machine
+  test_whatever_clients_do
+turns never overlap, agents never wait for each other: server test_messages_wait_their_turn
+  test_a_blocking_tool_stops_nobody test_many_clients_at_random
+"""
+AGENT = """
+1 history is never poisoned: misbehaviour test_whatever_happens_talk_goes_on; agent
+  test_a_broken_history_is_mended_and_told test_a_tool_runs_once_whatever_the_endpoint_does
+2 compaction: agent test_a_long_conversation_in_a_small_window test_the_agent_is_warned_once_before_the_window_is_full
+  test_an_overflow_that_only_the_endpoint_sees test_an_endpoint_that_cuts_prompts_silently_is_noticed
+3 a turn ends: agent test_a_turn_has_limits test_three_failed_calls_in_a_row_end_the_turn
+  test_a_failing_turn_makes_at_most_eight_calls
+4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_at_any_event
+5 the ladder; half an answer: agent test_a_reply_that_can_be_read_reaches_the_user
+  test_half_an_answer_is_never_told_as_a_whole_one
+6 nothing sent is executed: layers test_memws; tools test_a_tool_sees_its_own_agent_only
+7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
+  test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them
+  test_a_login_precedes_a_message_after_an_hour_of_silence
+8 token counts: agent test_estimates_are_calibrated_within_bounds
+9 roles and ids that endpoints take: llm test_ids_that_repeat_or_are_long_are_renewed
+  test_an_unknown_option_is_learned_once
+one search for every script and any query: memory test_every_script_is_found test_hostile_queries_over_hostile_texts
+embeddings: embeddings test_what_shares_no_word_is_found test_without_a_model_nothing_is_embedded
+  test_turns_and_searches_go_on_without_vectors
+"""
+CODES = """
+not_json, not_object, bad_type, missing_field, too_deep, unknown_command: wire test_hostile_frames_get_one_named_error
+bad_field, bad_config, block_limit: server test_bad_configs_change_nothing
+no_agent: server test_without_an_agent_nothing_is_current
+unknown_agent: server test_an_unknown_agent_is_told_with_the_nearest
+name_taken: server test_names_are_words
+text_too_long, turn_id_reused: server test_what_never_becomes_a_turn_is_refused_once
+too_large: server test_an_answer_over_a_frame_is_too_large
+busy: server test_when_busy
+conflict, not_found: server test_edits_of_memory
+unknown_turn, cancelled: machine test_whatever_clients_do
+unknown_seq: server test_an_unknown_seq_subscribes_nothing
+store_failed: server test_a_message_that_cannot_be_stored_is_refused
+internal: errors test_codes_are_those_of_the_contract
+queue_full: server test_eight_messages_of_a_connection_wait
+model_auth, model_refused, context_overflow, model_rate_limit, model_timeout, model_unavailable: llm
+  test_a_failure_has_its_code
+bad_output: agent test_three_failed_calls_in_a_row_end_the_turn
+"""
+TABLES = (COMMAND_LINE, PYTHON, WIRE, BAD_INPUT, EVENTS, AGENT, CODES)
+LINES = [line for line in "".join(TABLES).replace("\n  ", " ").splitlines() if line]
+NAMED = sorted(
+    {
+        (part.split()[0], test)
+        for line in LINES
+        for part in line.rpartition(": ")[2].split("; ")
+        for test in part.split()[1:]
     }
-    own = {kind.code for kind in vars(memws).values() if isinstance(kind, type) and issubclass(kind, memws.MemwsError)}
-    assert raised | own - {"cannot_connect", "connection_lost"} <= CODES.keys()
-    by_hand = {"unknown_agent", "too_large"}  # UnknownAgent's own; the WebSocket library closes with 1009 instead
-    assert CODES.keys() - by_hand <= raised | own
+)
+
+
+@functools.cache
+def names_in(file: str) -> set[str]:
+    tree = ast.parse((Path(__file__).parent / f"test_{file}.py").read_text("utf-8"))
+    return {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+
+
+@pytest.mark.parametrize(("file", "test"), NAMED)
+def test_what_the_tables_name_exists(file: str, test: str) -> None:
+    """Every test that the tables name is there."""
+    assert test in names_in(file)
+
+
+def test_every_line_names_a_test() -> None:
+    """A promise without a test is no line of a table."""
+    assert [line for line in LINES if " test_" not in line.rpartition(": ")[2]] == []
+    assert len(NAMED) > 150

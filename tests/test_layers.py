@@ -1,4 +1,4 @@
-"""memws.py reads from ground to roof: a section names only what the table allows, and keeps what is its own."""
+"""memws.py reads from ground to roof: a section names only what the table allows, and the whole stays small."""
 
 import ast
 import re
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-# Number, name, and the sections that it may name; all may name the header's. 10 comes with the panel.
+import memws
+
+# Number, name, and the sections that it may name; all may name the header's.
 TABLE: dict[int, tuple[str, set[int]]] = {
     0: ("Header", set()),
     1: ("Constants", set()),
@@ -19,7 +21,7 @@ TABLE: dict[int, tuple[str, set[int]]] = {
     4: ("Memory", {1, 2}),
     5: ("Store", {1, 2, 3, 4}),
     6: ("LLM", {1, 2, 3, 4}),
-    7: ("Tools", {1, 2, 4, 5}),
+    7: ("Tools", {1, 2, 3, 4, 5}),
     8: ("Agent", {1, 2, 3, 4, 5, 6, 7}),
     9: ("Client", {1, 2, 3}),
     10: ("Panel", {1, 2, 3, 9}),
@@ -27,7 +29,9 @@ TABLE: dict[int, tuple[str, set[int]]] = {
     12: ("CLI", set(range(1, 12))),
 }
 # JSON and events are everybody's: sections without the rest of Wire may name these.
-CODEC = {"encode_json", "decode_json", "decode_loose", "decode_first"}
+CODEC = {"encode_json", "decode_json", "Event"}
+LINES, LONGEST, NINE_IN_TEN, MEDIAN = 7_500, 60, 30, 8
+"""Lines of the file without the panel's section, and of its functions."""
 RUN_TIME = {"websockets", *sys.stdlib_module_names}
 SQL = re.compile(
     r"\b(SELECT\s.+\sFROM|INSERT\s+(OR\s+\w+\s+)?INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|(CREATE|ALTER|DROP)\s+\w+|"
@@ -40,7 +44,7 @@ class Module:
     """The text of memws.py, cut into its sections."""
 
     def __init__(self, text: str) -> None:
-        self.tree = ast.parse(text)
+        self.text, self.tree = text, ast.parse(text)
         found = re.finditer(r"^# =+\n# (\d+)\. (.+)\n# =+$", text, re.MULTILINE)
         self.banners = [(int(match[1]), match[2], text.count("\n", 0, match.start())) for match in found]
 
@@ -48,6 +52,12 @@ class Module:
     def statements(self) -> list[tuple[int, ast.stmt]]:
         """Top-level statements, each with its section's number; what comes before the first banner is the header."""
         return [(self.section(statement.lineno), statement) for statement in self.tree.body]
+
+    @cached_property
+    def scopes(self) -> list[tuple[int, str, symtable.SymbolTable]]:
+        """Top-level statements, each a module of its own, so that Python itself tells local names from global ones."""
+        found = [(section, ast.unparse(statement)) for section, statement in self.statements]
+        return [(section, text.splitlines()[0], symtable.symtable(text, "memws.py", "exec")) for section, text in found]
 
     def section(self, line: int) -> int:
         """The number of the section that a line stands in."""
@@ -57,8 +67,8 @@ class Module:
     def homes(self) -> dict[str, int]:
         """The section that each top-level name comes from."""
         homes: dict[str, int] = {}
-        for section, statement in self.statements:
-            for symbol in scope_of(statement).get_symbols():
+        for section, _, scope in self.scopes:
+            for symbol in scope.get_symbols():
                 if symbol.is_assigned() or symbol.is_imported():
                     homes.setdefault(symbol.get_name(), section)
         return homes
@@ -67,31 +77,16 @@ class Module:
     def uses(self) -> list[tuple[int, str, str]]:
         """What sections name, local names aside: (section, the statement's first line, name)."""
         return [
-            (section, ast.unparse(statement).splitlines()[0], name)
-            for section, statement in self.statements
-            for name in sorted(global_names(scope_of(statement)))
+            (section, first_line, name)
+            for section, first_line, scope in self.scopes
+            for name in sorted(global_names(scope))
         ]
-
-    @cached_property
-    def events(self) -> set[str]:
-        """Wire's classes of events: Event and what derives from it."""
-        events = {"Event"}
-        for section, statement in self.statements:
-            if section == 3 and isinstance(statement, ast.ClassDef):
-                bases = {base.id for base in statement.bases if isinstance(base, ast.Name)}
-                events |= {statement.name} if bases & events else set()
-        return events
 
     def nodes(self) -> Iterator[tuple[int, ast.AST]]:
         """Every node, with the number of its section."""
         for section, statement in self.statements:
             for node in ast.walk(statement):
                 yield section, node
-
-
-def scope_of(statement: ast.stmt) -> symtable.SymbolTable:
-    """One top-level statement as a module of its own, so that Python itself tells local names from global ones."""
-    return symtable.symtable(ast.unparse(statement), "memws.py", "exec")
 
 
 def global_names(scope: symtable.SymbolTable) -> set[str]:
@@ -110,7 +105,7 @@ def upward_names(module: Module) -> list[str]:
     faults = []
     for section, statement, name in module.uses:
         home = module.homes.get(name, 0)
-        is_shared = home == 3 and name in CODEC | module.events and section > 3
+        is_shared = home == 3 and name in CODEC and section > 3
         if home not in {0, section} | TABLE[section][1] and not is_shared:
             faults.append(f"{TABLE[section][0]} names {name} of {TABLE[home][0]}: {statement}")
     return faults
@@ -210,28 +205,39 @@ def map_and_banners(module: Module) -> list[str]:
     return faults + ([f"the order is {order}"] if order != sorted(set(order) & TABLE.keys()) else [])
 
 
+def too_long(module: Module) -> list[str]:
+    """Functions fit in the eye: the longest, nine in ten and the median; and so does the file, but for the panel."""
+    functions = {
+        f"{node.name} in line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1
+        for _, node in module.nodes()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    sizes = sorted(functions.values()) or [0]
+    faults = [f"{size} lines: {name}" for name, size in functions.items() if size > LONGEST]
+    for share, tenths, most in (("nine in ten", 9, NINE_IN_TEN), ("half", 5, MEDIAN)):
+        size = sizes[max(0, -(-tenths * len(sizes) // 10) - 1)]
+        faults += [f"{share} of the functions have up to {size} lines, more than {most}"] if size > most else []
+    ends = [start for _, _, start in module.banners[1:]] + [module.text.count("\n") + 1]
+    panel = [end - start for (number, _, start), end in zip(module.banners, ends, strict=True) if number == 10]
+    lines = module.text.count("\n") - sum(panel)
+    return faults + ([f"{lines} lines, more than {LINES}"] if lines > LINES else [])
+
+
 Rule = Callable[[Module], list[str]]
-RULES: list[Rule] = [
-    upward_names,
-    tricks,
-    heavy_imports,
-    runs_data,
-    sql_outside_store,
-    json_outside_wire,
-    map_and_banners,
-]
+RULES: list[Rule] = [upward_names, tricks, heavy_imports, runs_data, sql_outside_store, json_outside_wire]
+RULES += [map_and_banners, too_long]
 
 
 @pytest.fixture(scope="module")
-def memws() -> Module:
-    """The module of this repository."""
-    return Module(Path(__file__).parent.with_name("memws.py").read_text("utf-8"))
+def whole() -> Module:
+    """The module that is tested."""
+    return Module(Path(memws.__file__).read_text("utf-8"))
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_memws(memws: Module, rule: Rule) -> None:
+def test_memws(whole: Module, rule: Rule) -> None:
     """memws.py breaks no rule."""
-    assert rule(memws) == []
+    assert rule(whole) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,14 +262,21 @@ PLANTED: dict[str, tuple[Rule, str]] = {
     "def f():\n try: pass\n except sqlite3.Error: pass": (sql_outside_store, "sqlite3: def f():"),
     "limit = json.loads('1')": (json_outside_wire, "json: limit = json.loads('1')"),
     "# ====\n# 13. Cellar\n# ====": (map_and_banners, "13. is 'Cellar' in its banner and None in the map"),
+    "def f():\n" + " pass\n" * 60: (too_long, "61 lines: f in line 23"),
+    "def f():\n pass\n pass\n pass\n pass\n pass\n pass\n pass\n pass\n" * 9: (
+        too_long,
+        "half of the functions have up to 9 lines, more than 8",
+    ),
+    "def f():\n" + " pass\n" * 30: (too_long, "nine in ten of the functions have up to 31 lines, more than 30"),
+    "\n" * 7_500: (too_long, "7576 lines, more than 7500"),
 }
 ALLOWED = ["", "def f(Server): return Server", "def f(mode: Literal['off'] = 'off'): 'Run SELECT a FROM b.'"]
 
 
 def sample(planted: str = "") -> Module:
     """A module in miniature, with a line planted among its constants."""
-    bodies = {1: planted, 3: "class Event: pass\nclass Reply(Event): pass\ndef decode_json(): return json.loads"}
-    bodies |= {4: "def f() -> Reply: return decode_json()", 5: "def read(): return sqlite3.Row, 'SELECT a FROM b'"}
+    bodies = {1: planted, 3: "Event = dict\nclass Reply: pass\ndef decode_json(): return json.loads"}
+    bodies |= {4: "def f() -> Event: return decode_json()", 5: "def read(): return sqlite3.Row, 'SELECT a FROM b'"}
     bodies |= {11: "class Server:\n    def start(self): import openai", 12: "Server().start()"}
     titles = {number: f"{name}: words" for number, (name, _) in TABLE.items()}
     contents = "\n".join(f"    {number}. {title}" for number, title in titles.items())
@@ -272,7 +285,7 @@ def sample(planted: str = "") -> Module:
     return Module("\n".join(parts))
 
 
-@pytest.mark.parametrize("planted", PLANTED)
+@pytest.mark.parametrize("planted", PLANTED, ids=range(len(PLANTED)))
 def test_rule_sees_fault(planted: str) -> None:
     """A planted fault is found by its rule."""
     rule, fault = PLANTED[planted]

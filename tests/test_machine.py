@@ -1,7 +1,7 @@
 """The whole protocol as a state machine: whatever clients do in whatever order, a model of it knows what must come.
 
 Each step is one request of one client, of which the next thing is known: its answer, its refusal, its code. After each
-step an auditor reads what the touched agents have stored, and every client must have got exactly its share of it.
+step an auditor reads what the agents have stored, and every client must have got exactly its share of it.
 """
 
 import asyncio
@@ -17,38 +17,31 @@ from typing import Any, ClassVar
 import pytest
 from endpoint import Body, Endpoint, Reply, greet
 from websockets.asyncio.client import connect
-from wire import JSON, LIMIT, Wire, is_terminal
+from wire import JSON, LIMIT, Wire, is_terminal, messages_of
 
 import memws
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 SEEDS = int(os.environ.get("MEMWS_TEST_SEEDS", "3"))
 BOUNDED = settings(
-    max_examples=10 * SEEDS,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=SEEDS <= 3,
-    database=None,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
+    max_examples=10 * SEEDS, stateful_step_count=40, deadline=None, derandomize=SEEDS <= 3, database=None,
+    report_multiple_bugs=False, suppress_health_check=list(HealthCheck), phases=[Phase.generate],
+)  # fmt: skip
 NAMES = ("ada", "sam", "Zoë", "日本")
 WATCHED: tuple[tuple[str, ...], ...] = ((), ("*",), ("queue", "memory_change"))
 "What clients ask for in hello; nothing is the classic types."
 HELD, BROKEN, REFUSED, TOOL, EDIT, PLAIN = "held", "broken", "refused", "tool", "edit", "plain"
-
-
+KINDS = (HELD, PLAIN, HELD, EDIT, HELD, TOOL, PLAIN, BROKEN, REFUSED)
 numbers = st.integers(0, 9)
-ACTIONS = (
-    ["say"] * 12 + ["resend"] * 6 + ["subscribe"] * 4 + ["cancel"] * 4 + ["go_on"] * 3 + ["delete"] * 3 + ["rename"] * 2
-    + ["restore"] * 2 + ["create"] * 2 + ["connect", "connect", "disconnect", "load"] + ["unsubscribe"] * 2
-    + ["set_block", "passage", "work", "restart", "restart", "restart"]
-)  # fmt: skip
+OFTEN = {"say": 12, "resend": 6, "subscribe": 4, "cancel": 4, "go_on": 3, "delete": 3, "restart": 3, "rename": 2,
+         "restore": 2, "create": 2, "connect": 2, "unsubscribe": 2}  # fmt: skip
+ACTIONS = [action for action, times in OFTEN.items() for _ in range(times)]
+ACTIONS += ["disconnect", "load", "set_block", "passage", "work"]
 "What clients do, as often as they do it."
 
 
@@ -61,32 +54,25 @@ class Mind:
     """The model behind the endpoint: the user's words say what it does."""
 
     def __init__(self) -> None:
-        self.tries: dict[str, int] = {}
+        self.tried: set[str] = set()
 
     def __call__(self, body: Body) -> Reply:
-        said = next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), "")
-        kind = next((word for word in (HELD, BROKEN, REFUSED, TOOL, EDIT) if f"{word} of" in str(said)), PLAIN)
+        said = str(next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), ""))
+        kind = next((word for word in set(KINDS) if f"{word} of" in said), PLAIN)
         if body["messages"][-1]["role"] == "tool" or "tools" not in body:
             return greet(body)
-        if kind == HELD:
-            return Reply("Let me think about it for a long while.", stall_after=2)
-        if kind == BROKEN and self.tries.setdefault(said, 0) == 0:
-            self.tries[said] += 1
+        if kind == BROKEN and said not in self.tried:
+            self.tried.add(said)
             return Reply("Well, well, well.", cut_after=2)
-        if kind == REFUSED:
-            return Reply(status=401)
-        if kind == TOOL:
-            return Reply("Hm.", calls=[("note", {"number": 1}), ("note", {"number": 2, "request_heartbeat": True})])
-        if kind == EDIT:
-            edit = ("core_memory_append", {"name": "human", "content": "x"})
-            return Reply(
-                calls=[
-                    edit,
-                    ("archival_memory_insert", {"content": "A walrus."}),
-                    ("send_message", {"message": "Yes."}),
-                ]
-            )
-        return greet(body)
+        edit = ("core_memory_append", {"name": "human", "content": "x"})
+        insert = ("archival_memory_insert", {"content": "A walrus."})
+        replies = {
+            HELD: Reply("Let me think about it for a long while.", stall_after=2),
+            REFUSED: Reply(status=401),
+            TOOL: Reply("Hm.", calls=[("note", {"number": 1}), ("note", {"number": 2, "request_heartbeat": True})]),
+            EDIT: Reply(calls=[edit, insert, ("send_message", {"message": "Yes."})]),
+        }
+        return replies.get(kind) or greet(body)
 
 
 @dataclasses.dataclass(eq=False)
@@ -104,23 +90,28 @@ class Someone:
     """What is known of an agent."""
 
     name: str
-    floor: int = 0
-    "Its next events are above: the last seq that was given under its name when it took that."
-    events: list[JSON] = dataclasses.field(default_factory=list)
-    "What it has stored, as the auditor read it."
-    sent: dict[str, Sent] = dataclasses.field(default_factory=dict)
-    "Every turn that was taken up."
+    floor: int = 0  # its next events are above: the last seq that was given under its name when it took that
+    events: list[JSON] = dataclasses.field(default_factory=list)  # what it has stored, as the auditor read it
+    sent: dict[str, Sent] = dataclasses.field(default_factory=dict)  # every turn that was taken up and not lost
     running: Sent | None = None
     waiting: list[Sent] = dataclasses.field(default_factory=list)
-    order: list[str] = dataclasses.field(default_factory=list)
-    "Its turns in the order in which they had to begin."
-    lost: set[str] = dataclasses.field(default_factory=set)
-    "Turns that waited when their sender or their server left: nobody was promised anything."
+    order: list[str] = dataclasses.field(default_factory=list)  # its turns as they had to begin
     passages: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def last_seq(self) -> int:
         return max(self.floor, int(self.events[-1]["seq"]) if self.events else 0)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def lose(self) -> None:
+        """Nobody was promised anything about what waits; what runs has had its end."""
+        for item in self.waiting:
+            del self.sent[item.turn_id]
+        self.waiting.clear()
+        self.running = None
 
 
 class Person:
@@ -131,15 +122,23 @@ class Person:
         self.current: Someone | None = None
         self.subscribed: set[Someone] = set()
         self.cursor: dict[Someone, int] = {}
-        self.read = 0
+        self.read = len(wire.frames)
 
     def wants(self, event: JSON) -> bool:
         if event["type"] != "agent_response" or self.types == ("*",):
             return True
         return event["message_type"] in (self.types or memws.CLASSIC_TYPES)
 
+    def unread(self) -> list[JSON]:
+        """The frames that have come since the last look."""
+        frames, self.read = self.wire.frames[self.read :], len(self.wire.frames)
+        return frames
 
-def bare(frame: JSON) -> JSON:
+    async def refused(self, command: str, code: str, **fields: Any) -> None:
+        assert (await self.wire.refused(command, **fields))["code"] == code
+
+
+def stored(frame: JSON) -> JSON:
     """An event as it is stored: whose name it goes out under and whose request it answers is not part of it."""
     return {key: value for key, value in frame.items() if key not in ("id", "agent_name")}
 
@@ -157,43 +156,30 @@ class World(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.live: dict[str, Someone] = {}
-        self.aside: dict[str, list[Someone]] = {}
-        "Deleted and not purged, oldest first."
-        self.floors: dict[str, int] = {}
-        "The highest seq seen under each name that was given up."
+        self.aside: dict[str, list[Someone]] = {}  # deleted and not purged, oldest first
+        self.floors: dict[str, int] = {}  # the highest seq of a deleted agent by name
         self.present: list[Person] = []
         self.count = itertools.count(1)
-        self.steps = 0
-        "Steps since the server was started."
+        self.steps = 0  # since the server was started
         self.crashed = False
         self.db = self.folder / f"world{next(self.worlds)}.db"
         World.endpoint.default = Mind()
-        World.endpoint.requests.clear()
-        World.endpoint.bodies.clear()
-        World.endpoint.headers.clear()
+        for record in (World.endpoint.requests, World.endpoint.bodies, World.endpoint.headers):
+            record.clear()
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:
         self.steps += 1
-
-        async def limited() -> Any:
-            async with asyncio.timeout(2 * LIMIT):
-                return await work
-
-        return self.runner.run(limited())
+        return self.runner.run(asyncio.wait_for(work, LIMIT))
 
     @initialize(types=st.lists(st.sampled_from(WATCHED), min_size=2, max_size=3))
     def begin(self, types: list[tuple[str, ...]]) -> None:
         """A server, some clients, and an agent of each that has begun to talk."""
         self.start()
-        self.auditor = self.do(self.enter(("*",), audit=True))
         for each, name in zip(types, NAMES, strict=False):
             person = self.do(self.enter(each))
             self.do(self.create(person, name))
             self.do(self.say(person, None, PLAIN, "queue"))
-
-    def person(self, number: int) -> Person:
-        """One of those who are there."""
-        return self.present[number % len(self.present)]
+        self.do(self.check())
 
     def named(self, number: int, name: str) -> str:
         """The name of an agent, of one that is busy first of all; now and then of none."""
@@ -203,21 +189,18 @@ class World(RuleBasedStateMachine):
         return known[number % len(known)] if known and number < 8 else name
 
     def start(self) -> None:
-        self.server = memws.WebSocketServer(
-            "127.0.0.1", 0, db=str(self.db), model="test-model", base_url=self.endpoint.url, api_key="sk-x",
-            sync="normal", rate_limit=0,
-        )  # fmt: skip
+        options = {"model": "test-model", "base_url": self.endpoint.url, "api_key": "sk-x", "sync": "normal"}
+        self.server = memws.WebSocketServer("127.0.0.1", 0, db=str(self.db), **options)
         self.server.tool(note)
         self.server.start()
+        self.auditor = self.do(self.enter(("*",), audit=True))
 
     async def enter(self, types: tuple[str, ...], audit: bool = False) -> Person:
-        websocket = await connect(
-            self.server.url, compression=None, max_size=memws.MAX_FRAME, max_queue=None, proxy=None
-        )
-        person = Person(Wire(websocket), types)
+        options: JSON = {"compression": None, "max_size": memws.MAX_FRAME, "max_queue": None, "proxy": None}
+        wire = Wire(await connect(self.server.url, **options))
         if types:
-            await person.wire.ok("hello", message_types=list(types))
-        person.read = len(person.wire.frames)
+            await wire.ok("hello", message_types=list(types))
+        person = Person(wire, types)
         if not audit:
             self.present.append(person)
             person.cursor = {agent: agent.last_seq for agent in self.live.values()}
@@ -239,11 +222,9 @@ class World(RuleBasedStateMachine):
         await self.release()
         await self.check()
         for agent in self.live.values():
-            replay = await self.replay(agent, 0)
-            assert [bare(frame) for frame in replay] == agent.events
-            self.check_turns(agent)
-            texts = [item["text"] for item in await self.messages(agent) if item["role"] == "user"]
-            assert texts == [event["message"] for event in agent.events if event.get("message_type") == "user_message"]
+            assert [stored(frame) for frame in await self.replay(agent, 0)] == agent.events
+            said = [event["message"] for event in agent.events if event.get("message_type") == "user_message"]
+            assert await messages_of(self.auditor.wire, agent.name) == said
             mended = (await self.auditor.wire.ok("load_agent", name=agent.name))["repaired"]
             assert mended == [] or self.crashed
         assert self.endpoint.refusals == []
@@ -259,65 +240,56 @@ class World(RuleBasedStateMachine):
     async def replay(self, agent: Someone, after: int) -> list[JSON]:
         """The stored events of an agent above a seq, through a subscription."""
         wire = self.auditor.wire
-        last_seq = (await wire.ok("subscribe", agent_name=agent.name, after=after))["last_seq"]
-        frames = []
-        if last_seq > agent.last_seq or (agent.events and after < agent.events[-1]["seq"]):
-            last = last_seq if last_seq > agent.last_seq else agent.events[-1]["seq"]
-            frames = [frame for frame in await wire.until(lambda frame: frame.get("seq") == last) if "seq" in frame]
+        last = (await wire.ok("subscribe", agent_name=agent.name, after=after))["last_seq"]
+        if last == agent.last_seq:  # it may be a seq of an earlier agent of the name
+            last = agent.events[-1]["seq"] if agent.events else 0
+        frames = await wire.until(lambda frame: frame.get("seq") == last) if last > after else []
         await wire.ok("unsubscribe", agent_name=agent.name)
-        return frames
+        return [frame for frame in frames if "seq" in frame]
 
-    async def found(self, agent: Someone) -> None:
-        """An agent took a name: its seqs go on above all that were given under that."""
-        floor = (await self.auditor.wire.ok("get_agent", agent_name=agent.name))["last_seq"]
-        assert floor >= max(agent.last_seq, self.floors.get(agent.name, 0))
+    async def named_anew(self, agent: Someone, name: str) -> None:
+        """An agent took a name: its seqs go on above all that were given under that by deleted ones."""
+        agent.name = name
+        self.live[name] = agent
+        floor = (await self.auditor.wire.ok("get_agent", agent_name=name))["last_seq"]
+        assert floor >= max(agent.last_seq, self.floors.get(name, 0))
         agent.floor = floor
         for person in self.present:
             person.cursor.setdefault(agent, agent.last_seq)
-
-    async def messages(self, agent: Someone) -> list[JSON]:
-        found: list[JSON] = []
-        before = None
-        while True:
-            page = await self.auditor.wire.ok("get_messages", agent_name=agent.name, before=before, limit=200)
-            found[:0] = page["messages"]
-            if not page["more"]:
-                return found
-            before = found[0]["id"]
 
     async def check(self) -> None:
         """Read what agents have stored since the last step; every client has got its share of it, in order."""
         for agent in self.live.values():
             for frame in await self.replay(agent, agent.last_seq):
-                event = bare(frame)
-                assert event["seq"] == agent.last_seq + 1
-                agent.events.append(event)
+                assert frame["seq"] == agent.last_seq + 1
+                agent.events.append(stored(frame))
             self.check_turns(agent)
         for person in self.present:
             await self.check_person(person)
 
     async def check_person(self, person: Person) -> None:
         await person.wire.ok("list_agents", limit=1)
-        frames, person.read = person.wire.frames[person.read :], len(person.wire.frames)
+        frames = person.unread()
         assert [frame for frame in frames if frame.get("code") == "internal"] == []
+        assert {
+            frame["id"] for frame in frames if "id" in frame and frame["type"] != "agent_response"
+        } <= person.wire.ids
         for agent in self.live.values():
-            cursor = person.cursor.get(agent, 0)
             due = [
                 event
                 for event in agent.events
-                if event["seq"] > cursor and person.wants(event)
+                if event["seq"] > person.cursor.get(agent, 0) and person.wants(event)
                 and (agent in person.subscribed or self.is_own(person, agent, event.get("turn_id")))
             ]  # fmt: skip
-            got = [bare(frame) for frame in frames if "seq" in frame and self.is_of(agent, frame)]
-            assert got == due
+            assert [stored(frame) for frame in frames if "seq" in frame and self.is_of(agent, frame)] == due
             person.cursor[agent] = agent.last_seq
 
     def is_own(self, person: Person, agent: Someone, turn_id: str | None) -> bool:
-        return turn_id is not None and turn_id in agent.sent and agent.sent[turn_id].sender is person
+        return turn_id in agent.sent and agent.sent[str(turn_id)].sender is person
 
     def is_of(self, agent: Someone, frame: JSON) -> bool:
         """Names may change hands between two steps: an event belongs to whom has stored it."""
-        return any(event["seq"] == frame["seq"] and event == bare(frame) for event in reversed(agent.events))
+        return any(event["seq"] == frame["seq"] and event == stored(frame) for event in reversed(agent.events))
 
     def check_turns(self, agent: Someone) -> None:
         """Turns begin in their order and end, once each and one after another, and each says its message once."""
@@ -346,15 +318,15 @@ class World(RuleBasedStateMachine):
     async def release(self) -> None:
         """Let all models that think go on, also those of turns that wait, until every agent is idle."""
         for agent in self.live.values():
-            if agent.running or agent.waiting:
+            if agent.busy:
                 await self.idle(agent, release=True)
 
     async def idle(self, agent: Someone, release: bool) -> None:
-        if release:
-            self.endpoint.release()
-        while (await self.auditor.wire.ok("get_agent", agent_name=agent.name))["turn"] is not None:
+        busy = True
+        while busy:
             if release:
                 self.endpoint.release()
+            busy = (await self.auditor.wire.ok("get_agent", agent_name=agent.name))["turn"] is not None
         agent.order += [item.turn_id for item in agent.waiting]
         agent.running = None
         agent.waiting.clear()
@@ -362,17 +334,13 @@ class World(RuleBasedStateMachine):
     # -- steps --
 
     @rule(
-        action=st.sampled_from(ACTIONS),
-        who=numbers,
-        agent=numbers,
-        pick=st.integers(0, 60),
-        name=st.sampled_from(NAMES),
-        yes=st.booleans(),
-        also=st.booleans(),
-    )
+        action=st.sampled_from(ACTIONS), who=numbers, agent=numbers, pick=st.integers(0, 60),
+        name=st.sampled_from(NAMES), yes=st.booleans(), also=st.booleans(),
+    )  # fmt: skip
     def step(self, action: str, who: int, agent: int, pick: int, name: str, yes: bool, also: bool) -> None:
         """One client does one thing; what else is drawn says whose agent it is about, and how."""
-        if (work := self.choose(action, self.person(who), self.named(agent, name), pick, name, yes, also)) is not None:
+        person = self.present[who % len(self.present)]
+        if (work := self.choose(action, person, self.named(agent, name), pick, name, yes, also)) is not None:
             self.do(work)
             self.do(self.check())
         if action == "restart" and self.steps > 8:
@@ -399,19 +367,16 @@ class World(RuleBasedStateMachine):
             case "rename":
                 return self.rename(person, known, name)
             case "say":
-                kind = (HELD, PLAIN, HELD, EDIT, HELD, TOOL, PLAIN, BROKEN, REFUSED)[pick % 9]
                 busy = "interrupt" if yes and (also or (agent and agent.waiting)) else "reject" if yes else "queue"
-                return self.say(person, None if pick % 5 == 0 else known, kind, busy)
+                return self.say(person, None if pick % 5 == 0 else known, KINDS[pick % 9], busy)
             case "resend" if agent:
-                sent = [turn for turn in agent.sent.values() if turn.text and turn.turn_id not in agent.lost]
-                sent = [turn for turn in sent if turn not in agent.waiting]
+                sent = [turn for turn in agent.sent.values() if turn.text and turn not in agent.waiting]
                 return self.resend(agent, sent[-1 - pick % min(len(sent), 4)], same=yes or also) if sent else None
             case "go_on":
                 return self.release()
             case "cancel":
-                return self.cancel(
-                    person, known, ("waiting" if yes else "running", "waiting", "over", "unknown", None)[pick % 5]
-                )
+                which = ("waiting" if yes else "running", "waiting", "over", "unknown", None)[pick % 5]
+                return self.cancel(person, known, which)
             case "subscribe":
                 return self.subscribe(person, known, pick if yes else None, beyond=pick % 7 == 0)
             case "unsubscribe" if person.subscribed:
@@ -424,94 +389,85 @@ class World(RuleBasedStateMachine):
                 return self.work(person, agent, "wake" if yes else "compact")
         return None
 
-    # -- coming and going --
+    # -- coming and going, agents --
 
     async def leave(self, person: Person, *, abort: bool) -> None:
-        """A client leaves, properly or not; its turn goes on without it."""
+        """A client leaves, properly or not; its turns go on without it."""
         await self.check_person(person)
-        self.present.remove(person)
         self.forget(person)
         if abort:
             person.wire.websocket.transport.abort()
         await person.wire.websocket.close()
 
-    def forget(self, person: Person) -> None:
-        for agent in [*self.live.values(), *itertools.chain(*self.aside.values())]:
-            for sent in agent.sent.values():
-                if sent.sender is person:
-                    sent.sender = None
+    def everyone(self) -> Iterator[Someone]:
+        return itertools.chain(self.live.values(), *self.aside.values())
 
-    # -- agents --
+    def forget(self, person: Person) -> None:
+        self.present.remove(person)
+        for sent in itertools.chain(*(agent.sent.values() for agent in self.everyone())):
+            sent.sender = None if sent.sender is person else sent.sender
 
     async def create(self, person: Person, name: str) -> None:
         config = {"name": name, "tools": ["note"], "max_steps": 6}
         if name in self.live:
-            assert (await person.wire.refused("create_agent", config=config))["code"] == "name_taken"
-        else:
-            assert (await person.wire.ok("create_agent", config=config))["agent_name"] == name
-            agent = self.live[name] = person.current = Someone(name)
-            await self.found(agent)
-        await self.check()
+            return await person.refused("create_agent", "name_taken", config=config)
+        assert (await person.wire.ok("create_agent", config=config))["agent_name"] == name
+        person.current = Someone(name)
+        return await self.named_anew(person.current, name)
 
     async def load(self, person: Person, name: str) -> None:
         if name not in self.live:
-            assert (await person.wire.refused("load_agent", name=name))["code"] == "unknown_agent"
+            await person.refused("load_agent", "unknown_agent", name=name)
         else:
             loaded = await person.wire.ok("load_agent", name=name)
             person.current = self.live[name]
             assert loaded["last_seq"] >= self.live[name].last_seq
-        await self.check()
 
     async def delete(self, person: Person, name: str, force: bool, purge: bool, leave: bool) -> None:
-        agent = self.live.get(name)
-        aside = self.aside.get(name, [])
-        if agent is None:
-            if purge and aside:
-                await person.wire.ok("delete_agent", agent_name=name, purge=True)
-                aside.pop()
-            else:
-                assert (await person.wire.refused("delete_agent", agent_name=name))["code"] == "unknown_agent"
-        elif (agent.running or agent.waiting) and not force:
-            assert (await person.wire.refused("delete_agent", agent_name=name, purge=purge))["code"] == "busy"
+        agent, aside = self.live.get(name), self.aside.get(name, [])
+        fields = {"agent_name": name, "force": force, "purge": purge}
+        if agent is None and purge and aside:
+            await person.wire.ok("delete_agent", **fields)
+            aside.pop()
+        elif agent is None:
+            await person.refused("delete_agent", "unknown_agent", **fields)
+        elif agent.busy and not force:
+            await person.refused("delete_agent", "busy", **fields)
         elif leave and agent.running:
             turn_id = agent.running.turn_id
             await self.auditor.wire.ok("subscribe", agent_name=name)
-            await person.wire.request("delete_agent", agent_name=name, force=True, purge=purge)
+            await person.wire.request("delete_agent", **fields)
             await self.auditor.wire.until(lambda frame: is_terminal(frame) and frame["turn_id"] == turn_id)
-            self.present.remove(person)
             self.forget(person)
             person.wire.websocket.transport.abort()
             await self.auditor.wire.until(lambda frame: frame.get("change") == "deleted")
             await person.wire.websocket.wait_closed()
             await self.gone(agent, purge)
         else:
-            await person.wire.ok("delete_agent", agent_name=name, force=force, purge=purge)
+            await person.wire.ok("delete_agent", **fields)
             await self.gone(agent, purge)
-        await self.check()
 
     async def gone(self, agent: Someone, purge: bool) -> None:
         """An agent was deleted: its turns have ended, its subscribers are told, nobody follows it any more."""
         del self.live[agent.name]
-        agent.lost |= {item.turn_id for item in agent.waiting}
         top = agent.last_seq + 1
         for person in self.present:
+            told = agent in person.subscribed and person.types == ("*",)
             await person.wire.ok("list_agents", limit=1)
-            frames, person.read = person.wire.frames[person.read :], len(person.wire.frames)
-            seqs = [frame["seq"] for frame in frames if frame.get("agent_name") == agent.name and "seq" in frame]
-            top = max([top, *seqs])
-            told = [frame for frame in frames if frame.get("message_type") == "agent_change"]
-            assert len(told) == (agent in person.subscribed and person.types == ("*",))
-            if agent.running is not None and agent.running.sender is person:
-                (end,) = [f for f in frames if is_terminal(f) and f["turn_id"] == agent.running.turn_id]
-                assert end["stop_reason"] == "cancelled"
-            for item in agent.waiting:
-                if item.sender is person:
-                    (refusal,) = [f for f in frames if is_terminal(f) and f["turn_id"] == item.turn_id]
-                    assert "seq" not in refusal
+            frames = person.unread()
+            while told and not any(frame.get("change") == "deleted" for frame in frames):
+                await person.wire.receive()
+                frames += person.unread()
+            top = max([top, *(f["seq"] for f in frames if f.get("agent_name") == agent.name and "seq" in f)])
+            assert len([frame for frame in frames if frame.get("message_type") == "agent_change"]) == told
+            for item in (agent.running, *agent.waiting):
+                if item is not None and item.sender is person:
+                    (end,) = [f for f in frames if is_terminal(f) and f["turn_id"] == item.turn_id]
+                    assert ("seq" in end) == (item is agent.running)
+                    assert end.get("code", end["stop_reason"]) == ("unknown_agent", "cancelled")[item is agent.running]
             person.subscribed.discard(agent)
             person.current = None if person.current is agent else person.current
-        agent.running = None
-        agent.waiting.clear()
+        agent.lose()
         self.floors[agent.name] = max(self.floors.get(agent.name, 0), top)
         if not purge:
             self.aside.setdefault(agent.name, []).append(agent)
@@ -520,53 +476,37 @@ class World(RuleBasedStateMachine):
         to = new_name or name
         arguments = {"agent_name": name} | ({"new_name": new_name} if new_name else {})
         if not self.aside.get(name):
-            assert (await person.wire.refused("restore_agent", **arguments))["code"] == "unknown_agent"
-        elif to in self.live:
-            assert (await person.wire.refused("restore_agent", **arguments))["code"] == "name_taken"
-        else:
-            assert (await person.wire.ok("restore_agent", **arguments))["agent_name"] == to
-            agent = self.aside[name].pop()
-            agent.name = to
-            self.live[to] = agent
-            for frame in await self.stored_since(agent):
-                assert frame["seq"] == agent.last_seq + 1
-                agent.events.append(bare(frame))
-            await self.found(agent)
-        await self.check()
+            return await person.refused("restore_agent", "unknown_agent", **arguments)
+        if to in self.live:
+            return await person.refused("restore_agent", "name_taken", **arguments)
+        assert (await person.wire.ok("restore_agent", **arguments))["agent_name"] == to
+        agent = self.aside[name].pop()
+        await self.read_change(agent, to, "deleted")
+        return await self.named_anew(agent, to)
 
-    async def stored_since(self, agent: Someone) -> list[JSON]:
-        """What a deleted agent stored last: up to the event that tells of its deletion."""
+    async def read_change(self, agent: Someone, name: str, change: str) -> None:
+        """What an agent stored before it took another name, up to the event that tells of that."""
         wire = self.auditor.wire
-        await wire.ok("subscribe", agent_name=agent.name, after=agent.last_seq)
-        frames = await wire.until(lambda frame: frame.get("change") == "deleted" and frame["seq"] > agent.last_seq)
-        await wire.ok("unsubscribe", agent_name=agent.name)
-        return [frame for frame in frames if "seq" in frame]
+        await wire.ok("subscribe", agent_name=name, after=agent.last_seq)
+        frames = await wire.until(lambda frame: frame.get("change") == change and frame["seq"] > agent.last_seq)
+        await wire.ok("unsubscribe", agent_name=name)
+        for frame in frames:
+            if "seq" in frame:
+                assert frame["seq"] == agent.last_seq + 1
+                agent.events.append(stored(frame))
 
     async def rename(self, person: Person, name: str, new_name: str) -> None:
         agent = self.live.get(name)
         arguments = {"agent_name": name, "new_name": new_name}
-        if agent is None:
-            assert (await person.wire.refused("rename_agent", **arguments))["code"] == "unknown_agent"
-        elif agent.running or agent.waiting:
-            assert (await person.wire.refused("rename_agent", **arguments))["code"] == "busy"
-        elif new_name in self.live:
-            assert (await person.wire.refused("rename_agent", **arguments))["code"] == "name_taken"
-        else:
-            await self.check()
-            await person.wire.ok("rename_agent", **arguments)
-            agent.name = new_name
-            del self.live[name]
-            self.live[new_name] = agent
-            wire = self.auditor.wire
-            await wire.ok("subscribe", agent_name=new_name, after=agent.last_seq)
-            event = bare((await wire.until(lambda frame: frame.get("change") == "renamed"))[-1])
-            await wire.ok("unsubscribe", agent_name=new_name)
-            assert event["seq"] == agent.last_seq + 1
-            agent.events.append(event)
-            self.floors[name] = max(self.floors.get(name, 0), event["seq"])
-            await self.found(agent)
-            assert (await person.wire.refused("get_agent", agent_name=name))["code"] == "unknown_agent"
+        if agent is None or agent.busy or new_name in self.live:
+            code = "unknown_agent" if agent is None else "busy" if agent.busy else "name_taken"
+            return await person.refused("rename_agent", code, **arguments)
         await self.check()
+        await person.wire.ok("rename_agent", **arguments)
+        await self.read_change(agent, new_name, "renamed")
+        del self.live[name]
+        await self.named_anew(agent, new_name)
+        return await person.refused("get_agent", "unknown_agent", agent_name=name)
 
     # -- talk --
 
@@ -577,11 +517,12 @@ class World(RuleBasedStateMachine):
         fields = {"turn_id": sent.turn_id, "when_busy": busy} | ({"agent_name": name} if name else {})
         asked = len(self.endpoint.requests)
         sent.request_id = await person.wire.say(str(sent.text), **fields)
+        waits = sum(item.sender is person for other in self.live.values() for item in other.waiting)
         if agent is None:
             await self.refusal(person, sent, "unknown_agent" if name else "no_agent")
         elif agent.running and busy == "reject":
             await self.refusal(person, sent, "busy")
-        elif agent.running and self.queued(person) == memws.MAX_WAITING_SESSION:
+        elif agent.running and waits == memws.MAX_WAITING_SESSION:
             await self.refusal(person, sent, "queue_full")
         elif agent.running and busy == "queue":
             agent.sent[sent.turn_id] = sent
@@ -591,38 +532,25 @@ class World(RuleBasedStateMachine):
             agent.running, agent.sent[sent.turn_id] = None, sent
             agent.order.append(sent.turn_id)
             if kind == HELD:
-                await self.begin_held(person, agent, sent, asked)
+                agent.running = sent
+                starts = "agent_response_start"
+                await person.wire.until(lambda frame: frame["type"] == starts and frame.get("id") == sent.request_id)
+                await asyncio.to_thread(self.endpoint.wait_requests, asked + 1)
             else:
                 frames = await person.wire.until(lambda f: is_terminal(f) and f.get("id") == sent.request_id)
-                assert frames[-1]["stop_reason"] == ("error" if kind == REFUSED else "done"), frames[-1]
-                assert frames[-1].get("code") == ("model_auth" if kind == REFUSED else None)
+                reason, code = frames[-1]["stop_reason"], frames[-1].get("code")
+                assert (reason, code) == (("error", "model_auth") if kind == REFUSED else ("done", None))
                 await self.settle(agent)
-        await self.check()
-
-    def queued(self, person: Person) -> int:
-        """How many of a client's messages wait."""
-        return sum(item.sender is person for agent in self.live.values() for item in agent.waiting)
-
-    async def begin_held(self, person: Person, agent: Someone, sent: Sent, asked: int) -> None:
-        """The turn has begun, and its model thinks."""
-        agent.running = sent
-        await person.wire.until(
-            lambda frame: frame["type"] == "agent_response_start" and frame["id"] == sent.request_id
-        )
-        await asyncio.to_thread(self.endpoint.wait_requests, asked + 1)
 
     async def refusal(self, person: Person, sent: Sent, code: str) -> None:
-        frames = await person.wire.until(lambda frame: frame.get("id") == sent.request_id)
-        assert (frames[-1]["type"], frames[-1]["code"]) == ("agent_response_error", code)
-        assert frames[-1]["turn_id"] == sent.turn_id
-        assert "seq" not in frames[-1]
+        frame = (await person.wire.until(lambda frame: frame.get("id") == sent.request_id))[-1]
+        assert (frame["type"], frame["code"], frame["turn_id"]) == ("agent_response_error", code, sent.turn_id)
+        assert "seq" not in frame
 
     async def resend(self, agent: Someone, sent: Sent, same: bool) -> None:
-        stranger = await self.enter(("*",), audit=True)
-        wire = stranger.wire
-        request_id = await wire.say(
-            str(sent.text) if same else "another text", agent_name=agent.name, turn_id=sent.turn_id
-        )
+        wire = (await self.enter(("*",), audit=True)).wire
+        fields = {"agent_name": agent.name, "turn_id": sent.turn_id}
+        request_id = await wire.say(str(sent.text) if same else "another text", **fields)
         told = [event for event in agent.events if event.get("turn_id") == sent.turn_id]
         if not same:
             (frame,) = await wire.until(is_terminal)
@@ -630,23 +558,20 @@ class World(RuleBasedStateMachine):
         else:
             frames = await wire.until(lambda frame: frame.get("seq") == told[-1]["seq"])
             ends = 2 if is_terminal(told[-1]) else 1
-            assert [bare(frame) for frame in frames if "seq" in frame] == told
+            assert [stored(frame) for frame in frames if "seq" in frame] == told
             assert [frame["id"] for frame in frames if frame["type"] != "agent_response"] == [request_id] * ends
         wire.websocket.transport.abort()
         await wire.websocket.wait_closed()
-        await self.check()
 
     async def cancel(self, person: Person, name: str, which: str | None) -> None:
         agent = self.live.get(name)
         if agent is None:
-            assert (await person.wire.refused("cancel", agent_name=name))["code"] == "unknown_agent"
-            return
+            return await person.refused("cancel", "unknown_agent", agent_name=name)
         over = [event["turn_id"] for event in agent.events if is_terminal(event)]
         if which == "waiting" and agent.waiting:
             item = agent.waiting.pop()
-            answer = await person.wire.ok("cancel", agent_name=name, turn_id=item.turn_id)
-            assert answer == {"state": "removed"}
             del agent.sent[item.turn_id]
+            assert await person.wire.ok("cancel", agent_name=name, turn_id=item.turn_id) == {"state": "removed"}
             if item.sender is not None:
                 await item.sender.wire.ok("list_agents", limit=1)
                 frames = item.sender.wire.frames
@@ -655,79 +580,61 @@ class World(RuleBasedStateMachine):
         elif which == "over" and over:
             assert await person.wire.ok("cancel", agent_name=name, turn_id=over[0]) == {"state": "over"}
         elif which == "unknown":
-            code = (await person.wire.refused("cancel", agent_name=name, turn_id="never seen"))["code"]
-            assert code == "unknown_turn"
+            await person.refused("cancel", "unknown_turn", agent_name=name, turn_id="never seen")
         elif agent.running is not None:
             chosen = {} if which is None else {"turn_id": agent.running.turn_id}
             assert await person.wire.ok("cancel", agent_name=name, **chosen) == {"state": "cancelling"}
             await self.settle(agent)
         elif which is None:
             assert await person.wire.ok("cancel", agent_name=name) == {"state": "over"}
-        await self.check()
+        return None
 
-    # -- following --
+    # -- following, memory --
 
     async def subscribe(self, person: Person, name: str, after: int | None, beyond: bool) -> None:
         agent = self.live.get(name)
         if agent is None:
-            assert (await person.wire.refused("subscribe", agent_name=name))["code"] == "unknown_agent"
-            return
-        await self.check()
+            return await person.refused("subscribe", "unknown_agent", agent_name=name)
         if beyond:
-            error = await person.wire.refused("subscribe", agent_name=name, after=10**9)
-            assert error["code"] == "unknown_seq"
-        else:
-            seq = None if after is None else min(after, agent.last_seq)
-            answer = await person.wire.ok("subscribe", agent_name=name, **({} if seq is None else {"after": seq}))
-            assert answer["last_seq"] >= agent.last_seq
-            person.subscribed.add(agent)
-            person.cursor[agent] = agent.last_seq if seq is None else seq
-            due = [event for event in agent.events if event["seq"] > person.cursor[agent] and person.wants(event)]
-            if due:
-                await person.wire.until(lambda frame: frame.get("seq") == due[-1]["seq"])
+            return await person.refused("subscribe", "unknown_seq", agent_name=name, after=10**9)
         await self.check()
+        seq = None if after is None else min(after, agent.last_seq)
+        answer = await person.wire.ok("subscribe", agent_name=name, **({} if seq is None else {"after": seq}))
+        assert answer["last_seq"] >= agent.last_seq
+        person.subscribed.add(agent)
+        person.cursor[agent] = agent.last_seq if seq is None else seq
+        due = [event for event in agent.events if event["seq"] > person.cursor[agent] and person.wants(event)]
+        if due:
+            await person.wire.until(lambda frame: frame.get("seq") == due[-1]["seq"])
+        return None
 
     async def unsubscribe(self, person: Person, agent: Someone) -> None:
         await person.wire.ok("unsubscribe", agent_name=agent.name)
         person.subscribed.discard(agent)
-        await self.check()
-
-    # -- memory --
 
     async def set_block(self, person: Person, agent: Someone, old: bool) -> None:
-        (block,) = [
-            b for b in (await person.wire.ok("get_agent", agent_name=agent.name))["blocks"] if b["label"] == "human"
-        ]
-        arguments = {"agent_name": agent.name, "label": "human", "value": f"Number {next(self.count)}"}
+        version = (await person.wire.ok("get_agent", agent_name=agent.name))["blocks"][1]["version"]
+        fields = {"agent_name": agent.name, "label": "human", "value": f"Number {next(self.count)}"}
         if old:
-            error = await person.wire.refused("set_block", **arguments, version=block["version"] + 1)
-            assert error["code"] == "conflict"
-        else:
-            answer = await person.wire.ok("set_block", **arguments, version=block["version"])
-            assert answer == {"label": "human", "version": block["version"] + 1}
-        await self.check()
+            return await person.refused("set_block", "conflict", **fields, version=version + 1)
+        answer = await person.wire.ok("set_block", **fields, version=version)
+        assert answer == {"label": "human", "version": version + 1}
+        return None
 
     async def passage(self, person: Person, agent: Someone, remove: bool) -> None:
         if not remove:
             added = (await person.wire.ok("insert_passage", agent_name=agent.name, text="An otter."))["id"]
             assert added not in agent.passages
             agent.passages.add(added)
-        elif agent.passages:
-            known = max(agent.passages)
-            answer = await person.wire.command("delete_passage", agent_name=agent.name, passage_id=known)
-            assert answer["ok"] or answer["error"]["code"] == "not_found"
-            assert (await person.wire.refused("delete_passage", agent_name=agent.name, passage_id=known))[
-                "code"
-            ] == "not_found"
-        else:
-            assert (await person.wire.refused("delete_passage", agent_name=agent.name, passage_id=10**6))[
-                "code"
-            ] == "not_found"
-        await self.check()
+            return
+        known = {"agent_name": agent.name, "passage_id": max(agent.passages, default=10**6)}
+        answer = await person.wire.command("delete_passage", **known)
+        assert answer["error"]["code"] == "not_found" if answer["ok"] is False else agent.passages
+        await person.refused("delete_passage", "not_found", **known)
 
     async def work(self, person: Person, agent: Someone, command: str) -> None:
         if agent.running:
-            assert (await person.wire.refused(command, agent_name=agent.name))["code"] == "busy"
+            await person.refused(command, "busy", agent_name=agent.name)
         elif command == "wake":
             turn_id = (await person.wire.ok("wake", agent_name=agent.name))["turn_id"]
             agent.sent[turn_id] = Sent(turn_id, None, person)
@@ -737,7 +644,6 @@ class World(RuleBasedStateMachine):
         else:
             answer = await person.wire.command("compact", agent_name=agent.name)
             assert answer["ok"] or answer["error"]["code"] == "not_found", answer
-        await self.check()
 
     # -- the server --
 
@@ -745,14 +651,13 @@ class World(RuleBasedStateMachine):
         """The server stops and starts, or is replaced by one on the file as a crash would leave it in this moment."""
         self.steps = 0
         types = [person.types for person in self.present]
-        self.do(self._stop_or_crash(how))
+        self.do(self.end(how))
         self.start()
-        self.auditor = self.do(self.enter(("*",), audit=True))
         self.do(self.check())
         for each in types:
             self.do(self.enter(each))
 
-    async def _stop_or_crash(self, how: str) -> None:
+    async def end(self, how: str) -> None:
         await self.check()
         stopping, stopped = list(self.present), self.server
         if how == "crash":
@@ -762,29 +667,27 @@ class World(RuleBasedStateMachine):
             shutil.copy(left, self.db)
             shutil.copy(f"{left}-wal", f"{self.db}-wal")
         await asyncio.to_thread(stopped.stop)
-        for person in stopping if how == "stop" else ():
-            await self.told_of_the_stop(person)
         if how == "stop":
+            for person in stopping:
+                await self.told_of_the_stop(person)
             await self.leave_all()
-        for agent in [*self.live.values(), *itertools.chain(*self.aside.values())]:
-            for sent in agent.sent.values():
-                sent.sender = None
-            agent.lost |= {item.turn_id for item in agent.waiting}
-            agent.waiting.clear()
-            agent.running = None
+        for person in stopping:
+            for sent in itertools.chain(*(agent.sent.values() for agent in self.everyone())):
+                sent.sender = None if sent.sender is person else sent.sender
+        for agent in self.everyone():
+            agent.lose()
 
     async def told_of_the_stop(self, person: Person) -> None:
         """Its running turn has its end, what waited is refused, and the connection is closed with 1001."""
         with suppress(AssertionError):
             await person.wire.closed()
         assert person.wire.websocket.close_code == 1001
-        frames = person.wire.frames[person.read :]
+        frames = person.unread()
         for agent in self.live.values():
             for item, code in [(agent.running, None), *((item, "cancelled") for item in agent.waiting)]:
                 if item is not None and item.sender is person:
                     (end,) = [frame for frame in frames if is_terminal(frame) and frame["turn_id"] == item.turn_id]
-                    assert end.get("code") == code
-                    assert ("seq" in end) == (code is None)
+                    assert (end.get("code"), "seq" in end) == (code, code is None)
 
 
 @pytest.fixture

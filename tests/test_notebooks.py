@@ -100,15 +100,6 @@ def test_outputs(path: Path, folder: Path) -> None:
     assert printed(run(path, folder)) == printed(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
 
 
-def test_quickstart_again(folder: Path) -> None:
-    """Run a second time, the quickstart goes on: its panel's copy shows the earlier conversation too."""
-    path = next(path for path in NOTEBOOKS if path.stem == "01_quickstart")
-    run(path, folder)
-    copies = [text for cell in printed(run(path, folder)) for text in cell if "memws-static" in text]
-    assert copies[0].count("Hi, my name is Ada and I like green tea") >= 2
-    assert copies[0].count("What is my name?") >= 2
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_saved(path: Path) -> None:
     """A notebook is saved with outputs, runs in order, names no machine's path, and says how to use a real model."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -21,7 +21,8 @@ LIMIT = 10.0
 MAX_ERROR_BYTES = 4096
 TERMINALS = ("agent_response_end", "agent_response_error")
 
-_DEFINITIONS = memws.protocol_schema()["$defs"]
+SCHEMA = memws.protocol_schema(memws.COMMANDS)
+_DEFINITIONS = SCHEMA["$defs"]
 _VALIDATORS = {name: jsonschema.Draft202012Validator(schema) for name, schema in _DEFINITIONS.items()}
 
 
@@ -64,12 +65,14 @@ class Wire:
     def __init__(self, websocket: ClientConnection) -> None:
         self.websocket = websocket
         self.frames: list[JSON] = []
+        self.ids: set[Any] = set()  # of the requests sent
         self._ids = itertools.count(1)
 
     # -- frames --
 
     async def send(self, **frame: Any) -> None:
         check_request(frame)
+        self.ids.add(frame.get("id"))
         await self.send_raw(frame)
 
     async def send_raw(self, frame: Any) -> None:
@@ -125,6 +128,12 @@ class Wire:
         result: JSON = response["result"]
         return result
 
+    async def edit(self, command: str, **fields: Any) -> tuple[JSON, JSON]:
+        """The result of a command that works, and the one stored event of it, which comes just before or after."""
+        result = await self.ok(command, **fields)
+        (event,) = self.before_answer or [await self.receive()]
+        return result, event
+
     async def refused(self, command: str, **fields: Any) -> JSON:
         """The error of a command that cannot be done."""
         response = await self.command(command, **fields)
@@ -165,7 +174,7 @@ class Wire:
         return (await self.until(is_terminal))[-1]
 
     async def closed(self) -> int | None:
-        """Read until the server has closed the connection; its close code."""
+        """Read until the connection is closed; its close code, None where the peer just died."""
         with contextlib.suppress(ConnectionClosed):
             while True:
                 await self.receive()
@@ -173,8 +182,8 @@ class Wire:
 
 
 @contextlib.asynccontextmanager
-async def wire(server: memws.WebSocketServer, *types: str, **options: Any) -> AsyncIterator[Wire]:
-    """A connection to a server, which asks for `types` of messages where any are named, and always reads."""
+async def wire(server: Any, *types: str, **options: Any) -> AsyncIterator[Wire]:
+    """A connection to what has a `url`, which asks for `types` of messages where any are named, and always reads."""
     settings: JSON = {"compression": None, "max_size": memws.MAX_FRAME, "max_queue": None}
     async with connect(server.url, **(settings | options)) as websocket:
         opened = Wire(websocket)
@@ -183,10 +192,44 @@ async def wire(server: memws.WebSocketServer, *types: str, **options: Any) -> As
         yield opened
 
 
-def shape(frames: list[JSON]) -> list[tuple[str, str]]:
+def shape(frames: Iterable[JSON]) -> list[tuple[str, str]]:
     """(kind, message) of frames, to be compared as a whole."""
     return [(frame.get("message_type", frame["type"]), frame.get("message", "")) for frame in frames]
 
 
-def of_kind(frames: list[JSON], message_type: str) -> list[JSON]:
+def of_kind(frames: Iterable[JSON], message_type: str) -> list[JSON]:
     return [frame for frame in frames if frame.get("message_type") == message_type]
+
+
+def seqs(frames: Iterable[JSON]) -> list[int]:
+    """The seqs of the stored events among frames, as they came."""
+    return [frame["seq"] for frame in frames if frame["type"] in EVENTS and "seq" in frame]
+
+
+EVENTS = ("agent_response", "agent_response_start", *TERMINALS)
+
+
+def bare(frame: JSON) -> JSON:
+    """A frame without the mark of whoever asked for it."""
+    return {name: value for name, value in frame.items() if name != "id" or frame["type"] == "agent_response"}
+
+
+async def events_of(client: Wire, name: str = "sam") -> list[JSON]:
+    """All stored events of an agent, through a subscription from the beginning."""
+    last_seq = (await client.ok("subscribe", agent_name=name, after=0))["last_seq"]
+    frames = await client.until(lambda frame: frame.get("seq") == last_seq) if last_seq else []
+    await client.ok("unsubscribe", agent_name=name)
+    assert seqs(frames) == list(range(1, last_seq + 1))
+    return frames
+
+
+async def messages_of(client: Wire, name: str) -> list[str]:
+    """What an agent's users have said, oldest first."""
+    texts: list[str] = []
+    before = None
+    while True:
+        page = await client.ok("get_messages", agent_name=name, limit=200, before=before)
+        texts[:0] = [message["text"] for message in page["messages"] if message["role"] == "user"]
+        if not page["more"]:
+            return texts
+        before = page["messages"][0]["id"]

@@ -1,17 +1,21 @@
-"""What the benchmarks share: a progress bar, percentiles, the machine, and texts that look like people's."""
+"""What the benchmarks share: a progress bar, percentiles, the machine, processes."""
 
 import contextlib
+import json
 import os
 import platform
 import random
 import sqlite3
+import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
+
+from commandline import environment
 
 import memws
 
@@ -19,8 +23,8 @@ import memws
 class Progress:
     """A bar on standard error, one line that is written over; where nobody looks at it, a line for each new step."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
+        self.total, self.quiet = total, quiet
         self.done = 0
         self._started = time.monotonic()
         self._said = ""
@@ -28,6 +32,8 @@ class Progress:
     def step(self, what: str, done: int = 1) -> None:
         """Say that so much more is done, and what comes now."""
         self.done += done
+        if self.quiet:
+            return
         seconds = time.monotonic() - self._started
         filled = round(30 * self.done / max(1, self.total))
         line = f"[{'#' * filled}{'-' * (30 - filled)}] {self.done}/{self.total} {seconds:4.0f} s  {what}"
@@ -72,19 +78,52 @@ def described(facts: dict[str, str]) -> str:
     return ", ".join(f"{name} {value}" if name not in ("machine", "date") else value for name, value in facts.items())
 
 
-def texts(seed: int = 1, words: int = 20) -> Iterator[str]:
-    """Endless texts of made-up words, common and rare ones as in a language; about every second has "maru" in it."""
-    pick = random.Random(seed)
-    syllables = [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "ai", "on")]
-    vocabulary = list(dict.fromkeys("".join(pick.choices(syllables, k=pick.randint(2, 4))) for _ in range(30_000)))
-    vocabulary = ["maru", *(word for word in vocabulary if word != "maru")]
-    weights = list(accumulate(1 / (rank + 2) ** 0.9 for rank in range(len(vocabulary))))
-    weights = [weight + 0.2 for weight in weights]
-    while True:
-        yield " ".join(pick.choices(vocabulary, cum_weights=weights, k=words))
-
-
 def rows_of(table: Sequence[Sequence[Any]]) -> str:
     """A Markdown table; its first row is the head."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """An environment without settings of memws, in which imported modules keep their bytecode, as they usually do."""
+    return {name: value for name, value in environment(variables).items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+class Peer:
+    """A process of peers.py, while a `with` block lasts."""
+
+    def __init__(self, *command: str, folder: Path) -> None:
+        self._log = (folder / f"{command[0]}-{random.randrange(10**9)}.log").open("w+b")
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).absolute().with_name("peers.py")), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=clean_environment(),
+            cwd=folder,
+        )
+        first = self.line()
+        self.address = first.split()[-1] if first else ""
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline().decode()
+        if not line:
+            self._log.seek(0)
+            raise SystemExit(f"{self._process.args!r} ended:\n{self._log.read().decode()}")
+        return line.rstrip("\n")
+
+    def ask(self, **request: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return json.loads(self.line())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()

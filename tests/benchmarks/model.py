@@ -1,19 +1,15 @@
 """A fake OpenAI-compatible endpoint that costs little: answers are put together from bytes, requests hardly read.
 
-The model's name says what it does: `now` answers at once, `ms-200` after 200 ms, `never` not at all, `big` with 5 MB,
-`pace-600` with 600 tokens at 200 a second, `tool-compute` first calls that tool. Each answer goes through send_message
-and repeats the last mark <<…>> of the request, so that a delivery to the wrong client can be seen; after a tool's
-result that follows the mark `tool-compute` says so too. A request without tools is answered in plain text. GET /last
-gives the body of the last chat request.
+The model's name says what it does: `now` answers at once, `ms-200` after 200 ms, `never` not at all, `tool-compute`
+first calls that tool. Each answer goes through send_message and repeats the last mark <<…>> of the request, so that a
+delivery to the wrong client can be seen; after a tool's result that follows the mark `tool-compute` says so too. A
+request without tools is answered in plain text. GET /last gives the body of the last chat request.
 """
 
 import asyncio
 import json
 import re
 
-PACE = 200
-"""Tokens a second."""
-BIG = 5_000_000
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 _MODEL = re.compile(rb'"model": ?"([^"]+)"')
 _THOUGHT = ("I ", "greet ", "the ", "user ", "and ", "keep ", "it ", "short", ".")
@@ -55,7 +51,6 @@ _BEGIN = event({"role": "assistant", "content": ""}) + b"".join(event({"content"
 _SAY = call("send_message") + b"".join(map(arguments, pieces('{"message": "', 4)))
 _END = event({}, "tool_calls") + event({}, usage=True) + chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
 _PLAIN = event({"role": "assistant", "content": ""}) + event({"content": "They talked, and all went well."}) + _END
-_BIG = b"".join(arguments("word " * 1000) for _ in range(BIG // 5000))
 _CLOSE = arguments('"}')
 
 
@@ -63,7 +58,6 @@ class Model(asyncio.Protocol):
     """One connection."""
 
     last = b"{}"
-    _calls = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -97,25 +91,15 @@ class Model(asyncio.Protocol):
             self._write(_HEAD + _PLAIN)
         elif kind == "never":
             pass
-        elif kind == "pace":
-            self._pace(int(number), asyncio.get_running_loop().time(), _HEAD + _BEGIN + _SAY)
         elif kind == "tool" and body.rfind(b'"role":"tool"') < at:
             self._write(_HEAD + _BEGIN + call(number) + arguments("{}") + _END)
         else:
-            said = _BIG if kind == "big" else b"".join(map(arguments, pieces(f"You said {mark}", 4)))
+            said = b"".join(map(arguments, pieces(f"You said {mark}", 4)))
             answer = _HEAD + _BEGIN + _SAY + said + _CLOSE + _END
             if kind == "ms":
                 asyncio.get_running_loop().call_later(int(number) / 1000, self._write, answer)
             else:
                 self._write(answer)
-
-    def _pace(self, left: int, at: float, data: bytes) -> None:
-        self._write(data)
-        if left:
-            at += 1 / PACE
-            asyncio.get_running_loop().call_at(at, self._pace, left - 1, at, arguments("word "))
-        else:
-            self._write(_CLOSE + _END)
 
     def _write(self, data: bytes) -> None:
         if not self._transport.is_closing():

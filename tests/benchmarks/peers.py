@@ -1,6 +1,7 @@
 """The processes beside the one that measures, each with one part, so that no part's CPU counts as another's.
 
-    python peers.py PART …   model | echo | serve FLAGS… | notebook FLAGS… | bare URL | bystander | crowd
+    python peers.py PART …   model | echo | serve FLAGS… | serve-tool FLAGS… | bare URL | bystander | crowd
+                             search FILE DATA…
 
 A part prints its address, or an empty line, then answers each line of JSON on standard input with one on standard
 output.
@@ -12,16 +13,16 @@ import json
 import os
 import resource
 import runpy
-import sqlite3
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PROGRAM = Path(__file__).absolute().parents[2] / "memws.py"
-sys.path[:0] = [str(PROGRAM.parent), str(Path(__file__).absolute().parent)]
+HERE = Path(__file__).absolute().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 JSON = dict[str, Any]
 
@@ -49,29 +50,11 @@ def memory() -> float:
         return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-commits = 0
-
-
-def count_commits(statement: str) -> None:
-    global commits
-    commits += statement == "COMMIT"
-
-
-def counting_connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
-    """sqlite3.connect, and each commit is counted."""
-    connection: sqlite3.Connection = _connect(*arguments, **options)
-    connection.set_trace_callback(count_commits)
-    return connection
-
-
-_connect = sqlite3.connect
-
-
 def look_inside(request: JSON) -> JSON:
-    """What a server's process used so far: CPU seconds, bytes of memory, commits where they are counted."""
+    """What a server's process used so far: CPU seconds, bytes of memory."""
     if request.get("collect"):
         gc.collect()
-    return {"cpu": time.process_time(), "memory": memory(), "commits": commits}
+    return {"cpu": time.process_time(), "memory": memory()}
 
 
 # ---- servers ---------------------------------------------------------------------------------------------------------
@@ -118,10 +101,9 @@ def compute() -> str:
 
 def serve_memws(*flags: str) -> None:
     """`python memws.py serve FLAGS…`, which also tells what it uses."""
-    if "--count" in flags:
-        sqlite3.connect = counting_connect  # type: ignore[assignment]
     threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
-    sys.argv = [str(PROGRAM), "serve", *(flag for flag in flags if flag != "--count")]
+    program = find_spec("memws")
+    sys.argv = [str(program and program.origin), "serve", *flags]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -134,16 +116,30 @@ def serve_with_tool(*flags: str) -> None:
     sys.exit(memws.main(["serve", *flags]))
 
 
-def serve_notebook(db: str, base_url: str) -> None:
-    """The thread form, with a tool that computes."""
-    import memws
+def serve_search(file: str, *data: str) -> None:
+    """The search of any memws.py, this one's or a former one's, over one agent's growing memory.
 
-    server = memws.WebSocketServer(port=0, db=db, base_url=base_url, model="now", rate_limit=0)
-    server.tool(compute)
-    server.start()
-    say(f"memws listening on {server.url}")
+    {path} makes the database, {rows} fills it up to so many, {insert} stores so many, each with its own commit, {query}
+    asks a list of queries; each answer is how many seconds every one of them took.
+    """
+    sys.path.insert(0, str(Path(file).absolute().parent))
+    from retrieval import Filled, grown, load
+
+    filled: Filled | None = None
+
+    def answer(request: JSON) -> list[float]:
+        nonlocal filled
+        if "path" in request:
+            filled = Filled(request["path"], grown(load(data)))
+        assert filled is not None
+        if "rows" in request:
+            return [filled.insert(request["rows"] - filled.rows)]
+        if "insert" in request:
+            return [filled.insert(1) for _ in range(request["insert"])]
+        return [filled.search(query) for query in request.get("query", ())]
+
     say()
-    answer_requests(look_inside)
+    answer_requests(answer)
 
 
 # ---- clients ---------------------------------------------------------------------------------------------------------
@@ -228,82 +224,29 @@ def bystander() -> None:
     answer_requests(answer)
 
 
-class Listener(asyncio.Protocol):
-    """A WebSocket client that only looks for the end of a turn: a thousand of these cost little."""
-
-    END = b'"agent_response_end"'
-
-    def __init__(self, host: str, frames: list[bytes]) -> None:
-        self._host, self._frames = host, frames
-        self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.answers = 0
-        self.ended = 0.0
-        self.received = 0
-        self._tail = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        head = ["GET / HTTP/1.1", f"Host: {self._host}", "Upgrade: websocket", "Connection: Upgrade"]
-        head += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Version: 13", "", ""]
-        transport.write("\r\n".join(head).encode())
-
-    def data_received(self, data: bytes) -> None:
-        if not self.received:
-            assert b" 101 " in data, data
-            for frame in self._frames:  # masked with zeros, which changes nothing
-                self.transport.write(bytes([0x81, 0x80 | len(frame), 0, 0, 0, 0]) + frame)
-            if not self._frames:
-                self.opened.set_result(None)
-        self.received += len(data)
-        seen = self._tail + data
-        if not self.opened.done():
-            self.answers += data.count(b'"command_response"')
-            if self.answers >= len(self._frames):
-                self.opened.set_result(None)
-        elif self.END in seen:
-            self.ended = time.time()
-        self._tail = seen[-len(self.END) :]
-
-
 def crowd() -> None:
-    """Many quiet connections.
+    """Many quiet connections: {url, count} opens them, {} closes them."""
+    from websockets.asyncio.client import ClientConnection, connect
 
-    {url, count, frames} opens them, {ended: true} tells when each saw a turn end, {} closes them.
-    """
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    listeners: list[Listener] = []
+    connections: list[ClientConnection] = []
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
 
-    async def fill(request: JSON) -> int:
-        host = request["url"].removeprefix("ws://")
-        name, _, port = host.rpartition(":")
-        frames = [json.dumps(frame).encode() for frame in request["frames"]]
-        for _ in range(request["count"]):
-            _, listener = await loop.create_connection(lambda: Listener(host, frames), name, int(port))
-            listeners.append(listener)
-            if len(listeners) % 50 == 0:
-                await asyncio.gather(*(each.opened for each in listeners))
-        await asyncio.gather(*(each.opened for each in listeners))
-        return len(listeners)
+    async def fill(url: str, count: int) -> int:
+        for _ in range(0, count, 20):
+            some = (connect(url, compression=None, ping_interval=None) for _ in range(20))
+            connections.extend(await asyncio.gather(*some))
+        return len(connections)
 
     async def leave() -> int:
-        for listener in listeners:
-            listener.transport.abort()
-        listeners.clear()
+        for connection in connections:
+            connection.transport.abort()
+        connections.clear()
         return 0
 
-    async def ended() -> list[float]:
-        return [each.ended for each in listeners]
-
-    def answer(request: JSON) -> object:
-        work: Coroutine[Any, Any, object] = fill(request) if "url" in request else ended() if request else leave()
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
-
     say()
-    answer_requests(answer)
+    answer_requests(lambda request: loop.run_until_complete(fill(**request) if request else leave()))
 
 
 PARTS: dict[str, Callable[..., None]] = {
@@ -311,10 +254,10 @@ PARTS: dict[str, Callable[..., None]] = {
     "echo": serve_echo,
     "serve": serve_memws,
     "serve-tool": serve_with_tool,
-    "notebook": serve_notebook,
     "bare": bare,
     "bystander": bystander,
     "crowd": crowd,
+    "search": serve_search,
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Disks that fail and files that are damaged: python tests/soak/disk_faults.py [--seed N] [--count N]
 
 The count is that of byte flips, each in a fresh copy of a database, which is then served, talked to and checked. Before
-them each of the first 200 writes of a server fails once, with the file full, locked or read-only meanwhile.
+them each of the first 200 writes of a server fails once, with the file full, locked or read-only meanwhile. What a load
+does not mend, `check` has to find; a backup is the way back.
 """
 
 import asyncio
@@ -19,17 +20,16 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from soaking import GONE, JSON, Soak, client, folder, run, soak_server
+from soaking import GONE, JSON, Soak, check_file, client, folder, run, soak_server, stored
 
 # isort: split
 from commandline import Serving
-from test_kill import Place, bare, events_of, stored, users_messages, wal_size
-from wire import Wire
+from wire import Wire, bare, events_of, messages_of
 
 import memws
 
 WHAT, COUNT = "disks that fail and damaged files", 500
-LEAK = re.compile(r'Traceback|File "|memws\.py|site-packages')
+LEAK = re.compile(r'Traceback|File "|memws\.py(?! check)|site-packages')
 TALK = "My name is Ada and I like otters. What is my name?"
 ERRORS = ["disk I/O error", "database or disk is full", "attempt to write a readonly database", "database is locked"]
 
@@ -45,15 +45,11 @@ def look(soak: Soak, case: str, frame: JSON) -> JSON:
     return frame
 
 
-# ---- writes that fail ------------------------------------------------------------------------------------------------
-
-
 async def failing_writes(soak: Soak, where: Path) -> None:
     """Each of the first writes fails once; what was refused can be sent again, what was told is kept."""
     plan = where / "plan.json"
     told: dict[int, JSON] = {}
     sent: dict[str, str] = {}
-    place = Place(where)
     with soak_server(where, model="offline", sync="normal", fail={"plan": str(plan)}) as server:
         async with client(server, "*") as wire:
             for name in ("sam", "ada"):
@@ -89,7 +85,7 @@ async def failing_writes(soak: Soak, where: Path) -> None:
         if server.end() != 0:
             soak.fault("crash", server.log[-500:])
     with soak.expect("half-written", "the database"):
-        place.check()
+        check_file(where / "memws.db")
 
 
 async def compare(soak: Soak, wire: Wire, told: dict[int, JSON], sent: dict[str, str]) -> None:
@@ -102,7 +98,7 @@ async def compare(soak: Soak, wire: Wire, told: dict[int, JSON], sent: dict[str,
     for seq, frame in told.items():
         if events.get(seq) != frame:
             soak.fault("half-written", f"{seq}: {frame} {events.get(seq)}")
-    texts = await users_messages(wire, "sam")
+    texts = await messages_of(wire, "sam")
     for text in sent.values():
         if texts.count(text) != 1:
             soak.fault("half-written", f"{text!r} is there {texts.count(text)} times")
@@ -111,7 +107,6 @@ async def compare(soak: Soak, wire: Wire, told: dict[int, JSON], sent: dict[str,
 
 async def full_and_locked(soak: Soak, where: Path) -> None:
     """The disk is full, or another program holds the database, at random moments of turns of two agents."""
-    place = Place(where)
     told: dict[int, JSON] = {}
     sent: dict[str, str] = {}
     with soak_server(where, model="offline", sync="normal", constants={"BUSY_TIMEOUT": 0.3}) as server:
@@ -123,7 +118,7 @@ async def full_and_locked(soak: Soak, where: Path) -> None:
                 try:
                     mark = await wire.say(sent[turn_id], agent_name="sam", turn_id=turn_id)
                     await asyncio.sleep(soak.rng.random() * 0.02)
-                    with full_disk(server, where) if fault == "full" else locked_file(place.path):
+                    with full_disk(server, where) if fault == "full" else locked_file(where / "memws.db"):
                         frames = await wire.until(lambda frame, mark=mark: is_end(frame, mark))
                         frames.append(await wire.command("insert_passage", agent_name="ada", text="x"))
                         reading = await wire.command("get_messages", agent_name="sam", limit=3)
@@ -142,7 +137,7 @@ async def full_and_locked(soak: Soak, where: Path) -> None:
         if server.end() != 0:
             soak.fault("crash", server.log[-500:])
     with soak.expect("half-written", "the database"):
-        place.check()
+        check_file(where / "memws.db")
 
 
 def is_end(frame: JSON, mark: str) -> bool:
@@ -154,7 +149,7 @@ def full_disk(server: Serving, where: Path) -> Iterator[None]:
     """No file of the server can grow."""
     pid = server.process.pid
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (wal_size(where), limits[1]))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, ((where / "memws.db-wal").stat().st_size, limits[1]))
     try:
         yield
     finally:
@@ -168,9 +163,6 @@ def locked_file(path: Path) -> Iterator[None]:
         connection.execute("BEGIN IMMEDIATE")
         yield
         connection.execute("ROLLBACK")
-
-
-# ---- damaged files ---------------------------------------------------------------------------------------------------
 
 
 def last_lines() -> str:
@@ -218,10 +210,11 @@ async def use(soak: Soak, case: str, server: memws.WebSocketServer) -> list[bool
     return went_on
 
 
-def check(soak: Soak, case: str, path: Path, *flags: str) -> None:
-    """Whatever was damaged, check and export say so and do not fall over."""
-    for words in (["check", *flags], ["export", "sam"]):
-        out, err = io.StringIO(), io.StringIO()
+def check(soak: Soak, case: str, path: Path) -> bool:
+    """Whatever was damaged, check and export say so and do not fall over; whether check found anything."""
+    found = False
+    for words in (["export", "sam"], ["check"]):
+        out, err = io.TextIOWrapper(io.BytesIO()), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 status = memws.main([*words, "--db", str(path)])
@@ -230,6 +223,8 @@ def check(soak: Soak, case: str, path: Path, *flags: str) -> None:
                 continue
         if status not in (0, 1, 2) or "Traceback" in err.getvalue():
             soak.fault("check or export falls over", f"{case} {words}: {status} {err.getvalue()[-300:]}")
+        found = status != 0
+    return found
 
 
 def damage(rng: random.Random, original: Path, path: Path) -> list[int]:
@@ -260,38 +255,48 @@ def quiet_log() -> Iterator[None]:
         logger.propagate = before
 
 
-async def flips(soak: Soak, where: Path) -> list[int]:
-    """Flip bytes of a copy, serve it, use it, check it; how often no, one, and both agents went on, and no start."""
-    original = await make_database(where)
-    told = [0, 0, 0, 0]
+async def serve(soak: Soak, case: str, path: Path, refused: collections.Counter[str]) -> list[bool]:
+    """Serve a file and use it; whether each of the two agents went on, nothing where it is not served."""
+    server = None
+    try:
+        async with asyncio.timeout(30):
+            server = memws.WebSocketServer("127.0.0.1", 0, db=str(path), model="offline")
+            await asyncio.to_thread(server.start)
+            return await use(soak, case, server)
+    except memws.UsageError as error:
+        refused[str(error).partition("(")[2][:40]] += 1
+    except TimeoutError:
+        soak.fault("hang", case)
+    except GONE as error:
+        soak.fault("connection closed", f"{case}: {error!r}")
+    except Exception:  # start, stop and check raise UsageError and nothing else
+        soak.fault("no clear error", f"{case}: {last_lines()}")
+    finally:
+        if server is not None:
+            await asyncio.to_thread(server.stop)
+    return []
+
+
+async def flips(soak: Soak, where: Path) -> None:
+    """Flip bytes of a copy, check it, serve it, use it; what check did not find did no harm, and a backup has all."""
+    original, backup, path = await make_database(where), where / "backup.db", where / "copy.db"
+    outcomes: collections.Counter[str] = collections.Counter()
     refused: collections.Counter[str] = collections.Counter()
-    path = where / "copy.db"
+    with contextlib.redirect_stderr(io.StringIO()):
+        memws.main(["backup", str(backup), "--db", str(original)])
     for number in range(soak.count):
         places = damage(random.Random(f"{soak.seed} flip {number}"), original, path)
         case = f"flip {number} at {places[:4]}"
-        server = None
-        try:
-            check(soak, case, path)
-            async with asyncio.timeout(30):
-                server = memws.WebSocketServer("127.0.0.1", 0, db=str(path), model="offline", rate_limit=0)
-                await asyncio.to_thread(server.start)
-                told[sum(await use(soak, case, server))] += 1
-        except memws.UsageError as error:
-            told[3] += 1
-            refused[str(error).partition("(")[2][:40]] += 1
-        except TimeoutError:
-            soak.fault("hang", case)
-        except GONE as error:
-            soak.fault("connection closed", f"{case}: {error!r}")
-        except Exception:  # start, stop and check raise UsageError and nothing else
-            soak.fault("no clear error", f"{case}: {last_lines()}")
-        finally:
-            if server is not None:
-                await asyncio.to_thread(server.stop)
-        check(soak, case, path, "--repair")
+        found = check(soak, case, path)
+        went_on = await serve(soak, case, path, refused)
+        outcomes[f"{sum(went_on)} agents went on" if went_on else "not served"] += 1
+        if not found and went_on != [True, True]:
+            soak.fault("damage that check does not find", f"{case}: {went_on}")
         soak.step()
+    if await serve(soak, "the backup", backup, refused) != [True, True]:
+        soak.fault("a backup that is no way back", f"its agents do not go on {refused}")
+    soak.told("flips", dict(outcomes.most_common()))
     soak.told("not served because", dict(refused.most_common(4)))
-    return told
 
 
 async def main(soak: Soak) -> None:
@@ -300,7 +305,7 @@ async def main(soak: Soak) -> None:
         await failing_writes(soak, where)
         await full_and_locked(soak, where)
     with folder() as where, quiet_log():
-        told = await flips(soak, where)
+        await flips(soak, where)
     soak.none("hangs", "hang")
     soak.none("crashes, connections closed", "crash", "connection closed")
     soak.none("tracebacks to a client", "traceback to a client")
@@ -309,8 +314,9 @@ async def main(soak: Soak) -> None:
     soak.none("agents that do not go on after a failed write", "agent does not go on", "other agent does not go on")
     soak.none("reads refused while the disk is full or locked", "no reading meanwhile")
     soak.none("check and export that fall over", "check or export falls over")
+    soak.none("damage that stops an agent, and check does not find", "damage that check does not find")
+    soak.none("backups that are no way back", "a backup that is no way back")
     soak.told("writes that failed", f"{soak.part(200)}; full or locked {soak.part(40)} times")
-    soak.told("flips", f"both agents went on {told[2]}, one {told[1]}, none {told[0]}, not served {told[3]}")
 
 
 if __name__ == "__main__":

@@ -30,9 +30,6 @@ WORKERS = 8
 NAMES = [f"agent{number}" for number in range(12)]
 
 
-# ---- frames ----------------------------------------------------------------------------------------------------------
-
-
 def nested(depth: int) -> Any:
     value: Any = 1
     for number in range(depth):
@@ -61,12 +58,12 @@ COMMANDS: dict[str, JSON] = {
     "get_agent": {}, "update_agent": {"config": {"max_steps": 3, "settings": {"seed": 1}}},
     "rename_agent": {"new_name": "agent2"}, "delete_agent": {"force": True, "purge": True},
     "restore_agent": {"new_name": "agent3"}, "get_messages": {"before": 3, "limit": 3},
-    "search_memory": {"query": "what do I like", "store": "all", "roles": ["user"], "from": "2024-01-01",
+    "search_memory": {"query": "what do I like", "store": "all", "from": "2024-01-01",
                       "to": "2030-01-01", "page": 1, "limit": 3},
     "get_context": {}, "get_request": {"turn_id": "t", "step": 1},
     "set_block": {"label": "human", "value": "Name: Ada", "version": 1}, "insert_passage": {"text": "I like otters"},
-    "delete_passage": {"id": 1}, "cancel": {"turn_id": "t"}, "subscribe": {"after": 0}, "unsubscribe": {}, "wake": {},
-    "compact": {},
+    "delete_passage": {"passage_id": 1}, "cancel": {"turn_id": "t"}, "subscribe": {"after": 0}, "unsubscribe": {},
+    "wake": {}, "compact": {},
 }  # fmt: skip
 
 
@@ -159,9 +156,6 @@ class Maker:
             text = json.dumps(request | {"pad": "p" * 900_000})
         nameless = '"type": "user_message"' in text and marks_of(text) == (None, None)
         return f"{text}x" if nameless else text  # an answer that nobody could tell from others is no case for us
-
-
-# ---- bytes and handshakes --------------------------------------------------------------------------------------------
 
 
 def violation(rng: random.Random) -> bytes:
@@ -307,7 +301,7 @@ class Attack:
         soak = self.soak
         marks = [marks_of(text) for text in batch]
         ids = collections.Counter(known for known, _ in marks if known is not None)
-        turns = {turn for _, turn in marks if turn is not None}
+        turns = {turn for known, turn in marks if turn is not None and known is None}
         sent = json.dumps({"type": "command", "command": "hello", "id": mark})
         answers: collections.Counter[Any] = collections.Counter()
         try:
@@ -338,7 +332,7 @@ class Attack:
         for known, count in answers.items():
             if known is not None and count > ids[known]:
                 mine = [text[:200] for text, (mark, _) in zip(batch, marks, strict=True) if mark == known]
-                soak.fault("answered twice", f"{count} answers: {mine}")
+                soak.fault("answered twice", f"{count} answers to {known!r}: {mine}")
         return True
 
     async def violations(self, rng: random.Random, cases: int) -> None:
@@ -391,7 +385,7 @@ class Attack:
 def marks_of(text: str | bytes) -> tuple[Any, str | None]:
     """The id and, of a user's message, the turn_id that an answer to this frame may have."""
     with contextlib.suppress(ValueError, RecursionError):
-        frame = json.loads(text) if isinstance(text, str) else None
+        frame = memws.clean_value(json.loads(text)) if isinstance(text, str) else None  # as an answer has its id
         if isinstance(frame, dict):
             request_id, turn_id = frame.get("id"), frame.get("turn_id")
             mine = frame.get("type") == "user_message" and isinstance(turn_id, str)
@@ -401,7 +395,7 @@ def marks_of(text: str | bytes) -> tuple[Any, str | None]:
 
 async def main(soak: Soak) -> None:
     with folder() as where:
-        flags = ("--host", "127.0.0.1", "--model", "offline", "--rate-limit", "0", "--sync", "normal")
+        flags = ("--host", "127.0.0.1", "--model", "offline", "--sync", "normal")
         flags += ("--token", TOKEN, "--log-level", "debug")
         variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}  # where nobody answers
         with Serving(*flags, cwd=where, variables=variables) as server:

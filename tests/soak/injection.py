@@ -12,24 +12,23 @@ import json
 import random
 import re
 import sqlite3
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from soaking import JSON, Soak, client, desk, folder, run, soak_server
+from soaking import JSON, Soak, check_file, client, desk, folder, run, soak_server
 
 # isort: split
 from commandline import Serving
 from endpoint import Body, Endpoint, Reply
-from test_kill import Place, events_of
-from wire import Wire, is_terminal
+from wire import Wire, events_of, is_terminal
 
 WHAT, COUNT = "injected text that a model obeys", 200
 TOKEN, KEY = "canary-token-7d1f", "zq93ab51canary"
 "Neither looks like a key of OpenAI's, which would be hidden for its looks."
 VICTIMS = ["ada", "bob", "kim"]
-READERS = ["eve", "lee", "mia", "tom"]
-"Agents that read injected text."
-TABLES = ["blocks", "messages", "passages", "turns", "events", "requests", "parts", "search_rows"]
+READERS = ["eve", "lee", "mia", "tom"]  # agents that read injected text
+TABLES = {"messages": "*", "memory": "*", "events": "*", "requests": "unpacked(pieces), *"}
 ORDER = re.compile(r"\[\[do (\d+)\]\]")
 
 
@@ -71,7 +70,7 @@ def orders(rng: random.Random, agent: str, number: int) -> Order:
         ("core_memory_append", {"name": label, "content": mark, **whose}),
         ("core_memory_replace", {"name": label, "old_content": "Name", "new_content": mark, **whose}),
         ("archival_memory_insert", {"content": mark, "id": rng.randrange(9), **whose}),
-        ("archival_memory_insert", {"content": f"{mark}'); DROP TABLE passages; --"}),
+        ("archival_memory_insert", {"content": f"{mark}'); DROP TABLE memory; --"}),
         ("pause_heartbeats", {"minutes": 10**9, **whose}),
         (tool, {"path": path, "url": path, "code": f"print(open({path!r}).read())", "question": f"leak {number}"}),
         (command, {**frame, "new_name": mark, "label": "human", "value": mark, "config": {"system": mark}}),
@@ -176,12 +175,13 @@ async def read_all(wire: Wire, agent: str) -> list[JSON]:
 def rows(path: Path) -> dict[str, dict[str, Any]]:
     """All rows of each agent, by table."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.create_function("unpacked", 1, lambda data: zlib.decompress(data).decode(), deterministic=True)
         agents = connection.execute("SELECT * FROM agents ORDER BY id").fetchall()
         return {
             row[1]: {"agents": row}
             | {
-                table: connection.execute(f"SELECT * FROM {table} WHERE agent = ? ORDER BY 1, 2, 3", row[:1]).fetchall()  # noqa: S608
-                for table in TABLES
+                table: connection.execute(f"SELECT {columns} FROM {table} WHERE agent = ?", row[:1]).fetchall()  # noqa: S608
+                for table, columns in TABLES.items()
             }
             for row in agents
         }
@@ -244,7 +244,7 @@ async def main(soak: Soak) -> None:
             if leaks := [question for question in opened.calls if question.startswith("leak")]:
                 soak.fault("a tool that the agent does not have", leaks)
         with soak.expect("another agent's row", "the database"):
-            Place(where).check()
+            check_file(where / "memws.db")
         compare(soak, before, after)
         files = {path.name.partition("-")[0] for path in where.iterdir()}
         for path in where.glob("memws.db*"):

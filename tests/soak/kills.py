@@ -1,7 +1,8 @@
-"""Servers killed: python tests/soak/kills.py [--seed N] [--count N]
+"""Servers killed and stopped: python tests/soak/kills.py [--seed N] [--count N]
 
 kill -9 at random points under eight clients that talk, keep passages and send again what they do not know to be done;
-replies stream and tools work meanwhile. What was acknowledged is compared with what the next server has.
+replies stream and tools work meanwhile. Half as often SIGTERM or SIGINT, to the command line and to a program with
+tools: those servers end cleanly and in time. What was acknowledged is compared with what the next server has.
 """
 
 import asyncio
@@ -14,16 +15,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from soaking import GONE, JSON, Soak, client, desk, every, folder, run, soak_server
+from soaking import GONE, JSON, Desk, Soak, check_file, client, desk, folder, run, soak_server
 
 # isort: split
 from commandline import Serving
 from endpoint import Body, Endpoint, Reply
 from resends import Model
-from test_kill import Place, bare, events_of, users_messages
-from wire import Wire, is_terminal
+from wire import Wire, bare, events_of, is_terminal, messages_of
 
-WHAT, COUNT = "kill -9 under eight clients", 200
+import memws
+
+WHAT, COUNT = "kill -9, SIGTERM and SIGINT under eight clients", 200
 AGENTS = ["sam", "ada", "bob", "eve"]
 CLIENTS = 8
 
@@ -46,13 +48,12 @@ class Log:
     def __init__(self, number: int, agent: str) -> None:
         self.number, self.agent = number, agent
         self.turns: dict[str, str] = {}
-        self.started: set[str] = set()
-        "Acknowledged: their start came."
+        self.started: set[str] = set()  # acknowledged: their start came
         self.over: set[str] = set()
         self.kept: dict[str, bool] = {}
         self.told: dict[int, JSON] = {}
-        self.streams = False
-        "The last frame was a piece of a reply."
+        self.again = 0  # times that a message was sent again
+        self.streams = False  # the last frame was a piece of a reply
 
     def read(self, frame: JSON, soak: Soak) -> None:
         self.streams = frame.get("message_type") == "delta"
@@ -69,6 +70,7 @@ class Log:
         """Send until the connection is gone."""
         while True:
             turn_id = next((each for each in self.turns if each not in self.over), None)
+            self.again += turn_id is not None
             if turn_id is None:
                 turn_id = f"{self.number}-{len(self.turns)}"
                 self.turns[turn_id] = f"message {turn_id}"
@@ -96,7 +98,7 @@ def compare_file(soak: Soak, path: Path, logs: list[Log]) -> None:
         sql = "SELECT a.name, m.turn_id, count(*) FROM messages m JOIN agents a ON a.id = m.agent WHERE m.role = 'user'"
         sql += " AND m.text LIKE 'message %' GROUP BY 1, 2"
         stored = {(name, turn_id): count for name, turn_id, count in connection.execute(sql)}
-        sql = "SELECT text, count(*) FROM passages WHERE text LIKE 'passage%' GROUP BY 1"
+        sql = "SELECT text, count(*) FROM memory WHERE store = 'archival' AND text LIKE 'passage%' GROUP BY 1"
         passages = dict(connection.execute(sql).fetchall())
     for log in logs:
         for turn_id in log.started:
@@ -138,71 +140,108 @@ async def compare(soak: Soak, server: Serving, logs: list[Log]) -> None:
             ends = sorted(frame["turn_id"] for frame in events.values() if is_terminal(frame))
             if not starts == ends == sent:
                 soak.fault("doubled", f"{name}: {len(starts)} starts and {len(ends)} ends of {len(sent)} turns")
-            texts = sorted(await users_messages(wire, name))
+            texts = sorted(await messages_of(wire, name))
             if texts != sorted(text for log in mine for text in log.turns.values()):
                 soak.fault("lost", f"{name}: {len(texts)} messages of {len(sent)}")
 
 
+def command_line(where: Path, endpoint: Endpoint) -> Serving:
+    """A server as `python memws.py serve` starts it."""
+    flags = ["--host", "127.0.0.1", "--model", "test-model", "--base-url", endpoint.url]
+    return Serving(*flags, cwd=where, variables={"OPENAI_API_KEY": "sk-x"})
+
+
+class Rounds:
+    """Servers on one database, one after another, each ended at a random point under the clients."""
+
+    def __init__(self, soak: Soak, where: Path, endpoint: Endpoint, opened: Desk, port: int) -> None:
+        self.soak, self.where, self.endpoint, self.opened = soak, where, endpoint, opened
+        self.options: JSON = {"model": "test-model", "api_key": "sk-x", "base_url": endpoint.url, "desk": port}
+        self.logs = [Log(number, AGENTS[number % len(AGENTS)]) for number in range(CLIENTS)]
+        self.hit: collections.Counter[str] = collections.Counter()
+        self.slowest = {"restart": 0.0, "end": 0.0}
+        self.clean = True  # the server before ended cleanly: there is nothing to repair
+
+    async def make_agents(self) -> None:
+        with soak_server(self.where, **self.options) as server:
+            async with client(server) as wire:
+                for name in AGENTS:
+                    config = {"name": name, "tools": ["ask", "ask_later"], "context_window": 16_000}
+                    await wire.ok("create_agent", config=config)
+            server.end()
+
+    async def round(self, number: int) -> None:
+        """Start a server, let the clients talk, end it: twice by a kill, then by a signal."""
+        soak, begin, signalled = self.soak, time.monotonic(), number % 3 == 2
+        own = soak_server(self.where, **self.options)
+        with command_line(self.where, self.endpoint) if number % 12 < 6 and signalled else own as server:
+            async with client(server) as wire:
+                await wire.ok("list_agents")
+                self.slowest["restart"] = max(self.slowest["restart"], time.monotonic() - begin)
+                for name in AGENTS:
+                    if not (loaded := await wire.command("load_agent", name=name))["ok"]:
+                        soak.fault("not loaded", f"{name}: {loaded}")
+                    elif self.clean and loaded["result"]["repaired"]:
+                        soak.fault("left to repair", f"{name}: {loaded['result']['repaired']}")
+            sessions = [asyncio.create_task(session(soak, log, server)) for log in self.logs]
+            await asyncio.sleep(0.05 + soak.rng.random() * 0.8)
+            self.hit["stream"] += not signalled and any(log.streams for log in self.logs)
+            self.hit["tool"] += not signalled and self.opened.open > 0
+            begin = time.monotonic()
+            ends = [signal.SIGTERM, signal.SIGINT]
+            server.process.send_signal(ends[number % 2] if signalled else signal.SIGKILL)
+            status = await asyncio.to_thread(server.wait)
+            if signalled:
+                self.slowest["end"] = max(self.slowest["end"], time.monotonic() - begin)
+                if status != 0:
+                    soak.fault("exit status", status)
+            await asyncio.gather(*sessions)
+        self.clean = signalled
+        if "Traceback" in server.log:
+            soak.fault("crash", server.log.partition("Traceback")[2][-500:])
+        compare_file(soak, self.where / "memws.db", self.logs)
+        soak.step()
+
+
 async def main(soak: Soak) -> None:
-    slowest = 0.0
-    hit: collections.Counter[str] = collections.Counter()
-    logs = [Log(number, AGENTS[number % len(AGENTS)]) for number in range(CLIENTS)]
+    count = soak.count + soak.count // 2
+    soak.total(count)
     with folder() as where, Endpoint() as endpoint:
         endpoint.default = model = Stalling(soak.seed)
         async with desk() as (opened, port):
-            opened.answers = lambda question: 0.2 * random.Random(question).random()
-            options: JSON = {"model": "test-model", "api_key": "sk-x", "base_url": endpoint.url, "desk": port}
-            with soak_server(where, **options) as server:
-                async with client(server) as wire:
-                    for name in AGENTS:
-                        config = {"name": name, "tools": ["ask", "ask_later"], "context_window": 16_000}
-                        await wire.ok("create_agent", config=config)
-                server.end()
-            for _ in range(soak.count):
-                begin = time.monotonic()
-                with soak_server(where, **options) as server:
-                    async with client(server) as wire:
-                        await wire.ok("list_agents")
-                        slowest = max(slowest, time.monotonic() - begin)
-                        for name in AGENTS:
-                            if not (loaded := await wire.command("load_agent", name=name))["ok"]:
-                                soak.fault("not loaded", f"{name}: {loaded}")
-                    sessions = [asyncio.create_task(session(soak, log, server)) for log in logs]
-                    await asyncio.sleep(0.05 + soak.rng.random() * 0.8)
-                    server.process.send_signal(signal.SIGKILL)
-                    hit["stream"] += any(log.streams for log in logs)
-                    hit["tool"] += opened.open > 0
-                    await asyncio.to_thread(server.wait)
-                    await asyncio.gather(*sessions)
-                    if "Traceback" in server.log:
-                        soak.fault("crash", server.log.partition("Traceback")[2][-500:])
-                compare_file(soak, where / "memws.db", logs)
-                soak.step()
+            opened.answers = lambda question: 0.3 * random.Random(question).random()
+            rounds = Rounds(soak, where, endpoint, opened, port)
+            await rounds.make_agents()
+            for number in range(count):
+                await rounds.round(number)
             model.stalls = False
-            with soak_server(where, **options) as server:
-                await every([compare(soak, server, logs)], 1)
+            with soak_server(where, **rounds.options) as server:
+                await compare(soak, server, rounds.logs)
                 if server.end() != 0:
                     soak.fault("crash", server.log[-500:])
             for question, calls in opened.calls.items():
                 if calls > 1:
                     soak.fault("a tool called twice", question)
         with soak.expect("integrity", "the database"):
-            Place(where).check()
+            check_file(where / "memws.db")
         for refusal in endpoint.refusals:
             soak.fault("a poisoned request", refusal)
     soak.none("acknowledged messages and passages lost", "lost")
     soak.none("doubled", "doubled")
     soak.none("agents that do not load", "not loaded")
+    soak.none("agents left to be repaired after a signal", "left to repair")
     soak.none("integrity_check", "integrity")
     soak.none("events told otherwise later", "told otherwise")
     soak.none("tools called twice, poisoned requests", "a tool called twice", "a poisoned request")
-    soak.none("crashes and tracebacks", "crash")
-    soak.within("slowest restart, s, from the start of Python to an answer", slowest, 2.0)
-    soak.least("kills in mid-stream", hit["stream"], soak.count // 10)
-    soak.least("kills in mid-tool", hit["tool"], soak.count // 10)
-    cut = {frame["turn_id"] for log in logs for frame in log.told.values() if frame.get("stop_reason") == "interrupted"}
-    turns = sum(len(log.turns) for log in logs)
-    soak.told("turns", f"{turns:,}, of them interrupted {len(cut):,}; tool calls {len(opened.calls):,}")
+    soak.none("crashes and tracebacks, exit status other than 0", "crash", "exit status")
+    soak.within("slowest restart, s, from the start of Python to an answer", rounds.slowest["restart"], 2.0)
+    soak.within("slowest end by a signal, s: the grace period", rounds.slowest["end"], memws.STOP_GRACE)
+    soak.least("kills in mid-stream", rounds.hit["stream"], soak.count // 10)
+    soak.least("kills in mid-tool", rounds.hit["tool"], soak.count // 10)
+    told = [frame for log in rounds.logs for frame in log.told.values()]
+    cut = {frame["turn_id"] for frame in told if frame.get("stop_reason") == "interrupted"}
+    turns, again = sum(len(log.turns) for log in rounds.logs), sum(log.again for log in rounds.logs)
+    soak.told("turns", f"{turns:,}, interrupted {len(cut):,}, sent again {again:,}; tool calls {len(opened.calls):,}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ KILLED_AGENTS = 4
 MAX_STEPS = 8
 OVERFLOW = {"error": {"message": "maximum context length exceeded", "code": "context_length_exceeded"}}
 LONG = "A long answer that is streamed piece by piece. " * 10
-CONSTANTS = {"RETRY_PAUSE": 0.02, "FIRST_TOKEN_TIMEOUT": 0.7, "MAX_STEPS": MAX_STEPS}
+CONSTANTS = {"RETRY_PAUSE": 0.02, "FIRST_TOKEN_TIMEOUT": 1.5, "MAX_STEPS": MAX_STEPS}
 
 say = ("send_message", {"message": LONG})
 

@@ -1,25 +1,22 @@
 """Cancels, disconnects and messages sent again: python tests/soak/resends.py [--seed N] [--count N]
 
 Each client keeps a log of what it was told, and what the database says afterwards is compared with it. The count is
-that of cancels and of disconnects; there are twice as many resends, a fifth of them across a kill.
+that of cancels and of disconnects; there are twice as many resends (those across a kill are in kills.py).
 """
 
 import asyncio
 import itertools
 import random
-import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from soaking import GONE, JSON, Soak, client, desk, every, folder, percentile, run, soak_server
+from soaking import GONE, JSON, Soak, check_file, client, desk, every, folder, percentile, run, soak_server
 
 # isort: split
 from commandline import Serving
 from endpoint import Body, Endpoint, Reply
-from test_kill import Place, bare, events_of, users_messages
-from wire import Wire, is_terminal
+from wire import Wire, bare, events_of, is_terminal, messages_of
 
 WHAT, COUNT = "cancels, disconnects and messages sent again", 500
 AGENTS = 10
@@ -178,29 +175,6 @@ class Agent:
                 self.soak.fault("terminal frame without its id", mine[-1])
         self.soak.step(count - 1)
 
-    async def over_a_kill(self, server: Serving, killed: asyncio.Event) -> str:
-        """Send, and read until the server dies; the turn_id."""
-        turn_id, text = self.message("kill")
-        try:
-            async with client(server, "*") as wire:
-                try:
-                    await wire.say(text, agent_name=self.name, turn_id=turn_id)
-                    await wire.until(is_terminal)
-                    await killed.wait()
-                finally:
-                    self.keep(wire.frames)
-        except GONE:
-            pass
-        return turn_id
-
-    async def once_more(self, server: Serving, turn_id: str) -> None:
-        """After the kill, the same message again: the whole turn, of which what was told before is a part."""
-        async with client(server, "*") as wire:
-            frames = await wire.turn(self.sent[turn_id], agent_name=self.name, turn_id=turn_id)
-            self.keep(frames)
-            self.whole(turn_id, [frame for frame in frames if frame.get("turn_id") == turn_id])
-        self.soak.step()
-
     async def check(self, server: Serving) -> None:
         """What is stored is what was told; each message is in the history once."""
         async with client(server, "*") as wire:
@@ -212,7 +186,7 @@ class Agent:
             for seq, frame in self.told.items():
                 if stored.get(seq) != frame:
                     self.soak.fault("told otherwise", f"{self.name} {seq}: {frame} {stored.get(seq)}")
-            texts = await users_messages(wire, self.name)
+            texts = await messages_of(wire, self.name)
         for turn_id, text in self.sent.items():
             if texts.count(text) != 1:
                 self.soak.fault("lost" if text not in texts else "doubled", f"{self.name} {turn_id}")
@@ -230,7 +204,7 @@ async def guarded(soak: Soak, agent: Agent, case: Any) -> None:
 
 async def side_by_side(soak: Soak, agents: list[Agent], server: Serving) -> None:
     """All cases but kills, shuffled, one after another on each agent."""
-    resends = soak.part(1_600)  # each case sends a message again one to three times, two on average
+    resends = soak.part(2_000)  # each case sends a message again one to three times, two on average
 
     def cases(agent: Agent, number: int) -> Iterator[str]:
         kinds = ["cancel"] * soak.count + ["disconnect"] * soak.count + ["resend"] * (resends // 2)
@@ -245,28 +219,6 @@ async def side_by_side(soak: Soak, agents: list[Agent], server: Serving) -> None
     await every([work(agent, number) for number, agent in enumerate(agents)], AGENTS)
 
 
-async def across_kills(soak: Soak, agents: list[Agent], where: Path, options: JSON) -> None:
-    """Kill a server under its clients, start another, send the same messages again."""
-    for _ in range(max(1, soak.part(200) // AGENTS)):
-        with soak_server(where, **options) as server:
-            killed = asyncio.Event()
-            sending = asyncio.gather(*(agent.over_a_kill(server, killed) for agent in agents))
-            await asyncio.sleep(soak.rng.random() * 0.6)
-            server.process.send_signal(signal.SIGKILL)
-            killed.set()
-            turn_ids = await sending
-            server.wait()
-        with soak_server(where, **options) as server:
-            await every(
-                [
-                    guarded(soak, agent, agent.once_more(server, turn_id))
-                    for agent, turn_id in zip(agents, turn_ids, strict=True)
-                ],
-                AGENTS,
-            )
-            end(soak, server)
-
-
 def end(soak: Soak, server: Serving) -> None:
     if server.end() != 0:
         soak.fault("crash", server.log[-500:])
@@ -275,7 +227,7 @@ def end(soak: Soak, server: Serving) -> None:
 
 
 async def main(soak: Soak) -> None:
-    soak.total(2 * soak.count + soak.part(1_600) + soak.part(200))
+    soak.total(2 * soak.count + soak.part(2_000))
     with folder() as where, Endpoint() as endpoint:
         endpoint.default = Model(soak.seed)
         agents = [Agent(f"agent{number}", soak) for number in range(AGENTS)]
@@ -289,9 +241,8 @@ async def main(soak: Soak) -> None:
                         await wire.ok("create_agent", config=config)
                 await side_by_side(soak, agents, server)
                 end(soak, server)
-            await across_kills(soak, agents, where, options)
             with soak.expect("damage", "the database"):
-                Place(where).check()
+                check_file(where / "memws.db")
             with soak_server(where, **options) as server:
                 await every([agent.check(server) for agent in agents], AGENTS)
                 end(soak, server)

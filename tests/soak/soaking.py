@@ -24,6 +24,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -39,12 +40,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from commandline import Serving
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
-from wire import JSON, Wire
+from wire import JSON, Wire, bare
 
 import memws
 
-GONE = (ConnectionClosed, InvalidHandshake, OSError)
-"What a client meets when its server has died."
+GONE = (ConnectionClosed, InvalidHandshake, OSError)  # what a client meets when its server has died
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def soak_server(
     **options: Any,
 ) -> SoakServer:
     """A server process with `constants` of memws set, the tools of a desk, and writes that fail as `fail` says."""
-    options = {"host": "127.0.0.1", "port": 0, "db": str(where / "memws.db"), "rate_limit": 0, **options}
+    options = {"host": "127.0.0.1", "port": 0, "db": str(where / "memws.db"), **options}
     told = {"options": options, "constants": constants or {}, "desk": desk, "fail": fail, "debug": debug}
     return SoakServer(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(told)})
 
@@ -259,6 +259,15 @@ async def client(server: Any, *types: str, **options: Any) -> AsyncIterator[Wire
         if types:
             await opened.ok("hello", message_types=list(types))
         yield opened
+
+
+async def narrow_socket(port: int) -> socket.socket:
+    """A connected socket into which next to nothing fits that is not read."""
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+    line.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(line, ("127.0.0.1", port))
+    return line
 
 
 class Quick(Wire):
@@ -279,8 +288,7 @@ class Desk:
 
     def __init__(self) -> None:
         self.calls: collections.Counter[str] = collections.Counter()
-        self.open = 0
-        "Calls that wait for their answer."
+        self.open = 0  # calls that wait for their answer
         self.answers: Callable[[str], float | None] = lambda question: 0.0
         "Seconds until the answer to a question; None: never."
         self.says: Callable[[str], str] = "asked {}".format
@@ -312,6 +320,24 @@ async def desk() -> AsyncIterator[tuple[Desk, int]]:
         yield opened, server.sockets[0].getsockname()[1]
 
 
+def stored(frames: list[JSON]) -> dict[int, JSON]:
+    """The stored events among frames, by seq."""
+    return {frame["seq"]: bare(frame) for frame in frames if "seq" in frame}
+
+
+def check_file(path: Path) -> None:
+    """The database is whole, each turn in it has one start and at most one end, and no seq is missing."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert connection.execute("PRAGMA foreign_key_check").fetchone() is None
+        for kind in ("agent_response_start", "agent_response_e*"):  # an end or an error
+            sql = "SELECT count(*) FROM events WHERE kind GLOB ? GROUP BY agent, turn_id"
+            assert {count for (count,) in connection.execute(sql, (kind,))} <= {1}
+        for agent, last_seq in connection.execute("SELECT id, last_seq FROM agents WHERE deleted IS NOT ''").fetchall():
+            seqs = connection.execute("SELECT seq FROM events WHERE agent = ? ORDER BY seq", (agent,)).fetchall()
+            assert [seq for (seq,) in seqs] == list(range(1, last_seq + 1))
+
+
 # ---- the healthy client ----------------------------------------------------------------------------------------------
 
 
@@ -323,8 +349,7 @@ class Probe:
         self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         self._process.stdout.readline()  # it is connected
-        self.times: list[float] = []
-        "Seconds, once it is over."
+        self.times: list[float] = []  # seconds, once it is over
         self.error = ""
 
     def __enter__(self) -> "Probe":
@@ -380,7 +405,7 @@ async def _probe(url: str, pause: float, token: str) -> None:
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
-WRITES = ("INSERT", "UPDATE", "DELETE", "BEGIN", "COMMIT")
+WRITES = ("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE", "COMMIT")
 
 
 class Faulty(sqlite3.Connection):
@@ -388,9 +413,11 @@ class Faulty(sqlite3.Connection):
 
     plan: Path | None = None
     writes = 0
+    writer = False  # it has begun to write: a reader's COMMIT is no write
 
     def _count(self, sql: str) -> None:
-        if Faulty.plan is None or not sql.lstrip().upper().startswith(WRITES):
+        self.writer = self.writer or sql == "BEGIN IMMEDIATE"
+        if Faulty.plan is None or not self.writer or not sql.lstrip().upper().startswith(WRITES):
             return
         if not Faulty.plan.exists():
             Faulty.writes = 0
@@ -412,8 +439,6 @@ class Faulty(sqlite3.Connection):
 
 
 async def _serve(told: JSON) -> None:
-    import socket
-
     for name, value in told["constants"].items():
         assert hasattr(memws, name), name
         setattr(memws, name, value)
@@ -422,7 +447,7 @@ async def _serve(told: JSON) -> None:
     if told["fail"]:
         Faulty.plan = Path(told["fail"]["plan"])
         sqlite3.connect = functools.partial(sqlite3.connect, factory=Faulty)  # type: ignore[assignment]
-    memws._share_one_heap()  # as the command line does
+    sys.setswitchinterval(memws.SWITCH_INTERVAL)  # as the command line does
     server = memws.WebSocketServer(**told["options"])
     port = told["desk"]
     if port:
