@@ -944,9 +944,10 @@ class ChatMessage:
     event: Event | None = field(default=None, repr=False, compare=False)  # the one whose seq it gets when it is stored
     seq: int = 0
 
-    @property
-    def tokens(self) -> int:
-        return estimate_tokens(self.body)
+    tokens: int = field(init=False, compare=False)  # estimated
+
+    def __post_init__(self) -> None:
+        self.tokens = estimate_tokens(self.body)
 
 
 class Document(NamedTuple):
@@ -2694,18 +2695,16 @@ class OpenAIModel:
         has_words = is_over = False
         try:
             async with self.endpoint.client() as client, contextlib.aclosing(self._chunks(client, body)) as chunks:
-                patience = FIRST_TOKEN_TIMEOUT
-                while True:
-                    async with asyncio.timeout(patience):
-                        chunk = await anext(chunks, None)
-                    if chunk is None:
-                        break
-                    if not has_words:
-                        await self.endpoint.step_aside()
-                    choices = chunk.get("choices") or ()
-                    is_over = is_over or any(each.get("finish_reason") or "message" in each for each in choices)
-                    has_words, patience = True, END_PATIENCE if is_over else self.endpoint.idle_timeout
-                    yield chunk
+                now = asyncio.get_running_loop().time
+                async with asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit:  # whoever takes the chunks awaits nothing else
+                    async for chunk in chunks:
+                        if not has_words:
+                            await self.endpoint.step_aside()
+                        choices = chunk.get("choices") or ()
+                        is_over = is_over or any(each.get("finish_reason") or "message" in each for each in choices)
+                        has_words, patience = True, END_PATIENCE if is_over else self.endpoint.idle_timeout
+                        limit.reschedule(now() + patience)
+                        yield chunk
         except Exception as error:  # transports raise errors of many libraries
             if not is_over:  # else all was said, and only the end of the stream is missing
                 raise self._failure(error, has_words) from None
@@ -7436,8 +7435,10 @@ class Session(Connection):
         """Raises Refused (busy, queue_full) where a message may not wait."""
         if live.busy and when_busy == "reject":
             raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or let the message queue")
+        if not live.busy:
+            return
         own = sum(item.sender is self for other in self._agents.live.values() for item in other.waiting)
-        if live.busy and own >= MAX_WAITING_SESSION:
+        if own >= MAX_WAITING_SESSION:
             raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
         if len(live.waiting) >= MAX_WAITING_AGENT:
             raise Refused("queue_full", f"{len(live.waiting)} messages wait for agent {live.name!r}; try again later")
@@ -7744,10 +7745,10 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     return None
 
 
-async def wait_at_most(seconds: float, works: Iterable[Awaitable[Any]]) -> None:
-    """Wait for all of them, so long at most; those that have not ended by then are cancelled."""
+async def wait_until(end: float, works: Iterable[Awaitable[Any]]) -> None:
+    """Wait for all of them, until that time of the loop; those that have not ended by then are cancelled."""
     if tasks := [asyncio.ensure_future(work) for work in works]:
-        _, late = await asyncio.wait(tasks, timeout=seconds)
+        _, late = await asyncio.wait(tasks, timeout=max(0.0, end - asyncio.get_running_loop().time()))
         for task in late:
             task.cancel()
 
@@ -7956,18 +7957,18 @@ class WebSocketServer:
         if self._closing is not None:
             await asyncio.shield(self._closing)
             return
-        self._closing = asyncio.get_running_loop().create_future()
-        agents = self.agents
+        loop, agents = asyncio.get_running_loop(), self.agents
+        self._closing, end = loop.create_future(), loop.time() + STOP_GRACE
         if agents is not None:
             agents.stopping = True
             live = list(agents.live.values())
-            await wait_at_most(STOP_GRACE, (each.stop_turns("interrupted") for each in live))
+            await wait_until(end - STOP_GRACE / 2, (each.stop_turns("interrupted") for each in live))
             for each in live:
                 each.close()
-            await wait_at_most(STOP_GRACE / 4, (session.join() for session in self.clients.values()))
+            await wait_until(end - STOP_GRACE / 4, (session.join() for session in self.clients.values()))
         for listener in self._listeners:
             listener.close(reason="the server is stopping")
-        await wait_at_most(STOP_GRACE, (listener.wait_closed() for listener in self._listeners))
+        await wait_until(end, (listener.wait_closed() for listener in self._listeners))
         for websocket in self.clients:
             websocket.transport.abort()
         self._close_sockets()
