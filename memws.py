@@ -95,6 +95,7 @@ import weakref
 import zlib
 from collections.abc import (
     AsyncGenerator,
+    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -242,7 +243,7 @@ PERSONAS = {
         "I am Sam. I am curious, warm and honest, and I like to get to know people over time. I speak plainly, ask "
         "when I am unsure, and say so when I do not know. What people tell me I keep in my memory, so that our next "
         "conversation begins where this one ended."
-    ),
+    )
 }
 HUMANS = {"basic": "", "cs_phd": "Occupation: PhD student in computer science."}
 DEFAULT_PERSONA, DEFAULT_HUMAN = "sam_pov", "basic"
@@ -2692,18 +2693,18 @@ class OpenAIModel:
         return encode_json({name: value for key, value in options.items() if (name := self._other_names.get(key, key))})
 
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
-        has_words = is_over = False
+        has_words, is_over, now = False, False, asyncio.get_running_loop().time
         try:
-            async with self.endpoint.client() as client, contextlib.aclosing(self._chunks(client, body)) as chunks:
-                now = asyncio.get_running_loop().time
-                async with asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit:  # whoever takes the chunks awaits nothing else
-                    async for chunk in chunks:
+            async with self.endpoint.client() as client, await self._post(client, body) as stream:
+                async with asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit:  # its taker awaits nothing else
+                    async for chunk in self._chunks(stream):
                         if not has_words:
                             await self.endpoint.step_aside()
                         choices = chunk.get("choices") or ()
                         is_over = is_over or any(each.get("finish_reason") or "message" in each for each in choices)
                         has_words, patience = True, END_PATIENCE if is_over else self.endpoint.idle_timeout
-                        limit.reschedule(now() + patience)
+                        if abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
+                            limit.reschedule(now() + patience)
                         yield chunk
         except Exception as error:  # transports raise errors of many libraries
             if not is_over:  # else all was said, and only the end of the stream is missing
@@ -2711,25 +2712,29 @@ class OpenAIModel:
         if not is_over:
             raise ModelError("model_unavailable", "the model's answer broke off", retry=True)
 
-    async def _chunks(self, client: Any, body: str) -> AsyncGenerator[Any, None]:
-        """Send a request; the chunks of its answer, of which there is one where the endpoint does not stream."""
+    async def _post(self, client: Any, body: str) -> Any:
+        """Send a request; openai's stream of the answer."""
         await self.endpoint.step_aside()
-        openai = import_openai()
         options: JSON = {"options": {"headers": {"Content-Type": "application/json"}}, "cast_to": object}
-        options |= {"stream": True, "stream_cls": openai.AsyncStream[object]}
-        async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
-            kind = stream.response.headers.get("content-type", "").lower()
-            if "html" in kind:
-                text = "the endpoint answered with a web page; does --base-url end with /v1?"
-                raise ModelError("model_unavailable", text, retry=True)
-            if "json" not in kind or "stream" in kind:
-                async for chunk in stream:
-                    yield chunk
-                return
-            answer = decode_json(await stream.response.aread())
-            if answer.get("error"):
-                raise openai.APIError("", stream.response.request, body=answer["error"])
-            yield answer
+        options |= {"stream": True, "stream_cls": import_openai().AsyncStream[object]}
+        async with asyncio.timeout(FIRST_TOKEN_TIMEOUT):
+            return await client.post("/chat/completions", content=body.encode(), **options)
+
+    def _chunks(self, stream: Any) -> AsyncIterable[JSON]:
+        """The chunks of an answer, of which there is one where the endpoint does not stream. Raises ModelError."""
+        kind = stream.response.headers.get("content-type", "").lower()
+        if "html" in kind:
+            text = "the endpoint answered with a web page; does --base-url end with /v1?"
+            raise ModelError("model_unavailable", text, retry=True)
+        chunks: AsyncIterable[JSON] = self._whole(stream) if "json" in kind and "stream" not in kind else stream
+        return chunks
+
+    @staticmethod
+    async def _whole(stream: Any) -> AsyncGenerator[JSON, None]:
+        answer = decode_json(await stream.response.aread())
+        if answer.get("error"):
+            raise import_openai().APIError("", stream.response.request, body=answer["error"])
+        yield answer
 
     def _failure(self, error: Any, has_words: bool) -> ModelError:
         """What an error of the transport or of the endpoint means for the turn."""
@@ -3234,7 +3239,7 @@ class Memory:
         self.lock = asyncio.Lock()
         self.blocks: dict[str, Block] = {}
         self.messages: list[ChatMessage] = []  # those in the context window
-        self.recall = self.archival = self.last_message = self.last_passage = 0
+        self.archival = self.last_message = self.last_passage = 0
         self.edited: Callable[[], None] = lambda: None  # called after an edit of core memory
 
     async def load(self) -> int:
@@ -3242,8 +3247,7 @@ class Memory:
         record = self.record
         self.messages, counts = await self.store.load(record.id, record.state.get("cut", 0))
         self.blocks = {block["label"]: Block(**block) for block in record.blocks}
-        self.recall, self.archival = counts["messages"], counts["passages"]
-        self.last_message = counts["last_message"]
+        self.archival, self.last_message = counts["passages"], counts["last_message"]
         self.last_passage = max(counts["last_passage"], record.state.get("last_passage", 0))
         return counts["unreadable"]
 
@@ -3261,7 +3265,8 @@ class Transaction:
         self.before = memory.last_message if before is None else before
         self.by = "agent" if turn_id else "client"
         self.vectors: Mapping[str, bytes] = {}  # of the queries that will be searched for
-        self.spoke = self._open = False
+        self.spoke = self._open = False  # `spoke`, alone of all, outlives apart()
+        self.changes, self.blocks = Changes(), memory.blocks
 
     async def __aenter__(self) -> typing.Self:
         await self.memory.lock.acquire()
@@ -3292,7 +3297,6 @@ class Transaction:
             changes.blocks = [asdict(block) for block in self.blocks.values()]
         events = await memory.store.commit(memory.record.id, changes)
         memory.messages += changes.messages
-        memory.recall += len(changes.messages)
         memory.last_message += len(changes.messages)
         passages = sum(document.store == "archival" for document in changes.documents)
         memory.archival += passages - len(changes.removed)
@@ -3308,11 +3312,11 @@ class Transaction:
 
     # -- what it holds --
 
-    def tell(self, message_type: str, message: str, **fields: Any) -> None:
+    def add_event(self, message_type: str, message: str, **fields: Any) -> None:
         self.changes.events.append(response(message_type, message, self.turn_id, self.step, **fields))
 
-    def add(self, role: str, text: str, body: JSON, said: str = "", event: Event | None = None) -> None:
-        """One more chat message, known by `event` (None: the last one) and found by what was `said`."""
+    def add_message(self, role: str, text: str, body: JSON, said: str = "", event: Event | None = None) -> None:
+        """One more chat message, with the seq of `event` (None: of the last one) and searchable by what was `said`."""
         number, now = self.memory.last_message + len(self.changes.messages) + 1, now_text()
         body_text, step = encode_json(body), self.step or 1
         message = ChatMessage(number, role, now, text, body_text, self.turn_id, step, said=said, event=event)
@@ -3320,9 +3324,9 @@ class Transaction:
         if said:
             self.changes.documents.append(Document(number, "recall", role, now, said))
 
-    def add_event(self, kind: str, text: str, **fields: Any) -> None:
-        """An event that the model hears of, packed as a user's message."""
-        self.add("system", text, {"role": "user", "content": pack(kind, **fields)})
+    def add_notice(self, kind: str, text: str, **fields: Any) -> None:
+        """A chat message by which the model hears of something, packed as a user's message."""
+        self.add_message("system", text, {"role": "user", "content": pack(kind, **fields)})
 
     def set_state(self, **values: Any) -> None:
         self.changes.state = (self.changes.state or self.memory.record.state) | values
@@ -3345,7 +3349,7 @@ class Transaction:
             )
         if value != block.value:
             self.blocks[label] = replace(block, value=value, version=block.version + 1)
-            self._tell_change("core", label, block.value, value, label=label)
+            self._add_change("core", label, block.value, value, label=label)
 
     def insert(self, text: str) -> int:
         """Keep a passage; its id. Raises ToolError for one that is empty or too long."""
@@ -3356,22 +3360,22 @@ class Transaction:
         number: int = 1 + (self.changes.state or {}).get("last_passage", self.memory.last_passage)
         self.changes.documents.append(Document(number, "archival", "", now_text(), text))
         self.set_state(last_passage=number)
-        self._tell_change("archival", f"passage {number}", None, text, id=number)
+        self._add_change("archival", f"passage {number}", None, text, id=number)
         return number
 
     def remove(self, passage: Document) -> None:
         self.changes.removed.append(passage.id)
-        self._tell_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id)
+        self._add_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id)
 
     def say(self, message: str, **fields: Any) -> None:
         """Say something to the user."""
         self.spoke = True
-        self.tell("assistant_message", message, **fields)
+        self.add_event("assistant_message", message, **fields)
 
-    def _tell_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
+    def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
         diff = difference(before or "", after or "")
         about = {"what": what, **fields, "before": before, "after": after, "diff": diff, "by": self.by}
-        self.tell("memory_change", f"{what} memory: {name} changed", **about)
+        self.add_event("memory_change", f"{what} memory: {name} changed", **about)
 
     async def search(self, store: str, query: str, page: int, since: str = "", until: str = "~") -> str:
         """A page of results as a model reads them; the newest first where nothing is searched for."""
@@ -3518,7 +3522,8 @@ def apply(function: Function, values: JSON, what: str = "") -> Any:
         raise Refused("bad_config", f"{what}{': ' if what else ''}{error}") from None
 
 
-def settings(
+@function_of
+def sampling(
     temperature: Annotated[float, 0, 2] | None = None,
     top_p: Annotated[float, 0, 1] | None = None,
     max_tokens: Annotated[int, 1, 10_000_000] | None = None,
@@ -3529,9 +3534,7 @@ def settings(
     return {name: value for name, value in locals().items() if value is not None}
 
 
-_SETTINGS = function_of(settings)
-
-
+@function_of
 def config(
     model: Annotated[str, 1, MAX_MODEL_NAME] | None = None,
     context_window: Annotated[int, 1, 100_000_000] | None = None,
@@ -3548,13 +3551,11 @@ def config(
     if tools is not None and not MEMORY_TOOLS.keys() & set(tools):
         tools = [*MEMORY_TOOLS, *tools]  # whoever names only tools of their own means to add them
     tools = None if tools is None else list(dict.fromkeys(tools))
-    settings = apply(_SETTINGS, settings or {}, "settings")
+    settings = apply(sampling, settings or {}, "settings")
     return locals()
 
 
-_CONFIG = function_of(config)
-
-
+@function_of
 def state(
     cut: int = 0,
     last_passage: int = 0,
@@ -3570,15 +3571,13 @@ def state(
     return locals()
 
 
-_STATE = function_of(state)
-
-
 def check_record(record: AgentRecord) -> None:
     """Complete a stored agent's config and state. Raises Refused for what no agent can go on from."""
-    record.config = apply(_CONFIG, record.config, "agent.config")
-    record.state = apply(_STATE, record.state, "agent.state")
+    record.config = apply(config, record.config, "agent.config")
+    record.state = apply(state, record.state, "agent.state")
 
 
+@function_of
 def block(label: str, value: str = "", limit: Annotated[int, 1, MAX_BLOCK_LIMIT] = BLOCK_LIMIT) -> Block:
     """One block of core memory. Raises Refused."""
     if not re.fullmatch(r"[a-zA-Z][\w-]{0,63}", label, re.ASCII):
@@ -3587,9 +3586,7 @@ def block(label: str, value: str = "", limit: Annotated[int, 1, MAX_BLOCK_LIMIT]
     return Block(label, value, limit)
 
 
-_BLOCK = function_of(block)
-
-
+@function_of
 def core_memory(
     persona: str = DEFAULT_PERSONA, human: str = DEFAULT_HUMAN, blocks: list[dict[str, Any]] | None = None
 ) -> list[Block]:
@@ -3597,7 +3594,7 @@ def core_memory(
     texts = {"persona": PERSONAS.get(persona, persona), "human": HUMANS.get(human, human)}
     memory = {label: Block(label, text) for label, text in texts.items()}
     for item in blocks or ():
-        made = apply(_BLOCK, item, "blocks")
+        made = apply(block, item, "blocks")
         value = texts.get(made.label, "") if item.get("value") is None else made.value
         memory[made.label] = replace(made, value=value)
     for made in memory.values():
@@ -3610,30 +3607,21 @@ def core_memory(
     return list(memory.values())
 
 
-_CORE_MEMORY = function_of(core_memory)
-
-
 def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = None) -> tuple[JSON, list[str]]:
     """A config to be stored (base: what is stored by now, None for a new agent), and warnings of what is ignored.
 
     Raises Refused (bad_config).
     """
-    known = [*_CONFIG.parameters["properties"]]
-    known += ["name", *_CORE_MEMORY.parameters["properties"]] if base is None else []
+    known = [*config.parameters["properties"]]
+    known += ["name", *core_memory.parameters["properties"]] if base is None else []
     warnings = [f"{quote(key)} is ignored; known: {', '.join(known)}" for key in values if key not in known]
     stored = base or {}
     if isinstance(values.get("settings"), dict):
         values = values | {"settings": {**stored.get("settings", {}), **values["settings"]}}
-    checked: JSON = apply(_CONFIG, {**stored, **values})
+    checked: JSON = apply(config, {**stored, **values})
     if unknown := [name for name in values.get("tools") or () if name not in tools]:
         raise Refused("bad_config", f"unknown tool {quote(unknown[0])}; known: {', '.join(sorted(tools))}")
     return checked, warnings
-
-
-def read_core_memory(values: JSON) -> list[Block]:
-    """A new agent's core memory by its config. Raises Refused (bad_config, block_limit)."""
-    blocks: list[Block] = apply(_CORE_MEMORY, values)
-    return blocks
 
 
 def check_window(window: int, config: JSON, tools: str, blocks: Iterable[Block]) -> None:
@@ -3742,7 +3730,6 @@ class Agent:
     ) -> None:
         self.memory, self.record = memory, memory.record
         memory.edited = self._rebuild
-        self.current: Turn | None = None
         self.repairs: list[str] = []  # what the last opening had to mend
         self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
         self._cut_prompts = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
@@ -3802,7 +3789,7 @@ class Agent:
     def _rebuild(self) -> None:
         """Build the system message. Between two calls of this the prompt only grows at its end."""
         memory = self.memory
-        parts = [f"\n\nRecall memory: {memory.recall} messages. Archival memory: {memory.archival} passages."]
+        parts = [f"\n\nRecall memory: {memory.last_message} messages. Archival memory: {memory.archival} passages."]
         for block in memory.blocks.values():
             text = f"{block.value}\n" if block.value else ""
             parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
@@ -3829,7 +3816,7 @@ class Agent:
                 self.repairs.append(text)
                 kept = memory.messages[broken:] + change.changes.messages
                 change.set_state(cut=kept[0].id if kept else memory.last_message + 1)
-                change.tell("correction", text, what="history")
+                change.add_event("correction", text, what="history")
             if open_turn:
                 self.repairs.append(f"turn {open_turn} was interrupted and got its end")
                 self._add_end(change, open_turn, "interrupted", _NO_USAGE)
@@ -3843,7 +3830,6 @@ class Agent:
 
         Raises MemwsError where its start (then nothing has happened) or its end could not be stored.
         """
-        self.current = turn
         try:
             await self._begin(turn)
             while not turn.over:
@@ -3858,12 +3844,11 @@ class Agent:
                     await self._fail(turn, MemwsError("internal error; the server's log has it"))
         finally:
             turn.over = True
-            self.current = None
 
     def _change(self, turn: Turn) -> Transaction:
         return Transaction(self.memory, turn.turn_id, max(turn.step, 1) if turn.turn_id else 0, turn.before)
 
-    def _tell_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
+    def _emit_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
         """Tell something that is not stored, at once."""
         event = response(kind, text, turn.turn_id, max(turn.step, 1), **fields)
         self.memory.emit(StoredEvent(0, kind, turn.turn_id, encode_json(event | {"time": now_text()})))
@@ -3876,16 +3861,18 @@ class Agent:
             change.changes.events.append(start)
             change.set_state(turn=turn.turn_id)
             if turn.message is None:
-                change.tell("heartbeat", turn.reason, reason=turn.reason)
                 change.add_event("heartbeat", turn.reason, reason=turn.reason)
+                change.add_notice("heartbeat", turn.reason, reason=turn.reason)
                 return
             last, now = self.record.state.get("last_user"), now_text()
             content = pack("user_message", message=self._fitting(turn.message))
             if last is None or seconds_between(last, now) > LOGIN_SILENCE:
                 content = f"{pack('login', last_login=last or 'Never (first login)')}\n{content}"
             change.set_state(last_user=now)
-            change.add("user", turn.message, {"role": "user", "content": content}, said=turn.message, event=start)
-            change.tell("user_message", turn.message)
+            change.add_message(
+                "user", turn.message, {"role": "user", "content": content}, said=turn.message, event=start
+            )
+            change.add_event("user_message", turn.message)
 
     async def _step(self, turn: Turn) -> None:
         """One model call and the tool calls it asks for.
@@ -3901,22 +3888,22 @@ class Agent:
             vectors = await self._query_vectors(reply.calls)
         turn.reply, failed = None, False
         turn.calls.update({call.line for call in reply.calls})
-        async with self._change(turn) as step:
-            step.vectors = vectors
-            self._add_reply(step, turn, reply)
+        async with self._change(turn) as change:
+            change.vectors = vectors
+            self._add_reply(change, turn, reply)
             for call in reply.calls:
                 started = time.monotonic()
                 arguments = {"tool_call_id": call.id, "name": call.name, "arguments": call.arguments}
-                step.tell("tool_call", encode_json(call.arguments), **arguments)
-                step.tell("function_message", call.line)
-                outcome = await self._run(step, turn, call)
-                self._add_result(step, call, outcome, round((time.monotonic() - started) * 1000))
+                change.add_event("tool_call", encode_json(call.arguments), **arguments)
+                change.add_event("function_message", call.line)
+                outcome = await self._run(change, turn, call)
+                self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
                 failed = failed or not isinstance(outcome, str)
                 turn.failed_tools = 0 if isinstance(outcome, str) else turn.failed_tools + 1
             if reply.partial:
-                self._add_partial(step, reply, f"cut at {MAX_REPLY:,} characters: the user has seen only this much")
-            turn.replied = turn.replied or step.spoke
-            self._finish(step, turn, reply, failed)
+                self._add_partial(change, reply, f"cut at {MAX_REPLY:,} characters: the user has seen only this much")
+            turn.replied = turn.replied or change.spoke
+            self._finish(change, turn, reply, failed)
 
     # -- asking the model --
 
@@ -3970,7 +3957,7 @@ class Agent:
     async def _retry(self, turn: Turn, error: ModelError, attempt: int, of: int, delay: float = 0.0) -> None:
         """Tell of a failed call and wait before the next."""
         fields = {"attempt": attempt, "of": of, "delay_ms": round(delay * 1000), "code": error.code}
-        self._tell_live(turn, "retry", f"{error}; trying again", **fields)
+        self._emit_live(turn, "retry", f"{error}; trying again", **fields)
         with turn.interruptible():
             await asyncio.sleep(delay)
 
@@ -3991,13 +3978,13 @@ class Agent:
                         if request.first_token_ms is None:
                             request.first_token_ms = round((time.monotonic() - started) * 1000)
                         if timer is None or timer.when() <= loop.time():
-                            timer = loop.call_later(DELTA_INTERVAL, self._tell_delta, turn, reply)
+                            timer = loop.call_later(DELTA_INTERVAL, self._emit_delta, turn, reply)
                         if reply.full:
                             break
         finally:
             if timer is not None:
                 timer.cancel()
-            self._tell_delta(turn, reply)
+            self._emit_delta(turn, reply)
             if started:
                 request.total_ms = round((time.monotonic() - started) * 1000)
                 self._count(turn, request, reply, estimate_tokens(body))
@@ -4015,9 +4002,9 @@ class Agent:
         prompt = (request.system, request.summary, *messages, request.extra)
         return request_body(request.head, filter(None, prompt), request.tools)
 
-    def _tell_delta(self, turn: Turn, reply: Reply) -> None:
+    def _emit_delta(self, turn: Turn, reply: Reply) -> None:
         for of, text in reply.news():
-            self._tell_live(turn, "delta", text, of=of)
+            self._emit_live(turn, "delta", text, of=of)
 
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
         """Keep what the call used, and calibrate the estimate by what the endpoint counted."""
@@ -4038,24 +4025,24 @@ class Agent:
 
     # -- doing what it says --
 
-    def _add_reply(self, step: Transaction, turn: Turn, reply: Reply) -> None:
+    def _add_reply(self, change: Transaction, turn: Turn, reply: Reply) -> None:
         """The assistant's message with its monologue; plain text, where the user waits for a reply, is that reply."""
         plain = "" if reply.calls or reply.partial or turn.replied else reply.text
         if plain:
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
         for what, text in reply.corrections:
-            step.tell("correction", text, what=what)
+            change.add_event("correction", text, what=what)
         monologue = reply.monologue.removesuffix(plain).strip() if plain else reply.monologue
         if monologue:
-            step.tell("internal_monologue", monologue)
+            change.add_event("internal_monologue", monologue)
         if plain:
-            step.say(plain, **({"partial": True} if reply.incomplete else {}))
+            change.say(plain, **({"partial": True} if reply.incomplete else {}))
         if reply.calls or (reply.text and not reply.partial):
             messages = [call.arguments.get("message") for call in reply.calls if call.name == "send_message"]
             spoken = "\n".join(text for text in messages if isinstance(text, str)) or plain
-            step.add("assistant", monologue, assistant_body(reply.text, reply.calls), said=spoken)
+            change.add_message("assistant", monologue, assistant_body(reply.text, reply.calls), said=spoken)
 
-    async def _run(self, step: Transaction, turn: Turn, call: ToolCall) -> str | ToolError:
+    async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str | ToolError:
         """A call's result, or why there is none. Raises StoreFailed where what came before it could not be stored."""
         try:
             if turn.stop_reason is not None:
@@ -4068,8 +4055,8 @@ class Agent:
                 raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
             arguments = tool.bind(call.arguments)
             if tool.builtin:
-                return await self._run_builtin(step, tool, arguments)
-            async with step.apart():
+                return await self._run_builtin(change, tool, arguments)
+            async with change.apart():
                 with turn.interruptible():
                     return await call_tool(tool, arguments)
         except Stopped:
@@ -4077,50 +4064,52 @@ class Agent:
         except ToolError as error:
             return error
 
-    async def _run_builtin(self, step: Transaction, tool: Tool, arguments: JSON) -> str:
+    async def _run_builtin(self, change: Transaction, tool: Tool, arguments: JSON) -> str:
         try:
-            result = tool.function.call(step, **arguments)
+            result = tool.function.call(change, **arguments)
             return result_text(await result if inspect.isawaitable(result) else result)
         except StoreFailed as error:  # of a search, which changes nothing
             raise ToolError(str(error)) from error
 
-    def _add_result(self, step: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
+    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
         """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
         ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)))
         status = "OK" if ok else "Failed"
-        step.tell("tool_return", text, tool_call_id=call.id, name=call.name, status=status, duration_ms=duration_ms)
-        step.tell("function_message", f"{'Success' if ok else 'Error'}: {text}")
+        change.add_event(
+            "tool_return", text, tool_call_id=call.id, name=call.name, status=status, duration_ms=duration_ms
+        )
+        change.add_event("function_message", f"{'Success' if ok else 'Error'}: {text}")
         content = encode_json({"status": status, "message": text, "time": model_time()})
-        step.add("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
+        change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
 
-    def _add_partial(self, step: Transaction, reply: Reply, reason: str) -> None:
+    def _add_partial(self, change: Transaction, reply: Reply, reason: str) -> None:
         """What an answer said before it was cut; its call gets a result that says so."""
         call = ToolCall(f"call_{secrets.token_hex(8)}", "send_message", arguments={"message": reply.partial})
-        step.add("assistant", reply.monologue, assistant_body(reply.text, [call]), said=reply.partial)
-        step.say(reply.partial, partial=True)
-        self._add_result(step, call, ToolError(reason))
+        change.add_message("assistant", reply.monologue, assistant_body(reply.text, [call]), said=reply.partial)
+        change.say(reply.partial, partial=True)
+        self._add_result(change, call, ToolError(reason))
 
-    def _finish(self, step: Transaction, turn: Turn, reply: Reply, failed: bool) -> None:
+    def _finish(self, change: Transaction, turn: Turn, reply: Reply, failed: bool) -> None:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
-        step.changes.request = turn.request
-        sections = self._sections([*self.memory.messages, *step.changes.messages])
+        change.changes.request = turn.request
+        sections = self._sections([*self.memory.messages, *change.changes.messages])
         used = sum(sections.values())
         warn = used > WARNING_FRACTION * self.window and not (self.record.state.get("warned") or turn.compactions)
         reason = self._reason_to_go_on(turn, reply, failed)
-        stop = self._reason_to_stop(step, turn, bool(reason or warn))
+        stop = self._reason_to_stop(change, turn, bool(reason or warn))
         if warn:
-            step.set_state(warned=True)
-            step.add_event("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
+            change.set_state(warned=True)
+            change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
         if reason and stop is None:
-            step.tell("heartbeat", reason, reason=reason)
-            step.add_event("heartbeat", reason, reason=reason)
-        self._tell_context(step, sections, used, warn)
+            change.add_event("heartbeat", reason, reason=reason)
+            change.add_notice("heartbeat", reason, reason=reason)
+        self._add_context(change, sections, used, warn)
         if stop is None:
             return
         if isinstance(stop, str) and not turn.replied and reply.text and turn.stop_reason is None:
-            step.tell("correction", "the turn ended without send_message", what="no_reply")
-            step.say(reply.text)
-        self._end(step, turn, stop)
+            change.add_event("correction", "the turn ended without send_message", what="no_reply")
+            change.say(reply.text)
+        self._end(change, turn, stop)
 
     def _reason_to_go_on(self, turn: Turn, reply: Reply, failed: bool) -> str:
         """The heartbeat that the next step starts with, or nothing (MemGPT 0.2.7, websocket_server.py, run_step)."""
@@ -4132,12 +4121,12 @@ class Agent:
             return HEARTBEAT_REQUESTED
         return "" if turn.replied else HEARTBEAT_NO_REPLY
 
-    def _reason_to_stop(self, step: Transaction, turn: Turn, more: bool) -> str | ModelError | None:
+    def _reason_to_stop(self, change: Transaction, turn: Turn, more: bool) -> str | ModelError | None:
         """The turn's stop reason, or the error it ends with; None: another step follows."""
         if turn.stop_reason is not None:
             return turn.stop_reason
         if turn.failed_tools >= MAX_FAILED_TOOLS:
-            problem = next((message.text for message in step.changes.messages[::-1] if message.role == "tool"), "")
+            problem = next((message.text for message in change.changes.messages[::-1] if message.role == "tool"), "")
             return ModelError("bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {problem}")
         if max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
             return "repeated_call"
@@ -4150,12 +4139,12 @@ class Agent:
 
     # -- ends --
 
-    def _end(self, step: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
-        self._add_end(step, turn.turn_id, outcome, turn.usage)
+    def _end(self, change: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
+        self._add_end(change, turn.turn_id, outcome, turn.usage)
         turn.over = True
 
     @staticmethod
-    def _add_end(step: Transaction, turn_id: str, outcome: str | MemwsError, usage: JSON) -> None:
+    def _add_end(change: Transaction, turn_id: str, outcome: str | MemwsError, usage: JSON) -> None:
         """The terminal event: a stop reason, or an error."""
         end = {"type": "agent_response_end", "stop_reason": outcome}
         if isinstance(outcome, MemwsError):
@@ -4165,32 +4154,32 @@ class Agent:
                 "code": outcome.code,
                 "stop_reason": "error",
             }
-        step.changes.events.append({**end, "turn_id": turn_id, "usage": usage})
-        step.set_state(turn=None)
+        change.changes.events.append({**end, "turn_id": turn_id, "usage": usage})
+        change.set_state(turn=None)
 
     async def _end_stopped(self, turn: Turn) -> None:
         """End a turn that was stopped while its model answered; what had come of the answer is kept."""
         reply = turn.reply or Reply()
         reply.text, reply.monologue = clean_text(reply.text).strip(), clean_text(reply.monologue).strip()
         reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
-        async with self._change(turn) as step:
-            step.changes.request = turn.request
+        async with self._change(turn) as change:
+            change.changes.request = turn.request
             if reply.monologue:
-                step.tell("internal_monologue", reply.monologue)
+                change.add_event("internal_monologue", reply.monologue)
             if reply.partial:
-                self._add_partial(step, reply, f"{turn.stop_reason}: the user has seen only this much")
+                self._add_partial(change, reply, f"{turn.stop_reason}: the user has seen only this much")
             elif reply.text:
-                step.add("assistant", reply.monologue, assistant_body(reply.text, []))
-            self._end(step, turn, turn.stop_reason or "cancelled")
+                change.add_message("assistant", reply.monologue, assistant_body(reply.text, []))
+            self._end(change, turn, turn.stop_reason or "cancelled")
 
     async def _fail(self, turn: Turn, error: MemwsError) -> None:
         """End a turn with an error; open calls get a result. Raises StoreFailed."""
         turn.damaged = error.code in ("store_failed", "internal")
-        async with self._change(turn) as step:
-            step.changes.request = turn.request
+        async with self._change(turn) as change:
+            change.changes.request = turn.request
             for _, call_id, name in history_faults(self.memory.messages)[1]:
-                self._add_result(step, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            self._end(step, turn, error)
+                self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
+            self._end(change, turn, error)
 
     # -- the context window --
 
@@ -4218,7 +4207,7 @@ class Agent:
         tokens = self._sections(self.memory.messages)
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
-    def _tell_context(self, step: Transaction, sections: dict[str, int], used: int, warn: bool) -> None:
+    def _add_context(self, change: Transaction, sections: dict[str, int], used: int, warn: bool) -> None:
         parts = [{"name": name, "tokens": tokens} for name, tokens in sections.items()]
         fields: JSON = {"sections": parts, "used": used, "window": self.window}
         if warn:
@@ -4228,7 +4217,7 @@ class Agent:
                 "the endpoint counts less than half of the tokens sent: it seems to cut prompts silently; "
                 "set --context-window to the window it really has"
             )
-        step.tell("context", f"{used:,} of {self.window:,} tokens", **fields)
+        change.add_event("context", f"{used:,} of {self.window:,} tokens", **fields)
 
     @property
     def _room(self) -> int:
@@ -4258,7 +4247,7 @@ class Agent:
             change.set_state(cut=first, warned=False, summary=summary, gist=gist)
             sizes = {"messages_before": cut + len(kept), "messages_after": len(kept)}
             sizes |= {"tokens_before": before, "tokens_after": after}
-            change.tell("compaction", f"{cut} messages became a summary", **sizes, summary=gist)
+            change.add_event("compaction", f"{cut} messages became a summary", **sizes, summary=gist)
         del memory.messages[:cut]
         self._rebuild()
         return {"tokens_before": before, "tokens_after": after}
@@ -4377,7 +4366,7 @@ class Agent:
                 self.record.config = change.changes.config = config
                 self.configure()
                 check_window(self.window, config, self._tools_body, self.blocks.values())
-                change.tell("agent_change", "the agent's settings changed", change="updated")
+                change.add_event("agent_change", "the agent's settings changed", change="updated")
         except BaseException:
             self.record.config = before
             self.configure()
@@ -4446,7 +4435,7 @@ class LoopThread:
         """
         if threading.current_thread() is self.thread:
             work.close()
-            name = getattr(work, "__qualname__", "it")
+            name = getattr(work, "__name__", "it")
             raise UsageError(f"this would wait for its own thread for ever; there, await {name}")
         with self._lock:
             if self._over:
@@ -4472,11 +4461,9 @@ class LoopThread:
 class Stream(AsyncIterator[Frame]):
     """The events of an agent, without end, or those of one turn, from its start or refusal to its terminal frame.
 
-    They come in order, each stored one once, also after a broken connection. A reader that is too slow, or absent,
-    costs FEED_LIMIT events and no more: then nothing is taken in until the reader has emptied what waits, and the
-    server is asked for what is stored above the cursor. Live events of that time are lost, as are those of a broken
-    connection; a step that has lost some of its deltas gets no more of them, as the stored event has the whole text.
-    The message itself asks for the events of its turn: sent again under the same turn_id, it is not run again.
+    They come in order, each stored one once. After a broken connection, and when a slow reader has emptied the
+    FEED_LIMIT events that wait for it at most, the server is asked for what is stored above the cursor; live events of
+    that time are lost. A turn is asked for by its message, which under the same turn_id is not run again.
     Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
     """
 
@@ -4484,39 +4471,31 @@ class Stream(AsyncIterator[Frame]):
         if not client.alive:
             raise ConnectionLost(client.url)
         self.agent_name: str | None = request["agent_name"]
-        self.turn_id: str = request.get("turn_id", "")
-        'Made by the client unless it was given; "": all turns.'
+        self.turn_id: str = request.get("turn_id", "")  # "": all turns
         self._client = client
         self._request = request
-        self._tries = 0  # times it was sent since the server last began
         self._cursor = after  # the highest seq taken in; None: the agent's present end
         self._last_seq: int | None = None  # the agent's, when the server last began; None: it has not yet
         self._state: Literal["asked", "open", "behind", "over"] = "asked"
-        self._waiting: collections.deque[Frame] = collections.deque()
-        self._news = asyncio.Event()
+        self._tries = 0  # requests without any event since
+        self._events: collections.deque[Frame] = collections.deque()
+        self._change = asyncio.Event()
         self._error: MemwsError | None = None
-        self._torn: object = None  # the turn and step that lost deltas; True: the next delta tells which
         self._ask()
         client._streams.append(self)
 
     async def ready(self) -> int:
         """Wait until the server has begun; gives the agent's last seq at that time."""
         while self._last_seq is None:
-            if self._state == "over":
-                raise self._error or ConnectionLost(self._client.url)
-            self._news.clear()
-            await self._news.wait()
+            await self._wait()
         return self._last_seq
 
     async def __anext__(self) -> Frame:
-        while not self._waiting:
-            if self._state == "over":
-                raise self._error or StopAsyncIteration
+        while not self._events:
             if self._state == "behind":
                 self._ask()
-            self._news.clear()
-            await self._news.wait()
-        return self._waiting.popleft()
+            await self._wait()
+        return self._events.popleft()
 
     async def next(self) -> Frame | None:
         """The next event; None at the end."""
@@ -4524,33 +4503,35 @@ class Stream(AsyncIterator[Frame]):
 
     async def text(self) -> str:
         """Read to the end; the reply: the assistant messages, a line each. Raises RemoteError where the turn fails."""
-        said: list[str] = []
+        lines: list[str] = []
         async for event in self:
             if event["type"] == "agent_response_error":
                 raise RemoteError(event["code"], event["message"])
             if event.get("message_type") == "assistant_message":
-                said.append(event["message"])
-        return "\n".join(said)
+                lines.append(event["message"])
+        return "\n".join(lines)
 
     async def cancel(self) -> Frame:
         """Ask the server to end this turn; its terminal frame still comes. Result as of the command `cancel`."""
         return await self._client.command("cancel", turn_id=self.turn_id, agent_name=self.agent_name)
 
+    async def _wait(self) -> None:
+        if self._state == "over":
+            raise self._error or StopAsyncIteration
+        self._change.clear()
+        await self._change.wait()
+
     def _ask(self) -> None:
-        """Ask for the events above the cursor; what comes before the server begins would jump the queue."""
+        """Ask for the events above the cursor."""
         if self._tries > RESEND_LIMIT:
             return self._end(ConnectionLost(self._client.url))
-        self._state, self._torn = "asked", self._last_seq is not None
+        self._state = "asked"
         self._tries += 1
         cursor = {"after": self._cursor} if "after" in self._request else {}
-        return self._client._post({**self._request, "agent_name": self.agent_name, **cursor}, self._answered)
+        return self._client._post({**self._request, "agent_name": self.agent_name, **cursor}, self._answer)
 
-    def _answered(self, answer: Frame | MemwsError) -> None:
-        if isinstance(answer, RemoteError) and answer.code == "unknown_seq" and self._last_seq is not None:
-            # The history is shorter than what was seen of it: another database. Follow it from its present end.
-            self._cursor = answer.details["last_seq"]
-            self._ask()
-        elif isinstance(answer, RemoteError):
+    def _answer(self, answer: Frame | MemwsError) -> None:
+        if isinstance(answer, RemoteError):
             self._end(answer)
         elif not isinstance(answer, MemwsError):  # else the connection was lost, and it is asked again
             self._begin(answer["last_seq"])
@@ -4558,50 +4539,38 @@ class Stream(AsyncIterator[Frame]):
     def _begin(self, last_seq: int) -> None:
         self._state, self._tries, self._last_seq = "open", 0, last_seq
         self._cursor = last_seq if self._cursor is None else self._cursor
-        self._news.set()
+        self._change.set()
 
-    def _deliver(self, event: Frame) -> None:
-        """Take in an event, if it is one of ours."""
-        if not self._concerns(event):
-            return
-        if self.turn_id and event["type"] == "agent_response_start" and self._state == "asked":
-            self.agent_name = event["agent_name"]
-            self._begin(event["seq"])
-        ends = self.turn_id != "" and event["type"] in TERMINAL_TYPES
-        # A refusal and a place in the queue come without a start, and are stored nowhere.
-        early = "seq" not in event and (ends or (self.turn_id != "" and event.get("message_type") == "queue"))
-        if (early or self._state == "open") and self._take(event, early) and ends:
-            self._end()
-
-    def _concerns(self, event: Frame) -> bool:
+    def _take(self, event: Frame) -> None:
+        """Take in an event, if it is one of ours and new."""
+        kind, seq = kind_of(event), event.get("seq")
+        ends = kind in TERMINAL_TYPES
         ours = event.get("agent_name") == self.agent_name
         if self.turn_id:  # turn_ids are unique within an agent only
-            return event.get("turn_id") == self.turn_id and (ours or event.get("id") == self._request["id"])
-        return ours and ("seq" in event or event["type"] not in TERMINAL_TYPES)  # a refusal is for its sender alone
-
-    def _take(self, event: Frame, at_any_rate: bool) -> bool:
-        """Let an event wait for the reader; False: it is known, torn or too much."""
-        if event.get("message_type") == "delta":
-            step = (event.get("turn_id"), event.get("step"))
-            self._torn = step if self._torn is True else self._torn
-            if step == self._torn:
-                return False
-        if event.get("seq", math.inf) <= (self._cursor or 0):
-            return False
-        if len(self._waiting) >= FEED_LIMIT and not at_any_rate:
+            ours = event.get("turn_id") == self.turn_id and (ours or event.get("id") == self._request["id"])
+        if not ours or (not self.turn_id and ends and seq is None):  # a refusal is for its sender alone
+            return
+        if self.turn_id and kind == "agent_response_start" and self._state == "asked":
+            self.agent_name = event["agent_name"]
+            self._begin(event["seq"])
+        # A refusal and a place in the queue come before the start, and are stored nowhere.
+        is_early = self.turn_id and seq is None and (ends or kind == "queue")
+        if not is_early and (self._state != "open" or (seq or math.inf) <= (self._cursor or 0)):
+            return
+        if not is_early and len(self._events) >= FEED_LIMIT:
             self._state = "behind"
-            return False
-        self._cursor = event.get("seq", self._cursor)
-        self._tries = 0
-        self._waiting.append(event)
-        self._news.set()
-        return True
+            return
+        self._cursor, self._tries = seq or self._cursor, 0
+        self._events.append(event)
+        self._change.set()
+        if self.turn_id and ends:
+            self._end()
 
     def _end(self, error: MemwsError | None = None) -> None:
         """Nothing more comes: the reader gets what waits, then `error` or the end."""
         if self._state != "over":
             self._state, self._error = "over", error
-            self._news.set()
+            self._change.set()
             self._client._streams.remove(self)
             self._client._pending.pop(self._request["id"], None)
 
@@ -4609,9 +4578,9 @@ class Stream(AsyncIterator[Frame]):
 class Client:
     """An async client of one server; use it with `async with`, or `connect` and `close`.
 
-    token goes as `Authorization: Bearer`. timeout: seconds for a connection to open. reconnect: True tries for ever
-    after a loss, False never, a number for as many seconds; then all that waits ends with an error. On a new connection
-    it says hello, loads its agent, subscribes from its cursors and sends messages whose turns are not over again.
+    token goes as `Authorization: Bearer`. reconnect: True tries for ever after a loss, False never, a number for as
+    many seconds; then all that waits ends with an error. On a new connection it says hello, loads its agent, subscribes
+    from its cursors and sends messages whose turns are not over again.
     on_state is called with "lost", "restored" and "failed"; on_frame with "sent" or "received" and each frame.
     Not thread-safe: all calls belong on the loop of `connect`.
     """
@@ -4621,7 +4590,6 @@ class Client:
         url: str = f"ws://localhost:{DEFAULT_PORT}",
         token: str | None = None,
         *,
-        timeout: float = OPEN_TIMEOUT,
         reconnect: bool | float = True,
         on_state: Callable[[str], None] = lambda state: None,
         on_frame: Callable[[str, str], None] = lambda direction, text: None,
@@ -4632,18 +4600,14 @@ class Client:
         "The address without user, password and query, fit for logs."
         self.agent_name: str | None = None
         "The connection's current agent: the one created or loaded last."
-        self._address, self._token, self._timeout = url, token, timeout
+        self._address, self._token = url, token
         self._reconnect, self._on_state, self._on_frame = reconnect, on_state, on_frame
         self._message_types: list[str] | None = None
         self._task: asyncio.Task[None] | None = None
         self._outbox: asyncio.Queue[str] | None = None  # None: no connection
-        self._delay = RECONNECT_DELAY
         self._ids = itertools.count(1)
         self._pending: dict[int, tuple[Frame, Callable[[Frame | MemwsError], None]]] = {}
         self._streams: list[Stream] = []
-
-    def __repr__(self) -> str:
-        return f"<memws.Client {self.url} {'connected' if self.connected else 'not connected'}>"
 
     async def __aenter__(self) -> typing.Self:
         await self.connect()
@@ -4651,11 +4615,6 @@ class Client:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-    @property
-    def connected(self) -> bool:
-        """Whether a connection is open just now."""
-        return self._outbox is not None
 
     @property
     def alive(self) -> bool:
@@ -4679,10 +4638,10 @@ class Client:
     async def command(self, command: str, /, **arguments: Any) -> Frame:
         """Send one command and give its result. Raises RemoteError with the server's code and sentence,
         ConnectionLost where the connection breaks before the answer (it may have been done), RequestTooLarge."""
-        answered: asyncio.Future[Frame | MemwsError] = asyncio.get_running_loop().create_future()
+        result: asyncio.Future[Frame | MemwsError] = asyncio.get_running_loop().create_future()
         request = {**arguments, "type": "command", "command": command}
-        self._post(request, lambda answer: None if answered.done() else answered.set_result(answer))
-        answer = await answered
+        self._post(request, lambda answer: None if result.done() else result.set_result(answer))
+        answer = await result
         if isinstance(answer, MemwsError):
             raise answer
         return answer
@@ -4756,7 +4715,7 @@ class Client:
     async def _converse(self, websocket: ClientConnection) -> None:
         """One connection: it is asked again for what the last one knew; this task reads, another writes."""
         outbox = self._outbox = asyncio.Queue()
-        writer = asyncio.create_task(_write(websocket, outbox))
+        writer = asyncio.create_task(self._write(websocket, outbox))
         try:
             self._resume()
             with contextlib.suppress(ConnectionClosed):
@@ -4773,6 +4732,11 @@ class Client:
                     while not outbox.empty():  # a cancel that came just before the end
                         await websocket.send(outbox.get_nowait())
             await websocket.close()
+
+    async def _write(self, websocket: ClientConnection, outbox: asyncio.Queue[str]) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                await websocket.send(await outbox.get())
 
     def _resume(self) -> None:
         """Make a new connection what the last one was."""
@@ -4798,21 +4762,17 @@ class Client:
                 compression=None,
                 max_size=MAX_FRAME,
                 logger=_ws_logger,
-                open_timeout=self._timeout,
+                open_timeout=OPEN_TIMEOUT,
                 close_timeout=CLOSE_TIMEOUT,
                 proxy=None if is_loopback else True,  # a proxy that the environment names cannot reach our loopback
             )
-        except InvalidStatus as refused:
-            status = refused.response.status_code
+        except InvalidStatus as refusal:
+            status = refusal.response.status_code
             advice = REFUSALS.get(status, f"what answers there is no memws server (HTTP {status}); check the address")
         except (InvalidURI, ValueError):
             advice = "expected an address like ws://localhost:8282"
-        except TimeoutError:
-            advice = f"no answer within {self._timeout:g} s; check the address"
-        except WebSocketException:
-            advice = "what answers there is no memws server; check the address"
-        except OSError as error:
-            advice = f"{error.strerror or error}; check the address"
+        except (OSError, WebSocketException) as error:
+            advice = f"{error}; check the address"
             if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):  # at each address
                 advice = "start the server with `python memws.py`"
         raise ConnectFailed(self.url, advice, status)
@@ -4820,9 +4780,10 @@ class Client:
     async def _redial(self) -> ClientConnection:
         """Connect again, later and later, until time is over (ConnectionLost) or we are refused (ConnectFailed)."""
         deadline = time.monotonic() + (math.inf if self._reconnect is True else self._reconnect)
+        delay = RECONNECT_DELAY
         while (left := deadline - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, self._delay * random.uniform(0.5, 1.0)))  # noqa: S311
-            self._delay = min(2 * self._delay, RECONNECT_DELAY_MAX)
+            await asyncio.sleep(min(left, delay * random.uniform(0.5, 1.0)))  # noqa: S311
+            delay = min(2 * delay, RECONNECT_DELAY_MAX)
             try:
                 return await self._dial()
             except ConnectFailed as failure:
@@ -4846,7 +4807,6 @@ class Client:
 
     def _route(self, text: str | bytes) -> None:
         """Hand one frame to whoever waits for it."""
-        self._delay = RECONNECT_DELAY  # the server answers: the next loss is a new one
         try:
             self._on_frame("received", str(text))
             frame = decode_json(text)
@@ -4854,7 +4814,7 @@ class Client:
                 self._settle(frame)
             elif frame["type"].startswith("agent_response"):
                 for stream in list(self._streams):
-                    stream._deliver(frame)
+                    stream._take(frame)
                 if frame.get("change") in ("renamed", "deleted"):
                     self._rename(frame["agent_name"], frame.get("new_name"))
         except Exception:  # one odd frame must not end the connection
@@ -4882,12 +4842,6 @@ class Client:
         for stream in self._streams:
             if stream.agent_name == old and new is not None:
                 stream.agent_name = new
-
-
-async def _write(websocket: ClientConnection, outbox: asyncio.Queue[str]) -> None:
-    with contextlib.suppress(ConnectionClosed):
-        while True:
-            await websocket.send(await outbox.get())
 
 
 class BlockingClient:
@@ -4936,14 +4890,21 @@ class BlockingClient:
         self._call(self.client.unsubscribe(agent_name))
 
     def send(self, message: str, *arguments: Any, **options: Any) -> BlockingTurn:
-        return BlockingTurn(self, self._call(_made(self.client.send, message, *arguments, **options)))
+        async def send() -> Stream:
+            return self.client.send(message, *arguments, **options)
+
+        return BlockingTurn(self, self._call(send()))
 
     def ask(self, message: str, *arguments: Any, **options: Any) -> str:
         return self.send(message, *arguments, **options).text()
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Iterator[Frame]:
-        stream = self._call(_made(self.client.subscribe, agent_name, after))
-        self._call(stream.ready())
+        async def subscribe() -> Stream:
+            stream = self.client.subscribe(agent_name, after)
+            await stream.ready()
+            return stream
+
+        stream = self._call(subscribe())
         return iter(lambda: self._call(stream.next()), None)
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
@@ -4985,16 +4946,6 @@ class BlockingTurn(Iterator[Frame]):
         except KeyboardInterrupt:
             self.cancel()
             raise
-
-
-def _made(make: Callable[..., Stream], *arguments: Any, **options: Any) -> Coroutine[Any, Any, Stream]:
-    """What makes a stream on the loop that it belongs to, under its own name."""
-
-    async def on_loop() -> Stream:
-        return make(*arguments, **options)
-
-    on_loop.__qualname__ = make.__qualname__
-    return on_loop()
 
 
 # ======================================================================================================================
@@ -6766,25 +6717,6 @@ class Tasks:
         await self.join()
 
 
-class House(Tasks):
-    """What all agents of one server share. Raises UsageError where models or database cannot be used."""
-
-    def __init__(self, options: Options, tools: dict[str, Tool]) -> None:
-        super().__init__()
-        self.options, self.tools, self.stopping = options, tools, False
-        self.models = Models(
-            options.model,
-            options.base_url,
-            options.api_key,
-            options.context_window,
-            options.idle_timeout,
-            options.embedding_model,
-        )
-        self.store = Store(Sqlite(options.db, options.sync))
-        self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
-        self.memory_growth = asyncio.Event()  # something may have no vector yet
-
-
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
 
@@ -6803,8 +6735,8 @@ class QueuedTurn:
 class LiveAgent:
     """One agent in use: its turns one after another, its channel, its timed heartbeats."""
 
-    def __init__(self, house: House, record: AgentRecord) -> None:
-        self.house, self.name = house, record.name
+    def __init__(self, agents: Agents, record: AgentRecord) -> None:
+        self.agents, self.name = agents, record.name
         self.agent: Agent  # set by open()
         self.channel = Channel(record.last_seq)
         self.waiting: collections.deque[QueuedTurn] = collections.deque()
@@ -6817,9 +6749,9 @@ class LiveAgent:
 
     async def open(self, record: AgentRecord) -> None:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
-        house = self.house
-        common = (house.models, house.tools, house.options.max_steps, house.api_keys.get(record.id))
-        self.agent = await Agent.open(house.store, record, *common, emit=self._publish)
+        agents = self.agents
+        common = (agents.models, agents.tools, agents.options.max_steps, agents.api_keys.get(record.id))
+        self.agent = await Agent.open(agents.store, record, *common, emit=self._publish)
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
@@ -6847,7 +6779,7 @@ class LiveAgent:
     async def stored(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
         while after < until:
-            events = await self.house.store.events(self.agent.record.id, after, RING, turn_id)
+            events = await self.agents.store.events(self.agent.record.id, after, RING, turn_id)
             for event in events:
                 if event.seq <= until:
                     yield self.name_event(event)
@@ -6858,7 +6790,7 @@ class LiveAgent:
         if self.gone:
             raise self.gone_error()
         if self.stale:
-            await self.open(await self.house.store.find_agent(self.name))
+            await self.open(await self.agents.store.find_agent(self.name))
             self.stale = False
         return self.agent
 
@@ -6870,7 +6802,7 @@ class LiveAgent:
         except (StoreFailed, asyncio.CancelledError):
             self.stale = True
             raise
-        self.house.memory_growth.set()
+        self.agents.memory_growth.set()
 
     # -- turns --
 
@@ -6890,17 +6822,17 @@ class LiveAgent:
         """Begin with what waits, unless something runs."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._task is None and self.waiting and not (self.compaction or self.house.stopping):
+        if self._task is None and self.waiting and not (self.compaction or self.agents.stopping):
             self.current = self.waiting.popleft()
-            self._task = self.house.spawn(self._run())
+            self._task = self.agents.spawn(self._run())
 
     async def _run(self) -> None:
         """Run turns until none waits."""
         try:
             while self.current is not None:
                 await self._run_turn(self.current)
-                self.house.memory_growth.set()
-                self.current = self.waiting.popleft() if self.waiting and not self.house.stopping else None
+                self.agents.memory_growth.set()
+                self.current = self.waiting.popleft() if self.waiting and not self.agents.stopping else None
         finally:
             self.current = self._task = None
             self.rest()
@@ -6965,7 +6897,7 @@ class LiveAgent:
             self._timer.cancel()
         record = self.agent.record
         interval = record.config["heartbeat_interval"]
-        if interval and self._beats < IDLE_HEARTBEATS and not (self.gone or self.house.stopping):
+        if interval and self._beats < IDLE_HEARTBEATS and not (self.gone or self.agents.stopping):
             pause = float(record.state.get("paused_until", 0)) - time.time()
             self._timer = asyncio.get_running_loop().call_later(max(interval, pause), self._beat)
 
@@ -6982,12 +6914,18 @@ class LiveAgent:
             self._timer.cancel()
 
 
-class Agents(House):
-    """The agents of one server, by name."""
+class Agents(Tasks):
+    """The agents of one server by name, and what they share. Raises UsageError where models or database do not work."""
 
     def __init__(self, options: Options, tools: dict[str, Tool]) -> None:
-        super().__init__(options, tools)
+        super().__init__()
+        self.options, self.tools, self.stopping = options, tools, False
+        names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
+        self.models = Models(*(getattr(options, name) for name in names))
+        self.store = Store(Sqlite(options.db, options.sync))
         self.live: dict[str, LiveAgent] = {}
+        self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
+        self.memory_growth = asyncio.Event()  # something may have no vector yet
         self._lock = asyncio.Lock()  # held while a name changes hands
 
     async def get(self, name: str) -> LiveAgent:
@@ -7012,7 +6950,7 @@ class Agents(House):
         """A new agent, and what of its config is ignored. Raises Refused."""
         values = clean_value(values)
         config, warnings = read_config(values, self.tools)
-        blocks = read_core_memory(values)
+        blocks: list[Block] = apply(core_memory, values)
         name = f"agent_{secrets.token_hex(4)}" if values.get("name") is None else check_name(values["name"])
         model, _ = self.models.get(config["model"], base_url, api_key)
         specs = ",".join(self.tools[tool].spec for tool in config["tools"] or MEMORY_TOOLS)
@@ -7347,7 +7285,7 @@ class Session(Connection):
         try:
             known = self.commands()
             if name not in known or (is_command and name == "user_message"):
-                text = f"unknown command {quote(name)}; known: {', '.join(list(known)[1:])}"
+                text = f"unknown command {quote(name)}; known: {', '.join(sorted(known.keys() - {'user_message'}))}"
                 raise InvalidRequest("unknown_command", text)
             result = await known[name].call(self, **known[name].bind(request))
             text = answer(request, result) if is_command else ""
@@ -7522,7 +7460,7 @@ class Session(Connection):
             "models": list(dict.fromkeys((models.default, OFFLINE))),
             "offline": models.offline,
             "limits": limits(self._agents.options),
-            "commands": list(self.commands())[1:],
+            "commands": [name for name in self.commands() if name != "user_message"],
             "message_types": list(EVENTS),
             "unknown": [name[:MAX_NAME] for name in message_types or () if name != "*" and name not in EVENTS][:100],
         }
@@ -7549,7 +7487,7 @@ class Session(Connection):
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
         live = await self._live(agent_name)
         agent, memory, running = live.agent, live.agent.memory, live.current
-        counts = {"messages": memory.recall, "passages": memory.archival, "in_context": len(memory.messages)}
+        counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
         return {
             "agent_name": live.name,
             "settings": agent.settings(),
@@ -7605,7 +7543,7 @@ class Session(Connection):
         messages = await self._agents.store.messages(memory.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
         items = fitting([listed_message(message, first) for message in messages[::-1]])[::-1]
-        return {"messages": items, "total": memory.recall, "more": bool(items) and items[0]["id"] > 1}
+        return {"messages": items, "total": memory.last_message, "more": bool(items) and items[0]["id"] > 1}
 
     async def search_memory(
         self,
@@ -8120,9 +8058,11 @@ class WebSocketServer:
             self._claim()
             self._thread = LoopThread("memws")
             self._loop = self._thread.loop
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+            return future.result()
         finally:
+            future.cancel()  # where an interrupt ended the wait
             if self.agents is None and self._thread is not None:  # nothing came about: leave no thread
                 self._thread.stop()
                 self._thread = self._loop = None
@@ -8134,9 +8074,8 @@ class WebSocketServer:
 
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
-PATIENCE = 2.0  # seconds after a cancel within which another Ctrl-C leaves, and of silence until a wait is told
 STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-SHOWN = {
+FORMS = {
     "internal_monologue": ("~ {message}", "dim"),
     "assistant_message": ("{agent_name}: {message}", ""),
     "user_message": ("someone: {message}", "cyan"),
@@ -8157,7 +8096,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u
 
 def printable(text: object) -> str:
     """A text of others as it may reach a terminal: control and direction characters are escaped, lines stay."""
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text).replace("\r\n", "\n"))
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text).replace("\r\n", "\n"))
 
 
 def clipped(text: object, length: int = 160) -> str:
@@ -8167,79 +8106,62 @@ def clipped(text: object, length: int = 160) -> str:
 
 
 class Screen:
-    """The terminal, for several threads: streamed text, whole lines, and the prompt, which stays below them.
+    """The terminal: streamed text, whole lines, and the prompt, which comes again below what others make an agent do.
 
-    Without a terminal (or with TERM=dumb) no escape code is written; NO_COLOR (https://no-color.org) is honoured.
+    Colours are for terminals, but for TERM=dumb and where NO_COLOR (https://no-color.org) is set.
     """
 
     def __init__(self, out: typing.TextIO) -> None:
-        self.terminal = out.isatty() and os.environ.get("TERM") != "dumb"
-        self._colour = self.terminal and not os.environ.get("NO_COLOR")
-        self._out, self._lock = out, threading.Lock()
-        self._prompt: str | None = None
-        self._mid_line = self._waits = False  # the cursor stands behind streamed text, or behind what `wait` wrote
+        self._colour = out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        self._out = out
+        self._prompt = ""
+        self._mid_line = False
 
-    def write(self, text: str, style: str = "") -> None:
+    def write(self, text: str, style: str = "", end: str = "") -> None:
         """Add to the current line; `text` has been made printable."""
-        with self._lock:
-            self._print(self._painted(text, style))
-            self._mid_line = not text.endswith("\n") if text else self._mid_line
+        painted = f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
+        print(painted, end=end, file=self._out, flush=True)
+        self._mid_line = not (text + end).endswith("\n")
 
-    def line(self, text: str = "", style: str = "") -> None:
-        """Write a whole line: below streamed text, above the prompt and what is being typed behind it."""
-        with self._lock:
-            before, below = "\n" if self._mid_line or self._prompt is not None else "", ""
-            if self._prompt is not None and self.terminal:
-                below = self._prompt + (sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else "")
-                rows = len(below) // (os.get_terminal_size(self._out.fileno()).columns or 80)
-                before = (f"\x1b[{rows}A" if rows else "") + "\r\x1b[J"
-            # The cursor ends up behind what is typed: readline does not tell its place.
-            self._print(f"{before}{self._painted(text, style)}\n{below}")
-            self._mid_line = False
-
-    def wait(self) -> None:
-        """Say that nothing has come for a while, until something does."""
-        with self._lock:
-            if self.terminal and not self._mid_line and self._prompt is None:
-                self._print(self._painted("thinking …", "dim"))
-                self._waits = True
+    def line(self, text: str, style: str = "") -> None:
+        """Write a whole line, below streamed text or the prompt, which is repeated with what is typed behind it."""
+        self.end_line()
+        self.write(text, style, "\n")
+        if self._prompt:
+            typed = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
+            self.write(self._prompt + typed)
 
     def end_line(self) -> None:
-        """Go to the beginning of a line."""
-        self.write("\n" if self._mid_line else "")
+        if self._mid_line:
+            self.write("\n")
 
     def ask(self, prompt: str) -> str:
         """Read a line from the user. Raises EOFError and KeyboardInterrupt."""
         self.end_line()
-        self._prompt = prompt
+        self._prompt, self._mid_line = prompt, True
         try:
-            return input(prompt)
+            text = input(prompt)
         finally:
-            self._prompt = None
-
-    def _print(self, text: str) -> None:
-        print("\r\x1b[K" * self._waits + text, end="", file=self._out, flush=True)
-        self._waits = False
-
-    def _painted(self, text: str, style: str) -> str:
-        return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
+            self._prompt = ""
+        self._mid_line = False
+        return text
 
 
 def show_line(screen: Screen, event: Frame) -> None:
-    """Show an event as SHOWN has it; of types that are not there, and of what goes without saying, nothing."""
+    """Show an event as FORMS has it; of types that are not there, and of what goes without saying, nothing."""
     kind = kind_of(event)
-    failed = event.get("status") == "Failed"
-    is_said = event.get("name") == "send_message" or (kind == "tool_return" and event.get("message") == "None")
+    is_failure = event.get("status") == "Failed"
+    is_reply = event.get("name") == "send_message" or (kind == "tool_return" and event.get("message") == "None")
     is_usual = event.get("stop_reason") == "done" or event.get("reason") == HEARTBEAT_REQUESTED
-    if kind not in SHOWN or is_usual or (is_said and not failed) or (kind == "context" and "warning" not in event):
+    if kind not in FORMS or is_usual or (is_reply and not is_failure) or (kind == "context" and "warning" not in event):
         return
     if isinstance(arguments := event.get("arguments"), dict):
         arguments = {name: value for name, value in arguments.items() if name != "request_heartbeat"}
         event = {**event, "message": encode_json(arguments)}
-    form, style = SHOWN[kind]
+    form, style = FORMS[kind]
     render = printable if kind in WHOLE_TEXTS else clipped
     texts = {"kind": kind, "label": "archival memory", **{key: render(value) for key, value in event.items()}}
-    screen.line(form.format_map(collections.defaultdict(str, texts)), "red" if failed else style)
+    screen.line(form.format_map(collections.defaultdict(str, texts)), "red" if is_failure else style)
     for line in str(event.get("diff") or "").splitlines()[:8]:
         screen.line(f"{line[:1]} {clipped(line[1:])}", "red" if line.startswith("-") else "green")
 
@@ -8250,44 +8172,29 @@ class TurnView:
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
         self._kind = ""  # of the text on the current line
-        # By step and kind, what was shown before its stored event, which repeats it.
-        self._ahead: dict[tuple[object, str], str] = collections.defaultdict(str)
+        self._ahead: dict[str, str] = collections.defaultdict(str)  # by kind: shown before its stored event
 
     def show(self, event: Frame) -> None:
         """Show one event."""
         kind, text = kind_of(event), str(event.get("message"))
         if kind == "delta":
-            self._say(event["of"], text, event)
-            self._ahead[event.get("step"), event["of"]] += text
-        elif kind in ("internal_monologue", "assistant_message"):
-            self._complete(kind, text, event)
+            self._stream(event["of"], text, str(event.get("agent_name")))
+        elif self._ahead[kind] and text in self._ahead[kind]:
+            self._ahead[kind] = self._ahead[kind].replace(text, "", 1)
+            self._kind = self._kind if self._ahead[kind] else ""
         elif kind != "user_message":
-            if kind == "retry" or event.get("what") == "verify" or kind in TERMINAL_TYPES:
-                self._ahead.clear()  # a text that is begun again is all new
-                self._kind = ""
+            if kind == "retry" or event.get("what") == "verify":  # all texts begin again
+                self._ahead.clear()
+            self._ahead[kind] = self._kind = ""
             show_line(self._screen, event)
 
-    def _complete(self, kind: str, text: str, event: Frame) -> None:
-        """Show what is missing of a stored text."""
-        ahead = self._ahead[event.get("step"), kind]
-        if not (text.startswith(ahead) or ahead.startswith(text)):  # not what was streamed: it was corrected
-            self._kind = ahead = self._ahead[event.get("step"), kind] = ""
-        if len(text) > len(ahead):
-            self._say(kind, text[len(ahead) :], event)
-        rest = self._ahead[event.get("step"), kind] = ahead[len(text) :]  # of the next message of this step
-        if self._kind == kind and not rest:
-            self._screen.end_line()
-            self._kind = ""
-
-    def _say(self, kind: str, text: str, event: Frame) -> None:
-        """Add text to the line of its kind; a line that was broken off goes on without a new heading."""
+    def _stream(self, kind: str, text: str, agent_name: str) -> None:
         if kind != self._kind:
             self._screen.end_line()
-            self._kind = kind
-            if not self._ahead[event.get("step"), kind]:
-                heading = f"{printable(event.get('agent_name'))}: " if kind == "assistant_message" else "~ "
-                self._screen.write(heading, "bold" if kind == "assistant_message" else "dim")
-        self._screen.write(printable(text), SHOWN[kind][1])
+            self._screen.write(FORMS[kind][0].format(agent_name=printable(agent_name), message=""), "bold")
+        self._screen.write(printable(text), FORMS[kind][1])
+        self._kind = kind
+        self._ahead[kind] += text
 
 
 # ---- the terminal client ---------------------------------------------------------------------------------------------
@@ -8303,50 +8210,45 @@ class Chat(cmd.Cmd):
         super().__init__()
         self.client, self.screen = client, screen
         self._own_turns: set[str] = set()
-        self._leaves_until = 0.0  # until then another Ctrl-C leaves
+        self._leaves = False  # at the next Ctrl-C
 
-    def run(self, agent_name: str | None) -> int:
+    def run(self, agent_name: str | None) -> None:
         """Talk until the user leaves."""
-        about = self.client.hello(["delta", *SHOWN])
+        about = self.client.hello(["delta", *FORMS])
         server = f"memws {about['version']} at {self.client.client.url}, model {about['model']}"
         self.screen.line(f"{clipped(server)}; /help lists the commands", "dim")
         if about.get("offline"):
             self.screen.line("the model is offline: a rule-based stand-in, not a language model", "yellow")
-        with contextlib.suppress(EOFError), line_editing() if self.screen.terminal else contextlib.nullcontext():
-            self._choose(agent_name)
+        edit_lines()
+        with contextlib.suppress(EOFError):
+            self._choose(agent_name or latest_agent(self.client))
             while not self._take_line():
                 pass
         self.screen.end_line()
-        return 0
 
-    def _choose(self, name: str | None) -> None:
-        """Load the agent that was asked for, or the most recently active one; offer to create a missing one."""
-        name = name or latest_agent(self.client)
-        question = (
-            f"there is no agent {printable(name)!r}; create it?" if name else "there is no agent yet; create 'sam'?"
-        )
+    def _choose(self, name: str) -> None:
+        """Load an agent; offer to create one that is not there."""
+        lack = f"there is no agent {printable(name)!r}; create it" if name else "there is no agent yet; create 'sam'"
         try:
             if name:
                 return self.do_load(name)
         except RemoteError as error:
             if error.code != "unknown_agent":
-                return self.screen.line(printable(error), "red")
-        with contextlib.suppress(KeyboardInterrupt):
-            if self.screen.ask(f"{question} [Y/n] ").strip().lower() in ("", "y", "yes"):
-                self.do_new(name or "sam")
+                raise
+        if self.screen.ask(f"{lack}? [Y/n] ").strip().lower() in ("", "y", "yes"):
+            self.do_new(name or "sam")
         return None
 
     def _take_line(self) -> bool:
         """One line from the user and what it asks for; True leaves."""
         try:
             text = self.screen.ask(f"{self.client.agent_name or ''}> ").strip()
-            self._leaves_until = 0.0
+            self._leaves = False
             return self.onecmd(text)
         except KeyboardInterrupt:
-            self.screen.line()
-            if time.monotonic() < self._leaves_until:
+            if self._leaves:
                 return True
-            self._leaves_until = math.inf
+            self._leaves = True
             self.screen.line("[Ctrl-C again, or Ctrl-D, leaves]", "dim")
         except MemwsError as error:
             if not self.client.client.alive:  # it has given up
@@ -8367,39 +8269,30 @@ class Chat(cmd.Cmd):
         return False
 
     def default(self, line: str) -> None:
-        near = difflib.get_close_matches(line.split()[0], self.completenames(""), 1)
-        hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
-        self.screen.line(f"unknown command {clipped('/' + line.split()[0], 40)}: {hint}", "yellow")
+        self.screen.line(f"unknown command {clipped('/' + line, 40)}: /help lists the commands", "yellow")
 
     def _talk(self, text: str) -> None:
-        """Send a message and show its turn; Ctrl-C cancels it, a second one within 2 s leaves."""
+        """Send a message and show its turn; Ctrl-C cancels it, a second one leaves."""
         turn_id, view = uuid.uuid4().hex, TurnView(self.screen)
-        turn: BlockingTurn | None = None
         self._own_turns.add(turn_id)
-
-        def interrupt(number: int, frame: object) -> None:
-            if time.monotonic() < self._leaves_until:
-                raise KeyboardInterrupt
-            self._leaves_until = time.monotonic() + PATIENCE
-            if turn is not None:
+        turn = self.client.send(text, turn_id=turn_id)
+        while True:
+            try:
+                for event in turn:
+                    view.show(event)
+                break
+            except KeyboardInterrupt:
+                if self._leaves:
+                    raise
+                self._leaves = True
                 turn.cancel()
+        self._leaves = False
 
-        usual = signal.signal(signal.SIGINT, interrupt)
-        timer = threading.Timer(PATIENCE, self.screen.wait)
-        timer.start()
-        try:
-            turn = self.client.send(text, turn_id=turn_id)
-            if self._leaves_until:  # interrupted while it was sent
-                turn.cancel()
-            for event in turn:
-                view.show(event)
-        finally:
-            signal.signal(signal.SIGINT, usual)
-            timer.cancel()
-
-    def _switch(self, previous: str | None, result: Frame, told: str) -> None:
-        """Show from now on what others make the new current agent do."""
-        self.screen.line(f"[{told}]", "dim")
+    def _switch(self, command: str, **arguments: Any) -> None:
+        """Enter an agent, and show from now on what others make it do."""
+        previous, result = self.client.agent_name, self.client.command(command, **arguments)
+        model = f", model {result['model']}" if "model" in result else " created"
+        self.screen.line(f"[{clipped(result['agent_name'] + model)}]", "dim")
         for warning in result["warnings"]:
             self.screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
         if previous is not None:
@@ -8418,56 +8311,40 @@ class Chat(cmd.Cmd):
 
     def do_agents(self, rest: str) -> None:
         """the agents of this server"""
-        agents = all_agents(self.client)
-        for agent in agents:
-            mark = "*" if agent["agent_name"] == self.client.agent_name else " "
-            state = f"{agent['model']}, {agent['state']}, last active {agent['last_active'] or 'never'}"
-            self.screen.line(f"{mark} {clipped(agent['agent_name'])}  {clipped(state)}")
-        if not agents:
-            self.screen.line("no agent yet: /new NAME creates one")
+        for agent in all_agents(self.client):
+            mark = "*" if agent["agent_name"] == self.client.agent_name else "-"
+            about = f"{agent['model']}, {agent['state']}, last active {agent['last_active'] or 'never'}"
+            self.screen.line(clipped(f"{mark} {agent['agent_name']}  {about}"))
 
     def do_load(self, name: str) -> None:
         """NAME: talk to this agent"""
-        previous, result = self.client.agent_name, self.client.load_agent(name)
-        self._switch(previous, result, clipped(f"{result['agent_name']}, model {result['model']}"))
+        self._switch("load_agent", name=name)
 
     def do_new(self, name: str) -> None:
         """[NAME]: create an agent and talk to it"""
-        previous, result = self.client.agent_name, self.client.create_agent(name or None)
-        self._switch(previous, result, clipped(f"{result['agent_name']} created"))
+        self._switch("create_agent", config={"name": name or None})
 
     def do_memory(self, rest: str) -> None:
         """what the agent keeps in core memory"""
-        agent = self.client.command("get_agent")
-        for block in agent["blocks"]:
+        for block in self.client.command("get_agent")["blocks"]:
             used = f"{len(block['value'])} of {block['limit']} characters"
             self.screen.line(f"{clipped(block['label'])} ({used})", "bold")
             self.screen.line(printable(block["value"]))
-        self.screen.line(f"[{', '.join(f'{key} {count}' for key, count in agent['counts'].items())}]", "dim")
 
     def do_context(self, rest: str) -> None:
         """what fills its context window"""
         context = self.client.command("get_context")
         for section in context["sections"]:
-            share = section["tokens"] / context["window"]
-            bar = f"{'#' * min(30, round(30 * share)):.<30}"
-            self.screen.line(f"{clipped(section['name']):12} {bar} {section['tokens']:7} {share:6.0%}")
-        about = "estimated" if context["estimated"] else "counted"
-        self.screen.line(f"{context['used']} of {context['window']} tokens, {about}", "bold")
+            self.screen.line(f"{section['tokens']:7} {clipped(section['name'])}")
+        self.screen.line(f"{context['used']:7} of {context['window']} tokens", "bold")
 
     def do_search(self, words: str) -> None:
         """WORDS: search recall and archival memory"""
-        found = self.client.command("search_memory", query=words, store="all")
-        for item in found["items"]:
+        result = self.client.command("search_memory", query=words)
+        for item in result["items"]:
             origin = " ".join(clipped(item[key]) for key in ("store", "role", "time") if item.get(key))
-            self.screen.line(f"[{origin}]", "dim")
-            self.screen.line(clipped(item["text"], 400))
-        self.screen.line(f"[{len(found['items'])} of {found['total']} found]", "dim")
-
-    def do_cancel(self, rest: str) -> None:
-        """end the agent's running turn"""
-        state = self.client.command("cancel")["state"]
-        self.screen.line("[nothing runs]" if state == "over" else f"[{clipped(state)}]", "dim")
+            self.screen.line(f"[{origin}] {clipped(item['text'], 400)}")
+        self.screen.line(f"[{len(result['items'])} of {result['total']}]", "dim")
 
     def do_help(self, rest: str) -> None:
         """this list"""
@@ -8494,27 +8371,20 @@ def latest_agent(client: BlockingClient) -> str:
     return str(agents[-1]["agent_name"]) if agents else ""
 
 
-@contextlib.contextmanager
-def line_editing() -> Iterator[None]:
+def edit_lines() -> None:
     """Line editing, and a history from chat to chat, where Python has readline."""
-    try:
-        import readline  # not on Windows
-    except ImportError:
-        yield
-        return
-    path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises where there is no home)
-    readline.set_history_length(1000)  # lines
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(ImportError, OSError):  # Windows; no home that can be written
+        import atexit
+        import readline
+
+        path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises RuntimeError)
         path.touch(0o600)
+        readline.set_history_length(1_000)
+        atexit.register(readline.write_history_file, path)
         readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
 
 
-def answer_once(client: BlockingClient, agent_name: str | None, text: str) -> int:
+def answer_once(client: BlockingClient, agent_name: str | None, text: str) -> None:
     """Send one message and print the reply, nothing else, on standard output."""
     name = agent_name or latest_agent(client) or "sam"
     try:
@@ -8525,31 +8395,27 @@ def answer_once(client: BlockingClient, agent_name: str | None, text: str) -> in
         client.create_agent(name)
         print(f"there was no agent {printable(name)!r}; it has been created", file=sys.stderr)
     print(printable(client.ask(text)))
-    return 0
 
 
-def chat(url: str, agent_name: str | None = None, token: str | None = None) -> int:
-    """The terminal client; gives the exit status. Where standard input is no terminal, all of it is one message."""
-    for name, errors in (("stdin", "replace"), ("stdout", "backslashreplace"), ("stderr", "backslashreplace")):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, pathlib.Path(os.devnull).open("r+", encoding="utf-8"))  # noqa: SIM115
-        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-    interactive = sys.stdin.isatty()
-    screen = Screen(sys.stdout if interactive else sys.stderr)
+def chat_command(flags: argparse.Namespace) -> None:
+    """The terminal client. Where standard input is no terminal, all of it is one message."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    is_terminal = sys.stdin.isatty()
+    screen = Screen(sys.stdout if is_terminal else sys.stderr)
     logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
 
     def on_state(state: str) -> None:
-        lines = {"lost": "connection lost; reconnecting …", "restored": "reconnected", "failed": "connection lost"}
-        screen.line(f"[{lines[state]}]", "dim")
+        screen.line(f"[connection {state}]", "dim")
 
-    with connect(url, token, reconnect=True if interactive else 60.0, on_state=on_state) as client:
-        if interactive:
-            return Chat(client, screen).run(agent_name)
-        text = sys.stdin.read()
-        if not text.strip():
+    with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, on_state=on_state) as client:
+        if is_terminal:
+            Chat(client, screen).run(flags.agent)
+        elif text := sys.stdin.read().strip():
+            answer_once(client, flags.agent, text)
+        else:
             raise MemwsError("nothing to send: standard input is empty; pipe a message in")
-        return answer_once(client, agent_name, text.rstrip("\r\n"))
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
@@ -8563,33 +8429,34 @@ class _LogFormatter(logging.Formatter):
         self._secrets = [secret for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
-        return printable(super().formatMessage(record)).replace("\n", "\\n")
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802  logging's name
-        return "\n".join(f"    {printable(line)}" for line in super().formatException(ei).split("\n"))
+        return super().formatMessage(record).replace("\n", "\\n")
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record)).replace("\n", "\n    ")
         for secret in self._secrets:
             text = text.replace(secret, "…")
         return re.sub(r"\bsk-[\w*-]{6,}", "…", text)
 
 
-def serve_command(given: argparse.Namespace) -> int:
+def serve_command(flags: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM. Raises UsageError."""
-    values = {flag.name: getattr(given, flag.name) for flag in FLAGS["serve"] if flag.name != "log_level"}
-    level = logging.getLevelNamesMapping().get(given.log_level.upper())
+    level = logging.getLevelNamesMapping().get(flags.log_level.upper())
     if level is None:
-        raise UsageError(f"log_level: expected debug, info, warning or error, but got {quote(given.log_level)}")
+        raise UsageError(f"log_level: expected debug, info, warning or error, but got {quote(flags.log_level)}")
     handler = logging.StreamHandler()
-    handler.setFormatter(_LogFormatter(given.token))
+    handler.setFormatter(_LogFormatter(flags.token))
     logger.addHandler(handler)
     logger.setLevel(level)
     _ws_logger.setLevel(max(level, logging.WARNING))
-    _raise_descriptor_limit(given.max_connections)
+    with contextlib.suppress(ImportError, OSError, ValueError):  # a descriptor a connection, where the system allows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        count = min(flags.max_connections + 256, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    asyncio.run(_serve_until_signal(WebSocketServer(**values)))
-    return 0
+    options = {flag.name: getattr(flags, flag.name) for flag in FLAGS["serve"] if flag.name != "log_level"}
+    asyncio.run(_serve_until_signal(WebSocketServer(**options)))
 
 
 async def _serve_until_signal(server: WebSocketServer) -> None:
@@ -8602,27 +8469,15 @@ async def _serve_until_signal(server: WebSocketServer) -> None:
         await serving
 
 
-def _raise_descriptor_limit(connections: int) -> None:
-    """Let the process open as many files as it may need, where the system allows."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = connections + 256
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 # ---- keeping databases -----------------------------------------------------------------------------------------------
 
 
-def check_command(given: argparse.Namespace) -> int:
+def check_command(flags: argparse.Namespace) -> int:
     """Print what is damaged, a line each, or else what each agent takes. Raises UsageError."""
-    lines = faults = check_database(given.db, check_record)
+    lines = faults = check_database(flags.db, check_record)
     if not faults:
         lines = ["no damage found"]
-        with usable(given.db), contextlib.closing(read_database(given.db)) as database:
+        with usable(flags.db), contextlib.closing(read_database(flags.db)) as database:
             for name, deleted, tables in table_sizes(database):
                 sizes = [f"{rows:,} {table} ({size / 1000:,.1f} kB)" for table, (rows, size) in tables.items()]
                 lines.append(f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}")
@@ -8630,40 +8485,37 @@ def check_command(given: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def export_command(given: argparse.Namespace) -> int:
+def export_command(flags: argparse.Namespace) -> None:
     """Write an agent as JSON in UTF-8, whatever the console's encoding. Raises UsageError, UnknownAgent."""
-    with contextlib.closing(read_database(given.db)) as connection:
-        data = encode_json(export_agent(connection, unicodedata.normalize("NFC", given.name))).encode() + b"\n"
-    if given.file is None:
+    with contextlib.closing(read_database(flags.db)) as database:
+        data = encode_json(export_agent(database, unicodedata.normalize("NFC", flags.name))).encode() + b"\n"
+    if flags.file is None:
         sys.stdout.buffer.write(data)
-        return 0
-    with new_file(given.file):
-        pathlib.Path(given.file).write_bytes(data)
-    return 0
+    else:
+        with new_file(flags.file):
+            pathlib.Path(flags.file).write_bytes(data)
 
 
-def import_command(given: argparse.Namespace) -> int:
+def import_command(flags: argparse.Namespace) -> None:
     """Store an exported agent, also from UTF-16 or standard input. Raises UsageError, Refused."""
     try:
-        raw = sys.stdin.buffer.read() if given.file == "-" else pathlib.Path(given.file).read_bytes()
+        raw = sys.stdin.buffer.read() if flags.file == "-" else pathlib.Path(flags.file).read_bytes()
         data = decode_json(raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {given.file!r} ({error}); give a file that export wrote") from None
-    database = Sqlite(given.db)
+        raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
+    database = Sqlite(flags.db)
     try:
         name = import_agent(database.open(), data, check_record)
     finally:
         database.close()
-    print(f"agent {name!r} is in {given.db}")
-    return 0
+    print(f"agent {name!r} is in {flags.db}")
 
 
-def backup_command(given: argparse.Namespace) -> int:
+def backup_command(flags: argparse.Namespace) -> None:
     """Copy the database as of one moment, also while a server writes. Raises UsageError."""
-    with new_file(given.file):
-        backup_database(given.db, given.file)
-    print(f"{given.db} is copied to {given.file}", file=sys.stderr)
-    return 0
+    with new_file(flags.file):
+        backup_database(flags.db, flags.file)
+    print(f"{flags.db} is copied to {flags.file}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -8702,7 +8554,6 @@ def _option_flag(option: Any) -> Flag:
     return Flag(option.name, option.metadata["help"], option.default, kinds.get(re.split(r"\W", option.type)[0], str))
 
 
-DB = Flag("db", "the database", DEFAULT_DB)
 FLAGS: dict[str, list[Flag]] = {
     "serve": [
         *(_option_flag(option) for option in fields(Options) if option.name != "api_key"),
@@ -8713,20 +8564,21 @@ FLAGS: dict[str, list[Flag]] = {
         Flag("agent", "the agent to talk to"),
         Flag("token", "the server's token"),
     ],
-    **{name: [DB] for name in ("check", "export", "import", "backup")},
+    **{name: [Flag("db", "the database", DEFAULT_DB)] for name in ("check", "export", "import", "backup")},
 }
 
 
-def _add_flag(parser: argparse.ArgumentParser, flag: Flag) -> None:
-    default = "" if flag.default in (None, ()) else f" (default {flag.default})"
-    parser.add_argument(
-        f"--{flag.name.replace('_', '-')}",
-        metavar=flag.name.rpartition("_")[2].upper(),
-        help=f"{flag.meaning}{default}; MEMWS_{flag.name.upper()}",
-        default=[] if flag.kind is _split else flag.default,
-        action="extend" if flag.kind is _split else "store",
-        type=flag.kind,
-    )
+def _add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
+    for flag in flags:
+        default = "" if flag.default in (None, ()) else f" (default {flag.default})"
+        parser.add_argument(
+            f"--{flag.name.replace('_', '-')}",
+            metavar=flag.name.rpartition("_")[2].upper(),
+            help=f"{flag.meaning}{default}; MEMWS_{flag.name.upper()}",
+            default=[] if flag.kind is _split else flag.default,
+            action="extend" if flag.kind is _split else "store",
+            type=flag.kind,
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -8734,25 +8586,21 @@ def make_parser() -> argparse.ArgumentParser:
     import argparse  # 5 ms of every import otherwise
 
     class Parser(argparse.ArgumentParser):
-        """Says what is wrong in one sentence."""
-
         def error(self, message: str) -> NoReturn:
-            if named := re.match(r"argument --([\w-]+)(.*)", message, re.DOTALL):
-                message = f"--{named[1]} or MEMWS_{named[1].upper().replace('-', '_')}{named[2]}"
+            if match := re.match(r"argument --([\w-]+)(.*)", message, re.DOTALL):
+                message = f"--{match[1]} or MEMWS_{match[1].upper().replace('-', '_')}{match[2]}"
             raise UsageError(f"{message}; {self.prog} --help tells what there is")
 
-    def add(name: str, meaning: str, run: Callable[[argparse.Namespace], int], *words: str) -> None:
+    def add(name: str, meaning: str, run: Callable[[argparse.Namespace], int | None], *words: str) -> None:
         command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
-        for flag in FLAGS.get(name, ()):
-            _add_flag(command, flag)
+        _add_flags(command, FLAGS.get(name, ()))
         for word in words:
             command.add_argument(word.strip("?"), nargs="?" if word.endswith("?") else None)
         command.set_defaults(run=run)
 
     parser = Parser(prog="memws.py", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"memws {__version__}")
-    for flag in FLAGS["serve"]:
-        _add_flag(parser, flag)
+    _add_flags(parser, FLAGS["serve"])
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
     add("serve", "serve agents over WebSocket: the default, with the options below", serve_command)
     add("chat", "talk to an agent from this terminal; piped input is answered once", chat_command)
@@ -8760,45 +8608,34 @@ def make_parser() -> argparse.ArgumentParser:
     add("export", "write one agent, memory and history, as one JSON file", export_command, "name", "file?")
     add("import", "store an agent that export wrote; - is standard input", import_command, "file")
     add("backup", "copy the database, also while a server runs", backup_command, "file")
-    add("protocol", "print the protocol as JSON Schema", protocol_command)
+    add("protocol", "print the protocol as JSON Schema", lambda flags: print(encode_json(protocol_schema(COMMANDS))))
     return parser
-
-
-def chat_command(given: argparse.Namespace) -> int:
-    return chat(given.url, given.agent, given.token)
-
-
-def protocol_command(given: argparse.Namespace) -> int:
-    print(encode_json(protocol_schema(COMMANDS)))
-    return 0
 
 
 def command_words(words: Sequence[str]) -> list[str]:
     """The command, which is serve where none is named, what the environment says of its flags, and what follows it."""
-    named = bool(words) and (not words[0].startswith("-") or words[0] in ("-h", "--help", "--version"))
-    command, *rest = words if named else ["serve", *words]
+    is_named = bool(words) and (not words[0].startswith("-") or words[0] in ("-h", "--help", "--version"))
+    command, *rest = words if is_named else ["serve", *words]
     variables = {flag.name: os.environ.get(f"MEMWS_{flag.name.upper()}") for flag in FLAGS.get(command, ())}
     flags = {f"--{name.replace('_', '-')}": text for name, text in variables.items() if text}
-    given = {word.partition("=")[0] for word in rest}
-    return [command, *(f"{flag}={text}" for flag, text in flags.items() if flag not in given), *rest]
+    present = {word.partition("=")[0] for word in rest}
+    return [command, *(f"{flag}={text}" for flag, text in flags.items() if flag not in present), *rest]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status: 0, 1 for a failed chat or damage, 2 for what cannot be done as asked."""
     try:
-        given = make_parser().parse_args(command_words(sys.argv[1:] if arguments is None else arguments))
-        status: int = given.run(given)
+        flags = make_parser().parse_args(command_words(sys.argv[1:] if arguments is None else arguments))
+        status: int | None = flags.run(flags)
         sys.stdout.flush()
-        return status
+        return status or 0
     except MemwsError as error:
         print(f"memws: {printable(error)}", file=sys.stderr)
         return 2 if isinstance(error, (UsageError, Refused, ConnectFailed)) else 1
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
+    except OSError as error:  # of standard output: it is full, or its reader has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is to be flushed at exit
-        if isinstance(error, BrokenPipeError):  # the reader of our output has left
-            return 1
         print(f"memws: cannot write to standard output ({error.strerror}); send it elsewhere", file=sys.stderr)
         return 2
 

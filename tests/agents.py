@@ -96,7 +96,7 @@ class Lab:
         """A new agent; tools of the lab's own are offered to it."""
         own = [tool for tool in self.tools if tool not in memws.MEMORY_TOOLS]
         config = {**({"tools": own} if own else {}), **config}
-        blocks = [asdict(block) for block in memws.read_core_memory(config)]
+        blocks = [asdict(block) for block in memws.apply(memws.core_memory, config)]
         await self.store.create_agent(name, memws.read_config(config, self.tools)[0], blocks, None)
         return await self.open(name)
 
@@ -139,7 +139,7 @@ class Lab:
         assert (record.state, record.config) == (agent.record.state, agent.record.config)
         assert record.blocks == [asdict(block) for block in memory.blocks.values()]
         assert [message.body for message in messages] == [message.body for message in memory.messages]
-        assert (counts["messages"], counts["passages"]) == (memory.recall, memory.archival)
+        assert (counts["messages"], counts["passages"]) == (memory.last_message, memory.archival)
         assert (counts["unreadable"], record.state.get("turn")) == (0, None)
 
     async def events(self, agent: memws.Agent, turn_id: str | None = None) -> list[Body]:

@@ -1,14 +1,17 @@
-"""The command line as a process of its own: `run(...)` runs it to its end, `Serving` while a `with` block lasts."""
+"""The command line as a process of its own (`run` to its end, `Serving` while a `with` block lasts), or a call."""
 
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
+
+import pytest
 
 import memws
 
@@ -17,9 +20,9 @@ PROGRAM = Path(memws.__file__)
 
 def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment without settings of memws, OpenAI and proxies, and with `variables`."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEMWS_", "OPENAI_"))}
-    kept = {name: value for name, value in kept.items() if not name.lower().endswith("_proxy") and name != "NO_COLOR"}
-    return {**kept, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120", **(variables or {})}
+    rest = {name: value for name, value in os.environ.items() if not name.startswith(("MEMWS_", "OPENAI_"))}
+    rest = {name: value for name, value in rest.items() if not name.lower().endswith("_proxy") and name != "NO_COLOR"}
+    return {**rest, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120", **(variables or {})}
 
 
 def command(*flags: str, program: Path = PROGRAM) -> list[str]:
@@ -47,24 +50,51 @@ def run(
     )
 
 
+class Done(NamedTuple):
+    """What a call of the command line came to."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object, variables: Mapping[str, str] | None = None) -> Done:
+    """Call memws.main in this process, where no process needs to be seen; its logging is taken back."""
+    logger, handlers, level = memws.logger, list(memws.logger.handlers), memws.logger.level
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"COLUMNS": "120", **(variables or {})}.items():
+            patch.setenv(name, value)
+        try:
+            status = memws.main([str(word) for word in words])
+        except SystemExit as leaving:  # of --help
+            status = int(leaving.code or 0)
+        finally:
+            logger.handlers[:] = handlers
+            logger.setLevel(level)
+    return Done(status, *capsys.readouterr())
+
+
+def sentence(done: Done | subprocess.CompletedProcess[str]) -> str:
+    """What was refused with exit status 2 and one sentence, and nothing else."""
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert re.fullmatch(r"memws: [^\n]+\n", done.stderr), done.stderr
+    return done.stderr
+
+
 class Serving:
     """A server process in the folder `cwd`, on a free port unless the flags name one, while the `with` block lasts."""
 
     def __init__(
-        self,
-        *flags: str,
-        cwd: Path,
-        variables: Mapping[str, str] | None = None,
-        program: Path = PROGRAM,
+        self, *flags: str, cwd: Path, variables: Mapping[str, str] | None = None, program: Path = PROGRAM
     ) -> None:
-        named = "--port" in flags or "MEMWS_PORT" in (variables or {})
-        self.arguments: Sequence[str] = command("serve", *flags, *([] if named else ["--port", "0"]), program=program)
+        is_named = "--port" in flags or "MEMWS_PORT" in (variables or {})
+        port = [] if is_named else ["--port", "0"]
+        self.arguments: Sequence[str] = command("serve", *flags, *port, program=program)
         self.cwd = cwd
         self.variables = environment(variables)
-        self.out: list[str] = []
-        """The lines of its standard output so far."""
-        self.log = ""
-        """Its standard error, once it has ended."""
+        self.out: list[str] = []  # the lines of its standard output so far
+        self.log = ""  # its standard error, once it has ended
         self.url = ""
 
     def __enter__(self) -> Self:

@@ -28,18 +28,12 @@ class Proxy:
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
         self.port = 0
-        self.refuses: int | None = None
-        """The HTTP status for new connections; None: they pass."""
-        self.sent: list[Frame] = []
-        """Frames of clients, in order of arrival."""
-        self.received: list[Frame] = []
-        """Frames of the server, in order of arrival."""
-        self.connected = 0
-        """Connections so far."""
-        self.on_sent: Callable[[Frame], bool] = lambda frame: True
-        """Whether a client's frame goes on to the server."""
-        self.on_received: Callable[[Frame], Pass] = lambda frame: None
-        """What comes to the client in place of a frame of the server."""
+        self.refuses: int | None = None  # the HTTP status for new connections; None: they pass
+        self.sent: list[Frame] = []  # frames of clients, in order of arrival
+        self.received: list[Frame] = []  # frames of the server, in order of arrival
+        self.connected = 0  # connections so far
+        self.on_sent: Callable[[Frame], bool] = lambda frame: True  # whether a client's frame goes on to the server
+        self.on_received: Callable[[Frame], Pass] = lambda frame: None  # what the client gets in place of a frame
         self._pairs: dict[ServerConnection, ClientConnection] = {}
         self._news = threading.Condition()
         self._started = threading.Event()

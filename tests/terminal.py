@@ -26,8 +26,7 @@ class Terminal:
         self.words = words
         self.cwd = cwd
         self.variables = {**variables, "TERM": variables.get("TERM", "xterm")}
-        self.seen = ""
-        """All that the program has written."""
+        self.seen = ""  # all that the program has written
         self._read_to = 0
         self._news = threading.Condition()
         self._over = False

@@ -183,11 +183,11 @@ async def test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction(
     edited, sizes = await say()
     first, second, _ = (request["messages"][0]["content"] for request in lab.endpoint.requests)
     assert (first, "Name: Zoe" in edited, sizes[1]) == (second, True, "1")
-    assert 0 < int(sizes[0]) < agent.memory.recall
+    assert 0 < int(sizes[0]) < agent.memory.last_message
     lab.endpoint.script(insert)
     assert await say() == (edited, sizes)
     for what in ("load", "compaction", "edit"):
-        recall = str(agent.memory.recall)
+        recall = str(agent.memory.last_message)
         if what == "load":
             agent = await lab.open()
         elif what == "compaction":

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import functools
 import json
 import os
 import re
@@ -11,10 +12,10 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from commandline import Serving
+from commandline import Done, Serving, call, sentence
 from commandline import run as run_process
 from endpoint import Body, Endpoint, Reply, greet
 
@@ -101,41 +102,20 @@ def rows(path: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
 # ---- the command line, in this process -------------------------------------------------------------------------------
 
 
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 Run = Callable[..., Done]
 Serve = Callable[..., memws.WebSocketServer]
 
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command of memws.py; nothing it does is a traceback."""
-
-    def command(*words: object) -> Done:
-        capsys.readouterr()
-        status = memws.main([str(word) for word in words])
-        done = Done(status, *capsys.readouterr())
-        assert "Traceback" not in done.err
-        return done
-
-    return command
-
-
-def sentence(done: Done) -> str:
-    """What was refused with exit status 2 and one sentence."""
-    assert (done.status, done.out) == (2, ""), done
-    assert re.fullmatch(r"memws: [^\n]+\n", done.err)
-    return done.err
+    """Run a command of memws.py in this process."""
+    return functools.partial(call, capsys)
 
 
 def export(run: Run, path: Path, name: str) -> str:
     done = run("export", name, "--db", path)
-    assert (done.status, done.err) == (0, "")
-    return done.out
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 def bring(run: Run, text: str, path: Path) -> Done:
@@ -147,7 +127,7 @@ def bring(run: Run, text: str, path: Path) -> Done:
 
 def healthy(run: Run, path: Path) -> bool:
     done = run("check", "--db", path)
-    return done.status == 0 and done.out.startswith("no damage found\n")
+    return done.returncode == 0 and done.stdout.startswith("no damage found\n")
 
 
 def everything(server: memws.WebSocketServer, name: str) -> JSON:
@@ -177,7 +157,7 @@ def test_an_imported_agent_is_the_exported_one(db: Path, tmp_path: Path, run: Ru
     """Its next export says the same, and over the wire nobody can tell the two apart."""
     text = export(run, db, RICH)
     other = tmp_path / "other.db"
-    assert bring(run, export(run, db, PLAIN), other).status == 0  # so that its number is another one
+    assert bring(run, export(run, db, PLAIN), other).returncode == 0  # so that its number is another one
     assert bring(run, text, other) == (0, f"agent {RICH!r} is in {other}\n", "")
     assert stat.S_IMODE(other.stat().st_mode) == 0o600
     assert export(run, other, RICH) == text
@@ -191,7 +171,7 @@ def test_an_imported_agent_goes_on(db: Path, tmp_path: Path, run: Run, serve: Se
     """Its turn ids stay taken, its seq goes on; a turn that a kill has cut is closed where the agent is opened."""
     other = tmp_path / "other.db"
     for name in (PLAIN, CUT):
-        assert bring(run, export(run, db, name), other).status == 0
+        assert bring(run, export(run, db, name), other).returncode == 0
     server = serve(db=str(other))
     with memws.connect(server.url) as client:
         last_seq = client.load_agent(PLAIN)["last_seq"]
@@ -221,7 +201,7 @@ def test_names(db: Path, run: Run, serve: Serve) -> None:
         client.command("delete_agent", agent_name=PLAIN)
     server.stop()
     assert "unknown agent 'sam'" in sentence(run("export", PLAIN, "--db", db))
-    assert bring(run, text, db).status == 0
+    assert bring(run, text, db).returncode == 0
     with memws.connect(serve(db=str(db)).url) as client:
         assert next(client.send("Hello again", PLAIN))["seq"] > last_seq + 1
         client.command("restore_agent", agent_name=PLAIN, new_name="old-sam")
@@ -243,7 +223,7 @@ def test_files(db: Path, tmp_path: Path, run: Run) -> None:
     assert (done.returncode, done.stdout) == (0, text)
     for encoding in ("utf-8-sig", "utf-16"):
         file.write_bytes(text.encode(encoding))
-        assert run("import", file, "--db", tmp_path / f"{encoding}.db").status == 0
+        assert run("import", file, "--db", tmp_path / f"{encoding}.db").returncode == 0
     assert run_process("import", "-", "--db", "piped.db", cwd=tmp_path, text=text).returncode == 0
     assert json.loads(export(run, tmp_path / "utf-16.db", RICH)) == json.loads(text)
     assert json.loads(export(run, tmp_path / "piped.db", RICH)) == json.loads(text)
@@ -325,8 +305,8 @@ def test_what_an_import_takes_works(past: Path, tmp_path: Path, run: Run, serve:
         name = f"agent-{number}"
         junk = put(put(data, ("agent", "name"), name), path, JUNK[number % len(JUNK)])
         done = bring(run, json.dumps(junk), tmp_path / "memws.db")
-        taken += [name] if done.status == 0 and path != ("agent", "name") else []
-        assert done.status in (0, 2)
+        taken += [name] if done.returncode == 0 and path != ("agent", "name") else []
+        assert done.returncode in (0, 2)
     assert 0 < len(taken) < count
     with memws.connect(serve(base_url=endpoint.url, model="m", api_key="k", context_window=30_000).url) as client:
         for name in taken:
@@ -343,7 +323,7 @@ def test_healthy_agents_are_found_healthy(db: Path, run: Run, serve: Serve) -> N
     """Long lives, failures, renames, deletions, a killed process: none is damage, and check changes nothing; it tells
     what each agent takes."""
     before = db.read_bytes()
-    told = run("check", "--db", db).out.splitlines()
+    told = run("check", "--db", db).stdout.splitlines()
     assert told[0] == "no damage found"
     assert [line.partition(": ")[0] for line in told[1:]] == sorted([RICH, PLAIN, CUT])
     assert re.search(r": \d+ messages \([\d,.]+ kB\), \d+ memory \([\d,.]+ kB\), \d+ events", told[1])
@@ -390,8 +370,8 @@ def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
             file.write(b"\xff" * 4096)
     broken = db.read_bytes()
     done = run("check", "--db", db)
-    assert (done.status, done.err) == (1, "")
-    assert told in done.out
+    assert (done.returncode, done.stderr) == (1, "")
+    assert told in done.stdout
     assert db.read_bytes() == broken
     if not sql:
         return
@@ -415,7 +395,7 @@ def test_beside_a_server(db: Path, tmp_path: Path, run: Run, serve: Serve) -> No
     serve(db=str(db))
     (tmp_path / "sam.json").write_text(export(run, db, PLAIN), "utf-8")
     assert healthy(run, db)
-    assert run("backup", tmp_path / "copy.db", "--db", db).status == 0
+    assert run("backup", tmp_path / "copy.db", "--db", db).returncode == 0
     assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == 0o600
     assert healthy(run, tmp_path / "copy.db")
     assert "stop" in sentence(run("import", tmp_path / "sam.json", "--db", db))
@@ -459,7 +439,7 @@ async def test_beside_turns(tmp_path: Path, run: Run, serve: Serve, endpoint: En
             while len(acknowledged) < 16 * (number + 1):
                 await more.wait()
         copies.append((tmp_path / f"copy{number}.db", list(acknowledged)))
-        assert (await asyncio.to_thread(run, "backup", copies[-1][0], "--db", db)).status == 0
+        assert (await asyncio.to_thread(run, "backup", copies[-1][0], "--db", db)).returncode == 0
         assert await asyncio.to_thread(healthy, run, db)
         data = json.loads(await asyncio.to_thread(export, run, db, "agent0"))
         assert [event["seq"] for event in data["events"]] == list(range(1, data["agent"]["last_seq"] + 1))
