@@ -95,7 +95,6 @@ import weakref
 import zlib
 from collections.abc import (
     AsyncGenerator,
-    AsyncIterable,
     AsyncIterator,
     Awaitable,
     Callable,
@@ -2674,6 +2673,18 @@ class Endpoint:
             await self._clients.popitem()[0].close()
 
 
+def _read_events(lines: Iterable[bytes], data: list[bytes]) -> Iterator[JSON]:
+    """What server-sent events hold (WHATWG HTML, 9.2); `data`: of one that is not over yet. Raises ValueError."""
+    for line in lines:
+        if line.startswith(b"data:"):
+            data.append(line[5:])
+        elif data and not line.strip():
+            text = b"\n".join(data).strip()
+            data.clear()
+            if text != b"[DONE]":
+                yield decode_json(text)
+
+
 class OpenAIModel:
     """A model behind the chat-completions API (OpenAI, Ollama, vLLM, llama.cpp, LM Studio, …), streamed.
 
@@ -2697,7 +2708,9 @@ class OpenAIModel:
         try:
             async with self.endpoint.client() as client, await self._post(client, body) as stream:
                 async with asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit:  # its taker awaits nothing else
-                    async for chunk in self._chunks(stream):
+                    async for chunk in self._chunks(stream.response):
+                        if chunk.get("error"):
+                            raise import_openai().APIError("", stream.response.request, body=chunk["error"])
                         if not has_words:
                             await self.endpoint.step_aside()
                         choices = chunk.get("choices") or ()
@@ -2720,21 +2733,26 @@ class OpenAIModel:
         async with asyncio.timeout(FIRST_TOKEN_TIMEOUT):
             return await client.post("/chat/completions", content=body.encode(), **options)
 
-    def _chunks(self, stream: Any) -> AsyncIterable[JSON]:
-        """The chunks of an answer, of which there is one where the endpoint does not stream. Raises ModelError."""
-        kind = stream.response.headers.get("content-type", "").lower()
+    async def _chunks(self, response: Any) -> AsyncGenerator[JSON, None]:
+        """The chunks of an answer, of which there is one where the endpoint does not stream. Raises ModelError.
+
+        It is read to its end: openai's reader stops at [DONE], and the four generators that it leaves behind cost the
+        loop a task each, together a tenth of a turn's time.
+        """
+        kind = response.headers.get("content-type", "").lower()
         if "html" in kind:
             text = "the endpoint answered with a web page; does --base-url end with /v1?"
             raise ModelError("model_unavailable", text, retry=True)
-        chunks: AsyncIterable[JSON] = self._whole(stream) if "json" in kind and "stream" not in kind else stream
-        return chunks
-
-    @staticmethod
-    async def _whole(stream: Any) -> AsyncGenerator[JSON, None]:
-        answer = decode_json(await stream.response.aread())
-        if answer.get("error"):
-            raise import_openai().APIError("", stream.response.request, body=answer["error"])
-        yield answer
+        if "json" in kind and "stream" not in kind:
+            yield decode_json(await response.aread())
+            return
+        rest, event = b"", list[bytes]()
+        async for data in response.aiter_bytes():
+            *lines, rest = (rest + data).split(b"\n")
+            for chunk in _read_events(lines, event):
+                yield chunk
+        for chunk in _read_events([rest, b""], event):
+            yield chunk
 
     def _failure(self, error: Any, has_words: bool) -> ModelError:
         """What an error of the transport or of the endpoint means for the turn."""
@@ -3614,7 +3632,8 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     """
     known = [*config.parameters["properties"]]
     known += ["name", *core_memory.parameters["properties"]] if base is None else []
-    warnings = [f"{quote(key)} is ignored; known: {', '.join(known)}" for key in values if key not in known]
+    others = [key for key in values if key not in known][:20]
+    warnings = [f"{quote(key)} is ignored; known: {', '.join(known)}" for key in others]
     stored = base or {}
     if isinstance(values.get("settings"), dict):
         values = values | {"settings": {**stored.get("settings", {}), **values["settings"]}}
@@ -4336,10 +4355,10 @@ class Agent:
             if version not in (None, block.version):
                 text = f"block {label} has version {block.version} by now; read its value, then send that version"
                 raise Refused("conflict", text, version=block.version, value=block.value)
-            try:
-                change.write(label, value)
-            except ToolError as error:
-                raise Refused("block_limit", str(error)) from None
+            if len(value) > block.limit:
+                text = f"block {label} is limited to {block.limit:,} characters, but got {len(value):,}"
+                raise Refused("block_limit", text)
+            change.write(label, value)
             return change.blocks[label].version
 
     async def insert_passage(self, text: str) -> int:
@@ -6514,9 +6533,9 @@ def live_panels() -> dict[tuple[str, str], Any]:
 # ======================================================================================================================
 
 
-def option(default: T, meaning: str) -> T:
-    """A field of Options: its default, and what its flag's help says."""
-    return field(default=default, metadata={"help": meaning})
+def option(default: T, meaning: str, span: tuple[float, float] | None = None) -> T:
+    """A field of Options: its default, what its flag's help says, and for a number the least and the most."""
+    return field(default=default, metadata={"help": meaning, "span": span})
 
 
 @dataclass(frozen=True)
@@ -6524,35 +6543,33 @@ class Options:
     """What a server can be told; the command line's flags are these fields. Raises UsageError for what cannot be."""
 
     host: str = option(DEFAULT_HOST, "address to listen on; anything but loopback needs a token")
-    port: int = option(DEFAULT_PORT, "port to listen on; 0 picks a free one")
+    port: int = option(DEFAULT_PORT, "port to listen on; 0 picks a free one", (0, 65_535))
     db: str = option(DEFAULT_DB, "SQLite file with the agents; :memory: keeps nothing")
     model: str | None = option(None, "model of agents that name none; offline: the stand-in, no language model")
     base_url: str | None = option(None, "OpenAI-compatible endpoint, like http://localhost:11434/v1 for Ollama")
     api_key: str | None = option(None, "the endpoint's key: only from Python, or as OPENAI_API_KEY")
     embedding_model: str | None = option(None, "the endpoint's model that gives vectors for search; needs numpy")
-    context_window: int | None = option(None, "tokens of the context window, where the model's name does not tell")
-    max_steps: int = option(MAX_STEPS, "steps of one turn at most")
+    context_window: int | None = option(
+        None, "tokens of the context window, where the model's name does not tell", (1, 10**8)
+    )
+    max_steps: int = option(MAX_STEPS, "steps of one turn at most", (1, 1_000))
     token: str | None = option(None, "secret that clients have to show")
     allow_origin: tuple[str, ...] = option(
         (), "web origin whose pages may connect, like https://lab.example (repeatable)"
     )
     allow_host: tuple[str, ...] = option((), "further host name under which clients reach the server (repeatable)")
-    max_connections: int = option(MAX_CONNECTIONS, "connections at once")
+    max_connections: int = option(MAX_CONNECTIONS, "connections at once", (1, 10**6))
     sync: str = option("full", "full: what is acknowledged survives a power cut; normal: a killed process")
-    idle_timeout: float = option(IDLE_TIMEOUT, "seconds of silence inside a model's answer before the call has failed")
+    idle_timeout: float = option(
+        IDLE_TIMEOUT, "seconds of silence inside a model's answer before the call has failed", (0.001, 86_400)
+    )
 
     def __post_init__(self) -> None:
-        ranges: dict[str, tuple[float, float]] = {
-            "port": (0, 65_535),
-            "max_connections": (1, 10**6),
-            "max_steps": (1, 1_000),
-        }
-        ranges |= {"context_window": (1, 10**8), "idle_timeout": (0.001, 86_400)}
-        for name, (least, most) in ranges.items():
-            value = getattr(self, name)
-            kinds = (int, float) if name == "idle_timeout" else (int,)
-            if value is not None and (type(value) not in kinds or not least <= value <= most):
-                raise UsageError(f"{name}: expected a number from {least} to {most}, but got {quote(value)}")
+        for entry in fields(self):
+            value, (least, most) = getattr(self, entry.name), entry.metadata["span"] or (0, 0)
+            kinds = (int, float) if entry.type == "float" else (int,)
+            if most and value is not None and (type(value) not in kinds or not least <= value <= most):
+                raise UsageError(f"{entry.name}: expected a number from {least} to {most}, but got {quote(value)}")
         for name in ("allow_origin", "allow_host"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -6565,11 +6582,7 @@ class Options:
         if not is_loopback(self.host) and self.token is None:
             text = f"listening on {self.host!r} lets other machines in"
             raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
-        self._check_window()
-
-    def _check_window(self) -> None:
-        """A window that no agent fits into is told at the start. Raises UsageError."""
-        if self.context_window is not None:
+        if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
             specs = ",".join(tool.spec for tool in MEMORY_TOOLS.values())
             try:
                 check_window(self.context_window, {"system": None}, specs, [Block("persona", ""), Block("human", "")])
@@ -6600,8 +6613,8 @@ def bracketed(host: str) -> str:
 
 def _host_of(value: str) -> str:
     """The host of `host` or `host:port`, in lower case; "" for what is neither."""
-    found = _HOST.fullmatch(value.lower())
-    return found[1] if found and int(found[2] or 0) <= 65_535 else ""
+    match = _HOST.fullmatch(value.lower())
+    return match[1] if match and int(match[2] or 0) <= 65_535 else ""
 
 
 class Gate:
@@ -6630,7 +6643,8 @@ class Gate:
             return None
         if len(origins) > 1 or not all(map(self._may_origin, origins)):
             return 403, "pages of this Origin may not connect; allow them with --allow-origin"
-        if self._token is not None and not any(self._equals_token(secret) for secret in _secrets(request)):
+        token = self._token
+        if token is not None and not any(hmac.compare_digest(secret, token) for secret in _secrets(request)):
             return 401, "a token is needed: send it as Authorization: Bearer, as subprotocol memws, or as ?token="
         return None
 
@@ -6642,18 +6656,16 @@ class Gate:
         scheme, separator, host = value.lower().partition("://")
         return value.lower() in self._origins or (scheme in ("http", "https") and bool(separator) and self._may(host))
 
-    def _equals_token(self, secret: str) -> bool:
-        return hmac.compare_digest(secret.encode("utf-8", "replace"), self._token or b"")
 
-
-def _secrets(request: HandshakeRequest) -> Iterator[str]:
+def _secrets(request: HandshakeRequest) -> list[bytes]:
     """All that a request shows as the token."""
     headers = request.headers
-    yield from (value[7:].strip() for value in headers.get_all("Authorization") if value[:7].lower() == "bearer ")
+    texts = [value[7:].strip() for value in headers.get_all("Authorization") if value[:7].lower() == "bearer "]
     protocols = [name.strip() for name in ",".join(headers.get_all("Sec-WebSocket-Protocol")).split(",")]
-    yield from protocols[1:] if protocols[0] == "memws" else ()
+    texts += protocols[1:] if protocols[0] == "memws" else []
     pairs = (pair.partition("=") for pair in request.path.partition("?")[2].split("&"))
-    yield from (urllib.parse.unquote(value) for name, _, value in pairs if name == "token")
+    texts += (urllib.parse.unquote(value) for name, _, value in pairs if name == "token")
+    return [text.encode("utf-8", "replace") for text in texts]
 
 
 # ---- delivery: an agent publishes, readers are cursors ---------------------------------------------------------------
@@ -6668,8 +6680,8 @@ class Channel:
 
     def __init__(self, last_seq: int) -> None:
         self.last_seq, self.count, self.closed = last_seq, 0, False  # count: of the events ever published here
+        self.news = asyncio.Event()  # set at the next event, when another takes its place
         self._ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
-        self._news = asyncio.Event()
 
     def publish(self, event: StoredEvent) -> None:
         self.last_seq = event.seq or self.last_seq
@@ -6679,19 +6691,13 @@ class Channel:
 
     def wake(self) -> None:
         """Let all readers look again."""
-        self._news.set()
-        self._news = asyncio.Event()
+        self.news.set()
+        self.news = asyncio.Event()
 
-    async def news(self) -> None:
-        await self._news.wait()
-
-    def holds(self, place: int) -> bool:
-        """Whether all events from number `place` on are in the ring."""
-        return place >= self.count - len(self._ring)
-
-    def get(self, place: int) -> StoredEvent:
-        """The event number `place`, which the ring holds."""
-        return self._ring[place - self.count]
+    def get(self, place: int) -> StoredEvent | None:
+        """The event of that number, counted from 0; None where it is no longer in the ring."""
+        first = self.count - len(self._ring)
+        return self._ring[place - first] if place >= first else None
 
 
 class Tasks:
@@ -6707,7 +6713,6 @@ class Tasks:
         return task
 
     async def join(self) -> None:
-        """Wait until they have ended."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def end(self) -> None:
@@ -6725,9 +6730,14 @@ def new_turn_id() -> str:
 
 
 class QueuedTurn:
-    """A turn that waits or runs, and whose queue it counts against; `done` ends with it, or with why it will not be."""
+    """A turn that waits or runs, and whose queue it counts against; `done` ends with it, or with why it will not be.
+
+    Raises Refused (text_too_long).
+    """
 
     def __init__(self, turn: Turn, sender: object = None) -> None:
+        if (size := len(turn.message or "")) > MAX_TEXT:
+            raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {size:,}")
         self.turn, self.sender = turn, sender
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -6751,7 +6761,7 @@ class LiveAgent:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
         agents = self.agents
         common = (agents.models, agents.tools, agents.options.max_steps, agents.api_keys.get(record.id))
-        self.agent = await Agent.open(agents.store, record, *common, emit=self._publish)
+        self.agent = await Agent.open(agents.store, record, *common, emit=self.publish)
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
@@ -6769,12 +6779,13 @@ class LiveAgent:
             return Refused("unknown_agent", f"agent {self.name!r} was deleted")
         return Refused("cancelled", "the server is stopping; send the message again later")
 
-    def name_event(self, event: StoredEvent) -> StoredEvent:
+    def publish(self, *events: StoredEvent) -> None:
+        for event in events:
+            self.channel.publish(self._with_name(event))
+
+    def _with_name(self, event: StoredEvent) -> StoredEvent:
         """The event with the agent's present name."""
         return event._replace(text=with_fields(event.text, agent_name=self.name))
-
-    def _publish(self, event: StoredEvent) -> None:
-        self.channel.publish(self.name_event(event))
 
     async def stored(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
@@ -6782,7 +6793,7 @@ class LiveAgent:
             events = await self.agents.store.events(self.agent.record.id, after, RING, turn_id)
             for event in events:
                 if event.seq <= until:
-                    yield self.name_event(event)
+                    yield self._with_name(event)
             after = events[-1].seq if events else until
 
     async def fresh(self) -> Agent:
@@ -6820,8 +6831,6 @@ class LiveAgent:
 
     def kick(self) -> None:
         """Begin with what waits, unless something runs."""
-        if self._timer is not None:
-            self._timer.cancel()
         if self._task is None and self.waiting and not (self.compaction or self.agents.stopping):
             self.current = self.waiting.popleft()
             self._task = self.agents.spawn(self._run())
@@ -6851,25 +6860,21 @@ class LiveAgent:
                 await self.fresh()  # it may be stored by now, as the end of an interrupted turn
                 item.done.set_result(None)
             except MemwsError:
-                self._refuse(item, self.gone_error() if self.gone else error)
+                self.refuse(item, self.gone_error() if self.gone else error)
 
-    def _refuse(self, item: QueuedTurn, error: MemwsError) -> None:
+    def refuse(self, item: QueuedTurn, error: MemwsError) -> None:
         """Tell whoever waits for a turn that it will not be."""
+        if item in self.waiting:
+            self.waiting.remove(item)
         item.done.set_exception(error)
         item.done.exception()  # nobody may wait for it
-
-    def drop(self, item: QueuedTurn, error: MemwsError) -> None:
-        """Take a waiting turn back."""
-        self.waiting.remove(item)
-        self._refuse(item, error)
 
     async def stop_turns(self, reason: str) -> None:
         """Stop what runs, refuse what waits, and wait until the agent is idle."""
         for item in list(self.waiting):
-            self.drop(item, self.gone_error())
-        for turn in (self.compaction, self.current.turn if self.current else None):
-            if turn is not None:
-                turn.stop(reason)
+            self.refuse(item, self.gone_error())
+        if turn := self.current.turn if self.current else self.compaction:
+            turn.stop(reason)
         if self._task is not None:
             await asyncio.wait([self._task])
 
@@ -6887,12 +6892,11 @@ class LiveAgent:
             raise Refused("cancelled", f"the compaction was {turn.stop_reason}") from None
         finally:
             self.compaction = None
+            self.rest()
             self.kick()
 
-    # -- between turns --
-
     def rest(self) -> None:
-        """The agent is idle: set the timer of the next heartbeat."""
+        """The agent is idle, or gone: set the timer of the next heartbeat, if there is to be one."""
         if self._timer is not None:
             self._timer.cancel()
         record = self.agent.record
@@ -6910,8 +6914,7 @@ class LiveAgent:
         """Let go of the timer, and of readers once they have read all."""
         self.channel.closed = True
         self.channel.wake()
-        if self._timer is not None:
-            self._timer.cancel()
+        self.rest()
 
 
 class Agents(Tasks):
@@ -6970,8 +6973,7 @@ class Agents(Tasks):
             if live.gone:
                 raise live.gone_error()
             event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
-            for stored in await self.store.rename_agent(live.agent.record.id, name, event):
-                live.channel.publish(live.name_event(stored))
+            live.publish(*await self.store.rename_agent(live.agent.record.id, name, event))
             self.live[name] = self.live.pop(live.name)
             live.name = live.agent.record.name = name
             record = await self.store.find_agent(name)  # under a name that was in use before, seqs go on above that
@@ -6989,18 +6991,12 @@ class Agents(Tasks):
             await live.stop_turns("cancelled")
             async with self._lock, live.agent.memory.lock:
                 event = response("agent_change", "the agent was deleted", change="deleted")
-                for stored in await self.store.delete_agent(live.agent.record.id, event, purge):
-                    live.channel.publish(live.name_event(stored))
+                live.publish(*await self.store.delete_agent(live.agent.record.id, event, purge))
                 del self.live[live.name]
                 live.close()
         except MemwsError:
             live.gone = False
             raise
-
-    async def purge(self, name: str) -> None:
-        """Forget the agent that was deleted last under a name. Raises UnknownAgent."""
-        record = await self.store.find_deleted(unicodedata.normalize("NFC", name))
-        await self.store.delete_agent(record.id, None, True)
 
     async def restore(self, name: str, new_name: str | None) -> LiveAgent:
         """Bring back a deleted agent. Raises UnknownAgent, Refused (name_taken)."""
@@ -7023,49 +7019,8 @@ class Agents(Tasks):
             elif vectors is None:
                 await asyncio.sleep(embedder.pause)
             else:
-                vectors_of = [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
-                await self.store.keep_vectors(embedder.name, vectors_of)
-
-
-# ---- one connection --------------------------------------------------------------------------------------------------
-
-
-class Connection(Tasks):
-    """A client's end of the line."""
-
-    def __init__(self, websocket: ServerConnection, number: int) -> None:
-        super().__init__()
-        self.websocket, self.number = websocket, number
-        self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
-        self._sends, self._progress, self._progress_time = 0, (0, 0), time.monotonic()
-
-    async def converse(self) -> None:
-        """Take frames until the connection closes."""
-        try:
-            with contextlib.suppress(ConnectionClosed):
-                async for frame in self.websocket:
-                    await self._take(frame)
-        finally:
-            await self.end()
-
-    async def _take(self, frame: str | bytes) -> None:
-        raise NotImplementedError
-
-    async def send(self, text: str) -> None:
-        """Send a frame; waits for a client that reads slowly. Raises ConnectionClosed."""
-        await self.websocket.send(text)
-        self._sends += 1
-
-    def wants(self, message_type: str) -> bool:
-        return self.types is None or message_type in self.types
-
-    def stalled(self) -> float:
-        """Seconds for which the client has taken no byte of what waits for it, as far as these looks tell."""
-        unsent, now = self.websocket.transport.get_write_buffer_size(), time.monotonic()
-        sends, least = self._progress
-        if unsent == 0 or sends != self._sends or unsent < least:
-            self._progress, self._progress_time = (self._sends, unsent), now
-        return now - self._progress_time
+                entries = [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
+                await self.store.keep_vectors(embedder.name, entries)
 
 
 class Reader:
@@ -7074,30 +7029,23 @@ class Reader:
     websockets' backpressure sets the pace: while `send` waits for the client, nothing is taken from the channel.
     """
 
-    def __init__(self, connection: Connection, live: LiveAgent, over: Callable[[], object]) -> None:
-        self.connection, self.live = connection, live
+    def __init__(self, session: Session, live: LiveAgent) -> None:
+        self.session, self.live = session, live
+        # All up to seq `cursor` was sent or passed by; `place` is the number of the next event in the channel, or -1
+        # where the store is to be read first. A turn that is followed late is replayed up to the cursor of then.
+        self.cursor, self.place = live.channel.last_seq, live.channel.count
         self.floor: int | None = None  # a subscription gets all stored events above it; None: there is none
         self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: dict[str, int] = {}  # of them those that are sent from their start, and up to which seq
-        self.seek(live.channel.last_seq)
-        self._refused: set[str] = set()  # turns that ended with a refusal, whatever is stored of them later
-        self._over = over
-        connection.spawn(self._run())
+        self._refusals: set[str] = set()  # turns that ended with one, whatever is stored of them later
+        session.readers[live] = self
+        session.spawn(self._run())
 
-    def seek(self, cursor: int) -> None:
-        """Go on behind that seq: from the store, unless it is the newest."""
-        channel = self.live.channel
-        self.cursor, self.place = cursor, channel.count if cursor == channel.last_seq else -1
-
-    def subscribe(self, after: int | None) -> None:
-        """Get all events above `after`; None: those to come."""
-        self.floor = self.live.channel.last_seq if after is None else after
-        if self.floor < self.cursor:
-            self.seek(self.floor)
-        self.live.channel.wake()
-
-    def unsubscribe(self) -> None:
-        self.floor = None
+    def subscribe(self, floor: int | None) -> None:
+        """Get all events above that seq; None: end the subscription."""
+        self.floor = floor
+        if floor is not None and floor < self.cursor:
+            self.cursor, self.place = floor, -1
         self.live.channel.wake()
 
     def follow(self, turn_id: str, request_id: RequestId, item: QueuedTurn | None, *, replay: bool = False) -> None:
@@ -7105,9 +7053,10 @@ class Reader:
 
         `item`: where it waits or runs; it may end as a refusal, which overtakes what else is to be sent.
         """
-        self._refused.discard(turn_id)
+        self._refusals.discard(turn_id)
         if turn_id not in self.turns:
-            self._replays |= {turn_id: self.cursor} if replay else {}
+            if replay:
+                self._replays[turn_id] = self.cursor
             if item is not None:
                 item.done.add_done_callback(functools.partial(self._end, turn_id))
         self.turns[turn_id] = request_id
@@ -7116,7 +7065,7 @@ class Reader:
     def _end(self, turn_id: str, done: asyncio.Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
         if isinstance(error, MemwsError) and turn_id in self.turns:
-            self.connection.spawn(self._refuse(turn_id, error))
+            self.session.spawn(self._refuse(turn_id, error))
 
     async def _run(self) -> None:
         try:
@@ -7125,11 +7074,11 @@ class Reader:
         except ConnectionClosed:
             return
         except StoreFailed as failure:
-            logger.error("session %d: agent %s cannot be replayed: %s", self.connection.number, self.live.name, failure)
+            logger.error("session %d: agent %s cannot be replayed: %s", self.session.number, self.live.name, failure)
             error = failure
             self.turns |= {} if self.floor is None else {"": None}  # the subscription ends with an error of its own
         finally:
-            self._over()
+            del self.session.readers[self.live]
         for turn_id in list(self.turns):
             await self._refuse(turn_id, error)
 
@@ -7138,16 +7087,18 @@ class Reader:
         channel = self.live.channel
         while self.floor is not None or self.turns:
             if self._replays:
-                await self._replay(*self._replays.popitem())
+                turn_id, until = self._replays.popitem()
+                async for event in self.live.stored(0, min(until, self.cursor), turn_id):
+                    await self._send(event)
             elif self.place == channel.count:
                 if channel.closed:
                     return
-                await channel.news()
-            elif channel.holds(self.place):
-                self.place += 1
-                await self._deliver(channel.get(self.place - 1))
-            else:
+                await channel.news.wait()
+            elif (news := channel.get(self.place)) is None:
                 await self._catch_up()
+            else:
+                self.place += 1
+                await self._deliver(news)
 
     async def _catch_up(self) -> None:
         """Send what is stored behind the cursor."""
@@ -7156,69 +7107,69 @@ class Reader:
         self.place = place
         async with contextlib.aclosing(self.live.stored(self.cursor, last_seq)) as events:
             async for event in events:
-                if self._replays:  # they come first: what follows may be their end
+                if self._replays or self.place != place:  # they come first, or a subscription went back meanwhile
                     self.place = -1
-                if self.place != place:  # or it was sought elsewhere meanwhile
                     return
                 await self._deliver(event)
         self.cursor = max(self.cursor, last_seq)
-
-    async def _replay(self, turn_id: str, until: int) -> None:
-        """Send a turn's stored frames that were passed by when it began to be followed."""
-        async for event in self.live.stored(0, min(until, self.cursor), turn_id):
-            await self._send(event, own=True)
 
     async def _deliver(self, event: StoredEvent) -> None:
         """Send an event, if it is new and wanted here."""
         if event.seq and event.seq <= self.cursor:
             return
         self.cursor = event.seq or self.cursor
-        own = event.turn_id in self.turns
-        if own or (self.floor is not None and (event.seq > self.floor or not event.seq)):
-            await self._send(event, own)
+        if event.turn_id in self.turns or (self.floor is not None and (event.seq > self.floor or not event.seq)):
+            await self._send(event)
 
-    async def _send(self, event: StoredEvent, own: bool) -> None:
+    async def _send(self, event: StoredEvent) -> None:
+        request_id: RequestId = None
         if event.kind in TERMINAL_TYPES:
-            if event.turn_id in self._refused:
+            if event.turn_id in self._refusals:
                 return
-            request_id = self.turns.pop(event.turn_id, None) if own else None
+            request_id = self.turns.pop(event.turn_id, None)
         elif event.kind == "agent_response_start":
-            request_id = self.turns.get(event.turn_id) if own else None
-        elif self.connection.wants(event.kind):
-            request_id = None
-        else:
+            request_id = self.turns.get(event.turn_id)
+        elif not self.session.wants(event.kind):
             return
-        await self.connection.send(event.text if request_id is None else with_fields(event.text, id=request_id))
+        await self.session._send(event.text if request_id is None else with_fields(event.text, id=request_id))
 
     async def _refuse(self, turn_id: str, error: MemwsError) -> None:
         """End a turn of one's own that will have no other terminal frame."""
         request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
-        self._refused.add(turn_id)
+        self._refusals.add(turn_id)
         with contextlib.suppress(ConnectionClosed):
-            await self.connection.send(failure(request | {"id": self.turns.pop(turn_id, None)}, error))
+            await self.session._send(failure(request | {"id": self.turns.pop(turn_id, None)}, error))
 
 
 # ---- sessions and their commands -------------------------------------------------------------------------------------
 
 AgentName = Annotated[str, 0, 1_000] | None
+Text = Annotated[str, 0, MAX_FRAME]
+WhenBusy = Literal["queue", "reject", "interrupt"]
 TurnId = Annotated[str, 1, MAX_ID]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
 Moment = Annotated[str, 0, 40] | None
 
 
-def size_of(value: Any) -> int:
-    """Bytes of a JSON value."""
-    return len(encode_json(value).encode())
-
-
-def fitting(items: list[Any], beside: Any = None) -> list[Any]:
+def answer_part(items: list[Any], beside: Any = None) -> list[Any]:
     """The first items that fit one answer together with what stands beside them, at least one."""
-    sizes = itertools.accumulate((size_of(item) + 1 for item in items), initial=size_of(beside))
+    sizes = itertools.accumulate(len(encode_json(item).encode()) + 1 for item in (beside, *items))
     return items[: max(1, sum(size <= MAX_ANSWER for size in sizes) - 1)]
 
 
-def listed_message(message: ChatMessage, first: int) -> JSON:
+def answer_page(items: list[Any], limit: int, beside: Any = None) -> list[Any]:
+    """The last items, so many at most, that fit one answer."""
+    return answer_part(items[: -limit - 1 : -1], beside)[::-1]
+
+
+def search_item(document: Document) -> JSON:
+    """What search_memory finds, long texts as excerpts."""
+    texts = {"role": document.role or None, "text": excerpt(document.text, LISTED_TEXT)}
+    return document._asdict() | texts | {"score": round(document.score, 4)}
+
+
+def message_item(message: ChatMessage, first: int) -> JSON:
     """A chat message as get_messages lists it, long texts as excerpts; `first` is the first one in view."""
     body = read_body(message) if message.role == "assistant" else None
     calls = []
@@ -7233,42 +7184,51 @@ def listed_message(message: ChatMessage, first: int) -> JSON:
     return about | {"turn_id": message.turn_id or None, "step": message.step, "in_context": message.id >= first}
 
 
-def limits(options: Options) -> JSON:
-    """The limits in characters, bytes and counts, for clients."""
-    texts = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
-    names = {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
-    blocks = {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
-    queues = {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
-    counts = {"max_connections": options.max_connections, "max_steps": options.max_steps}
-    return texts | names | blocks | queues | counts
-
-
-class Session(Connection):
+class Session(Tasks):
     """One connection's requests, one after another. Each public coroutine is a command: its signature is the check and
     the JSON Schema of the arguments, its docstring the description, what it returns the result."""
 
     def __init__(self, agents: Agents, websocket: ServerConnection, number: int) -> None:
-        super().__init__(websocket, number)
+        super().__init__()
+        self.websocket, self.number = websocket, number
+        self.readers: dict[LiveAgent, Reader] = {}  # one for each agent whose events it is to get
+        self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
         self._agents = agents
         self._current: LiveAgent | None = None  # the one that this connection created or loaded last
-        self._readers: dict[LiveAgent, Reader] = {}
         self._request_id: RequestId = None  # of the request that is being answered
+        self._unsent, self._progress = 0, time.monotonic()  # bytes that waited at the last look; when some were taken
 
-    @classmethod
-    @functools.cache
-    def commands(cls) -> dict[str, Function]:
-        """The commands by name, and user_message."""
-        methods = {
-            name: call for name, call in vars(cls).items() if inspect.iscoroutinefunction(call) and name[0] != "_"
-        }
-        return {name: function_of(call, skip=1) for name, call in methods.items()}
+    async def _converse(self) -> None:
+        """Take frames until the connection closes."""
+        try:
+            with contextlib.suppress(ConnectionClosed):
+                async for frame in self.websocket:
+                    await self._take(frame)
+        finally:
+            await self.end()
+
+    async def _send(self, text: str) -> None:
+        """Send a frame; waits for a client that reads slowly. Raises ConnectionClosed."""
+        await self.websocket.send(text)
+        self._progress = time.monotonic()
+
+    def stalled(self) -> float:
+        """Seconds for which the client has taken no byte of what waits for it, as far as these looks tell."""
+        unsent, now = self.websocket.transport.get_write_buffer_size(), time.monotonic()
+        if unsent == 0 or unsent < self._unsent:
+            self._progress = now
+        self._unsent = unsent
+        return now - self._progress
+
+    def wants(self, message_type: str) -> bool:
+        return self.types is None or message_type in self.types
 
     async def _take(self, frame: str | bytes) -> None:
         """Answer a request; what waits for a model is answered beside the others that follow."""
         try:
             request = decode_request(frame)
         except InvalidRequest as error:
-            await self.send(failure(None, error))
+            await self._send(failure(None, error))
             return
         asks_model = request.get("command") == "search_memory" and self._agents.models.embedder is not None
         if request.get("command") == "compact" or asks_model:
@@ -7283,30 +7243,25 @@ class Session(Connection):
         name = request["command"] if is_command else "user_message"
         self._request_id = request.get("id")
         try:
-            known = self.commands()
-            if name not in known or (is_command and name == "user_message"):
-                text = f"unknown command {quote(name)}; known: {', '.join(sorted(known.keys() - {'user_message'}))}"
-                raise InvalidRequest("unknown_command", text)
-            result = await known[name].call(self, **known[name].bind(request))
+            if name not in COMMANDS or (is_command and name == "user_message"):
+                names = ", ".join(sorted(COMMANDS.keys() - {"user_message"}))
+                raise InvalidRequest("unknown_command", f"unknown command {quote(name)}; known: {names}")
+            result = await COMMANDS[name].call(self, **COMMANDS[name].bind(request))
             text = answer(request, result) if is_command else ""
             if len(text) > MAX_FRAME // 4 and len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
-        except MemwsError as error:
-            text = self._failure(request, error)
         except ConnectionClosed:
             return
-        except Exception:  # a fault of ours is one request's trouble, not the connection's
-            logger.exception("session %d: %s failed", self.number, name)
-            text = self._failure(request, MemwsError("internal error; the server's log has it"))
+        except Exception as error:
+            refusal = error if isinstance(error, MemwsError) else MemwsError("internal error; the server's log has it")
+            if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
+                logger.exception("session %d: %s failed", self.number, name)
+            turn = {} if is_command else {"turn_id": request.get("turn_id") or new_turn_id()}
+            text = failure(request | turn, refusal)
         if text:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first
             with contextlib.suppress(ConnectionClosed):
-                await self.send(text)
-
-    @staticmethod
-    def _failure(request: JSON, error: MemwsError) -> str:
-        turn = {} if request["type"] == "command" else {"turn_id": request.get("turn_id") or new_turn_id()}
-        return failure(request | turn, error)
+                await self._send(text)
 
     async def _live(self, name: str | None) -> LiveAgent:
         """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
@@ -7318,40 +7273,30 @@ class Session(Connection):
 
     def _reader(self, live: LiveAgent) -> Reader:
         """This connection's place in an agent's events."""
-        if live not in self._readers:
-            self._readers[live] = Reader(self, live, lambda: self._readers.pop(live))
-        return self._readers[live]
+        return self.readers.get(live) or Reader(self, live)
 
     # -- messages --
 
     async def user_message(
-        self,
-        message: Annotated[str, 0, MAX_FRAME],
-        agent_name: AgentName = None,
-        turn_id: TurnId | None = None,
-        when_busy: Literal["queue", "reject", "interrupt"] = "queue",
+        self, message: Text, agent_name: AgentName = None, turn_id: TurnId | None = None, when_busy: WhenBusy = "queue"
     ) -> None:
         """Say something to an agent; its receipt is agent_response_start, its end exactly one terminal frame."""
         live = await self._live(agent_name)
-        if len(message) > MAX_TEXT:
-            text = f"a message has at most {MAX_TEXT:,} characters, but got {len(message):,}"
-            raise Refused("text_too_long", text)
+        item = QueuedTurn(Turn(turn_id or new_turn_id(), message), self)
         if turn_id is not None and await self._follow_again(live, turn_id, message):
             return
         if live.gone:
             raise live.gone_error()
         self._check_queue(live, when_busy)
-        turn_id, request_id = turn_id or new_turn_id(), self._request_id
-        item = QueuedTurn(Turn(turn_id, message), self)
-        self._reader(live).follow(turn_id, request_id, item)
+        self._reader(live).follow(item.turn.turn_id, self._request_id, item)
         position = len(live.waiting) + 1
         waits = live.busy and when_busy == "queue" and self.wants("queue")
         if when_busy == "interrupt" and live.current is not None:
             live.current.turn.stop("superseded")
         live.enqueue(item, first=when_busy == "interrupt")
         if waits:
-            event = response("queue", "waits for its turn", turn_id, position=position, agent_name=live.name)
-            await self.send(encode_json(event | {"time": now_text()}))
+            event = response("queue", "waits for its turn", item.turn.turn_id, position=position, agent_name=live.name)
+            await self._send(encode_json(event | {"time": now_text()}))
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str) -> bool:
         """Whether there is a turn of that id: its frames so far are sent, live ones follow, and it never runs twice.
@@ -7360,21 +7305,21 @@ class Session(Connection):
         """
         if not (live.busy or live.gone):
             await live.fresh()  # the end of a turn could not be stored then; it can be by now
-        stored = await self._agents.store.turn(live.agent.record.id, turn_id)
+        record = await self._agents.store.turn(live.agent.record.id, turn_id)
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
-        if item is None and stored is None:
+        if item is None and record is None:
             return False
-        if message != (item.turn.message if item else stored and stored[0]):
+        if message != (item.turn.message if item else record and record[0]):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
         self._reader(live).follow(turn_id, self._request_id, item, replay=True)
         return True
 
     def _check_queue(self, live: LiveAgent, when_busy: str) -> None:
         """Raises Refused (busy, queue_full) where a message may not wait."""
-        if live.busy and when_busy == "reject":
-            raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or let the message queue")
         if not live.busy:
             return
+        if when_busy == "reject":
+            raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or let the message queue")
         own = sum(item.sender is self for other in self._agents.live.values() for item in other.waiting)
         if own >= MAX_WAITING_SESSION:
             raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
@@ -7384,19 +7329,16 @@ class Session(Connection):
     async def cancel(self, agent_name: AgentName = None, turn_id: TurnId | None = None) -> JSON:
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
         live = await self._live(agent_name)
-        if turn_id is None and live.compaction is not None:
-            live.compaction.stop("cancelled")
-            return {"state": "cancelling"}
         item = live.find(turn_id) if turn_id else live.current
-        if item is None:
-            if turn_id is not None and await self._agents.store.turn(live.agent.record.id, turn_id) is None:
-                raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
-            return {"state": "over"}
-        if item in live.waiting:
-            live.drop(item, Refused("cancelled", "cancelled before it ran"))
+        if item is not None and item in live.waiting:
+            live.refuse(item, Refused("cancelled", "cancelled before it ran"))
             return {"state": "removed"}
-        item.turn.stop("cancelled")
-        return {"state": "cancelling"}
+        if turn := item.turn if item else live.compaction if turn_id is None else None:
+            turn.stop("cancelled")
+            return {"state": "cancelling"}
+        if turn_id is not None and await self._agents.store.turn(live.agent.record.id, turn_id) is None:
+            raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
+        return {"state": "over"}
 
     async def wake(self, agent_name: AgentName = None) -> JSON:
         """Start a turn without a user's message, as a heartbeat would. Result: {turn_id}."""
@@ -7418,14 +7360,14 @@ class Session(Connection):
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
-        self._reader(live).subscribe(after)
+        self._reader(live).subscribe(last_seq if after is None else after)
         return {"last_seq": last_seq}
 
     async def unsubscribe(self, agent_name: AgentName = None) -> JSON:
         """Follow an agent no longer. Result: {last_seq}."""
         live = await self._live(agent_name)
-        if live in self._readers:
-            self._readers[live].unsubscribe()
+        if live in self.readers:
+            self.readers[live].subscribe(None)
         return {"last_seq": live.channel.last_seq}
 
     # -- agents --
@@ -7438,10 +7380,9 @@ class Session(Connection):
     async def load_agent(self, name: AgentName = None, agent_name: AgentName = None) -> JSON:
         """Open an agent, repair what a crash left, and make it this connection's current one.
         Result: {agent_name, model, last_seq, repaired, warnings}."""
-        wanted = agent_name if name is None else name
-        if wanted is None:
+        if name is None and agent_name is None:
             raise InvalidRequest("missing_field", "load_agent needs the field 'name'")
-        live = self._current = await self._agents.get(wanted)
+        live = self._current = await self._live(agent_name if name is None else name)
         agent = await live.fresh()
         repaired, agent.repairs = agent.repairs, []
         about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.channel.last_seq}
@@ -7452,15 +7393,20 @@ class Session(Connection):
         Result: {version, protocol, model, models, offline, limits, commands, message_types, unknown}."""
         if message_types is not None:
             self.types = None if "*" in message_types else frozenset(message_types)
-        models = self._agents.models
+        models, options = self._agents.models, self._agents.options
+        limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
+        limits |= {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
+        limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
+        limits |= {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
+        limits |= {"max_connections": options.max_connections, "max_steps": options.max_steps}
         return {
             "version": __version__,
             "protocol": PROTOCOL,
             "model": models.default,
             "models": list(dict.fromkeys((models.default, OFFLINE))),
             "offline": models.offline,
-            "limits": limits(self._agents.options),
-            "commands": [name for name in self.commands() if name != "user_message"],
+            "limits": limits,
+            "commands": [name for name in COMMANDS if name != "user_message"],
             "message_types": list(EVENTS),
             "unknown": [name[:MAX_NAME] for name in message_types or () if name != "*" and name not in EVENTS][:100],
         }
@@ -7501,8 +7447,8 @@ class Session(Connection):
         """Change an agent's settings. Result: {settings, warnings}."""
         live = await self._live(agent_name)
         async with live.editing() as agent:
-            checked, warnings = read_config(config, self._agents.tools, agent.record.config)
-            await agent.update(checked)
+            values, warnings = read_config(config, self._agents.tools, agent.record.config)
+            await agent.update(values)
         live.rest()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
@@ -7520,9 +7466,10 @@ class Session(Connection):
         try:
             live = await self._live(agent_name)
         except UnknownAgent:
-            if not purge or agent_name is None:
+            if not purge:
                 raise
-            await self._agents.purge(agent_name)
+            record = await self._agents.store.find_deleted(unicodedata.normalize("NFC", agent_name or ""))
+            await self._agents.store.delete_agent(record.id, None, True)
         else:
             await self._agents.delete(live, force, purge)
         return {}
@@ -7542,7 +7489,7 @@ class Session(Connection):
         memory = (await self._live(agent_name)).agent.memory
         messages = await self._agents.store.messages(memory.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
-        items = fitting([listed_message(message, first) for message in messages[::-1]])[::-1]
+        items = answer_page([message_item(message, first) for message in messages], limit)
         return {"messages": items, "total": memory.last_message, "more": bool(items) and items[0]["id"] > 1}
 
     async def search_memory(
@@ -7569,16 +7516,11 @@ class Session(Connection):
         agent = (await self._live(agent_name)).agent
         stores = ("recall", "archival") if store == "all" else (store,)
         vector = await agent.query_vector(query)
-        wanted = Query(query, stores, since, until, limit, (page - 1) * limit, None, vector)
-        documents, total = await self._agents.store.search(agent.record.id, wanted)
-        items = [
-            item._asdict()
-            | {"role": item.role or None, "text": excerpt(item.text, LISTED_TEXT), "score": round(item.score, 4)}
-            for item in documents
-        ]
-        shown = fitting(items)
-        more = {"more": True} if len(shown) < len(items) else {}
-        return {"items": shown, "total": total, "page": page, "pages": -(-total // limit), **more}
+        search = Query(query, stores, since, until, limit, (page - 1) * limit, None, vector)
+        documents, total = await self._agents.store.search(agent.record.id, search)
+        items = answer_part([search_item(document) for document in documents])
+        more = {"more": True} if len(items) < len(documents) else {}
+        return {"items": items, "total": total, "page": page, "pages": -(-total // limit), **more}
 
     async def get_context(
         self, agent_name: AgentName = None, before: MessageId = None, limit: Annotated[int, 1, 1_000] = 1_000
@@ -7587,8 +7529,8 @@ class Session(Connection):
         Result: {sections: [{name, tokens, text}], used, window, estimated, more, first}."""
         agent = (await self._live(agent_name)).agent
         older = [message for message in agent.memory.messages if before is None or message.id < before]
-        shown = fitting([message.body for message in older[: -limit - 1 : -1]], agent.context([]))
-        newest = older[len(older) - len(shown) :]
+        bodies = answer_page([message.body for message in older], limit, agent.context([]))
+        newest = older[len(older) - len(bodies) :]
         about = {"sections": agent.context(newest), "used": agent.used(), "window": agent.window, "estimated": True}
         return about | {"more": len(newest) < len(older), "first": newest[0].id if newest else None}
 
@@ -7601,31 +7543,23 @@ class Session(Connection):
         Args:
             before: a message's place in the request, from 0: those before it
         """
-        live = await self._live(agent_name)
-        result = await live.agent.request(turn_id, step)
+        result = await (await self._live(agent_name)).agent.request(turn_id, step)
         older = result["request"].pop("messages")[:before]
-        messages = fitting(older[: -limit - 1 : -1], result)[::-1]
-        result["request"]["messages"] = messages
+        messages = result["request"]["messages"] = answer_page(older, limit, result)
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
 
     async def set_block(
-        self,
-        label: Annotated[str, 1, MAX_NAME],
-        value: Annotated[str, 0, MAX_FRAME],
-        agent_name: AgentName = None,
-        version: int | None = None,
+        self, label: Annotated[str, 1, MAX_NAME], value: Text, agent_name: AgentName = None, version: int | None = None
     ) -> JSON:
         """Give a block of core memory another text, with `version` only if that is stored. Result: {label, version}."""
-        live = await self._live(agent_name)
-        async with live.editing() as agent:
+        async with (await self._live(agent_name)).editing() as agent:
             return {"label": label, "version": await agent.set_block(label, value, version)}
 
-    async def insert_passage(self, text: Annotated[str, 0, MAX_FRAME], agent_name: AgentName = None) -> JSON:
+    async def insert_passage(self, text: Text, agent_name: AgentName = None) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
         if not text.strip():
             raise InvalidRequest("bad_field", "text: expected something to keep, but it is empty")
-        live = await self._live(agent_name)
-        async with live.editing() as agent:
+        async with (await self._live(agent_name)).editing() as agent:
             return {"id": await agent.insert_passage(text)}
 
     async def delete_passage(self, passage_id: MessageId = None, agent_name: AgentName = None) -> JSON:
@@ -7633,8 +7567,7 @@ class Session(Connection):
         number = self._request_id if passage_id is None else passage_id
         if not isinstance(number, int):
             raise InvalidRequest("missing_field", "delete_passage needs the field 'passage_id'")
-        live = await self._live(agent_name)
-        async with live.editing() as agent:
+        async with (await self._live(agent_name)).editing() as agent:
             await agent.delete_passage(number)
         return {"id": number}
 
@@ -7643,7 +7576,11 @@ class Session(Connection):
         return await (await self._live(agent_name)).compact()
 
 
-COMMANDS = Session.commands()
+COMMANDS = {
+    name: function_of(call, skip=1)
+    for name, call in vars(Session).items()
+    if inspect.iscoroutinefunction(call) and not name.startswith("_")
+}
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -7653,26 +7590,25 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
     """Listening sockets: for localhost one of each family, on the same port, where this machine has IPv6. Raises
     UsageError."""
     sockets: list[socket.socket] = []
-    try:
-        for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
-            family = socket.AF_INET6 if ":" in name else socket.AF_INET
-            bound_port = sockets[0].getsockname()[1] if sockets else port
-            try:
-                sockets.append(socket.create_server((name, bound_port), family=family, backlog=1024))
-            except OSError as error:
-                if not sockets or (port and error.errno == errno.EADDRINUSE):
-                    raise
-    except OSError as error:
-        for bound in sockets:
-            bound.close()
-        text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
-        if error.errno == errno.EADDRINUSE:
-            text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
-        raise UsageError(text) from None
-    for bound in sockets:
+    for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
+        address = name, sockets[0].getsockname()[1] if sockets else port
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        try:
+            bound = socket.create_server(address, family=family, backlog=1024)
+        except OSError as error:
+            is_taken = error.errno == errno.EADDRINUSE
+            if sockets and not (port and is_taken):
+                break
+            for earlier in sockets:
+                earlier.close()
+            text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
+            if is_taken:
+                text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
+            raise UsageError(text) from None
         bound.setblocking(False)
         # Inherited by accepted sockets; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sockets.append(bound)
     return sockets
 
 
@@ -7689,12 +7625,6 @@ async def wait_until(end: float, works: Iterable[Awaitable[Any]]) -> None:
         _, late = await asyncio.wait(tasks, timeout=max(0.0, end - asyncio.get_running_loop().time()))
         for task in late:
             task.cancel()
-
-
-def live_servers() -> dict[tuple[str, str, int], Any]:
-    """The servers of this process by address: they outlive a re-run cell and a reloaded module."""
-    servers: dict[tuple[str, str, int], Any] = process_wide("servers", {})
-    return servers
 
 
 def nest(loop: asyncio.AbstractEventLoop) -> None:
@@ -7722,15 +7652,15 @@ class WebSocketServer:
     """
 
     def __init__(self, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, **options: Any) -> None:
-        if "JUPYTERHUB_API_TOKEN" in os.environ and options.get("token") is None:
-            options["token"] = process_wide(
-                "token", secrets.token_urlsafe(32)
-            )  # others' kernels may reach this machine
+        if "JUPYTERHUB_API_TOKEN" in os.environ and options.get("token") is None:  # others' kernels may reach this one
+            options["token"] = process_wide("token", secrets.token_urlsafe(32))
         names = {entry.name for entry in fields(Options)}
         if unknown := options.keys() - names:
             raise UsageError(f"unknown option {quote(min(unknown))}; known: {', '.join(sorted(names))}")
         self.options = Options(host=host, port=port, **options)
         self.tools: dict[str, Tool] = dict(MEMORY_TOOLS)
+        self._servers: dict[tuple[str, str, int], Any] = process_wide("servers", {})  # outlive a cell and a reload
+        self._address = __name__, self.options.host.lower(), self.options.port
         self._gate = Gate(self.options)
         self._thread: LoopThread | None = None
         self.host, self.port = host, port
@@ -7745,8 +7675,9 @@ class WebSocketServer:
         self._sockets: list[socket.socket] = []
         self._listeners: list[WebSocketListener] = []
         self._numbers = itertools.count(1)
-        self._closing: asyncio.Future[None] | None = None
+        self._closing = False
         self._over: concurrent.futures.Future[None] = concurrent.futures.Future()  # done once the server is closed
+        self._over.set_running_or_notify_cancel()  # one waiter's cancel is not the others'
 
     def __repr__(self) -> str:
         return f"<memws.WebSocketServer {self.url} {'listening' if self._listeners else 'not listening'}>"
@@ -7849,7 +7780,7 @@ class WebSocketServer:
                 logger.error("%s", error)
 
     async def _close_stalled(self) -> None:
-        """Close the connections of clients that have stopped to read, for ever."""
+        """Close the connections of clients that have stopped to read."""
         while True:
             await asyncio.sleep(READER_PATIENCE / 12)
             for websocket, session in list(self.clients.items()):
@@ -7886,17 +7817,17 @@ class WebSocketServer:
         self._loop = asyncio.get_running_loop()
         session = self.register_client(websocket)
         try:
-            await session.converse()
+            await session._converse()
         finally:
             self.unregister_client(websocket)
 
     async def close(self) -> None:
         """End turns cleanly, tell the clients, free the port, let go of everything; on the server's own loop."""
-        if self._closing is not None:
-            await asyncio.shield(self._closing)
+        over, agents = self._over, self.agents
+        if self._closing:
+            await asyncio.wrap_future(over)
             return
-        loop, agents = asyncio.get_running_loop(), self.agents
-        self._closing, end = loop.create_future(), loop.time() + STOP_GRACE
+        self._closing, end = True, asyncio.get_running_loop().time() + STOP_GRACE
         if agents is not None:
             agents.stopping = True
             live = list(agents.live.values())
@@ -7914,30 +7845,19 @@ class WebSocketServer:
             await agents.end()
             await agents.models.close()
             await agents.store.close()
-        closing, over = self._closing, self._over
-        self._forget()
+        if self._servers.get(self._address) is self:
+            del self._servers[self._address]
         self._reset()
-        closing.set_result(None)
-        if not over.done():
-            over.set_result(None)
+        over.set_result(None)
 
     # -- a server in a thread, in a program, on a loop of the caller's --
 
-    @property
-    def _address(self) -> tuple[str, str, int]:
-        return __name__, self.options.host.lower(), self.options.port
-
     def _claim(self) -> None:
-        """Stop the server of the same address that an earlier run of the cell left."""
-        servers = live_servers()
-        former = servers.get(self._address) if self.options.port else None
-        if former is not None and former is not self:
-            former.stop()
-        servers[self._address] = self
-
-    def _forget(self) -> None:
-        if live_servers().get(self._address) is self:
-            del live_servers()[self._address]
+        """Stop the server of the same address that an earlier run of the cell left, in this copy of the module."""
+        previous = self._servers.get(self._address, self)
+        self._servers[self._address] = self
+        if previous is not self and self.options.port:
+            previous.stop()
 
     def start(self) -> typing.Self:
         """Listen, on a loop of an own daemon thread, and return at once; a cell that is run again replaces its server.
@@ -7984,22 +7904,15 @@ class WebSocketServer:
         UsageError where the server listens already."""
         if self._listeners:
             raise UsageError(f"this server listens already on {self.url}; stop() it first")
-        if self._thread is not None:
-            self.initialize_server()
-            await in_thread("memws-start", self.start)
-            try:
-                await asyncio.wrap_future(self._over)
-            finally:
-                await in_thread("memws-stop", self.stop)
-            return
-        await in_thread("memws-claim", self._claim)
+        has_thread, over = self._thread is not None, asyncio.wrap_future(self._over)
+        if not has_thread:
+            await in_thread("memws-claim", self._claim)
         self.initialize_server()
-        over = asyncio.wrap_future(self._over)
         try:
-            await self.listen()
+            await (in_thread("memws-start", self.start) if has_thread else self.listen())
             await over
         finally:
-            await self.close()
+            await (in_thread("memws-stop", self.stop) if has_thread else self.close())
 
     # -- for Python: each call in its blocking form, and the awaitable one --
 
@@ -8008,7 +7921,6 @@ class WebSocketServer:
         return self._call(self.create_new_agent_async(config))
 
     async def create_new_agent_async(self, config: Mapping[str, Any] | None = None) -> Agent:
-        """create_new_agent, to be awaited on the server's own loop."""
         values = dict(config or {})
         live, warnings = await self.open().create(values, values.pop("base_url", None), values.pop("api_key", None))
         for warning in warnings:
@@ -8021,7 +7933,6 @@ class WebSocketServer:
         return self._call(self.load_agent_async(agent_name))
 
     async def load_agent_async(self, agent_name: str) -> Agent:
-        """load_agent, to be awaited on the server's own loop."""
         self.agent = await (await self.open().get(agent_name)).fresh()
         return self.agent
 
@@ -8036,14 +7947,10 @@ class WebSocketServer:
     async def run_step_async(
         self, user_message: str, first_message: bool = False, no_verify: bool = False
     ) -> list[JSON]:
-        """run_step, to be awaited on the server's own loop."""
         if self.agent is None:
             raise Refused("no_agent", "no agent has been initialized; create_new_agent or load_agent first")
-        if len(user_message) > MAX_TEXT:
-            text = f"a message has at most {MAX_TEXT:,} characters, but got {len(user_message):,}"
-            raise Refused("text_too_long", text)
-        live = await self.open().get(self.agent.name)
         item = QueuedTurn(Turn(new_turn_id(), clean_text(user_message), verify=first_message and not no_verify))
+        live = await self.open().get(self.agent.name)
         live.enqueue(item)
         await item.done
         return [decode_json(event.text) async for event in live.stored(0, live.channel.last_seq, item.turn.turn_id)]
@@ -8275,9 +8182,12 @@ class Chat(cmd.Cmd):
         """Send a message and show its turn; Ctrl-C cancels it, a second one leaves."""
         turn_id, view = uuid.uuid4().hex, TurnView(self.screen)
         self._own_turns.add(turn_id)
-        turn = self.client.send(text, turn_id=turn_id)
+        turn: BlockingTurn | None = None
         while True:
             try:
+                turn = turn or self.client.send(text, turn_id=turn_id)  # again where an interrupt met it: it runs once
+                if self._leaves:
+                    turn.cancel()
                 for event in turn:
                     view.show(event)
                 break
@@ -8285,7 +8195,6 @@ class Chat(cmd.Cmd):
                 if self._leaves:
                     raise
                 self._leaves = True
-                turn.cancel()
         self._leaves = False
 
     def _switch(self, command: str, **arguments: Any) -> None:

@@ -39,15 +39,12 @@ PARAMETERS = set(
     tool_choice tools top_logprobs top_p user verbosity web_search_options
     """.split()  # noqa: SIM905 (a list of words reads better as words)
 )
-EMBEDDING_PARAMETERS = {"dimensions", "encoding_format", "input", "model", "user"}
 MAX_INPUTS = 2048  # texts in one request for embeddings
 ROLES = ("system", "assistant", "user", "tool", "developer")
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-# ======================================================================================================================
-# Replies
-# ======================================================================================================================
+# ---- replies ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -212,9 +209,7 @@ def _pieces(text: str, size: int) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)]
 
 
-# ======================================================================================================================
-# Strictness
-# ======================================================================================================================
+# ---- strictness ------------------------------------------------------------------------------------------------------
 
 
 class Refusal(Exception):
@@ -242,8 +237,7 @@ def parse(raw: bytes) -> Body:
         body = json.loads(raw.decode(), parse_constant=no_constant)
         if not isinstance(body, dict):
             raise ValueError("not an object")
-        if re.search(rb"\\u[dD][89a-fA-F]", raw):
-            _encode(body).encode()  # raises on a lone surrogate
+        _encode(body).encode()  # raises on a lone surrogate
     except ValueError as error:
         raise Refusal(f"We could not parse the JSON body of your request. ({error})") from None
     return body
@@ -272,8 +266,7 @@ def _check_parameters(body: Body, names: set[str]) -> None:
 
 def _array(body: Body, name: str) -> list[Any]:
     value = body.get(name)
-    text = f"Invalid type for '{name}': expected an array of objects, but got {value!r} instead."
-    demand(isinstance(value, list), text, "invalid_type")
+    demand(isinstance(value, list), f"Invalid type for '{name}': expected an array of objects, but got {value!r}.")
     demand(value, f"Invalid '{name}': empty array. Expected an array with minimum length 1.", "empty_array")
     return list(value or ())
 
@@ -288,20 +281,14 @@ def _check_function(value: Any, path: str) -> None:
 def _check_tool(tool: Any, path: str) -> None:
     _check_function(tool, path)
     schema = tool["function"].get("parameters", {"type": "object", "properties": {}})
-    well_formed = (
-        isinstance(schema, dict)
-        and schema.get("type") == "object"
-        and isinstance(schema.get("properties"), dict)
-        and set(schema.get("required", ())) <= schema["properties"].keys()
-    )
-    text = f"Invalid schema for function '{tool['function']['name']}': "
-    text += "schema must be a JSON Schema of 'type: \"object\"', with its required properties."
-    demand(well_formed, text, "invalid_function_parameters")
+    right = isinstance(schema, dict) and schema.get("type") == "object" and isinstance(schema.get("properties"), dict)
+    text = f"Invalid schema for function '{tool['function']['name']}': expected a JSON Schema of type 'object', "
+    whole = right and set(schema.get("required", ())) <= schema["properties"].keys()
+    demand(whole, f"{text}with its required properties.", "invalid_function_parameters")
 
 
 def _check_message(message: Any, path: str) -> None:
-    text = f"Invalid type for '{path}': expected an object, but got {message!r} instead."
-    demand(isinstance(message, dict), text, "invalid_type")
+    demand(isinstance(message, dict), f"Invalid type for '{path}': expected an object, but got {message!r} instead.")
     role, content = message.get("role"), message.get("content")
     demand(role in ROLES, f"Invalid value: {role!r}. Supported values are: {', '.join(map(repr, ROLES))}.")
     if "tool_calls" in message:
@@ -345,12 +332,7 @@ def _check_pairs(messages: list[Body]) -> None:
 
 def check_embedding(body: Body) -> list[str]:
     """The texts of a request for embeddings; lists of tokens are not covered. Raises Refusal as OpenAI refuses."""
-    _check_parameters(body, EMBEDDING_PARAMETERS)
-    right = body.get("encoding_format", "float") in ("float", "base64")
-    demand(right, "Invalid value for 'encoding_format'. Supported values are: 'float', 'base64'.")
-    dimensions = body.get("dimensions", 1)
-    right = type(dimensions) is int and dimensions > 0
-    demand(right, f"Invalid 'dimensions': expected a positive integer, but got {dimensions!r}.")
+    _check_parameters(body, {"encoding_format", "input", "model"})
     texts = body["input"] if isinstance(body.get("input"), list) else [body.get("input")]
     right = 0 < len(texts) <= MAX_INPUTS and all(isinstance(text, str) and text for text in texts)
     demand(right, f"'$.input' is invalid: expected a non-empty string, or 1 to {MAX_INPUTS} of them.", "invalid_type")
@@ -367,9 +349,7 @@ def prompt_tokens(body: Body) -> tuple[int, int]:
     return characters // 4, len(_encode(body["tools"])) // 4 if "tools" in body else 0
 
 
-# ======================================================================================================================
-# HTTP
-# ======================================================================================================================
+# ---- http ------------------------------------------------------------------------------------------------------------
 
 
 class Request(NamedTuple):
@@ -382,27 +362,14 @@ class Request(NamedTuple):
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint on a free loopback port, while the `with` block lasts.
+    """An OpenAI-compatible endpoint on a free loopback port, while the `with` block lasts."""
 
-    `context_window` (approximate tokens; None: any), `api_key` (None: any) and `refuse` (names of parameters, such as
-    stream_options, max_tokens, parallel_tool_calls, tools) ask for the answers of endpoints with such limits. These are
-    no faults of the client, so they are not among the `refusals`.
-    """
-
-    def __init__(
-        self,
-        *,
-        models: Sequence[str] = ("test-model",),
-        context_window: int | None = None,
-        api_key: str | None = None,
-        refuse: Sequence[str] = (),
-        dimension: int = 32,
-        synonyms: Mapping[str, str] | None = None,
-    ) -> None:
-        self.models, self.refuse = list(models), set(refuse)
-        self.context_window, self.api_key = context_window, api_key
-        self.dimension = dimension  # of its embeddings, where a request names none
-        self.synonyms = dict(synonyms or {})  # words that embeddings take for another: {"feline": "cat"}
+    def __init__(self, models: Sequence[str] = ("test-model",), api_key: str | None = None) -> None:
+        self.models, self.api_key = list(models), api_key  # None: any key
+        # What endpoints with such limits refuse is no fault of the client, so it is not among the `refusals`.
+        self.context_window: int | None = None  # approximate tokens; None: any
+        self.refuse: set[str] = set()  # names of parameters, such as stream_options, max_tokens, tools
+        self.dimension, self.synonyms = 32, dict[str, str]()  # of its embeddings; {"feline": "cat"}
         self.spoil: Callable[[list[Vector]], list[Any]] | None = None  # changes the vectors of an answer
         self.default: Answer = greet  # what answers when the script is over
         # In place of a whole route: overrides["/v1/embeddings"] = Reply(status=500). What is held, or has no
@@ -579,7 +546,7 @@ class Endpoint:
 
     def _embed(self, body: Body) -> Body:
         texts = check_embedding(body)
-        vectors: list[Any] = [self.vector(text, body.get("dimensions")) for text in texts]
+        vectors: list[Any] = [self.vector(text) for text in texts]
         if self.spoil is not None:
             vectors = self.spoil(vectors)
         if body.get("encoding_format") == "base64":
@@ -589,9 +556,9 @@ class Endpoint:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": body["model"], "usage": usage}
 
-    def vector(self, text: str, dimension: int | None = None) -> Vector:
+    def vector(self, text: str) -> Vector:
         """The embedding of a text, as a request for it is answered now."""
-        return embedding(text, dimension or self.dimension, self.synonyms)
+        return embedding(text, self.dimension, self.synonyms)
 
 
 def embedding(text: str, dimension: int, synonyms: Mapping[str, str] | None = None) -> Vector:

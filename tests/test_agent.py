@@ -79,9 +79,6 @@ async def recalled(lab: Lab, agent: Agent, text: str, role: str = "assistant") -
     return [document.text for document in found if document.role == role]
 
 
-# ---- the prompt ------------------------------------------------------------------------------------------------------
-
-
 async def test_what_the_prompt_costs(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """Creating and loading send nothing; system prompt and tools cost at most 1,400 tokens by any estimate."""
     assert ((await lab.open()).name, endpoint.requests) == (agent.name, [])
@@ -90,19 +87,6 @@ async def test_what_the_prompt_costs(endpoint: Endpoint, lab: Lab, agent: Agent)
     await lab.say(agent, "Hi")
     (request,) = endpoint.requests
     assert len(request["messages"][0]["content"]) // 4 + prompt_tokens(request)[1] <= 1_400
-
-
-async def test_a_window_of_3000_is_enough_for_full_blocks(endpoint: Endpoint, lab: Lab) -> None:
-    """Turns fit into 3,000 tokens beside full default blocks, with one warning in a turn at most."""
-    endpoint.context_window = 3_000
-    agent = await lab.create(context_window=3_000, persona="p" * 2_000, human="h" * 2_000)
-    tools = "".join(tool.spec for tool in agent.tools.values())
-    memws.check_window(3_000, agent.record.config, tools, agent.blocks.values())
-    for number in range(20):
-        turn = await lab.say(agent, f"Message {number}. " + "word " * (number * 7 % 60))
-        assert sum("warning" in frame for frame in turn.of("context")) <= 1
-        assert (turn.replies[0], turn.stop_reason) == ("Hello!", "done")
-        assert number or "compaction" not in turn.kinds
 
 
 async def test_messages_are_packed_as_0_2_7_packed_them(endpoint: Endpoint, lab: Lab) -> None:
@@ -198,9 +182,6 @@ async def test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction(
         assert (sizes, "Name: Ada" in system) == ((recall, "2"), what == "edit")
 
 
-# ---- a turn and its events -------------------------------------------------------------------------------------------
-
-
 async def test_the_events_of_a_step_are_in_the_order_of_0_2_7(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """Monologue; per call the call, "Running …", its effects, its return, "Success: …"; then how full the window is."""
     usage = {"prompt_tokens": 1_000, "completion_tokens": 10}
@@ -258,8 +239,6 @@ async def test_a_turn_without_a_message(endpoint: Endpoint, lab: Lab, agent: Age
     assert (await lab.say(agent, None, reason=reason)).replies == ["Hello!"]
 
 
-# ---- the ladder of corrections (test_llm.py has every rung) ----------------------------------------------------------
-
 CUT = '{"name": "human", "old_content": "Zoe", "new_content": "'
 LADDER: dict[str, tuple[Reply, list[str]]] = {
     "as it should be, and not counted": (Reply(calls=[HELLO], usage=None), []),
@@ -306,11 +285,8 @@ async def test_half_an_answer_is_never_told_as_a_whole_one(lab: Lab, agent: Agen
 
 UNREADABLE: dict[str, Reply] = {
     "nothing": Reply(),
-    "a broken call as text": Reply('<tool_call>{"name": "send_message", "arguments": nonsense</tool_call>'),
-    "a message that is cut": Reply(calls=[("send_message", '{"message": "Hello!"')]),
     "a message cut at the limit": Reply(calls=[("send_message", '{"message": "Hel')], finish="length"),
     "an edit that would delete": Reply(calls=[("core_memory_replace", CUT)]),
-    "a passage cut after its quotes": Reply(calls=[("archival_memory_insert", '{"content": "say \\"hi\\"')]),
     "a whole call before one that is cut": Reply(calls=[APPEND, ("count", '{"number": 1')], finish="stop"),
     "a call as text, cut": Reply('{"name": "send_message", "arguments": {"message": "Hel'),
 }
@@ -371,6 +347,7 @@ FLOOD = "Words" * 1_000
 FLOODS: dict[str, tuple[Reply, int, int]] = {
     "plain text": (Reply(FLOOD), 100_000, 0),
     "a message": (Reply("Hi.", calls=[("send_message", '{"message": "' + FLOOD)]), 95_000, 0),
+    "a message as text": (Reply('{"name": "send_message", "arguments": {"message": "' + FLOOD), 95_000, 0),
     "a message after a call": (Reply(calls=[APPEND, ("send_message", '{"message": "' + FLOOD)]), 95_000, 1),
     "an edit after words": (Reply("Hi.", calls=[("core_memory_append", CUT.replace("new_c", "c") + FLOOD)]), 3, 0),
 }  # fmt: skip
@@ -380,62 +357,51 @@ FLOODS: dict[str, tuple[Reply, int, int]] = {
 async def test_a_reply_without_end_is_cut(
     endpoint: Endpoint, lab: Lab, answer: Reply, least: int, appended: int
 ) -> None:
-    """At 100,000 characters the stream is closed, what was said is told as partial, a cut call never runs, and done."""
-    agent = await lab.create(context_window=200_000)
-    endpoint.script(Reply(**vars(answer) | {"endless": True, "chunk": 5_000}))
-    turn = await lab.say(agent, "Tell me everything")
-    (said,) = turn.of("assistant_message")
-    assert (said["partial"], turn.stop_reason, len(endpoint.requests)) == (True, "done", 1)
-    assert least <= len(said["message"]) <= 100_000
-    assert "cut" in turn.corrections
-    assert (agent.blocks["human"].value, turn.texts("retry")) == ("Name: Zoe" * appended, [])
-    assert [frame["name"] for frame in turn.of("tool_call")] == ["core_memory_append"] * appended
-    assert all(len(memws.encode_json(frame).encode()) < memws.MAX_FRAME for frame in turn.events)
-    turn = await lab.say(agent, "Go on")
-    assert turn.replies == ["Hello!"]
-    if "send_message" in dict(answer.calls):
-        assert results(endpoint.requests[-1])[-1].startswith("Failed: cut at 100,000 characters: ")
-
-
-async def test_a_flood_beside_a_reply_or_in_a_small_window(endpoint: Endpoint, lab: Lab) -> None:
-    """After the reply an endless thought is monologue; more than a small window holds is told, and talk goes on."""
-    agent = await lab.create(context_window=200_000)
-    endpoint.script(Reply(calls=[HELLO, NOTE]), Reply(FLOOD, endless=True, chunk=5_000))
-    turn = await lab.say(agent, "Hi")
-    assert (turn.replies, turn.corrections, turn.stop_reason) == (["Hello!"], ["cut"], "done")
-    assert len(turn.texts("internal_monologue")[-1]) == 100_000
-    agent, endpoint.context_window = await lab.create("ada"), 8_192
-    for calls in ([], [("send_message", '{"message": "' + FLOOD)]):
-        endpoint.script(Reply(None if calls else FLOOD, calls, endless=True, chunk=5_000))
+    """At 100,000 characters the stream is closed, what was said is told as partial, a cut call never runs, and done;
+    after a reply an endless thought is monologue; more than a small window holds is told, and talk goes on."""
+    endless = Reply(**vars(answer) | {"endless": True, "chunk": 5_000})
+    for window in (200_000, 8_192):
+        agent = await lab.create(f"sam{window}", context_window=window)
+        endpoint.context_window, count = window, len(endpoint.requests)
+        endpoint.script(endless)
         turn = await lab.say(agent, "Tell me everything")
-        said = turn.of("assistant_message")[0]
-        assert (said["partial"], len(said["message"]) > 95_000, turn.stop_reason) == (True, True, "done")
-        assert (await lab.say(agent, "Hi")).replies[:1] == ["Hello!"]
+        (said,) = turn.of("assistant_message")[:1]
+        assert (said["partial"], turn.stop_reason) == (True, "done")
+        assert least <= len(said["message"]) <= 100_000
+        assert "cut" in turn.corrections
+        assert (agent.blocks["human"].value, turn.texts("retry")) == ("Name: Zoe" * appended, [])
+        asked = len(endpoint.requests) - count, [frame["name"] for frame in turn.of("tool_call")]
+        assert window == 8_192 or asked == (1, ["core_memory_append"] * appended)
+        assert all(len(memws.encode_json(frame).encode()) < memws.MAX_FRAME for frame in turn.events)
+        assert (await lab.say(agent, "Go on")).replies[:1] == ["Hello!"]
+        if "send_message" in dict(answer.calls) and window == 200_000:
+            assert results(endpoint.requests[-1])[-1].startswith("Failed: cut at 100,000 characters: ")
+    agent, endpoint.context_window = await lab.create("ada", context_window=200_000), None
+    for thought in (Reply(FLOOD, endless=True, chunk=5_000), Reply(reasoning=FLOOD, endless=True, chunk=5_000)):
+        endpoint.script(Reply(calls=[HELLO, beat("conversation_search", query="x")]), thought)
+        turn = await lab.say(agent, "Hi")
+        assert (turn.replies, turn.corrections, turn.stop_reason) == (["Hello!"], ["cut"], "done")
+        assert len(turn.texts("internal_monologue")[-1]) == 100_000
 
 
-async def test_a_first_message_has_to_be_sent(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """With verification an answer without send_message is asked for again, twice; then the turn goes on with it."""
-    endpoint.script(Reply("Hello?"), Reply(calls=[APPEND]))
-    turn = await lab.say(agent, "Hi", verify=True)
-    assert (turn.replies, len(turn.of("retry")), len(endpoint.requests)) == (["Hello!"], 2, 3)
-    assert (agent.blocks["human"].value, turn.of("memory_change")) == ("", [])
-    endpoint.script(*[Reply("Hello?")] * 3)
-    turn = await lab.say(agent, "Hi", verify=True)
-    assert (turn.replies, turn.stop_reason, len(endpoint.requests)) == (["Hello?"], "done", 6)
-    assert turn.corrections == ["verify", "plain_text"]
-    endpoint.script(Reply(calls=[HELLO, NOTE]), Reply("All noted."))
-    assert (await lab.say(agent, "Hi", verify=True)).of("retry") == []
-
-
-def test_only_run_step_verifies(endpoint: Endpoint) -> None:
-    """run_step's first_message asks for send_message unless no_verify; without it plain text is the reply at once."""
+def test_a_first_message_has_to_be_sent(endpoint: Endpoint) -> None:
+    """run_step's first_message asks again, twice, where send_message is not called, and goes on with what comes then;
+    no_verify skips that, and no other turn verifies."""
     server = memws.WebSocketServer(port=0, db=":memory:", model="test-model", base_url=endpoint.url, api_key="sk-test")
+    first, text, plain = {"first_message": True}, Reply("Hello?"), ["plain_text"]
     try:
         server.create_new_agent({"name": "sam"})
-        for options in ({}, {"first_message": True}, {"first_message": True, "no_verify": True}):
-            endpoint.script(Reply("Hello?"), *[Reply(calls=[HELLO])] * (len(options) == 1))
-            events = Told(server.run_step("Hi", **options))
-            assert (events.replies, events.stop_reason) == (["Hello!" if len(options) == 1 else "Hello?"], "done")
+        for answers, options, replies, calls, corrections in (
+            ([text, Reply(calls=[APPEND]), Reply(calls=[HELLO])], first, ["Hello!"], 3, []),
+            ([text] * 3, first, ["Hello?"], 3, ["verify", *plain]),
+            ([Reply(calls=[HELLO, NOTE]), Reply("Noted.")], first, ["Hello!"], 2, []),
+            ([text], {}, ["Hello?"], 1, plain),
+            ([text], first | {"no_verify": True}, ["Hello?"], 1, plain),
+        ):
+            endpoint.script(*answers)
+            count, told = len(endpoint.requests), Told(server.run_step("Hi", **options))
+            assert (told.replies, len(endpoint.requests) - count, told.corrections) == (replies, calls, corrections)
+            assert (told.stop_reason, bool(told.of("memory_change"))) == ("done", calls == 2)
     finally:
         server.stop()
 
@@ -461,7 +427,8 @@ LIMITS: dict[str, tuple[Answer, Body, int]] = {
     "repeated_call": (Reply(calls=[beat("conversation_search", query="x")]), {}, 3),
     "max_steps": (another_search, {"max_steps": 5}, 5),
     "max_steps by default": (another_search, {"context_window": 100_000}, 20),
-    "budget": (lambda body: Reply(calls=another_search(body).calls, usage=HALF), {}, 2),
+    "max_steps without a reply": (Reply("I noted your name.", calls=[APPEND]), {"max_steps": 1}, 1),
+    "budget": (lambda body: Reply(calls=another_search(body).calls, usage=HALF, usage_style="last"), {}, 2),
 }
 
 
@@ -469,23 +436,19 @@ LIMITS: dict[str, tuple[Answer, Body, int]] = {
 async def test_a_turn_has_limits(
     endpoint: Endpoint, lab: Lab, answer: Answer, config: Body, steps: int, request: pytest.FixtureRequest
 ) -> None:
-    """The same call three times, the step limit and the token budget end a turn, each with its stop reason."""
-    agent = await lab.create(**config)
-    endpoint.default = answer
+    """The same call three times, the step limit and the token budget end a turn, each with its stop reason; words of
+    the last step without a reply are the reply, told as a correction."""
+    endpoint.refuse = {"stream_options", "temperature", "top_p", "seed"}
+    agent = await lab.create(settings={"temperature": 0.5, "top_p": 0.5, "seed": 1}, **config)
+    assert (await lab.say(agent, "Hi")).replies == ["Hello!"], "what an endpoint refuses is learned within the turn"
+    count, endpoint.default = len(endpoint.requests), answer
     turn = await lab.say(agent, "Hi")
     assert turn.stop_reason in request.node.name
-    assert (turn.end["type"], len(endpoint.requests)) == ("agent_response_end", steps)
+    assert (turn.end["type"], len(endpoint.requests)) == ("agent_response_end", count + steps)
+    told = (["I noted your name."], ["no_reply"]) if steps == 1 else ([], [])
+    assert (turn.replies, turn.corrections) == told
     endpoint.default = greet
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
-
-
-async def test_a_turn_that_ends_without_send_message_gives_the_user_its_text(endpoint: Endpoint, lab: Lab) -> None:
-    """Where the last step has words but no reply, the words are the reply, told as a correction."""
-    agent = await lab.create(max_steps=1)
-    endpoint.script(Reply("I noted your name.", calls=[APPEND]))
-    turn = await lab.say(agent, "I am Zoe")
-    assert (turn.replies, turn.corrections) == (["I noted your name."], ["no_reply"])
-    assert turn.stop_reason == "max_steps"
 
 
 async def test_a_failed_call_is_made_again_twice(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
@@ -533,16 +496,6 @@ async def test_any_passing_failure_is_tried_again(
         endpoint.release()
 
 
-async def test_unknown_options_are_learned_within_the_turn(endpoint: Endpoint, lab: Lab) -> None:
-    """An endpoint that takes none of the options still answers the first turn; later ones do not send them at all."""
-    endpoint.refuse = {"stream_options", "temperature", "top_p", "seed"}
-    agent = await lab.create(settings={"temperature": 0.5, "top_p": 0.5, "seed": 1})
-    assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
-    count = len(endpoint.requests)
-    assert (await lab.say(agent, "Again")).replies == ["Hello!"]
-    assert len(endpoint.requests) == count + 1
-
-
 async def test_a_failing_turn_makes_at_most_eight_calls(endpoint: Endpoint, lab: Lab) -> None:
     """Overflows, broken connections and unreadable answers together never make more than eight calls in a turn."""
     for failures in ([OVERFLOW] * 3 + [BUSY, BUSY, Reply()], [BUSY, BUSY, OVERFLOW, OVERFLOW, Reply()], [OVERFLOW] * 9):
@@ -558,36 +511,37 @@ async def test_a_failing_turn_makes_at_most_eight_calls(endpoint: Endpoint, lab:
         assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
 
-# ---- the context window ----------------------------------------------------------------------------------------------
-
-
-async def test_the_agent_is_warned_once_before_the_window_is_full(endpoint: Endpoint, lab: Lab) -> None:
-    """At 75 % of the window the model is told once to save what matters, gets a step to do so, and clients see it."""
-    agent, warned, share = await lab.create(context_window=3_000), list[int](), 0.0
-    for number in range(100):
+@pytest.mark.parametrize("size", [0, 2_000])
+async def test_the_agent_is_warned_once_before_the_window_is_full(endpoint: Endpoint, lab: Lab, size: int) -> None:
+    """At 75 % of the window the model is told once to save what matters, gets a step to do so, and clients see it;
+    3,000 tokens are enough beside full default blocks, and a window that is too small is refused with both numbers."""
+    endpoint.context_window = 3_000
+    agent = await lab.create(context_window=3_000, persona="p" * size, human="h" * size)
+    config, tools = agent.record.config, "".join(tool.spec for tool in agent.tools.values())
+    memws.check_window(3_000, config, tools, agent.blocks.values())
+    with pytest.raises(memws.Refused, match=r"1,000 .* too few.* \d,\d{3}$"):
+        memws.check_window(1_000, config, tools, agent.blocks.values())
+    warned, compacted, share = list[int](), list[int](), 0.0
+    for number in range(40 if size else 100):
         turn = await lab.say(agent, f"Message {number}. " + "word " * 20)
-        assert turn.replies[0] == "Hello!"
+        assert (turn.replies[0], turn.stop_reason) == ("Hello!", "done")
+        compacted += [number] * bool(turn.of("compaction"))
         for frame in turn.of("context"):
             before, share = share, frame["used"] / frame["window"]
             if "warning" in frame:
                 warned.append(number)
                 alerts = [alert["message"] for alert in packed(endpoint.requests[-1], "system_alert")]
-                assert (before <= 0.75 < share, alerts) == (True, [memws.PRESSURE_WARNING])
-        if turn.of("compaction"):
+                assert (share > 0.75, memws.PRESSURE_WARNING in alerts, size or before <= 0.75) == (
+                    True,
+                    True,
+                    size or True,
+                )
+        if compacted and not size:
             break
-    assert (len(warned), number > warned[0], turn.stop_reason) == (1, True, "done")
-    assert agent.record.state["warned"] is False, "after a compaction it may be warned again"
-
-
-async def test_the_context_event_adds_up(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """The sections of a context event add up to what is used, and that is what the endpoint counts, roughly."""
-    for text in ("Hi", "One", "Two"):
-        (frame,) = (await lab.say(agent, text)).of("context")
-    names = ["system", "tools", "core_memory", "summary", "messages"]
-    assert ([section["name"] for section in frame["sections"]], frame["window"]) == (names, 8_192)
-    assert abs(sum(section["tokens"] for section in frame["sections"]) - frame["used"]) <= 10
-    await lab.say(agent, "Three")
-    assert 0.8 < frame["used"] / sum(prompt_tokens(endpoint.requests[-1])) < 1.25
+    assert (len(warned), compacted[0] > warned[0]) == (len(set(warned)), True)
+    assert (len(warned), agent.record.state["warned"]) == (1, False) or size, (
+        "after a compaction it may be warned again"
+    )
 
 
 async def test_a_long_conversation_in_a_small_window(endpoint: Endpoint, lab: Lab) -> None:
@@ -627,45 +581,31 @@ async def test_a_long_conversation_in_a_small_window(endpoint: Endpoint, lab: La
     assert (int(found[1]), int(found[3])) == (agent.memory.messages[0].id - 1, len(compactions))
 
 
-NO_SUMMARY = [OVERFLOW, Reply(), Reply("x", cut_after=1), Reply(refusal="I won't."), Reply(calls=[HELLO])]
-
-
-@pytest.mark.parametrize("answer", NO_SUMMARY, ids=["overflow", "empty", "a reset", "a refusal", "a call"])
-async def test_without_a_summary_there_is_still_a_compaction(
-    endpoint: Endpoint, lab: Lab, agent: Agent, answer: Reply
-) -> None:
-    """Where the model gives no summary the last words of what is hidden stand in, and talk goes on."""
-    for number in range(5):
-        await lab.say(agent, f"Message {number}. " + "word " * 100)
-    endpoint.script(answer)
-    event = await compact(agent)
-    assert (event["tokens_after"] < event["tokens_before"], "Message" in event["summary"]) == (True, True)
-    assert (await lab.say(agent, "Hi")).stop_reason == "done"
-
-
 async def test_a_compaction_by_request(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """It makes the prompt smaller, or is context_overflow, and splits no call from its result; a summary is bounded."""
+    """It makes the prompt smaller, or is context_overflow, and splits no call from its result; a summary is bounded;
+    where the model gives none the last words of what is hidden stand in."""
     with pytest.raises(memws.ModelError) as caught:
         await compact(agent)
     assert caught.value.code == "context_overflow"
     thoughts, long = f"<think>{'Hm. ' * 900}</think>\n\nZoe counts messages.", "long " * 5_000
-    for answer, summary, words in (
-        (long, "long", 0),
-        (thoughts, "Zoe counts messages.", 100),
-        (FLOOD, "WordsWords", 100),
-    ):
+    searches = [("conversation_search", {"query": f"{number}"}) for number in range(9)]
+    answers = [(Reply(long), "long"), (Reply(thoughts), "Zoe counts messages."), (OVERFLOW, "Message")]
+    answers += [
+        (Reply(), "Message"),
+        (Reply(FLOOD, endless=True, chunk=5_000), "WordsWords"),
+        (Reply("x", cut_after=1), "Message"),
+    ]
+    answers += [(Reply(refusal="I won't."), "Message"), (Reply(calls=[HELLO]), "Message")]
+    for answer, summary in answers:
         for number in range(3):
-            endpoint.script(
-                *[Reply(calls=[("conversation_search", {"query": f"{n}"}) for n in range(9)])] * (number > 1)
-            )
-            await lab.say(agent, f"Message {number}. " + "word " * words)
+            endpoint.script(*[Reply(calls=searches)] * (number > 1))
+            await lab.say(agent, f"Message {number}. " + "word " * 100)
         before, seq = agent.used(), agent.record.last_seq
-        endpoint.script(Reply(answer, endless=answer is FLOOD, chunk=5_000))
+        endpoint.script(answer)
         event = await compact(agent)
         assert (event["message_type"], event["seq"], event.get("turn_id")) == ("compaction", seq + 1, None)
         assert event["tokens_before"] == before > event["tokens_after"] == agent.used()
-        assert event["summary"].startswith(summary)
-        assert len(event["summary"]) < 2 * memws.SUMMARY_LIMIT
+        assert (summary in event["summary"], len(event["summary"]) < 2 * memws.SUMMARY_LIMIT) == (True, True)
         await lab.check_stored(agent)
     assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
 
@@ -690,7 +630,8 @@ async def test_an_overflow_that_only_the_endpoint_sees(endpoint: Endpoint, lab: 
 
 
 async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
-    """A message longer than the window is shown in part and kept whole; results of one step leave with their calls."""
+    """A message longer than the window is shown in part and kept whole; results of one step leave with their calls; the
+    summary quotes the message that waits."""
 
     def flood(number: int) -> str:
         """Return much."""
@@ -706,18 +647,9 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
         shown = packed(endpoint.requests[-1], "user_message")[-1]["message"]
         assert (shown[:6], shown[-3:], "characters left out here" in shown) == ("start ", "end", True)
         endpoint.script(Reply(calls=[("flood", {"number": number}) for number in range(8)]))
-        turn = await lab.say(agent, "Hi")
+        turn = await lab.say(agent, "What is the magic word?")
         assert (turn.replies[:1], turn.stop_reason, bool(turn.of("compaction"))) == (["Hello!"], "done", True)
-
-
-async def test_a_compaction_keeps_the_message_that_waits(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """When a compaction inside a turn hides the user's message, the summary quotes it."""
-    endpoint.context_window = 1_800
-    endpoint.script(*[Reply(calls=[beat("archival_memory_insert", content=f"{n} " + "word " * 60)]) for n in range(10)])
-    turn = await lab.say(agent, "What is the magic word?")
-    assert turn.stop_reason == "done"
-    assert turn.of("compaction")
-    assert "What is the magic word?" in endpoint.bodies[-1].decode()
+        assert "What is the magic word?" in endpoint.bodies[-1].decode()
 
 
 async def test_an_endpoint_that_cuts_prompts_silently_is_noticed(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
@@ -732,7 +664,15 @@ async def test_an_endpoint_that_cuts_prompts_silently_is_noticed(endpoint: Endpo
 
 
 async def test_estimates_are_calibrated_within_bounds(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """The endpoint's counts pull the estimate towards them, but never below half or above twice."""
+    """The sections of a context event add up to what is used, roughly what the endpoint counts; its counts pull the
+    estimate towards them, but never below half or above twice."""
+    for _ in range(3):
+        (frame,) = (await lab.say(agent, "Hi")).of("context")
+    names = ["system", "tools", "core_memory", "summary", "messages"]
+    assert ([section["name"] for section in frame["sections"]], frame["window"]) == (names, 8_192)
+    assert abs(sum(section["tokens"] for section in frame["sections"]) - frame["used"]) <= 10
+    await lab.say(agent, "Hi")
+    assert 0.8 < frame["used"] / sum(prompt_tokens(endpoint.requests[-1])) < 1.25
     for counted, low, high in ((10, 0.5, 0.75), (1_000_000, 1.5, 2.0)):
         endpoint.default = Reply(calls=[HELLO], usage={"prompt_tokens": counted, "completion_tokens": 1})
         for _ in range(10):
@@ -786,7 +726,8 @@ async def cancel(lab: Lab, agent: Agent, when: int | Callable[[Body], bool], tex
 
     async def stop() -> None:
         await (asyncio.to_thread(lab.endpoint.wait_requests, when) if isinstance(when, int) else told.wait())
-        turn.stop("cancelled")
+        for reason in ("cancelled", "superseded"):
+            turn.stop(reason)  # the first one counts
 
     stopping = asyncio.create_task(stop())
     happens = (lambda event: False) if isinstance(when, int) else when
@@ -840,17 +781,6 @@ async def test_cancel_while_the_model_answers(
         assert results(endpoint.requests[1]) == ["Failed: cancelled: the user has seen only this much"]
         assert await recalled(lab, agent, reply["message"]) == [reply["message"], "Hello!", "Hello!"]
     assert ("Once upo" in endpoint.bodies[1].decode()) == ("Once" in str(answer))
-
-
-async def test_a_turn_stopped_before_it_starts(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """It keeps the message, calls no model and says so; only the first stop counts."""
-    turn = lab.turn("Hi")
-    for reason in ("superseded", "cancelled"):
-        turn.stop(reason)
-    end = (await lab.run(agent, turn)).end
-    usage = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated": False}
-    assert (end["stop_reason"], end["usage"], endpoint.requests) == ("superseded", usage, [])
-    await check_goes_on(lab, agent)
 
 
 @pytest.mark.parametrize("blocking", [False, True])
@@ -971,31 +901,6 @@ async def test_an_edit_in_mid_turn(endpoint: Endpoint, where: str) -> None:
         assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
 
-async def test_another_config(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """An agent takes another config at once; one that leaves no room is refused with both numbers and changes none."""
-    for config, changed in (
-        ({"context_window": 1_000, "max_steps": 3}, False),
-        ({"max_steps": 3, "system": "Be brief.", "tools": ["send_message"], "settings": {"temperature": 0.1}}, True),
-    ):
-        before, values = agent.settings(), memws.read_config(config, lab.tools, agent.record.config)[0]
-        with (
-            contextlib.nullcontext() if changed else pytest.raises(memws.Refused, match=r"1,000 .* too few.* \d,\d{3}$")
-        ):
-            await agent.update(values)
-        assert (agent.settings() != before) == changed
-        assert (await lab.open()).record.config == agent.record.config
-    for _ in range(2):
-        assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
-        request = endpoint.requests[-1]
-        assert request["messages"][0]["content"].startswith("Be brief.\n")
-        assert [tool["function"]["name"] for tool in request["tools"]] == ["send_message"]
-        assert (request["temperature"], agent.max_steps) == (0.1, 3)
-        agent = await lab.open()
-
-
-# ---- a database that fails -------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def refusing(path: Path, rows: str) -> Iterator[None]:
     """The database refuses new events of which `rows` is true, until the block ends."""
@@ -1048,18 +953,3 @@ async def test_a_store_that_fails_around_a_tool(
         stored = await lab.events(agent)
         assert [event["seq"] for event in stored] == list(range(1, len(stored) + 1))
         assert sum(event["turn_id"] == "turn-1" and event["type"] in memws.TERMINAL_TYPES for event in stored) == 1
-
-
-async def test_a_tool_runs_once_whatever_the_endpoint_does(endpoint: Endpoint) -> None:
-    """However the endpoint fails around a tool call, the tool runs once for it, also after a load."""
-    ran: list[int] = []
-
-    def count(number: int) -> None:
-        """Count."""
-        ran.append(number)
-
-    async with Lab(endpoint, tools=[count]) as lab:
-        endpoint.script(BUSY, Reply(calls=[("count", {"number": 1}), ("count", {"number": 2})]), BUSY, Reply())
-        assert (await lab.say(await lab.create(), "Hi")).replies == ["Hello!"]
-        await lab.say(await lab.open(), "Again")
-    assert ran == [1, 2]

@@ -10,7 +10,7 @@ COMMAND_LINE = """
 flags, variables, help: cli test_help test_flags_and_variables test_bad_values test_repeatable_and_empty_flags
 the model that a key, an address or nothing chooses: cli test_key_decides_the_model test_endpoint_without_a_choice
 the first line names the address; signals close cleanly: cli test_serving test_signals; kill
-  test_a_signal_ends_turns_and_connections_cleanly
+  test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
 one sentence, exit 2, no traceback: cli test_refusals test_taken test_missing_package
 chat: cli test_pipe test_interrupted_chat; chat test_conversation test_slash_commands
 check, export, import, backup, beside a server: keeping test_damage test_an_imported_agent_is_the_exported_one
@@ -18,7 +18,7 @@ check, export, import, backup, beside a server: keeping test_damage test_an_impo
 former exports are read, a former database is refused: store test_a_former_export_is_read
   test_what_is_no_database_of_ours_is_left_alone
 the file alone serves; two copies do not meet: cli test_copied_alone test_import test_two_copies_in_one_process
-the protocol as JSON Schema: cli test_protocol; wire test_schema_is_valid_and_whole
+the protocol as JSON Schema: cli test_protocol; wire test_the_protocol_is_that_of_the_contract
 """
 PYTHON = """
 start, stop, what is left: python_api test_start_and_stop test_stop_leaves_nothing_of_a_busy_server
@@ -43,12 +43,12 @@ WIRE = """
 healthz; other methods 405: gate test_healthz_needs_the_right_host_only test_other_methods_get_405
 MemGPT 0.2.7's protocol: server test_the_flow_of_memgpt_0_2_7; wire test_a_client_of_memgpt_is_understood
 no frame over 1 MiB; replies are cut at 100,000 characters: server test_a_long_reply_is_cut; wire
-  test_the_longest_reply_fits_a_frame; agent test_a_reply_without_end_is_cut
+  test_an_event_is_its_frame; agent test_a_reply_without_end_is_cut
 pages and too_large: server test_lists_hold_what_a_frame_can_hold test_an_answer_over_a_frame_is_too_large
   test_get_context_and_get_request_page_their_messages
 requests are taken up in order, compact beside them: server test_answers_come_in_the_order_sent test_compact; embeddings
   test_a_search_waits_beside_its_session
-id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused test_no_id_is_no_field
+id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused test_an_id_is_kept_as_it_came
 agent_name, agent_id: server test_naming_an_agent_does_not_switch test_without_an_agent_nothing_is_current
 when_busy: server test_when_busy
 every command: wire test_the_protocol_is_that_of_the_contract test_schema_and_check_agree_on_every_field
@@ -56,8 +56,7 @@ create, load, config, names: server test_create_agent test_load_agent test_names
   test_create_agent_warns_of_what_it_ignores
 hello, list, get, update: server test_hello_and_the_message_types test_list_agents_and_get_agent_tell_what_runs
   test_update_agent
-rename, delete, restore, purge: server test_rename_agent test_delete_and_restore_an_agent
- ; machine test_whatever_clients_do; store test_a_purged_agent_is_gone
+rename, delete, restore, purge: server test_an_agent_that_is_renamed_deleted_and_restored ; machine test_whatever_clients_do; store test_a_purged_agent_is_gone
 messages and search: server test_get_messages_pages_backwards test_search_memory; store test_search_is_filtered
 blocks and passages: server test_edits_of_memory
 wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_message
@@ -66,16 +65,16 @@ BAD_INPUT = """
 not JSON, no object, wrong types, too deep, huge numbers, NaN: server
   test_bad_frames_get_one_answer_and_the_connection_stays; wire test_hostile_frames_get_one_named_error
   test_any_frame_is_a_request_or_a_named_error test_depth_is_counted_exactly
-at most 80 characters quoted, at most 4 KiB: wire test_no_error_quotes_more_than_80_characters; server
-  test_the_largest_errors_are_small; errors test_an_answer_to_any_error_fits_in_4_kib
+at most 80 characters quoted, at most 4 KiB: wire test_no_error_quotes_more_than_80_characters; errors
+  test_an_answer_to_any_error_fits_in_4_kib
 lone surrogates, NUL: server test_what_no_text_can_hold_becomes_u_fffd; wire
   test_what_no_text_can_hold_is_read_as_u_fffd
 1007, 1002, 1009: server test_frames_in_fragments_and_of_the_largest_size; gate test_breaches_of_the_standard_close
 a flood: server test_a_flood_is_answered_and_others_are_served_in_between
 a taken name, a bad config, a text over a limit, an unknown agent: server test_names_are_words
   test_bad_configs_change_nothing test_edits_of_memory test_an_unknown_agent_is_told_with_the_nearest
-a reader that does not read: readers test_a_reader_that_does_not_read_for_a_while_gets_all_stored_events
-  test_a_reader_that_takes_no_byte_is_closed
+a reader that does not read: server test_a_reader_that_does_not_read_for_a_while_gets_all_stored_events; soak
+  test_every_figure_is_met
 a foreign Origin or Host: gate test_hosts test_origins test_what_is_allowed_passes test_no_or_several_hosts_get_400
   test_the_gate_never_raises
 tokens: gate test_tokens test_with_a_token_addresses_are_right test_beyond_loopback_needs_a_token; python_api
@@ -87,29 +86,27 @@ classic types in their order: server test_the_flow_of_memgpt_0_2_7; agent
   test_the_events_of_a_step_are_in_the_order_of_0_2_7
 more types: server test_hello_and_the_message_types test_deltas_are_live
 a turn: server test_a_turn_begins_and_ends_once; machine test_whatever_clients_do
-exactly one terminal frame, whatever befalls a reader: readers test_a_reader_far_behind_gets_each_end_once
-  test_a_reader_far_behind_hears_of_a_failed_store test_a_reader_far_behind_hears_of_a_stop
+exactly one terminal frame, whatever befalls a reader: soak test_every_figure_is_met
 a message that never becomes a turn: server test_what_never_becomes_a_turn_is_refused_once
   test_eight_messages_of_a_connection_wait test_thirty_two_messages_wait_for_an_agent; kill
   test_messages_that_waited_are_not_acknowledged
-seq: server test_seq_is_gapless_over_everything; store test_no_seq_is_used_twice_under_a_name; machine
+seq: store test_no_seq_is_used_twice_under_a_name; machine
   test_whatever_clients_do
-a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool ;
-  readers test_a_reader_far_behind_hears_of_a_failed_store
-who gets what: server test_a_compaction_of_a_client_that_leaves_is_done_wholly; machine test_whatever_clients_do; kill
-  test_twenty_kills_lose_nothing_and_double_nothing
+a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool;
+  soak test_every_figure_is_met
+who gets what: server test_a_command_of_a_client_that_leaves_is_done_wholly; machine test_whatever_clients_do
 a turn_id sent again: server test_a_waiting_turn_sent_again test_a_running_turn_sent_again; machine
-  test_whatever_clients_do; readers test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_behind
-a crash: kill test_a_killed_turn_is_whole_and_never_runs_twice test_a_repair_is_made_once_and_before_all_else
-  test_twenty_kills_lose_nothing_and_double_nothing
-subscribe: server test_subscribing_replays_replaces_and_ends test_an_unknown_seq_subscribes_nothing; machine
+  test_whatever_clients_do; server test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_behind
+a crash: kill test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
+  test_a_repair_is_made_once_and_before_all_else; soak test_every_figure_is_met
+subscribe: server test_an_unknown_seq_subscribes_nothing test_a_replay_that_cannot_be_read_ends_alone; machine
   test_whatever_clients_do
 turns never overlap, agents never wait for each other: server test_messages_wait_their_turn
-  test_a_blocking_tool_stops_nobody test_many_clients_at_random
+  test_a_blocking_tool_stops_nobody; machine test_whatever_clients_do
 """
 AGENT = """
 1 history is never poisoned: misbehaviour test_whatever_happens_talk_goes_on; agent
-  test_a_broken_history_is_mended_and_told test_a_tool_runs_once_whatever_the_endpoint_does
+  test_a_broken_history_is_mended_and_told test_a_store_that_fails_around_a_tool
 2 compaction: agent test_a_long_conversation_in_a_small_window test_the_agent_is_warned_once_before_the_window_is_full
   test_an_overflow_that_only_the_endpoint_sees test_an_endpoint_that_cuts_prompts_silently_is_noticed
 3 a turn ends: agent test_a_turn_has_limits test_three_failed_calls_in_a_row_end_the_turn
@@ -117,12 +114,12 @@ AGENT = """
 4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_at_any_event
 5 the ladder; half an answer: agent test_a_reply_that_can_be_read_reaches_the_user
   test_half_an_answer_is_never_told_as_a_whole_one
-6 nothing sent is executed: layers test_memws; tools test_a_tool_sees_its_own_agent_only
+6 nothing sent is executed: layers test_memws; tools test_conversation_search_pages_through_the_past
 7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
   test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them
   test_a_login_precedes_a_message_after_an_hour_of_silence
 8 token counts: agent test_estimates_are_calibrated_within_bounds
-9 roles and ids that endpoints take: llm test_ids_that_repeat_or_are_long_are_renewed
+9 roles and ids that endpoints take: llm test_names_and_ids_that_no_api_takes_are_changed
   test_an_unknown_option_is_learned_once
 one search for every script and any query: memory test_every_script_is_found test_hostile_queries_over_hostile_texts
 embeddings: embeddings test_what_shares_no_word_is_found test_without_a_model_nothing_is_embedded
@@ -141,7 +138,7 @@ conflict, not_found: server test_edits_of_memory
 unknown_turn, cancelled: machine test_whatever_clients_do
 unknown_seq: server test_an_unknown_seq_subscribes_nothing
 store_failed: server test_a_message_that_cannot_be_stored_is_refused
-internal: errors test_codes_are_those_of_the_contract
+internal: errors test_codes_and_sentences_are_those_of_the_contract
 queue_full: server test_eight_messages_of_a_connection_wait
 model_auth, model_refused, context_overflow, model_rate_limit, model_timeout, model_unavailable: llm
   test_a_failure_has_its_code

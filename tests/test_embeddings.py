@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import sqlite3
 import threading
 import time
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import Lab, results
+from agents import results
 from commandline import run
 from endpoint import Body, Endpoint, Reply, embedding
-from wire import LIMIT, Wire, wire
+from wire import LIMIT, Wire, of_kind, wire
 
 import memws
 
@@ -48,9 +49,9 @@ def start(serve: Serve, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> 
     return lambda **options: serve(**(defaults | options))
 
 
-def query(database: str | Path, sql: str, *values: object) -> list[Any]:
+def query(database: str | Path, sql: str) -> list[Any]:
     with closing(sqlite3.connect(database)) as connection:
-        return connection.execute(sql, values).fetchall()
+        return connection.execute(sql).fetchall()
 
 
 def kept(database: str | Path) -> dict[str, bytes]:
@@ -83,16 +84,6 @@ async def found(client: Wire, text: str = QUERY, **more: Any) -> list[str]:
     return [item["text"] for item in (await client.ok("search_memory", query=text, **more))["items"]]
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What the log holds at warning and above."""
-    return [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
-
-
-def several(body: Body) -> Reply | None:
-    """Hold requests of several texts, those of the background, while queries are answered."""
-    return Reply(hold=True) if len(body["input"]) > 1 else None
-
-
 async def test_what_shares_no_word_is_found(start: Serve, endpoint: Endpoint) -> None:
     """Clients and the agent's own tools find what shares no word, in both memories, within the filters; all once."""
     server = start()
@@ -123,20 +114,16 @@ async def test_what_shares_no_word_is_found(start: Serve, endpoint: Endpoint) ->
         archival, recall = results(endpoint.requests[-1])[-2:]
         assert archival.index("cat sleeps") < archival.index("Rain")
         assert recall.index("caught a mouse") < recall.index("Hello!")
-
-
-async def test_names_are_off_the_query(start: Serve, endpoint: Endpoint) -> None:
-    """The agent's and the user's name are not part of what is embedded of a query, unless it is nothing else."""
-    async with wire(start()) as client:
         await client.ok("create_agent", config={"name": "Rex", "human": "First name: Zoe. She likes tea."})
         await found(client, "What did Zoe tell REX about Zoe's felines?")
         await found(client, "Zoe")
-    asked, name = endpoint.embedded
-    assert (" ".join(asked.split()), name) == ("What did tell about felines?", "Zoe")
+        asked, name = endpoint.embedded[-2:]
+        assert (" ".join(asked.split()), name) == ("What did tell about felines?", "Zoe"), "names are off the query"
 
 
 async def test_a_search_waits_beside_its_session(start: Serve, endpoint: Endpoint) -> None:
-    """While a query's vector is awaited other commands are answered, turns go on, and edits wait for no network."""
+    """While a query's vector is awaited other commands are answered, turns go on, and edits wait for no network; a turn
+    that waits for one is stopped at once, and what the user has seen of it is kept."""
     server = start()
     async with wire(server) as client:
         await client.ok("create_agent", config={"name": "sam"})
@@ -145,40 +132,34 @@ async def test_a_search_waits_beside_its_session(start: Serve, endpoint: Endpoin
         count, hold = len(endpoint.embedding_requests), Reply(hold=True)
         endpoint.overrides[ROUTE] = lambda body: hold if QUERY in body["input"] else None
         request_id = await client.request("search_memory", query=QUERY)
-        endpoint.script(Reply(calls=[("archival_memory_search", {"query": QUERY, "request_heartbeat": True})]))
+        said = ("send_message", {"message": "Let me see."})
+        search = ("archival_memory_search", {"query": QUERY, "request_heartbeat": True})
+        endpoint.script(Reply(calls=[said, search]), Reply(calls=[search]))
         await client.say("Where is it?")
         await asyncio.to_thread(endpoint.wait_embeddings, count + 2)
         assert (await client.ok("set_block", label="human", value="Name: Zoe"))["version"] == 2
+        await client.ok("cancel")
+        assert (await client.ended())["stop_reason"] == "cancelled"
+        assert [(frame["message"], frame["partial"]) for frame in of_kind(client.frames, "assistant_message")] == [
+            ("Let me see.", True)
+        ]
+        await client.say("And now?")
+        await asyncio.to_thread(endpoint.wait_embeddings, count + 3)
         assert [frame for frame in client.frames if frame.get("id") == request_id] == []
         endpoint.release()
         assert (await client.ended())["stop_reason"] == "done"
         while not (answers := [frame for frame in client.frames if frame.get("id") == request_id]):
             await client.receive()
-        (answer,) = answers
-        assert answer["result"]["items"][0]["text"] == ANSWER
-        assert results(endpoint.requests[-1])[0].index(ANSWER) > 0
-
-
-async def test_a_turn_that_waits_for_a_vector_can_be_cancelled(endpoint: Endpoint) -> None:
-    """A turn is stopped at once while its search waits for a vector; what the user has seen of it is kept."""
-    async with Lab(endpoint, embedding_model=MODEL) as lab:
-        agent, turn = await lab.create(), lab.turn("Hi")
-        endpoint.overrides[ROUTE] = Reply(hold=True)
-        calls = [("send_message", {"message": "Let me see."}), ("conversation_search", {"query": QUERY})]
-        endpoint.script(Reply(calls=calls))
-        running = asyncio.create_task(lab.run(agent, turn))
-        await asyncio.to_thread(endpoint.wait_embeddings, 1)
-        turn.stop("cancelled")
-        told = await running
-        assert (told.stop_reason, told.of("tool_call")) == ("cancelled", [])
-        assert [(frame["message"], frame["partial"]) for frame in told.of("assistant_message")] == [
-            ("Let me see.", True)
-        ]
-        assert (await lab.say(agent, "And now?")).replies == ["Hello!"]
+        assert answers[0]["result"]["items"][0]["text"] == ANSWER
+        assert results(endpoint.requests[-1])[-1].index(ANSWER) > 0
 
 
 async def test_a_restart_embeds_nothing_twice_and_another_model_all(start: Serve, endpoint: Endpoint) -> None:
     """Vectors outlive a restart; those of another model are made anew, while searches answer by words."""
+
+    def background(body: Body) -> Reply | None:
+        return Reply(hold=True) if len(body["input"]) > 1 else None
+
     server = start()
     async with wire(server) as client:
         await client.ok("create_agent", config={"name": "sam"})
@@ -194,7 +175,7 @@ async def test_a_restart_embeds_nothing_twice_and_another_model_all(start: Serve
     texts = [*PASSAGES, "Something new", "Hello!"]
     assert Counter(endpoint.embedded) == dict.fromkeys([*texts, QUERY], 1)
     await asyncio.to_thread(server.stop)
-    count, endpoint.overrides[ROUTE] = len(endpoint.embedding_requests), several
+    count, endpoint.overrides[ROUTE] = len(endpoint.embedding_requests), background
     server = start(embedding_model="other")
     async with wire(server) as client:
         await client.ok("load_agent", name="sam")
@@ -206,10 +187,8 @@ async def test_a_restart_embeds_nothing_twice_and_another_model_all(start: Serve
         endpoint.release()
         await embedded(server.options.db)
         assert (await found(client))[0] == ANSWER
-    again = [body for body in endpoint.embedding_requests if body["model"] == "other"]
-    assert Counter(text for body in again for text in body["input"] if text not in (QUERY, "cat")) == dict.fromkeys(
-        texts, 1
-    )
+    again = [text for body in endpoint.embedding_requests if body["model"] == "other" for text in body["input"]]
+    assert Counter(text for text in again if text not in (QUERY, "cat")) == dict.fromkeys(texts, 1)
 
 
 # ---- an endpoint that hangs or fails (test_llm.py has every fault) ---------------------------------------------------
@@ -235,7 +214,7 @@ async def test_turns_and_searches_go_on_without_vectors(
             assert (await client.turn(message))[-1]["stop_reason"] == "done"
         assert ANSWER in results(endpoint.requests[1])[0]
         assert (await found(client, "cat"), await found(client, "xyzzy")) == ([ANSWER], [])
-        (warning,) = warnings_of(caplog)
+        (warning,) = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
         assert (warning.startswith(f"embeddings of {MODEL} fail ("), len(warning) < 250) == (True, True)
         del endpoint.overrides[ROUTE]
         endpoint.release()
@@ -282,7 +261,10 @@ async def test_a_text_that_the_endpoint_refuses_stops_no_other(
         await fill(client, ["Tea is cold"])
         await embedded(server.options.db)
     assert kept(server.options.db).keys() == {*PASSAGES, "Tea is ready", "Tea is hot", "Tea is cold"}
-    assert (endpoint.embedded.count(poison), warnings_of(caplog)) == (asked, [])
+    assert (
+        endpoint.embedded.count(poison),
+        [record.getMessage() for record in caplog.records if record.levelno > logging.INFO],
+    ) == (asked, [])
 
 
 async def test_any_query_can_be_embedded(start: Serve, endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
@@ -292,13 +274,12 @@ async def test_any_query_can_be_embedded(start: Serve, endpoint: Endpoint, caplo
         await fill(client)
         texts = ("\ud800 feline", "a\0b", "x" * 90_000, " ".join(["cat"] * 20_000), "\u200b", "'\"%_")
         for text in texts:
-            endpoint.script(
-                Reply(calls=[("archival_memory_search", {"query": text, "request_heartbeat": True})], chunk=9_000)
-            )
+            search = ("archival_memory_search", {"query": text, "request_heartbeat": True})
+            endpoint.script(Reply(calls=[search], chunk=9_000))
             assert (await client.turn("Look it up"))[-1]["stop_reason"] == "done"
     assert {result[:3] for result in results(endpoint.requests[-1])} == {"OK:"}
     assert len(endpoint.requests) == 2 * len(texts)
-    assert warnings_of(caplog) == []
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
     assert max(map(len, endpoint.embedded)) <= memws.EMBEDDING_TEXT
 
 

@@ -1,12 +1,9 @@
 """The endpoint is as strict as the API it stands for, and openai's own client reads what it sends."""
 
 import asyncio
-import contextlib
 import dataclasses
-import http.client
 import json
 import math
-import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,19 +14,18 @@ openai = pytest.importorskip("openai")
 
 pytestmark = pytest.mark.anyio
 
+CHAT, EMBEDDINGS = "/chat/completions", "/embeddings"
 USER = {"role": "user", "content": "Hi"}
 SEND = {"type": "function", "function": {"name": "send_message", "parameters": {"type": "object", "properties": {}}}}
+NO_PARAMETERS: Body = {"type": "object", "properties": {}, "required": ["a"]}
 
 
-def call(call_id: Any = "a", name: Any = "f", arguments: Any = "{}") -> Body:
-    """A tool call, right unless told otherwise."""
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def calls(*tool_calls: Body, answered: tuple[str, ...] = (), content: Any = None) -> list[Body]:
-    """A history with one assistant message of tool calls and its tool messages."""
+def history(*calls: Body, answered: str = "") -> Body:
+    """A request whose history has one assistant message of tool calls, right unless told otherwise, and its answers."""
+    right = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    made = [right | call | {"function": right["function"] | call.get("function", {})} for call in calls]  # type: ignore[operator]
     answers = [{"role": "tool", "tool_call_id": call_id, "content": "ok"} for call_id in answered]
-    return [USER, {"role": "assistant", "content": content, "tool_calls": list(tool_calls)}, *answers]
+    return {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": made}, *answers]}
 
 
 def tool(**function: Any) -> Body:
@@ -44,17 +40,11 @@ async def client(endpoint: Endpoint) -> AsyncIterator[Any]:
         yield running
 
 
-async def create(client: Any, **body: Any) -> Any:
-    """Send a chat request as memws does: the whole of it as extra_body."""
-    body = {"model": "test-model", "messages": [USER], **body}
-    return await client.chat.completions.create(
-        model=body["model"], messages=[], stream=body.get("stream", False), extra_body=body
-    )
-
-
 async def stream(client: Any, **body: Any) -> list[Any]:
-    """The chunks of a streamed reply."""
-    return [chunk async for chunk in await create(client, stream=True, **body)]
+    """The chunks of a streamed reply to a request that is sent as memws does: the whole of it as extra_body."""
+    body = {"model": "test-model", "messages": [USER], "stream": True, **body}
+    answer = await client.chat.completions.create(model="test-model", messages=[], stream=True, extra_body=body)
+    return [chunk async for chunk in answer]
 
 
 def content(chunks: list[Any]) -> str:
@@ -62,128 +52,73 @@ def content(chunks: list[Any]) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-FAULTS: dict[str, tuple[Body, str]] = {
-    "no message": ({"messages": []}, "empty array"),
-    "messages that are no list": ({"messages": "Hi"}, "expected an array"),
-    "a message that is no object": ({"messages": ["Hi"]}, "expected an object"),
-    "an unknown role": ({"messages": [{"role": "bot", "content": ""}]}, "Supported values"),
-    "no content": ({"messages": [{"role": "user"}]}, "expected a string, got null"),
-    "content that is no string": ({"messages": [{"role": "user", "content": 5}]}, "expected a string, got int"),
-    "null content without calls": ({"messages": [{"role": "assistant", "content": None}]}, "expected a string"),
-    "a call without its result": ({"messages": calls(call())}, "did not have response messages: a"),
-    "one of two results": ({"messages": calls(call("a"), call("b"), answered=("b",))}, "response messages: a"),
-    "a user message between": ({"messages": [*calls(call()), USER]}, "did not have response messages: a"),
-    "a result without its call": ({"messages": calls(call(), answered=("a",))[::2]}, "preceeding message"),
-    "a result twice": ({"messages": calls(call(), answered=("a", "a"))}, "preceeding message"),
-    "an empty list of calls": ({"messages": calls()}, "empty array"),
-    "an empty id": ({"messages": calls(call(""), answered=("",))}, "unique non-empty string"),
-    "no id": ({"messages": calls(call(None))}, "unique non-empty string"),
-    "the same id twice": ({"messages": calls(call(), call(), answered=("a", "a"))}, "unique non-empty string"),
-    "calls of the user": ({"messages": [{**USER, "tool_calls": [call()]}]}, "not allowed"),
-    "a bad function name": ({"messages": calls(call(name="a b"), answered=("a",))}, "does not match pattern"),
-    "broken arguments": ({"messages": calls(call(arguments='{"a'), answered=("a",))}, "holds a JSON object"),
-    "arguments that are a list": ({"messages": calls(call(arguments="[]"), answered=("a",))}, "holds a JSON object"),
-    "arguments as an object": ({"messages": calls(call(arguments={}), answered=("a",))}, "holds a JSON object"),
-    "no tool": ({"tools": []}, "empty array"),
-    "a tool of no type": ({"tools": [{"function": {"name": "f"}}]}, "type 'function'"),
-    "a tool without a name": (tool(), "does not match pattern"),
-    "a long tool name": (tool(name="f" * 65), "does not match pattern"),
-    "parameters of no object": (tool(name="f", parameters={"type": "string"}), "Invalid schema for function 'f'"),
-    "a required parameter that is not there": (
-        tool(name="f", parameters={"type": "object", "properties": {}, "required": ["a"]}),
-        "Invalid schema for function 'f'",
-    ),
-    "tool_choice without tools": ({"tool_choice": "auto"}, "only allowed when 'tools'"),
-    "parallel_tool_calls without tools": ({"parallel_tool_calls": True}, "only allowed when 'tools'"),
-    "stream_options without stream": ({"stream_options": {"include_usage": True}}, "only allowed when 'stream'"),
-    "an unknown parameter": ({"context_window": 5}, "Unrecognized request argument supplied: context_window"),
-    "no model": ({"model": ""}, "provide a model"),
-}
-EMBEDDING_FAULTS: dict[str, tuple[Body, str]] = {
-    "no input": ({}, "input' is invalid"),
-    "no texts": ({"input": []}, "input' is invalid"),
-    "an empty text": ({"input": ["a", ""]}, "input' is invalid"),
-    "a text that is none": ({"input": ["a", 5]}, "input' is invalid"),
-    "too many texts": ({"input": ["a"] * 2049}, "1 to 2048"),
-    "no model": ({"input": "a", "model": ""}, "provide a model"),
-    "an unknown encoding": ({"input": "a", "encoding_format": "hex"}, "encoding_format"),
-    "no dimensions": ({"input": "a", "dimensions": 0}, "dimensions"),
-    "an unknown parameter": ({"input": "a", "messages": []}, "Unrecognized request argument supplied: messages"),
-}
-RIGHT: dict[str, Body] = {"/chat/completions": {"messages": [USER]}, "/embeddings": {}}
-CASES = [("/chat/completions", *fault) for fault in FAULTS.values()]
-CASES += [("/embeddings", *fault) for fault in EMBEDDING_FAULTS.values()]
+FAULTS: list[tuple[Body, str]] = [
+    ({"messages": []}, "empty array"),
+    ({"messages": "Hi"}, "expected an array"),
+    ({"messages": ["Hi"]}, "expected an object"),
+    ({"messages": [{"role": "bot", "content": ""}]}, "Supported values"),
+    ({"messages": [{"role": "user"}]}, "expected a string, got null"),
+    ({"messages": [{"role": "user", "content": 5}]}, "expected a string, got int"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "expected a string"),
+    (history({}), "did not have response messages: a"),
+    (history({}, {"id": "b"}, answered="b"), "response messages: a"),
+    ({"messages": [*history({})["messages"], USER]}, "did not have response messages: a"),
+    ({"messages": history({}, answered="a")["messages"][::2]}, "preceeding message"),
+    (history({}, answered="aa"), "preceeding message"),
+    (history(), "empty array"),
+    (history({"id": ""}), "unique non-empty string"),
+    (history({"id": None}), "unique non-empty string"),
+    (history({}, {}, answered="aa"), "unique non-empty string"),
+    ({"messages": [{**USER, "tool_calls": [SEND]}]}, "not allowed"),
+    (history({"function": {"name": "a b"}}, answered="a"), "does not match pattern"),
+    (history({"function": {"arguments": '{"a'}}, answered="a"), "holds a JSON object"),
+    (history({"function": {"arguments": "[]"}}, answered="a"), "holds a JSON object"),
+    (history({"function": {"arguments": {}}}, answered="a"), "holds a JSON object"),
+    ({"tools": []}, "empty array"),
+    ({"tools": [{"function": {"name": "f"}}]}, "type 'function'"),
+    (tool(), "does not match pattern"),
+    (tool(name="f" * 65), "does not match pattern"),
+    (tool(name="f", parameters={"type": "string"}), "Invalid schema for function 'f'"),
+    (tool(name="f", parameters=NO_PARAMETERS), "Invalid schema for function 'f'"),
+    ({"tool_choice": "auto"}, "only allowed when 'tools'"),
+    ({"stream_options": {"include_usage": True}}, "only allowed when 'stream'"),
+    ({"context_window": 5}, "Unrecognized request argument supplied: context_window"),
+    ({"model": ""}, "provide a model"),
+]
+INPUTS: list[Any] = [None, [], ["a", ""], ["a", 5], ["a"] * 2049]
+EMBEDDING_FAULTS: list[tuple[Body, str]] = [({"input": each}, "expected a non-empty string") for each in INPUTS]
+EMBEDDING_FAULTS += [({"input": "a", "messages": []}, "Unrecognized request argument supplied: messages")]
+CASES = [(CHAT, {"messages": [USER], **body}, reason) for body, reason in FAULTS]
+CASES += [(EMBEDDINGS, *fault) for fault in EMBEDDING_FAULTS]
+CASES += [(CHAT, {"user": value}, "could not parse the JSON body") for value in (float("nan"), "\ud800")]
 
 
-@pytest.mark.parametrize(("route", "body", "reason"), CASES, ids=[*FAULTS, *EMBEDDING_FAULTS])
+@pytest.mark.parametrize(("route", "body", "reason"), CASES, ids=range(len(CASES)))
 async def test_refuses(client: Any, endpoint: Endpoint, route: str, body: Body, reason: str) -> None:
     """What the API refuses is answered with 400 and listed with its reason; the script is not used up."""
     endpoint.script(Reply("next"))
+    raw = json.dumps({"model": "test-model", **body}).encode()
     with pytest.raises(openai.BadRequestError, match="Error code: 400"):
-        await client.post(route, body={"model": "test-model", **RIGHT[route], **body}, cast_to=object)
+        await client.post(route, content=raw, cast_to=object, options={"headers": {"Content-Type": "application/json"}})
     assert content(await stream(client)) == "next"
-    [refusal] = endpoint.refusals
+    (refusal,) = endpoint.refusals
     assert reason in refusal
     endpoint.refusals.clear()
 
 
-def post(endpoint: Endpoint, raw: bytes) -> tuple[int, Body]:
-    """Status and JSON of a chat request of raw bytes."""
-    connection = http.client.HTTPConnection("127.0.0.1", endpoint.port)
-    with contextlib.closing(connection):
-        connection.request("POST", "/v1/chat/completions", raw)
-        response = connection.getresponse()
-        return response.status, json.load(response)
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [b"", b"{", b"[]", b'{"temperature": NaN}', b'{"user": "\\ud800"}', b'{"user": "\xff"}'],
-    ids=["empty", "cut", "no object", "NaN", "lone surrogate", "no UTF-8"],
-)
-def test_refuses_what_is_not_strict_json(raw: bytes) -> None:
-    """A body that a strict parser does not read is refused, and kept as it came."""
-    with Endpoint() as endpoint:
-        status, answer = post(endpoint, raw)
-        assert status == 400
-        assert answer["error"]["message"].startswith("We could not parse the JSON body of your request.")
-        assert (endpoint.bodies, endpoint.requests, len(endpoint.refusals)) == ([raw], [{}], 1)
-
-
-LIMITS: dict[str, tuple[Body, Body, str, str | None]] = {
-    "window": ({"context_window": 9}, {"messages": [{**USER, "content": "x" * 40}]}, "resulted in 10 tokens", "length"),
-    "max_tokens": ({"refuse": ["max_tokens"]}, {"max_tokens": 5}, "Use 'max_completion_tokens'", "unsupported"),
-    "parallel": (
-        {"refuse": ["parallel_tool_calls"]},
-        {"tools": [SEND], "parallel_tool_calls": True},
-        "not supported",
-        "unsupported",
-    ),
-    "stream_options": ({"refuse": ["stream_options"]}, {"stream": True, "stream_options": {}}, "Unrecognized", None),
-    "api_key": ({"api_key": "right"}, {}, "Incorrect API key", "invalid_api_key"),
-}
-
-
-@pytest.mark.parametrize(("options", "body", "words", "code"), LIMITS.values(), ids=LIMITS)
-async def test_limits(options: Body, body: Body, words: str, code: str | None) -> None:
+async def test_limits(client: Any, endpoint: Endpoint) -> None:
     """An endpoint with a limit says so in OpenAI's words, and does not count it as a fault of the client."""
-    with Endpoint(**options) as endpoint:
-        async with openai.AsyncOpenAI(base_url=endpoint.url, api_key="key", max_retries=0) as client:
-            with pytest.raises(openai.APIStatusError, match=words) as caught:
-                await create(client, **body)
-        assert (code or "") in (caught.value.code or "")
-        assert endpoint.refusals == []
-
-
-async def test_default(client: Any, endpoint: Endpoint) -> None:
-    """Without a script it calls send_message where that is offered, else sends text, or what a function makes of it."""
-    assert content(await stream(client)) == "Hello!"
-    completion = await create(client, tools=[SEND])
-    [function] = [tool_call.function for tool_call in completion.choices[0].message.tool_calls]
-    assert (function.name, function.arguments) == ("send_message", '{"message": "Hello!"}')
-    assert completion.choices[0].finish_reason == "tool_calls"
-    endpoint.default = lambda body: Reply(body["messages"][-1]["content"].upper())
-    assert content(await stream(client, messages=[{**USER, "content": "echo"}])) == "ECHO"
+    endpoint.context_window, endpoint.refuse = 9, {"max_tokens", "seed"}
+    for body, words, code in (
+        ({"messages": [{**USER, "content": "x" * 40}]}, "resulted in 10 tokens", "context_length_exceeded"),
+        ({"max_tokens": 5}, "Use 'max_completion_tokens'", "unsupported_parameter"),
+        ({"seed": 5}, "not supported", "unsupported_parameter"),
+        ({}, "Incorrect API key", "invalid_api_key"),
+    ):
+        endpoint.api_key = None if body else "right"
+        with pytest.raises(openai.APIStatusError, match=words) as caught:
+            await stream(client, **body)
+        assert caught.value.code == code
 
 
 DEPARTURES = [Reply(), Reply(reasoning="Hmm.", crlf=True, comments=True, multiline=True, split=3, done=False)]
@@ -195,31 +130,22 @@ async def test_streams(client: Any, endpoint: Endpoint, departure: Reply) -> Non
     asked = [("first", {"word": "¡Olé! 🎉"}), ("second", {})]
     endpoint.script(dataclasses.replace(departure, text="¿Qué tal, 世界?", calls=asked))
     chunks = await stream(client, stream_options={"include_usage": True})
-
     assert content(chunks) == "¿Qué tal, 世界?"
     deltas = [delta for chunk in chunks if chunk.choices for delta in chunk.choices[0].delta.tool_calls or ()]
     names = [delta.function.name for delta in deltas if delta.function.name]
     arguments = ["".join(delta.function.arguments for delta in deltas if delta.index == index) for index in (0, 1)]
     assert list(zip(names, map(json.loads, arguments), strict=True)) == asked
     assert len({delta.id for delta in deltas if delta.id}) == 2
-    assert chunks[-2].choices[0].finish_reason == "tool_calls"
-    assert chunks[-1].choices == []
-    assert chunks[-1].usage.prompt_tokens == 0
-    assert chunks[-1].usage.completion_tokens > 0
+    assert (chunks[-2].choices[0].finish_reason, chunks[-1].choices) == ("tool_calls", [])
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens > 0) == (0, True)
+    endpoint.default = lambda body: Reply(body["messages"][-1]["content"].upper())
+    assert content(await stream(client, messages=[{**USER, "content": "echo"}])) == "ECHO"
 
 
-async def test_hold_and_stall(client: Any, endpoint: Endpoint) -> None:
-    """A held and a stalled reply wait for release(), which frees every request that has arrived."""
-    endpoint.script(Reply("held", hold=True), Reply("stalled", stall_after=1))
-    tasks = [asyncio.create_task(stream(client)) for _ in range(2)]
-    await asyncio.to_thread(endpoint.wait_requests, 2)
-    endpoint.release()
-    assert sorted(map(content, await asyncio.gather(*tasks))) == ["held", "stalled"]
+WAITS = [Reply(hold=True), Reply("", stall_after=1), Reply(delay=60), Reply("Hi", endless=True)]
 
 
-@pytest.mark.parametrize(
-    "reply", [Reply(hold=True), Reply("", stall_after=1), Reply(delay=60), Reply("Hi", endless=True)]
-)
+@pytest.mark.parametrize("reply", WAITS, ids=["held", "stalled", "delayed", "endless"])
 async def test_client_leaves(client: Any, endpoint: Endpoint, reply: Reply) -> None:
     """A client that goes away while it waits, or while words come without end, ends the exchange; others are served."""
     endpoint.script(reply)
@@ -233,63 +159,29 @@ async def test_client_leaves(client: Any, endpoint: Endpoint, reply: Reply) -> N
     assert content(await stream(client)) == "Hello!"
 
 
-def test_the_end_resets_connections() -> None:
-    """At its end thread and port are free, also beside a request that waits."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1")) as client:
-        with Endpoint() as endpoint:
-            endpoint.script(Reply(hold=True))
-            client.port = endpoint.port
-            client.request("POST", "/v1/chat/completions", json.dumps({"model": "m", "messages": [USER]}))
-            endpoint.wait_requests(1)
-        with pytest.raises(ConnectionError):
-            client.getresponse()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", endpoint.port))
-
-
 async def test_models_and_embeddings(client: Any, endpoint: Endpoint) -> None:
-    """Models are listed; embeddings are unit vectors, alike for texts that share words; both routes can fail."""
-    assert [model.id async for model in client.models.list()] == ["test-model"]
-    encodings: list[Body] = [{}, {"encoding_format": "float"}]
-    for encoding in encodings:
-        texts = ["the cat sleeps", "the cats sleep", "quarterly figures"]
-        answer = await client.embeddings.create(model="e", input=texts, **encoding)
-        cat, other_cat, figures = (item.embedding for item in answer.data)
-        assert len(cat) == endpoint.dimension
-        assert math.isclose(math.hypot(*cat), 1, rel_tol=1e-6)
-        assert math.dist(cat, other_cat) < math.dist(cat, figures)
-    endpoint.overrides["/v1/embeddings"] = endpoint.overrides["/v1/models"] = Reply(status=500)
-    for request in (client.embeddings.create(model="e", input="x"), client.models.list()):
-        with pytest.raises(openai.InternalServerError):
-            await request
-    assert len(endpoint.embedding_requests) == 3
-    assert endpoint.embedded == [*texts, *texts, "x"]
-
-
-async def test_embeddings_as_a_test_wants_them(client: Any, endpoint: Endpoint) -> None:
-    """Synonyms, dimension and spoiled vectors change while the endpoint runs; a held answer comes when released."""
+    """Models are listed; embeddings are unit vectors, alike for texts alike; both routes can fail or be held."""
 
     async def embed(*texts: str, **more: Any) -> list[Any]:
         answer = await client.embeddings.create(model="e", input=list(texts), **more)
         return [item.embedding for item in answer.data]
 
+    assert [model.id async for model in client.models.list()] == ["test-model"]
     endpoint.synonyms["feline"] = "cat"
-    cat, feline, dog = await embed("a cat", "a feline", "a dog")
-    assert cat == feline != dog
-    assert math.dist(cat, endpoint.vector("a cat")) < 1e-6
-    endpoint.dimension = 8
-    assert [len(vector) for vector in await embed("a cat") + await embed("a cat", dimensions=5)] == [8, 5]
+    for more in ({}, {"encoding_format": "float"}):
+        cat, feline, cats, figures = await embed("the cat sleeps", "the feline sleeps", "the cats sleep", "12", **more)
+        assert math.isclose(math.hypot(*cat), 1, rel_tol=1e-6)
+        assert (len(cat), cat == feline, math.dist(cat, cats) < math.dist(cat, figures)) == (32, True, True)
     endpoint.spoil = lambda vectors: [*vectors[1:], None, "text"]
-    spoiled = await embed("a", "b", encoding_format="float")
-    assert [type(vector) for vector in spoiled] == [list, type(None), str]
-    endpoint.spoil = lambda vectors: [[math.nan] for _ in vectors]
-    assert math.isnan((await embed("a"))[0][0])
-
+    assert [type(vector) for vector in await embed("a", "b", encoding_format="float")] == [list, type(None), str]
     endpoint.spoil = None
     endpoint.overrides["/v1/embeddings"] = lambda body: Reply(hold=True) if body["input"] == ["held"] else None
     held = asyncio.create_task(embed("held"))
-    await asyncio.to_thread(endpoint.wait_embeddings, 6)
-    assert len(await embed("not held")) == 1
-    assert not held.done()
+    await asyncio.to_thread(endpoint.wait_embeddings, 4)
+    assert (len(await embed("not held")), held.done()) == (1, False)
     endpoint.release()
-    assert len(await held) == 1
+    assert (len(await held), endpoint.embedded[-2:]) == (1, ["held", "not held"])
+    endpoint.overrides = dict.fromkeys(("/v1/embeddings", "/v1/models"), Reply(status=500))
+    for request in (embed("x"), client.models.list()):
+        with pytest.raises(openai.InternalServerError):
+            await request

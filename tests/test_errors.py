@@ -55,25 +55,14 @@ def test_the_docstring_draws_the_tree() -> None:
     assert drawn == {kind.__name__: kind.__base__.__name__ for kind in errors()[1:] if kind.__base__}
 
 
-def test_codes_are_those_of_the_contract() -> None:
-    """Every code that an error is made with is one that the contract lists for what it answers, and each is used."""
-    found = {name: set[str]() for name in ALLOWED}
-    for name, arguments in raised():
-        if name in ALLOWED and arguments:
-            found[name].update(constants(arguments[0]))
-    for name, codes in found.items():
-        assert codes <= ALLOWED[name], name
-    own = {kind.code for kind in errors()}
-    assert own - {"cannot_connect", "connection_lost"} <= REFUSALS  # these two are the client's
-    everywhere = {node.value for node in ast.walk(SOURCE) if isinstance(node, ast.Constant) and node.value}
-    assert {*REQUEST_CODES, *REFUSALS, *MODEL_CODES} <= everywhere
-
-
-def test_sentences_have_no_full_stop_and_begin_small() -> None:
-    """An error's sentence begins in lower case (or with a name) and ends without a full stop."""
+def test_codes_and_sentences_are_those_of_the_contract() -> None:
+    """Every code that an error is made with is one that the contract lists for what it answers, and each is used; its
+    sentence begins in lower case (or with a name) and ends without a full stop."""
     place = {"MemwsError": 0, "UsageError": 0, "StoreFailed": 0, "ToolError": 0}
     seen = 0
     for name, arguments in raised():
+        if name in ALLOWED and arguments:
+            assert set(constants(arguments[0])) <= ALLOWED[name], name
         if len(arguments) > (position := place.get(name, 1)):
             text = arguments[position]
             pieces = text.values if isinstance(text, ast.JoinedStr) else [text]
@@ -82,47 +71,44 @@ def test_sentences_have_no_full_stop_and_begin_small() -> None:
             assert not any(re.match(r"[A-Z][a-z]", each) for each in first), first
             assert not any(each.endswith(".") for each in last), last
     assert seen > 30
+    own = {kind.code for kind in errors()}
+    assert own - {"cannot_connect", "connection_lost"} <= REFUSALS  # these two are the client's
+    everywhere = {node.value for node in ast.walk(SOURCE) if isinstance(node, ast.Constant) and node.value}
+    assert {*REQUEST_CODES, *REFUSALS, *MODEL_CODES} <= everywhere
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "sentence"),
-    [
-        (memws.MemwsError("x"), "internal", "x"),
-        (memws.UsageError("x"), "internal", "x"),
-        (memws.InvalidRequest("bad_field", "x"), "bad_field", "x"),
-        (memws.Refused("busy", "x"), "busy", "x"),
-        (memws.StoreFailed("x"), "store_failed", "x"),
-        (memws.ModelError("model_auth", "x"), "model_auth", "x"),
-        (memws.RemoteError("busy", "x"), "busy", "x"),
-        (memws.UnknownAgent("sam", [], 0), "unknown_agent",
-         "unknown agent 'sam'; there are none yet; send create_agent first"),
-        (memws.UnknownAgent("sam", ["ada"], 1), "unknown_agent",
-         "unknown agent 'sam'; 1 known: 'ada'; send create_agent first"),
-        (memws.UnknownAgent("sam", ["ada", "bob"], 200), "unknown_agent",
-         "unknown agent 'sam'; 200 known: 'ada', 'bob', …; send create_agent first"),
-        (memws.ConnectFailed("ws://localhost:1", "start one with: python memws.py", 401), "cannot_connect",
-         "cannot connect to ws://localhost:1: start one with: python memws.py"),
-        (memws.ConnectionLost("ws://localhost:1"), "connection_lost",
-         "no connection to ws://localhost:1; connect again, and send a message again with its turn_id"),
-        (memws.RequestTooLarge(2_000_000), "too_large",
-         "expected a request of at most 1048576 bytes, but got 2000000; send a shorter text"),
-    ],
-)  # fmt: skip
-def test_errors_have_a_code_and_write_their_own_sentence(error: memws.MemwsError, code: str, sentence: str) -> None:
-    """Each error has the code of its kind or the one it was made with, and the whole sentence of its data."""
-    assert (error.code, str(error)) == (code, sentence)
+SENTENCES: list[tuple[memws.MemwsError, str, str, dict[str, Any]]] = [
+    (memws.MemwsError("x"), "internal", "x", {}),
+    (memws.UsageError("x"), "internal", "x", {}),
+    (memws.InvalidRequest("bad_field", "x", "id 1"), "bad_field", "x", {"request_id": "id 1"}),
+    (memws.Refused("conflict", "x", version=3), "conflict", "x", {"details": {"version": 3}}),
+    (memws.StoreFailed("x"), "store_failed", "x", {}),
+    (memws.ModelError("model_auth", "x", retry=True, retry_after=1.5), "model_auth", "x",
+     {"retry": True, "retry_after": 1.5}),
+    (memws.RemoteError("busy", "x" * 2_000, {"last_seq": 7}), "busy", "x" * 1_400 + "…",
+     {"details": {"last_seq": 7}, "message": "x" * 2_000}),
+    (memws.UnknownAgent("sam", [], 0), "unknown_agent",
+     "unknown agent 'sam'; there are none yet; send create_agent first", {}),
+    (memws.UnknownAgent("sam", ["ada"], 1), "unknown_agent",
+     "unknown agent 'sam'; 1 known: 'ada'; send create_agent first", {}),
+    (memws.UnknownAgent("sam", ["ada", "bob"], 200), "unknown_agent",
+     "unknown agent 'sam'; 200 known: 'ada', 'bob', …; send create_agent first", {}),
+    (memws.ConnectFailed("ws://localhost:1", "start one with: python memws.py", 401), "cannot_connect",
+     "cannot connect to ws://localhost:1: start one with: python memws.py", {"status": 401}),
+    (memws.ConnectionLost("ws://localhost:1"), "connection_lost",
+     "no connection to ws://localhost:1; connect again, and send a message again with its turn_id", {}),
+    (memws.RequestTooLarge(2_000_000), "too_large",
+     "expected a request of at most 1048576 bytes, but got 2000000; send a shorter text", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "code", "sentence", "data"), SENTENCES)
+def test_errors_have_a_code_and_write_their_own_sentence(
+    error: memws.MemwsError, code: str, sentence: str, data: dict[str, Any]
+) -> None:
+    """Each error has the code of its kind or the one it was made with, the whole sentence of its data, and its data."""
+    assert (error.code, str(error), {name: getattr(error, name) for name in data}) == (code, sentence, data)
     assert [kind.code for kind in (memws.MemwsError, memws.Refused)] == ["internal", "internal"]
-
-
-def test_errors_carry_their_data() -> None:
-    """The data that an error was made with is there to be read, not only in its sentence."""
-    remote = memws.RemoteError("unknown_seq", "x" * 2_000, {"last_seq": 7})
-    failed = memws.ModelError("model_rate_limit", "x", retry=True, retry_after=1.5)
-    assert memws.InvalidRequest("bad_field", "x", "id 1").request_id == "id 1"
-    assert memws.Refused("conflict", "x", version=3, value="old").details == {"version": 3, "value": "old"}
-    assert (failed.retry, failed.retry_after) == (True, 1.5)
-    assert (remote.details, remote.message) == ({"last_seq": 7}, "x" * 2_000)
-    assert memws.ConnectFailed("ws://localhost:1", "x", 503).status == 503
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "日", "\U0001f600", "\U0001d4b3", "\x1b", '"', "\\", "\u2028"])

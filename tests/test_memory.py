@@ -38,44 +38,24 @@ def cost(index: MemoryIndex) -> Iterator[list[int]]:
     index._connection.set_progress_handler(None, 0)
 
 
-# ---- the splitter ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("text", "terms"),
     [
-        ("", []),
-        ("the of and", []),
-        ("Red RED red", ["red", "red", "red"]),
-        ("café CAFÉ cafe\u0301", ["caf", "caf", "caf"]),
-        ("adopting adopted adopts adopt", ["adopt"] * 4),
-        ("puppies puppy", ["puppi"] * 2),
-        ("running runs ran run", ["run"] * 4),
-        ("went gone go", ["go"] * 3),
-        ("children child", ["child"] * 2),
-        ("made making wrote written", ["mak", "mak", "writ", "writ"]),
+        ("", []), ("the of and", []), ("Red RED red", ["red", "red", "red"]),
+        ("café CAFÉ cafe\u0301", ["caf", "caf", "caf"]), ("adopting adopted adopts adopt", ["adopt"] * 4),
+        ("puppies puppy", ["puppi"] * 2), ("running runs ran run", ["run"] * 4), ("went gone go", ["go"] * 3),
+        ("children child", ["child"] * 2), ("made making wrote written", ["mak", "mak", "writ", "writ"]),
         ("studies studying missed", ["studi", "studi", "miss"]),
-        ("kisses kiss missing miss bus", ["kiss", "kiss", "miss", "miss", "bus"]),
-        ("John's cat", ["john", "cat"]),
-        ("北京烤鸭", ["北京", "京烤", "烤鸭"]),
-        ("鸭", ["鸭"]),
-        ("我们的", []),
+        ("kisses kiss missing miss bus", ["kiss", "kiss", "miss", "miss", "bus"]), ("John's cat", ["john", "cat"]),
+        ("北京烤鸭", ["北京", "京烤", "烤鸭"]), ("鸭", ["鸭"]), ("我们的", []),
         ("東京タワー", ["東京", "京タ", "タワ", "ワー"]),
-        ("서울에 살아요", ["서울", "울에", "살아", "아요"]),
-        ("ข้าวผัด", ["ข้า", "้าว", "าวผ", "วผั", "ผัด"]),
-        ("Ｆｕｌｌ", ["full"]),
-        ("straße STRASSE", ["strass", "strass"]),
-        ("ﬁne fine", ["fin", "fin"]),
-        ("Санкт-Петербург", ["санкт", "петер"]),
-        ("σκυλιά σκυλιού", ["σκυλι", "σκυλι"]),
-        ("ıI", ["ii"]),
-        ("🎉🎉 ok", ["🎉", "🎉", "ok"]),
-        ("a\u200bb so\u00adft", ["ab", "soft"]),
-        ("foo_bar-baz.qux", ["foo", "bar", "baz", "qux"]),
-        ("v2 3.14 2026-01-31", ["v2", "3", "14", "2026", "01", "31"]),
-        ("\ud800 \x00 \x1b", []),
+        ("서울에 살아요", ["서울", "울에", "살아", "아요"]), ("ข้าวผัด", ["ข้า", "้าว", "าวผ", "วผั", "ผัด"]),
+        ("Ｆｕｌｌ", ["full"]), ("straße STRASSE", ["strass", "strass"]), ("ﬁne fine", ["fin", "fin"]), ("Санкт-Петербург", ["санкт", "петер"]),
+        ("σκυλιά σκυλιού", ["σκυλι", "σκυλι"]), ("ıI", ["ii"]), ("🎉🎉 ok", ["🎉", "🎉", "ok"]),
+        ("a\u200bb so\u00adft", ["ab", "soft"]), ("foo_bar-baz.qux", ["foo", "bar", "baz", "qux"]),
+        ("v2 3.14 2026-01-31", ["v2", "3", "14", "2026", "01", "31"]), ("\ud800 \x00 \x1b", []),
     ],
-)
+)  # fmt: skip
 def test_split_terms(text: str, terms: list[str]) -> None:
     """A text is split into folded stems without stop words; scripts without spaces into pairs and triples."""
     assert split_terms(text) == terms
@@ -84,40 +64,19 @@ def test_split_terms(text: str, terms: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "query"),
     [
-        ("我昨天在北京吃了烤鸭", "北京烤鸭"),
-        ("저는 서울에 살아요", "서울"),
-        ("ผมชอบกินข้าวผัด", "ข้าวผัด"),
-        ("मुझे हिन्दी फ़िल्में पसंद हैं", "हिन्दी फिल्में"),
-        ("எனக்கு தமிழ் பிடிக்கும்", "தமிழ்"),
-        ("ذهبتُ إلى المدرسة أمس", "ذهبت المدرسة"),
-        ("הלכתי לַשּׁוּק", "לשוק"),
-        ("Мы ездили в Санкт-Петербург летом", "в Петербурге"),
-        ("Το σκυλί μου λέγεται Ρεξ", "σκυλια"),
-        ("ខ្ញុំរស់នៅភ្នំពេញ", "ភ្នំពេញ"),
-        ("İstanbul'da ışık", "istanbul isik"),
-        ("Tôi sống ở Hà Nội", "ha noi"),
-        ("Die Straße ist groß", "strasse gross"),
-        ("we adopted two puppies", "adopting a puppy"),
-        ("We went to the zoo, the kids loved it", "go"),
-        ("so happy 🎉🎉", "🎉"),
-        ("ဗမာစာ ဖတ်တယ်", "ဗမာစာ"),
-        ("def getUserName(x):", "serNam"),
-        ("100% sure", "0%"),
-        ("hm :-)", ":-)"),
+        ("我昨天在北京吃了烤鸭", "北京烤鸭"), ("저는 서울에 살아요", "서울"), ("ผมชอบกินข้าวผัด", "ข้าวผัด"),
+        ("मुझे हिन्दी फ़िल्में पसंद हैं", "हिन्दी फिल्में"), ("எனக்கு தமிழ் பிடிக்கும்", "தமிழ்"),
+        ("ذهبتُ إلى المدرسة أمس", "ذهبت المدرسة"), ("הלכתי לַשּׁוּק", "לשוק"),
+        ("Мы ездили в Санкт-Петербург летом", "в Петербурге"), ("Το σκυλί μου λέγεται Ρεξ", "σκυλια"),
+        ("ខ្ញុំរស់នៅភ្នំពេញ", "ភ្នំពេញ"), ("İstanbul'da ışık", "istanbul isik"), ("Tôi sống ở Hà Nội", "ha noi"),
+        ("Die Straße ist groß", "strasse gross"), ("we adopted two puppies", "adopting a puppy"),
+        ("We went to the zoo, the kids loved it", "go"), ("so happy 🎉🎉", "🎉"), ("ဗမာစာ ဖတ်တယ်", "ဗမာစာ"),
+        ("def getUserName(x):", "serNam"), ("100% sure", "0%"), ("hm :-)", ":-)"),
     ],
-)
+)  # fmt: skip
 def test_every_script_is_found(text: str, query: str) -> None:
     """A text is found by its words in every script, and by parts of them as they stand."""
     assert said("something else entirely", text, "1234").search(query)[:1] == [1]
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
-def test_splitting_never_fails_and_gives_legal_terms(text: str) -> None:
-    """Every text gives terms that the index can hold: no spaces, no quotes, no halves of characters."""
-    for term in split_terms(text):
-        assert term
-        assert not set(term) & set(" \t\n\"'\x00_")
-        assert term.encode()
 
 
 @pytest.mark.parametrize("text", ["Große Vögel singen früh", "Ｆｕｌｌ ｗｉｄｔｈ", "हिन्दी", "résumés naïfs"])
@@ -129,23 +88,17 @@ def test_text_and_query_are_split_alike(text: str) -> None:
     }
 
 
-def test_asking_is_the_share_of_questions() -> None:
-    """The share of a text's sentences that end in a question mark of any script."""
-    texts = ["", "Yes.", "no end", "Hello. Where is it?", "Where?", "どこですか？", "أين؟"]
-    assert list(map(memws.asking, texts)) == [0, 0, 0, 0.5, 1, 1, 1]
-
-
-# ---- any query is answered -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["recall", "archival"])
 def test_hostile_queries_over_hostile_texts(kind: str) -> None:
-    """No text fails to be indexed, no query fails, and a text with words is found by them."""
+    """No text fails to be indexed, its terms hold no spaces, quotes and halves of characters, no query fails, and a
+    text with words is found by them."""
     index = said(*HOSTILE, kind=kind)
     for position, text in enumerate(HOSTILE):
-        found = index.search(text, 100)
+        terms, found = split_terms(text), index.search(text, 100)
+        assert all(term.encode() for term in terms)
+        assert not set("".join(terms)) & set(" \t\n\"'\x00_")
         assert all(0 <= place < len(HOSTILE) for place in found)
-        assert position in found or not split_terms(text) or len(text) > 100, text
+        assert position in found or not terms or len(text) > 100, text
     assert len(index.search("", 1_000)) == len(HOSTILE)
 
 
@@ -161,25 +114,18 @@ def test_hostile_queries_cost_no_more_than_a_plain_one() -> None:
             assert len(steps) - before <= 10 * scan, query[:20]
 
 
-def test_the_newest_come_first_for_no_query() -> None:
-    """An empty query, and one of stop words alone, gives the newest first."""
-    index = said(*(f"apple {number}" for number in range(30)))
-    for query in ("", "   ", "who are you", "?"):
-        assert index.search(query, 3) == [29, 28, 27], query
-    assert index.search("xyzzy") == []
-    assert index.search(f"xyzzy {'a ' * memws.QUERY_CHARACTERS} apple") == []
-
-
 def test_a_bounded_number_of_postings_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a query's words stand in more texts than are read, the rarest words are read first, then the newest."""
+    """Where a query's words stand in more texts than are read, the rarest words are read first, then the newest; an
+    empty query, and one of stop words alone, gives the newest first."""
     monkeypatch.setattr(memws, "POSTINGS", 50)
     words = ["zebra" if number == 10 else "dog" if number % 3 == 0 else "cat" for number in range(500)]
     dogs = [position for position, word in enumerate(words) if word == "dog"]
-    found = memory_index([("u", str(number), word) for number, word in enumerate(words)]).search("cat zebra dog", 500)
-    assert found == [10, *reversed(dogs[-49:])]
+    index = memory_index([("u", str(number), word) for number, word in enumerate(words)])
+    assert index.search("cat zebra dog", 500) == [10, *reversed(dogs[-49:])]
+    for query in ("", "   ", "who are you", "?"):
+        assert index.search(query, 3) == [499, 498, 497], query
+    assert index.search("xyzzy") == index.search(f"xyzzy {'a ' * memws.QUERY_CHARACTERS} cat") == []
 
-
-# ---- ranking ---------------------------------------------------------------------------------------------------------
 
 ANSWER = "Marathon training in May: run well, rest well. " * 40
 RANKED = {  # turns as "date speaker: text", the query, the positions in order
@@ -233,12 +179,10 @@ def test_fused_rankings() -> None:
     assert [doc for doc, _ in memws.fuse(many, [many[-1][0]])][-2:] == [memws.CANDIDATES - 1, memws.CANDIDATES]
 
 
-# ---- memory_index ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["recall", "archival"])
 def test_positions_are_the_turns(kind: str) -> None:
-    """A search gives positions of the turns that were handed in, best first, at most as many as asked."""
+    """A search gives positions of the turns that were handed in, best first, at most as many as asked; a long text is
+    found once, by words of its beginning, middle and end."""
     index = memory_index((("ann", f"day {number}", f"thing{number} and cake") for number in range(50)), kind)
     for number in (0, 7, 49):
         assert index.search(f"thing{number}")[0] == number
@@ -246,31 +190,20 @@ def test_positions_are_the_turns(kind: str) -> None:
     assert sorted(index.search("cake", limit=99)) == list(range(50))
     alike = memory_index((("ann", f"day {number}", "cake") for number in range(300)), kind)
     assert alike.search("cake", 300) == list(range(299, -1, -1))
+    long = said(" ".join(f"word{number}" for number in range(8000))[:65_536], "word9999", kind=kind)
+    for query in ("word5 word4000 word6000", "word1", "word7000"):
+        assert long.search(query) in ([0], [0, 1])
 
 
 def test_any_turns_are_indexed() -> None:
-    """Speakers and dates may be any texts, and no turns at all are fine."""
+    """Speakers and dates may be any texts, no turns at all are fine, and an unknown kind of memory is a ValueError."""
     assert memory_index([]).search("x") == []
     turns = [("", "", ""), ("\0", "\ud800", "héllo \udfff"), ("x", "yesterday", "héllo there")]
     index = memory_index(turns, "archival")
     assert set(index.search("hello")) == {1, 2}
     assert index.search("\ud800", 2)
-
-
-def test_a_long_message_is_one_hit() -> None:
-    """A long text is found once, by words of its beginning, middle and end."""
-    index = said(" ".join(f"word{number}" for number in range(8000))[:65_536], "word9999")
-    for query in ("word5 word4000 word6000", "word1", "word7000"):
-        assert index.search(query) in ([0], [0, 1])
-
-
-def test_an_unknown_kind_is_refused() -> None:
-    """A kind of memory that there is not is a ValueError that names the two."""
     with pytest.raises(ValueError, match="unknown kind 'core'; expected 'recall' or 'archival'"):
         memory_index([], "core")
-
-
-# ---- chat messages ---------------------------------------------------------------------------------------------------
 
 
 def call(*ids: str, arguments: str = "{}", **fields: Any) -> tuple[str, dict[str, Any]]:
@@ -313,29 +246,17 @@ def test_no_prompt_holds_faults(what: str) -> None:
     assert [call_id for _, call_id, _ in waiting] == open_calls
 
 
-# ---- plain texts -----------------------------------------------------------------------------------------------------
-
-
-def test_excerpt_keeps_both_ends() -> None:
-    """A text that is too long keeps its beginning and end, and says how much is left out."""
+def test_plain_texts() -> None:
+    """An excerpt keeps both ends and says how much is left out, an edit is told as the lines that went and came, tokens
+    are estimated by bytes, and NUL and lone surrogates become U+FFFD, split pairs one character."""
     assert memws.excerpt("x" * 100, 100) == "x" * 100
     shown = memws.excerpt("a" * 1_000 + "b" * 1_000, 300)
     assert shown == "a" * 200 + " […1,700 characters left out here; search finds them…] " + "b" * 100
-
-
-def test_difference_shows_lines() -> None:
-    """An edit is told as the lines that went and came."""
     edits = {("a\nb\nc", "a\nB\nc\nd"): "-b\n+B\n+d", ("", "new"): "+new", ("same", "same"): ""}
     assert {texts: memws.difference(*texts) for texts in edits} == edits
-
-
-def test_estimate_grows_with_the_bytes() -> None:
-    """Tokens are estimated by bytes, so that scripts of several bytes a letter count more."""
     assert [memws.estimate_tokens(text) for text in ("", "x" * 400, "日" * 400)] == [4, 104, 304]
-
-
-def test_clean_text() -> None:
-    """NUL and lone surrogates become U+FFFD, split pairs one character; everything else stays."""
     texts = {"plain": "plain", "a\x00b": "a\ufffdb", "\ud800": "\ufffd", "\udc00\ud800": "\ufffd\ufffd"}
     texts |= {"a\ud83d\ude00b": "a\U0001f600b", "日本\U0001f600\x1b": "日本\U0001f600\x1b"}
     assert {text: memws.clean_text(text) for text in texts} == texts
+    sentences = ["", "Yes.", "no end", "Hello. Where is it?", "Where?", "どこですか？", "أين؟"]
+    assert list(map(memws.asking, sentences)) == [0, 0, 0, 0.5, 1, 1, 1], "the share of questions, in any script"

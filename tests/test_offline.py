@@ -10,14 +10,7 @@ from typing import Any
 import pytest
 
 import memws
-from memws import (
-    HEARTBEAT_NO_REPLY,
-    HEARTBEAT_REQUESTED,
-    HEARTBEAT_TIMER,
-    HEARTBEAT_WAKE,
-    SUMMARY_LIMIT,
-    SUMMARY_SYSTEM,
-)
+from memws import HEARTBEAT_NO_REPLY, HEARTBEAT_REQUESTED, HEARTBEAT_TIMER, HEARTBEAT_WAKE
 
 JSON = dict[str, Any]
 TOOLS = ["send_message", "core_memory_append", "core_memory_replace"]
@@ -41,7 +34,7 @@ def ask(messages: list[JSON], tools: list[str]) -> tuple[str, list[tuple[str, JS
 
 
 class Harness:
-    """An agent in memory: blocks, recall, archival, a search ranked by rare shared words."""
+    """An agent in memory: a block, recall and archival memory, and their search."""
 
     def __init__(self, human: str = "", limit: int = 2000, tools: list[str] = TOOLS) -> None:
         self.human, self.limit, self.tools = human, limit, tools
@@ -57,9 +50,8 @@ class Harness:
 
     def pack(self, kind: str, **fields: str) -> None:
         """An event as the agent packs it."""
-        self.messages.append(
-            {"role": "user", "content": json.dumps({"type": kind, **fields, "time": f"{self.day} 10:02"})}
-        )
+        event = {"type": kind, **fields, "time": f"{self.day} 10:02"}
+        self.messages.append({"role": "user", "content": json.dumps(event)})
 
     def say(self, text: str) -> str:
         """The reply to a user's message."""
@@ -76,12 +68,10 @@ class Harness:
             block = f'<human characters="{len(self.human)}/{self.limit}">\n{self.human}\n</human>'
             system = {"role": "system", "content": f"You are an agent.\n{block}"}
             monologue, calls = ask([system, *self.messages], self.tools)
-            if not any(name == "send_message" for name, _ in calls) and "send_message" not in self.tools and not calls:
+            if "send_message" not in self.tools and not calls:
                 return [monologue]
-            named = [
-                {"id": f"c{len(self.messages)}.{n}", "function": {"name": name, "arguments": json.dumps(arguments)}}
-                for n, (name, arguments) in enumerate(calls)
-            ]
+            functions = [{"name": name, "arguments": json.dumps(arguments)} for name, arguments in calls]
+            named = [{"id": f"c{len(self.messages)}.{n}", "function": each} for n, each in enumerate(functions)]
             self.messages.append({"role": "assistant", "content": monologue, "tool_calls": named})
             for call, (name, arguments) in zip(named, calls, strict=True):
                 assert (name, arguments) not in self.calls, "the same call twice"
@@ -214,12 +204,11 @@ def test_what_was_never_told_is_admitted(question: str) -> None:
 
 def test_what_does_not_fit_goes_to_archival_memory() -> None:
     """When the human block has no room, or a line is long, it becomes a passage, and is found there."""
-    harness, roomy = Harness("x" * 95, limit=100), Harness()
-    long = f"I saw {'many herons and ' * 25}a kingfisher"
+    harness, long = Harness("x" * 95, limit=100), f"I saw {'many herons and ' * 25}a kingfisher"
     for fact in ("My sister plays the cello", long):
         assert "in archival memory" in harness.say(fact)
         assert harness.stores["archival"][-1]["text"] == fact
-    assert "in archival memory" in roomy.say(long)
+    assert "in archival memory" in Harness().say(long)
     harness.stores["recall"] = []
     reply = harness.say("What does my sister play?")
     assert 'In archival memory since 2026-11-24: "My sister plays the cello".' in reply
@@ -232,18 +221,19 @@ NOTHING_TO_DO = ["What are you?", "who are you", "Are you an AI?", "hello", "It 
 def test_it_says_what_it_is(text: str) -> None:
     """Asked what it is, and where it has nothing to keep or to look up, it says that it is no language model."""
     reply = Harness().say(text)
-    assert "not a language model" in reply
-    assert "--base-url" in reply
+    assert ("not a language model" in reply, "--base-url" in reply) == (True, True)
 
 
 def test_a_tool_is_called_by_name() -> None:
-    """A tool is called by /call NAME with JSON, and its result told, also that it failed or is not there."""
+    """A tool is called by /call NAME with JSON, and its result told, also that it failed or is not there; what fails is
+    said with its reason, and is not called again."""
     harness = Harness(tools=[*TOOLS, "roll_dice"])
     harness.results = {"roll_dice": (True, "4")}
     assert harness.say('/call roll_dice {"sides": 6}') == "roll_dice returned: 4"
     assert harness.calls[0] == ("roll_dice", {"sides": 6, "request_heartbeat": True})
-    harness.results = {"roll_dice": (False, "no such luck")}
+    harness.results = dict.fromkeys(("roll_dice", "core_memory_append"), (False, "no such luck"))
     assert harness.say("/call roll_dice") == "roll_dice failed: no such luck"
+    assert harness.say("I play the oboe") == "core_memory_append failed: no such luck"
     assert "I have no tool nope; I have: archival_memory_insert, " in harness.say("/call nope {}")
 
 
@@ -256,39 +246,25 @@ def test_a_tool_that_is_not_offered_is_not_called(missing: str) -> None:
         assert missing not in [name for name, _ in harness.calls]
 
 
-def test_a_failed_call_is_told() -> None:
-    """What fails is said with its reason, and is not called again."""
-    harness = Harness()
-    harness.results = {"core_memory_append": (False, "no such luck")}
-    assert harness.say("I play the oboe") == "core_memory_append failed: no such luck"
-
-
-@pytest.mark.parametrize("reason", [HEARTBEAT_TIMER, HEARTBEAT_WAKE])
-def test_no_user_message_no_reply(reason: str) -> None:
-    """A timed heartbeat and a login get a monologue and no call, whatever was said before."""
+def test_what_may_stand_before_a_reply() -> None:
+    """A timed heartbeat and a login get a monologue and no call, whatever was said before; a heartbeat within the turn,
+    a login in the same message and a summary with what waits lead to the reply."""
     harness = Harness()
     harness.say("I like tea")
-    for kind, fields in (("heartbeat", {"reason": reason}), ("login", {"last_login": "2026-11-20"})):
-        harness.pack(kind, **fields)
-        assert (harness.run(), harness.calls) == ([], [])
-    harness.pack("user_message", message="I like jazz")
-    harness.pack("heartbeat", reason=reason)
-    assert harness.run() == []
-
-
-def test_what_else_may_stand_before_a_reply() -> None:
-    """A heartbeat within the turn, a login in the same message and a summary with what waits lead to the reply."""
+    for reason in (HEARTBEAT_TIMER, HEARTBEAT_WAKE):
+        for kind, fields in (("heartbeat", {"reason": reason}), ("login", {"last_login": "2026-11-20"})):
+            harness.pack(kind, **fields)
+            assert (harness.run(), harness.calls) == ([], [])
+        harness.pack("user_message", message="I like jazz")
+        harness.pack("heartbeat", reason=reason)
+        assert harness.run() == []
     harness = Harness("I live in Porto")
     harness.pack("user_message", message="Where do I live?")
     harness.messages.append({"role": "assistant", "content": "I think."})
     harness.pack("heartbeat", reason=HEARTBEAT_NO_REPLY)
     assert harness.run() == ['In core memory: "I live in Porto".']
-    harness.messages = [
-        {
-            "role": "user",
-            "content": '{"type": "login", "last_login": "x"}\n{"type": "user_message", "message": "I sing"}',
-        }
-    ]
+    events = '{"type": "login", "last_login": "x"}\n{"type": "user_message", "message": "I sing"}'
+    harness.messages = [{"role": "user", "content": events}]
     assert harness.run() == ["I noted in core memory: I sing."]
     harness.messages = []
     harness.pack("system_alert", message=f"Summary:\n- I like tea\n{memws.WAITING_NOTE}Where do I live?")
@@ -299,9 +275,9 @@ def test_a_summary_keeps_the_facts() -> None:
     """A summary keeps within its limit what the user stated, the newest, and carries an earlier summary on."""
 
     def summarize(transcript: str) -> str:
-        messages = [{"role": "system", "content": SUMMARY_SYSTEM + "."}, {"role": "user", "content": transcript}]
+        messages = [{"role": "system", "content": memws.SUMMARY_SYSTEM + "."}, {"role": "user", "content": transcript}]
         text, calls = ask(messages, [])
-        assert (calls, len(text) <= SUMMARY_LIMIT) == ([], True)
+        assert (calls, len(text) <= memws.SUMMARY_LIMIT) == ([], True)
         return text
 
     once = summarize(

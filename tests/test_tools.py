@@ -54,8 +54,16 @@ def book(
     return f"{city} {nights} {room} {guests}"
 
 
+USAGES = [
+    "send_message(message)", "core_memory_append(name, content)", "core_memory_replace(name, old_content, new_content)",
+    "conversation_search(query, page?)", "conversation_search_date(start_date, end_date, page?)",
+    "archival_memory_insert(content)", "archival_memory_search(query, page?)", "pause_heartbeats(minutes)",
+]  # fmt: skip
+
+
 def test_a_tool_is_its_function() -> None:
-    """A tool's schema is its signature and docstring with request_heartbeat; bound methods and partials are tools."""
+    """A tool's schema is its signature and docstring with request_heartbeat; bound methods and partials are tools; what
+    no model could call is refused (test_wire.py has every hint). The memory tools have MemGPT 0.2.7's names."""
     tool = make_tool(book)
     assert (tool.name, tool.builtin, tool.timeout) == ("book", False, memws.TOOL_TIMEOUT)
     properties = {
@@ -69,49 +77,22 @@ def test_a_tool_is_its_function() -> None:
     about = {"name": "book", "description": "Book a room for a guest.", "parameters": parameters}
     assert json.loads(tool.spec) == {"type": "function", "function": about}
     bare, part = make_tool([].clear, "other-name", 3), make_tool(functools.partial(book, nights=2), "book_two")
-    specs = [json.loads(each.spec) for each in (tool, bare, part)]
+    specs = [json.loads(each.spec) for each in (tool, bare, part, *MEMORY_TOOLS.values())]
     assert specs[1]["function"]["parameters"]["properties"] == {"request_heartbeat": HEARTBEAT}
     assert (bare.timeout, specs[2]["function"]["parameters"]["required"]) == (3, ["city"])
     check({"model": "m", "tools": specs, "messages": [{"role": "user", "content": "x"}]})
+    assert [tool.function.usage for tool in MEMORY_TOOLS.values()] == USAGES
+    for about in (spec["function"] for spec in specs[3:]):
+        asks = "request_heartbeat" in about["parameters"]["properties"]
+        assert (asks, bool(about["description"])) == (about["name"] not in ("send_message", "pause_heartbeats"), True)
+    refused: list[Any] = [(heartbeat, "added by memws itself"), (größe, "'größe'"), (lambda *names: None, "lambda")]
+    for function, words in [*refused, (3, "a function")]:
+        with pytest.raises(memws.UsageError, match=words):
+            make_tool(function)
 
 
 def heartbeat(request_heartbeat: bool) -> None: ...
 def größe() -> None: ...
-
-
-REFUSED = [(heartbeat, "added by memws itself"), (größe, "'größe'"), (lambda *names: None, "lambda"), (3, "a function")]
-
-
-@pytest.mark.parametrize(("function", "words"), REFUSED)
-def test_what_no_model_could_call_is_refused(function: Any, words: str) -> None:
-    """A function that no model could call is refused at once (test_wire.py has every reason)."""
-    with pytest.raises(memws.UsageError, match=words):
-        make_tool(function)
-
-
-USAGES = [
-    "send_message(message)",
-    "core_memory_append(name, content)",
-    "core_memory_replace(name, old_content, new_content)",
-    "conversation_search(query, page?)",
-    "conversation_search_date(start_date, end_date, page?)",
-    "archival_memory_insert(content)",
-    "archival_memory_search(query, page?)",
-    "pause_heartbeats(minutes)",
-]
-
-
-def test_memory_tools_keep_memgpts_names_and_parameters() -> None:
-    """The memory tools have MemGPT 0.2.7's names and parameters, and request_heartbeat where it makes sense."""
-    assert [tool.function.usage for tool in MEMORY_TOOLS.values()] == USAGES
-    tools = [json.loads(tool.spec) for tool in MEMORY_TOOLS.values()]
-    for about in (tool["function"] for tool in tools):
-        asks = "request_heartbeat" in about["parameters"]["properties"]
-        assert (asks, bool(about["description"])) == (about["name"] not in ("send_message", "pause_heartbeats"), True)
-    check({"model": "m", "tools": tools, "messages": [{"role": "user", "content": "x"}]})
-
-
-# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def test_arguments_are_bound_by_name() -> None:
@@ -134,9 +115,6 @@ def test_arguments_are_bound_by_name() -> None:
         assert (text.startswith(problem), text.endswith(usage), len(text) < 250) == (True, True, True), text
 
 
-# ---- calls -----------------------------------------------------------------------------------------------------------
-
-
 async def outcome(function: Callable[..., Any], timeout: float = LIMIT, **arguments: Any) -> str:
     """What the model is told of a call, within a limit that only a fault reaches."""
     async with asyncio.timeout(2 * LIMIT):
@@ -156,35 +134,31 @@ class Unprintable(Exception):
     __repr__ = __str__
 
 
-@pytest.mark.parametrize(
-    ("result", "text"),
-    [
-        ("sunny", "sunny"), ("", ""), (None, "None"), (5, "5"), (True, "true"), ((1, 2), "[1,2]"), (b"raw", "b'raw'"),
-        ({"a": [1, None], "é": "日"}, '{"a":[1,null],"é":"日"}'), ({1}, "{1}"), (float("nan"), "nan"),
-        ({"x": float("inf")}, "{'x': inf}"), ({(1, 2): 3}, "{(1, 2): 3}"), ("a\x00b\ud800", "a\ufffdb\ufffd"),
-        (["\ud83d\ude00"], '["\U0001f600"]'),
-    ],
-)  # fmt: skip
-async def test_results_become_text(result: object, text: str) -> None:
-    """A text is the result as it is, anything else its JSON or repr, without what cannot be stored."""
+RESULTS: list[tuple[Any, str | None]] = [
+    ("sunny", "sunny"), ("", ""), (None, "None"), (5, "5"), (True, "true"), ((1, 2), "[1,2]"), (b"raw", "b'raw'"),
+    ({"a": [1, None], "é": "日"}, '{"a":[1,null],"é":"日"}'), ({1}, "{1}"), (float("nan"), "nan"),
+    ({"x": float("inf")}, "{'x': inf}"), ({(1, 2): 3}, "{(1, 2): 3}"), ("a\x00b\ud800", "a\ufffdb\ufffd"),
+    (["\ud83d\ude00"], '["\U0001f600"]'), ("x" * 8_000, "x" * 8_000),
+    (functools.reduce(lambda inner, _: [inner], range(100_000), list[Any]()), None), ({Unprintable()}, None),
+    ([Unprintable()], None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("result", "text"), RESULTS, ids=range(len(RESULTS)))
+async def test_results_become_text(result: object, text: str | None) -> None:
+    """A text is the result as it is, anything else its JSON or repr, without what cannot be stored, and with at most
+    8,000 characters and a note of what is left out; what has no text is the tool's failure."""
 
     async def later(flag: bool = True) -> object:
         return result
 
-    assert await outcome(lambda: result) == text
-    assert await outcome(later, flag=False) == text
-
-
-async def test_long_results_are_cut_and_what_has_no_text_is_a_failure() -> None:
-    """A result has at most 8,000 characters and a note of what is left out; one without text is the tool's failure."""
-    most = memws.TOOL_RESULT_LIMIT
-    for make in (lambda: "x" * 1_000_000, lambda: ["word"] * 200_000, lambda: "日" * 8_001):
-        text = await outcome(make)
-        assert (most <= len(text) <= most + 100, "characters left out here" in text) == (True, True)
-    assert await outcome(lambda: "x" * most) == "x" * most
-    deep = functools.reduce(lambda inner, _: [inner], range(100_000), list[Any]())
-    for result in (deep, {Unprintable()}, [Unprintable()]):
-        assert await failure(lambda result=result: result)
+    if text is None:
+        assert await failure(later)
+    else:
+        assert await outcome(lambda: result) == await outcome(later, flag=False) == text
+    for long in ("x" * 1_000_000, ["word"] * 200_000, "日" * 8_001):
+        told = await outcome(lambda long=long: long)
+        assert (8_000 <= len(told) <= 8_100, "characters left out here" in told) == (True, True)
 
 
 ERRORS: list[tuple[BaseException, str]] = [
@@ -232,24 +206,23 @@ async def test_tools_in_a_turn(endpoint: Endpoint) -> None:
     def broken(x: int) -> None:
         raise LookupError(f"no {x}")
 
-    expected: list[tuple[str, Body, str]] = [
-        ("add", {"a": "40"}, 'Success: {"sum":42}'),
-        ("add", {"a": "many"}, "Error: a: expected an integer, but got 'many'; add(a, b?)"),
-        ("shout", {"text": "hey"}, "Success: HEY"),
-        ("broken", {"x": 5}, "Error: LookupError: no 5"),
-        ("ad", {}, f"Error: unknown tool 'ad'; tools: {', '.join(MEMORY_TOOLS)}, add, shout, broken"),
+    expected: list[tuple[str, Body, str, str]] = [
+        ("add", {"a": "40"}, "OK", '{"sum":42}'),
+        ("add", {"a": "many"}, "Failed", "a: expected an integer, but got 'many'; add(a, b?)"),
+        ("shout", {"text": "hey"}, "OK", "HEY"),
+        ("broken", {"x": 5}, "Failed", "LookupError: no 5"),
+        ("ad", {}, "Failed", f"unknown tool 'ad'; tools: {', '.join(MEMORY_TOOLS)}, add, shout, broken"),
     ]
     async with Lab(endpoint, tools=[add, shout, broken]) as lab:
-        endpoint.script(Reply("I try.", calls=[(name, arguments) for name, arguments, _ in expected]))
+        endpoint.script(Reply("I try.", calls=[(name, arguments) for name, arguments, _, _ in expected]))
         turn = await lab.say(await lab.create(), "Hi")
-        said = [text for name, arguments, end in expected for text in (f"Running {name}({arguments})", end)]
-        assert turn.texts("function_message")[:10] == said
-        told = [
-            f"{frame['status']}: {frame['message']}" for frame in turn.of("tool_return") if frame["duration_ms"] >= 0
-        ]
-        words = {"OK": "Success", "Failed": "Error"}
-        assert [words[text.partition(": ")[0]] + ": " + text.partition(": ")[2] for text in told[:5]] == said[1::2]
-        assert results(endpoint.requests[1]) == told[:5]
+        said = [(f"Running {name}({arguments})", text) for name, arguments, _, text in expected]
+        told = turn.texts("function_message")[:10]
+        assert list(zip(told[::2], (text.partition(": ")[2] for text in told[1::2]), strict=True)) == said
+        assert [text.partition(": ")[0] for text in told[1::2]] == ["Success", "Error", "Success", "Error", "Error"]
+        returns = [(frame["status"], frame["message"]) for frame in turn.of("tool_return") if frame["duration_ms"] >= 0]
+        assert returns[:5] == [row[2:] for row in expected]
+        assert results(endpoint.requests[1]) == [f"{status}: {text}" for _, _, status, text in expected]
         assert (ran, turn.texts("heartbeat"), turn.replies) == ([(40, 2), "hey"], [memws.HEARTBEAT_FAILED], ["Hello!"])
         (function,) = (each["function"] for each in endpoint.requests[0]["tools"] if each["function"]["name"] == "add")
         assert (function["description"], function["parameters"]["required"]) == ("Add two numbers.", ["a"])
@@ -415,7 +388,11 @@ async def test_archival_memory(lab: Lab, agent: Agent) -> None:
 
 
 async def test_conversation_search_pages_through_the_past(lab: Lab, agent: Agent) -> None:
-    """Recall memory finds the user's and the agent's words page by page from 0, and not what this turn says."""
+    """Recall memory finds the user's and the agent's words page by page from 0, but not what this turn says, and
+    nothing of another agent, whose memory no tool changes either."""
+    other = await lab.create("ada", human="Name: Ada")
+    lab.endpoint.script(Reply(calls=[("archival_memory_insert", {"content": "The secret is 42"})]))
+    await lab.say(other, "My secret locker is 42")
     for number in range(12):
         await lab.say(agent, f"My locker has the number {number}")
     texts: list[str] = []
@@ -426,13 +403,16 @@ async def test_conversation_search_pages_through_the_past(lab: Lab, agent: Agent
         assert (len(listed(result)), int(page)) == (int(found[1]), int(found[2]))
         texts += [item["text"] for item in listed(result) if item["role"] == "user" and "locker" in item["text"]]
     assert sorted(texts) == sorted(f"My locker has the number {number}" for number in range(12))
-    lab.endpoint.script(Reply(calls=[("conversation_search", {"query": "zeppelin"})]))
-    await lab.say(agent, "Where is my zeppelin?")
-    assert "zeppelin" not in str([item["text"] for item in listed(results(lab.endpoint.requests[-1])[-1])])
+    for name, query in (("conversation_search", "zeppelin"), ("archival_memory_search", "secret")):
+        lab.endpoint.script(Reply(calls=[(name, {"query": query})]))
+        await lab.say(agent, f"Where is my {query}?")
+        assert query not in str([item["text"] for item in listed(results(lab.endpoint.requests[-1])[-1])])
+    await call(lab, agent, "core_memory_append", name="human", content="Name: Zoe")
+    assert (await lab.open("ada")).blocks["human"].value == "Name: Ada"
 
 
 async def test_conversation_search_date_lists_days(lab: Lab, agent: Agent) -> None:
-    """Messages are listed by day, both days inclusive, the newest first."""
+    """Messages are listed by day, both days inclusive, the newest first; the state says until when heartbeats rest."""
     when, words = "2024-05-06T23:59:00.000Z", "Old words"
     old = memws.ChatMessage(1, "user", when, words, '{"role":"user","content":"{}"}', said=words)
     document = memws.Document(1, "recall", "user", when, words)
@@ -449,27 +429,6 @@ async def test_conversation_search_date_lists_days(lab: Lab, agent: Agent) -> No
         _, result = await call(lab, agent, "conversation_search_date", start_date=first, end_date=last)
         assert [item["text"] for item in listed(result) if item["text"].endswith("words")] == expected
         assert expected or result == "OK: No results found in recall memory."
-
-
-@pytest.mark.parametrize("name", ["conversation_search", "archival_memory_search", "conversation_search_date"])
-async def test_any_search_is_answered(lab: Lab, name: str) -> None:
-    """Pages that there are not, and queries with the syntax of search engines and databases, get a result like any."""
-    agent = await lab.create(context_window=200_000, max_steps=200)
-    await lab.say(agent, "My locker has the number 7")
-    days = {"start_date": "2020-01-01", "end_date": "2099-01-01"}
-    queries = ["locker", "%", "", '"', "a AND", "nope:x", "*", "NEAR(", "'; DROP TABLE messages; --", "a" * 5_000]
-    asked = [{"query": "locker", "page": page} for page in (-1, 99, 10**9, 2**63, 10**30)]
-    asked += [{"query": text} for text in queries]
-    if name == "conversation_search_date":
-        asked = [days | {"page": page} for page in (-1, 99, 2**63, 10**30)]
-    lab.endpoint.script(Reply(calls=[(name, arguments) for arguments in asked]))
-    turn = await lab.say(agent, "Look it up")
-    assert turn.stop_reason == "done"
-    assert all(text.startswith(("Showing", "No results found")) for text in turn.texts("tool_return")[: len(asked)])
-
-
-async def test_pause_heartbeats(lab: Lab, agent: Agent) -> None:
-    """Timed heartbeats are paused for at most 360 minutes; the state says until when."""
     for minutes, paused in ((30, 30), (-5, 0), (2**70, 360)):
         before = time.time()
         _, result = await call(lab, agent, "pause_heartbeats", minutes=minutes)
@@ -478,16 +437,20 @@ async def test_pause_heartbeats(lab: Lab, agent: Agent) -> None:
         assert before + 60 * paused <= until <= time.time() + 60 * paused
 
 
-async def test_a_tool_sees_its_own_agent_only(lab: Lab, agent: Agent) -> None:
-    """Memory tools of one agent neither find nor change what another agent keeps."""
-    other = await lab.create("ada", human="Name: Ada")
-    lab.endpoint.script(Reply(calls=[("archival_memory_insert", {"content": "The secret is 42"})]))
-    await lab.say(other, "My secret is 42")
-    append = ("core_memory_append", {"name": "human", "content": "Name: Zoe"})
-    searches = [(name, {"query": "secret"}) for name in ("conversation_search", "archival_memory_search")]
-    lab.endpoint.script(Reply(calls=[append, *searches]))
-    assert all(text.startswith("No results") for text in (await lab.say(agent, "Hi")).texts("tool_return")[1:3])
-    assert (await lab.open("ada")).blocks["human"].value == "Name: Ada"
+async def test_any_search_is_answered(lab: Lab) -> None:
+    """Pages that there are not, and queries with the syntax of search engines and databases, get a result like any."""
+    agent = await lab.create(context_window=200_000, max_steps=200)
+    await lab.say(agent, "My locker has the number 7")
+    queries = ["locker", "%", "", '"', "a AND", "nope:x", "*", "NEAR(", "'; DROP TABLE messages; --", "a" * 5_000]
+    asked: list[Body] = [{"query": "locker", "page": page} for page in (-1, 99, 10**9, 2**63, 10**30)]
+    asked += [{"query": text} for text in queries]
+    calls = [(name, each) for name in ("conversation_search", "archival_memory_search") for each in asked]
+    days = {"start_date": "2020-01-01", "end_date": "2099-01-01"}
+    calls += [("conversation_search_date", days | {"page": page}) for page in (-1, 99, 2**63, 10**30)]
+    lab.endpoint.script(Reply(calls=calls))
+    turn = await lab.say(agent, "Look it up")
+    assert turn.stop_reason == "done"
+    assert all(text.startswith(("Showing", "No results found")) for text in turn.texts("tool_return")[: len(calls)])
 
 
 DAYS: list[tuple[str, str, tuple[str, str] | None]] = [

@@ -197,8 +197,8 @@ def shape(frames: Iterable[JSON]) -> list[tuple[str, str]]:
     return [(frame.get("message_type", frame["type"]), frame.get("message", "")) for frame in frames]
 
 
-def of_kind(frames: Iterable[JSON], message_type: str) -> list[JSON]:
-    return [frame for frame in frames if frame.get("message_type") == message_type]
+def of_kind(frames: Iterable[JSON], *kinds: str) -> list[JSON]:
+    return [frame for frame in frames if frame.get("message_type") in kinds]
 
 
 def seqs(frames: Iterable[JSON]) -> list[int]:
