@@ -6606,7 +6606,7 @@ def is_loopback(host: str) -> bool:
     return host.lower() == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
 
 
-def bracketed(host: str) -> str:
+def url_host(host: str) -> str:
     """A host as a URL has it: IPv6 addresses in brackets."""
     return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
 
@@ -6628,7 +6628,7 @@ class Gate:
         self._token = None if options.token is None else options.token.encode()
         self._origins = {origin.strip().rstrip("/").lower() for origin in options.allow_origin}
         names = (options.host, *options.allow_host, *(origin.rpartition("//")[2] for origin in self._origins))
-        self._hosts = {"localhost", "127.0.0.1", "[::1]", *(_host_of(bracketed(name.strip())) for name in names)} - {""}
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", *(_host_of(url_host(name.strip())) for name in names)} - {""}
 
     def problem(self, request: HandshakeRequest, *, public: bool) -> tuple[int, str] | None:
         """(HTTP status, reason) for a request that may not pass; what is public needs no token and no known Origin."""
@@ -6672,10 +6672,9 @@ def _secrets(request: HandshakeRequest) -> list[bytes]:
 
 
 class Channel:
-    """An agent's events on their way to any number of readers, none of whom it knows.
+    """An agent's events on their way to any number of readers, none of whom it knows: the newest are in a ring.
 
-    The newest are in a ring, all stored ones in the store. A reader that falls behind the ring reads on from the store
-    and misses only what is live.
+    All stored ones are in the store, too: a reader that has fallen behind the ring misses only what is live.
     """
 
     def __init__(self, last_seq: int) -> None:
@@ -6787,14 +6786,14 @@ class LiveAgent:
         """The event with the agent's present name."""
         return event._replace(text=with_fields(event.text, agent_name=self.name))
 
-    async def stored(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
+    async def events(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
         while after < until:
-            events = await self.agents.store.events(self.agent.record.id, after, RING, turn_id)
-            for event in events:
+            page = await self.agents.store.events(self.agent.record.id, after, RING, turn_id)
+            for event in page:
                 if event.seq <= until:
                     yield self._with_name(event)
-            after = events[-1].seq if events else until
+            after = page[-1].seq if page else until
 
     async def fresh(self) -> Agent:
         """The agent, opened anew after a failed transaction. Raises StoreFailed, Refused where it was deleted."""
@@ -7023,6 +7022,9 @@ class Agents(Tasks):
                 await self.store.keep_vectors(embedder.name, entries)
 
 
+# ---- what a connection gets of an agent ------------------------------------------------------------------------------
+
+
 class Reader:
     """What one connection gets of one agent: all events above a seq, or those of its own turns; one task sends them.
 
@@ -7088,7 +7090,7 @@ class Reader:
         while self.floor is not None or self.turns:
             if self._replays:
                 turn_id, until = self._replays.popitem()
-                async for event in self.live.stored(0, min(until, self.cursor), turn_id):
+                async for event in self.live.events(0, min(until, self.cursor), turn_id):
                     await self._send(event)
             elif self.place == channel.count:
                 if channel.closed:
@@ -7105,7 +7107,7 @@ class Reader:
         channel = self.live.channel
         last_seq, place = channel.last_seq, channel.count
         self.place = place
-        async with contextlib.aclosing(self.live.stored(self.cursor, last_seq)) as events:
+        async with contextlib.aclosing(self.live.events(self.cursor, last_seq)) as events:
             async for event in events:
                 if self._replays or self.place != place:  # they come first, or a subscription went back meanwhile
                     self.place = -1
@@ -7122,6 +7124,7 @@ class Reader:
             await self._send(event)
 
     async def _send(self, event: StoredEvent) -> None:
+        """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
         request_id: RequestId = None
         if event.kind in TERMINAL_TYPES:
             if event.turn_id in self._refusals:
@@ -7174,11 +7177,9 @@ def message_item(message: ChatMessage, first: int) -> JSON:
     body = read_body(message) if message.role == "assistant" else None
     calls = []
     for call in (body or {}).get("tool_calls", ())[:20]:
-        arguments = {
-            key: excerpt(value, LISTED_TEXT) if isinstance(value, str) else value
-            for key, value in clean_value(decode_json(call["function"]["arguments"])).items()
-        }
-        calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments})
+        arguments = clean_value(decode_json(call["function"]["arguments"]))
+        texts = {key: excerpt(value, LISTED_TEXT) for key, value in arguments.items() if isinstance(value, str)}
+        calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments | texts})
     about = {"id": message.id, "seq": message.seq, "role": message.role, "time": message.time}
     about |= {"text": excerpt(message.text, LISTED_TEXT), "tool_calls": calls}
     return about | {"turn_id": message.turn_id or None, "step": message.step, "in_context": message.id >= first}
@@ -7384,9 +7385,9 @@ class Session(Tasks):
             raise InvalidRequest("missing_field", "load_agent needs the field 'name'")
         live = self._current = await self._live(agent_name if name is None else name)
         agent = await live.fresh()
-        repaired, agent.repairs = agent.repairs, []
+        repairs, agent.repairs = agent.repairs, []
         about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.channel.last_seq}
-        return about | {"repaired": repaired, "warnings": agent.warnings}
+        return about | {"repaired": repairs, "warnings": agent.warnings}
 
     async def hello(self, message_types: list[str] | None = None) -> JSON:
         """Ask who answers, and choose the message types to receive ("*": all).
@@ -7416,16 +7417,11 @@ class Session(Tasks):
         Result: {agents: [{agent_name, model, last_active, last_seq, state}], total}."""
         records, total = await self._agents.store.list_agents(after or "", limit)
         live, default = self._agents.live, self._agents.models.default
-        agents = [
-            {
-                "agent_name": record.name,
-                "model": record.config.get("model") or default,
-                "last_active": record.last_active,
-                "last_seq": record.last_seq,
-                "state": live[record.name].state if record.name in live else "idle",
-            }
-            for record in records
-        ]
+        agents = []
+        for record in records:
+            state = live[record.name].state if record.name in live else "idle"
+            about = {"agent_name": record.name, "model": record.config.get("model") or default, "state": state}
+            agents.append(about | {"last_active": record.last_active, "last_seq": record.last_seq})
         return {"agents": agents, "total": total}
 
     async def get_agent(self, agent_name: AgentName = None) -> JSON:
@@ -7599,11 +7595,12 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
             is_taken = error.errno == errno.EADDRINUSE
             if sockets and not (port and is_taken):
                 break
-            for earlier in sockets:
-                earlier.close()
-            text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
+            for each in sockets:
+                each.close()
             if is_taken:
                 text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
+            else:
+                text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
             raise UsageError(text) from None
         bound.setblocking(False)
         # Inherited by accepted sockets; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
@@ -7685,7 +7682,7 @@ class WebSocketServer:
     @property
     def url(self) -> str:
         """The address that clients connect to."""
-        return f"ws://{bracketed(self.host)}:{self.port}"
+        return f"ws://{url_host(self.host)}:{self.port}"
 
     @property
     def interface(self) -> typing.Self:
@@ -7953,11 +7950,11 @@ class WebSocketServer:
         live = await self.open().get(self.agent.name)
         live.enqueue(item)
         await item.done
-        return [decode_json(event.text) async for event in live.stored(0, live.channel.last_seq, item.turn.turn_id)]
+        return [decode_json(event.text) async for event in live.events(0, live.channel.last_seq, item.turn.turn_id)]
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine on the server's loop, which is made where there is none yet."""
-        if running_loop() is not None and running_loop() is self._loop:
+        if self._loop is not None and running_loop() is self._loop:
             name = getattr(work, "__name__", "it")
             work.close()
             raise UsageError(f"this call would block the server's own loop; there, await {name}")

@@ -1,4 +1,4 @@
-"""A real JupyterLab on loopback with a headless Chromium in front of it, for test_browser.py and the benchmark.
+"""A real JupyterLab on loopback with a headless Chromium in front of it, for test_browser.py.
 
 Requests to anything but loopback are blocked and counted; `Lab.strangers` must stay empty.
 """
@@ -12,12 +12,10 @@ import sys
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbformat
-from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
+from playwright.sync_api import Locator, Page, Route, sync_playwright
 
 import memws
 
@@ -26,11 +24,7 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := s
 """Debian's; Playwright's own browsers are never downloaded."""
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
-SETTINGS = {
-    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    "docmanager-extension/plugin": {"autosave": False},
-}
-STATUS, LOG, ITEM = ".memws-status", ".memws-log", ".memws-item"
+NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}
 
 
 class Lab:
@@ -44,7 +38,9 @@ class Lab:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         (folder / "work").mkdir()
-        self._set(SETTINGS)
+        news = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+        news.parent.mkdir(parents=True)
+        news.write_text(json.dumps(NO_NEWS), "utf-8")
         places = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")}
         environment = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
         environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "HOME": str(folder)}
@@ -56,7 +52,7 @@ class Lab:
         try:
             self._await_server()
             self._playwright = sync_playwright().start()
-            self._browser: Browser = self._playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            self._browser = self._playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         except BaseException:
             self._end_server()
             raise
@@ -72,16 +68,6 @@ class Lab:
                     raise RuntimeError((self.folder / "lab.log").read_text("utf-8")) from None
                 time.sleep(0.1)
 
-    def _set(self, settings: dict[str, dict[str, Any]]) -> None:
-        for name, values in settings.items():
-            path = self.folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(values), "utf-8")
-
-    def theme(self, name: str) -> None:
-        """Choose JupyterLab Light or JupyterLab Dark for notebooks opened from now on."""
-        self._set({"apputils-extension/themes": {"theme": name}})
-
     def close(self) -> None:
         """End browser, server and kernels."""
         self._browser.close()
@@ -96,7 +82,7 @@ class Lab:
             self._server.kill()
             self._server.wait()
 
-    def open(self, name: str, *cells: str, size: tuple[int, int] = (1400, 1000)) -> "Notebook":
+    def open(self, name: str, *cells: str) -> "Notebook":
         """A new notebook with these cells, nothing run yet."""
         path = self.folder / "work" / f"{name}.ipynb"
         content = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
@@ -104,11 +90,7 @@ class Lab:
             metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
         )
         nbformat.write(content, path)
-        return self.reopen(path, size=size)
-
-    def reopen(self, path: Path, size: tuple[int, int] = (1400, 1000)) -> "Notebook":
-        """An existing notebook."""
-        context = self._browser.new_context(viewport={"width": size[0], "height": size[1]})
+        context = self._browser.new_context(viewport={"width": 1400, "height": 1000})
         context.route(lambda url: urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"), self._block)
         return Notebook(self, context.new_page(), path)
 
@@ -124,50 +106,20 @@ class Notebook:
     """A notebook in a browser window."""
 
     def __init__(self, lab: Lab, page: Page, path: Path) -> None:
-        self.lab, self.page, self.path = lab, page, path
+        self.page = page
         self.errors: list[str] = []
         page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.pushes: list[tuple[float, int]] = []
-        "When the kernel sent something to a widget, and its bytes."
-        page.on("websocket", lambda socket: socket.on("framereceived", self._count))
         page.set_default_timeout(20_000)
         page.goto(f"{lab.url}/lab/workspaces/{path.stem}-{time.time_ns()}/tree/{path.name}?reset")
         page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 0", timeout=60_000)
         page.evaluate("window.jupyterapp.shell.collapseLeft()")
 
-    def _count(self, payload: str | bytes) -> None:
-        data = payload if isinstance(payload, bytes) else payload.encode()
-        if b'"comm_msg"' in data:
-            self.pushes.append((time.time(), len(data)))
-
-    def run(self, *indexes: int, wait: bool = True) -> None:
-        """Run cells (none named: all), as its keys and menus would, and wait until the kernel has done them."""
-        panel = "const panel = window.jupyterapp.shell.currentWidget; const book = panel.content;"
-        if indexes:
-            self.page.evaluate(
-                f"async (indexes) => {{ {panel} await panel.sessionContext.ready; for (const index of indexes) {{"
-                "book.activeCellIndex = index; book.deselectAll();"
-                "const done = window.jupyterapp.commands.execute('notebook:run-cell');"
-                f"{'await done' if wait else ''}; }} }}",
-                list(indexes),
-            )
-        else:
-            self.page.evaluate(
-                f"async () => {{ {panel} await panel.sessionContext.ready;"
-                "await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
-            )
-
-    def execute(self, command: str) -> None:
-        """Run a command of JupyterLab, like notebook:interrupt-kernel."""
-        self.page.evaluate("async (command) => { await window.jupyterapp.commands.execute(command); }", command)
-
-    def save(self) -> None:
-        """Save the notebook."""
-        self.execute("docmanager:save")
-
-    def output(self, index: int) -> str:
-        """The text below a cell."""
-        return self.page.locator(".jp-Notebook-cell").nth(index).locator(".jp-Cell-outputWrapper").inner_text()
+    def run(self) -> None:
+        """Run all cells, as the menu would, and wait until the kernel has done them."""
+        self.page.evaluate(
+            "async () => { await window.jupyterapp.shell.currentWidget.sessionContext.ready;"
+            "await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+        )
 
     # -- the panel --
 
@@ -182,17 +134,13 @@ class Notebook:
     def button(self, name: str) -> Locator:
         return self.panel.get_by_role("button", name=name, exact=True)
 
-    def await_status(self, word: str, seconds: float = 15) -> None:
+    def await_status(self, word: str) -> None:
         """Wait until the status line says a word."""
-        self.panel.locator(STATUS).get_by_text(word).first.wait_for(timeout=seconds * 1000)
+        self.panel.locator(".memws-status").get_by_text(word).first.wait_for()
 
-    def await_agent(self) -> None:
-        """Wait until the panel takes messages."""
-        self.page.wait_for_function("document.querySelector('input[placeholder=Message]')?.disabled === false")
-
-    def await_text(self, text: str, seconds: float = 15) -> None:
+    def await_text(self, text: str) -> None:
         """Wait until the transcript shows a text."""
-        self.panel.locator(LOG).get_by_text(text).first.wait_for(timeout=seconds * 1000)
+        self.panel.locator(".memws-log").get_by_text(text).first.wait_for()
 
     def say(self, text: str, by: str = "click") -> None:
         """Write a message and send it."""
@@ -206,11 +154,3 @@ class Notebook:
         """Shut the kernel down and close the window."""
         self.page.evaluate("async () => { await window.jupyterapp.shell.currentWidget?.sessionContext?.shutdown(); }")
         self.page.context.close()
-
-
-def wait_until(check: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for something that no event tells of. Raises AssertionError."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.05)

@@ -31,8 +31,8 @@ def notebook(lab: Lab) -> Iterator[Callable[..., Notebook]]:
     """Notebooks that are closed after the test; a page with an error of its own fails it."""
     opened: list[Notebook] = []
 
-    def start(name: str, *cells: str, **options: tuple[int, int]) -> Notebook:
-        opened.append(lab.open(name, *cells, **options))
+    def start(name: str, *cells: str) -> Notebook:
+        opened.append(lab.open(name, *cells))
         opened[-1].run()
         return opened[-1]
 

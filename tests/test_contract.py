@@ -25,7 +25,7 @@ start, stop, what is left: python_api test_start_and_stop test_stop_leaves_nothi
   test_stop_names_a_tool_that_will_not_end
 run, also in a cell: python_api test_run_blocks_until_interrupted test_run_inside_a_running_loop
 start_server, initialize_server, handle_client: python_api test_start_server_serves_until_cancelled
-  test_initialize_server_before_start_server test_handle_client_of_a_websockets_server_of_ones_own
+  test_what_came_before_start_server test_handle_client_of_a_websockets_server_of_ones_own
 create_new_agent, load_agent, run_step: python_api test_run_step_gives_the_turns_events
   test_the_agent_of_the_object_is_its_own test_only_python_names_an_endpoint
 first_message, no_verify: agent test_a_first_message_has_to_be_sent
@@ -36,7 +36,7 @@ a cell that runs again, reload, a held port: python_api test_a_cell_that_runs_ag
 server.tool: tools test_the_decorator_registers_and_replaces test_tools_in_a_turn
 Client, connect: client test_ask test_blocking test_reconnect_resumes
 memory_index: memory test_positions_are_the_turns test_any_turns_are_indexed
-import needs websockets alone: counts test_importing_memws_needs_websockets_alone; python_api
+import needs websockets alone: counts test_importing_and_serving_needs_websockets_alone; python_api
   test_offline_needs_only_websockets
 """
 WIRE = """
@@ -67,14 +67,13 @@ not JSON, no object, wrong types, too deep, huge numbers, NaN: server
   test_any_frame_is_a_request_or_a_named_error test_depth_is_counted_exactly
 at most 80 characters quoted, at most 4 KiB: wire test_no_error_quotes_more_than_80_characters; errors
   test_an_answer_to_any_error_fits_in_4_kib
-lone surrogates, NUL: server test_what_no_text_can_hold_becomes_u_fffd; wire
-  test_what_no_text_can_hold_is_read_as_u_fffd
+lone surrogates, NUL: wire test_what_no_text_can_hold_is_read_as_u_fffd; python_api
+  test_python_calls_refuse_what_the_wire_refuses
 1007, 1002, 1009: server test_frames_in_fragments_and_of_the_largest_size; gate test_breaches_of_the_standard_close
 a flood: server test_a_flood_is_answered_and_others_are_served_in_between
 a taken name, a bad config, a text over a limit, an unknown agent: server test_names_are_words
   test_bad_configs_change_nothing test_edits_of_memory test_an_unknown_agent_is_told_with_the_nearest
-a reader that does not read: server test_a_reader_that_does_not_read_for_a_while_gets_all_stored_events; soak
-  test_every_figure_is_met
+a reader that does not read: soak test_every_figure_is_met
 a foreign Origin or Host: gate test_hosts test_origins test_what_is_allowed_passes test_no_or_several_hosts_get_400
   test_the_gate_never_raises
 tokens: gate test_tokens test_with_a_token_addresses_are_right test_beyond_loopback_needs_a_token; python_api
@@ -88,8 +87,8 @@ more types: server test_hello_and_the_message_types test_deltas_are_live
 a turn: server test_a_turn_begins_and_ends_once; machine test_whatever_clients_do
 exactly one terminal frame, whatever befalls a reader: soak test_every_figure_is_met
 a message that never becomes a turn: server test_what_never_becomes_a_turn_is_refused_once
-  test_eight_messages_of_a_connection_wait test_thirty_two_messages_wait_for_an_agent; kill
-  test_messages_that_waited_are_not_acknowledged
+  test_eight_messages_of_a_connection_wait test_thirty_two_messages_wait_for_an_agent; machine
+  test_whatever_clients_do
 seq: store test_no_seq_is_used_twice_under_a_name; machine
   test_whatever_clients_do
 a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool;

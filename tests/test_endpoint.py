@@ -23,7 +23,7 @@ NO_PARAMETERS: Body = {"type": "object", "properties": {}, "required": ["a"]}
 def history(*calls: Body, answered: str = "") -> Body:
     """A request whose history has one assistant message of tool calls, right unless told otherwise, and its answers."""
     right = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    made = [right | call | {"function": right["function"] | call.get("function", {})} for call in calls]  # type: ignore[operator]
+    made = [right | call | {"function": right["function"] | call.get("function", {})} for call in calls]
     answers = [{"role": "tool", "tool_call_id": call_id, "content": "ok"} for call_id in answered]
     return {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": made}, *answers]}
 

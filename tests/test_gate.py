@@ -145,7 +145,7 @@ def test_what_is_allowed_passes(serve: Serve) -> None:
     all_get(server, 101, "Origin", pages, "Host: localhost")
     pages = ["https://sub.lab.example", "https://lab.example.evil.example", "chrome-extension://abcdefg", "null"]
     all_get(server, 403, "Origin", pages, "Host: localhost")
-    address, own = "[2001:db8::1]:8282", {"host": "127.0.0.2"}
+    address, own = "[2001:db8::1]:8282", dict[str, Any](host="127.0.0.2")
     allowed: list[Any] = [{"allow_host": (host,)} for host in ("2001:db8::1", "[2001:db8::1]")]
     for options, host in ((own, "127.0.0.2:8282"), *((each, address) for each in allowed)):
         assert memws.Gate(memws.Options(**options)).problem(Request("/", Headers(Host=host)), public=False) is None

@@ -195,35 +195,3 @@ async def test_a_repair_is_made_once_and_before_all_else(endpoint: Endpoint, tmp
     assert (ended["seq"] + 1, ended["stop_reason"]) == (turn[0]["seq"], "interrupted")
     assert {frame["turn_id"] for frame in turn} == {"t2"}
     place.check()
-
-
-async def test_an_agent_goes_on_without_its_tool(endpoint: Endpoint, tmp_path: Path) -> None:
-    """A server that does not know the tool in which its agent was killed loads it, says so, and goes on."""
-    async with at(TOOL, endpoint, tmp_path) as (_, serving, client, _):
-        serving.end(signal.SIGKILL)
-        with Place(tmp_path, endpoint).serve() as serving:
-            async with wire(serving, "*") as client:
-                loaded = await client.ok("load_agent", name="sam")
-                assert "tools that are not registered now are left out: ask, ask_later" in loaded["warnings"]
-                assert loaded["repaired"][-1] == "turn t1 was interrupted and got its end"
-                turn = await client.turn("And now?")
-    assert turn[-1]["stop_reason"] == "done"
-    assert results(endpoint.requests[-1])[1:] == ["Failed: interrupted: result unknown"] * 2
-
-
-async def test_messages_that_waited_are_not_acknowledged(endpoint: Endpoint, tmp_path: Path) -> None:
-    """Messages that wait when the server is killed got no start, are not in the history, and run when sent again."""
-    async with at(MODEL, endpoint, tmp_path) as (place, serving, client, _):
-        for number in (2, 3):
-            await client.say(f"message {number}", turn_id=f"t{number}", agent_name="sam")
-            await client.until(saw("queue"))
-        serving.end(signal.SIGKILL)
-        await client.closed()
-        assert {frame["turn_id"] for frame in client.frames if frame["type"] == "agent_response_start"} == {"t1"}
-        endpoint.release()
-        with place.serve() as serving:
-            async with wire(serving, "*") as client:
-                for number in (3, 2, 3):
-                    turn = await client.turn(f"message {number}", turn_id=f"t{number}", agent_name="sam")
-                    assert turn[-1]["stop_reason"] == "done"
-                assert await messages_of(client, "sam") == [MESSAGE, "message 3", "message 2"]

@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import gc
-import importlib.util
+import importlib
 import json
-import logging
-import os
 import shutil
 import signal
 import socket
@@ -15,21 +13,23 @@ import sys
 import textwrap
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import openai  # noqa: F401 (half a second, once, and not in the turn of some test)
 import pytest
 from agents import packed
+from commandline import Serving, environment
 from endpoint import Endpoint, Reply
+from test_server import reply
 from websockets.asyncio.server import serve as serve_websockets
-from websockets.exceptions import ConnectionClosed, InvalidStatus
-from websockets.sync.client import ClientConnection, connect
-from wire import JSON, LIMIT, check_event, check_request, is_terminal, of_kind, shape, wire
+from websockets.exceptions import InvalidStatus
+from wire import JSON, LIMIT, is_terminal, of_kind, shape, wire
 
 import memws
 
+pytestmark = pytest.mark.anyio
 Server = memws.WebSocketServer
 Serve = Callable[..., Server]
 MODULE = Path(memws.__file__)
@@ -42,52 +42,10 @@ def online(serve: Serve, endpoint: Endpoint) -> Serve:
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> JSON:
-    """Options of a server that the test makes itself."""
-    return {"host": "127.0.0.1", "port": 0, "db": str(tmp_path / "own.db"), "sync": "normal", "model": "offline"}
-
-
-@pytest.fixture
-def address(options: JSON) -> JSON:
-    """Options with a fixed port that nobody holds."""
+def port() -> int:
+    """A port that nobody holds."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        return {**options, "port": probe.getsockname()[1]}
-
-
-def reply(*texts: str, **more: Any) -> Reply:
-    """An answer through send_message."""
-    return Reply(calls=[("send_message", {"message": text}) for text in texts], **more)
-
-
-def call(name: str, /, **arguments: Any) -> Reply:
-    """A call of a tool, after which the agent goes on."""
-    return Reply(calls=[(name, arguments | {"request_heartbeat": True})])
-
-
-def command(client: ClientConnection, name: str, /, **fields: Any) -> JSON:
-    """The result of a command on a blocking connection that has nothing else to read."""
-    frame = {"type": "command", "command": name, **fields}
-    check_request(frame)
-    client.send(json.dumps(frame))
-    answer = check_event(str(client.recv(timeout=LIMIT)))
-    assert answer["ok"] is True, answer
-    result: JSON = answer["result"]
-    return result
-
-
-def until(client: ClientConnection, last: Callable[[JSON], bool]) -> list[JSON]:
-    """The next frames, up to the first that is `last`."""
-    frames = [check_event(str(client.recv(timeout=LIMIT)))]
-    while not last(frames[-1]):
-        frames.append(check_event(str(client.recv(timeout=LIMIT))))
-    return frames
-
-
-def close_code(client: ClientConnection) -> int | None:
-    """Read until the server has closed the connection; its close code."""
-    with contextlib.suppress(ConnectionClosed):
-        until(client, lambda frame: False)
-    return client.close_code
+        return int(probe.getsockname()[1])
 
 
 def said(events: list[JSON]) -> list[str]:
@@ -107,13 +65,14 @@ def left_behind() -> tuple[set[threading.Thread], int]:
 
 
 @pytest.fixture
-def make() -> Iterator[Serve]:
+def make(tmp_path: Path) -> Iterator[Serve]:
     """Makes servers that the test starts and stops itself; in the end no thread and no descriptor more is there."""
     made: list[Server] = []
     before = left_behind()
 
-    def server(options: JSON, module: Any = memws, **more: Any) -> Server:
-        made.append(module.WebSocketServer(**(options | more)))
+    def server(module: Any = memws, **options: Any) -> Server:
+        defaults = {"host": "127.0.0.1", "port": 0, "db": str(tmp_path / "own.db"), "sync": "normal"}
+        made.append(module.WebSocketServer(**(defaults | {"model": "offline"} | options)))
         return made[-1]
 
     yield server
@@ -125,26 +84,26 @@ def make() -> Iterator[Serve]:
 # ---- start and stop --------------------------------------------------------------------------------------------------
 
 
-def test_start_and_stop(make: Serve, options: JSON) -> None:
+async def test_start_and_stop(make: Serve) -> None:
     """start returns with the real port and url; stop frees them, and both may be called again."""
-    server = make(options)
+    server = make()
     assert (server.port, server.url) == (0, "ws://127.0.0.1:0")
     server.stop()
     for _ in range(2):
         assert server.start() is server.start() is server
-        assert (server.port > 0, server.url) == (True, f"ws://127.0.0.1:{server.port}")
-        assert (server.host, port := server.port) == ("127.0.0.1", server.port)
-        with connect(server.url) as client:
-            assert command(client, "hello")["offline"] is True
+        port = server.port
+        assert (server.host, port > 0, server.url) == ("127.0.0.1", True, f"ws://127.0.0.1:{port}")
+        async with wire(server) as client:
+            assert (await client.ok("hello"))["offline"] is True
         server.stop()
         server.stop()
         assert is_free(port)
 
 
-def test_stop_leaves_nothing_of_a_busy_server(make: Serve, options: JSON, endpoint: Endpoint) -> None:
+async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpoint) -> None:
     """stop leaves no thread and no descriptor of a server with connections, open turns, waiting messages, tools."""
     endpoint.script(reply("held", hold=True))
-    server = make(options, model="test-model", base_url=endpoint.url, api_key="key").start()
+    server = make(model="test-model", base_url=endpoint.url, api_key="key").start()
 
     @server.tool
     async def wait() -> str:
@@ -152,18 +111,18 @@ def test_stop_leaves_nothing_of_a_busy_server(make: Serve, options: JSON, endpoi
         await asyncio.get_running_loop().create_future()
         return ""
 
-    with connect(server.url) as client, connect(server.url) as other:
-        command(client, "create_agent", config={"name": "held"})
-        command(other, "create_agent", config={"name": "tool", "tools": ["wait"]})
-        command(other, "subscribe")
-        client.send(json.dumps({"type": "user_message", "message": "hi"}))
-        endpoint.wait_requests(1)
+    async with wire(server) as client, wire(server) as other:
+        await client.ok("create_agent", config={"name": "held"})
+        await other.ok("create_agent", config={"name": "tool", "tools": ["wait"]})
+        await other.ok("subscribe")
+        await client.say("hi")
+        await asyncio.to_thread(endpoint.wait_requests, 1)
         endpoint.script(Reply(calls=[("wait", {})]))
-        other.send(json.dumps({"type": "user_message", "message": "hi"}))
-        until(other, lambda frame: "wait" in frame.get("message", ""))
-        client.send(json.dumps({"type": "user_message", "message": "waits"}))
-        server.stop()
-        assert [close_code(client), close_code(other)] == [1001, 1001]
+        await other.say("hi")
+        await other.until(lambda frame: "wait" in frame.get("message", ""))
+        await client.say("waits")
+        await asyncio.to_thread(server.stop)
+        assert [await client.closed(), await other.closed()] == [1001, 1001]
 
 
 def test_stop_names_a_tool_that_will_not_end(
@@ -171,43 +130,46 @@ def test_stop_names_a_tool_that_will_not_end(
 ) -> None:
     """stop does not wait for a sync tool that blocks: it names it in a warning, and its result is dropped."""
     server = online()
-    entered, leave, threads = threading.Event(), threading.Event(), []
+    entered, leave = threading.Event(), threading.Event()
 
     @server.tool
     def stubborn() -> str:
         """Block."""
-        threads.append(threading.current_thread())
         entered.set()
         leave.wait(LIMIT)
         return "late"
 
     endpoint.script(Reply(calls=[("stubborn", {})]))
     server.create_new_agent({"tools": ["stubborn"]})
-    events: list[JSON] = []
-    caller = threading.Thread(target=lambda: events.extend(server.run_step("hi")))
-    caller.start()
-    assert entered.wait(LIMIT)
-    server.stop()
-    caller.join(LIMIT)
+    with ThreadPoolExecutor(1) as caller:
+        step = caller.submit(server.run_step, "hi")
+        assert entered.wait(LIMIT)
+        (blocked,) = [thread for thread in threading.enumerate() if thread.name == "memws-tool-stubborn"]
+        server.stop()
+        events = step.result(LIMIT)
     assert "memws-tool-stubborn" in caplog.text
     leave.set()
-    threads[0].join(LIMIT)
-    assert events[-1]["stop_reason"] == "interrupted"
-    assert "late" not in json.dumps(events)
+    blocked.join(LIMIT)
+    assert (events[-1]["stop_reason"], "late" in json.dumps(events)) == ("interrupted", False)
 
 
-def test_what_is_held_is_named(make: Serve, options: JSON, tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["start", "start_server"])
+def test_what_is_held_is_named(make: Serve, tmp_path: Path, form: str) -> None:
     """A port held by another program is named, and port=0; a database is one server's; what fails leaves nothing."""
+
+    def start(server: Server) -> None:
+        asyncio.run(server.start_server()) if form == "start_server" else server.start()
+
     with socket.create_server(("127.0.0.1", 0)) as holder:
-        server = make(options, port=holder.getsockname()[1])
+        server = make(port=holder.getsockname()[1])
         with pytest.raises(memws.MemwsError, match=f"{server.options.port}.*port=0"):
-            server.start()
+            start(server)
         assert list(tmp_path.glob("own*")) == []
-    server.start()
+    server = make().start()
     with pytest.raises(memws.MemwsError, match="another memws server uses the database"):
-        make(options).start()
+        start(make())
     server.stop()
-    make(options).start()
+    make().start()
 
 
 @pytest.mark.parametrize(
@@ -223,9 +185,9 @@ def test_wrong_options_are_named(wrong: JSON) -> None:
         memws.WebSocketServer(**wrong)
 
 
-def test_memory_keeps_nothing(make: Serve, options: JSON, tmp_path: Path) -> None:
+def test_memory_keeps_nothing(make: Serve, tmp_path: Path) -> None:
     """A server on :memory: works, leaves no file, and begins anew."""
-    server = make(options, db=":memory:").start()
+    server = make(db=":memory:").start()
     server.create_new_agent({"name": "sam"})
     assert server.run_step("My name is Ada")[-1]["stop_reason"] == "done"
     server.stop()
@@ -237,31 +199,31 @@ def test_memory_keeps_nothing(make: Serve, options: JSON, tmp_path: Path) -> Non
 # ---- agents and steps ------------------------------------------------------------------------------------------------
 
 
-def test_run_step_gives_the_turns_events(serve: Serve) -> None:
+async def test_run_step_gives_the_turns_events(serve: Serve) -> None:
     """run_step gives all stored events of its turn as wire dicts, those that a subscriber of all gets."""
     server = serve()
     agent = server.create_new_agent({"name": "sam"})
     assert (agent.name, server.agent, server.agent_name) == ("sam", agent, "sam")
-    with connect(server.url) as client:
-        command(client, "hello", message_types=["*"])
-        command(client, "subscribe", agent_name="sam")
-        events = server.run_step("My name is Ada")
-        assert events == [frame for frame in until(client, is_terminal) if "seq" in frame]
+    async with wire(server) as client:
+        await client.ok("hello", message_types=["*"])
+        await client.ok("subscribe", agent_name="sam")
+        events = await asyncio.to_thread(server.run_step, "My name is Ada")
+        assert events == [frame for frame in await client.until(is_terminal) if "seq" in frame]
     assert shape(events)[:2] == [("agent_response_start", ""), ("user_message", "My name is Ada")]
     assert (events[-1]["type"], events[-1]["stop_reason"], len(said(events))) == ("agent_response_end", "done", 1)
 
 
-def test_blocking_calls_work_before_start(make: Serve, options: JSON) -> None:
+async def test_blocking_calls_work_before_start(make: Serve) -> None:
     """Agents are made, loaded and talked to before start, on a loop that does not listen, and are there after it."""
-    server = make(options)
+    server = make()
     server.create_new_agent({"name": "sam"})
     first = server.run_step("hi")
     server.load_agent("sam")
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", server.port or 1), timeout=LIMIT)
     server.start()
-    with connect(server.url) as client:
-        assert command(client, "load_agent", name="sam")["last_seq"] == first[-1]["seq"]
+    async with wire(server) as client:
+        assert (await client.ok("load_agent", name="sam"))["last_seq"] == first[-1]["seq"]
     assert server.run_step("again")[0]["seq"] == first[-1]["seq"] + 1
 
 
@@ -270,19 +232,10 @@ def test_blocking_calls_work_from_any_thread(online: Serve, endpoint: Endpoint) 
     server = online()
     endpoint.default = lambda body: reply(packed(body, "user_message")[-1]["message"])
     server.create_new_agent({"name": "sam"})
-    events: dict[int, list[JSON]] = {}
-
-    def talk(number: int) -> None:
-        events[number] = server.run_step(f"I am {number}")
-
-    threads = [threading.Thread(target=talk, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(LIMIT)
-    for number in range(8):
-        assert said(events[number]) == [f"I am {number}"]
-        assert len({event["turn_id"] for event in events[number]}) == 1
+    texts = [f"I am {number}" for number in range(8)]
+    with ThreadPoolExecutor(len(texts)) as threads:
+        for text, events in zip(texts, threads.map(server.run_step, texts), strict=True):
+            assert (said(events), len({event["turn_id"] for event in events})) == ([text], 1)
 
 
 def test_blocking_calls_are_refused_on_the_servers_own_loop(online: Serve, endpoint: Endpoint) -> None:
@@ -305,14 +258,14 @@ def test_blocking_calls_are_refused_on_the_servers_own_loop(online: Serve, endpo
             told.append(str(caught.value))
         return (await server.load_agent_async("sam")).name
 
-    endpoint.script(call("ask"))
+    endpoint.script(Reply(calls=[("ask", {"request_heartbeat": True})]))
     server.create_new_agent({"name": "sam", "tools": ["ask"]})
     events = server.run_step("hi")
     assert [text.rpartition("await ")[2].removesuffix("()") for text in told] == list(calls)
     assert of_kind(events, "tool_return")[0]["message"] == "sam"
 
 
-def test_the_agent_of_the_object_is_its_own(serve: Serve) -> None:
+async def test_the_agent_of_the_object_is_its_own(serve: Serve) -> None:
     """server.agent is what this object made or loaded last, whatever connections do; without one run_step says so."""
     server = serve()
     with pytest.raises(memws.MemwsError, match="create_new_agent or load_agent first") as caught:
@@ -324,34 +277,33 @@ def test_the_agent_of_the_object_is_its_own(serve: Serve) -> None:
         server.load_agent("agent-05x")
     assert (caught.value.code, str(caught.value).count("'agent-")) == ("unknown_agent", 11)
     assert server.agent_name == "agent-11"
-    with connect(server.url) as client:
-        command(client, "create_agent", config={"name": "ada"})
+    async with wire(server) as client:
+        await client.ok("create_agent", config={"name": "ada"})
         assert server.agent_name == "agent-11"
         server.load_agent("ada")
-        command(client, "load_agent", name="agent-03")
+        await client.ok("load_agent", name="agent-03")
         assert {event["agent_name"] for event in server.run_step("hi")} == {"ada"}
-        command(client, "rename_agent", agent_name="ada", new_name="eve")
+        await client.ok("rename_agent", agent_name="ada", new_name="eve")
         assert server.agent_name == "eve"
         assert {event["agent_name"] for event in server.run_step("hi")} == {"eve"}
 
 
-def test_python_calls_refuse_what_the_wire_refuses(serve: Serve) -> None:
+async def test_python_calls_refuse_what_the_wire_refuses(serve: Serve) -> None:
     """Texts that are too long and bad configs raise and change nothing; what cannot be stored becomes U+FFFD."""
     server = serve()
     for config in ({"name": "_"}, {"model": 5}, {"blocks": 1}, {"name": 7}):
-        with pytest.raises(memws.MemwsError) as caught:
+        with pytest.raises(memws.MemwsError, match=next(iter(config)).removesuffix("s")) as caught:
             server.create_new_agent(config)
         assert caught.value.code == "bad_config"
-    with connect(server.url) as client:
-        assert command(client, "list_agents")["total"] == 0
     server.create_new_agent({"name": "sam", "human": "a\x00b\ud800c"})
     with pytest.raises(memws.MemwsError) as caught:
         server.run_step("x" * 65_537)
     assert caught.value.code == "text_too_long"
     events = server.run_step("a\x00b\ud800c")
     assert (events[0]["seq"], of_kind(events, "user_message")[0]["message"]) == (1, "a\ufffdb\ufffdc")
-    with connect(server.url) as client:
-        assert command(client, "get_agent", agent_name="sam")["blocks"][1]["value"] == "a\ufffdb\ufffdc"
+    async with wire(server) as client:
+        assert (await client.ok("list_agents"))["total"] == 1
+        assert (await client.ok("get_agent", agent_name="sam"))["blocks"][1]["value"] == "a\ufffdb\ufffdc"
 
 
 def test_only_python_names_an_endpoint(serve: Serve, endpoint: Endpoint, tmp_path: Path) -> None:
@@ -362,8 +314,8 @@ def test_only_python_names_an_endpoint(serve: Serve, endpoint: Endpoint, tmp_pat
     assert said(server.run_step("hi")) == ["Hello!"]
     assert endpoint.headers[0]["authorization"] == "Bearer secret-key"
     assert config["api_key"] == "secret-key"
-    with connect(server.url) as client:
-        told = json.dumps(command(client, "get_agent", agent_name="sam"))
+    with memws.connect(server.url) as client:
+        told = json.dumps(client.command("get_agent", agent_name="sam"))
         assert ("secret-key" in told, endpoint.url in told) == (False, False)
     server.stop()
     assert all(b"secret-key" not in path.read_bytes() for path in tmp_path.glob("memws.db*"))
@@ -373,72 +325,48 @@ def test_only_python_names_an_endpoint(serve: Serve, endpoint: Endpoint, tmp_pat
     assert "secret-key" not in endpoint.headers[-1]["authorization"]
 
 
-# ---- tools -----------------------------------------------------------------------------------------------------------
-
-
 # ---- cells that run again --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocking", [False, True])
-def test_a_cell_that_runs_again_takes_over(make: Serve, address: JSON, blocking: bool) -> None:
+async def test_a_cell_that_runs_again_takes_over(make: Serve, port: int, blocking: bool) -> None:
     """A new object for the same address, at its first call, stops the old server; clients find the same agents."""
-    first = make(address).start()
+    first = make(port=port).start()
     first.create_new_agent({"name": "sam"})
-    with connect(first.url) as client:
-        command(client, "load_agent", name="sam")
-        second = make(address, max_steps=3)
+    async with wire(first) as client:
+        await client.ok("load_agent", name="sam")
+        second = make(port=port, max_steps=3)
         if blocking:
-            second.load_agent("sam")
+            await asyncio.to_thread(second.load_agent, "sam")
             assert second.run_step("hi")[-1]["stop_reason"] == "done"
-        second.start()
-        assert close_code(client) == 1001
-    assert ("not listening" in repr(first), second.port) == (True, address["port"])
+        await asyncio.to_thread(second.start)
+        assert await client.closed() == 1001
+    assert ("not listening" in repr(first), second.port) == (True, port)
     assert [thread.name for thread in threading.enumerate()].count("memws") == 1
     first.stop()
-    with connect(second.url) as client:
-        assert command(client, "get_agent", agent_name="sam")["settings"]["max_steps"] == 3
+    async with wire(second) as client:
+        assert (await client.ok("get_agent", agent_name="sam"))["settings"]["max_steps"] == 3
     second.stop()
-    assert is_free(address["port"])
+    assert is_free(port)
 
 
-@pytest.fixture
-def copies(tmp_path: Path) -> Iterator[Callable[[str], ModuleType]]:
-    """Imports copies of the file under names of their own."""
-    names = []
-
-    def load(name: str) -> ModuleType:
-        path = tmp_path / f"{name}.py"
-        shutil.copy(MODULE, path)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        names.append(name)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    for name in names:
-        del sys.modules[name]
-
-
-def test_a_reloaded_module_takes_over(
-    copies: Callable[[str], ModuleType], make: Serve, address: JSON, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+async def test_a_reloaded_module_takes_over(
+    make: Serve, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """After importlib.reload a new object for the same address ends the old server and serves the same agents."""
+    shutil.copy(MODULE, tmp_path / "memws_reloaded.py")
     monkeypatch.syspath_prepend(str(tmp_path))
-    module = copies("memws_reloaded")
-    first = make(address, module).start()
+    module = importlib.import_module("memws_reloaded")
+    first = make(module, port=port).start()
     first.create_new_agent({"name": "sam"})
     importlib.reload(module)
-    second = make(address, module).start()
+    second = make(module, port=port).start()
     assert [thread.name for thread in threading.enumerate()].count("memws") == 1
     assert type(second) is not type(first)
     assert second.load_agent("sam").name == "sam"
     first.stop()
-    with connect(second.url) as client:
-        assert command(client, "list_agents")["total"] == 1
+    async with wire(second) as client:
+        assert (await client.ok("list_agents"))["total"] == 1
 
 
 # ---- loops of one's own ----------------------------------------------------------------------------------------------
@@ -460,12 +388,9 @@ async def running(server: Server) -> AsyncIterator["asyncio.Task[None]"]:
         await asyncio.wait([task])
 
 
-@pytest.mark.anyio
-async def test_start_server_serves_until_cancelled(
-    make: Serve, options: JSON, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_start_server_serves_until_cancelled(make: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     """start_server serves on the caller's loop and says where; a cancel frees the port and leaves no task."""
-    server = make(options)
+    server = make()
     tasks = asyncio.all_tasks()
     for _ in range(2):
         async with running(server):
@@ -474,17 +399,17 @@ async def test_start_server_serves_until_cancelled(
             async with wire(server, "*") as client:
                 await client.ok("create_agent", config={})
                 assert (await client.turn("hi"))[-1]["stop_reason"] == "done"
+                assert len(server.interface.clients) == 1  # the one before is gone
                 assert [thread for thread in left_behind()[0] if thread.name == "memws"] == []
                 await server.create_new_agent_async({})
                 assert (await server.run_step_async("hi"))[-1]["stop_reason"] == "done"
         assert (asyncio.all_tasks(), is_free(port)) == (tasks, True)
 
 
-@pytest.mark.anyio
-async def test_a_cancel_of_start_server_closes_open_turns(make: Serve, options: JSON, endpoint: Endpoint) -> None:
+async def test_a_cancel_of_start_server_closes_open_turns(make: Serve, endpoint: Endpoint) -> None:
     """A cancel ends turns as interrupted, refuses steps that wait, and closes clients with 1001."""
     endpoint.script(reply("held", hold=True))
-    server = make(options, model="test-model", base_url=endpoint.url, api_key="key")
+    server = make(model="test-model", base_url=endpoint.url, api_key="key")
     async with contextlib.AsyncExitStack() as clients:
         async with running(server):
             client = await clients.enter_async_context(wire(server))
@@ -501,52 +426,35 @@ async def test_a_cancel_of_start_server_closes_open_turns(make: Serve, options: 
     assert caught.value.code == "cancelled"
 
 
-@pytest.mark.anyio
-async def test_blocking_calls_before_start_server(make: Serve, options: JSON) -> None:
-    """What was made by blocking calls is served by start_server; blocking calls go on working from other threads."""
-    server = make(options)
-    await asyncio.to_thread(server.create_new_agent, {"name": "sam"})
-    await asyncio.to_thread(server.run_step, "before")
-    async with running(server), wire(server) as client:
-        assert (await client.ok("load_agent", name="sam"))["last_seq"] > 0
-        assert (await client.turn("hi"))[-1]["stop_reason"] == "done"
-        assert (await asyncio.to_thread(server.run_step, "from a thread"))[-1]["stop_reason"] == "done"
-
-
-def test_initialize_server_before_start_server(make: Serve, options: JSON, capsys: pytest.CaptureFixture[str]) -> None:
-    """initialize_server binds and says where; start_server then serves on that port."""
-    server = make(options)
-    server.initialize_server()
+@pytest.mark.parametrize("initialized", [False, True])
+def test_what_came_before_start_server(make: Serve, capsys: pytest.CaptureFixture[str], initialized: bool) -> None:
+    """What blocking calls made is served by start_server, on the port that initialize_server has bound and told."""
+    server = make()
+    if initialized:
+        server.initialize_server()
+        assert f"listening on ws://127.0.0.1:{server.port}\n" in capsys.readouterr().out
+    else:
+        server.create_new_agent({"name": "sam"})
+        server.run_step("before")
     port = server.port
-    assert f"listening on ws://127.0.0.1:{port}\n" in capsys.readouterr().out
 
     async def serve_on() -> None:
         async with running(server), wire(server) as client:
-            assert server.port == port
-            await client.ok("hello")
+            assert not initialized or server.port == port
+            assert (await client.ok("list_agents"))["total"] == 1 - initialized
+            await client.ok("create_agent", config={})
+            assert (await client.turn("hi"))[-1]["stop_reason"] == "done"
+            if not initialized:
+                assert (await asyncio.to_thread(server.run_step, "from a thread"))[-1]["stop_reason"] == "done"
 
     asyncio.run(serve_on())
     assert is_free(port)
 
 
-@pytest.mark.anyio
-async def test_start_server_where_it_cannot(make: Serve, options: JSON) -> None:
-    """start_server raises for a port that is held, and for a server that listens already, which goes on."""
-    with socket.create_server(("127.0.0.1", 0)) as holder, pytest.raises(memws.MemwsError, match="port=0"):
-        await make(options, port=holder.getsockname()[1]).start_server()
-    server = make(options).start()
-    with pytest.raises(memws.MemwsError, match="listens already"):
-        await server.start_server()
-    async with wire(server) as client:
-        await client.ok("hello")
-    await asyncio.to_thread(server.stop)
-
-
-@pytest.mark.anyio
 @pytest.mark.parametrize("path", [(), ("/chat",)])
-async def test_handle_client_of_a_websockets_server_of_ones_own(make: Serve, options: JSON, path: Any) -> None:
+async def test_handle_client_of_a_websockets_server_of_ones_own(make: Serve, path: Any) -> None:
     """handle_client serves a connection of any websockets server, with the old second argument too; close ends it."""
-    server = make(options)
+    server = make()
     async with serve_websockets(lambda websocket: server.handle_client(websocket, *path), "127.0.0.1", 0) as own:
         server.port = own.sockets[0].getsockname()[1]
         async with wire(server) as client:
@@ -557,11 +465,12 @@ async def test_handle_client_of_a_websockets_server_of_ones_own(make: Serve, opt
             assert await client.closed() in (1001, 1006)
 
 
-@pytest.mark.anyio
-async def test_close_on_ones_own_loop(make: Serve, options: JSON) -> None:
-    """On the loop that the server runs on, close is awaited instead of stop, and start_server then returns."""
-    server = make(options)
+async def test_close_on_ones_own_loop(make: Serve) -> None:
+    """On the loop that the server runs on, close is awaited instead of stop; it listens once, and then returns."""
+    server = make()
     async with running(server) as task, wire(server) as client:
+        with pytest.raises(memws.MemwsError, match="listens already"):
+            await server.start_server()
         await client.ok("hello")
         with pytest.raises(memws.MemwsError, match="await close"):
             server.stop()
@@ -570,29 +479,9 @@ async def test_close_on_ones_own_loop(make: Serve, options: JSON) -> None:
         await asyncio.wait_for(task, LIMIT)
 
 
-@pytest.mark.anyio
-async def test_clients_are_registered(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
-    """The interface knows the connections, and the log tells of each with the number of its session."""
-    caplog.set_level(logging.INFO, "memws")
-    server = serve()
-    async with wire(server) as client:
-        await client.ok("hello")
-        async with wire(server) as other:
-            await other.ok("hello")
-            assert len(server.interface.clients) == 2
-        async with asyncio.timeout(LIMIT):
-            while len(server.interface.clients) > 1:
-                await client.ok("hello")
-    await asyncio.to_thread(server.stop)
-    told = [record.getMessage() for record in caplog.records if record.name == "memws" and "session" in record.msg]
-    assert len(told) == 4
-    assert [sum(f"session {number} " in text for text in told) for number in (1, 2)] == [2, 2]
-
-
-@pytest.mark.anyio
-async def test_run_inside_a_running_loop(make: Serve, options: JSON, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_run_inside_a_running_loop(make: Serve, capsys: pytest.CaptureFixture[str]) -> None:
     """run in a notebook cell starts the thread form, says so in one line and returns."""
-    server = make(options)
+    server = make()
     server.run()
     out = capsys.readouterr().out
     assert (out.count("\n"), server.url in out, "thread" in out) == (1, True, True)
@@ -604,26 +493,12 @@ async def test_run_inside_a_running_loop(make: Serve, options: JSON, capsys: pyt
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what would point memws elsewhere."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MEMWS_", "OPENAI_", "JUPYTER"))}
-    return {**kept, "PYTHONPATH": str(MODULE.parent), "PYTHONUNBUFFERED": "1", **more}
-
-
-def python(script: str, folder: Path, **more: str) -> list[str]:
-    """The lines that a script prints which runs in another process, in a folder of its own; it has to end well."""
-    arguments = [sys.executable, "-W", "error", "-c", textwrap.dedent(script)]
-    done = subprocess.run(
-        arguments, cwd=folder, env=environment(**more), capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.splitlines()
+ENVIRONMENT = environment({"PYTHONPATH": str(MODULE.parent), "PYTHONUNBUFFERED": "1"})
 
 
 def test_offline_needs_only_websockets(tmp_path: Path) -> None:
     """Without other packages an offline server serves, what needs them names the package, and nothing is left."""
-    done, threads, nested, missing = python(
-        """
+    script = textwrap.dedent("""
         import sys
         for name in ("openai", "ipywidgets", "nest_asyncio", "nest_asyncio2", "anyio", "httpx", "json_repair"):
             sys.modules[name] = None
@@ -645,9 +520,13 @@ def test_offline_needs_only_websockets(tmp_path: Path) -> None:
             memws.WebSocketServer("127.0.0.1", 0, db=":memory:", model="gpt-4o", api_key="key").start()
         except memws.MemwsError as error:
             print(error)
-        """,
-        tmp_path,
-    )
+    """)
+    process = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert process.stderr == ""
+    done, threads, nested, missing = process.stdout.splitlines()
     assert (done, threads) == ("done", "[]")
     assert ("start()" in nested, "nest" in nested, "pip install" in missing, "openai" in missing) == (True,) * 4
     assert list(tmp_path.iterdir()) == []
@@ -673,45 +552,37 @@ loop.close()
 
 
 @pytest.mark.parametrize("form", RUN_FORMS)
-def test_run_blocks_until_interrupted(tmp_path: Path, form: str) -> None:
+async def test_run_blocks_until_interrupted(tmp_path: Path, form: str) -> None:
     """run, and run(block=True) in a cell, tell the address first, serve until SIGINT, and then free the port."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVING + RUN_FORMS[form] + FREED],
-        cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        first = process.stdout.readline()
-        assert first.startswith(f"memws {memws.__version__} listening on ws://127.0.0.1:"), first
-        url = first.split("listening on ")[1].split()[0]
-        with connect(url) as client:
-            command(client, "create_agent", config={})
-            client.send(json.dumps({"type": "user_message", "message": "hi"}))
-            until(client, is_terminal)
-            process.send_signal(signal.SIGINT)
-            assert close_code(client) == 1001
-        out, err = process.communicate(timeout=LIMIT)
-        assert (process.returncode, err) == (0, "")
-        assert (out.splitlines()[-1], is_free(int(url.rpartition(":")[2]))) == ("freed []", True)
-    finally:
-        process.kill()
-        process.communicate()
+    program = tmp_path / "own.py"
+    program.write_text(SERVING + RUN_FORMS[form] + FREED, "utf-8")
+    with Serving(cwd=tmp_path, program=program, variables={"PYTHONPATH": str(MODULE.parent)}) as process:
+        assert process.out[0].startswith(f"memws {memws.__version__} listening on ws://127.0.0.1:")
+        process.url = process.out[0].split("listening on ")[1].split()[0]
+        async with wire(process) as client:
+            await client.ok("create_agent", config={})
+            await client.turn("hi")
+            process.process.send_signal(signal.SIGINT)
+            assert await client.closed() == 1001
+        assert (await asyncio.to_thread(process.wait), process.log) == (0, "")
+        assert ("freed []" in process.out, is_free(process.port)) == (True, True)
 
 
-def test_on_a_jupyterhub_a_token_is_made(monkeypatch: pytest.MonkeyPatch, make: Serve, address: JSON) -> None:
+async def test_on_a_jupyterhub_a_token_is_made(monkeypatch: pytest.MonkeyPatch, make: Serve, port: int) -> None:
     """On a JupyterHub, where others reach the port, a server makes a token, and keeps it when its cell re-runs."""
     monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "hub")
-    first = make(address).start()
+    first = make(port=port).start()
     token = first.options.token
     assert token is not None
     assert len(token) >= 32
     with pytest.raises(InvalidStatus) as refused:
-        connect(first.url)
+        async with wire(first):
+            pass
     assert refused.value.response.status_code == 401
-    second = make(address).start()
+    second = make(port=port).start()
     assert second.options.token == token
-    with connect(second.url, additional_headers={"Authorization": f"Bearer {token}"}) as client:
-        command(client, "hello")
-    assert make(address, token="mine").options.token == "mine"
+    async with wire(second, additional_headers={"Authorization": f"Bearer {token}"}) as client:
+        await client.ok("hello")
+    assert make(port=port, token="mine").options.token == "mine"
     monkeypatch.delenv("JUPYTERHUB_API_TOKEN")
-    assert make(address).options.token is None
+    assert make(port=port).options.token is None

@@ -526,7 +526,7 @@ def modes_in(folder: Path) -> dict[str, int]:
     return {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in sorted(folder.iterdir())}
 
 
-def open_and_fail(path: str | Path) -> str:
+def open_and_fail(path: object) -> str:
     """The sentence of a database that cannot be opened."""
     with pytest.raises(memws.UsageError) as caught:
         Store(Sqlite(str(path)))
@@ -599,7 +599,13 @@ async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = dict.fromkeys(("missing/memws.db", "empty.db/memws.db", "x" * 300), "cannot use the database ")
     (tmp_path / "link.db").symlink_to(tmp_path / "memws.db")
     (tmp_path / "folder").symlink_to(tmp_path)
-    paths = ("link.db", "./memws.db", tmp_path / "memws.db", "folder/memws.db", f"../{tmp_path.name}/memws.db")
+    paths: list[Any] = [
+        "link.db",
+        "./memws.db",
+        tmp_path / "memws.db",
+        "folder/memws.db",
+        f"../{tmp_path.name}/memws.db",
+    ]
     for first in ("memws.db", "link.db"):
         with closing(Sqlite(first)) as base:
             base.open()
@@ -645,6 +651,7 @@ async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
 
 DAMAGES = {
     "UPDATE messages SET body = '{' WHERE id = 2": "agent sam: chat message 2 is damaged",
+    "UPDATE agents SET config = '{'": "agent sam: agent 'sam' is damaged: its config cannot be read; a backup is",
     """UPDATE agents SET state = '{"cut":[]}'""": "agent sam: int() argument must be",
     "UPDATE events SET text = '{' WHERE seq = 2": "agent sam: event 2 is damaged; a replay says so in its place",
 }

@@ -423,7 +423,7 @@ def test_an_event_is_its_frame(message_type: str) -> None:
     event = memws.response(message_type, "hi", "t1", 2)
     expected = {"type": "agent_response", "message_type": message_type, "message": "hi", "turn_id": "t1", "step": 2}
     assert (event, memws.kind_of(event)) == (expected, message_type)
-    more = {"time": "2026-11-24T10:00:00.000Z", "agent_name": "sam"}
+    more: JSON = {"time": "2026-11-24T10:00:00.000Z", "agent_name": "sam"}
     more |= {} if message_type in memws.LIVE_TYPES else {"seq": 7}
     sent = memws.decode_json(memws.with_fields(memws.encode_json(event), **more))
     assert sent == expected | more

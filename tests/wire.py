@@ -46,13 +46,10 @@ def check_event(text: str) -> JSON:
     named = f"event_{frame.get('message_type')}" if frame["type"] == "agent_response" else frame["type"]
     _check(frame, "event", named)
     # A conflict shows the stored value, which is no input.
-    if (is_error(frame) or frame.get("ok") is False) and frame.get("error", {}).get("code") != "conflict":
+    is_error = frame["type"] in ("server_error", "agent_response_error") or frame.get("ok") is False
+    if is_error and frame.get("error", {}).get("code") != "conflict":
         assert size <= MAX_ERROR_BYTES
     return frame
-
-
-def is_error(frame: JSON) -> bool:
-    return frame["type"] in ("server_error", "agent_response_error")
 
 
 def is_terminal(frame: JSON) -> bool:
