@@ -89,7 +89,7 @@ class Lab:
             cells=[nbformat.v4.new_code_cell(cell) for cell in cells],  # type: ignore[no-untyped-call]
             metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
         )
-        nbformat.write(content, path)
+        nbformat.write(content, path)  # type: ignore[no-untyped-call]
         context = self._browser.new_context(viewport={"width": 1400, "height": 1000})
         context.route(lambda url: urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"), self._block)
         return Notebook(self, context.new_page(), path)

@@ -48,7 +48,8 @@ pages and too_large: server test_lists_hold_what_a_frame_can_hold test_an_answer
   test_get_context_and_get_request_page_their_messages
 requests are taken up in order, compact beside them: server test_answers_come_in_the_order_sent test_compact; embeddings
   test_a_search_waits_beside_its_session
-id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused test_an_id_is_kept_as_it_came
+id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused
+  test_an_id_is_kept_as_it_came
 agent_name, agent_id: server test_naming_an_agent_does_not_switch test_without_an_agent_nothing_is_current
 when_busy: server test_when_busy
 every command: wire test_the_protocol_is_that_of_the_contract test_schema_and_check_agree_on_every_field
@@ -56,7 +57,8 @@ create, load, config, names: server test_create_agent test_load_agent test_names
   test_create_agent_warns_of_what_it_ignores
 hello, list, get, update: server test_hello_and_the_message_types test_list_agents_and_get_agent_tell_what_runs
   test_update_agent
-rename, delete, restore, purge: server test_an_agent_that_is_renamed_deleted_and_restored ; machine test_whatever_clients_do; store test_a_purged_agent_is_gone
+rename, delete, restore, purge: server test_an_agent_that_is_renamed_deleted_and_restored; machine
+  test_whatever_clients_do; store test_a_purged_agent_is_gone
 messages and search: server test_get_messages_pages_backwards test_search_memory; store test_search_is_filtered
 blocks and passages: server test_edits_of_memory
 wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_message

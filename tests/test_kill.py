@@ -59,7 +59,7 @@ def saw(kind: str, text: str = "") -> Callable[[JSON], bool]:
 
 SAY = Reply(calls=[("send_message", {"message": "A long answer that is seen piece by piece. " * 20})], stall_after=20)
 INSERT = ("archival_memory_insert", {"content": "The key is under the mat"})
-EDITS = [("core_memory_append", {"name": "human", "content": "Name: Ada"}), INSERT]
+EDITS: list[Any] = [("core_memory_append", {"name": "human", "content": "Name: Ada"}), INSERT]
 EDITS += [("send_message", {"message": "Noted."}), ("conversation_search", {"query": "gap", "request_heartbeat": True})]
 MAY_I, REALLY = ("ask", {"question": "May I?"}), {"question": "Really?"}
 HELD, ASK, LATER = Reply("x", hold=True), "Running ask(", "Running ask_later("

@@ -200,7 +200,7 @@ class Bench:
     async def kill(self, agent: memws.Agent, turn: memws.Turn, after: int) -> memws.Agent:
         """Abandon a turn after so many events, as a killed process does; the agent, opened anew."""
         running, count = asyncio.create_task(agent.turn(turn)), itertools.count()
-        agent.memory.emit = lambda _: running.cancel() if next(count) == after else None
+        agent.memory.emit = lambda _: running.cancel() if next(count) == after else None  # type: ignore[assignment]
         await asyncio.wait([running])
         agent = await self.lab.open(agent.name)
         stored = await self.lab.events(agent, turn.turn_id)

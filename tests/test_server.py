@@ -81,7 +81,7 @@ def ends_of(frames: list[JSON]) -> dict[Any, str]:
     """Why each message that has an id ended: a stop reason, or the code of an error."""
     ends = [frame for frame in frames if is_terminal(frame)]
     assert len(ends) == len({frame.get("id") for frame in ends}), "a message has two terminal frames"
-    return {frame.get("id"): frame.get("code", frame["stop_reason"]) for frame in ends}
+    return {frame.get("id"): frame.get("code") or frame["stop_reason"] for frame in ends}
 
 
 # ---- agents ----------------------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ async def test_bad_configs_change_nothing(server: Server) -> None:
                 error = await client.refused("create_agent", config=config)
                 assert error["code"] == code, config
                 assert next(iter(config)).removesuffix("s") in error["message"]
-        for config in (None, [], "sam", 1):
-            answer = await client.misread({"type": "command", "command": "create_agent", "id": 1, "config": config})
+        for other in (None, [], "sam", 1):
+            answer = await client.misread({"type": "command", "command": "create_agent", "id": 1, "config": other})
             assert (answer["code"], answer["id"], "config" in answer["message"]) == ("bad_field", 1, True)
         assert (await client.ok("list_agents"))["total"] == 0
 
@@ -288,8 +288,8 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
         request = endpoint.requests[-1]
         assert (request["temperature"], request["top_p"], "seed" in request) == (0.5, 1, False)
         assert request["messages"][0]["content"].startswith("Be brief.")
-        for config in ({"max_steps": 0}, {"context_window": 99}, {"tools": ["x"]}, {"settings": {"top_p": 2}}):
-            assert (await client.refused("update_agent", config=config))["code"] == "bad_config"
+        for wrong in ({"max_steps": 0}, {"context_window": 99}, {"tools": ["x"]}, {"settings": {"top_p": 2}}):
+            assert (await client.refused("update_agent", config=wrong))["code"] == "bad_config"
         assert (await client.ok("get_agent"))["settings"] == updated["settings"]
 
 
@@ -497,8 +497,9 @@ async def test_timed_heartbeats(server: Server, endpoint: Endpoint, monkeypatch:
         assert ("id" in frames[0], frames[-1]["stop_reason"]) == (False, "done")
         assert of_kind(frames, "user_message") + of_kind(frames, "assistant_message") == []
         await owner.nothing_more()
-        live = server.agents.live["sam"]
-        assert live._timer is None or live._timer.cancelled()  # it rests until a user speaks
+        agents: Any = server.agents
+        timer = agents.live["sam"]._timer
+        assert timer is None or timer.cancelled()  # it rests until a user speaks
 
 
 # ---- frames ----------------------------------------------------------------------------------------------------------
@@ -916,7 +917,7 @@ async def test_an_unknown_seq_subscribes_nothing(client: Wire, server: Server) -
     """An `after` above the last seq, negative or no integer is unknown_seq with the last seq; nothing is subscribed."""
     async with wire(server, "*") as other:
         last = (await client.turn("hi"))[-1]["seq"]
-        for after in (-1, 99, "0", 1.5, True, [], {}, 2**60):
+        for after in list[Any]([-1, 99, "0", 1.5, True, [], {}, 2**60]):
             error = await other.refused("subscribe", agent_name="sam", after=after)
             assert (error["code"], error["last_seq"]) == ("unknown_seq", last)
         await client.turn("hi")

@@ -191,7 +191,7 @@ async def wire(server: Any, *types: str, **options: Any) -> AsyncIterator[Wire]:
 
 def shape(frames: Iterable[JSON]) -> list[tuple[str, str]]:
     """(kind, message) of frames, to be compared as a whole."""
-    return [(frame.get("message_type", frame["type"]), frame.get("message", "")) for frame in frames]
+    return [(frame.get("message_type") or frame["type"], frame.get("message", "")) for frame in frames]
 
 
 def of_kind(frames: Iterable[JSON], *kinds: str) -> list[JSON]:
