@@ -1485,7 +1485,16 @@ def store_error(error: BaseException) -> BaseException:
 
 P = ParamSpec("P")
 Job = Callable[[SqlConnection], Any]
-WriteJob = tuple[Job, concurrent.futures.Future[Any]]
+WriteJob = tuple[Job, asyncio.Future[Any]]
+
+
+def settle(results: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+    """Give futures their result or their error, on their loop, where somebody still waits."""
+    for done, result, error in results:
+        if error is not None and not done.done():
+            done.set_exception(error)
+        elif not done.done():
+            done.set_result(result)
 Method = Callable[Concatenate[Any, SqlConnection, P], T]
 AwaitedMethod = Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]
 
@@ -1532,10 +1541,9 @@ class Store:
             raise StoreFailed("the database is closed")
         if not writing and not self._database.memory:  # that has one connection only, so its thread reads too
             return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, job)
-        done: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        done.set_running_or_notify_cancel()  # a caller that is cancelled does not take it back
-        self._jobs.put((job, done))
-        return await asyncio.wrap_future(done)
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._jobs.put((job, done))  # a caller that is cancelled does not take it back
+        return await done
 
     def _read(self, job: Job) -> Any:
         try:
@@ -1563,11 +1571,10 @@ class Store:
                 outcomes = [self._write(job) for job, _ in jobs]
         except Exception as error:  # whatever it was, nothing of this batch is on disk, and everybody hears it
             outcomes = [(None, error)] * len(jobs)
-        for (_, done), (result, failure) in zip(jobs, outcomes, strict=True):
-            if failure is None:
-                done.set_result(result)
-            else:
-                done.set_exception(failure)
+        results = [(done, *outcome) for (_, done), outcome in zip(jobs, outcomes, strict=True)]
+        for loop in {done.get_loop() for _, done in jobs}:  # each is woken once
+            with contextlib.suppress(RuntimeError):  # it is gone, and nobody waits
+                loop.call_soon_threadsafe(settle, [result for result in results if result[0].get_loop() is loop])
 
     def _write(self, job: Job) -> tuple[Any, BaseException | None]:
         """(result, error) of one job."""
@@ -2706,19 +2713,22 @@ class OpenAIModel:
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
         has_words, is_over, now = False, False, asyncio.get_running_loop().time
         try:
-            async with self.endpoint.client() as client, await self._post(client, body) as stream:
-                async with asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit:  # its taker awaits nothing else
-                    async for chunk in self._chunks(stream.response):
-                        if chunk.get("error"):
-                            raise import_openai().APIError("", stream.response.request, body=chunk["error"])
-                        if not has_words:
-                            await self.endpoint.step_aside()
-                        choices = chunk.get("choices") or ()
-                        is_over = is_over or any(each.get("finish_reason") or "message" in each for each in choices)
-                        has_words, patience = True, END_PATIENCE if is_over else self.endpoint.idle_timeout
-                        if abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
-                            limit.reschedule(now() + patience)
-                        yield chunk
+            async with (
+                self.endpoint.client() as client,
+                asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit,  # whoever takes the chunks awaits nothing else
+                await self._post(client, body) as stream,
+            ):
+                async for chunk in self._chunks(stream.response):
+                    if chunk.get("error"):
+                        raise import_openai().APIError("", stream.response.request, body=chunk["error"])
+                    if not has_words:
+                        await self.endpoint.step_aside()
+                    choices = chunk.get("choices") or ()
+                    is_over = is_over or any(each.get("finish_reason") or "message" in each for each in choices)
+                    has_words, patience = True, END_PATIENCE if is_over else self.endpoint.idle_timeout
+                    if abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
+                        limit.reschedule(now() + patience)
+                    yield chunk
         except Exception as error:  # transports raise errors of many libraries
             if not is_over:  # else all was said, and only the end of the stream is missing
                 raise self._failure(error, has_words) from None
@@ -2730,8 +2740,7 @@ class OpenAIModel:
         await self.endpoint.step_aside()
         options: JSON = {"options": {"headers": {"Content-Type": "application/json"}}, "cast_to": object}
         options |= {"stream": True, "stream_cls": import_openai().AsyncStream[object]}
-        async with asyncio.timeout(FIRST_TOKEN_TIMEOUT):
-            return await client.post("/chat/completions", content=body.encode(), **options)
+        return await client.post("/chat/completions", content=body.encode(), **options)
 
     async def _chunks(self, response: Any) -> AsyncGenerator[JSON, None]:
         """The chunks of an answer, of which there is one where the endpoint does not stream. Raises ModelError.

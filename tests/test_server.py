@@ -160,7 +160,7 @@ async def test_bad_configs_change_nothing(server: Server) -> None:
                 error = await client.refused("create_agent", config=config)
                 assert error["code"] == code, config
                 assert next(iter(config)).removesuffix("s") in error["message"]
-        for other in (None, [], "sam", 1):
+        for other in list[Any]([None, [], "sam", 1]):
             answer = await client.misread({"type": "command", "command": "create_agent", "id": 1, "config": other})
             assert (answer["code"], answer["id"], "config" in answer["message"]) == ("bad_field", 1, True)
         assert (await client.ok("list_agents"))["total"] == 0
@@ -497,8 +497,7 @@ async def test_timed_heartbeats(server: Server, endpoint: Endpoint, monkeypatch:
         assert ("id" in frames[0], frames[-1]["stop_reason"]) == (False, "done")
         assert of_kind(frames, "user_message") + of_kind(frames, "assistant_message") == []
         await owner.nothing_more()
-        agents: Any = server.agents
-        timer = agents.live["sam"]._timer
+        timer = vars(server.agents)["live"]["sam"]._timer
         assert timer is None or timer.cancelled()  # it rests until a user speaks
 
 
