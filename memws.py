@@ -5,7 +5,7 @@
 # dependencies = [
 #     "websockets>=17.0",
 #     "openai>=2.16",
-#     "ipywidgets>=8.0.3",
+#     "ipywidgets>=8.1",
 #     "json-repair>=0.40",
 #     "nest-asyncio>=1.5.6; python_version < '3.14'",
 #     "nest-asyncio2>=1.7; python_version >= '3.14'",
