@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Self
 
 # A child that leads a session takes the terminal as its own, so that Ctrl-C reaches it; then it becomes the program.
-_LEAD = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+# What a shell starts in the background ignores SIGINT, and so would all that it starts.
+_LEAD = """
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Terminal:
