@@ -1402,7 +1402,7 @@ class Sqlite:
 
     def connect(self) -> SqlConnection:
         """A connection that leaves transactions to us and may be used and closed by any thread."""
-        connection = sqlite3.connect(self.path, BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a bad byte ends nothing
         self._connections.append(connection)
         return connection
@@ -1411,7 +1411,7 @@ class Sqlite:
         """Keep other servers off through a lock on a file beside it, which ends with the process."""
         path = f"{self.path}.lock"
         make_private(path)
-        lock = sqlite3.connect(path, 0, isolation_level=None, check_same_thread=False)
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._connections.insert(0, lock)  # closed last
         try:
             lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
