@@ -1495,6 +1495,8 @@ def settle(results: Iterable[tuple[asyncio.Future[Any], Any, BaseException | Non
             done.set_exception(error)
         elif not done.done():
             done.set_result(result)
+
+
 Method = Callable[Concatenate[Any, SqlConnection, P], T]
 AwaitedMethod = Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]
 
