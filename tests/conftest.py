@@ -3,11 +3,12 @@
 import os
 import re
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from agents import Lab
 from endpoint import Endpoint
 
 import memws
@@ -49,6 +50,25 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     for server in started:
         server.stop()
     assert [thread.name for thread in set(threading.enumerate()) - before if thread.name.startswith("memws")] == []
+
+
+@pytest.fixture
+def online(serve: Callable[..., Any], endpoint: Endpoint) -> Callable[..., Any]:
+    """Starts servers whose model is the scripted endpoint."""
+    return lambda **options: serve(base_url=endpoint.url, model="test-model", api_key="key", **options)
+
+
+@pytest.fixture
+async def lab(endpoint: Endpoint) -> AsyncIterator[Lab]:
+    """A database in memory and the models of the endpoint."""
+    async with Lab(endpoint) as lab:
+        yield lab
+
+
+@pytest.fixture
+async def agent(lab: Lab) -> memws.Agent:
+    """An agent of the lab."""
+    return await lab.create()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -101,6 +101,18 @@ def greet(body: Body) -> Reply:
     return Reply("Hello!")
 
 
+def say(*texts: str, **more: Any) -> Reply:
+    """A reply through `send_message`, once for each text."""
+    return Reply(calls=[("send_message", {"message": text}) for text in texts], **more)
+
+
+def echo(body: Body) -> Reply:
+    """Say what the user said last."""
+    packed = "\n".join(message["content"] for message in body["messages"] if message["role"] == "user")
+    said = [event for event in map(json.loads, packed.splitlines()) if event["type"] == "user_message"]
+    return say(f"you said {said[-1]['message']}")
+
+
 def _tool_calls(reply: Reply, fresh_ids: Iterator[str]) -> list[Body]:
     calls = []
     for position, (name, arguments) in enumerate(reply.calls):

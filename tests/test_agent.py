@@ -7,7 +7,7 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,6 @@ APPEND: tuple[str, Body] = ("core_memory_append", {"name": "human", "content": "
 HELLO: tuple[str, Body] = ("send_message", {"message": "Hello!"})
 BUSY = Reply(status=503, headers={"Retry-After": "0"})
 OVERFLOW = Reply(status=400, body={"error": {"message": "too long", "code": "context_length_exceeded"}})
-
-
-@pytest.fixture
-async def lab(endpoint: Endpoint) -> AsyncIterator[Lab]:
-    """A database in memory and the models of the endpoint."""
-    async with Lab(endpoint) as lab:
-        yield lab
-
-
-@pytest.fixture
-async def agent(lab: Lab) -> Agent:
-    """An agent of the lab."""
-    return await lab.create()
 
 
 def beat(name: str, /, **arguments: Any) -> tuple[str, Body]:
@@ -384,26 +371,22 @@ async def test_a_reply_without_end_is_cut(
         assert len(turn.texts("internal_monologue")[-1]) == 100_000
 
 
-def test_a_first_message_has_to_be_sent(endpoint: Endpoint) -> None:
+def test_a_first_message_has_to_be_sent(online: Callable[..., Any], endpoint: Endpoint) -> None:
     """run_step's first_message asks again, twice, where send_message is not called, and goes on with what comes then;
     no_verify skips that, and no other turn verifies."""
-    server = memws.WebSocketServer(port=0, db=":memory:", model="test-model", base_url=endpoint.url, api_key="sk-test")
-    first, text, plain = {"first_message": True}, Reply("Hello?"), ["plain_text"]
-    try:
-        server.create_new_agent({"name": "sam"})
-        for answers, options, replies, calls, corrections in (
-            ([text, Reply(calls=[APPEND]), Reply(calls=[HELLO])], first, ["Hello!"], 3, []),
-            ([text] * 3, first, ["Hello?"], 3, ["verify", *plain]),
-            ([Reply(calls=[HELLO, NOTE]), Reply("Noted.")], first, ["Hello!"], 2, []),
-            ([text], {}, ["Hello?"], 1, plain),
-            ([text], first | {"no_verify": True}, ["Hello?"], 1, plain),
-        ):
-            endpoint.script(*answers)
-            count, told = len(endpoint.requests), Told(server.run_step("Hi", **options))
-            assert (told.replies, len(endpoint.requests) - count, told.corrections) == (replies, calls, corrections)
-            assert (told.stop_reason, bool(told.of("memory_change"))) == ("done", calls == 2)
-    finally:
-        server.stop()
+    server, first, text, plain = online(), {"first_message": True}, Reply("Hello?"), ["plain_text"]
+    server.create_new_agent({"name": "sam"})
+    for answers, options, replies, calls, corrections in (
+        ([text, Reply(calls=[APPEND]), Reply(calls=[HELLO])], first, ["Hello!"], 3, []),
+        ([text] * 3, first, ["Hello?"], 3, ["verify", *plain]),
+        ([Reply(calls=[HELLO, NOTE]), Reply("Noted.")], first, ["Hello!"], 2, []),
+        ([text], {}, ["Hello?"], 1, plain),
+        ([text], first | {"no_verify": True}, ["Hello?"], 1, plain),
+    ):
+        endpoint.script(*answers)
+        count, told = len(endpoint.requests), Told(server.run_step("Hi", **options))
+        assert (told.replies, len(endpoint.requests) - count, told.corrections) == (replies, calls, corrections)
+        assert (told.stop_reason, bool(told.of("memory_change"))) == ("done", calls == 2)
 
 
 async def test_three_failed_calls_in_a_row_end_the_turn(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:

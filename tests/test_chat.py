@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 import stat
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from commandline import command, environment, run
-from endpoint import Body, Endpoint, Reply
+from endpoint import Endpoint, Reply, echo, say
 from proxy import Proxy
 from terminal import Terminal
 
@@ -21,42 +20,11 @@ import memws
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
-def say(text: str, **more: Any) -> Reply:
-    return Reply(calls=[("send_message", {"message": text})], **more)
-
-
-def echo(body: Body) -> Reply:
-    """A model that says what the user said."""
-    packed = "\n".join(message["content"] for message in body["messages"] if message["role"] == "user")
-    said = [json.loads(line) for line in packed.splitlines()]
-    return say("you said " + [message["message"] for message in said if message["type"] == "user_message"][-1])
-
-
 @pytest.fixture
-def server(tmp_path: Path, endpoint: Endpoint) -> Iterator[Callable[..., memws.WebSocketServer]]:
-    """Start servers whose model says what the user said, unless the test scripts it."""
+def proxy(online: Callable[..., memws.WebSocketServer], endpoint: Endpoint) -> Iterator[Proxy]:
+    """A breakable way to a server whose model says what the user said, unless the test scripts it."""
     endpoint.default = echo
-    servers: list[memws.WebSocketServer] = []
-
-    def start(port: int = 0) -> memws.WebSocketServer:
-        options: dict[str, Any] = {
-            "base_url": endpoint.url,
-            "model": "test-model",
-            "api_key": "k",
-            "context_window": 30_000,
-        }
-        servers.append(memws.WebSocketServer(port=port, db=str(tmp_path / "memws.db"), **options))
-        return servers[-1].start()
-
-    yield start
-    for each in servers:
-        each.stop()
-
-
-@pytest.fixture
-def proxy(server: Callable[..., memws.WebSocketServer]) -> Iterator[Proxy]:
-    """A breakable way to a server."""
-    with Proxy(server().url) as proxy:
+    with Proxy(online(context_window=30_000).url) as proxy:
         yield proxy
 
 

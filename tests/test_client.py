@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from commandline import Serving
-from endpoint import Body, Endpoint, Reply
+from endpoint import Body, Endpoint, Reply, echo, say
 from proxy import Proxy
 
 import memws
@@ -29,35 +29,16 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memws, "RECONNECT_DELAY", 0.02)
 
 
-def say(text: str, **more: Any) -> Reply:
-    """A reply through send_message."""
-    return Reply(calls=[("send_message", {"message": text})], **more)
-
-
-def echo(body: Body) -> Reply:
-    """A model that says what the user said."""
-    packed = "\n".join(message["content"] for message in body["messages"] if message["role"] == "user")
-    said = [json.loads(line) for line in packed.splitlines()]
-    return say("you said " + [message["message"] for message in said if message["type"] == "user_message"][-1])
-
-
 def remember(number: int) -> tuple[str, Body]:
     """A call after which the model goes on."""
     return "core_memory_append", {"name": "human", "content": f"fact {number}", "request_heartbeat": True}
 
 
-def serving(folder: Path, endpoint: Endpoint, port: int = 0, db: str = "memws.db") -> memws.WebSocketServer:
-    return memws.WebSocketServer(
-        port=port, db=str(folder / db), base_url=endpoint.url, model="test-model", api_key="k", context_window=1_000_000
-    ).start()
-
-
 @pytest.fixture
-def server(tmp_path: Path, endpoint: Endpoint) -> Iterator[memws.WebSocketServer]:
+def server(online: Callable[..., memws.WebSocketServer], endpoint: Endpoint) -> memws.WebSocketServer:
     """A real server whose model says what the user said, unless the test scripts it."""
     endpoint.default = echo
-    yield (server := serving(tmp_path, endpoint))
-    server.stop()
+    return online(context_window=1_000_000)
 
 
 @pytest.fixture
@@ -121,7 +102,7 @@ async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     async with client:
         assert (await client.create_agent("sam"))["agent_name"] == "sam"
         assert await client.ask("hi") == "you said hi"
-        endpoint.script(Reply(calls=[("send_message", {"message": text}) for text in ("one", "two")]))
+        endpoint.script(say("one", "two"))
         assert await client.ask("hi") == "one\ntwo"
         assert client.alive
     assert not client.alive
@@ -398,7 +379,7 @@ async def test_poison_message(proxy: Proxy) -> None:
 async def test_slow_reader_is_bounded(proxy: Proxy, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unread turn and an unread subscription keep FEED_LIMIT events, and get the rest later, in order."""
     monkeypatch.setattr(memws, "FEED_LIMIT", 12)
-    endpoint.script(Reply(calls=[("send_message", {"message": str(n)}) for n in range(30)]))
+    endpoint.script(say(*map(str, range(30))))
     async with memws.Client(proxy.url) as client:
         await client.hello(["assistant_message", "function_message"])
         await client.create_agent("sam")
@@ -476,22 +457,18 @@ async def test_cannot_connect(url: str, words: str, endpoint: Endpoint, monkeypa
 
 
 @pytest.mark.anyio
-async def test_secrets(caplog: pytest.LogCaptureFixture) -> None:
+async def test_secrets(serve: Callable[..., memws.WebSocketServer], caplog: pytest.LogCaptureFixture) -> None:
     """Neither token nor query nor password gets into repr, errors and logs."""
     caplog.set_level(logging.DEBUG)
     assert memws.Client("ws://user:s3cret@host:1/x?token=s3cret#s3cret").url == "ws://host:1/x"
-    server = memws.WebSocketServer(port=0, db=":memory:", token="s3cret").start()
-    try:
-        async with memws.Client(server.url, "s3cret") as client:
+    server = serve(token="s3cret")
+    for url, *token in ((server.url, "s3cret"), (f"{server.url}/?token=s3cret",)):
+        async with memws.Client(url, *token) as client:
             await client.hello()
-        async with memws.Client(f"{server.url}/?token=s3cret") as client:
-            await client.hello()
-        refused = memws.Client(f"{server.url}/?token=s3cre", "s3cre")
-        with pytest.raises(memws.ConnectFailed, match="MEMWS_TOKEN") as caught:
-            await refused.connect()
-        assert caught.value.status == 401
-    finally:
-        server.stop()
+    refused = memws.Client(f"{server.url}/?token=s3cre", "s3cre")
+    with pytest.raises(memws.ConnectFailed, match="MEMWS_TOKEN") as caught:
+        await refused.connect()
+    assert caught.value.status == 401
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("memws")]
     assert lines
     assert "s3cre" not in str(caught.value) + repr(refused) + repr(client) + "".join(lines)

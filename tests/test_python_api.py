@@ -21,8 +21,7 @@ import openai  # noqa: F401 (half a second, once, and not in the turn of some te
 import pytest
 from agents import packed
 from commandline import Serving, environment
-from endpoint import Endpoint, Reply
-from test_server import reply
+from endpoint import Endpoint, Reply, say
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import InvalidStatus
 from wire import JSON, LIMIT, is_terminal, of_kind, shape, wire
@@ -33,12 +32,6 @@ pytestmark = pytest.mark.anyio
 Server = memws.WebSocketServer
 Serve = Callable[..., Server]
 MODULE = Path(memws.__file__)
-
-
-@pytest.fixture
-def online(serve: Serve, endpoint: Endpoint) -> Serve:
-    """Starts a server whose model is the scripted endpoint."""
-    return lambda **options: serve(base_url=endpoint.url, model="test-model", api_key="key", **options)
 
 
 @pytest.fixture
@@ -102,7 +95,7 @@ async def test_start_and_stop(make: Serve) -> None:
 
 async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpoint) -> None:
     """stop leaves no thread and no descriptor of a server with connections, open turns, waiting messages, tools."""
-    endpoint.script(reply("held", hold=True))
+    endpoint.script(say("held", hold=True))
     server = make(model="test-model", base_url=endpoint.url, api_key="key").start()
 
     @server.tool
@@ -230,7 +223,7 @@ async def test_blocking_calls_work_before_start(make: Serve) -> None:
 def test_blocking_calls_work_from_any_thread(online: Serve, endpoint: Endpoint) -> None:
     """Threads that call run_step at the same time get the events of their own turn each."""
     server = online()
-    endpoint.default = lambda body: reply(packed(body, "user_message")[-1]["message"])
+    endpoint.default = lambda body: say(packed(body, "user_message")[-1]["message"])
     server.create_new_agent({"name": "sam"})
     texts = [f"I am {number}" for number in range(8)]
     with ThreadPoolExecutor(len(texts)) as threads:
@@ -408,7 +401,7 @@ async def test_start_server_serves_until_cancelled(make: Serve, capsys: pytest.C
 
 async def test_a_cancel_of_start_server_closes_open_turns(make: Serve, endpoint: Endpoint) -> None:
     """A cancel ends turns as interrupted, refuses steps that wait, and closes clients with 1001."""
-    endpoint.script(reply("held", hold=True))
+    endpoint.script(say("held", hold=True))
     server = make(model="test-model", base_url=endpoint.url, api_key="key")
     async with contextlib.AsyncExitStack() as clients:
         async with running(server):

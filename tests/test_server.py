@@ -12,7 +12,7 @@ from typing import Any
 
 import openai  # noqa: F401 (half a second, once, and not in the turn of some test)
 import pytest
-from endpoint import Endpoint, Reply
+from endpoint import Endpoint, Reply, say
 from wire import JSON, LIMIT, Wire, bare, is_terminal, messages_of, of_kind, seqs, shape, wire
 
 import memws
@@ -21,12 +21,6 @@ pytestmark = pytest.mark.anyio
 
 Server = memws.WebSocketServer
 Serve = Callable[..., Server]
-
-
-@pytest.fixture
-def online(serve: Serve, endpoint: Endpoint) -> Serve:
-    """Starts a server whose model is the scripted endpoint."""
-    return lambda **options: serve(base_url=endpoint.url, model="test-model", api_key="key", **options)
 
 
 @pytest.fixture
@@ -44,12 +38,7 @@ async def client(server: Server) -> AsyncIterator[Wire]:
         yield opened
 
 
-def reply(*texts: str, **more: Any) -> Reply:
-    """An answer through send_message."""
-    return Reply(calls=[("send_message", {"message": text}) for text in texts], **more)
-
-
-HELD = reply("held", hold=True)
+HELD = say("held", hold=True)
 
 
 async def asked(endpoint: Endpoint, count: int) -> None:
@@ -416,7 +405,7 @@ async def test_edits_of_memory(server: Server) -> None:
 async def test_get_context_and_get_request_page_their_messages(server: Server, endpoint: Endpoint) -> None:
     """get_context shows the next request, get_request what was really sent and received, page by page of messages."""
     search = ("conversation_search", {"query": "tea", "request_heartbeat": True})
-    endpoint.script(reply("Noted."), Reply("I look it up", calls=[search]), reply("Nothing."))
+    endpoint.script(say("Noted."), Reply("I look it up", calls=[search]), say("Nothing."))
     async with wire(server) as client:
         await client.ok("create_agent", config={"human": "Likes tea."})
         await client.turn("My cat is called Tom")
@@ -593,7 +582,7 @@ async def test_the_flow_of_memgpt_0_2_7(server: Server, endpoint: Endpoint) -> N
     """MemGPT 0.2.7's own frames work unchanged: create, then messages with agent_name null, answered in its order."""
     append = ("core_memory_append", {"name": "human", "content": "Ada's", "request_heartbeat": True})
     wrong = ("core_memory_append", {"name": "humans", "content": "x"})
-    endpoint.script(Reply("I keep that.", calls=[append, wrong]), reply("Hi!", "Ada!"))
+    endpoint.script(Reply("I keep that.", calls=[append, wrong]), say("Hi!", "Ada!"))
     config = {"name": "agent_1", "persona": "sam_pov", "human": "cs_phd", "model": "test-model", "preset": "chat"}
     async with wire(server) as client:
         await client.send_raw({"type": "command", "command": "create_agent", "config": config})
@@ -1019,7 +1008,7 @@ async def test_a_long_reply_is_cut(online: Serve, endpoint: Endpoint, character:
 async def test_lists_hold_what_a_frame_can_hold(online: Serve, endpoint: Endpoint) -> None:
     """Lists, contexts and requests of long messages come in pages that fit a frame and lead to the next."""
     server = online(context_window=10_000_000)
-    endpoint.default = reply("\u20ac" * 20_000, chunk=20_000)
+    endpoint.default = say("\u20ac" * 20_000, chunk=20_000)
     async with wire(server) as client:
         await client.ok("create_agent", config={})
         for number in range(20):

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -21,19 +21,6 @@ pytestmark = pytest.mark.anyio
 LIMIT = 20.0  # seconds after which a tool that does not end fails its test
 SAID = ("send_message", {"message": "Wait."})
 HEARTBEAT = {"type": "boolean", "description": "run again right after this call"}
-
-
-@pytest.fixture
-async def lab(endpoint: Endpoint) -> AsyncIterator[Lab]:
-    """A database in memory and the models of the endpoint."""
-    async with Lab(endpoint) as lab:
-        yield lab
-
-
-@pytest.fixture
-async def agent(lab: Lab) -> Agent:
-    """An agent of the lab."""
-    return await lab.create()
 
 
 # ---- declarations ----------------------------------------------------------------------------------------------------
@@ -266,9 +253,9 @@ async def test_tools_that_are_late_or_gone(endpoint: Endpoint) -> None:
         assert "too late" not in endpoint.bodies[-1].decode()
 
 
-def test_the_decorator_registers_and_replaces(endpoint: Endpoint) -> None:
+def test_the_decorator_registers_and_replaces(online: Callable[..., Any], endpoint: Endpoint) -> None:
     """@server.tool leaves the function as it is; agents in use call the newest of a name; memory tools stay."""
-    server = memws.WebSocketServer(port=0, db=":memory:", model="test-model", base_url=endpoint.url, api_key="sk-test")
+    server = online()
 
     @server.tool
     def double(number: int) -> int:
@@ -283,19 +270,14 @@ def test_the_decorator_registers_and_replaces(endpoint: Endpoint) -> None:
     assert double(2) == 4
     with pytest.raises(memws.UsageError, match="'send_message' is a memory tool"):
         server.tool(double, name="send_message")
-    try:
-        calls = [("double", {"number": 4}), ("half", {"number": 3})]
-        endpoint.script(Reply(calls=calls), Reply("It is 8 and 1.5."), Reply(calls=calls))
-        server.create_new_agent({"name": "sam", "tools": ["double", "half"]})
-        events = server.run_step("Go")
-        assert results(endpoint.requests[1]) == ["OK: 8", "OK: 1.5"]
-        said = [event["message"] for event in events if event.get("message_type") == "assistant_message"]
-        assert said == ["It is 8 and 1.5."]
-        server.tool(lambda number: "new", name="half")
-        server.run_step("Go")
-        assert results(endpoint.requests[3])[-2:] == ["OK: 8", "OK: new"]
-    finally:
-        server.stop()
+    calls = [("double", {"number": 4}), ("half", {"number": 3})]
+    endpoint.script(Reply(calls=calls), Reply("It is 8 and 1.5."), Reply(calls=calls))
+    server.create_new_agent({"name": "sam", "tools": ["double", "half"]})
+    assert Told(server.run_step("Go")).replies == ["It is 8 and 1.5."]
+    assert results(endpoint.requests[1]) == ["OK: 8", "OK: 1.5"]
+    server.tool(lambda number: "new", name="half")
+    server.run_step("Go")
+    assert results(endpoint.requests[3])[-2:] == ["OK: 8", "OK: new"]
 
 
 # ---- the memory tools ------------------------------------------------------------------------------------------------
