@@ -373,7 +373,43 @@ class Request(NamedTuple):
     raw: bytes
 
 
-class Endpoint:
+class Loopback:
+    """What serves a free loopback port on the loop of its own daemon thread, while the `with` block lasts."""
+
+    port = 0
+
+    def __enter__(self) -> Self:
+        self._news = threading.Condition()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        self._started.wait()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Reset every connection and free the port."""
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        server = await self._listen()
+        self.port = server.sockets[0].getsockname()[1]
+        self._started.set()
+        await self._stopping.wait()
+        server.close()
+        await self._close(server)
+
+    async def _listen(self) -> Any:
+        """A server of asyncio or websockets that listens on 127.0.0.1."""
+        raise NotImplementedError
+
+    async def _close(self, server: Any) -> None:
+        """End the connections, once no new ones come."""
+        raise NotImplementedError
+
+
+class Endpoint(Loopback):
     """An OpenAI-compatible endpoint on a free loopback port, while the `with` block lasts."""
 
     def __init__(self, models: Sequence[str] = ("test-model",), api_key: str | None = None) -> None:
@@ -392,29 +428,15 @@ class Endpoint:
         self.headers: list[dict[str, str]] = []  # their headers, names in lower case
         self.embedding_requests: list[Body] = []  # the same of embeddings
         self.refusals: list[str] = []  # why requests were refused by the strict checks; a good client leaves it empty
-        self.port = 0
         self._script: deque[Answer] = deque()
         self._fresh_ids = (f"call_{number:024}" for number in itertools.count(1))
         self._gates: set[asyncio.Event] = set()
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
-        self._arrived = threading.Condition()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="endpoint", daemon=True)
 
     @property
     def url(self) -> str:
         """The base URL for clients."""
         return f"http://127.0.0.1:{self.port}/v1"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        self._started.wait()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        """Reset every connection and free the port."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
 
     def script(self, *answers: Answer) -> None:
         """Queue answers for the requests to come; a refused request uses none."""
@@ -439,8 +461,8 @@ class Endpoint:
         self._wait(self.embedding_requests, count, timeout)
 
     def _wait(self, requests: list[Body], count: int, timeout: float) -> None:
-        with self._arrived:
-            if not self._arrived.wait_for(lambda: len(requests) >= count, timeout):
+        with self._news:
+            if not self._news.wait_for(lambda: len(requests) >= count, timeout):
                 raise TimeoutError(f"{len(requests)} of {count} requests arrived in {timeout} s")
 
     def _open_gates(self) -> None:
@@ -448,14 +470,10 @@ class Endpoint:
             gate.set()
         self._gates.clear()
 
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopping = asyncio.Event()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
-        self.port = server.sockets[0].getsockname()[1]
-        self._started.set()
-        await self._stopping.wait()
-        server.close()
+    async def _listen(self) -> asyncio.Server:
+        return await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
+
+    async def _close(self, server: asyncio.Server) -> None:
         for _ in range(5):  # what was accepted just now gets its task
             await asyncio.sleep(0)
         while self._connections:
@@ -525,12 +543,12 @@ class Endpoint:
             self.refusals.append(str(refusal))
             raise
         finally:
-            with self._arrived:
+            with self._news:
                 if is_chat:
                     self.bodies.append(request.raw)
                     self.headers.append(request.headers)
                 (self.requests if is_chat else self.embedding_requests).append(body)
-                self._arrived.notify_all()
+                self._news.notify_all()
         return body
 
     def _chat(self, body: Body) -> tuple[Reply, Body | list[Body]]:

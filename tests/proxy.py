@@ -1,16 +1,15 @@
-"""A WebSocket proxy in front of a real server: it records both directions, cuts, refuses, swallows and puts in frames.
+"""A WebSocket proxy in front of a real server: it records both directions, cuts, refuses, swallows and replaces frames.
 
-It runs on the loop of its own daemon thread, so a test may block on it. In async tests, call `wait` through
-`asyncio.to_thread`.
+A test may block on it; in async tests, call `wait` through `asyncio.to_thread`.
 """
 
 import asyncio
 import contextlib
 import json
-import threading
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
+from endpoint import Loopback
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
@@ -22,12 +21,11 @@ Pass = list[str | bytes] | None
 """What a hook makes of a frame: None lets it pass, a list takes its place."""
 
 
-class Proxy:
+class Proxy(Loopback):
     """A proxy to `upstream` (a ws:// address), while the `with` block lasts."""
 
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream
-        self.port = 0
         self.refuses: int | None = None  # the HTTP status for new connections; None: they pass
         self.sent: list[Frame] = []  # frames of clients, in order of arrival
         self.received: list[Frame] = []  # frames of the server, in order of arrival
@@ -35,37 +33,21 @@ class Proxy:
         self.on_sent: Callable[[Frame], bool] = lambda frame: True  # whether a client's frame goes on to the server
         self.on_received: Callable[[Frame], Pass] = lambda frame: None  # what the client gets in place of a frame
         self._pairs: dict[ServerConnection, ClientConnection] = {}
-        self._news = threading.Condition()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="proxy", daemon=True)
 
     @property
     def url(self) -> str:
         """The address for clients."""
         return f"ws://127.0.0.1:{self.port}"
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        self._started.wait()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
-
     def cut(self) -> None:
         """Break the connection off, without a closing handshake, once there is one; on a loop, through `to_thread`."""
         self.wait(lambda: self._pairs)
-        asyncio.run_coroutine_threadsafe(self._cut(), self._loop).result()
+        self._loop.call_soon_threadsafe(self.abort)
 
     def abort(self) -> None:
         """The same for hooks, which run on the proxy's own loop."""
         for client in list(self._pairs):
             client.transport.abort()
-
-    def inject(self, *frames: str | bytes) -> None:
-        """Send these to every client."""
-        asyncio.run_coroutine_threadsafe(self._inject(frames), self._loop).result()
 
     def wait(self, condition: Callable[[], object], timeout: float = 10) -> None:
         """Block until a condition on `sent`, `received` and `connected` holds. Raises TimeoutError."""
@@ -73,23 +55,12 @@ class Proxy:
             if not self._news.wait_for(condition, timeout):
                 raise TimeoutError(f"sent: {self.sent[-3:]}, received: {self.received[-3:]}")
 
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._stopping = asyncio.Event()
-        server: Server = await serve(
-            self._connection,
-            "127.0.0.1",
-            0,
-            process_request=self._gate,
-            compression=None,
-            max_size=None,
-            close_timeout=0.2,
-        )
-        self.port = server.sockets[0].getsockname()[1]
-        self._started.set()
-        await self._stopping.wait()
-        await self._cut()
-        server.close()
+    async def _listen(self) -> Server:
+        options: dict[str, Any] = {"compression": None, "max_size": None, "close_timeout": 0.2}
+        return await serve(self._connection, "127.0.0.1", 0, process_request=self._gate, **options)
+
+    async def _close(self, server: Server) -> None:
+        self.abort()
         await server.wait_closed()
 
     def _gate(self, connection: ServerConnection, request: Request) -> Response | None:
@@ -137,11 +108,3 @@ class Proxy:
                 with self._news:
                     self.received.append(frame)
                     self._news.notify_all()
-
-    async def _cut(self) -> None:
-        self.abort()
-
-    async def _inject(self, frames: tuple[str | bytes, ...]) -> None:
-        for client in list(self._pairs):
-            for frame in frames:
-                await client.send(frame)
