@@ -9,9 +9,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -46,9 +46,8 @@ class Lab:
         environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "HOME": str(folder)}
         options = [f"--port={port}", "--ip=127.0.0.1", "--no-browser", "--allow-root", "--expose-app-in-browser",
                    "--IdentityProvider.token=", f"--ServerApp.root_dir={folder / 'work'}"]  # fmt: skip
-        with (folder / "lab.log").open("wb") as log:
-            command = [sys.executable, "-m", "jupyterlab", *options]
-            self._server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "jupyterlab", *options]
+        self._server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
             self._await_server()
             self._playwright = sync_playwright().start()
@@ -58,15 +57,21 @@ class Lab:
             raise
 
     def _await_server(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/api", timeout=5).close()  # noqa: S310 (our own address)
-                return
-            except OSError:
-                if time.monotonic() > deadline or self._server.poll() is not None:
-                    raise RuntimeError((self.folder / "lab.log").read_text("utf-8")) from None
-                time.sleep(0.1)
+        """Wait for the line of the log that names the address."""
+        self._log: list[bytes] = []
+        listens = threading.Event()
+        threading.Thread(target=self._read, args=(listens,), daemon=True).start()
+        if not listens.wait(60) or self._server.poll() is not None:
+            raise RuntimeError(b"".join(self._log).decode())
+
+    def _read(self, listens: threading.Event) -> None:
+        assert self._server.stderr is not None
+        with self._server.stderr as log:
+            for line in log:
+                self._log.append(line)
+                if f"{self.url}/lab".encode() in line:
+                    listens.set()
+        listens.set()  # it has ended
 
     def close(self) -> None:
         """End browser, server and kernels."""
