@@ -52,9 +52,10 @@ that comes over the wire (there is none), several servers on one database.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import cmd
-import collections
+import collections.abc
 import concurrent.futures
 import contextlib
 import datetime
@@ -63,9 +64,7 @@ import errno
 import functools
 import hashlib
 import heapq
-import hmac
 import html
-import http
 import importlib.util
 import inspect
 import io
@@ -90,36 +89,17 @@ import types
 import typing
 import unicodedata
 import urllib.parse
-import uuid
 import weakref
 import zlib
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
-from websockets.asyncio.server import Server as WebSocketListener
+import websockets.asyncio.server
+from websockets import http11
+from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import ServerConnection
-from websockets.asyncio.server import serve as websocket_serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
-from websockets.http11 import Request as HandshakeRequest
-from websockets.http11 import Response as HandshakeResponse
-
-if typing.TYPE_CHECKING:
-    import argparse
-
-    from websockets.asyncio.client import ClientConnection
 
 __all__ = [
     # 1. Constants
@@ -1531,7 +1511,7 @@ class Store:
         self._connection = database.open()
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
         self._local = threading.local()  # .connection: of a reader's thread
-        self._readers = ThreadPoolExecutor(READERS, "memws-reader")
+        self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
         self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
         self._writer.start()
         self._closed = False
@@ -2625,7 +2605,7 @@ class Endpoint:
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
 
     @contextlib.asynccontextmanager
-    async def client(self) -> AsyncIterator[Any]:
+    async def client(self) -> AsyncGenerator[Any, None]:
         """The openai client for one request. Raises UsageError where the package is missing."""
         async with self._making:
             client = next((client for client, count in self._clients.items() if count < CLIENT_REQUESTS), None)
@@ -3312,7 +3292,7 @@ class Transaction:
                 self.memory.lock.release()
 
     @contextlib.asynccontextmanager
-    async def apart(self) -> AsyncIterator[None]:
+    async def apart(self) -> AsyncGenerator[None, None]:
         """Store and tell what there is so far, and begin anew after the block, which is part of no transaction."""
         await self.__aexit__(None)
         try:
@@ -4488,7 +4468,7 @@ class LoopThread:
             self.thread.join(CLOSE_TIMEOUT + 1.0)
 
 
-class Stream(AsyncIterator[Frame]):
+class Stream(collections.abc.AsyncIterator[Frame]):
     """The events of an agent, without end, or those of one turn, from its start or refusal to its terminal frame.
 
     They come in order, each stored one once. After a broken connection, and when a slow reader has emptied the
@@ -4693,7 +4673,8 @@ class Client:
     ) -> Stream:
         """Send a user message, to the current agent if none is named, and give its turn, to be iterated once.
         Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn."""
-        about = {"turn_id": turn_id or uuid.uuid4().hex, "agent_name": self._named(agent_name), "when_busy": when_busy}
+        turn_id = turn_id or secrets.token_hex(16)
+        about = {"turn_id": turn_id, "agent_name": self._named(agent_name), "when_busy": when_busy}
         return Stream(self, {"type": "user_message", "id": next(self._ids), "message": message, **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue") -> str:
@@ -4722,7 +4703,7 @@ class Client:
             if not stream.turn_id and stream.agent_name == self._named(agent_name):
                 stream._end()
 
-    async def _run(self, websocket: ClientConnection) -> None:
+    async def _run(self, websocket: Connection) -> None:
         """Keep a connection until the client is closed or gives up; then whatever waits fails."""
         error: MemwsError = ConnectionLost(self.url)
         try:
@@ -4742,7 +4723,7 @@ class Client:
         logger.info("connection to %s %s", self.url, state)
         asyncio.get_running_loop().call_soon(self._on_state, state)  # what it raises must not end the connection
 
-    async def _converse(self, websocket: ClientConnection) -> None:
+    async def _converse(self, websocket: Connection) -> None:
         """One connection: it is asked again for what the last one knew; this task reads, another writes."""
         outbox = self._outbox = asyncio.Queue()
         writer = asyncio.create_task(self._write(websocket, outbox))
@@ -4763,7 +4744,7 @@ class Client:
                         await websocket.send(outbox.get_nowait())
             await websocket.close()
 
-    async def _write(self, websocket: ClientConnection, outbox: asyncio.Queue[str]) -> None:
+    async def _write(self, websocket: Connection, outbox: asyncio.Queue[str]) -> None:
         with contextlib.suppress(ConnectionClosed):
             while True:
                 await websocket.send(await outbox.get())
@@ -4779,7 +4760,7 @@ class Client:
             if stream._state != "behind":  # else once its reader is back
                 stream._ask()
 
-    async def _dial(self) -> ClientConnection:
+    async def _dial(self) -> Connection:
         """One attempt to connect. Raises ConnectFailed, which shows nothing of the address but its public part."""
         from websockets.asyncio.client import connect  # 4 ms of every import otherwise
 
@@ -4807,7 +4788,7 @@ class Client:
                 advice = "start the server with `python memws.py`"
         raise ConnectFailed(self.url, advice, status)
 
-    async def _redial(self) -> ClientConnection:
+    async def _redial(self) -> Connection:
         """Connect again, later and later, until time is over (ConnectionLost) or we are refused (ConnectFailed)."""
         deadline = time.monotonic() + (math.inf if self._reconnect is True else self._reconnect)
         delay = RECONNECT_DELAY
@@ -6641,7 +6622,7 @@ class Gate:
         names = (options.host, *options.allow_host, *(origin.rpartition("//")[2] for origin in self._origins))
         self._hosts = {"localhost", "127.0.0.1", "[::1]", *(_host_of(url_host(name.strip())) for name in names)} - {""}
 
-    def problem(self, request: HandshakeRequest, *, public: bool) -> tuple[int, str] | None:
+    def problem(self, request: http11.Request, *, public: bool) -> tuple[int, str] | None:
         """(HTTP status, reason) for a request that may not pass; what is public needs no token and no known Origin."""
         hosts, origins = request.headers.get_all("Host"), request.headers.get_all("Origin")
         if len(hosts) != 1:
@@ -6655,7 +6636,7 @@ class Gate:
         if len(origins) > 1 or not all(map(self._may_origin, origins)):
             return 403, "pages of this Origin may not connect; allow them with --allow-origin"
         token = self._token
-        if token is not None and not any(hmac.compare_digest(secret, token) for secret in _secrets(request)):
+        if token is not None and not any(secrets.compare_digest(secret, token) for secret in _secrets(request)):
             return 401, "a token is needed: send it as Authorization: Bearer, as subprotocol memws, or as ?token="
         return None
 
@@ -6668,7 +6649,7 @@ class Gate:
         return value.lower() in self._origins or (scheme in ("http", "https") and bool(separator) and self._may(host))
 
 
-def _secrets(request: HandshakeRequest) -> list[bytes]:
+def _secrets(request: http11.Request) -> list[bytes]:
     """All that a request shows as the token."""
     headers = request.headers
     texts = [value[7:].strip() for value in headers.get_all("Authorization") if value[:7].lower() == "bearer "]
@@ -6816,7 +6797,7 @@ class LiveAgent:
         return self.agent
 
     @contextlib.asynccontextmanager
-    async def editing(self) -> AsyncIterator[Agent]:
+    async def editing(self) -> AsyncGenerator[Agent, None]:
         """Around an edit from outside. Raises as fresh()."""
         try:
             yield await self.fresh()
@@ -7627,7 +7608,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     return None
 
 
-async def wait_until(end: float, works: Iterable[Awaitable[Any]]) -> None:
+async def wait_until(end: float, works: Iterable[collections.abc.Awaitable[Any]]) -> None:
     """Wait for all of them, until that time of the loop; those that have not ended by then are cancelled."""
     if tasks := [asyncio.ensure_future(work) for work in works]:
         _, late = await asyncio.wait(tasks, timeout=max(0.0, end - asyncio.get_running_loop().time()))
@@ -7681,7 +7662,7 @@ class WebSocketServer:
         self.agents: Agents | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sockets: list[socket.socket] = []
-        self._listeners: list[WebSocketListener] = []
+        self._listeners: list[websockets.asyncio.server.Server] = []
         self._numbers = itertools.count(1)
         self._closing = False
         self._over: concurrent.futures.Future[None] = concurrent.futures.Future()  # done once the server is closed
@@ -7760,7 +7741,7 @@ class WebSocketServer:
         self._bind()
         self._loop, agents = asyncio.get_running_loop(), self.open()
         for bound in self._sockets:
-            listener = await websocket_serve(
+            listener = await websockets.asyncio.server.serve(
                 self.handle_client,
                 sock=bound,
                 process_request=self._process_request,
@@ -7796,20 +7777,20 @@ class WebSocketServer:
                     logger.warning("session %d takes nothing and is closed", session.number)
                     session.spawn(websocket.close(TRY_AGAIN_LATER, "this client takes nothing; connect again"))
 
-    def _process_request(self, connection: ServerConnection, request: HandshakeRequest) -> HandshakeResponse | None:
+    def _process_request(self, connection: ServerConnection, request: http11.Request) -> http11.Response | None:
         """The gate, before the upgrade, and what plain HTTP gets."""
         public = request.path.partition("?")[0] == "/healthz"
         problem = self._gate.problem(request, public=public)
         if problem is None and public:
             token = {"token": True} if self.options.token is not None else {}
             body = encode_json({"status": "ok", "version": __version__, **token})
-            response = connection.respond(http.HTTPStatus.OK, body)
+            response = connection.respond(200, body)
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "application/json"
             return response
         if problem is None and len(self.clients) >= self.options.max_connections:
             problem = 503, f"all {self.options.max_connections} connections are taken; try again later"
-        return None if problem is None else connection.respond(http.HTTPStatus(problem[0]), f"{problem[1]}\n")
+        return None if problem is None else connection.respond(problem[0], f"{problem[1]}\n")
 
     def register_client(self, websocket: ServerConnection) -> Session:
         session = self.clients[websocket] = Session(self.open(), websocket, next(self._numbers))
@@ -8188,7 +8169,7 @@ class Chat(cmd.Cmd):
 
     def _talk(self, text: str) -> None:
         """Send a message and show its turn; Ctrl-C cancels it, a second one leaves."""
-        turn_id, view = uuid.uuid4().hex, TurnView(self.screen)
+        turn_id, view = secrets.token_hex(16), TurnView(self.screen)
         self._own_turns.add(turn_id)
         turn: BlockingTurn | None = None
         while True:
@@ -8500,7 +8481,6 @@ def _add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The commands, each with its flags and words; `run` of what it parses carries it out."""
-    import argparse  # 5 ms of every import otherwise
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
