@@ -8,7 +8,8 @@ import pytest
 
 COMMAND_LINE = """
 flags, variables, help: cli test_help test_flags_and_variables test_bad_values test_repeatable_and_empty_flags
-the model that a key, an address or nothing chooses: cli test_key_decides_the_model test_endpoint_without_a_choice
+the model that a key, an address or nothing chooses: llm test_the_default_model; docs test_serve_commands; cli
+  test_endpoint_without_a_choice
 the first line names the address; signals close cleanly: cli test_serving test_signals; kill
   test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
 one sentence, exit 2, no traceback: cli test_refusals test_taken test_missing_package
@@ -17,7 +18,7 @@ check, export, import, backup, beside a server: keeping test_damage test_an_impo
   test_beside_a_server
 former exports are read, a former database is refused: store test_a_former_export_is_read
   test_what_is_no_database_of_ours_is_left_alone
-the file alone serves; two copies do not meet: cli test_copied_alone test_import test_two_copies_in_one_process
+the file alone serves; two copies do not meet: cli test_copied_alone test_two_copies_in_one_process
 the protocol as JSON Schema: cli test_protocol; wire test_the_protocol_is_that_of_the_contract
 """
 PYTHON = """
@@ -36,12 +37,11 @@ a cell that runs again, reload, a held port: python_api test_a_cell_that_runs_ag
 server.tool: tools test_the_decorator_registers_and_replaces test_tools_in_a_turn
 Client, connect: client test_ask test_blocking test_reconnect_resumes
 memory_index: memory test_positions_are_the_turns test_any_turns_are_indexed
-import needs websockets alone: counts test_importing_and_serving_needs_websockets_alone; python_api
-  test_offline_needs_only_websockets
+import needs websockets alone: counts test_importing_and_serving_needs_websockets_alone; cli test_copied_alone
 """
 WIRE = """
 healthz; other methods 405: gate test_healthz_needs_the_right_host_only test_other_methods_get_405
-MemGPT 0.2.7's protocol: server test_the_flow_of_memgpt_0_2_7; wire test_a_client_of_memgpt_is_understood
+MemGPT 0.2.7's protocol: server test_the_flow_of_memgpt_0_2_7
 no frame over 1 MiB; replies are cut at 100,000 characters: server test_a_long_reply_is_cut; wire
   test_an_event_is_its_frame; agent test_a_reply_without_end_is_cut
 pages and too_large: server test_lists_hold_what_a_frame_can_hold test_an_answer_over_a_frame_is_too_large
@@ -49,7 +49,6 @@ pages and too_large: server test_lists_hold_what_a_frame_can_hold test_an_answer
 requests are taken up in order, compact beside them: server test_answers_come_in_the_order_sent test_compact; embeddings
   test_a_search_waits_beside_its_session
 id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused
-  test_an_id_is_kept_as_it_came
 agent_name, agent_id: server test_naming_an_agent_does_not_switch test_without_an_agent_nothing_is_current
 when_busy: server test_when_busy
 every command: wire test_the_protocol_is_that_of_the_contract test_schema_and_check_agree_on_every_field

@@ -150,10 +150,10 @@ async def test_frames_and_model_calls(endpoint: Endpoint, serve: Serve) -> None:
 # ---- what a start imports --------------------------------------------------------------------------------------------
 
 SERVE = """
-import sys, threading
-before = set(sys.modules)
+import os, sys, threading
+before, files = set(sys.modules), len(os.listdir("/dev/fd"))
 import memws
-print(threading.active_count(), *{name.partition(".")[0] for name in set(sys.modules) - before})
+print(threading.active_count(), len(os.listdir("/dev/fd")) - files, *set(sys.modules) - before)
 server = memws.WebSocketServer("127.0.0.1", 0, db=":memory:", model="offline").start()
 server.create_new_agent({"name": "sam"})
 server.run_step("Hello, my name is Ada")
@@ -166,21 +166,19 @@ UNNEEDED = {"multiprocessing", "unittest", "xml", "tkinter", "http.server", "rea
 
 
 def test_importing_and_serving_needs_websockets_alone(tmp_path: Path) -> None:
-    """`import memws` and the offline model bring in websockets and the standard library; an import starts nothing."""
+    """`import memws` and the offline model bring in websockets and the standard library; an import prints,
+    opens and starts nothing."""
     variables = environment({"PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": "1"})
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SERVE],
         cwd=tmp_path, env=variables, capture_output=True, text=True, check=True, timeout=30,
     )  # fmt: skip
-    (threads, *imported), served = (line.split() for line in done.stdout.splitlines())
+    (threads, files, *imported), served = (line.split() for line in done.stdout.splitlines())
+    allowed = {"memws", "websockets", "_memws_live", *sys.stdlib_module_names}
     for names in (imported, served):
-        assert {name.partition(".")[0] for name in names} - sys.stdlib_module_names <= {
-            "memws",
-            "websockets",
-            "_memws_live",
-        }
+        assert {name.partition(".")[0] for name in names} <= allowed
         assert UNNEEDED.intersection(names) == set()
-    assert (threads, done.stderr, list(tmp_path.iterdir())) == ("1", "", [])
+    assert (threads, files, done.stderr, list(tmp_path.iterdir())) == ("1", "0", "", [])
 
 
 # ---- idle connections ------------------------------------------------------------------------------------------------

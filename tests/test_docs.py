@@ -315,19 +315,6 @@ def test_crosswalk() -> None:
             assert hasattr(memws.WebSocketServer, name)
 
 
-def test_classic_frames() -> None:
-    """The frames that the crosswalk gives for the old client's functions are valid requests."""
-    old = {
-        "user_message": '{"type": "user_message", "message": "hi", "agent_name": null}',
-        "create_agent": '{"type": "command", "command": "create_agent", "config": {}}',
-        "load_agent": '{"type": "command", "command": "load_agent", "name": "sam"}',
-    }
-    for kind, frame in old.items():
-        request = memws.decode_request(frame)
-        assert request.get("command", request["type"]) == kind
-        memws.COMMANDS[kind].bind(request)
-
-
 # ---- the file itself -------------------------------------------------------------------------------------------------
 
 

@@ -313,18 +313,3 @@ def test_beyond_loopback_needs_a_token(host: str) -> None:
             memws.WebSocketServer(host=host, token=token)
     for loopback in ("localhost", "LOCALHOST", "127.0.0.1", "127.8.8.8", "::1", "[::1]"):
         memws.WebSocketServer(host=loopback)
-
-
-def test_localhost_is_both_families(serve: Serve) -> None:
-    """localhost is 127.0.0.1 and, where this machine has it, ::1 on the same port; the url names the former."""
-    server = serve(host="localhost")
-    assert server.url == f"ws://127.0.0.1:{server.port}"
-    assert ask(server, "Host: localhost").status == 101
-    try:
-        probe = socket.create_server(("::1", 0), family=socket.AF_INET6)
-    except OSError:
-        return
-    probe.close()
-    with socket.create_connection(("::1", server.port), timeout=10) as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: [::1]\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 200 ")

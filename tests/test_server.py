@@ -202,7 +202,8 @@ async def test_without_an_agent_nothing_is_current(client: Wire, server: Server)
 
 
 async def test_naming_an_agent_does_not_switch(client: Wire) -> None:
-    """A command or message to another agent leaves the current one; MemGPT 0.3.25's agent_id names it as well."""
+    """A command or message to another agent leaves the current one; MemGPT 0.3.25's agent_id names it as well, and
+    is a bad field where it differs from agent_name or is no text."""
     await client.ok("create_agent", config={"name": "ada"})
     await client.ok("load_agent", name="sam")
     assert (await client.ok("get_agent", agent_name="ada"))["agent_name"] == "ada"
@@ -212,6 +213,11 @@ async def test_naming_an_agent_does_not_switch(client: Wire) -> None:
     ):  # fmt: skip
         await client.send_raw({"type": "user_message", "message": "hi", **fields})
         assert {frame["agent_name"] for frame in await client.until(is_terminal)} == {name}
+        await client.send_raw({"type": "command", "command": "get_agent", **fields})
+        assert (await client.receive())["result"]["agent_name"] == name
+    for fields in ({"agent_id": "ada", "agent_name": "sam"}, {"agent_id": 5}, {"agent_id": ["ada"]}):
+        for head in ({"type": "user_message", "message": "hi"}, {"type": "command", "command": "get_agent"}):
+            assert (await client.misread(head | fields))["code"] == "bad_field"
 
 
 async def test_hello_and_the_message_types(server: Server) -> None:
@@ -508,7 +514,7 @@ async def test_bad_frames_get_one_answer_and_the_connection_stays(server: Server
         await client.nothing_more()
 
 
-@pytest.mark.parametrize("request_id", ["", "x" * 128, "\u20ac", 0, -(2**53), 2**53, None])
+@pytest.mark.parametrize("request_id", ["", "x" * 128, "\u20ac" * 128, 0, -(2**53), 2**53, None])
 async def test_an_id_is_on_answers_starts_terminals_and_refusals(server: Server, request_id: Any) -> None:
     """An id comes back as it was sent on everything that answers its request, and on nothing else; null is none."""
     async with wire(server, "*") as client:
@@ -529,7 +535,8 @@ async def test_an_id_is_on_answers_starts_terminals_and_refusals(server: Server,
         assert marks([await client.receive()]) == expected("agent_response_error")
         await client.send(type="command", command="load_agent", name="nobody", id=request_id)
         assert marks([await client.receive()]) == expected("command_response")
-        assert (await client.misread("{"))["id"] is None
+        for frame in ("", "{", "[]"):
+            assert (await client.misread(frame))["id"] is None
 
 
 async def test_answers_come_in_the_order_sent(server: Server) -> None:

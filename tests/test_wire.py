@@ -184,14 +184,6 @@ def test_schema_and_check_agree_on_every_field(kind: str) -> None:
         assert (error["code"], repr(name) in error["message"]) == ("missing_field", True)
 
 
-def test_a_client_of_memgpt_is_understood() -> None:
-    """The frames of MemGPT 0.2.7's own client are read as they were meant, and unknown fields change nothing."""
-    said = '{"type": "user_message", "message": "Hi", "agent_name": "agent_1", "stream": true, "": null}'
-    assert read(said) == ("user_message", {"message": "Hi", "agent_name": "agent_1"})
-    for command, arguments in (("create_agent", {"config": {"name": "a"}}), ("load_agent", {"name": "a"})):
-        assert read(json.dumps({"type": "command", "command": command} | arguments)) == (command, arguments)
-
-
 @pytest.mark.parametrize("escape", [True, False])
 @pytest.mark.parametrize(
     ("sent", "read_as"),
@@ -215,49 +207,12 @@ def test_what_no_text_can_hold_is_read_as_u_fffd(sent: str, read_as: str, escape
         json.dumps(request, ensure_ascii=False).encode()
 
 
-@pytest.mark.parametrize("mark", ["", "a", "x" * 128, "é" * 128, 0, -1, 2**53, -(2**53)])
-def test_an_id_is_kept_as_it_came(mark: str | int) -> None:
-    """A request's id comes back as it was sent, on answers and on errors; where there was none, no answer has one; null
-    it is for a frame alone that could not be read."""
-    for head in ({"type": "command", "command": "wake"}, {"type": "user_message", "message": "x"}):
-        for error in (memws.StoreFailed("x"), memws.InvalidRequest("bad_field", "x")):
-            request = memws.decode_request(json.dumps(head | {"id": mark}))
-            assert memws.decode_json(memws.failure(request, error))["id"] == mark
-        assert '"id"' not in memws.failure(head | {"id": None}, memws.Refused("busy", "x"))
-        assert '"id"' not in memws.failure(head, memws.Refused("busy", "x"))
-    request = {"type": "command", "command": "hello", "id": mark}
-    assert memws.decode_json(memws.answer(request, {}))["id"] == mark
-    assert '"id"' not in memws.answer(request | {"id": None}, {})
-    for frame in ({"type": "smell"}, {"type": 5}, {}, {"type": "command"}):
-        assert refused(json.dumps(frame | {"id": mark}))["id"] == mark
-    assert "id" not in refused('{"type": "smell"}')
-    assert [refused(frame)["id"] for frame in ("", "[]", "{")] == [None, None, None]
-
-
 @pytest.mark.parametrize("mark", ["x" * 129, 2**53 + 1, -(2**53) - 1, 10**400, 1.5, True, [], {}])
 def test_a_bad_id_is_refused(mark: Any) -> None:
     """An id of another type or beyond its bounds is a bad field, and is not sent back."""
     error = refused(json.dumps({"type": "command", "command": "hello", "id": mark}))
     assert (error["code"], error["id"], error["message"][:14]) == ("bad_field", None, "id: expected a")
     assert not VALIDATORS["hello"].is_valid({"type": "command", "command": "hello", "id": mark})
-
-
-AGENT_IDS: list[tuple[JSON, str | None]] = [
-    ({"agent_id": "sam"}, "sam"), ({"agent_id": "sam", "agent_name": "sam"}, "sam"), ({"agent_id": None}, None),
-    ({"agent_id": "sam", "agent_name": None}, "sam"), ({"agent_id": None, "agent_name": "sam"}, "sam"),
-    ({"agent_id": "a", "agent_name": "b"}, "refused"), ({"agent_id": 5}, "refused"), ({"agent_id": ["a"]}, "refused"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("fields", "name"), AGENT_IDS)
-def test_agent_id_is_read_as_agent_name(fields: JSON, name: str | None) -> None:
-    """MemGPT 0.3.25's agent_id names the agent where agent_name does not, in messages and commands; one that differs
-    from it, or is no text, is a bad field."""
-    for head in ({"type": "user_message", "message": "Hi"}, {"type": "command", "command": "get_agent"}):
-        if name == "refused":
-            assert refused(json.dumps(head | fields))["code"] == "bad_field"
-        else:
-            assert read(json.dumps(head | fields))[1].get("agent_name") == name
 
 
 # ---- bad frames ------------------------------------------------------------------------------------------------------
