@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -13,8 +14,6 @@ from websockets.exceptions import ConnectionClosed
 
 import memws
 
-jsonschema = pytest.importorskip("jsonschema")
-
 JSON = dict[str, Any]
 LIMIT = 10.0
 """Seconds after which a frame that does not come has failed the test."""
@@ -23,12 +22,17 @@ TERMINALS = ("agent_response_end", "agent_response_error")
 
 SCHEMA = memws.protocol_schema(memws.COMMANDS)
 _DEFINITIONS = SCHEMA["$defs"]
-_VALIDATORS = {name: jsonschema.Draft202012Validator(schema) for name, schema in _DEFINITIONS.items()}
+
+
+@functools.cache
+def _validator(name: str) -> Any:
+    """Importing jsonschema may take a second, which a soak server that checks nothing need not wait for."""
+    return pytest.importorskip("jsonschema").Draft202012Validator(_DEFINITIONS[name])
 
 
 def _check(frame: JSON, direction: str, name: str) -> None:
     assert {"$ref": f"#/$defs/{name}"} in _DEFINITIONS[direction]["anyOf"]
-    _VALIDATORS[name].validate(frame)
+    _validator(name).validate(frame)
     undescribed = frame.keys() - _DEFINITIONS[name]["properties"].keys()
     assert not undescribed, f"{name} has fields that the protocol does not describe: {undescribed}"
 
