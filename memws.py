@@ -2576,11 +2576,20 @@ def _calls_in(value: Any) -> Iterator[tuple[str, Any]]:
 MISSING_OPENAI = "a model other than offline needs the openai package, 2.16 or newer: pip install --upgrade openai"
 _IMPORT_THREAD = "memws-import"
 _SECRET = re.compile(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}")
-_OVERFLOW = re.compile(
-    r"context.{0,20}(length|window|size)|prompt is too long|too many (input )?tokens|maximum.{0,20}tokens|n_ctx",
-    re.IGNORECASE,
-)
 _OPTIONS = ("max_tokens", "stream_options", "seed", "temperature", "top_p", "reasoning_effort")
+_OVERFLOW = (
+    r"context_length_exceeded|context.{0,20}(length|window|size)|prompt is too long|too many (input )?tokens"
+    r"|maximum.{0,20}tokens|n_ctx"
+)
+_REFUSALS = {  # what the first pattern found in "status code: reason" means: our code, a sentence, whether to try again
+    _OVERFLOW: ("context_overflow", "the endpoint finds the prompt too long", False),
+    r"^40[13]|invalid_api_key": ("model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", False),
+    r"^429 insufficient_quota": ("model_rate_limit", "the account at the endpoint is used up", False),
+    r"^429|rate_limit": ("model_rate_limit", "the endpoint limits the rate", True),
+    r"^404": ("model_unavailable", "the endpoint does not know the model or the address", False),
+    r"^(408|409|5)": ("model_unavailable", "the endpoint failed", True),
+    r"": ("model_refused", "the endpoint refused the request", False),
+}
 
 
 def import_openai() -> Any:
@@ -2601,30 +2610,32 @@ class Endpoint:
     def __init__(self, base_url: str | None, api_key: str | None, idle_timeout: float = IDLE_TIMEOUT) -> None:
         self.base_url, self.idle_timeout = base_url, idle_timeout
         self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
-        self._clients: dict[Any, int] = {}  # each openai client and how many requests it has under way
+        self.options: JSON = {"base_url": base_url, "api_key": self.key or "none", "max_retries": 0}  # ours are told
+        self._clients: list[Any] = []
+        self._free: list[Any] = []  # each client as often as it may take another request
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncGenerator[Any, None]:
         """The openai client for one request. Raises UsageError where the package is missing."""
         async with self._making:
-            client = next((client for client, count in self._clients.items() if count < CLIENT_REQUESTS), None)
-            if client is None:
+            if not self._free:
                 client = await in_thread(_IMPORT_THREAD, self._make)  # an import, then certificates: 15 ms
-            self._clients[client] = self._clients.get(client, 0) + 1
+                self._clients.append(client)
+                self._free += [client] * CLIENT_REQUESTS
+            client = self._free.pop()
         try:
             yield client
         finally:
-            if client in self._clients:
-                self._clients[client] -= 1
+            self._free.append(client)
 
     def _make(self) -> Any:
-        """A client, over aiohttp where that is installed. Its own retries are off: ours are counted and reported."""
+        """A client, over aiohttp where that is installed."""
         openai = import_openai()
-        options: JSON = {"base_url": self.base_url, "api_key": self.key or "none", "max_retries": 0}
+        options = {**self.options, "timeout": openai.Timeout(None, connect=CONNECT_TIMEOUT)}
         with contextlib.suppress(RuntimeError, AttributeError):  # aiohttp is missing, or too old
             options["http_client"] = openai.DefaultAioHttpClient()
-        return openai.AsyncOpenAI(timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT), **options)
+        return openai.AsyncOpenAI(**options)
 
     async def step_aside(self) -> None:
         """Let others have the loop between two requests: of 32 turns at once nobody waits for all."""
@@ -2634,9 +2645,8 @@ class Endpoint:
     def only_model(self) -> str:
         """The one model that the endpoint serves, asked with a time limit. Raises UsageError where there is not one."""
         openai = import_openai()
-        options: JSON = {"base_url": self.base_url, "api_key": self.key or "none", "max_retries": 0}
         try:
-            with openai.OpenAI(timeout=CONNECT_TIMEOUT, **options) as client:
+            with openai.OpenAI(timeout=CONNECT_TIMEOUT, **self.options) as client:
                 answer = client.get("/models", cast_to=object)
             models = [clean_text(each["id"])[:MAX_MODEL_NAME] for each in answer["data"]]
         except Exception as error:  # of the client, of its transport, of an answer that is no list
@@ -2658,20 +2668,9 @@ class Endpoint:
         for thread in threading.enumerate():
             if thread.name == _IMPORT_THREAD:
                 thread.join()
-        while self._clients:
-            await self._clients.popitem()[0].close()
-
-
-def _read_events(lines: Iterable[bytes], data: list[bytes]) -> Iterator[JSON]:
-    """What server-sent events hold (WHATWG HTML, 9.2); `data`: of one that is not over yet. Raises ValueError."""
-    for line in lines:
-        if line.startswith(b"data:"):
-            data.append(line[5:])
-        elif data and not line.strip():
-            text = b"\n".join(data).strip()
-            data.clear()
-            if text != b"[DONE]":
-                yield decode_json(text)
+        clients, self._clients, self._free = self._clients, [], []
+        for client in clients:
+            await client.close()
 
 
 class OpenAIModel:
@@ -2698,52 +2697,45 @@ class OpenAIModel:
             async with (
                 self.endpoint.client() as client,
                 asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit,  # whoever takes the chunks awaits nothing else
-                await self._post(client, body) as stream,
+                contextlib.aclosing(self._chunks(client, body)) as chunks,
             ):
-                async for chunk in self._chunks(stream.response):
+                async for chunk in chunks:
                     if chunk.get("error"):
-                        raise import_openai().APIError("", stream.response.request, body=chunk["error"])
+                        raise self._refusal(chunk["error"])
                     if not has_words:
                         await self.endpoint.step_aside()
-                    choices = chunk.get("choices") or ()
+                    choices, has_words = chunk.get("choices") or (), True
                     is_over = is_over or any(each.get("finish_reason") or "message" in each for each in choices)
-                    has_words, patience = True, END_PATIENCE if is_over else self.endpoint.idle_timeout
+                    patience = END_PATIENCE if is_over else self.endpoint.idle_timeout
                     if abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
                         limit.reschedule(now() + patience)
                     yield chunk
+                if not is_over:
+                    raise EOFError("it ended early")
         except Exception as error:  # transports raise errors of many libraries
             if not is_over:  # else all was said, and only the end of the stream is missing
                 raise self._failure(error, has_words) from None
-        if not is_over:
-            raise ModelError("model_unavailable", "the model's answer broke off", retry=True)
 
-    async def _post(self, client: Any, body: str) -> Any:
-        """Send a request; openai's stream of the answer."""
-        await self.endpoint.step_aside()
-        options: JSON = {"options": {"headers": {"Content-Type": "application/json"}}, "cast_to": object}
-        options |= {"stream": True, "stream_cls": import_openai().AsyncStream[object]}
-        return await client.post("/chat/completions", content=body.encode(), **options)
-
-    async def _chunks(self, response: Any) -> AsyncGenerator[JSON, None]:
-        """The chunks of an answer, of which there is one where the endpoint does not stream. Raises ModelError.
+    async def _chunks(self, client: Any, body: str) -> AsyncGenerator[JSON, None]:
+        """The chunks of the answer to a request, of which there is one where the endpoint does not stream.
 
         It is read to its end: openai's reader stops at [DONE], and the four generators that it leaves behind cost the
         loop a task each, together a tenth of a turn's time.
         """
-        kind = response.headers.get("content-type", "").lower()
-        if "html" in kind:
-            text = "the endpoint answered with a web page; does --base-url end with /v1?"
-            raise ModelError("model_unavailable", text, retry=True)
-        if "json" in kind and "stream" not in kind:
-            yield decode_json(await response.aread())
-            return
-        rest, event = b"", list[bytes]()
-        async for data in response.aiter_bytes():
-            *lines, rest = (rest + data).split(b"\n")
-            for chunk in _read_events(lines, event):
+        await self.endpoint.step_aside()
+        options: JSON = {"cast_to": object, "stream": True, "stream_cls": import_openai().AsyncStream[object]}
+        options["options"] = {"headers": {"Content-Type": "application/json"}}
+        async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
+            response, rest = stream.response, b""
+            if "json" in response.headers.get("content-type", "").lower():
+                yield decode_json(await response.aread())
+                return
+            async for data in response.aiter_bytes():
+                *events, rest = (rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
+                for chunk in _read_events(events):
+                    yield chunk
+            for chunk in _read_events([rest]):
                 yield chunk
-        for chunk in _read_events([rest, b""], event):
-            yield chunk
 
     def _failure(self, error: Any, has_words: bool) -> ModelError:
         """What an error of the transport or of the endpoint means for the turn."""
@@ -2753,66 +2745,54 @@ class OpenAIModel:
             seconds = self.endpoint.idle_timeout if has_words else FIRST_TOKEN_TIMEOUT
             text = f"the model said nothing for {seconds:g} s; is the endpoint overloaded?"
             return ModelError("model_timeout", text, retry=has_words)
-        openai = import_openai()
-        if isinstance(error, openai.APIError) and not isinstance(error, openai.APIConnectionError):
-            return self._refusal(error)
-        text = f"the model's answer broke off or is not JSON ({type(error).__name__})"
-        if not has_words and not isinstance(error, (ValueError, TypeError, AttributeError)):
-            reason = self.endpoint.hide(error.__cause__ or error)
-            text = f"cannot reach the model's endpoint ({reason}); is it running, and is --base-url right?"
+        if isinstance(error, import_openai().APIStatusError):
+            return self._refusal(error.body, error.status_code, error.response.headers)
+        reason = self.endpoint.hide(error.__cause__ or error)
+        if has_words:
+            return ModelError("model_unavailable", f"the model's answer broke off ({reason})", retry=True)
+        text = f"no answer from the model's endpoint ({reason}); is it running, and is --base-url right?"
         return ModelError("model_unavailable", text, retry=True)
 
-    def _refusal(self, error: Any) -> ModelError:
-        """The ModelError for what an endpoint answered, by status, code and wording."""
-        message, code = _reason(error)
-        status = getattr(error, "status_code", 0) or (int(code) if re.fullmatch("[45][0-9]{2}", code) else 500)
-        reason, wait = self.endpoint.hide(message), _retry_after(error)
-        if code == "context_length_exceeded" or _OVERFLOW.search(message):
-            return ModelError("context_overflow", f"the endpoint finds the prompt too long: {reason}")
-        if status in (401, 403) or code == "invalid_api_key":
-            return ModelError("model_auth", f"the endpoint refuses the key ({status}); set OPENAI_API_KEY")
-        if status == 429 or "rate_limit" in code or status in (408, 409) or status >= 500:
-            is_limit = status == 429 or "rate_limit" in code
-            text = f"the endpoint {'limits the rate (429)' if is_limit else f'failed ({status})'}: {reason}"
-            text += f"; it asks to wait {wait:g} s" if wait else ""
-            retry = code != "insufficient_quota" and (wait or 0) <= MAX_RETRY_AFTER
-            kind = "model_rate_limit" if is_limit else "model_unavailable"
-            return ModelError(kind, text, retry=retry, retry_after=wait)
-        if status == 404:
-            text = f"the endpoint does not know the model or the address (404): {reason}"
-            return ModelError("model_unavailable", text)
-        text = f"the endpoint refused the request ({status}): {reason}"
-        return ModelError("model_refused", text, learned=self._learn(message))
+    def _refusal(self, body: Any, status: int = 0, headers: Mapping[str, str] | None = None) -> ModelError:
+        """The ModelError for an error that the endpoint answered, in mid-stream without a status of its own."""
+        fields = body if isinstance(body, dict) else {}
+        reason = str(fields.get("message") or fields.get("detail") or body or "no reason given")
+        code = str(fields.get("code") or fields.get("type") or "")
+        status = status or (int(code) if re.fullmatch("[45][0-9]{2}", code) else 500)
+        kind, text, retry = next(
+            meaning
+            for pattern, meaning in _REFUSALS.items()
+            if re.search(pattern, f"{status} {code}: {reason}", re.IGNORECASE)
+        )
+        wait = _retry_after(headers or {})
+        text = f"{text} ({status}): {self.endpoint.hide(reason)}" + (f"; it asks to wait {wait:g} s" if wait else "")
+        retry = retry and (wait or 0) <= MAX_RETRY_AFTER
+        learned = kind == "model_refused" and self._learn(reason)
+        return ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
 
-    def _learn(self, message: str) -> bool:
+    def _learn(self, reason: str) -> bool:
         """Learn from a refusal which option this endpoint does not take; whether there was something to learn."""
-        option = next((option for option in _OPTIONS if option in message and option not in self._other_names), None)
+        option = next((option for option in _OPTIONS if option in reason and option not in self._other_names), None)
         if option is not None:
-            self._other_names[option] = "max_completion_tokens" if "max_completion_tokens" in message else ""
+            self._other_names[option] = "max_completion_tokens" if "max_completion_tokens" in reason else ""
             logger.info("%s does not take %s: left out from now on", self.name, option)
         return option is not None
 
 
-def _reason(error: Any) -> tuple[str, str]:
-    """(message, code) that an endpoint gave with an error, in whatever form."""
-    body = error.body if isinstance(error.body, dict) else {}
-    inner = body["error"] if isinstance(body.get("error"), dict) else body
-    texts = (inner.get("message"), inner.get("detail"), body.get("error"), error.body, error.message)
-    message = next((text for text in texts if isinstance(text, str) and text), "no reason given")
-    return message, str(inner.get("code") or inner.get("type") or "")
+def _read_events(events: Iterable[bytes]) -> Iterator[JSON]:
+    """The JSON of server-sent events (WHATWG HTML, 9.2). Raises ValueError."""
+    for event in events:
+        lines = (line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))
+        text = b"\n".join(lines).strip()
+        if text not in (b"", b"[DONE]"):
+            yield decode_json(text)
 
 
-def _retry_after(error: Any) -> float | None:
-    """Seconds that an endpoint asks to wait: retry-after-ms or Retry-After (seconds or a date, RFC 9110)."""
-    headers = error.response.headers if hasattr(error, "response") else {}
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an endpoint asks to wait."""
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError, LookupError):
             return max(0.0, float(headers[name]) * unit)
-    import email.utils
-
-    with contextlib.suppress(ValueError, TypeError, LookupError):
-        date = email.utils.parsedate_to_datetime(headers["retry-after"])
-        return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
     return None
 
 

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import datetime
-import email.utils
 import json
 import logging
 import socket
@@ -210,20 +208,13 @@ async def test_an_answer_that_is_no_chunk_is_an_error(raw: bytes, kind: str) -> 
     assert (error.code, error.retry) == ("model_unavailable", True)
 
 
-def http_date(seconds: float) -> str:
-    """The date so many seconds from now, as HTTP writes it."""
-    date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
-    return email.utils.format_datetime(date, usegmt=True)
-
-
 WAITS: list[tuple[dict[str, str], tuple[float, float] | None, bool]] = [
     ({"Retry-After": "7"}, (7, 7), True), ({"Retry-After": "1.5"}, (1.5, 1.5), True),
     ({"Retry-After": "30"}, (30, 30), True), ({"Retry-After": "-3"}, (0, 0), True),
     ({"Retry-After": "nan"}, (0, 0), True), ({"Retry-After-Ms": "250", "Retry-After": "9"}, (0.25, 0.25), True),
-    ({"Retry-After": http_date(25)}, (0, 25), True), ({"Retry-After": http_date(-20)}, (0, 0), True), ({}, None, True),
+    ({}, None, True),
     ({"Retry-After": "soon"}, None, True), ({"Retry-After": ""}, None, True), ({"Retry-After-Ms": "x"}, None, True),
     ({"Retry-After": "31"}, (31, 31), False), ({"Retry-After": "inf"}, (31, float("inf")), False),
-    ({"Retry-After": http_date(7200)}, (31, 7200), False),
 ]  # fmt: skip
 
 
@@ -231,7 +222,7 @@ WAITS: list[tuple[dict[str, str], tuple[float, float] | None, bool]] = [
 async def test_retry_after_is_read(
     endpoint: Endpoint, model: memws.Model, headers: Body, bounds: tuple[float, float] | None, retry: bool
 ) -> None:
-    """The endpoint's wish to wait is read in every form; one beyond the bound ends the call, and is named."""
+    """The endpoint's wish to wait is read; one beyond the bound ends the call, and is named."""
     for status in (429, 503):
         endpoint.script(Reply(status=status, headers=headers))
         error = await fail(model)
