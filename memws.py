@@ -6505,50 +6505,42 @@ def live_panels() -> dict[tuple[str, str], Any]:
 # ======================================================================================================================
 
 
-def option(default: T, meaning: str, span: tuple[float, float] | None = None) -> T:
-    """A field of Options: its default, what its flag's help says, and for a number the least and the most."""
-    return field(default=default, metadata={"help": meaning, "span": span})
+def option(default: T, meaning: str) -> T:
+    """A field of Options: its default, and what its flag's help says."""
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a server can be told; the command line's flags are these fields. Raises UsageError for what cannot be."""
+    """What a server can be told; the command line's flags are these fields. Raises UsageError, Refused (bad_config)."""
 
     host: str = option(DEFAULT_HOST, "address to listen on; anything but loopback needs a token")
-    port: int = option(DEFAULT_PORT, "port to listen on; 0 picks a free one", (0, 65_535))
+    port: Annotated[int, 0, 65_535] = option(DEFAULT_PORT, "port to listen on; 0 picks a free one")
     db: str = option(DEFAULT_DB, "SQLite file with the agents; :memory: keeps nothing")
     model: str | None = option(None, "model of agents that name none; offline: the stand-in, no language model")
     base_url: str | None = option(None, "OpenAI-compatible endpoint, like http://localhost:11434/v1 for Ollama")
     api_key: str | None = option(None, "the endpoint's key: only from Python, or as OPENAI_API_KEY")
-    embedding_model: str | None = option(None, "the endpoint's model that gives vectors for search; needs numpy")
-    context_window: int | None = option(
-        None, "tokens of the context window, where the model's name does not tell", (1, 10**8)
-    )
-    max_steps: int = option(MAX_STEPS, "steps of one turn at most", (1, 1_000))
+    embedding_model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model for search by vectors; needs numpy")
+    context_window: Annotated[int, 1, 100_000_000] | None = option(None, "tokens that the model's context window holds")
+    max_steps: Annotated[int, 1, 1_000] = option(MAX_STEPS, "steps of one turn at most")
     token: str | None = option(None, "secret that clients have to show")
-    allow_origin: tuple[str, ...] = option(
-        (), "web origin whose pages may connect, like https://lab.example (repeatable)"
-    )
+    allow_origin: tuple[str, ...] = option((), "web origin whose pages may connect: https://lab.example (repeatable)")
     allow_host: tuple[str, ...] = option((), "further host name under which clients reach the server (repeatable)")
-    max_connections: int = option(MAX_CONNECTIONS, "connections at once", (1, 10**6))
-    sync: str = option("full", "full: what is acknowledged survives a power cut; normal: a killed process")
-    idle_timeout: float = option(
-        IDLE_TIMEOUT, "seconds of silence inside a model's answer before the call has failed", (0.001, 86_400)
-    )
+    max_connections: Annotated[int, 1, 1_000_000] = option(MAX_CONNECTIONS, "connections at once")
+    sync: Literal["full", "normal"] = option("full", "full: survives a power cut; normal: a killed process")
+    idle_timeout: Annotated[float, 0.001, 86_400] = option(IDLE_TIMEOUT, "seconds of silence inside a model's answer")
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            value, (least, most) = getattr(self, entry.name), entry.metadata["span"] or (0, 0)
-            kinds = (int, float) if entry.type == "float" else (int,)
-            if most and value is not None and (type(value) not in kinds or not least <= value <= most):
-                raise UsageError(f"{entry.name}: expected a number from {least} to {most}, but got {quote(value)}")
+        object.__setattr__(self, "db", os.fspath(self.db))
         for name in ("allow_origin", "allow_host"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        if self.sync not in ("full", "normal"):
-            raise UsageError(f"sync: expected full or normal, but got {quote(self.sync)}")
-        if self.embedding_model is not None and not 0 < len(self.embedding_model) <= MAX_MODEL_NAME:
-            raise UsageError(f"embedding_model: expected a model's name, but got {quote(self.embedding_model)}")
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
+        for name, hint in typing.get_type_hints(Options, include_extras=True).items():
+            value = getattr(self, name)
+            try:
+                check(value, schema_of(hint))
+            except ValueError as error:
+                raise UsageError(f"{name}: {error}, but got {quote(value)}") from None
         if self.token is not None and not re.fullmatch(r"[\x21-\x7e]{1,512}", self.token):
             raise UsageError("token: expected 1 to 512 printable characters without spaces")
         if not is_loopback(self.host) and self.token is None:
@@ -6556,10 +6548,7 @@ class Options:
             raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
             specs = ",".join(tool.spec for tool in MEMORY_TOOLS.values())
-            try:
-                check_window(self.context_window, {"system": None}, specs, [Block("persona", ""), Block("human", "")])
-            except Refused as error:
-                raise UsageError(str(error)) from None
+            check_window(self.context_window, {"system": None}, specs, [Block("persona", ""), Block("human", "")])
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -6567,15 +6556,16 @@ class Options:
 _HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[^\s:/?#@\[\]\\]{1,255})(?::(\d{1,5}))?")
 
 
-def _is_address(host: str) -> bool:
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     with contextlib.suppress(ValueError):
-        return bool(ipaddress.ip_address(host.removeprefix("[").removesuffix("]")))
-    return False
+        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    return None
 
 
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine can reach a server bound to `host`."""
-    return host.lower() == "localhost" or (_is_address(host) and ipaddress.ip_address(host.strip("[]")).is_loopback)
+    address = _address(host)
+    return host.lower() == "localhost" or (address is not None and address.is_loopback)
 
 
 def url_host(host: str) -> str:
@@ -6599,7 +6589,7 @@ class Gate:
     def __init__(self, options: Options) -> None:
         self._token = None if options.token is None else options.token.encode()
         self._origins = {origin.strip().rstrip("/").lower() for origin in options.allow_origin}
-        names = (options.host, *options.allow_host, *(origin.rpartition("//")[2] for origin in self._origins))
+        names = (options.host, *options.allow_host, *(name.rpartition("//")[2] for name in self._origins))
         self._hosts = {"localhost", "127.0.0.1", "[::1]", *(_host_of(url_host(name.strip())) for name in names)} - {""}
 
     def problem(self, request: http11.Request, *, public: bool) -> tuple[int, str] | None:
@@ -6622,7 +6612,7 @@ class Gate:
 
     def _may(self, value: str) -> bool:
         host = _host_of(value)
-        return host in self._hosts or (self._token is not None and _is_address(host))
+        return host in self._hosts or (self._token is not None and _address(host) is not None)
 
     def _may_origin(self, value: str) -> bool:
         scheme, separator, host = value.lower().partition("://")
@@ -8429,7 +8419,8 @@ def _split(text: str) -> list[str]:
 def _option_flag(option: Any) -> Flag:
     """The flag of a field of Options."""
     kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "tuple": _split}
-    return Flag(option.name, option.metadata["help"], option.default, kinds.get(re.split(r"\W", option.type)[0], str))
+    kind = next((kinds[name] for name in kinds if name in option.type), str)
+    return Flag(option.name, option.metadata["help"], option.default, kind)
 
 
 FLAGS: dict[str, list[Flag]] = {
