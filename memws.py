@@ -154,22 +154,16 @@ BLOCK_LIMIT = 2_000  # of a core memory block by default (MemGPT 0.2.7, constant
 MAX_BLOCK_LIMIT = 20_000
 MAX_BLOCKS = 20
 MAX_BLOCKS_TOTAL = 100_000  # of all blocks of an agent together
-MAX_SYSTEM = 20_000
 TOOL_RESULT_LIMIT = 8_000  # of a tool's result that the model and the clients see
 SEARCH_TEXT_LIMIT = 1_000  # of one search result in a tool return
 SUMMARY_LIMIT = 1_500
 
 # Queues and counts.
-MAX_CONNECTIONS = 4_096
 MAX_WAITING_SESSION = 8  # messages of one connection that may wait for their turn
 MAX_WAITING_AGENT = 32
 RING = 256  # an agent's newest events in memory; a reader that falls behind them reads the store
 WRITE_BATCH = 256  # write jobs that share one transaction at most
 READERS = 4  # threads that read the database
-
-# Close codes (RFC 6455 section 7.4 and the IANA registry).
-GOING_AWAY = 1001
-TRY_AGAIN_LATER = 1013
 
 # Seconds.
 STOP_GRACE = 2.0  # from a signal or stop() until open turns are closed by force
@@ -225,7 +219,6 @@ PERSONAS = {
     )
 }
 HUMANS = {"basic": "", "cs_phd": "Occupation: PhD student in computer science."}
-DEFAULT_PERSONA, DEFAULT_HUMAN = "sam_pov", "basic"
 
 SYSTEM_PROMPT = """\
 You are a conversational agent with a memory that outlasts this conversation. Stay in the character that your persona
@@ -316,29 +309,19 @@ def process_wide(name: str, default: Any) -> Any:
 
 async def in_thread(name: str, function: Callable[[], T]) -> T:
     """The result of `function`, run in a daemon thread of its own, which a cancel leaves to itself."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: Any, error: BaseException | None) -> None:
-        if not done.done():
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
+    done: concurrent.futures.Future[T] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()  # so that a cancel of whoever waits does not cancel it
 
     def run() -> None:
-        result, failure = None, None
         try:
-            result = function()
+            done.set_result(function())
         except BaseException as error:  # SystemExit too belongs to whoever waits, not to this thread
             passable = isinstance(error, Exception) and not isinstance(error, StopIteration)
-            failure = error if passable else RuntimeError(repr(error))
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, result, failure)
+            done.set_exception(error if passable else RuntimeError(repr(error)))
 
     thread = threading.Thread(target=run, name=name, daemon=True)
     thread.start()
-    result = await done
+    result = await asyncio.wrap_future(done)
     thread.join()  # it has nothing left to do
     return result
 
@@ -3528,7 +3511,7 @@ def config(
     model: Annotated[str, 1, MAX_MODEL_NAME] | None = None,
     context_window: Annotated[int, 1, 100_000_000] | None = None,
     tools: list[str] | None = None,
-    system: Annotated[str, 1, MAX_SYSTEM] | None = None,
+    system: Annotated[str, 1, 20_000] | None = None,
     max_steps: Annotated[int, 1, 1_000] | None = None,
     heartbeat_interval: Annotated[int, 0, 10_000_000] = 0,
     settings: dict[str, Any] | None = None,
@@ -3577,7 +3560,7 @@ def block(label: str, value: str = "", limit: Annotated[int, 1, MAX_BLOCK_LIMIT]
 
 @function_of
 def core_memory(
-    persona: str = DEFAULT_PERSONA, human: str = DEFAULT_HUMAN, blocks: list[dict[str, Any]] | None = None
+    persona: str = "sam_pov", human: str = "basic", blocks: list[dict[str, Any]] | None = None
 ) -> list[Block]:
     """A new agent's core memory: persona and human (texts, or bundled names) and further blocks. Raises Refused."""
     texts = {"persona": PERSONAS.get(persona, persona), "human": HUMANS.get(human, human)}
@@ -6526,7 +6509,7 @@ class Options:
     token: str | None = option(None, "secret that clients have to show")
     allow_origin: tuple[str, ...] = option((), "web origin whose pages may connect: https://lab.example (repeatable)")
     allow_host: tuple[str, ...] = option((), "further host name under which clients reach the server (repeatable)")
-    max_connections: Annotated[int, 1, 1_000_000] = option(MAX_CONNECTIONS, "connections at once")
+    max_connections: Annotated[int, 1, 1_000_000] = option(4_096, "connections at once")
     sync: Literal["full", "normal"] = option("full", "full: survives a power cut; normal: a killed process")
     idle_timeout: Annotated[float, 0.001, 86_400] = option(IDLE_TIMEOUT, "seconds of silence inside a model's answer")
 
@@ -7745,7 +7728,7 @@ class WebSocketServer:
             for websocket, session in list(self.clients.items()):
                 if session.stalled() > READER_PATIENCE:
                     logger.warning("session %d takes nothing and is closed", session.number)
-                    session.spawn(websocket.close(TRY_AGAIN_LATER, "this client takes nothing; connect again"))
+                    session.spawn(websocket.close(1013, "this client takes nothing; connect again"))
 
     def _process_request(self, connection: ServerConnection, request: http11.Request) -> http11.Response | None:
         """The gate, before the upgrade, and what plain HTTP gets."""

@@ -209,7 +209,7 @@ def test_signals(number: int, tmp_path: Path, endpoint: Endpoint) -> None:
         assert server.end(number, timeout=4) == 0
         frames = [json.loads(frame) for frame in client]  # until it is closed
         assert frames[-1]["stop_reason"] == "interrupted"
-        assert client.close_code == memws.GOING_AWAY
+        assert client.close_code == 1001
     assert "Traceback" not in server.log
     assert "ERROR" not in server.log
     with Serving(*model, cwd=tmp_path, variables=key) as server, memws.connect(server.url) as talk:
