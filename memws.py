@@ -933,7 +933,7 @@ class Query(NamedTuple):
     until: str = "~"
     limit: int = 10
     offset: int = 0
-    newest: tuple[int, int] | None = None  # the last chat message and the last passage that may be found
+    newest: int = 2**53  # the last chat message that may be found
     vector: bytes | None = None  # of the query, where an embedding model is used
 
 
@@ -1874,6 +1874,7 @@ def pack_texts(texts: list[str]) -> bytes:
 # of docs is one agent's memory, whose terms a search reads and counts without those of others.
 
 PLACES, APART = 1 << 32, 8
+STORES = ("recall", "archival")
 _ROW_COLUMNS = ", ".join(MemoryRow._fields)
 
 Span = tuple[int, int]
@@ -1881,7 +1882,7 @@ Span = tuple[int, int]
 
 def doc_range(agent: int, store: str) -> Span:
     """The first and the last doc that an agent's memory may have."""
-    low = (agent * 2 + ("recall", "archival").index(store)) * PLACES
+    low = (agent * 2 + STORES.index(store)) * PLACES
     return low, low + PLACES - 1
 
 
@@ -1921,17 +1922,17 @@ def forget(db: SqlConnection, where: str, *values: object) -> None:
 
 def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document], int]:
     """The hits from `offset` on, best first and newest first on ties, and the number of all."""
-    text, last = clean_text(query.text[:QUERY_CHARACTERS]), query.offset + query.limit
+    text, last = clean_text(query.text[:QUERY_CHARACTERS]).strip(), query.offset + query.limit
     spans = [_span(db, agent, store, query) for store in query.stores]
     terms = list(dict.fromkeys(split_terms(text)))[:QUERY_TERMS]
     ranking = _ranked(db, terms, spans, last) if terms else []
-    if not ranking and text.strip():
-        ranking = _containing(db, text.strip(), spans)
-    if query.vector and text.strip():
+    if not ranking and text:
+        ranking = _newest(db, spans, SCANNED, text.lower())
+    if query.vector and text:
         ranking = fuse(ranking, nearest(db, spans, query.vector))
     total = len(ranking)
     if not ranking and not terms:
-        ranking, total = _newest(db, agent, query.stores, spans, last)
+        ranking, total = _newest(db, spans, last), _count(db, agent, query.stores, spans)
     page = ranking[query.offset : last]
     rows = _rows(db, [doc for doc, _ in page])
     found = [(rows[doc], score) for doc, score in page if doc in rows]
@@ -1939,22 +1940,18 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
 
 
 def _span(db: SqlConnection, agent: int, store: str, query: Query) -> Span:
-    """The first and the last doc of that time and not newer than may be found: docs grow with times and items."""
-    low, high = doc_range(agent, store)
-    newest = query.newest[("recall", "archival").index(store)] if query.newest else None
-    edges = [
-        ("time >= ? ORDER BY time, doc", query.since or None),
-        ("time < ? ORDER BY time DESC, doc DESC", None if query.until == "~" else query.until),
-        ("item <= ? ORDER BY item DESC", newest),
+    """The first and the last doc that may be found: docs grow with times and items."""
+    edges: list[tuple[str, str | int]] = [
+        ("time >= ? ORDER BY time, doc", query.since),
+        ("time < ? ORDER BY time DESC, doc DESC", query.until),
     ]
-    for number, (test, value) in enumerate(edges):
-        if value is not None:
-            sql = f"SELECT doc FROM memory WHERE agent = ? AND store = ? AND {test} LIMIT 1"
-            row = db.execute(sql, (agent, store, value)).fetchone()
-            if row is None:
-                return low, low - 1
-            low, high = (row[0], high) if number == 0 else (low, min(high, row[0]))
-    return low, high
+    if store == "recall":
+        edges.append(("item <= ? ORDER BY item DESC", query.newest))
+    docs = []
+    for edge, value in edges:
+        sql = f"SELECT doc FROM memory WHERE agent = ? AND store = ? AND {edge} LIMIT 1"
+        docs += [doc for (doc,) in db.execute(sql, (agent, store, value))]
+    return (docs[0], min(docs[1:])) if len(docs) == len(edges) else (0, -1)
 
 
 def _rows(db: SqlConnection, docs: list[int]) -> dict[int, MemoryRow]:
@@ -2007,22 +2004,17 @@ def _ranked(db: SqlConnection, terms: list[str], spans: list[Span], last: int) -
     return [(doc, score) for score, _, doc in scored] + [(doc, 0.0) for _, doc in rest]
 
 
-def _containing(db: SqlConnection, part: str, spans: list[Span]) -> list[tuple[int, float]]:
-    """The documents that hold the text as it stands, of the newest SCANNED; the newest first."""
-    sql, part = "SELECT time, doc, text FROM memory WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?", part.lower()
-    found = [row[:2] for span in spans for row in db.execute(sql, (*span, SCANNED)) if part in row[2].lower()]
+def _newest(db: SqlConnection, spans: list[Span], limit: int, part: str = "") -> list[tuple[int, float]]:
+    """Those of the newest documents that hold `part` as it stands, the newest first."""
+    sql = "SELECT time, doc, text FROM memory WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?"
+    found = [row[:2] for span in spans for row in db.execute(sql, (*span, limit)) if part in row[2].lower()]
     return [(doc, 0.0) for _, doc in sorted(found, reverse=True)]
 
 
-def _newest(
-    db: SqlConnection, agent: int, stores: tuple[str, ...], spans: list[Span], last: int
-) -> tuple[list[tuple[int, float]], int]:
-    """The newest documents up to the page's last, and the number of all."""
-    sql = "SELECT time, doc FROM memory WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?"
-    found = [row for span in spans for row in db.execute(sql, (*span, last))]
-    sql = "SELECT count(*) FROM memory WHERE agent = ? AND store = ? AND doc + 0 BETWEEN ? AND ?"  # by an index
-    total = sum(db.execute(sql, (agent, store, *span)).fetchone()[0] for store, span in zip(stores, spans, strict=True))
-    return [(doc, 0.0) for _, doc in sorted(found, reverse=True)], total
+def _count(db: SqlConnection, agent: int, stores: tuple[str, ...], spans: list[Span]) -> int:
+    """The number of documents; by an index, which "+ 0" makes the database use."""
+    sql = "SELECT count(*) FROM memory WHERE agent = ? AND store = ? AND doc + 0 BETWEEN ? AND ?"
+    return sum(db.execute(sql, (agent, store, *span)).fetchone()[0] for store, span in zip(stores, spans, strict=True))
 
 
 def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
@@ -2046,10 +2038,13 @@ def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
 
 
 class MemoryIndex:
-    """An index in memory over turns, by the very code that agents search with."""
+    """An index in memory over (speaker, date, text) turns in order of time, by the very code that agents search with.
 
-    def __init__(self, turns: Iterable[tuple[str, str, str]], kind: str) -> None:
-        if kind not in ("recall", "archival"):
+    kind: "recall" or "archival"; a new date begins a new session.
+    """
+
+    def __init__(self, turns: Iterable[tuple[str, str, str]], kind: str = "recall") -> None:
+        if kind not in STORES:
             raise ValueError(f"unknown kind {kind!r}; expected 'recall' or 'archival'")
         database = Sqlite(":memory:")
         self._connection, self._kind, before = database.open(), kind, None
@@ -2057,9 +2052,8 @@ class MemoryIndex:
         with transaction(self._connection):
             self._agent = _insert_agent(self._connection, AgentRecord(0, "", {}, {}, [], "", "", 0))
             for item, (speaker, date, text) in enumerate(turns, 1):
-                document = Document(item, kind, speaker, date, text)
-                postings = remember(self._connection, self._agent, document, joined=date == before)
-                insert_postings(self._connection, postings)
+                document = Document(item, kind, speaker, "", text)
+                insert_postings(self._connection, remember(self._connection, self._agent, document, date == before))
                 before = date
 
     def search(self, query: str, limit: int = 10) -> list[int]:
@@ -2068,9 +2062,7 @@ class MemoryIndex:
         return [document.id - 1 for document in found]
 
 
-def memory_index(turns: Iterable[tuple[str, str, str]], kind: str = "recall") -> MemoryIndex:
-    """An index over (speaker, date, text) turns in order of time; kind is "recall" or "archival"."""
-    return MemoryIndex(turns, kind)
+memory_index = MemoryIndex
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -3352,9 +3344,8 @@ class Transaction:
     async def search(self, store: str, query: str, page: int, since: str = "", until: str = "~") -> str:
         """A page of results as a model reads them; the newest first where nothing is searched for."""
         memory, page = self.memory, min(max(0, page), 1_000_000)
-        newest = self.before, memory.last_passage
         span = (since, until, SEARCH_PAGE, page * SEARCH_PAGE)
-        wanted = Query(query, (store,), *span, newest, self.vectors.get(query))
+        wanted = Query(query, (store,), *span, self.before, self.vectors.get(query))
         documents, total = await memory.store.search(memory.record.id, wanted)
         if not documents:
             return f"No results found in {store} memory" + (f" for {quote(query)}." if query else ".")
@@ -7457,7 +7448,7 @@ class Session(Tasks):
         agent = (await self._live(agent_name)).agent
         stores = ("recall", "archival") if store == "all" else (store,)
         vector = await agent.query_vector(query)
-        search = Query(query, stores, since, until, limit, (page - 1) * limit, None, vector)
+        search = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)
         documents, total = await self._agents.store.search(agent.record.id, search)
         items = answer_part([search_item(document) for document in documents])
         more = {"more": True} if len(items) < len(documents) else {}

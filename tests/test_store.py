@@ -314,9 +314,10 @@ async def test_search_is_filtered(store: Store, text: str) -> None:
     assert sorted(await find(store, agent, text, "archival")) == [document.text for document in passages]
     between = {"since": "2026-11-05T00:00:00.000Z", "until": "2026-11-08T00:00:00.000Z"}
     assert sorted(await find(store, agent, text, **between)) == ["cake 5", "cake 6", "cake 7"]
-    for by in ({"since": "2027"}, {"until": "2026"}, {"newest": (0, 0)}, {"limit": 0}, {"offset": 10**6}):
+    for by in ({"since": "2027"}, {"until": "2026"}, {"limit": 0}, {"offset": 10**6}):
         assert await find(store, agent, text, **by) == [], by
-    assert sorted(await find(store, agent, text, newest=(3, 1))) == ["cake 1", "cake 2", "cake 3", "cake passage 1"]
+    assert sorted(await find(store, agent, text, "recall", newest=3)) == ["cake 1", "cake 2", "cake 3"]
+    assert await find(store, agent, text, "recall", newest=0) == []
     pages = [await store.search(agent.id, Query(text, limit=7, offset=offset)) for offset in range(0, 30, 7)]
     assert ([hit.text for page, _ in pages for hit in page], {total for _, total in pages}) == (every, {23})
     await store.commit(agent.id, Changes(removed=[2, 99]))
@@ -372,7 +373,7 @@ async def test_vectors_find_what_words_do_not(store: Store) -> None:
         assert await store.without_vector(9) == []
         assert await found("cake") == by_both
     assert await found("xyzzy", "archival") == ["zzz qqq"]
-    assert await found("xyzzy", newest=(4, 0)) == ["zzz zq", "mmm", "the cake", "aaa bbb"]
+    assert await found("xyzzy", "recall", newest=4) == ["zzz zq", "mmm", "the cake", "aaa bbb"]
     store._embedding_model = ""  # as after a restart, until it is known whose vectors are there
     assert await found("cake") == ["the cake"]
     await store.commit(agent.id, Changes(removed=[1], documents=[passage(2, "new")]))
