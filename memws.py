@@ -8297,7 +8297,7 @@ def serve_command(flags: argparse.Namespace) -> None:
         count = min(flags.max_connections + 256, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    options = {flag.name: getattr(flags, flag.name) for flag in FLAGS["serve"] if flag.name != "log_level"}
+    options = {name: value for name, value in vars(flags).items() if name not in ("log_level", "run")}
     asyncio.run(_serve_until_signal(WebSocketServer(**options)))
 
 
@@ -8377,51 +8377,26 @@ def new_file(path: str) -> Iterator[None]:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
-class Flag(NamedTuple):
-    """A flag --some-name of a command; MEMWS_SOME_NAME is the same where it is not given."""
-
-    name: str
-    meaning: str
-    default: Any = None
-    kind: Callable[[str], Any] = str
-
-
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _option_flag(option: Any) -> Flag:
-    """The flag of a field of Options."""
-    kinds: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "tuple": _split}
-    kind = next((kinds[name] for name in kinds if name in option.type), str)
-    return Flag(option.name, option.metadata["help"], option.default, kind)
+FLAG_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "tuple": split}
+"By a word in the annotation of an option, how its flag's text is read; of all others it is the value."
 
 
-FLAGS: dict[str, list[Flag]] = {
-    "serve": [
-        *(_option_flag(option) for option in fields(Options) if option.name != "api_key"),
-        Flag("log_level", "debug, info, warning or error", "info"),
-    ],
-    "chat": [
-        Flag("url", "the server's address", f"ws://localhost:{DEFAULT_PORT}"),
-        Flag("agent", "the agent to talk to"),
-        Flag("token", "the server's token"),
-    ],
-    **{name: [Flag("db", "the database", DEFAULT_DB)] for name in ("check", "export", "import", "backup")},
-}
-
-
-def _add_flags(parser: argparse.ArgumentParser, flags: Iterable[Flag]) -> None:
-    for flag in flags:
-        default = "" if flag.default in (None, ()) else f" (default {flag.default})"
-        parser.add_argument(
-            f"--{flag.name.replace('_', '-')}",
-            metavar=flag.name.rpartition("_")[2].upper(),
-            help=f"{flag.meaning}{default}; MEMWS_{flag.name.upper()}",
-            default=[] if flag.kind is _split else flag.default,
-            action="extend" if flag.kind is _split else "store",
-            type=flag.kind,
-        )
+def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any = None, **more: Any) -> None:
+    """A flag --some-name; MEMWS_SOME_NAME is the same where it is not given."""
+    variable = f"MEMWS_{name.upper()}"
+    shown = "" if default in (None, ()) else f" (default {default})"
+    parser.add_argument(
+        f"--{name.replace('_', '-')}",
+        metavar=name.rpartition("_")[2].upper(),
+        help=f"{meaning}{shown}; {variable}",
+        default=os.environ.get(variable) or default,
+        **more,
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -8433,41 +8408,53 @@ def make_parser() -> argparse.ArgumentParser:
                 message = f"--{match[1]} or MEMWS_{match[1].upper().replace('-', '_')}{match[2]}"
             raise UsageError(f"{message}; {self.prog} --help tells what there is")
 
-    def add(name: str, meaning: str, run: Callable[[argparse.Namespace], int | None], *words: str) -> None:
-        command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
-        _add_flags(command, FLAGS.get(name, ()))
-        for word in words:
-            command.add_argument(word.strip("?"), nargs="?" if word.endswith("?") else None)
-        command.set_defaults(run=run)
+    class Repeatable(argparse.Action):
+        def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+            previous = getattr(namespace, self.dest)
+            setattr(namespace, self.dest, values if previous is self.default else previous + values)
 
-    parser = Parser(prog="memws.py", description=(__doc__ or "").partition("\n")[0])
+    def add(name: str, meaning: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    description = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog="memws.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"memws {__version__}")
-    _add_flags(parser, FLAGS["serve"])
     commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
-    add("serve", "serve agents over WebSocket: the default, with the options below", serve_command)
-    add("chat", "talk to an agent from this terminal; piped input is answered once", chat_command)
-    add("check", "look for damage in the database and its agents", check_command)
-    add("export", "write one agent, memory and history, as one JSON file", export_command, "name", "file?")
-    add("import", "store an agent that export wrote; - is standard input", import_command, "file")
-    add("backup", "copy the database, also while a server runs", backup_command, "file")
+    serve = add("serve", "serve agents over WebSocket: the default, with the options below", serve_command)
+    for option in fields(Options):
+        if option.name != "api_key":
+            action = Repeatable if option.default == () else "store"
+            kind = next((FLAG_TYPES[word] for word in FLAG_TYPES if word in option.type), str)
+            add_flag(serve, option.name, option.metadata["help"], option.default, type=kind, action=action)
+    add_flag(serve, "log_level", "debug, info, warning or error", "info")
+    parser.epilog = serve.format_help()
+    chat = add("chat", "talk to an agent from this terminal; piped input is answered once", chat_command)
+    add_flag(chat, "url", "the server's address", f"ws://localhost:{DEFAULT_PORT}")
+    add_flag(chat, "agent", "the agent to talk to")
+    add_flag(chat, "token", "the server's token")
+    check = add("check", "look for damage in the database and its agents", check_command)
+    export = add("export", "write one agent, memory and history, as one JSON file", export_command)
+    export.add_argument("name")
+    export.add_argument("file", nargs="?")
+    importing = add("import", "store an agent that export wrote; - is standard input", import_command)
+    importing.add_argument("file")
+    backup = add("backup", "copy the database, also while a server runs", backup_command)
+    backup.add_argument("file")
+    for command in (check, export, importing, backup):
+        add_flag(command, "db", "the database", DEFAULT_DB)
     add("protocol", "print the protocol as JSON Schema", lambda flags: print(encode_json(protocol_schema(COMMANDS))))
     return parser
 
 
-def command_words(words: Sequence[str]) -> list[str]:
-    """The command, which is serve where none is named, what the environment says of its flags, and what follows it."""
-    is_named = bool(words) and (not words[0].startswith("-") or words[0] in ("-h", "--help", "--version"))
-    command, *rest = words if is_named else ["serve", *words]
-    variables = {flag.name: os.environ.get(f"MEMWS_{flag.name.upper()}") for flag in FLAGS.get(command, ())}
-    flags = {f"--{name.replace('_', '-')}": text for name, text in variables.items() if text}
-    present = {word.partition("=")[0] for word in rest}
-    return [command, *(f"{flag}={text}" for flag, text in flags.items() if flag not in present), *rest]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; the exit status: 0, 1 for a failed chat or damage, 2 for what cannot be done as asked."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
+        words.insert(0, "serve")
     try:
-        flags = make_parser().parse_args(command_words(sys.argv[1:] if arguments is None else arguments))
+        flags = make_parser().parse_args(words)
         status: int | None = flags.run(flags)
         sys.stdout.flush()
         return status or 0

@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -257,12 +256,6 @@ def test_command_line_table(tmp_path: Path) -> None:
     assert {word[0] for word in words if word} | {"serve"} == set(found)
     assert [word[1] for word in words if len(word) > 1] == ["NAME", "FILE", "FILE"]
     assert README.count("\n") <= 400
-
-
-def test_options_are_flags() -> None:
-    """Each option of the server is a flag, and the other way round, but for the key."""
-    flags = {flag.name for flag in memws.FLAGS["serve"]} - {"log_level"}
-    assert flags == {option.name for option in fields(memws.Options)} - {"api_key"}
 
 
 def test_numbers() -> None:
