@@ -54,7 +54,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import cmd
 import collections.abc
 import concurrent.futures
 import contextlib
@@ -8011,21 +8010,19 @@ class TurnView:
 
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
+        self._step = 0
         self._kind = ""  # of the text on the current line
-        self._ahead: dict[str, str] = collections.defaultdict(str)  # by kind: shown before its stored event
+        self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
 
     def show(self, event: Frame) -> None:
         """Show one event."""
         kind, text = kind_of(event), str(event.get("message"))
+        if event.get("step", 0) != self._step:
+            self._step, self._kind, self._streamed = event.get("step", 0), "", {}
         if kind == "delta":
             self._stream(event["of"], text, str(event.get("agent_name")))
-        elif self._ahead[kind] and text in self._ahead[kind]:
-            self._ahead[kind] = self._ahead[kind].replace(text, "", 1)
-            self._kind = self._kind if self._ahead[kind] else ""
-        elif kind != "user_message":
-            if kind == "retry" or event.get("what") == "verify":  # all texts begin again
-                self._ahead.clear()
-            self._ahead[kind] = self._kind = ""
+        elif kind != "user_message" and text not in self._streamed.get(kind, ""):
+            self._kind = ""
             show_line(self._screen, event)
 
     def _stream(self, kind: str, text: str, agent_name: str) -> None:
@@ -8034,7 +8031,7 @@ class TurnView:
             self._screen.write(FORMS[kind][0].format(agent_name=printable(agent_name), message=""), "bold")
         self._screen.write(printable(text), FORMS[kind][1])
         self._kind = kind
-        self._ahead[kind] += text
+        self._streamed[kind] = self._streamed.get(kind, "") + text
 
 
 # ---- the terminal client ---------------------------------------------------------------------------------------------
@@ -8043,17 +8040,16 @@ class TurnView:
 # others make the agent do are on threads of their own.
 
 
-class Chat(cmd.Cmd):
+class Chat:
     """A conversation on the terminal: lines are sent, and `/name` is the method do_name, its docstring the help."""
 
     def __init__(self, client: BlockingClient, screen: Screen) -> None:
-        super().__init__()
         self.client, self.screen = client, screen
         self._own_turns: set[str] = set()
         self._leaves = False  # at the next Ctrl-C
 
-    def run(self, agent_name: str | None) -> None:
-        """Talk until the user leaves."""
+    def run(self, agent_name: str) -> None:
+        """Talk until the user leaves, first with this agent; offer to create it where it is not there."""
         about = self.client.hello(["delta", *FORMS])
         server = f"memws {about['version']} at {self.client.client.url}, model {about['model']}"
         self.screen.line(f"{clipped(server)}; /help lists the commands", "dim")
@@ -8061,74 +8057,63 @@ class Chat(cmd.Cmd):
             self.screen.line("the model is offline: a rule-based stand-in, not a language model", "yellow")
         edit_lines()
         with contextlib.suppress(EOFError):
-            self._choose(agent_name or latest_agent(self.client))
-            while not self._take_line():
-                pass
+            try:
+                self.do_load(agent_name)
+            except RemoteError as error:
+                if error.code != "unknown_agent":
+                    raise
+                question = f"there is no agent {printable(agent_name)!r}; create it? [Y/n] "
+                if self.screen.ask(question).strip().lower() in ("", "y", "yes"):
+                    self.do_new(agent_name)
+            while True:
+                self._take_line()
         self.screen.end_line()
 
-    def _choose(self, name: str) -> None:
-        """Load an agent; offer to create one that is not there."""
-        lack = f"there is no agent {printable(name)!r}; create it" if name else "there is no agent yet; create 'sam'"
-        try:
-            if name:
-                return self.do_load(name)
-        except RemoteError as error:
-            if error.code != "unknown_agent":
-                raise
-        if self.screen.ask(f"{lack}? [Y/n] ").strip().lower() in ("", "y", "yes"):
-            self.do_new(name or "sam")
-        return None
-
-    def _take_line(self) -> bool:
-        """One line from the user and what it asks for; True leaves."""
+    def _take_line(self) -> None:
+        """One line from the user, and what it asks for. Raises EOFError where it is to leave."""
         try:
             text = self.screen.ask(f"{self.client.agent_name or ''}> ").strip()
             self._leaves = False
-            return self.onecmd(text)
+            if text.startswith("/") and not text.startswith("//"):
+                self._obey(*text[1:].split(maxsplit=1))
+            elif text:
+                self._talk(text.removeprefix("/"))
         except KeyboardInterrupt:
             if self._leaves:
-                return True
+                raise EOFError from None
             self._leaves = True
             self.screen.line("[Ctrl-C again, or Ctrl-D, leaves]", "dim")
         except MemwsError as error:
             if not self.client.client.alive:  # it has given up
                 raise
             self.screen.line(printable(error), "red")
-        return False
 
-    def onecmd(self, line: str) -> bool:
-        if line.startswith("/") and not line.startswith("//"):
-            return bool(super().onecmd(line[1:]))
-        if line and self.client.agent_name is None:
-            self.screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
-        elif line:
-            self._talk(line.removeprefix("/"))
-        return False
-
-    def emptyline(self) -> bool:
-        return False
-
-    def default(self, line: str) -> None:
-        self.screen.line(f"unknown command {clipped('/' + line, 40)}: /help lists the commands", "yellow")
+    def _obey(self, name: str = "", rest: str = "") -> None:
+        command = getattr(self, f"do_{name}", None)
+        if command is None:
+            self.screen.line(f"unknown command {clipped('/' + name, 40)}: /help lists the commands", "yellow")
+        else:
+            command(rest)
 
     def _talk(self, text: str) -> None:
         """Send a message and show its turn; Ctrl-C cancels it, a second one leaves."""
+        if self.client.agent_name is None:
+            return self.screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
         turn_id, view = secrets.token_hex(16), TurnView(self.screen)
         self._own_turns.add(turn_id)
-        turn: BlockingTurn | None = None
+        turn = self.client.send(text, turn_id=turn_id)
         while True:
             try:
-                turn = turn or self.client.send(text, turn_id=turn_id)  # again where an interrupt met it: it runs once
-                if self._leaves:
-                    turn.cancel()
                 for event in turn:
                     view.show(event)
                 break
             except KeyboardInterrupt:
+                turn.cancel()
                 if self._leaves:
                     raise
                 self._leaves = True
         self._leaves = False
+        return None
 
     def _switch(self, command: str, **arguments: Any) -> None:
         """Enter an agent, and show from now on what others make it do."""
@@ -8139,15 +8124,16 @@ class Chat(cmd.Cmd):
             self.screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
         if previous is not None:
             self.client.unsubscribe(previous)
-        events = self.client.subscribe()
+        thread = threading.Thread(
+            target=self._follow, args=[self.client.subscribe()], name="memws follower", daemon=True
+        )
+        thread.start()
 
-        def show_others() -> None:
-            with contextlib.suppress(MemwsError):  # the main thread meets it as well
-                for event in events:
-                    if event.get("turn_id") not in self._own_turns:
-                        show_line(self.screen, event)
-
-        threading.Thread(target=show_others, name="memws follower", daemon=True).start()
+    def _follow(self, events: Iterator[Frame]) -> None:
+        with contextlib.suppress(MemwsError):  # the main thread meets it as well
+            for event in events:
+                if event.get("turn_id") not in self._own_turns:
+                    show_line(self.screen, event)
 
     # -- the slash commands --
 
@@ -8190,13 +8176,13 @@ class Chat(cmd.Cmd):
 
     def do_help(self, rest: str) -> None:
         """this list"""
-        for name in self.completenames(""):
-            self.screen.line(f"/{name:10}{getattr(self, f'do_{name}').__doc__}")
+        for name in filter(re.compile("do_").match, dir(self)):
+            self.screen.line(f"/{name[3:]:10}{getattr(self, name).__doc__}")
         self.screen.line("Ctrl-C cancels a running turn; twice leaves. A message that begins with a slash: write two.")
 
-    def do_quit(self, rest: str) -> bool:
+    def do_quit(self, rest: str) -> None:
         """leave (also Ctrl-D)"""
-        return True
+        raise EOFError
 
 
 def all_agents(client: BlockingClient) -> list[Frame]:
@@ -8208,9 +8194,9 @@ def all_agents(client: BlockingClient) -> list[Frame]:
 
 
 def latest_agent(client: BlockingClient) -> str:
-    """The agent that was active last; "" where there is none."""
-    agents = sorted(all_agents(client), key=lambda agent: str(agent["last_active"] or ""))
-    return str(agents[-1]["agent_name"]) if agents else ""
+    """The agent that was active last; "sam" where there is none."""
+    agents = sorted(all_agents(client), key=lambda agent: agent["last_active"] or "")
+    return str(agents[-1]["agent_name"]) if agents else "sam"
 
 
 def edit_lines() -> None:
@@ -8226,16 +8212,17 @@ def edit_lines() -> None:
         readline.read_history_file(path)
 
 
-def answer_once(client: BlockingClient, agent_name: str | None, text: str) -> None:
+def answer_once(client: BlockingClient, agent_name: str, text: str) -> None:
     """Send one message and print the reply, nothing else, on standard output."""
-    name = agent_name or latest_agent(client) or "sam"
+    if not text:
+        raise MemwsError("nothing to send: standard input is empty; pipe a message in")
     try:
-        client.load_agent(name)
+        client.load_agent(agent_name)
     except RemoteError as error:
         if error.code != "unknown_agent":
             raise
-        client.create_agent(name)
-        print(f"there was no agent {printable(name)!r}; it has been created", file=sys.stderr)
+        client.create_agent(agent_name)
+        print(f"there was no agent {printable(agent_name)!r}; it has been created", file=sys.stderr)
     print(printable(client.ask(text)))
 
 
@@ -8252,12 +8239,11 @@ def chat_command(flags: argparse.Namespace) -> None:
         screen.line(f"[connection {state}]", "dim")
 
     with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, on_state=on_state) as client:
+        agent_name = flags.agent or latest_agent(client)
         if is_terminal:
-            Chat(client, screen).run(flags.agent)
-        elif text := sys.stdin.read().strip():
-            answer_once(client, flags.agent, text)
+            Chat(client, screen).run(agent_name)
         else:
-            raise MemwsError("nothing to send: standard input is empty; pipe a message in")
+            answer_once(client, agent_name, sys.stdin.read().strip())
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint:
     chat = terminal(proxy.url)
     chat.expect(f"memws {memws.__version__} at ws://127.0.0.1:")
     chat.expect("model test-model; /help lists the commands")
-    chat.expect("create 'sam'? [Y/n] ")
+    chat.expect("there is no agent 'sam'; create it? [Y/n] ")
     chat.line()
     chat.expect("sam> ")
     chat.line("hi")
