@@ -8363,13 +8363,26 @@ def new_file(path: str) -> Iterator[None]:
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        if match := re.match(r"argument --([\w-]+)(.*)", message, re.DOTALL):
+            message = f"--{match[1]} or MEMWS_{match[1].upper().replace('-', '_')}{match[2]}"
+        raise UsageError(f"{message}; {self.prog} --help tells what there is")
+
+
+class Repeatable(argparse.Action):
+    """A flag that may come several times; the first takes the place of the default."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        previous = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if previous is self.default else previous + values)
+
+
 def split(text: str) -> list[str]:
     """The parts between commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-FLAG_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "tuple": split}
-"By a word in the annotation of an option, how its flag's text is read; of all others it is the value."
 
 
 def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any = None, **more: Any) -> None:
@@ -8385,19 +8398,16 @@ def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: 
     )
 
 
+FLAG_TYPES: dict[str, Any] = {
+    "int": {"type": int},
+    "float": {"type": float},
+    "tuple": {"type": split, "action": Repeatable},
+}
+"How a flag's text is read, by a word in the annotation of its option; of all others it is the value."
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The commands, each with its flags and words; `run` of what it parses carries it out."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            if match := re.match(r"argument --([\w-]+)(.*)", message, re.DOTALL):
-                message = f"--{match[1]} or MEMWS_{match[1].upper().replace('-', '_')}{match[2]}"
-            raise UsageError(f"{message}; {self.prog} --help tells what there is")
-
-    class Repeatable(argparse.Action):
-        def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-            previous = getattr(namespace, self.dest)
-            setattr(namespace, self.dest, values if previous is self.default else previous + values)
 
     def add(name: str, meaning: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
@@ -8411,9 +8421,8 @@ def make_parser() -> argparse.ArgumentParser:
     serve = add("serve", "serve agents over WebSocket: the default, with the options below", serve_command)
     for option in fields(Options):
         if option.name != "api_key":
-            action = Repeatable if option.default == () else "store"
-            kind = next((FLAG_TYPES[word] for word in FLAG_TYPES if word in option.type), str)
-            add_flag(serve, option.name, option.metadata["help"], option.default, type=kind, action=action)
+            more: JSON = next((FLAG_TYPES[word] for word in FLAG_TYPES if word in str(option.type)), {})
+            add_flag(serve, option.name, option.metadata["help"], option.default, **more)
     add_flag(serve, "log_level", "debug, info, warning or error", "info")
     parser.epilog = serve.format_help()
     chat = add("chat", "talk to an agent from this terminal; piped input is answered once", chat_command)
