@@ -3196,22 +3196,25 @@ def result_text(result: Any) -> str:
 class Memory:
     """An agent's memory as it is on disk; only a transaction changes it. `emit` gets each event once it is stored."""
 
-    def __init__(self, store: Store, record: AgentRecord, emit: Callable[[StoredEvent], None]) -> None:
+    def __init__(
+        self, store: Store, record: AgentRecord, emit: Callable[[StoredEvent], None], edited: Callable[[], None]
+    ) -> None:
         self.store, self.record, self.emit = store, record, emit
+        self.edited = edited  # called after an edit of core memory
         # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
         self.lock = asyncio.Lock()
         self.blocks: dict[str, Block] = {}
         self.messages: list[ChatMessage] = []  # those in the context window
-        self.archival = self.last_message = self.last_passage = 0
-        self.edited: Callable[[], None] = lambda: None  # called after an edit of core memory
+        self.archival = self.last_message = 0  # the number of passages, the id of the last chat message
+        self.stale = False  # a transaction failed: what is here may differ from what is on disk
 
     async def load(self) -> int:
         """Read all of it; the number of messages that cannot be read and are left out. Raises StoreFailed."""
-        record = self.record
-        self.messages, counts = await self.store.load(record.id, record.state.get("cut", 0))
-        self.blocks = {block["label"]: Block(**block) for block in record.blocks}
+        state = self.record.state
+        self.messages, counts = await self.store.load(self.record.id, state["cut"])
+        self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
-        self.last_passage = max(counts["last_passage"], record.state.get("last_passage", 0))
+        state["last_passage"] = max(counts["last_passage"], state["last_passage"])
         return counts["unreadable"]
 
 
@@ -3219,27 +3222,30 @@ class Transaction:
     """What is stored and then told at once: a step, a part of one, an edit from outside. Memory tools work on it.
 
     `async with Transaction(memory) as change:` stores and tells at the end of the block; after an exception nothing has
-    happened. Raises StoreFailed: then disk and memory may differ, and memory has to be loaded anew.
+    happened. Raises StoreFailed: then the memory is stale, and the agent has to be opened anew.
     """
 
     def __init__(self, memory: Memory, turn_id: str = "", step: int = 0, before: int | None = None) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step
         # The last chat message that a search may find: what this very turn said is in view already.
         self.before = memory.last_message if before is None else before
-        self.by = "agent" if turn_id else "client"
         self.vectors: Mapping[str, bytes] = {}  # of the queries that will be searched for
         self.spoke = self._open = False  # `spoke`, alone of all, outlives apart()
-        self.changes, self.blocks = Changes(), memory.blocks
 
     async def __aenter__(self) -> typing.Self:
         await self.memory.lock.acquire()
-        self._open, self.changes, self.blocks = True, Changes(), dict(self.memory.blocks)
+        record, self._open = self.memory.record, True
+        self.changes, self.blocks = Changes(), dict(self.memory.blocks)
+        self.config, self.state = record.config, dict(record.state)
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 await self._store()
+        except BaseException:
+            self.memory.stale = True
+            raise
         finally:
             if self._open:
                 self._open = False
@@ -3255,20 +3261,18 @@ class Transaction:
             await self.__aenter__()
 
     async def _store(self) -> None:
-        memory, changes = self.memory, self.changes
-        if self.blocks != memory.blocks:
-            changes.blocks = [asdict(block) for block in self.blocks.values()]
-        events = await memory.store.commit(memory.record.id, changes)
+        memory, record, changes = self.memory, self.memory.record, self.changes
+        has_edits = self.blocks != memory.blocks
+        changes.blocks = [asdict(block) for block in self.blocks.values()] if has_edits else None
+        changes.config = self.config if self.config != record.config else None
+        changes.state = self.state if self.state != record.state else None
+        events = await memory.store.commit(record.id, changes)
+        record.config, record.state, memory.blocks = self.config, self.state, self.blocks
+        record.last_seq = events[-1].seq if events else record.last_seq
         memory.messages += changes.messages
         memory.last_message += len(changes.messages)
-        passages = sum(document.store == "archival" for document in changes.documents)
-        memory.archival += passages - len(changes.removed)
-        memory.last_passage += passages
-        memory.record.state = changes.state or memory.record.state
-        memory.record.config = changes.config or memory.record.config
-        memory.record.last_seq = events[-1].seq if events else memory.record.last_seq
-        if changes.blocks:
-            memory.blocks = self.blocks
+        memory.archival += sum(document.store == "archival" for document in changes.documents) - len(changes.removed)
+        if has_edits:
             memory.edited()
         for event in events:
             memory.emit(event)
@@ -3291,38 +3295,33 @@ class Transaction:
         """A chat message by which the model hears of something, packed as a user's message."""
         self.add_message("system", text, {"role": "user", "content": pack(kind, **fields)})
 
-    def set_state(self, **values: Any) -> None:
-        self.changes.state = (self.changes.state or self.memory.record.state) | values
-
     # -- what memory tools do --
 
     def block(self, label: str) -> Block:
-        """The block. Raises ToolError naming the labels there are."""
+        """The block. Raises Refused (not_found) naming the labels there are."""
         if label not in self.blocks:
-            raise ToolError(f"there is no core memory block {quote(label)}; blocks: {', '.join(self.blocks)}")
+            text = f"there is no core memory block {quote(label)}; blocks: {', '.join(self.blocks)}"
+            raise Refused("not_found", text)
         return self.blocks[label]
 
     def write(self, label: str, value: str) -> None:
-        """Give a block another text. Raises ToolError over its limit."""
+        """Give a block another text. Raises Refused (not_found, block_limit)."""
         block = self.block(label)
         if len(value) > block.limit:
-            raise ToolError(
-                f"the {label} block is limited to {block.limit:,} characters, and this would make {len(value):,}; "
-                "shorten what is there with core_memory_replace, or keep it in archival memory"
-            )
+            text = f"the {label} block is limited to {block.limit:,} characters, and this would make {len(value):,}"
+            raise Refused("block_limit", f"{text}; shorten what is there, or keep it in archival memory")
         if value != block.value:
             self.blocks[label] = replace(block, value=value, version=block.version + 1)
             self._add_change("core", label, block.value, value, label=label)
 
     def insert(self, text: str) -> int:
-        """Keep a passage; its id. Raises ToolError for one that is empty or too long."""
-        if not text.strip():
-            raise ToolError("content is empty; say what to keep")
+        """Keep a passage; its id. Raises Refused (text_too_long)."""
         if len(text) > MAX_TEXT:
-            raise ToolError(f"a passage has at most {MAX_TEXT:,} characters, but got {len(text):,}; split it")
-        number: int = 1 + (self.changes.state or {}).get("last_passage", self.memory.last_passage)
+            text = f"a passage has at most {MAX_TEXT:,} characters, but got {len(text):,}; split it"
+            raise Refused("text_too_long", text)
+        number: int = self.state["last_passage"] + 1
+        self.state["last_passage"] = number
         self.changes.documents.append(Document(number, "archival", "", now_text(), text))
-        self.set_state(last_passage=number)
         self._add_change("archival", f"passage {number}", None, text, id=number)
         return number
 
@@ -3337,7 +3336,8 @@ class Transaction:
 
     def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
         diff = difference(before or "", after or "")
-        about = {"what": what, **fields, "before": before, "after": after, "diff": diff, "by": self.by}
+        about = {"what": what, **fields, "before": before, "after": after, "diff": diff}
+        about["by"] = "agent" if self.turn_id else "client"
         self.add_event("memory_change", f"{what} memory: {name} changed", **about)
 
     async def search(self, store: str, query: str, page: int, since: str = "", until: str = "~") -> str:
@@ -3434,6 +3434,8 @@ async def conversation_search_date(memory: Transaction, start_date: str, end_dat
 
 def archival_memory_insert(memory: Transaction, content: str) -> None:
     """Keep a passage in archival memory, worded so that a search will find it."""
+    if not content.strip():
+        raise ToolError("content is empty; say what to keep")
     memory.insert(content)
 
 
@@ -3449,7 +3451,7 @@ def pause_heartbeats(memory: Transaction, minutes: int) -> str:
         minutes: at most 360
     """
     minutes = max(0, min(minutes, MAX_PAUSE_HEARTBEATS))
-    memory.set_state(paused_until=time.time() + 60 * minutes)
+    memory.state["paused_until"] = time.time() + 60 * minutes
     return f"Pausing timed heartbeats for {minutes} min"
 
 
@@ -3587,16 +3589,19 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     return checked, warnings
 
 
-def check_window(window: int, config: JSON, tools: str, blocks: Iterable[Block]) -> None:
+def window_of(config: JSON, models: Models, model: Model) -> int:
+    """The context window in tokens, as the config says, or the server, or the model."""
+    return int(config["context_window"] or models.context_window or model.window)
+
+
+def check_window(window: int, config: JSON, tools: Mapping[str, Tool], blocks: Iterable[Block]) -> None:
     """Raises Refused where a context window has no room for prompt, full blocks and a reply."""
-    needed = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(tools) + MIN_REPLY_TOKENS
+    specs = ",".join(tools[name].spec for name in config["tools"] or MEMORY_TOOLS if name in tools)
+    needed = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(specs) + MIN_REPLY_TOKENS
     needed += sum(block.limit // 4 + 16 for block in blocks)
     if needed > window:
-        raise Refused(
-            "bad_config",
-            f"context_window: {window:,} tokens are too few: prompt, full blocks and {MIN_REPLY_TOKENS} tokens for a "
-            f"conversation need {needed:,}",
-        )
+        text = f"prompt, full blocks and {MIN_REPLY_TOKENS} tokens for a conversation need {needed:,}"
+        raise Refused("bad_config", f"context_window: {window:,} tokens are too few: {text}")
 
 
 # ---- a turn ----------------------------------------------------------------------------------------------------------
@@ -3618,7 +3623,6 @@ class Turn:
     before: int = 0  # the id of the last chat message before the turn
     over: bool = False
     stop_reason: str | None = None
-    damaged: bool = False  # its end may differ from what is on disk
     failed_calls: int = 0  # model calls that failed
     failed_tools: int = 0  # tool calls that failed in a row
     compactions: int = 0
@@ -3689,12 +3693,18 @@ class Agent:
     """
 
     def __init__(
-        self, memory: Memory, models: Models, tools: Mapping[str, Tool], max_steps: int, api_key: str | None
+        self,
+        store: Store,
+        record: AgentRecord,
+        models: Models,
+        tools: Mapping[str, Tool],
+        max_steps: int = MAX_STEPS,
+        api_key: str | None = None,
+        emit: Callable[[StoredEvent], None] = lambda event: None,
     ) -> None:
-        self.memory, self.record = memory, memory.record
-        memory.edited = self._rebuild
-        self.repairs: list[str] = []  # what the last opening had to mend
+        self.memory, self.record = Memory(store, record, emit, self._rebuild), record
         self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
+        self.repairs: list[str] = []  # what the opening had to mend
         self._cut_prompts = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
 
     @property
@@ -3708,35 +3718,24 @@ class Agent:
 
     # -- opening --
 
-    @classmethod
-    async def open(
-        cls,
-        store: Store,
-        record: AgentRecord,
-        models: Models,
-        tools: Mapping[str, Tool],
-        max_steps: int = MAX_STEPS,
-        api_key: str | None = None,
-        emit: Callable[[StoredEvent], None] = lambda event: None,
-    ) -> Agent:
-        """The agent, loaded and repaired. Raises StoreFailed."""
-        agent = cls(Memory(store, record, emit), models, tools, max_steps, api_key)
+    async def open(self) -> typing.Self:
+        """Load the agent and repair what a crash left; itself. Raises StoreFailed."""
         try:
-            check_record(record)
-            unreadable = await agent.memory.load()
-            agent.configure()
-            await agent._repair(unreadable)
+            check_record(self.record)
+            unreadable = await self.memory.load()
+            self.configure()
+            await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
-            logger.error("agent %s cannot be loaded", record.name, exc_info=error)
-            text = f"agent {record.name!r} is damaged: memws.py check says more; a backup brings it back"
+            logger.error("agent %s cannot be loaded", self.name, exc_info=error)
+            text = f"agent {self.name!r} is damaged: memws.py check says more; a backup brings it back"
             raise StoreFailed(text) from error
-        return agent
+        return self
 
     def configure(self) -> None:
         """Choose model, window and tools by the config, and build the prompt anew."""
         values = self.record.config
         self.model, self.warnings = self._models.get(values["model"], self.record.base_url, self._api_key)
-        self.window: int = values["context_window"] or self._models.context_window or self.model.window
+        self.window = window_of(values, self._models, self.model)
         self.max_steps: int = values["max_steps"] or self._max_steps
         if missing := [name for name in values["tools"] or () if name not in self._all_tools]:
             self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
@@ -3758,12 +3757,12 @@ class Agent:
             parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
         self._prompt, self._core = (self.record.config["system"] or SYSTEM_PROMPT).rstrip(), "\n".join(parts)
         self._system_body = encode_json({"role": "system", "content": self._prompt + self._core})
-        summary = self.record.state.get("summary")
+        summary = self.record.state["summary"]
         self._summary_body = encode_json({"role": "user", "content": summary}) if summary else ""
 
     async def _repair(self, unreadable: int) -> None:
         """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
-        memory, open_turn = self.memory, self.record.state.get("turn")
+        memory, open_turn = self.memory, self.record.state["turn"]
         faults, open_calls = history_faults(memory.messages)
         broken = max((index for index, _ in faults), default=0)
         if not (unreadable or broken or open_calls or open_turn):
@@ -3778,7 +3777,7 @@ class Agent:
                 text = "chat messages that are damaged or lack a tool's result left the context window"
                 self.repairs.append(text)
                 kept = memory.messages[broken:] + change.changes.messages
-                change.set_state(cut=kept[0].id if kept else memory.last_message + 1)
+                change.state["cut"] = kept[0].id if kept else memory.last_message + 1
                 change.add_event("correction", text, what="history")
             if open_turn:
                 self.repairs.append(f"turn {open_turn} was interrupted and got its end")
@@ -3804,6 +3803,7 @@ class Agent:
                     await self._fail(turn, error)
                 except Exception:  # a fault of ours ends this turn, never the server or another agent's turn
                     logger.exception("agent %s: turn %s failed", self.name, turn.turn_id)
+                    self.memory.stale = True
                     await self._fail(turn, MemwsError("internal error; the server's log has it"))
         finally:
             turn.over = True
@@ -3822,16 +3822,16 @@ class Agent:
         async with self._change(turn) as change:
             start: Event = {"type": "agent_response_start", "turn_id": turn.turn_id}
             change.changes.events.append(start)
-            change.set_state(turn=turn.turn_id)
+            change.state["turn"] = turn.turn_id
             if turn.message is None:
                 change.add_event("heartbeat", turn.reason, reason=turn.reason)
                 change.add_notice("heartbeat", turn.reason, reason=turn.reason)
                 return
-            last, now = self.record.state.get("last_user"), now_text()
+            last, now = change.state["last_user"], now_text()
             content = pack("user_message", message=self._fitting(turn.message))
             if last is None or seconds_between(last, now) > LOGIN_SILENCE:
                 content = f"{pack('login', last_login=last or 'Never (first login)')}\n{content}"
-            change.set_state(last_user=now)
+            change.state["last_user"] = now
             change.add_message(
                 "user", turn.message, {"role": "user", "content": content}, said=turn.message, event=start
             )
@@ -4031,7 +4031,7 @@ class Agent:
         try:
             result = tool.function.call(change, **arguments)
             return result_text(await result if inspect.isawaitable(result) else result)
-        except StoreFailed as error:  # of a search, which changes nothing
+        except (Refused, StoreFailed) as error:  # StoreFailed: of a search, which changes nothing
             raise ToolError(str(error)) from error
 
     def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
@@ -4057,11 +4057,11 @@ class Agent:
         change.changes.request = turn.request
         sections = self._sections([*self.memory.messages, *change.changes.messages])
         used = sum(sections.values())
-        warn = used > WARNING_FRACTION * self.window and not (self.record.state.get("warned") or turn.compactions)
+        warn = used > WARNING_FRACTION * self.window and not (change.state["warned"] or turn.compactions)
         reason = self._reason_to_go_on(turn, reply, failed)
         stop = self._reason_to_stop(change, turn, bool(reason or warn))
         if warn:
-            change.set_state(warned=True)
+            change.state["warned"] = True
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
         if reason and stop is None:
             change.add_event("heartbeat", reason, reason=reason)
@@ -4118,7 +4118,7 @@ class Agent:
                 "stop_reason": "error",
             }
         change.changes.events.append({**end, "turn_id": turn_id, "usage": usage})
-        change.set_state(turn=None)
+        change.state["turn"] = None
 
     async def _end_stopped(self, turn: Turn) -> None:
         """End a turn that was stopped while its model answered; what had come of the answer is kept."""
@@ -4137,7 +4137,6 @@ class Agent:
 
     async def _fail(self, turn: Turn, error: MemwsError) -> None:
         """End a turn with an error; open calls get a result. Raises StoreFailed."""
-        turn.damaged = error.code in ("store_failed", "internal")
         async with self._change(turn) as change:
             change.changes.request = turn.request
             for _, call_id, name in history_faults(self.memory.messages)[1]:
@@ -4207,7 +4206,7 @@ class Agent:
         async with self._change(turn) as change:
             gist, summary, after = self._fitting_summary(gist, hidden, kept, before)
             first = kept[0].id if kept else memory.last_message + 1
-            change.set_state(cut=first, warned=False, summary=summary, gist=gist)
+            change.state |= {"cut": first, "warned": False, "summary": summary, "gist": gist}
             sizes = {"messages_before": cut + len(kept), "messages_after": len(kept)}
             sizes |= {"tokens_before": before, "tokens_after": after}
             change.add_event("compaction", f"{cut} messages became a summary", **sizes, summary=gist)
@@ -4251,7 +4250,7 @@ class Agent:
             if message.said or message.text
         ]
         transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
-        if gist := self.record.state.get("gist"):
+        if gist := self.record.state["gist"]:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
         messages = [{"role": "system", "content": SUMMARY_SYSTEM}, {"role": "user", "content": transcript}]
         body, reply = request_body(self.model.head({}), map(encode_json, messages), ""), Reply()
@@ -4293,25 +4292,17 @@ class Agent:
     async def set_block(self, label: str, value: str, version: int | None) -> int:
         """Give a block another text; its version. Raises Refused (not_found, block_limit, conflict)."""
         async with Transaction(self.memory) as change:
-            block = change.blocks.get(label)
-            if block is None:
-                raise Refused("not_found", f"no block {quote(label)}; blocks: {', '.join(change.blocks)}")
+            block = change.block(label)
             if version not in (None, block.version):
                 text = f"block {label} has version {block.version} by now; read its value, then send that version"
                 raise Refused("conflict", text, version=block.version, value=block.value)
-            if len(value) > block.limit:
-                text = f"block {label} is limited to {block.limit:,} characters, but got {len(value):,}"
-                raise Refused("block_limit", text)
             change.write(label, value)
-            return change.blocks[label].version
+            return change.block(label).version
 
     async def insert_passage(self, text: str) -> int:
         """Keep a passage in archival memory; its id. Raises Refused (text_too_long)."""
         async with Transaction(self.memory) as change:
-            try:
-                return change.insert(text)
-            except ToolError as error:
-                raise Refused("text_too_long", str(error)) from None
+            return change.insert(text)
 
     async def delete_passage(self, passage_id: int) -> None:
         """Take a passage out of archival memory; the event keeps its text. Raises Refused (not_found)."""
@@ -4323,17 +4314,13 @@ class Agent:
 
     async def update(self, config: JSON) -> None:
         """Take another config. Raises Refused where the window is too small for it."""
-        before = self.record.config
-        try:
-            async with Transaction(self.memory) as change:
-                self.record.config = change.changes.config = config
-                self.configure()
-                check_window(self.window, config, self._tools_body, self.blocks.values())
-                change.add_event("agent_change", "the agent's settings changed", change="updated")
-        except BaseException:
-            self.record.config = before
-            self.configure()
-            raise
+        model, _ = self._models.get(config["model"], self.record.base_url, self._api_key)
+        window = window_of(config, self._models, model)
+        check_window(window, config, self._all_tools, self.blocks.values())
+        async with Transaction(self.memory) as change:
+            change.config = config
+            change.add_event("agent_change", "the agent's settings changed", change="updated")
+        self.configure()
 
     # -- reading --
 
@@ -6520,8 +6507,8 @@ class Options:
             text = f"listening on {self.host!r} lets other machines in"
             raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
-            specs = ",".join(tool.spec for tool in MEMORY_TOOLS.values())
-            check_window(self.context_window, {"system": None}, specs, [Block("persona", ""), Block("human", "")])
+            blocks = [Block("persona", ""), Block("human", "")]
+            check_window(self.context_window, {"system": None, "tools": None}, MEMORY_TOOLS, blocks)
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -6686,7 +6673,7 @@ class LiveAgent:
         self.waiting: collections.deque[QueuedTurn] = collections.deque()
         self.current: QueuedTurn | None = None
         self.compaction: Turn | None = None  # one that a client asked for
-        self.gone = self.stale = False  # deleted; a transaction failed: opened anew before it is used again
+        self.gone = False  # deleted
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
@@ -6695,7 +6682,7 @@ class LiveAgent:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
         agents = self.agents
         common = (agents.models, agents.tools, agents.options.max_steps, agents.api_keys.get(record.id))
-        self.agent = await Agent.open(agents.store, record, *common, emit=self.publish)
+        self.agent = await Agent(agents.store, record, *common, emit=self.publish).open()
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
@@ -6734,19 +6721,15 @@ class LiveAgent:
         """The agent, opened anew after a failed transaction. Raises StoreFailed, Refused where it was deleted."""
         if self.gone:
             raise self.gone_error()
-        if self.stale:
+        in_turn = self.current is not None and self.current.turn.step > 0 and not self.current.turn.over
+        if self.agent.memory.stale and not in_turn:
             await self.open(await self.agents.store.find_agent(self.name))
-            self.stale = False
         return self.agent
 
     @contextlib.asynccontextmanager
     async def editing(self) -> AsyncGenerator[Agent, None]:
         """Around an edit from outside. Raises as fresh()."""
-        try:
-            yield await self.fresh()
-        except (StoreFailed, asyncio.CancelledError):
-            self.stale = True
-            raise
+        yield await self.fresh()
         self.agents.memory_growth.set()
 
     # -- turns --
@@ -6784,10 +6767,8 @@ class LiveAgent:
         """One turn; where its start or its end cannot be stored, its senders get a refusal."""
         try:
             await (await self.fresh()).turn(item.turn)
-            self.stale = self.stale or item.turn.damaged
             item.done.set_result(None)
         except MemwsError as error:
-            self.stale = not self.gone
             try:
                 if item.turn.step == 0:
                     raise
@@ -6890,8 +6871,7 @@ class Agents(Tasks):
         blocks: list[Block] = apply(core_memory, values)
         name = f"agent_{secrets.token_hex(4)}" if values.get("name") is None else check_name(values["name"])
         model, _ = self.models.get(config["model"], base_url, api_key)
-        specs = ",".join(self.tools[tool].spec for tool in config["tools"] or MEMORY_TOOLS)
-        check_window(config["context_window"] or self.options.context_window or model.window, config, specs, blocks)
+        check_window(window_of(config, self.models, model), config, self.tools, blocks)
         async with self._lock:
             record = await self.store.create_agent(name, config, [asdict(block) for block in blocks], base_url)
             self.api_keys[record.id] = api_key

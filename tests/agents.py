@@ -102,7 +102,7 @@ class Lab:
 
     async def open(self, name: str = "sam") -> memws.Agent:
         """The agent as its database has it."""
-        return await memws.Agent.open(self.store, await self.store.find_agent(name), self.models, self.tools)
+        return await memws.Agent(self.store, await self.store.find_agent(name), self.models, self.tools).open()
 
     def turn(self, message: str | None, **options: Any) -> memws.Turn:
         return memws.Turn(f"turn-{next(self._numbers)}", message, **options)

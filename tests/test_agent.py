@@ -500,7 +500,7 @@ async def test_the_agent_is_warned_once_before_the_window_is_full(endpoint: Endp
     3,000 tokens are enough beside full default blocks, and a window that is too small is refused with both numbers."""
     endpoint.context_window = 3_000
     agent = await lab.create(context_window=3_000, persona="p" * size, human="h" * size)
-    config, tools = agent.record.config, "".join(tool.spec for tool in agent.tools.values())
+    config, tools = agent.record.config, agent.tools
     memws.check_window(3_000, config, tools, agent.blocks.values())
     with pytest.raises(memws.Refused, match=r"1,000 .* too few.* \d,\d{3}$"):
         memws.check_window(1_000, config, tools, agent.blocks.values())
@@ -927,7 +927,7 @@ async def test_a_store_that_fails_around_a_tool(
         with refusing(path, rows), contextlib.suppress(*[] if ends else [memws.StoreFailed]):
             _, events = await work
             assert (events[-1]["code"], "seq" in events[-1], ends) == ("store_failed", True, True)
-        assert (ran, turn.over, turn.damaged) == ([1] * runs, True, True)
+        assert (ran, turn.over, agent.memory.stale) == ([1] * runs, True, True)
         agent = await lab.open()
         assert (agent.blocks["human"].value, bool(agent.repairs)) == ("", not ends)
         assert (await lab.say(agent, "And now?")).replies == ["Hello!"]
