@@ -265,7 +265,14 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("agent", "config", "base_url"), "http://evil.example/v1", "base_url"),
     (("agent", "config", "settings"), {"temperature": "hot"}, "temperature"),
     (("agent", "last_seq"), 1, "agent.last_seq"),
+    (("agent", "config"), "{", "agent: agent 'sam' is damaged: its config "),
+    (("agent", "blocks", 0, "limit"), 1, "agent.blocks[0]: "),
     (("messages", 2, "body"), "{", "messages[2].body"),
+    (("messages", 0, "body"), "{}", "messages[0]: expected a chat message, but got '{}'"),
+    (("messages", 1, "id"), 1, "messages[1]: "),
+    (("memory", 1, "item"), 1, "memory[1]: "),
+    (("requests",), {}, "requests: expected a list"),
+    (("events", 0, "text"), "5", "events[0].text: "),
     (("events", 3, "seq"), 3, "events[3]"),
 ]
 
@@ -342,13 +349,17 @@ def test_healthy_agents_are_found_healthy(db: Path, run: Run, serve: Serve) -> N
     assert healthy(run, db)
 
 
-CONFIG = "UPDATE agents SET config = json_set(config, '$.{}', 'x') WHERE name = 'sam'"
+SAM = "UPDATE agents SET {} WHERE id = :sam"
 FOUND: dict[str, tuple[str, str]] = {
-    "a config of wrong types": (CONFIG.format("max_steps"), "max_steps"),
-    "a config of later keys": (CONFIG.format("later"), "later"),
-    "blocks that are no list": ("UPDATE agents SET blocks = '5' WHERE name = 'sam'", "agent sam"),
+    "a config of wrong types": (SAM.format("config = json_set(config, '$.max_steps', 'x')"), "max_steps"),
+    "a config of later keys": (SAM.format("config = json_set(config, '$.later', 'x')"), "later"),
+    "a config that is no JSON": (SAM.format("config = '{'"), "its config cannot be read; a backup"),
+    "blocks that are no list": (SAM.format("blocks = '5'"), "agent sam"),
+    "a state of wrong types": (SAM.format("""state = '{"cut":[]}'"""), "agent.state: cut: expected an integer"),
+    "a damaged message": ("UPDATE messages SET body = '{' WHERE agent = :sam AND id = 2", "chat message 2 is damaged"),
+    "a damaged event": ("UPDATE events SET text = '{' WHERE agent = :sam AND seq = 2", "event 2 is damaged; a replay"),
     "a call without its result": ("DELETE FROM messages WHERE agent = :sam AND role = 'tool' AND id < 6", "agent sam"),
-    "rows of no agent": ("DELETE FROM agents WHERE name = 'sam'", "messages"),
+    "rows of no agent": ("DELETE FROM agents WHERE id = :sam", "messages"),
     "a page of the file": ("", "the file"),
 }
 "What is broken, by which SQL, and what check says of it."
@@ -362,7 +373,7 @@ def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
     with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         if sql:
             ((sam,),) = connection.execute("SELECT id FROM agents WHERE name = 'sam'").fetchall()
-            connection.execute(sql, {"sam": sam} if ":sam" in sql else {})
+            connection.execute(sql, {"sam": sam})
         page = connection.execute("PRAGMA page_count").fetchone()[0] - 2
     if not sql:
         with db.open("r+b") as file:
