@@ -6646,21 +6646,19 @@ class Tasks:
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
 
+WhenBusy = Literal["queue", "reject", "interrupt"]
+
+
 def new_turn_id() -> str:
     return f"turn_{secrets.token_hex(12)}"
 
 
-class QueuedTurn:
-    """A turn that waits or runs, and whose queue it counts against; `done` ends with it, or with why it will not be.
+@dataclass(eq=False)
+class QueuedTurn(Turn):
+    """A turn that waits or runs; `done` ends with it, or with why it will not be."""
 
-    Raises Refused (text_too_long).
-    """
-
-    def __init__(self, turn: Turn, sender: object = None) -> None:
-        if (size := len(turn.message or "")) > MAX_TEXT:
-            raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {size:,}")
-        self.turn, self.sender = turn, sender
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    sender: object = None  # whose queue it counts against
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class LiveAgent:
@@ -6671,10 +6669,8 @@ class LiveAgent:
         self.agent: Agent  # set by open()
         self.channel = Channel(record.last_seq)
         self.waiting: collections.deque[QueuedTurn] = collections.deque()
-        self.current: QueuedTurn | None = None
-        self.compaction: Turn | None = None  # one that a client asked for
+        self.current: QueuedTurn | None = None  # what runs: a turn, or a compaction that a client asked for
         self.gone = False  # deleted
-        self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
 
@@ -6687,12 +6683,8 @@ class LiveAgent:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
     @property
-    def state(self) -> str:
-        return "running" if self.current or self.compaction else "waiting" if self.waiting else "idle"
-
-    @property
     def busy(self) -> bool:
-        return self.state != "idle"
+        return self.current is not None
 
     def gone_error(self) -> Refused:
         """What a message to an agent gets that is no longer in use."""
@@ -6721,7 +6713,7 @@ class LiveAgent:
         """The agent, opened anew after a failed transaction. Raises StoreFailed, Refused where it was deleted."""
         if self.gone:
             raise self.gone_error()
-        in_turn = self.current is not None and self.current.turn.step > 0 and not self.current.turn.over
+        in_turn = self.current is not None and self.current.step > 0 and not self.current.over
         if self.agent.memory.stale and not in_turn:
             await self.open(await self.agents.store.find_agent(self.name))
         return self.agent
@@ -6736,46 +6728,59 @@ class LiveAgent:
 
     def find(self, turn_id: str) -> QueuedTurn | None:
         """The turn of that id, where it waits or runs."""
-        items = (*([self.current] if self.current else []), *self.waiting)
-        return next((item for item in items if item.turn.turn_id == turn_id), None)
+        return next((item for item in (self.current, *self.waiting) if item and item.turn_id == turn_id), None)
 
-    def enqueue(self, item: QueuedTurn, *, first: bool = False) -> None:
-        """Let a turn wait for its time, which may be now."""
-        self.waiting.insert(0 if first else len(self.waiting), item)
-        if item.turn.message is not None:
+    def enqueue(self, item: QueuedTurn, when_busy: WhenBusy = "queue") -> None:
+        """Let a turn wait for its time, which may be now. Raises Refused where it may not."""
+        self._check(item, when_busy)
+        if when_busy == "interrupt" and self.current is not None:
+            self.current.stop("superseded")
+        self.waiting.insert(0 if when_busy == "interrupt" else len(self.waiting), item)
+        if item.message is not None:
             self._beats = 0
-        self.kick()
+        self._kick()
 
-    def kick(self) -> None:
+    def _check(self, item: QueuedTurn, when_busy: WhenBusy) -> None:
+        if self.gone or self.agents.stopping:
+            raise self.gone_error()
+        if (size := len(item.message or "")) > MAX_TEXT:
+            raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {size:,}")
+        if not self.busy:
+            return
+        if when_busy == "reject":
+            raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or let the message queue")
+        own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.waiting)
+        if own >= MAX_WAITING_SESSION and item.sender is not None:
+            raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
+        if len(self.waiting) >= MAX_WAITING_AGENT:
+            raise Refused("queue_full", f"{len(self.waiting)} messages wait for agent {self.name!r}; try again later")
+
+    def _kick(self) -> None:
         """Begin with what waits, unless something runs."""
-        if self._task is None and self.waiting and not (self.compaction or self.agents.stopping):
+        if self.waiting and not (self.busy or self.agents.stopping):
             self.current = self.waiting.popleft()
-            self._task = self.agents.spawn(self._run())
+            self.agents.spawn(self._run(self.current))
 
-    async def _run(self) -> None:
-        """Run turns until none waits."""
+    async def _run(self, item: QueuedTurn) -> None:
+        """One turn; where its start or its end cannot be stored, whoever waits for it gets a refusal."""
         try:
-            while self.current is not None:
-                await self._run_turn(self.current)
-                self.agents.memory_growth.set()
-                self.current = self.waiting.popleft() if self.waiting and not self.agents.stopping else None
-        finally:
-            self.current = self._task = None
-            self.rest()
-
-    async def _run_turn(self, item: QueuedTurn) -> None:
-        """One turn; where its start or its end cannot be stored, its senders get a refusal."""
-        try:
-            await (await self.fresh()).turn(item.turn)
-            item.done.set_result(None)
+            await (await self.fresh()).turn(item)
         except MemwsError as error:
-            try:
-                if item.turn.step == 0:
-                    raise
-                await self.fresh()  # it may be stored by now, as the end of an interrupted turn
-                item.done.set_result(None)
-            except MemwsError:
-                self.refuse(item, self.gone_error() if self.gone else error)
+            with contextlib.suppress(MemwsError):
+                await self.fresh()  # the end may be on disk by now, as that of an interrupted turn
+            if item.step == 0 or self.gone or self.agent.memory.stale:
+                self.refuse(item, error)
+        finally:
+            self._finish(item)
+
+    def _finish(self, item: QueuedTurn) -> None:
+        """What ran is over: go on with what waits."""
+        if not item.done.done():
+            item.done.set_result(None)
+        self.current = None
+        self.agents.memory_growth.set()
+        self._kick()
+        self.rest()
 
     def refuse(self, item: QueuedTurn, error: MemwsError) -> None:
         """Tell whoever waits for a turn that it will not be."""
@@ -6788,27 +6793,24 @@ class LiveAgent:
         """Stop what runs, refuse what waits, and wait until the agent is idle."""
         for item in list(self.waiting):
             self.refuse(item, self.gone_error())
-        if turn := self.current.turn if self.current else self.compaction:
-            turn.stop(reason)
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        if self.current is not None:
+            self.current.stop(reason)
+            await asyncio.wait([self.current.done])
 
     async def compact(self) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Raises Refused."""
         if self.busy:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
-        turn = self.compaction = Turn("", None)
+        item = self.current = QueuedTurn("", None)
         try:
             async with self.editing() as agent:
-                return await agent.compact(turn)
+                return await agent.compact(item)
         except ModelError as error:
             raise Refused("not_found", f"there is nothing to compact: {error}") from error
         except Stopped:
-            raise Refused("cancelled", f"the compaction was {turn.stop_reason}") from None
+            raise Refused("cancelled", f"the compaction was {item.stop_reason}") from None
         finally:
-            self.compaction = None
-            self.rest()
-            self.kick()
+            self._finish(item)
 
     def rest(self) -> None:
         """The agent is idle, or gone: set the timer of the next heartbeat, if there is to be one."""
@@ -6821,9 +6823,9 @@ class LiveAgent:
             self._timer = asyncio.get_running_loop().call_later(max(interval, pause), self._beat)
 
     def _beat(self) -> None:
-        if not self.busy:
+        with contextlib.suppress(Refused):  # it is busy
+            self.enqueue(QueuedTurn(new_turn_id(), None, HEARTBEAT_TIMER), "reject")
             self._beats += 1
-            self.enqueue(QueuedTurn(Turn(new_turn_id(), None, HEARTBEAT_TIMER)))
 
     def close(self) -> None:
         """Let go of the timer, and of readers once they have read all."""
@@ -7063,7 +7065,6 @@ class Reader:
 
 AgentName = Annotated[str, 0, 1_000] | None
 Text = Annotated[str, 0, MAX_FRAME]
-WhenBusy = Literal["queue", "reject", "interrupt"]
 TurnId = Annotated[str, 1, MAX_ID]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
@@ -7162,7 +7163,10 @@ class Session(Tasks):
             if name not in COMMANDS or (is_command and name == "user_message"):
                 names = ", ".join(sorted(COMMANDS.keys() - {"user_message"}))
                 raise InvalidRequest("unknown_command", f"unknown command {quote(name)}; known: {names}")
-            result = await COMMANDS[name].call(self, **COMMANDS[name].bind(request))
+            arguments = COMMANDS[name].bind(request)
+            if takes_agent(COMMANDS[name].call):
+                arguments["live"] = await self._live(arguments.pop("agent_name", None))
+            result = await COMMANDS[name].call(self, **arguments)
             text = answer(request, result) if is_command else ""
             if len(text) > MAX_FRAME // 4 and len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
@@ -7194,84 +7198,58 @@ class Session(Tasks):
     # -- messages --
 
     async def user_message(
-        self, message: Text, agent_name: AgentName = None, turn_id: TurnId | None = None, when_busy: WhenBusy = "queue"
+        self, live: LiveAgent, message: Text, turn_id: TurnId | None = None, when_busy: WhenBusy = "queue"
     ) -> None:
         """Say something to an agent; its receipt is agent_response_start, its end exactly one terminal frame."""
-        live = await self._live(agent_name)
-        item = QueuedTurn(Turn(turn_id or new_turn_id(), message), self)
         if turn_id is not None and await self._follow_again(live, turn_id, message):
             return
-        if live.gone:
-            raise live.gone_error()
-        self._check_queue(live, when_busy)
-        self._reader(live).follow(item.turn.turn_id, self._request_id, item)
-        position = len(live.waiting) + 1
-        waits = live.busy and when_busy == "queue" and self.wants("queue")
-        if when_busy == "interrupt" and live.current is not None:
-            live.current.turn.stop("superseded")
-        live.enqueue(item, first=when_busy == "interrupt")
-        if waits:
-            event = response("queue", "waits for its turn", item.turn.turn_id, position=position, agent_name=live.name)
-            await self._send(encode_json(event | {"time": now_text()}))
+        item = QueuedTurn(turn_id or new_turn_id(), message, sender=self)
+        live.enqueue(item, when_busy)
+        self._reader(live).follow(item.turn_id, self._request_id, item)
+        if item in live.waiting and when_busy == "queue" and self.wants("queue"):
+            event = response("queue", "waits for its turn", item.turn_id, position=len(live.waiting))
+            await self._send(encode_json(event | {"agent_name": live.name, "time": now_text()}))
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str) -> bool:
         """Whether there is a turn of that id: its frames so far are sent, live ones follow, and it never runs twice.
 
         Raises Refused (turn_id_reused).
         """
-        if not (live.busy or live.gone):
+        if not live.gone:
             await live.fresh()  # the end of a turn could not be stored then; it can be by now
         record = await self._agents.store.turn(live.agent.record.id, turn_id)
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
         if item is None and record is None:
             return False
-        if message != (item.turn.message if item else record and record[0]):
+        if message != (item.message if item else record and record[0]):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
         self._reader(live).follow(turn_id, self._request_id, item, replay=True)
         return True
 
-    def _check_queue(self, live: LiveAgent, when_busy: str) -> None:
-        """Raises Refused (busy, queue_full) where a message may not wait."""
-        if not live.busy:
-            return
-        if when_busy == "reject":
-            raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or let the message queue")
-        own = sum(item.sender is self for other in self._agents.live.values() for item in other.waiting)
-        if own >= MAX_WAITING_SESSION:
-            raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
-        if len(live.waiting) >= MAX_WAITING_AGENT:
-            raise Refused("queue_full", f"{len(live.waiting)} messages wait for agent {live.name!r}; try again later")
-
-    async def cancel(self, agent_name: AgentName = None, turn_id: TurnId | None = None) -> JSON:
+    async def cancel(self, live: LiveAgent, turn_id: TurnId | None = None) -> JSON:
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
-        live = await self._live(agent_name)
         item = live.find(turn_id) if turn_id else live.current
-        if item is not None and item in live.waiting:
+        if item is None:
+            if turn_id is not None and await self._agents.store.turn(live.agent.record.id, turn_id) is None:
+                raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
+            return {"state": "over"}
+        if item in live.waiting:
             live.refuse(item, Refused("cancelled", "cancelled before it ran"))
             return {"state": "removed"}
-        if turn := item.turn if item else live.compaction if turn_id is None else None:
-            turn.stop("cancelled")
-            return {"state": "cancelling"}
-        if turn_id is not None and await self._agents.store.turn(live.agent.record.id, turn_id) is None:
-            raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
-        return {"state": "over"}
+        item.stop("cancelled")
+        return {"state": "cancelling"}
 
-    async def wake(self, agent_name: AgentName = None) -> JSON:
+    async def wake(self, live: LiveAgent) -> JSON:
         """Start a turn without a user's message, as a heartbeat would. Result: {turn_id}."""
-        live = await self._live(agent_name)
-        if live.busy:
-            raise Refused("busy", f"agent {live.name!r} is in a turn already")
-        item = QueuedTurn(Turn(new_turn_id(), None), self)
-        self._reader(live).follow(item.turn.turn_id, None, item)
-        live.enqueue(item)
-        return {"turn_id": item.turn.turn_id}
+        item = QueuedTurn(new_turn_id(), None, sender=self)
+        live.enqueue(item, "reject")
+        self._reader(live).follow(item.turn_id, None, item)
+        return {"turn_id": item.turn_id}
 
-    async def subscribe(self, agent_name: AgentName = None, after: Any = None) -> JSON:
+    async def subscribe(self, live: LiveAgent, after: Any = None) -> JSON:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
-        live = await self._live(agent_name)
-        if not live.busy:
-            await live.fresh()
+        await live.fresh()
         last_seq = live.channel.last_seq
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
@@ -7279,9 +7257,8 @@ class Session(Tasks):
         self._reader(live).subscribe(last_seq if after is None else after)
         return {"last_seq": last_seq}
 
-    async def unsubscribe(self, agent_name: AgentName = None) -> JSON:
+    async def unsubscribe(self, live: LiveAgent) -> JSON:
         """Follow an agent no longer. Result: {last_seq}."""
-        live = await self._live(agent_name)
         if live in self.readers:
             self.readers[live].subscribe(None)
         return {"last_seq": live.channel.last_seq}
@@ -7331,18 +7308,16 @@ class Session(Tasks):
         """List the agents by name, those above `after`.
         Result: {agents: [{agent_name, model, last_active, last_seq, state}], total}."""
         records, total = await self._agents.store.list_agents(after or "", limit)
-        live, default = self._agents.live, self._agents.models.default
-        agents = []
+        live, default, agents = self._agents.live, self._agents.models.default, []
         for record in records:
-            state = live[record.name].state if record.name in live else "idle"
+            state = "running" if record.name in live and live[record.name].busy else "idle"
             about = {"agent_name": record.name, "model": record.config.get("model") or default, "state": state}
             agents.append(about | {"last_active": record.last_active, "last_seq": record.last_seq})
         return {"agents": agents, "total": total}
 
-    async def get_agent(self, agent_name: AgentName = None) -> JSON:
+    async def get_agent(self, live: LiveAgent) -> JSON:
         """Read an agent's settings, memory blocks, counts and running turn.
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
-        live = await self._live(agent_name)
         agent, memory, running = live.agent, live.agent.memory, live.current
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
         return {
@@ -7351,21 +7326,20 @@ class Session(Tasks):
             "blocks": [asdict(block) for block in memory.blocks.values()],
             "counts": counts,
             "last_seq": live.channel.last_seq,
-            "turn": {"turn_id": running.turn.turn_id, "step": running.turn.step} if running else None,
+            "turn": {"turn_id": running.turn_id, "step": running.step} if running and running.turn_id else None,
         }
 
-    async def update_agent(self, config: dict[str, Any], agent_name: AgentName = None) -> JSON:
+    async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
         """Change an agent's settings. Result: {settings, warnings}."""
-        live = await self._live(agent_name)
         async with live.editing() as agent:
             values, warnings = read_config(config, self._agents.tools, agent.record.config)
             await agent.update(values)
         live.rest()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
-    async def rename_agent(self, new_name: Annotated[str, 0, 1_000], agent_name: AgentName = None) -> JSON:
+    async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000]) -> JSON:
         """Give an agent another name; its readers follow. Result: {agent_name}."""
-        return {"agent_name": await self._agents.rename(await self._live(agent_name), new_name)}
+        return {"agent_name": await self._agents.rename(live, new_name)}
 
     async def delete_agent(self, agent_name: AgentName = None, force: bool = False, purge: bool = False) -> JSON:
         """Put an agent aside until it is purged; its name is free at once.
@@ -7392,12 +7366,10 @@ class Session(Tasks):
 
     # -- memory --
 
-    async def get_messages(
-        self, agent_name: AgentName = None, before: MessageId = None, limit: Annotated[int, 1, 200] = 50
-    ) -> JSON:
+    async def get_messages(self, live: LiveAgent, before: MessageId = None, limit: Annotated[int, 1, 200] = 50) -> JSON:
         """Page backwards through recall memory: the newest messages before an id, oldest first.
         Result: {messages: [{id, seq, role, time, text, tool_calls, turn_id, step, in_context}], total, more}."""
-        memory = (await self._live(agent_name)).agent.memory
+        memory = live.agent.memory
         messages = await self._agents.store.messages(memory.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
         items = answer_page([message_item(message, first) for message in messages], limit)
@@ -7405,8 +7377,8 @@ class Session(Tasks):
 
     async def search_memory(
         self,
+        live: LiveAgent,
         query: Annotated[str, 0, MAX_QUERY],
-        agent_name: AgentName = None,
         store: Literal["all", "recall", "archival"] = "all",
         from_: Moment = None,
         to: Moment = None,
@@ -7424,21 +7396,18 @@ class Session(Tasks):
             since, until = date_range(from_ or "", to or "")
         except ToolError as error:
             raise InvalidRequest("bad_field", f"from, to: {error}") from None
-        agent = (await self._live(agent_name)).agent
         stores = ("recall", "archival") if store == "all" else (store,)
-        vector = await agent.query_vector(query)
+        vector = await live.agent.query_vector(query)
         search = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)
-        documents, total = await self._agents.store.search(agent.record.id, search)
+        documents, total = await self._agents.store.search(live.agent.record.id, search)
         items = answer_part([search_item(document) for document in documents])
         more = {"more": True} if len(items) < len(documents) else {}
         return {"items": items, "total": total, "page": page, "pages": -(-total // limit), **more}
 
-    async def get_context(
-        self, agent_name: AgentName = None, before: MessageId = None, limit: Annotated[int, 1, 1_000] = 1_000
-    ) -> JSON:
+    async def get_context(self, live: LiveAgent, before: MessageId = None, limit: Count = 1_000) -> JSON:
         """Read what fills the context window, by section; of its chat messages the newest `limit` before an id.
         Result: {sections: [{name, tokens, text}], used, window, estimated, more, first}."""
-        agent = (await self._live(agent_name)).agent
+        agent = live.agent
         older = [message for message in agent.memory.messages if before is None or message.id < before]
         bodies = answer_page([message.body for message in older], limit, agent.context([]))
         newest = older[len(older) - len(bodies) :]
@@ -7446,7 +7415,7 @@ class Session(Tasks):
         return about | {"more": len(newest) < len(older), "first": newest[0].id if newest else None}
 
     async def get_request(
-        self, turn_id: TurnId, step: Count, agent_name: AgentName = None, before: MessageId = None, limit: Count = 1_000
+        self, live: LiveAgent, turn_id: TurnId, step: Count, before: MessageId = None, limit: Count = 1_000
     ) -> JSON:
         """Read what was really sent to the model for a step, and what came back; of its messages the newest `limit`.
         Result: {request, response, usage, first_token_ms, total_ms, more, first}.
@@ -7454,41 +7423,53 @@ class Session(Tasks):
         Args:
             before: a message's place in the request, from 0: those before it
         """
-        result = await (await self._live(agent_name)).agent.request(turn_id, step)
+        result = await live.agent.request(turn_id, step)
         older = result["request"].pop("messages")[:before]
         messages = result["request"]["messages"] = answer_page(older, limit, result)
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
 
     async def set_block(
-        self, label: Annotated[str, 1, MAX_NAME], value: Text, agent_name: AgentName = None, version: int | None = None
+        self, live: LiveAgent, label: Annotated[str, 1, MAX_NAME], value: Text, version: int | None = None
     ) -> JSON:
         """Give a block of core memory another text, with `version` only if that is stored. Result: {label, version}."""
-        async with (await self._live(agent_name)).editing() as agent:
+        async with live.editing() as agent:
             return {"label": label, "version": await agent.set_block(label, value, version)}
 
-    async def insert_passage(self, text: Text, agent_name: AgentName = None) -> JSON:
+    async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
         if not text.strip():
             raise InvalidRequest("bad_field", "text: expected something to keep, but it is empty")
-        async with (await self._live(agent_name)).editing() as agent:
+        async with live.editing() as agent:
             return {"id": await agent.insert_passage(text)}
 
-    async def delete_passage(self, passage_id: MessageId = None, agent_name: AgentName = None) -> JSON:
+    async def delete_passage(self, live: LiveAgent, passage_id: MessageId = None) -> JSON:
         """Take a passage out of archival memory (absent: the request's own `id` names it). Result: {id}."""
         number = self._request_id if passage_id is None else passage_id
         if not isinstance(number, int):
             raise InvalidRequest("missing_field", "delete_passage needs the field 'passage_id'")
-        async with (await self._live(agent_name)).editing() as agent:
+        async with live.editing() as agent:
             await agent.delete_passage(number)
         return {"id": number}
 
-    async def compact(self, agent_name: AgentName = None) -> JSON:
+    async def compact(self, live: LiveAgent) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Result: {tokens_before, tokens_after}."""
-        return await (await self._live(agent_name)).compact()
+        return await live.compact()
+
+
+def takes_agent(call: Callable[..., Any]) -> bool:
+    """Whether a command is about an agent in use, `live`, which a request names as agent_name."""
+    return "live" in call.__annotations__
+
+
+def command_of(call: Callable[..., Any]) -> Function:
+    command = function_of(call, skip=1 + takes_agent(call))
+    if takes_agent(call):
+        command.parameters["properties"]["agent_name"] = schema_of(AgentName)
+    return command
 
 
 COMMANDS = {
-    name: function_of(call, skip=1)
+    name: command_of(call)
     for name, call in vars(Session).items()
     if inspect.iscoroutinefunction(call) and not name.startswith("_")
 }
@@ -7861,11 +7842,11 @@ class WebSocketServer:
     ) -> list[JSON]:
         if self.agent is None:
             raise Refused("no_agent", "no agent has been initialized; create_new_agent or load_agent first")
-        item = QueuedTurn(Turn(new_turn_id(), clean_text(user_message), verify=first_message and not no_verify))
+        item = QueuedTurn(new_turn_id(), clean_text(user_message), verify=first_message and not no_verify)
         live = await self.open().get(self.agent.name)
         live.enqueue(item)
-        await item.done
-        return [decode_json(event.text) async for event in live.events(0, live.channel.last_seq, item.turn.turn_id)]
+        await asyncio.shield(item.done)  # a caller that waits no longer does not end it
+        return [decode_json(event.text) async for event in live.events(0, live.channel.last_seq, item.turn_id)]
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine on the server's loop, which is made where there is none yet."""
