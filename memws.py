@@ -1351,10 +1351,10 @@ class Sqlite:
             if not self.memory:
                 make_private(self.path)
             connection = self.connect()
-            schema_version(connection, self.path)  # what is not ours is left as it is
+            is_new = not has_schema(connection, self.path)  # what is not ours is left as it is
             if not self.memory:
                 self._lock()
-            if schema_version(connection, self.path) == 0:
+            if is_new:
                 marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
                 connection.executescript(f"BEGIN; {SCHEMA}; {marks}; COMMIT")
             for setting in ("journal_mode = WAL", f"synchronous = {self._sync}", "foreign_keys = ON"):
@@ -1404,21 +1404,17 @@ def make_private(path: str) -> None:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
-def schema_version(connection: SqlConnection, path: str) -> int:
-    """SCHEMA_VERSION, or 0 for a new database. Raises UsageError for one of another version or program."""
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    application = connection.execute("PRAGMA application_id").fetchone()[0]
+def has_schema(connection: SqlConnection, path: str) -> bool:
+    """Whether there are tables; a new database has none. Raises UsageError for those of another version or program."""
     if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        return 0
-    if application != APPLICATION_ID or version == 0:
+        return False
+    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
         raise UsageError(f"{path!r} is a database of another program; name another file with --db")
-    if version < SCHEMA_VERSION:
-        text = "export its agents with that one (memws.py export NAME > FILE) and import them into a new file with this"
-        raise UsageError(f"{path!r} was written by an earlier memws (schema {version}); {text}")
-    if version > SCHEMA_VERSION:
-        text = "use that one or another file with --db"
-        raise UsageError(f"{path!r} was written by a newer memws (schema {version}); {text}")
-    return version
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version != SCHEMA_VERSION:
+        advice = "name another file with --db; export with that memws and import with this one bring agents along"
+        raise UsageError(f"{path!r} was written by another memws (schema {version}, not {SCHEMA_VERSION}); {advice}")
+    return True
 
 
 @contextlib.contextmanager
@@ -1428,19 +1424,25 @@ def transaction(connection: SqlConnection, begin: str = "BEGIN IMMEDIATE") -> It
         connection.execute(begin)
         yield
         connection.execute("COMMIT")
-    except BaseException as error:
+    except Exception as error:
         with contextlib.suppress(sqlite3.Error):
             connection.execute("ROLLBACK")
         raise store_error(error) from error
 
 
-def store_error(error: BaseException) -> BaseException:
+def store_error(error: Exception) -> MemwsError:
     """The error as callers of the store know it."""
-    if isinstance(error, MemwsError) or not isinstance(error, Exception):
+    if isinstance(error, MemwsError):
         return error
     if not isinstance(error, sqlite3.Error):  # what a damaged row reads like, or a fault of ours
         logger.error("a transaction failed", exc_info=error)
     return StoreFailed(f"the database refused: {error}")
+
+
+def insert(db: SqlConnection, table: str, **values: Any) -> None:
+    """Store a row; objects and lists as JSON."""
+    row = [encode_json(value) if isinstance(value, (dict, list)) else value for value in values.values()]
+    db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))})", row)
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------
@@ -1589,7 +1591,7 @@ class Store:
         """Agents with names above `after`, in order, and how many there are in all."""
         sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {_LIVE} AND name > ? ORDER BY name LIMIT ?"
         total = db.execute(f"SELECT count(*) FROM agents WHERE {_LIVE}").fetchone()[0]
-        return [_agent_record(row, lenient=True) for row in db.execute(sql, (after, limit))], total
+        return [_agent_record(row) for row in db.execute(sql, (after, limit))], total
 
     @writes
     def rename_agent(self, db: SqlConnection, agent: int, new_name: str, event: Event) -> list[StoredEvent]:
@@ -1759,37 +1761,33 @@ _AGENT_COLUMNS = ", ".join(column.name for column in fields(AgentRecord))
 _LIVE, _DELETED = "deleted IS NULL", "deleted <> ''"
 
 
-def _find_agent(db: SqlConnection, name: str, where: str = _LIVE, lenient: bool = False) -> AgentRecord:
-    """Raises UnknownAgent with the nearest names, StoreFailed."""
+def _find_agent(db: SqlConnection, name: str, where: str = _LIVE) -> AgentRecord:
+    """Raises UnknownAgent with the nearest names."""
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
-        return _agent_record(row, lenient)
+        return _agent_record(row)
     names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where} LIMIT 5000")]
     total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
     raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names, 10, 0.0), total)
 
 
-def _agent_record(row: Iterable[Any], lenient: bool = False) -> AgentRecord:
-    """The record of a row. Raises StoreFailed where its JSON is damaged; lenient: leaves that empty."""
-    record = AgentRecord(*row)
-    for column, kind in (("config", dict), ("state", dict), ("blocks", list)):
+def _agent_record(row: Iterable[Any]) -> AgentRecord:
+    """The record of a row. What is damaged becomes something that no agent opens with: a backup is the way back."""
+    record, damaged = AgentRecord(*row), {"damaged": True}
+    for column, instead in (("config", damaged), ("state", damaged), ("blocks", [damaged])):
         value = None
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
             value = decode_json(getattr(record, column))
-        if not isinstance(value, kind) and not lenient:
-            problem = f"is damaged: its {column} cannot be read; a backup is the way back"
-            raise StoreFailed(f"agent {record.name!r} {problem}")
-        setattr(record, column, value if isinstance(value, kind) else kind())
+        setattr(record, column, value if isinstance(value, type(instead)) else instead)
     return record
 
 
 def _insert_agent(db: SqlConnection, record: AgentRecord) -> int:
     """The new agent's id. Its last seq is at least that of the name. Raises Refused (name_taken)."""
-    sql = """INSERT INTO agents (name, config, state, blocks, created, last_active, last_seq, base_url)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?) RETURNING id"""
-    texts = encode_json(record.config), encode_json(record.state), encode_json(record.blocks)
-    rest = record.created, record.last_active, max(record.last_seq, _claim_name(db, record.name)), record.base_url
-    return int(db.execute(sql, (record.name, *texts, *rest)).fetchone()[0])
+    row = asdict(record) | {"last_seq": max(record.last_seq, _claim_name(db, record.name))}
+    del row["id"]
+    insert(db, "agents", **row)
+    return _find_agent(db, record.name).id
 
 
 def _claim_name(db: SqlConnection, name: str) -> int:
@@ -1853,13 +1851,11 @@ def _messages(db: SqlConnection, where: str, *values: object) -> list[ChatMessag
 
 def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
     """Store a model call; of several in one step the last."""
-    pieces = pack_texts([request.head, request.system, request.summary, request.tools, request.extra])
-    answer = encode_json(clean_value(request.response)), encode_json(request.usage)
-    key = agent, request.turn_id, request.step
-    row = (now_text(), pieces, request.first, request.last, request.digest)
-    db.execute("DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?", key)
-    sql = "INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-    db.execute(sql, (*key, *row, *answer, request.first_token_ms, request.total_ms))
+    row = asdict(request) | {"response": clean_value(request.response)}
+    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra")])
+    sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
+    db.execute(sql, (agent, request.turn_id, request.step))
+    insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
 
 
 def pack_texts(texts: list[str]) -> bytes:
@@ -2068,27 +2064,27 @@ memory_index = MemoryIndex
 # For the command line: on connections of their own, beside a running server where nothing is written.
 
 EXPORT_FORMAT = 2
-DAMAGE = (sqlite3.Error, ValueError, TypeError, LookupError, AttributeError, OverflowError)  # what damaged rows raise
 POSTINGS_BLOCK = 500_000  # postings that an import sorts and stores at once
+CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
 
 
-def read_database(path: str) -> SqlConnection:
-    """A connection that only reads. Raises UsageError where there is no database of this memws."""
+@contextlib.contextmanager
+def read_database(path: str) -> Iterator[SqlConnection]:
+    """A connection that only reads, as of one moment. Raises UsageError where there is no database of ours."""
     if not pathlib.Path(path).is_file():
         raise UsageError(f"there is no database {path!r}; name one with --db")
-    with usable(path), contextlib.ExitStack() as stack:
-        connection = stack.enter_context(contextlib.closing(Sqlite(path).connect()))
+    with usable(path), contextlib.closing(Sqlite(path).connect()) as connection:
         connection.execute("PRAGMA query_only = ON")
-        if schema_version(connection, path) == 0:
+        if not has_schema(connection, path):
             raise UsageError(f"{path!r} is no memws database; name one with --db")
-        stack.pop_all()
-    return connection
+        with transaction(connection, "BEGIN"):
+            yield connection
 
 
 def backup_database(path: str, target: str) -> None:
     """Copy a database into an empty file, as of one moment, also while a server writes. Raises UsageError."""
     with (
-        contextlib.closing(read_database(path)) as source,
+        read_database(path) as source,
         usable(target, "name another file for the copy"),
         contextlib.closing(sqlite3.connect(target)) as copy,
     ):
@@ -2099,7 +2095,7 @@ def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[
     """Each agent's name, whether it is deleted, and by table its rows and the bytes of their values."""
     for agent, name, deleted in db.execute("SELECT id, name, deleted FROM agents ORDER BY name, id").fetchall():
         sizes = {}
-        for table in ("messages", "memory", "events", "requests"):
+        for table in list(_EXPORTED)[1:]:
             columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
             size = " + ".join(f"coalesce(length(CAST({column} AS BLOB)), 0)" for column in columns)
             sql = f"SELECT count(*), coalesce(sum({size}), 0) FROM {table} WHERE agent = ?"
@@ -2107,39 +2103,30 @@ def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[
         yield name, deleted is not None, sizes
 
 
-Check = Callable[[AgentRecord], object]  # raises a MemwsError for an agent that cannot be opened
-
-
-def check_database(path: str, check_record: Check = lambda record: None) -> list[str]:
+def check_database(path: str, check_record: CheckRecord) -> list[str]:
     """What is damaged in a database, by its own checks and by opening every agent. Raises UsageError."""
     faults: list[str] = []
-    with contextlib.closing(read_database(path)) as db:
-        try:
-            with transaction(db, "BEGIN"):
-                faults += [f"the file: {row[0]}" for row in db.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
-                lost = db.execute("PRAGMA foreign_key_check").fetchall()
-                faults += [f"the file: row {row} of {table} belongs to no agent" for table, row, *_ in lost]
-                for (name,) in db.execute(f"SELECT name FROM agents WHERE {_LIVE} ORDER BY name").fetchall():
-                    faults += [f"agent {name}: {fault}" for fault in _agent_faults(db, name, check_record)]
-        except MemwsError as error:
-            faults.append(f"the file cannot be read: {error}")
+    try:
+        with read_database(path) as db:
+            faults += [f"the file: {row[0]}" for row in db.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
+            lost = db.execute("PRAGMA foreign_key_check").fetchall()
+            faults += [f"the file: row {row} of {table} belongs to no agent" for table, row, *_ in lost]
+            for (name,) in db.execute(f"SELECT name FROM agents WHERE {_LIVE} ORDER BY name").fetchall():
+                faults += [f"agent {name}: {fault}" for fault in _agent_faults(db, name, check_record)]
+    except StoreFailed as error:
+        faults.append(f"the file cannot be read: {error}")
     return faults
 
 
-def _agent_faults(db: SqlConnection, name: str, check_record: Check) -> Iterator[str]:
-    """What a load refuses or leaves out, and events that a replay does not have."""
+def _agent_faults(db: SqlConnection, name: str, check_record: CheckRecord) -> list[str]:
+    """What a load refuses or leaves out."""
     try:
-        agent = _find_agent(db, name, lenient=True).id
-        rows = db.execute("SELECT seq, kind, turn_id, text FROM events WHERE agent = ? ORDER BY seq", (agent,))
-        for event in map(StoredEvent._make, rows):
-            if _whole(event) is not event:
-                yield f"event {event.seq} is damaged; a replay says so in its place"
         record = _find_agent(db, name)
         check_record(record)
-        messages = _messages(db, "agent = ? AND id >= ? ORDER BY id", agent, int(record.state.get("cut", 0)))
-        yield from (text for _, text in history_faults(messages)[0])
     except (MemwsError, ValueError, TypeError) as error:
-        yield str(error)
+        return [str(error)]
+    messages = _messages(db, "agent = ? AND id >= ? ORDER BY id", record.id, record.state.get("cut", 0))
+    return [fault for _, fault in history_faults(messages)[0]]
 
 
 _EXPORTED = {  # table: its columns in a file
@@ -2149,47 +2136,43 @@ _EXPORTED = {  # table: its columns in a file
     "events": "seq, turn_id, kind, text",
     "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
 }
-# Table: its columns of JSON objects
-_OBJECTS = {"messages": ["body"], "memory": [], "events": ["text"], "requests": ["response", "usage"]}
+_OBJECTS = {"messages": ["body"], "memory": [], "events": ["text"], "requests": ["response", "usage"]}  # as JSON
 
 
 def export_agent(db: SqlConnection, name: str) -> JSON:
     """One agent, memory and history, as JSON: its rows as they are, bytes in hexadecimal. Raises UnknownAgent."""
-    tables: dict[str, list[JSON]] = {}
-    with transaction(db, "BEGIN"):
-        agent = _find_agent(db, name, lenient=True).id
-        for table, columns in _EXPORTED.items():
-            owner, order = "id" if table == "agents" else "agent", "doc" if table == "memory" else "1, 2"
-            rows = db.execute(f"SELECT {columns} FROM {table} WHERE {owner} = ? ORDER BY {order}", (agent,))
-            texts = ([value.hex() if isinstance(value, bytes) else value for value in row] for row in rows)
-            tables[table] = [dict(zip(columns.split(", "), row, strict=True)) for row in texts]
+    agent, tables = _find_agent(db, name).id, {}
+    for table, columns in _EXPORTED.items():
+        owner, order = "id" if table == "agents" else "agent", "doc" if table == "memory" else "1, 2"
+        rows = db.execute(f"SELECT {columns} FROM {table} WHERE {owner} = ? ORDER BY {order}", (agent,))
+        texts = ([value.hex() if isinstance(value, bytes) else value for value in row] for row in rows)
+        tables[table] = [dict(zip(columns.split(", "), row, strict=True)) for row in texts]
     return {"memws_agent": EXPORT_FORMAT, "agent": tables.pop("agents")[0], **tables}
 
 
-def import_agent(db: SqlConnection, data: Any, check_record: Check = lambda record: None) -> str:
+def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str:
     """Store what export_agent gave, also that of an earlier memws, under its name; the name.
 
-    Raises UsageError with the place of what is damaged, Refused (name_taken); then nothing is stored.
+    Raises UsageError with the place of what is damaged, Refused; then nothing is stored.
     """
     if not isinstance(data, dict) or data.get("memws_agent") not in (1, EXPORT_FORMAT):
         raise UsageError("the file is no agent that memws exported")
     data = clean_value(data)
-    if data["memws_agent"] != EXPORT_FORMAT:
-        with damage_at("the former format"):
+    with damage_at("the former format"):
+        if data["memws_agent"] != EXPORT_FORMAT:
             _convert_export(data)
-    record = _imported_record(data)
-    check_record(record)
+    with damage_at("agent"):
+        record = _agent_record([0, *(data["agent"][name] for name in _EXPORTED["agents"].split(", "))])
+        record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
+        record.name = check_name(record.name)
+        check_record(record)
     with transaction(db):
         with damage_at("agent"):
             agent = _insert_agent(db, record)
         _import_rows(db, agent, data)
-        sql = "SELECT last_seq, (SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?) FROM agents WHERE id = ?"
-        last_seq, newest = db.execute(sql, (agent, agent)).fetchone()
+        newest = db.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
         if newest > record.last_seq:
             raise UsageError(f"damaged: agent.last_seq: it is {record.last_seq}, but events go up to {newest}")
-        if last_seq > record.last_seq:  # seqs go on above those seen under the name: the event tells of the jump
-            text = "the agent was imported under a name that was in use before"
-            _change_agent(db, agent, Changes([response("agent_change", text, change="imported")]))
     return record.name
 
 
@@ -2198,24 +2181,9 @@ def damage_at(place: str) -> Iterator[None]:
     """Raises UsageError with the place where what is inside cannot be read or stored."""
     try:
         yield
-    except sqlite3.OperationalError:  # a full disk, a lock: no fault of the file's
-        raise
-    except (*DAMAGE, InvalidRequest, StoreFailed) as error:
+    except (sqlite3.IntegrityError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UsageError(f"damaged: {place}: {reason}") from None
-
-
-def _imported_record(data: JSON) -> AgentRecord:
-    """The agent's row of an export. Raises UsageError, Refused."""
-    with damage_at("agent"):
-        record = _agent_record([0, *(data["agent"][name] for name in _EXPORTED["agents"].split(", "))])
-        record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
-        check(record.last_seq, schema_of(Annotated[int, 0, 2**53]))
-    for number, block in enumerate(record.blocks):
-        with damage_at(f"agent.blocks[{number}]"):
-            record.blocks[number] = asdict(Block(**function_of(Block).bind(block)))
-            check(block["value"], schema_of(Annotated[str, 0, block["limit"]]))
-    return replace(record, name=check_name(record.name))
 
 
 def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
@@ -2225,10 +2193,6 @@ def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
         with damage_at(table):
             rows = check(data.get(table), schema_of(list[dict[str, Any]]))
         for number, row in enumerate(rows):
-            for name in _OBJECTS[table]:
-                with damage_at(f"{table}[{number}].{name}"):
-                    value = check(decode_json(row[name]), {"type": "object"})
-                    row[name] = row[name] if clean_value(value) == value else encode_json(clean_value(value))
             with damage_at(f"{table}[{number}]"):
                 postings += _import_row(db, agent, table, row)
             if len(postings) >= POSTINGS_BLOCK:
@@ -2241,12 +2205,13 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tu
     """Store a row of an export; its postings, which the caller stores."""
     if table == "memory":
         return remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
+    for name in _OBJECTS[table]:
+        row[name] = encode_json(clean_value(check(decode_json(row[name]), {"type": "object"})))
     if table == "messages" and read_body(ChatMessage(0, row["role"], "", "", row["body"])) is None:
         raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
-    columns = _EXPORTED[table].split(", ")
-    values = [bytes.fromhex(row[name]) if name in ("pieces", "digest") else row[name] for name in columns]
-    sql = f"INSERT INTO {table} (agent, {_EXPORTED[table]}) VALUES (?, {', '.join('?' * len(values))})"
-    db.execute(sql, (agent, *values))
+    columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
+    blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
+    insert(db, table, agent=agent, **columns | blobs)
     return []
 
 
@@ -2258,6 +2223,8 @@ def _convert_export(data: JSON) -> None:
         if not turn["over"]:
             agent["state"]["turn"] = turn["turn_id"]
     agent["blocks"] = sorted(data["blocks"], key=lambda block: block["position"])
+    for block in agent["blocks"]:
+        del block["position"]
     agent |= {name: encode_json(agent[name]) for name in ("config", "state", "blocks")}
     for row in data["messages"]:
         text = row["text"] if row["said"] is None and row["role"] == "user" else row["said"]
@@ -3535,10 +3502,14 @@ def state(
     return locals()
 
 
+_stored_block = function_of(Block)
+
+
 def check_record(record: AgentRecord) -> None:
-    """Complete a stored agent's config and state. Raises Refused for what no agent can go on from."""
+    """Complete a stored agent's config, state and blocks. Raises Refused for what no agent can go on from."""
     record.config = apply(config, record.config, "agent.config")
     record.state = apply(state, record.state, "agent.state")
+    record.blocks = [asdict(apply(_stored_block, values, "agent.blocks")) for values in record.blocks]
 
 
 @function_of
@@ -8266,7 +8237,7 @@ def check_command(flags: argparse.Namespace) -> int:
     lines = faults = check_database(flags.db, check_record)
     if not faults:
         lines = ["no damage found"]
-        with usable(flags.db), contextlib.closing(read_database(flags.db)) as database:
+        with read_database(flags.db) as database:
             for name, deleted, tables in table_sizes(database):
                 sizes = [f"{rows:,} {table} ({size / 1000:,.1f} kB)" for table, (rows, size) in tables.items()]
                 lines.append(f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}")
@@ -8276,7 +8247,7 @@ def check_command(flags: argparse.Namespace) -> int:
 
 def export_command(flags: argparse.Namespace) -> None:
     """Write an agent as JSON in UTF-8, whatever the console's encoding. Raises UsageError, UnknownAgent."""
-    with contextlib.closing(read_database(flags.db)) as database:
+    with read_database(flags.db) as database:
         data = encode_json(export_agent(database, unicodedata.normalize("NFC", flags.name))).encode() + b"\n"
     if flags.file is None:
         sys.stdout.buffer.write(data)

@@ -540,8 +540,8 @@ def database(script: str) -> Callable[[Path], None]:
 OURS = "PRAGMA application_id = 0x6D656D77; CREATE TABLE agents (x); PRAGMA user_version = "
 REFUSED: dict[str, Callable[[Path], object]] = {  # the beginning of the sentence: what makes the file
     "{path!r} is a database of another program; name another": database("CREATE TABLE agents (x)"),
-    "{path!r} was written by a newer memws (schema 99); use that one or another file": database(f"{OURS} 99"),
-    "{path!r} was written by an earlier memws (schema 2); export its agents with that one": database(f"{OURS} 2"),
+    "{path!r} was written by another memws (schema 99, not 3); name another file": database(f"{OURS} 99"),
+    "{path!r} was written by another memws (schema 2, not 3); name another file": database(f"{OURS} 2"),
     "cannot use the database {path!r} (file is not a database": lambda path: path.write_text("notes\n" * 1000),
     "cannot use the database {path!r} (": lambda path: path.write_bytes(random.Random(1).randbytes(50_000)),
     "cannot use the database {path!r} (unable to open database file); name another file": Path.mkdir,
@@ -555,9 +555,8 @@ def test_what_is_no_database_of_ours_is_left_alone(tmp_path: Path, start: str) -
     REFUSED[start](path)
     before = path.read_bytes() if path.is_file() else None
     assert open_and_fail(path).startswith(start.format(path=str(path)))
-    for read in (memws.read_database, memws.check_database):
-        with pytest.raises(memws.UsageError):
-            read(str(path))
+    with pytest.raises(memws.UsageError), memws.read_database(str(path)):
+        pass
     assert (path.read_bytes() if path.is_file() else None) == before
     assert list(modes_in(tmp_path)) == ["memws.db"]
 
@@ -617,7 +616,7 @@ async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
                 ]
                 jobs += [[everything(store, number), store.delete_agent(number, None, purge=True)] for number in (1, 2)]
                 told += await asyncio.gather(*itertools.chain(*jobs), return_exceptions=True)
-            memws.check_database(str(path))
+            memws.check_database(str(path), memws.check_record)
         faults = [fault for fault in told if isinstance(fault, BaseException)]
         assert all(isinstance(fault, memws.MemwsError) for fault in faults)
         assert case or not faults
@@ -627,17 +626,17 @@ async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
 
 def bring(path: Path, data: Any) -> str:
     with closing(Sqlite(str(path), "normal")) as base:
-        return memws.import_agent(base.open(), data)
+        return memws.import_agent(base.open(), data, memws.check_record)
 
 
 def take(path: Path, name: str = "sam") -> Any:
-    with closing(memws.read_database(str(path))) as connection:
+    with memws.read_database(str(path)) as connection:
         return json.loads(json.dumps(memws.export_agent(connection, name)))
 
 
 async def test_an_imported_agent_is_the_exported_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that can be read of it is the same, its index as well; it goes on where it was, or with an event above what
-    was seen under its name (test_keeping.py has the commands)."""
+    """All that can be read of it is the same, its index as well; it goes on where it was, or above what was seen
+    under its name (test_keeping.py has the commands)."""
     monkeypatch.setattr(memws, "POSTINGS_BLOCK", 5)
     path, other = tmp_path / "memws.db", tmp_path / "other.db"
     async with opened(path) as store:
@@ -653,8 +652,8 @@ async def test_an_imported_agent_is_the_exported_one(tmp_path: Path, monkeypatch
         await new_agent(store, "first")  # so that its number is another one
     assert [bring(each, data) for each in (other, path)] == ["sam", "sam"]
     async with opened(path) as store:
-        events = await store.events((await store.find_agent("sam")).id, 22, 10)
-        assert [(event.seq, event.kind) for event in events] == [(30, "agent_change")]
+        again = await store.find_agent("sam")
+        assert [event.seq for event in await store.commit(again.id, Changes([tell()]))] == [30]
     async with opened(other) as store:
         after = await everything(store, 2)
         assert after[2:] == before[2:]
@@ -670,7 +669,7 @@ async def test_a_former_export_is_read(tmp_path: Path) -> None:
     assert bring(path, data) == "sam"
     async with opened(path) as store:
         agent = await store.find_agent("sam")
-        assert agent.state == data["agent"]["state"] | {"turn": "open"}
+        assert agent.state.items() >= (data["agent"]["state"] | {"turn": "open"}).items()
         assert agent.config == {key: value for key, value in data["agent"]["config"].items() if key != "embedding"}
         assert [block["value"] for block in agent.blocks] == [block["value"] for block in data["blocks"]]
         messages, counts = await store.load(agent.id, 0)
@@ -686,7 +685,7 @@ async def test_a_former_export_is_read(tmp_path: Path) -> None:
             pieces = [found.system, *([found.summary] if found.summary else []), *bodies]
             body = f'{found.head[:-1]},"messages":[{",".join(pieces)}],"tools":{found.tools}}}'
             assert hashlib.sha256(body.encode()).digest() == found.digest
-    assert memws.check_database(str(path)) == []
+    assert memws.check_database(str(path), memws.check_record) == []
     for damage in ({"passages": [{}]}, {"parts": []}):
         with pytest.raises(memws.MemwsError, match="damaged: the former format: '"):
             bring(tmp_path / "other.db", data | damage)
@@ -703,11 +702,11 @@ async def test_an_import_is_whole_and_text(tmp_path: Path) -> None:
         connection = base.open()
         connection.execute(f"PRAGMA max_page_count = {connection.execute('PRAGMA page_count').fetchone()[0]}")
         with pytest.raises(StoreFailed, match="the database refused: database or disk is full"):
-            memws.import_agent(connection, data | {"messages": [row | {"text": "x" * 99_999}]})
+            memws.import_agent(connection, data | {"messages": [row | {"text": "x" * 99_999}]}, memws.check_record)
         assert connection.execute("SELECT count(*) FROM agents").fetchone() == (0,)
     odd = data["agent"] | {"name": "\u0065\u0301mile", "config": '{"model":"\\ud800"}'}
     row |= {"body": '{"role":"user","content":"\\ud800"}'}
     assert bring(other, data | {"agent": odd, "messages": [row]}) == "émile"
     took = take(other, "émile")
-    assert took["agent"]["config"] == '{"model":"\ufffd"}'
+    assert json.loads(took["agent"]["config"])["model"] == "\ufffd"
     assert took["messages"][0]["body"] == '{"role":"user","content":"\ufffd"}'
