@@ -7072,13 +7072,16 @@ def message_item(message: ChatMessage, first: int) -> JSON:
     return about | {"turn_id": message.turn_id or None, "step": message.step, "in_context": message.id >= first}
 
 
+_session_numbers = itertools.count(1)
+
+
 class Session(Tasks):
     """One connection's requests, one after another. Each public coroutine is a command: its signature is the check and
     the JSON Schema of the arguments, its docstring the description, what it returns the result."""
 
-    def __init__(self, agents: Agents, websocket: ServerConnection, number: int) -> None:
+    def __init__(self, agents: Agents, websocket: ServerConnection) -> None:
         super().__init__()
-        self.websocket, self.number = websocket, number
+        self.websocket, self.number = websocket, next(_session_numbers)
         self.readers: dict[LiveAgent, Reader] = {}  # one for each agent whose events it is to get
         self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
         self._agents = agents
@@ -7454,25 +7457,25 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
     UsageError."""
     sockets: list[socket.socket] = []
     for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
-        address = name, sockets[0].getsockname()[1] if sockets else port
-        family = socket.AF_INET6 if ":" in name else socket.AF_INET
+        family, place = socket.AF_INET6 if ":" in name else socket.AF_INET, port
+        if sockets:
+            place = sockets[0].getsockname()[1]
         try:
-            bound = socket.create_server(address, family=family, backlog=1024)
+            sockets.append(socket.create_server((name, place), family=family, backlog=1024))
         except OSError as error:
             is_taken = error.errno == errno.EADDRINUSE
             if sockets and not (port and is_taken):
                 break
-            for each in sockets:
-                each.close()
+            for bound in sockets:
+                bound.close()
+            text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
             if is_taken:
                 text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
-            else:
-                text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
             raise UsageError(text) from None
+    for bound in sockets:
         bound.setblocking(False)
         # Inherited by accepted sockets; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sockets.append(bound)
     return sockets
 
 
@@ -7483,12 +7486,11 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     return None
 
 
-async def wait_until(end: float, works: Iterable[collections.abc.Awaitable[Any]]) -> None:
+async def wait_until(end: float, works: Iterable[Coroutine[Any, Any, Any]]) -> None:
     """Wait for all of them, until that time of the loop; those that have not ended by then are cancelled."""
-    if tasks := [asyncio.ensure_future(work) for work in works]:
-        _, late = await asyncio.wait(tasks, timeout=max(0.0, end - asyncio.get_running_loop().time()))
-        for task in late:
-            task.cancel()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout_at(end):
+            await asyncio.gather(*works, return_exceptions=True)
 
 
 def nest(loop: asyncio.AbstractEventLoop) -> None:
@@ -7518,10 +7520,7 @@ class WebSocketServer:
     def __init__(self, host: str = DEFAULT_HOST, port: int = DEFAULT_PORT, **options: Any) -> None:
         if "JUPYTERHUB_API_TOKEN" in os.environ and options.get("token") is None:  # others' kernels may reach this one
             options["token"] = process_wide("token", secrets.token_urlsafe(32))
-        names = {entry.name for entry in fields(Options)}
-        if unknown := options.keys() - names:
-            raise UsageError(f"unknown option {quote(min(unknown))}; known: {', '.join(sorted(names))}")
-        self.options = Options(host=host, port=port, **options)
+        self.options = Options(host, port, **options)
         self.tools: dict[str, Tool] = dict(MEMORY_TOOLS)
         self._servers: dict[tuple[str, str, int], Any] = process_wide("servers", {})  # outlive a cell and a reload
         self._address = __name__, self.options.host.lower(), self.options.port
@@ -7538,8 +7537,6 @@ class WebSocketServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sockets: list[socket.socket] = []
         self._listeners: list[websockets.asyncio.server.Server] = []
-        self._numbers = itertools.count(1)
-        self._closing = False
         self._over: concurrent.futures.Future[None] = concurrent.futures.Future()  # done once the server is closed
         self._over.set_running_or_notify_cancel()  # one waiter's cancel is not the others'
 
@@ -7591,19 +7588,14 @@ class WebSocketServer:
 
     def _bind(self) -> None:
         """Bind, then open: a start that fails on its port makes no database. Raises UsageError."""
-        if not self._sockets:
-            self._sockets = bind_sockets(self.options.host, self.options.port)
-            self.host, self.port = self._sockets[0].getsockname()[:2]
+        sockets = self._sockets or bind_sockets(self.options.host, self.options.port)
         try:
             self.open()
         except BaseException:
-            self._close_sockets()
+            for bound in sockets:
+                bound.close()
             raise
-
-    def _close_sockets(self) -> None:
-        for bound in self._sockets:
-            bound.close()
-        self._sockets = []
+        self._sockets, (self.host, self.port) = sockets, sockets[0].getsockname()[:2]
 
     def initialize_server(self) -> None:
         """Open the store, bind the address and print it. Raises UsageError."""
@@ -7668,7 +7660,7 @@ class WebSocketServer:
         return None if problem is None else connection.respond(problem[0], f"{problem[1]}\n")
 
     def register_client(self, websocket: ServerConnection) -> Session:
-        session = self.clients[websocket] = Session(self.open(), websocket, next(self._numbers))
+        session = self.clients[websocket] = Session(self.open(), websocket)
         logger.info("session %d opened", session.number)
         return session
 
@@ -7688,27 +7680,27 @@ class WebSocketServer:
     async def close(self) -> None:
         """End turns cleanly, tell the clients, free the port, let go of everything; on the server's own loop."""
         over, agents = self._over, self.agents
-        if self._closing:
+        if agents is None:
+            return
+        if agents.stopping:
             await asyncio.wrap_future(over)
             return
-        self._closing, end = True, asyncio.get_running_loop().time() + STOP_GRACE
-        if agents is not None:
-            agents.stopping = True
-            live = list(agents.live.values())
-            await wait_until(end - STOP_GRACE / 2, (each.stop_turns("interrupted") for each in live))
-            for each in live:
-                each.close()
-            await wait_until(end - STOP_GRACE / 4, (session.join() for session in self.clients.values()))
+        agents.stopping, end = True, asyncio.get_running_loop().time() + STOP_GRACE
+        live = list(agents.live.values())
+        await wait_until(end - STOP_GRACE / 2, (each.stop_turns("interrupted") for each in live))
+        for each in live:
+            each.close()
+        await wait_until(end - STOP_GRACE / 4, (session.join() for session in self.clients.values()))
         for listener in self._listeners:
             listener.close(reason="the server is stopping")
         await wait_until(end, (listener.wait_closed() for listener in self._listeners))
         for websocket in self.clients:
             websocket.transport.abort()
-        self._close_sockets()
-        if agents is not None:
-            await agents.end()
-            await agents.models.close()
-            await agents.store.close()
+        for bound in self._sockets:
+            bound.close()
+        await agents.end()
+        await agents.models.close()
+        await agents.store.close()
         if self._servers.get(self._address) is self:
             del self._servers[self._address]
         self._reset()
@@ -7729,18 +7721,17 @@ class WebSocketServer:
         Raises UsageError where the port or the database is taken.
         """
         if not self._listeners:
-            self._call(self.listen())
+            self._claim()
+            self._bind()
+            self._call(self.listen)
         return self
 
     def stop(self) -> None:
         """End turns cleanly, free the port, leave no thread or task but a tool that will not end, which is named."""
-        thread = self._thread
-        if self._loop is not None:
-            self._call(self.close())
-        elif self.agents is not None:  # initialize_server() alone
-            asyncio.run(self.close())
-        if thread is not None:
-            thread.stop()
+        if self.agents is not None:
+            self._call(self.close)
+        if self._thread is not None:
+            self._thread.stop()
             self._thread = None
         if tools := [each.name for each in threading.enumerate() if each.name.startswith("memws-tool-")]:
             logger.warning("still running: %s", ", ".join(tools))
@@ -7782,7 +7773,7 @@ class WebSocketServer:
 
     def create_new_agent(self, config: Mapping[str, Any] | None = None) -> Agent:
         """A new agent; config as in the create_agent command, plus base_url and api_key. Raises Refused."""
-        return self._call(self.create_new_agent_async(config))
+        return self._call(self.create_new_agent_async, config)
 
     async def create_new_agent_async(self, config: Mapping[str, Any] | None = None) -> Agent:
         values = dict(config or {})
@@ -7794,7 +7785,7 @@ class WebSocketServer:
 
     def load_agent(self, agent_name: str) -> Agent:
         """The agent of that name. Raises UnknownAgent with the ten nearest names."""
-        return self._call(self.load_agent_async(agent_name))
+        return self._call(self.load_agent_async, agent_name)
 
     async def load_agent_async(self, agent_name: str) -> Agent:
         self.agent = await (await self.open().get(agent_name)).fresh()
@@ -7806,7 +7797,7 @@ class WebSocketServer:
         first_message asks that the first reply goes through send_message, and tries again a few times; no_verify skips
         that. Raises Refused (no_agent), or with the code of a message that never became a turn.
         """
-        return self._call(self.run_step_async(user_message, first_message, no_verify))
+        return self._call(self.run_step_async, user_message, first_message, no_verify)
 
     async def run_step_async(
         self, user_message: str, first_message: bool = False, no_verify: bool = False
@@ -7819,24 +7810,20 @@ class WebSocketServer:
         await asyncio.shield(item.done)  # a caller that waits no longer does not end it
         return [decode_json(event.text) async for event in live.events(0, live.channel.last_seq, item.turn_id)]
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine on the server's loop, which is made where there is none yet."""
-        if self._loop is not None and running_loop() is self._loop:
-            name = getattr(work, "__name__", "it")
-            work.close()
-            raise UsageError(f"this call would block the server's own loop; there, await {name}")
+    def _call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of a coroutine function on the server's loop, which is made where there is none yet."""
         if self._loop is None:
             self._claim()
+            self.open()
             self._thread = LoopThread("memws")
             self._loop = self._thread.loop
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        elif running_loop() is self._loop:
+            raise UsageError(f"this call would block the server's own loop; there, await {function.__name__}")
+        future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self._loop)
         try:
             return future.result()
         finally:
             future.cancel()  # where an interrupt ended the wait
-            if self.agents is None and self._thread is not None:  # nothing came about: leave no thread
-                self._thread.stop()
-                self._thread = self._loop = None
 
 
 # ======================================================================================================================
