@@ -80,7 +80,7 @@ FLAGS = {
     "--context-window": ("9000", "-1"),
     "--max-steps": ("7", "0"),
     "--token": ("right", "a b"),
-    "--allow-origin": ("https://lab.example", "https://other.example"),
+    "--allow-origin": ("https://lab.example, https://b.example", "https://other.example"),
     "--allow-host": ("lab.example", "other.example"),
     "--max-connections": ("12", "0"),
     "--sync": ("normal", "never"),
@@ -112,10 +112,11 @@ def test_help(tmp_path: Path, main: Callable[..., Done]) -> None:
 
 @pytest.mark.parametrize("way", ["flags", "variables"])
 def test_flags_and_variables(way: str, tmp_path: Path) -> None:
-    """Every flag of serve has a variable MEMWS_<FLAG>, does what it says, and wins over its variable."""
+    """Every flag of serve has a variable MEMWS_<FLAG>, does what it says, and wins over its variable; --allow-origin
+    may be given several times, in the environment with commas."""
     flags = {flag: values for flag, values in FLAGS.items() if flag != "--embedding-model"}  # needs an endpoint
     if way == "flags":
-        words = [word for flag, (value, _) in flags.items() for word in (flag, value)]
+        words = [word for flag, (value, _) in flags.items() for each in value.split(", ") for word in (flag, each)]
         server = Serving(*words, cwd=tmp_path, variables={variable(flag): bad for flag, (_, bad) in flags.items()})
     else:
         server = Serving(cwd=tmp_path, variables={variable(flag): value for flag, (value, _) in flags.items()})
@@ -127,7 +128,8 @@ def test_flags_and_variables(way: str, tmp_path: Path) -> None:
         assert (about["model"], about["offline"]) == ("offline", True)
         assert server.url.startswith("ws://127.0.0.1:")
         assert refused(server.url) == 401
-        assert hello(server.url, additional_headers=right, origin="https://lab.example")
+        for origin in ("https://lab.example", "https://b.example"):
+            assert hello(server.url, additional_headers=right, origin=origin)
         assert refused(server.url, additional_headers=right, origin="https://other.example") == 403
         with socket.create_connection(("127.0.0.1", server.port)) as raw:
             raw.sendall(b"GET /healthz HTTP/1.1\r\nHost: lab.example:1\r\n\r\n")
@@ -153,25 +155,12 @@ def test_bad_values(main: Callable[..., Done]) -> None:
             assert flag != "--port" or "MEMWS_PORT" in text
 
 
-def test_repeatable_and_empty_flags(tmp_path: Path) -> None:
-    """--allow-origin may be given several times, in the environment with commas; a variable set to nothing is none."""
-    origins = ("https://a.example", "https://b.example")
-    flags = ("--allow-origin", origins[0], f"--allow-origin={origins[1]}")
-    ways = ((flags, {"MEMWS_ALLOW_ORIGIN": "https://c.example"}), ((), {"MEMWS_ALLOW_ORIGIN": ", ".join(origins)}))
-    for given, variables in ways:
-        empty = {"MEMWS_MAX_STEPS": "", "MEMWS_TOKEN": ""}
-        with Serving(*given, "--db", ":memory:", cwd=tmp_path, variables={**variables, **empty}) as server:
-            for origin in origins:
-                assert hello(server.url, origin=origin)["limits"]["max_steps"] == memws.MAX_STEPS
-            assert refused(server.url, origin="https://c.example") == 403
-
-
 # ---- serving ---------------------------------------------------------------------------------------------------------
 
 
 def test_serving(tmp_path: Path) -> None:
     """The first lines name the address really bound, model and database; both families of localhost answer on it, and
-    so does /healthz; database, journal and lock are their owner's only."""
+    so does /healthz; database, journal and lock are their owner's only; a variable that is set to nothing is none."""
     addresses = ["127.0.0.1"]
     with socket.socket(socket.AF_INET6) as probe:
         try:
@@ -179,10 +168,10 @@ def test_serving(tmp_path: Path) -> None:
             addresses.append("[::1]")
         except OSError:
             pass  # no IPv6 here
-    with Serving(cwd=tmp_path) as server:
+    with Serving(cwd=tmp_path, variables={"MEMWS_MAX_STEPS": "", "MEMWS_TOKEN": ""}) as server:
         assert re.fullmatch(rf"memws {memws.__version__} listening on ws://127\.0\.0\.1:[1-9]\d*", server.out[0])
         for address in addresses:
-            assert hello(f"ws://{address}:{server.port}")["version"] == memws.__version__
+            assert hello(f"ws://{address}:{server.port}")["limits"]["max_steps"] == memws.MAX_STEPS
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{server.port}/healthz", timeout=10) as response:
             assert json.load(response) == {"status": "ok", "version": memws.__version__}
@@ -194,29 +183,6 @@ def test_serving(tmp_path: Path) -> None:
     assert "not a language model" in server.out[1]
     assert "memws.db" in server.out[1]
     assert server.log.count("Traceback") == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals(number: int, tmp_path: Path, endpoint: Endpoint) -> None:
-    """SIGINT and SIGTERM end a running turn as interrupted, close with 1001 and exit with 0, within two seconds."""
-    endpoint.script(Reply("never told", hold=True))
-    model = ("--base-url", endpoint.url, "--model", "test-model", "--context-window", "9000")
-    key = {"OPENAI_API_KEY": "k"}
-    with Serving(*model, cwd=tmp_path, variables=key) as server, connect(server.url, proxy=None) as client:
-        client.send(json.dumps({"type": "command", "command": "create_agent", "config": {"name": "sam"}}))
-        client.send(json.dumps({"type": "user_message", "message": "hi"}))
-        endpoint.wait_requests(1)
-        assert server.end(number, timeout=4) == 0
-        frames = [json.loads(frame) for frame in client]  # until it is closed
-        assert frames[-1]["stop_reason"] == "interrupted"
-        assert client.close_code == 1001
-    assert "Traceback" not in server.log
-    assert "ERROR" not in server.log
-    with Serving(*model, cwd=tmp_path, variables=key) as server, memws.connect(server.url) as talk:
-        talk.load_agent("sam")
-        assert talk.ask("again") == "Hello!"
-        ends = (event["stop_reason"] for event in talk.subscribe(after=0) if "stop_reason" in event)
-        assert [next(ends), next(ends)] == ["interrupted", "done"]
 
 
 def test_remembered_after_kill(tmp_path: Path) -> None:
@@ -384,25 +350,10 @@ second.stop()
 # ---- protocol and logs -----------------------------------------------------------------------------------------------
 
 
-def test_protocol(tmp_path: Path) -> None:
-    """protocol prints a valid JSON Schema, by which the frames of a real turn are valid and broken ones are not."""
-    jsonschema = pytest.importorskip("jsonschema")
-    done = run("protocol", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    schema = json.loads(done.stdout)
-    jsonschema.Draft202012Validator.check_schema(schema)
-    validator = jsonschema.Draft202012Validator(schema)
-    frames: list[dict[str, Any]] = []
-    with Serving(cwd=tmp_path) as server:
-        on_frame: Callable[[str, str], None] = lambda direction, text: frames.append(json.loads(text))  # noqa: E731
-        with memws.connect(server.url, on_frame=on_frame) as client:
-            client.hello(["*"])
-            client.create_agent()
-            client.ask("My name is Ada")
-    assert {"agent_response_end", "user_message", "command"} <= {frame["type"] for frame in frames}
-    assert [error.message for frame in frames for error in validator.iter_errors(frame)] == []
-    for broken in ({}, {"type": "user_message"}, {"type": "agent_response"}, {"type": "command", "command": "nothing"}):
-        assert not validator.is_valid(broken)
+def test_protocol(main: Callable[..., Done]) -> None:
+    """protocol prints the JSON Schema that all frames of these tests are checked by (wire.py)."""
+    done = main("protocol")
+    assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, memws.protocol_schema(memws.COMMANDS), "")
 
 
 def test_logs(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 COMMAND_LINE = """
-flags, variables, help: cli test_help test_flags_and_variables test_bad_values test_repeatable_and_empty_flags
+flags, variables, help: cli test_help test_flags_and_variables test_bad_values
 the model that a key, an address or nothing chooses: llm test_the_default_model; docs test_serve_commands; cli
   test_endpoint_without_a_choice
-the first line names the address; signals close cleanly: cli test_serving test_signals; kill
+the first line names the address; signals close cleanly: cli test_serving; kill
   test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
 one sentence, exit 2, no traceback: cli test_refusals test_taken test_missing_package
 chat: cli test_pipe test_interrupted_chat; chat test_conversation test_slash_commands
@@ -65,7 +65,7 @@ wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_mess
 BAD_INPUT = """
 not JSON, no object, wrong types, too deep, huge numbers, NaN: server
   test_bad_frames_get_one_answer_and_the_connection_stays; wire test_hostile_frames_get_one_named_error
-  test_any_frame_is_a_request_or_a_named_error test_depth_is_counted_exactly
+  test_depth_is_counted_exactly; soak test_every_figure_is_met
 at most 80 characters quoted, at most 4 KiB: wire test_no_error_quotes_more_than_80_characters; errors
   test_an_answer_to_any_error_fits_in_4_kib
 lone surrogates, NUL: wire test_what_no_text_can_hold_is_read_as_u_fffd; python_api

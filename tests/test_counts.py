@@ -6,7 +6,6 @@ import gc
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,7 @@ from endpoint import Endpoint, Reply
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as websocket_serve
-from wire import LIMIT, of_kind, wire
+from wire import of_kind, wire
 
 import memws
 
@@ -32,13 +31,11 @@ pytestmark = pytest.mark.anyio
 
 
 class WatchedDatabase(memws.Sqlite):
-    """A database that counts its transactions, and holds them up while its gate is closed."""
+    """A database that counts its transactions."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path, "normal")
         self.commits = 0
-        self.gate = threading.Event()
-        self.gate.set()
 
     def open(self) -> sqlite3.Connection:
         connection = super().open()
@@ -46,26 +43,14 @@ class WatchedDatabase(memws.Sqlite):
         return connection
 
     def _see(self, statement: str) -> None:
-        if statement == "BEGIN IMMEDIATE":
-            assert self.gate.wait(LIMIT)
         self.commits += statement == "COMMIT"
-
-
-class WatchedStore(memws.Store):
-    """A store that says how many transactions it was asked for."""
-
-    asked = 0
-
-    async def commit(self, agent: int, changes: memws.Changes) -> Any:
-        self.asked += 1
-        return await super().commit(agent, changes)
 
 
 class WatchedLab(Lab):
     async def __aenter__(self) -> Self:
         self.models = memws.Models(**self._models_options)
         self.database = WatchedDatabase(self.path)
-        self.store: WatchedStore = WatchedStore(self.database)
+        self.store = memws.Store(self.database)
         return self
 
 
@@ -95,29 +80,6 @@ async def test_commits_of_a_turn(endpoint: Endpoint, tmp_path: Path) -> None:
         await lab.store.messages(opened.record.id, None, 10)
         await lab.store.search(opened.record.id, memws.Query("hello"))
         assert lab.database.commits == before
-
-
-async def test_turns_that_arrive_together_share_their_commits(endpoint: Endpoint, tmp_path: Path) -> None:
-    """Of eight agents' turns at once the beginnings share their commits, and so do the ends."""
-    endpoint.default = Reply("They greet me.", calls=SAY_HELLO.calls, hold=True)
-    async with WatchedLab(endpoint, tmp_path / "a.db") as lab:
-        agents = [await lab.create(f"agent{number}") for number in range(8)]
-        begun = lab.database.commits
-        lab.database.gate.clear()
-        turns = [asyncio.create_task(agent.turn(lab.turn("Hello"))) for agent in agents]
-        while lab.store.asked < len(agents):
-            await asyncio.to_thread(endpoint.wait_requests, 0)
-        lab.database.gate.set()
-        await asyncio.to_thread(endpoint.wait_requests, len(agents))
-        # The writer took what was there, one or more, and then the rest at once.
-        assert lab.database.commits - begun <= 2
-        lab.database.gate.clear()
-        endpoint.release()
-        while lab.store.asked < 2 * len(agents):
-            await asyncio.to_thread(endpoint.wait_requests, len(agents))
-        lab.database.gate.set()
-        await asyncio.wait_for(asyncio.gather(*turns), LIMIT)
-        assert lab.database.commits - begun <= 4
 
 
 # ---- frames and model calls ------------------------------------------------------------------------------------------

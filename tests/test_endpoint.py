@@ -1,9 +1,7 @@
 """The endpoint is as strict as the API it stands for, and openai's own client reads what it sends."""
 
 import asyncio
-import dataclasses
 import json
-import math
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -106,42 +104,6 @@ async def test_refuses(client: Any, endpoint: Endpoint, route: str, body: Body, 
     endpoint.refusals.clear()
 
 
-async def test_limits(client: Any, endpoint: Endpoint) -> None:
-    """An endpoint with a limit says so in OpenAI's words, and does not count it as a fault of the client."""
-    endpoint.context_window, endpoint.refuse = 9, {"max_tokens", "seed"}
-    for body, words, code in (
-        ({"messages": [{**USER, "content": "x" * 40}]}, "resulted in 10 tokens", "context_length_exceeded"),
-        ({"max_tokens": 5}, "Use 'max_completion_tokens'", "unsupported_parameter"),
-        ({"seed": 5}, "not supported", "unsupported_parameter"),
-        ({}, "Incorrect API key", "invalid_api_key"),
-    ):
-        endpoint.api_key = None if body else "right"
-        with pytest.raises(openai.APIStatusError, match=words) as caught:
-            await stream(client, **body)
-        assert caught.value.code == code
-
-
-DEPARTURES = [Reply(), Reply(reasoning="Hmm.", crlf=True, comments=True, multiline=True, split=3, done=False)]
-
-
-@pytest.mark.parametrize("departure", DEPARTURES, ids=["as OpenAI", "otherwise"])
-async def test_streams(client: Any, endpoint: Endpoint, departure: Reply) -> None:
-    """Text, two tool calls and usage come whole through openai's client, whatever the form of the stream."""
-    asked = [("first", {"word": "¡Olé! 🎉"}), ("second", {})]
-    endpoint.script(dataclasses.replace(departure, text="¿Qué tal, 世界?", calls=asked))
-    chunks = await stream(client, stream_options={"include_usage": True})
-    assert content(chunks) == "¿Qué tal, 世界?"
-    deltas = [delta for chunk in chunks if chunk.choices for delta in chunk.choices[0].delta.tool_calls or ()]
-    names = [delta.function.name for delta in deltas if delta.function.name]
-    arguments = ["".join(delta.function.arguments for delta in deltas if delta.index == index) for index in (0, 1)]
-    assert list(zip(names, map(json.loads, arguments), strict=True)) == asked
-    assert len({delta.id for delta in deltas if delta.id}) == 2
-    assert (chunks[-2].choices[0].finish_reason, chunks[-1].choices) == ("tool_calls", [])
-    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens > 0) == (0, True)
-    endpoint.default = lambda body: Reply(body["messages"][-1]["content"].upper())
-    assert content(await stream(client, messages=[{**USER, "content": "echo"}])) == "ECHO"
-
-
 WAITS = [Reply(hold=True), Reply("", stall_after=1), Reply(delay=60), Reply("Hi", endless=True)]
 
 
@@ -157,31 +119,3 @@ async def test_client_leaves(client: Any, endpoint: Endpoint, reply: Reply) -> N
     with pytest.raises(asyncio.CancelledError):
         await task
     assert content(await stream(client)) == "Hello!"
-
-
-async def test_models_and_embeddings(client: Any, endpoint: Endpoint) -> None:
-    """Models are listed; embeddings are unit vectors, alike for texts alike; both routes can fail or be held."""
-
-    async def embed(*texts: str, **more: Any) -> list[Any]:
-        answer = await client.embeddings.create(model="e", input=list(texts), **more)
-        return [item.embedding for item in answer.data]
-
-    assert [model.id async for model in client.models.list()] == ["test-model"]
-    endpoint.synonyms["feline"] = "cat"
-    for more in ({}, {"encoding_format": "float"}):
-        cat, feline, cats, figures = await embed("the cat sleeps", "the feline sleeps", "the cats sleep", "12", **more)
-        assert math.isclose(math.hypot(*cat), 1, rel_tol=1e-6)
-        assert (len(cat), cat == feline, math.dist(cat, cats) < math.dist(cat, figures)) == (32, True, True)
-    endpoint.spoil = lambda vectors: [*vectors[1:], None, "text"]
-    assert [type(vector) for vector in await embed("a", "b", encoding_format="float")] == [list, type(None), str]
-    endpoint.spoil = None
-    endpoint.overrides["/v1/embeddings"] = lambda body: Reply(hold=True) if body["input"] == ["held"] else None
-    held = asyncio.create_task(embed("held"))
-    await asyncio.to_thread(endpoint.wait_embeddings, 4)
-    assert (len(await embed("not held")), held.done()) == (1, False)
-    endpoint.release()
-    assert (len(await held), endpoint.embedded[-2:]) == (1, ["held", "not held"])
-    endpoint.overrides = dict.fromkeys(("/v1/embeddings", "/v1/models"), Reply(status=500))
-    for request in (embed("x"), client.models.list()):
-        with pytest.raises(openai.InternalServerError):
-            await request

@@ -297,39 +297,6 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
     max_leaves=12,
 )
-PROPERTIES = {kind: command.parameters["properties"] for kind, command in COMMANDS.items()}
-WORDS = st.sampled_from(sorted({name for each in PROPERTIES.values() for name in each} | {"type", "command", "id"}))
-
-
-@st.composite
-def near_requests(draw: Any) -> JSON:
-    """A frame of a known kind whose fields hold good values, bad ones and junk."""
-    kind = draw(st.sampled_from(list(COMMANDS)))
-    frame = frame_of(kind, **needed(kind))
-    for name, schema in PROPERTIES[kind].items():
-        if draw(st.booleans()):
-            frame[name] = draw(st.sampled_from([v for v in candidates(schema) if fits(schema, v)]) | VALUES)
-    return frame | draw(st.dictionaries(WORDS | TEXTS, VALUES, max_size=1))
-
-
-FRAMES = st.one_of(
-    st.text(st.characters(codec=None)), st.binary(), VALUES.map(json.dumps),
-    st.dictionaries(WORDS, VALUES).map(json.dumps),
-    st.builds(lambda value: json.dumps(value, ensure_ascii=False), VALUES), near_requests().map(json.dumps),
-)  # fmt: skip
-
-
-@SETTINGS
-@hypothesis.given(FRAMES)
-def test_any_frame_is_a_request_or_a_named_error(frame: str | bytes) -> None:
-    """Whatever a frame holds, it becomes checked arguments or an InvalidRequest whose answer is small strict JSON."""
-    try:
-        name, arguments = read(frame)
-    except memws.InvalidRequest as error:
-        answer(error)
-    else:
-        assert isinstance(name, str)
-        json.dumps(arguments, ensure_ascii=False).encode()
 
 
 def parts(value: Any) -> Iterator[Any]:
