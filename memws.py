@@ -4365,9 +4365,8 @@ class LoopThread:
             future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result()
-        except BaseException:
+        finally:
             future.cancel()
-            raise
 
     def stop(self) -> None:
         """Cancel what runs there, and end loop and thread; nothing happens where they have ended."""
@@ -4394,7 +4393,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self.agent_name: str | None = request["agent_name"]
         self.turn_id: str = request.get("turn_id", "")  # "": all turns
         self._client = client
-        self._request = request
+        self._request = {"id": next(client._ids), **request}
         self._cursor = after  # the highest seq taken in; None: the agent's present end
         self._last_seq: int | None = None  # the agent's, when the server last began; None: it has not yet
         self._state: Literal["asked", "open", "behind", "over"] = "asked"
@@ -4417,10 +4416,6 @@ class Stream(collections.abc.AsyncIterator[Frame]):
                 self._ask()
             await self._wait()
         return self._events.popleft()
-
-    async def next(self) -> Frame | None:
-        """The next event; None at the end."""
-        return await anext(self, None)
 
     async def text(self) -> str:
         """Read to the end; the reply: the assistant messages, a line each. Raises RemoteError where the turn fails."""
@@ -4445,11 +4440,12 @@ class Stream(collections.abc.AsyncIterator[Frame]):
     def _ask(self) -> None:
         """Ask for the events above the cursor."""
         if self._tries > RESEND_LIMIT:
-            return self._end(ConnectionLost(self._client.url))
-        self._state = "asked"
-        self._tries += 1
-        cursor = {"after": self._cursor} if "after" in self._request else {}
-        return self._client._post({**self._request, "agent_name": self.agent_name, **cursor}, self._answer)
+            self._end(ConnectionLost(self._client.url))
+        else:
+            self._state = "asked"
+            self._tries += 1
+            cursor = {} if self.turn_id else {"after": self._cursor}
+            self._client._post({**self._request, "agent_name": self.agent_name, **cursor}, self._answer)
 
     def _answer(self, answer: Frame | MemwsError) -> None:
         if isinstance(answer, RemoteError):
@@ -4462,29 +4458,32 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._cursor = last_seq if self._cursor is None else self._cursor
         self._change.set()
 
+    def _is_ours(self, event: Frame) -> bool:
+        is_same_agent = event.get("agent_name") == self.agent_name
+        if not self.turn_id:  # a refusal is for its sender alone
+            return is_same_agent and (event["type"] not in TERMINAL_TYPES or "seq" in event)
+        is_answer = event.get("id") == self._request["id"]  # perhaps the server chose the agent
+        return event.get("turn_id") == self.turn_id and (is_same_agent or is_answer)
+
     def _take(self, event: Frame) -> None:
         """Take in an event, if it is one of ours and new."""
-        kind, seq = kind_of(event), event.get("seq")
-        ends = kind in TERMINAL_TYPES
-        ours = event.get("agent_name") == self.agent_name
-        if self.turn_id:  # turn_ids are unique within an agent only
-            ours = event.get("turn_id") == self.turn_id and (ours or event.get("id") == self._request["id"])
-        if not ours or (not self.turn_id and ends and seq is None):  # a refusal is for its sender alone
+        if not self._is_ours(event):
             return
+        kind, seq = kind_of(event), event.get("seq")
         if self.turn_id and kind == "agent_response_start" and self._state == "asked":
             self.agent_name = event["agent_name"]
             self._begin(event["seq"])
-        # A refusal and a place in the queue come before the start, and are stored nowhere.
-        is_early = self.turn_id and seq is None and (ends or kind == "queue")
-        if not is_early and (self._state != "open" or (seq or math.inf) <= (self._cursor or 0)):
-            return
-        if not is_early and len(self._events) >= FEED_LIMIT:
-            self._state = "behind"
-            return
+        comes_before = kind == "queue" or (kind in TERMINAL_TYPES and seq is None)  # the start, and is not stored
+        if not (self.turn_id and comes_before):
+            if self._state != "open" or (seq or math.inf) <= (self._cursor or 0):
+                return
+            if len(self._events) >= FEED_LIMIT:
+                self._state = "behind"
+                return
         self._cursor, self._tries = seq or self._cursor, 0
         self._events.append(event)
         self._change.set()
-        if self.turn_id and ends:
+        if self.turn_id and kind in TERMINAL_TYPES:
             self._end()
 
     def _end(self, error: MemwsError | None = None) -> None:
@@ -4584,9 +4583,8 @@ class Client:
     ) -> Stream:
         """Send a user message, to the current agent if none is named, and give its turn, to be iterated once.
         Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn."""
-        turn_id = turn_id or secrets.token_hex(16)
-        about = {"turn_id": turn_id, "agent_name": self._named(agent_name), "when_busy": when_busy}
-        return Stream(self, {"type": "user_message", "id": next(self._ids), "message": message, **about}, 0)
+        about = {"turn_id": turn_id or secrets.token_hex(16), "agent_name": self._named(agent_name)}
+        return Stream(self, {"type": "user_message", "message": message, "when_busy": when_busy, **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue") -> str:
         """Send a user message and give the text of the reply; raises as `Stream.text` does."""
@@ -4596,8 +4594,7 @@ class Client:
         """Follow an agent (None: the current one): events stored above `after` (0: all, None: none), then live ones.
         As on the wire, a second subscription of the same agent takes the first one's place, which ends."""
         self._end_subscription(agent_name)
-        request = {"type": "command", "command": "subscribe", "agent_name": self._named(agent_name), "after": after}
-        return Stream(self, request | {"id": next(self._ids)}, after)
+        return Stream(self, {"type": "command", "command": "subscribe", "agent_name": self._named(agent_name)}, after)
 
     async def unsubscribe(self, agent_name: str | None = None) -> None:
         """End the subscription of an agent (None: the current one); its iteration ends."""
@@ -4648,17 +4645,16 @@ class Client:
             pending, self._pending = self._pending, {}
             for _, answer in pending.values():
                 answer(ConnectionLost(self.url))
+            outbox.put_nowait("")
+            await asyncio.wait([writer], timeout=CLOSE_TIMEOUT / 2)  # perhaps a cancel came just before the end
             writer.cancel()
-            with contextlib.suppress(ConnectionClosed, TimeoutError):
-                async with asyncio.timeout(CLOSE_TIMEOUT / 2):
-                    while not outbox.empty():  # a cancel that came just before the end
-                        await websocket.send(outbox.get_nowait())
             await websocket.close()
 
     async def _write(self, websocket: Connection, outbox: asyncio.Queue[str]) -> None:
+        """Send requests, up to an empty one."""
         with contextlib.suppress(ConnectionClosed):
-            while True:
-                await websocket.send(await outbox.get())
+            while text := await outbox.get():
+                await websocket.send(text)
 
     def _resume(self) -> None:
         """Make a new connection what the last one was."""
@@ -4811,23 +4807,22 @@ class BlockingClient:
     def unsubscribe(self, agent_name: str | None = None) -> None:
         self._call(self.client.unsubscribe(agent_name))
 
-    def send(self, message: str, *arguments: Any, **options: Any) -> BlockingTurn:
+    def send(self, message: str, *arguments: Any, **options: Any) -> BlockingStream:
         async def send() -> Stream:
             return self.client.send(message, *arguments, **options)
 
-        return BlockingTurn(self, self._call(send()))
+        return BlockingStream(self, self._call(send()))
 
     def ask(self, message: str, *arguments: Any, **options: Any) -> str:
         return self.send(message, *arguments, **options).text()
 
-    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Iterator[Frame]:
+    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> BlockingStream:
         async def subscribe() -> Stream:
             stream = self.client.subscribe(agent_name, after)
             await stream.ready()
             return stream
 
-        stream = self._call(subscribe())
-        return iter(lambda: self._call(stream.next()), None)
+        return BlockingStream(self, self._call(subscribe()))
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         try:
@@ -4839,26 +4834,26 @@ class BlockingClient:
 connect = BlockingClient  # for scripts and cells: with memws.connect(url) as client
 
 
-class BlockingTurn(Iterator[Frame]):
-    """A turn as an ordinary iterator; an interrupt (KeyboardInterrupt) that meets it waiting cancels the turn."""
+class BlockingStream(Iterator[Frame]):
+    """A Stream as an ordinary iterator; an interrupt (KeyboardInterrupt) that meets it waiting cancels its turn."""
 
-    def __init__(self, client: BlockingClient, turn: Stream) -> None:
-        self.turn_id = turn.turn_id
-        self._client = client
-        self._turn = turn
+    def __init__(self, client: BlockingClient, stream: Stream) -> None:
+        self.turn_id = stream.turn_id
+        self._client, self._stream = client, stream
 
     def __next__(self) -> Frame:
-        event = self._wait(self._turn.next())
-        if event is None:
-            raise StopIteration
-        return event
+        try:
+            return self._wait(self._stream.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
 
     def text(self) -> str:
-        return self._wait(self._turn.text())
+        return self._wait(self._stream.text())
 
     def cancel(self) -> None:
         """Ask the server to end this turn, without waiting for it: fit for any thread and for signal handlers."""
-        request = {"type": "command", "command": "cancel", "turn_id": self.turn_id, "agent_name": self._turn.agent_name}
+        about = {"turn_id": self.turn_id, "agent_name": self._stream.agent_name}
+        request = {"type": "command", "command": "cancel", **about}
         with contextlib.suppress(RuntimeError):  # the client is closed
             self._client._thread.loop.call_soon_threadsafe(self._client.client._post, request)
 
@@ -4866,7 +4861,8 @@ class BlockingTurn(Iterator[Frame]):
         try:
             return self._client._call(work)
         except KeyboardInterrupt:
-            self.cancel()
+            if self.turn_id:
+                self.cancel()
             raise
 
 
