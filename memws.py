@@ -96,7 +96,7 @@ from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoRe
 
 import websockets.asyncio.server
 from websockets import http11
-from websockets.asyncio.connection import Connection
+from websockets.asyncio.connection import Connection, broadcast
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 
@@ -4395,7 +4395,6 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._client = client
         self._request = {"id": next(client._ids), **request}
         self._cursor = after  # the highest seq taken in; None: the agent's present end
-        self._last_seq: int | None = None  # the agent's, when the server last began; None: it has not yet
         self._state: Literal["asked", "open", "behind", "over"] = "asked"
         self._tries = 0  # requests without any event since
         self._events: collections.deque[Frame] = collections.deque()
@@ -4404,11 +4403,10 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._ask()
         client._streams.append(self)
 
-    async def ready(self) -> int:
-        """Wait until the server has begun; gives the agent's last seq at that time."""
-        while self._last_seq is None:
+    async def ready(self) -> None:
+        """Wait until the server has begun; raises as iteration does."""
+        while self._state in ("asked", "over"):
             await self._wait()
-        return self._last_seq
 
     async def __anext__(self) -> Frame:
         while not self._events:
@@ -4454,7 +4452,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
             self._begin(answer["last_seq"])
 
     def _begin(self, last_seq: int) -> None:
-        self._state, self._tries, self._last_seq = "open", 0, last_seq
+        self._state, self._tries = "open", 0
         self._cursor = last_seq if self._cursor is None else self._cursor
         self._change.set()
 
@@ -4524,7 +4522,7 @@ class Client:
         self._reconnect, self._on_state, self._on_frame = reconnect, on_state, on_frame
         self._message_types: list[str] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._outbox: asyncio.Queue[str] | None = None  # None: no connection
+        self._websocket: Connection | None = None  # None: no connection
         self._ids = itertools.count(1)
         self._pending: dict[int, tuple[Frame, Callable[[Frame | MemwsError], None]]] = {}
         self._streams: list[Stream] = []
@@ -4544,9 +4542,9 @@ class Client:
     async def connect(self) -> None:
         """Open the connection, in one attempt; nothing happens where it is open. Raises ConnectFailed."""
         if not self.alive:
-            websocket = await self._dial()
+            websocket = await self._open()
             self._task = asyncio.create_task(self._run(websocket), name=f"memws client of {self.url}")
-            await asyncio.sleep(0)  # it begins: what is asked for next finds a connection
+            await asyncio.sleep(0)  # it begins: a close before that would leave the connection open
 
     async def close(self) -> None:
         """Close the connection; whatever waits gets ConnectionLost."""
@@ -4616,9 +4614,9 @@ class Client:
         error: MemwsError = ConnectionLost(self.url)
         try:
             while True:
-                await self._converse(websocket)
+                await self._read(websocket)
                 self._report("lost")
-                websocket = await self._redial()
+                websocket = await self._reopen()
                 self._report("restored")
         except (ConnectFailed, ConnectionLost) as failure:
             error = failure
@@ -4631,33 +4629,22 @@ class Client:
         logger.info("connection to %s %s", self.url, state)
         asyncio.get_running_loop().call_soon(self._on_state, state)  # what it raises must not end the connection
 
-    async def _converse(self, websocket: Connection) -> None:
-        """One connection: it is asked again for what the last one knew; this task reads, another writes."""
-        outbox = self._outbox = asyncio.Queue()
-        writer = asyncio.create_task(self._write(websocket, outbox))
+    async def _read(self, websocket: Connection) -> None:
+        """Route what comes on a connection, to its end; then what waits for an answer fails."""
         try:
-            self._resume()
             with contextlib.suppress(ConnectionClosed):
                 async for text in websocket:
                     self._route(text)
         finally:
-            self._outbox = None
+            self._websocket = None
             pending, self._pending = self._pending, {}
             for _, answer in pending.values():
                 answer(ConnectionLost(self.url))
-            outbox.put_nowait("")
-            await asyncio.wait([writer], timeout=CLOSE_TIMEOUT / 2)  # perhaps a cancel came just before the end
-            writer.cancel()
             await websocket.close()
 
-    async def _write(self, websocket: Connection, outbox: asyncio.Queue[str]) -> None:
-        """Send requests, up to an empty one."""
-        with contextlib.suppress(ConnectionClosed):
-            while text := await outbox.get():
-                await websocket.send(text)
-
-    def _resume(self) -> None:
-        """Make a new connection what the last one was."""
+    async def _open(self) -> Connection:
+        """One attempt to connect; the new connection is made what the last one was. Raises ConnectFailed."""
+        websocket = self._websocket = await self._dial()
         if self._message_types is not None:
             self._post({"type": "command", "command": "hello", "message_types": self._message_types})
         if self.agent_name is not None:
@@ -4666,9 +4653,10 @@ class Client:
         for stream in sorted(self._streams, key=lambda stream: bool(stream.turn_id)):
             if stream._state != "behind":  # else once its reader is back
                 stream._ask()
+        return websocket
 
     async def _dial(self) -> Connection:
-        """One attempt to connect. Raises ConnectFailed, which shows nothing of the address but its public part."""
+        """A new connection. Raises ConnectFailed, which shows nothing of the address but its public part."""
         from websockets.asyncio.client import connect  # 4 ms of every import otherwise
 
         status = None
@@ -4695,7 +4683,7 @@ class Client:
                 advice = "start the server with `python memws.py`"
         raise ConnectFailed(self.url, advice, status)
 
-    async def _redial(self) -> Connection:
+    async def _reopen(self) -> Connection:
         """Connect again, later and later, until time is over (ConnectionLost) or we are refused (ConnectFailed)."""
         deadline = time.monotonic() + (math.inf if self._reconnect is True else self._reconnect)
         delay = RECONNECT_DELAY
@@ -4703,23 +4691,23 @@ class Client:
             await asyncio.sleep(min(left, delay * random.uniform(0.5, 1.0)))  # noqa: S311
             delay = min(2 * delay, RECONNECT_DELAY_MAX)
             try:
-                return await self._dial()
+                return await self._open()
             except ConnectFailed as failure:
                 if failure.status in (401, 403):
                     raise
         raise ConnectionLost(self.url)
 
     def _post(self, request: Frame, answer: Callable[[Frame | MemwsError], None] = lambda answer: None) -> None:
-        """Queue a request for the writer. `answer` gets the result or the error, before the next frame is read; for a
-        message only an error. Raises RequestTooLarge."""
+        """Send a request. `answer` gets the result or the error, before the next frame is read; for a message only an
+        error. Raises RequestTooLarge."""
         request = {"id": next(self._ids), **request}
         text = encode_json(request)
         if (size := len(text.encode())) > MAX_FRAME:
             raise RequestTooLarge(size)
-        if self._outbox is None:
+        if self._websocket is None:
             answer(ConnectionLost(self.url))
         else:
-            self._outbox.put_nowait(text)
+            broadcast([self._websocket], text)  # unlike send, at once: requests are few and small
             self._on_frame("sent", text)
             self._pending[request["id"]] = (request, answer)
 
