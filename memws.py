@@ -2805,10 +2805,9 @@ class Embedder:
 
 
 # ---- the offline model -----------------------------------------------------------------------------------------------
-# Rules, no language model: it keeps what people say about themselves in their own words, and answers a question with
-# what shares most with it of what its searches find and of core memory. All is a function of the request.
+# Rules, no language model: it keeps what people say of themselves, in their own words, and answers a question with what
+# shares most with it of what its searches find and of core memory. All is a function of the request.
 
-OFFLINE_LINE = 300  # characters of the longest line that goes to core memory; what is longer becomes a passage
 STAND_IN = (
     "I am memws's offline stand-in: rules, not a language model. I keep what you tell me and search for it. "
     "A real model is chosen with --model, --base-url or OPENAI_API_KEY."
@@ -2818,174 +2817,136 @@ _IDEAS = {  # what people ask for in other words than they state it, in English 
     "live": "live lives lived home house city address moved vivo vive casa ciudad",
     "work": "work works job profession living occupation trabajo trabaja profesión",
     "age": "age old edad años",
+    "partner": "wife husband partner mujer esposa esposo marido",
     "like": "like likes love loves enjoy prefer hobby hobbies gusta gustan encanta encantan",
     "favorite": "favorite favourite favorito favorita",
     "color": "color colour",
+    "": "tell know remember say said really also de el en la las lo los me mi mis es que qué cuál dónde",  # no idea
 }
 _IDEA_OF = {word: idea for idea, words in _IDEAS.items() for word in words.split()}
-_OWN = re.compile(  # how people state those of which they have one: a newer statement replaces the older
-    r"(?: (?P<name> my\ name | i'm\ called | (?:you\ can\ )?call\ me | me\ llamo | mi\ nombre )"
-    r" | (?P<live> i(?:'m)?\ (?:now\ )?(?:live|living|moved) | (?:ahora\ )?vivo | me\ mudé )"
-    r" | (?P<work> i(?:'m)?\ (?:now\ )?work(?:ing)?\ (?:as|at|for) | (?:ahora\ )?trabajo )"
-    r" | (?P<age> (?:i'm|i\ am|tengo)\ \d+ ) )\b",
-    re.IGNORECASE | re.VERBOSE,
-)
-_FILLERS = re.compile("tell|know|remember|say|said|really|also|de|el|en|las?|los|me|mis?|es|que|qué|cuál|dónde")
-_I = r"i|i'm|i've|my|mine|me|we|our|yo|mi|mis|soy|vivo|trabajo|tengo|nací"
+_OWN = {  # how people state what they have one of: a newer statement replaces the older
+    "name": "my name|i'm called|(you can )?call me|me llamo|mi nombre",
+    "live": "i (now )?live|i'm (now )?living|i moved|(ahora )?vivo|me mudé",
+    "work": "i (now )?work (as|at|for)|(ahora )?trabajo",
+    "age": r"(i'm|i am|tengo) \d+",
+    "partner": "(my|mi) (wife|husband|partner|mujer|esposa|esposo|marido)('s name)? (is|es|se llama)(?! an? | una? )",
+}
+_I = r"i|i'm|i've|my|mine|me|we|our|yo|mi|mis|soy|vivo|trabajo|tengo|nací|remember|recuerda"
 _ASK = r"who|what|where|when(?! i)|which|why|how|do|does|did|is|are|am|can|tell me|qué|quién|dónde|cuándo|cuál|cómo"
 _BREAK = re.compile(  # between sentences, unless one goes on about somebody, and before what somebody says or asks
     r"(?<=[.!?])\s+(?!(?:he|she|it|they|his|her|their|su)\b)|\n+|\s*(?=¿)"
     rf"|(?:[,;] | and | y |[,;] (?:and|but|y|pero) )(?=(?:{_I}|{_ASK})\b)",
     re.IGNORECASE,
 )
-_LEAD = re.compile(r"\W*(?:(?:hi|hello|hey|hola|well|so|and|but|no|yes|actually|please|y)\b\W*)*", re.IGNORECASE)
-_MINE = re.compile(rf"\b(?:{_I}|remember|recuerda)\b", re.IGNORECASE)
+_MINE = re.compile(rf"\b(?:{_I})\b", re.IGNORECASE)
 _QUESTION = re.compile(rf"[¿\s]*(?:{_ASK})\b|.*\?$", re.IGNORECASE)
-_SELF = re.compile(r"\b(?:(?:who|what) are you|are you an?|your name|eres|te llamas)\b|^forget", re.IGNORECASE)
+_ABOUT_ITSELF = re.compile(r"\b(?:are you|your name|eres|te llamas)\b|^forget", re.IGNORECASE)
 _ORDER = re.compile(r"\s*/call\s+([\w.-]+)\s*(.*)", re.DOTALL)
 
 
 def _own_idea(text: str) -> str:
-    """Which of name, live, work and age somebody states; "" for any other."""
-    match = _OWN.match(text)
-    return (match and match.lastgroup) or ""
+    """What somebody states of which people have one, such as a name; "" for any other."""
+    return next((idea for idea, opening in _OWN.items() if re.match(rf"(?:{opening})\b", text, re.IGNORECASE)), "")
 
 
 def _topic(text: str) -> set[str]:
-    """What two texts about the same share: ideas, and the terms of search of all other words."""
-    words = [word for word in re.findall(r"[\w'-]+", text.lower()) if not _FILLERS.fullmatch(word)]
-    terms = (split_terms(word) for word in words if word not in _IDEA_OF)
-    return {_IDEA_OF[word] for word in words if word in _IDEA_OF}.union(*terms)
+    """What two texts about the same share: ideas, and terms of search for which there is none."""
+    words = re.findall(r"\w+", text.lower())
+    return set[str]().union(*([_IDEA_OF[word]] if word in _IDEA_OF else split_terms(word) for word in words)) - {""}
 
 
 def _pieces(text: str) -> list[str]:
     """The statements and questions of a text, each by itself."""
-    pieces = _BREAK.split(text[:4_000]) if not _ORDER.match(text) else ()
-    return list(dict.fromkeys(filter(None, (_LEAD.sub("", piece, count=1).strip(" .!") for piece in pieces))))
+    pieces = [piece.strip(" .!") for piece in _BREAK.split(text[:4_000])]
+    return [piece for piece in dict.fromkeys(pieces) if piece and not _ORDER.match(text)]
 
 
-def _best(question: str, statements: Iterable[str]) -> list[str]:
-    """Of statements, the newest first, those that share most with a question, at most 3; its own words among it."""
+def _questions(text: str) -> list[str]:
+    """What a text asks, but of the model itself."""
+    return [piece for piece in _pieces(text) if _QUESTION.match(piece) and not _ABOUT_ITSELF.search(piece)][:3]
+
+
+def _turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSON, JSON]]]:
+    """What waits for an answer, if anything, and name, arguments and result of each call made since it came."""
+    text, calls, results = None, list[JSON](), list[JSON]()
+    for message in messages:
+        for event in map(decode_json, message["content"].split("\n") if message["role"] == "user" else ()):
+            said = event.get("message") or event.get("reason") or ""
+            if event["type"] == "user_message" or WAITING_NOTE in said:
+                text, calls, results = said.rpartition(WAITING_NOTE)[2], [], []
+            elif said in (HEARTBEAT_TIMER, HEARTBEAT_WAKE):
+                text = None
+        calls += [call["function"] for call in message.get("tool_calls") or ()]
+        results += [decode_json(message["content"])] if message["role"] == "tool" else []
+    pairs = zip(calls, results, strict=True)
+    done = [(call["name"], decode_json(call["arguments"]), result) for call, result in pairs]
+    is_answered = any(name == "send_message" and result["status"] == "OK" for name, _, result in done)
+    return None if is_answered else text, done
+
+
+def _calls(text: str, core: list[str], room: int) -> Iterator[tuple[str, JSON]]:
+    """What it keeps of a text and looks up for it, or what the text tells it to call."""
+    if order := _ORDER.match(text):
+        arguments = read_json(order[2])[0]
+        yield order[1], arguments if isinstance(arguments, dict) else {}
+    facts = [piece for piece in _pieces(text) if _MINE.search(piece) and not _QUESTION.match(piece)]
+    lines = list[str]()
+    for idea, fact in {_own_idea(fact) or fact: fact for fact in facts if fact not in core}.items():
+        old = next((line for line in core if _own_idea(line) == idea), None)
+        room -= len(fact) + 1
+        if room < 0:
+            yield "archival_memory_insert", {"content": fact}
+        elif old is not None:
+            yield "core_memory_replace", {"name": "human", "old_content": old, "new_content": fact}
+        else:
+            lines.append(fact)
+    if lines:
+        yield "core_memory_append", {"name": "human", "content": "\n".join(lines)}
+    for question in _questions(text):
+        query = " ".join([question, *(words for idea, words in _IDEAS.items() if idea in _topic(question))])
+        yield "conversation_search", {"query": query}
+        yield "archival_memory_search", {"query": query}
+
+
+def _found(results: Iterable[JSON]) -> dict[str, str]:
+    """What searches found of the user's statements, the newest first, and where and when that was."""
+    hits = list[JSON]()
+    for result in results:
+        if listed := re.search(r"\[\{.*", str(result["message"]), re.DOTALL):
+            hits += read_json(listed[0])[0] or ()
+    found: dict[str, str] = {}
+    for hit in sorted(hits, key=lambda hit: str(hit.get("time")), reverse=True):
+        where = {"user": "You told me on", None: "In archival memory since"}.get(hit.get("role"))
+        for piece in _pieces(hit["text"])[::-1] if where and "text" in hit else ():
+            found.setdefault(piece, f"{where} {hit['time'][:10]}")
+    return found
+
+
+def _answer(question: str, found: dict[str, str], core: list[str]) -> str:
+    """The statement that shares most with a question, its own words among it; the newest of several."""
     aims = _topic(question)
     own_words = aims - _IDEAS.keys() or aims
-    newest: dict[str, str] = {}
-    for statement in statements:
-        newest.setdefault(_own_idea(statement) or statement, statement)
-    topics = {statement: _topic(statement) for statement in newest.values()}
-    hits = [text for text, topic in topics.items() if own_words & topic]
-    scores = {text: len(aims & topics[text]) + (_own_idea(text) in aims) for text in hits}
-    return [text for text, score in scores.items() if score == max(scores.values())][:3]
+    hits = [text for text in (*found, *core) if own_words & _topic(text) and not _QUESTION.match(text)]
+    if hits:
+        best = max(hits, key=lambda text: (len(aims & _topic(text)), _own_idea(text) in aims))
+        return f'{found.get(best, "In core memory")}: "{excerpt(best, 300)}".'
+    topic, known = excerpt(question.strip("¿? "), 80), "; ".join(core[:20]) or "nothing"
+    return f'In core memory: {known}. I found nothing about "{topic}".'
 
 
-def _object(text: str) -> JSON:
-    """The object that a text holds as JSON; {} for any other."""
-    value = read_json(text)[0]
-    return value if isinstance(value, dict) else {}
-
-
-class OfflineTurn:
-    """What a request shows of the turn under way, and what comes next in it."""
-
-    def __init__(self, messages: list[JSON], tools: Collection[str]) -> None:
-        start, self.text, self.tools, self.waits = 0, "", tools, False
-        for place, message in enumerate(messages):
-            for event in map(_object, message["content"].split("\n") if message["role"] == "user" else ()):
-                text = str(event.get("message") or event.get("reason") or "")
-                waiting = text.partition(WAITING_NOTE)[2]
-                if waiting or event.get("type") == "user_message":
-                    start, self.text, self.waits = place, waiting or text, True
-                self.waits = self.waits and text not in (HEARTBEAT_TIMER, HEARTBEAT_WAKE)
-        turn = messages[start:]
-        self.has_acted = any(message["role"] == "assistant" for message in turn)
-        calls = {call["id"]: call["function"] for message in turn for call in message.get("tool_calls") or ()}
-        returns = [(calls[each["tool_call_id"]], _object(each["content"])) for each in turn if each["role"] == "tool"]
-        self.results = [(call["name"], _object(call["arguments"]), result) for call, result in returns]
-        if any(name == "send_message" and result["status"] == "OK" for name, _, result in self.results):
-            self.waits = False
-        match = re.search(r'<human characters="(\d+)/(\d+)">\n(.*?)\n?</human>', messages[0]["content"], re.DOTALL)
-        size, limit, human = match.groups() if match else (0, 0, "")
-        self.room, self.core = int(limit) - int(size), [line for line in human.split("\n") if line]
-        order = _ORDER.match(self.text)
-        self.order = (order[1], _object(order[2])) if order else None
-        pieces = [piece for piece in _pieces(self.text) if not _SELF.search(piece)]
-        self.questions = [piece for piece in pieces if _QUESTION.match(piece)][:3]
-        facts = [piece for piece in pieces if _MINE.search(piece) and not _QUESTION.match(piece)]
-        lines = {line.lower() for line in self.core}
-        self.facts = {_own_idea(fact) or fact: fact for fact in facts if fact.lower() not in lines}
-
-    def calls(self) -> Iterator[tuple[str, JSON]]:
-        """The calls of the turn's first step: what it keeps and looks up, or what it was told to call."""
-        if self.order:
-            yield self.order
-        lines, passages = list[str](), list[str]()
-        for idea, fact in self.facts.items():
-            old = [line for line in self.core if _own_idea(line) == idea]
-            self.room -= len(fact) + 1
-            if self.room < 0 or len(fact) > OFFLINE_LINE:
-                passages.append(fact)
-            elif old:
-                yield "core_memory_replace", {"name": "human", "old_content": old[0], "new_content": fact}
-            else:
-                lines.append(fact)
-        if lines:
-            yield "core_memory_append", {"name": "human", "content": "\n".join(lines)}
-        if passages:
-            yield "archival_memory_insert", {"content": "\n".join(passages)}
-        for question in self.questions:
-            topic = _topic(question)
-            query = " ".join([question, *(words for idea, words in _IDEAS.items() if idea in topic)])
-            yield "conversation_search", {"query": query}
-            yield "archival_memory_search", {"query": query}
-
-    def reply(self) -> str:
-        """What it says to the user at the end of its turn."""
-        if self.order and self.order[0] not in self.tools:
-            return f"I have no tool {self.order[0]}; I have: {', '.join(sorted(self.tools))}."
-        parts = list[str]()
-        for name, arguments, result in self.results:
-            text = str(arguments.get("content") or arguments.get("new_content") or "").replace("\n", "; ")
-            if self.order or result["status"] != "OK":
-                parts.append(f"{name} {'returned' if result['status'] == 'OK' else 'failed'}: {result['message']}")
-            elif text:
-                parts.append(f"I noted in {name.partition('_')[0]} memory: {excerpt(text, 1_200)}.")
-        sources = self._statements()
-        for question in self.questions:
-            best = _best(question, [*sources, *self.core])
-            parts += [f'{sources.get(text, "In core memory")}: "{excerpt(text, OFFLINE_LINE)}".' for text in best]
-            if not best:
-                topic = excerpt(question.strip("¿? "), 80)
-                parts.append(f'I found nothing about "{topic}" in recall and archival memory.')
-                parts.append(f"In core memory: {'; '.join(self.core[:20]) or 'nothing'}.")
-        return " ".join(parts if parts and not _SELF.search(self.text) else [*parts, STAND_IN])
-
-    def _statements(self) -> dict[str, str]:
-        """What its searches found of the user's statements, the newest first, and where and when that was."""
-        hits: list[tuple[str, str, str]] = []
-        for name, _, result in self.results:
-            text = str(result["message"]) if name.endswith("_search") and result["status"] == "OK" else ""
-            for hit in read_json(text[text.find("[") :])[0] or () if "[" in text else ():
-                if hit.get("role", "user") == "user" and "text" in hit:
-                    where = "You told me on" if "role" in hit else "In archival memory since"
-                    hits.append((hit["time"], hit["text"], f"{where} {hit['time'][:10]}"))
-        newest = [(piece, source) for _, text, source in sorted(hits) for piece in _pieces(text)]
-        return {piece: source for piece, source in newest[::-1] if not _QUESTION.match(piece)}
-
-
-def offline_reply(messages: list[JSON], tools: Collection[str]) -> tuple[str, list[tuple[str, JSON]]]:
-    """What the offline model answers to a request: (inner monologue, [(tool name, arguments), …])."""
-    if str(messages[0]["content"]).startswith(SUMMARY_SYSTEM):
-        lines = re.findall(r"^user(?: \([^)\n]*\))?: (.*)|^- (.*)", str(messages[-1]["content"]), re.MULTILINE)
-        pieces = (f"- {piece}" for line in lines for piece in _pieces("".join(line)) if not _QUESTION.match(piece))
-        return "The user stated:\n" + "\n".join(dict.fromkeys(pieces))[-SUMMARY_LIMIT // 2 :], []
-    turn = OfflineTurn(messages, tools)
-    if not turn.waits:
-        return "Nothing waits for an answer.", []
-    requests = [(name, {**arguments, REQUEST_HEARTBEAT: True}) for name, arguments in turn.calls() if name in tools]
-    if requests and not turn.has_acted:
-        return "I look into my memory and keep what is new.", requests
-    if "send_message" in tools:
-        return "I know what to say.", [("send_message", {"message": turn.reply()})]
-    return turn.reply(), []
+def _reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> str:
+    """What it says to the user at the end of its turn."""
+    parts = list[str]()
+    for name, arguments, result in done:
+        fact = arguments.get("content") or arguments.get("new_content")
+        if result["status"] != "OK" or _ORDER.match(text):
+            parts.append(f"{name} {'returned' if result['status'] == 'OK' else 'failed'}: {result['message']}")
+        elif fact:
+            store, facts = name.partition("_")[0], excerpt(fact, 1_200).replace("\n", "; ")
+            parts.append(f"I noted in {store} memory: {facts}.")
+    found = _found(result for _, _, result in done)
+    parts += [_answer(question, found, core) for question in _questions(text)]
+    return " ".join(parts) or STAND_IN
 
 
 class OfflineModel:
@@ -2999,16 +2960,31 @@ class OfflineModel:
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
         request = decode_json(body)
         tools = [tool["function"]["name"] for tool in request.get("tools", ())]
-        text, calls = offline_reply(request["messages"], tools)
-        deltas: list[JSON] = [{"content": piece} for piece in re.findall(r"\s*\S+\s*", text)]
+        text, calls = self._respond(request["messages"], tools)
+        yield {"choices": [{"delta": {"content": text}}]}
         for index, (name, arguments) in enumerate(calls):
-            pieces = re.findall(r"\S{1,40}\s*", encode_json(arguments))
-            functions = [{"name": name}, *({"arguments": piece} for piece in pieces)]
-            deltas += [{"tool_calls": [{"index": index, "function": each}]} for each in functions]
-        for delta in deltas:
-            yield {"choices": [{"delta": delta}]}
-            await asyncio.sleep(0)
+            function = {"name": name, "arguments": encode_json(arguments)}
+            yield {"choices": [{"delta": {"tool_calls": [{"index": index, "function": function}]}}]}
         yield {"choices": [{"delta": {}, "finish_reason": "tool_calls" if calls else "stop"}]}
+
+    def _respond(self, messages: list[JSON], tools: list[str]) -> tuple[str, list[tuple[str, JSON]]]:
+        """Its monologue and calls in answer to a request."""
+        system = messages[0]["content"]
+        if system.startswith(SUMMARY_SYSTEM):
+            return "", []  # then the last words stand for a summary
+        text, done = _turn(messages)
+        if text is None:
+            return "Nothing waits for an answer.", []
+        human = re.search(r'<human characters="(\d+)/(\d+)">\n(.*?)\n?</human>', system, re.DOTALL)
+        size, limit, block = human.groups() if human else (0, 0, "")
+        core = [line for line in block.split("\n") if line]
+        wanted = [] if done else [*_calls(text, core, int(limit) - int(size))]
+        calls = [(name, {**arguments, REQUEST_HEARTBEAT: True}) for name, arguments in wanted if name in tools]
+        if calls:
+            return "I look into my memory and keep what is new.", calls
+        if "send_message" in tools:
+            return "I know what to say.", [("send_message", {"message": _reply(text, core, done)})]
+        return _reply(text, core, done), []
 
 
 # ---- the models of a server ------------------------------------------------------------------------------------------
