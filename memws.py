@@ -1445,330 +1445,66 @@ def insert(db: SqlConnection, table: str, **values: Any) -> None:
     db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))})", row)
 
 
-# ---- the store -------------------------------------------------------------------------------------------------------
+# ---- agents ----------------------------------------------------------------------------------------------------------
+# Functions of a connection, in a transaction: the store runs them, and so do the command line and the index in memory.
 
-P = ParamSpec("P")
-Job = Callable[[SqlConnection], Any]
-WriteJob = tuple[Job, asyncio.Future[Any]]
-
-
-def settle(results: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
-    """Give futures their result or their error, on their loop, where somebody still waits."""
-    for done, result, error in results:
-        if error is not None and not done.done():
-            done.set_exception(error)
-        elif not done.done():
-            done.set_result(result)
-
-
-Method = Callable[Concatenate[Any, SqlConnection, P], T]
-AwaitedMethod = Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]
-
-
-def _awaited(writing: bool) -> Callable[[Method[P, T]], AwaitedMethod[P, T]]:
-    """Makes of a method that is given a connection one to await, see Store._run."""
-
-    def wrap(method: Method[P, T]) -> AwaitedMethod[P, T]:
-        @functools.wraps(method)
-        async def run(self: Any, /, *values: P.args, **named: P.kwargs) -> T:
-            result: T = await self._run(lambda db: method(self, db, *values, **named), writing)
-            return result
-
-        return run
-
-    return wrap
-
-
-writes, reads = _awaited(True), _awaited(False)
-
-
-class Store:
-    """Agents in a database. Every method may be awaited on any loop, raises StoreFailed, and writes all or nothing.
-
-    One thread writes: all jobs that wait for it share one transaction, each in a savepoint of its own, so that turns
-    that arrive together pay for one fsync, and none of them on an event loop. Other threads read.
-    """
-
-    def __init__(self, database: Sqlite) -> None:
-        """Open the database. Raises UsageError where it cannot be used."""
-        self._database = database
-        self._connection = database.open()
-        self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
-        self._local = threading.local()  # .connection: of a reader's thread
-        self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
-        self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
-        self._writer.start()
-        self._closed = False
-        self._embedding_model = ""  # whose vectors the database holds
-
-    async def _run(self, job: Job, writing: bool) -> Any:
-        """What the job gives: in the writer's next transaction, after its commit, or on a reader's thread."""
-        if self._closed:
-            raise StoreFailed("the database is closed")
-        if not writing and not self._database.memory:  # that has one connection only, so its thread reads too
-            return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, job)
-        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._jobs.put((job, done))  # a caller that is cancelled does not take it back
-        return await done
-
-    def _read(self, job: Job) -> Any:
-        try:
-            if not hasattr(self._local, "connection"):
-                self._local.connection = self._database.connect()
-            with transaction(self._local.connection, "BEGIN"):
-                return job(self._local.connection)
-        except sqlite3.Error as error:
-            raise store_error(error) from error
-
-    def _write_all(self) -> None:
-        """The writer's thread: take what waits, and store it together."""
-        jobs: list[WriteJob | None] = []
-        while None not in jobs:
-            jobs = [self._jobs.get()]
-            while len(jobs) < WRITE_BATCH and not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            if waiting := [job for job in jobs if job]:
-                self._write_batch(waiting)
-
-    def _write_batch(self, jobs: list[WriteJob]) -> None:
-        """A job that fails undoes only itself; a commit that fails undoes all."""
-        try:
-            with transaction(self._connection):
-                outcomes = [self._write(job) for job, _ in jobs]
-        except Exception as error:  # whatever it was, nothing of this batch is on disk, and everybody hears it
-            outcomes = [(None, error)] * len(jobs)
-        results = [(done, *outcome) for (_, done), outcome in zip(jobs, outcomes, strict=True)]
-        for loop in {done.get_loop() for _, done in jobs}:  # each is woken once
-            with contextlib.suppress(RuntimeError):  # it is gone, and nobody waits
-                loop.call_soon_threadsafe(settle, [result for result in results if result[0].get_loop() is loop])
-
-    def _write(self, job: Job) -> tuple[Any, BaseException | None]:
-        """(result, error) of one job."""
-        outcome: tuple[Any, BaseException | None]
-        self._connection.execute("SAVEPOINT job")
-        try:
-            outcome = job(self._connection), None
-        except Exception as error:  # one agent's failure must not undo the others' steps
-            if not self._connection.in_transaction:  # SQLite has undone the whole batch: a full disk, an I/O error
-                raise
-            self._connection.execute("ROLLBACK TO job")
-            outcome = None, store_error(error)
-        self._connection.execute("RELEASE job")
-        return outcome
-
-    async def close(self) -> None:
-        """Finish what is queued and let go of the files."""
-        if not self._closed:
-            self._closed = True
-            self._jobs.put(None)
-            await asyncio.get_running_loop().run_in_executor(self._readers, self._writer.join)
-            self._readers.shutdown()
-            self._database.close()
-
-    # -- agents --
-
-    @writes
-    def create_agent(
-        self, db: SqlConnection, name: str, config: JSON, blocks: list[JSON], base_url: str | None = None
-    ) -> AgentRecord:
-        """A new agent. Its seq goes on above that of an earlier agent of the name. Raises Refused (name_taken)."""
-        now = now_text()
-        _insert_agent(db, AgentRecord(0, name, config, {}, blocks, now, now, 0, base_url))
-        return _find_agent(db, name)
-
-    @reads
-    def find_agent(self, db: SqlConnection, name: str) -> AgentRecord:
-        """The agent of that name. Raises UnknownAgent."""
-        return _find_agent(db, name)
-
-    @reads
-    def find_deleted(self, db: SqlConnection, name: str) -> AgentRecord:
-        """The agent deleted last under that name. Raises UnknownAgent."""
-        return _find_agent(db, name, _DELETED)
-
-    @reads
-    def list_agents(self, db: SqlConnection, after: str, limit: int) -> tuple[list[AgentRecord], int]:
-        """Agents with names above `after`, in order, and how many there are in all."""
-        sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {_LIVE} AND name > ? ORDER BY name LIMIT ?"
-        total = db.execute(f"SELECT count(*) FROM agents WHERE {_LIVE}").fetchone()[0]
-        return [_agent_record(row) for row in db.execute(sql, (after, limit))], total
-
-    @writes
-    def rename_agent(self, db: SqlConnection, agent: int, new_name: str, event: Event) -> list[StoredEvent]:
-        """Give the agent another name and store the event of it. Raises Refused (name_taken)."""
-        stored = _change_agent(db, agent, Changes([event]))[1]
-        _name_agent(db, agent, new_name)
-        return stored
-
-    @writes
-    def delete_agent(self, db: SqlConnection, agent: int, event: Event | None, purge: bool) -> list[StoredEvent]:
-        """Keep the agent aside, or forget all of it; its name is free at once. No event: it is aside already."""
-        stored = _change_agent(db, agent, Changes([event]))[1] if event else []
-        if purge:
-            _leave_name(db, agent)
-            forget(db, "agent = ?", agent)
-            db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
-        else:
-            db.execute("UPDATE agents SET deleted = ? WHERE id = ?", (now_text(), agent))
-        return stored
-
-    @writes
-    def restore_agent(self, db: SqlConnection, name: str, new_name: str) -> AgentRecord:
-        """Bring back the agent deleted last under that name. Raises UnknownAgent, Refused (name_taken)."""
-        agent = _find_agent(db, name, _DELETED).id
-        if new_name != name:
-            _leave_name(db, agent)
-        _name_agent(db, agent, new_name)
-        return _find_agent(db, new_name)
-
-    # -- steps --
-
-    @writes
-    def commit(self, db: SqlConnection, agent: int, changes: Changes) -> list[StoredEvent]:
-        """Store all of `changes`; the events with their seq. Raises StoreFailed where the agent is gone."""
-        last_seq, stored = _change_agent(db, agent, changes)
-        seqs = {id(event): row.seq for event, row in zip(changes.events, stored, strict=True)}
-        for message in changes.messages:
-            message.seq = seqs.get(id(message.event), last_seq)
-            row = (message.id, message.role, message.time, message.text, message.body, message.turn_id, message.step)
-            db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (agent, *row, message.seq))
-        for document in changes.documents:
-            insert_postings(db, remember(db, agent, document))
-        for item in changes.removed:
-            forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
-        if changes.request:
-            _insert_request(db, agent, changes.request)
-        return stored
-
-    @reads
-    def load(self, db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
-        """The chat messages from id `first` on that can be read, and counts: messages, passages, last_message,
-        last_passage, unreadable (messages)."""
-        messages = _messages(db, "agent = ? AND id >= ? ORDER BY id", agent, first)
-        readable = [message for message in messages if read_body(message) is not None]
-        sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
-            FROM memory WHERE agent = ? AND store = 'archival'"""
-        last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
-        counts = {"messages": last, "last_message": last, "passages": passages, "last_passage": last_passage}
-        return readable, counts | {"unreadable": len(messages) - len(readable)}
-
-    # -- reading --
-
-    @reads
-    def messages(
-        self, db: SqlConnection, agent: int, before: int | None = None, limit: int = 10_000, first: int = 0
-    ) -> list[ChatMessage]:
-        """The newest `limit` chat messages from id `first` on and before another, oldest first."""
-        where = "agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"
-        return _messages(db, where, agent, first, 2**62 if before is None else before, limit)[::-1]
-
-    @reads
-    def events(
-        self, db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None
-    ) -> list[StoredEvent]:
-        """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
-
-        At most `limit`, with EVENT_PAGE characters in all or else a single one.
-        """
-        turn, values = ("", ()) if turn_id is None else ("AND turn_id = ?", (turn_id,))
-        sql = f"SELECT seq, kind, turn_id, text FROM events WHERE agent = ? AND seq > ? {turn} ORDER BY seq LIMIT ?"
-        page: list[StoredEvent] = []
-        room = EVENT_PAGE
-        for row in db.execute(sql, (agent, after, *values, limit)):
-            room -= len(row[3])
-            if page and room < 0:
-                break
-            page.append(_whole(StoredEvent(*row)))
-        return page
-
-    @reads
-    def turn(self, db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, bool] | None:
-        """(the user's message, None for a turn without one; whether the turn is over); None: never begun."""
-        sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ? AND kind IN
-            ('agent_response_start', 'user_message', 'agent_response_end', 'agent_response_error') ORDER BY seq DESC"""
-        texts = dict(db.execute(sql, (agent, turn_id)).fetchall())  # of several user_messages the first
-        if "agent_response_start" not in texts:
-            return None
-        message = decode_json(texts["user_message"])["message"] if "user_message" in texts else None
-        return message, not texts.keys().isdisjoint(TERMINAL_TYPES)
-
-    @reads
-    def request(self, db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
-        """A model call and the encoded chat messages it held."""
-        sql = """SELECT pieces, first, last, digest, response, usage, first_token_ms, total_ms FROM requests
-            WHERE agent = ? AND turn_id = ? AND step = ?"""
-        row = db.execute(sql, (agent, turn_id, step)).fetchone()
-        if row is None:
-            return None
-        record = RequestRecord(turn_id, step, *decode_json(zlib.decompress(row[0])), *row[1:])
-        record.response, record.usage = decode_json(row[4]), decode_json(row[5])
-        sql = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
-        return record, [body for (body,) in db.execute(sql, (agent, record.first, record.last))]
-
-    @reads
-    def search(self, db: SqlConnection, agent: int, query: Query) -> tuple[list[Document], int]:
-        """The best matches from `offset` on, and how many there are in all."""
-        return search(db, agent, query if self._embedding_model else query._replace(vector=None))
-
-    @reads
-    def passage(self, db: SqlConnection, agent: int, item: int) -> Document | None:
-        """One passage of archival memory."""
-        sql = "SELECT item, store, role, time, text FROM memory WHERE agent = ? AND store = 'archival' AND item = ?"
-        row = db.execute(sql, (agent, item)).fetchone()
-        return Document(*row) if row else None
-
-    # -- vectors --
-
-    async def use_vectors(self, model: str) -> None:
-        """Rank by vectors of this embedding model from now on; those of another one are forgotten, batch by batch."""
-        done: int | None = 0
-        while done is not None:
-            done = await self._clear_vectors(model, done)
-        self._embedding_model = model
-
-    @writes
-    def _clear_vectors(self, db: SqlConnection, model: str, done: int) -> int | None:
-        """Clear another model's vectors of the next documents above `done`; the last of them, None at the end."""
-        if db.execute("SELECT 1 FROM settings WHERE name = 'embedding_model' AND value = ?", (model,)).fetchone():
-            return None
-        sql = "SELECT max(doc) FROM (SELECT doc FROM memory WHERE doc > ? ORDER BY doc LIMIT ?) AS batch"
-        last: int | None = db.execute(sql, (done, VECTOR_BLOCK)).fetchone()[0]
-        if last is None:
-            db.execute("DELETE FROM settings WHERE name = 'embedding_model'")
-            db.execute("INSERT INTO settings VALUES ('embedding_model', ?)", (model,))
-        sql = "UPDATE memory SET vector = NULL WHERE doc > ? AND doc <= ? AND vector IS NOT NULL"
-        db.execute(sql, (done, last))  # None: of no document
-        return last
-
-    @reads
-    def without_vector(self, db: SqlConnection, limit: int) -> list[tuple[int, str]]:
-        """(doc, text) of memory that has no vector yet."""
-        sql = "SELECT doc, text FROM memory WHERE vector IS NULL ORDER BY doc LIMIT ?"
-        return db.execute(sql, (limit,)).fetchall()
-
-    @writes
-    def keep_vectors(self, db: SqlConnection, model: str, vectors: Sequence[tuple[int, str, bytes]]) -> None:
-        """Store (doc, text, vector), an empty vector for a text that the model refuses; what is gone gets none."""
-        if model == self._embedding_model:
-            rows = [(vector, doc, text) for doc, text, vector in vectors]
-            db.executemany("UPDATE memory SET vector = ? WHERE doc = ? AND text = ?", rows)
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-EVENT_PAGE = 262_144  # characters of stored events that are read at once; a reader is as fast as its client
 _AGENT_COLUMNS = ", ".join(column.name for column in fields(AgentRecord))
 _LIVE, _DELETED = "deleted IS NULL", "deleted <> ''"
 
 
-def _find_agent(db: SqlConnection, name: str, where: str = _LIVE) -> AgentRecord:
-    """Raises UnknownAgent with the nearest names."""
+def create_agent(
+    db: SqlConnection, name: str, config: JSON, blocks: list[JSON], base_url: str | None = None
+) -> AgentRecord:
+    """A new agent. Raises Refused (name_taken)."""
+    now = now_text()
+    _insert_agent(db, AgentRecord(0, name, config, {}, blocks, now, now, 0, base_url))
+    return find_agent(db, name)
+
+
+def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
+    """The agent of that name, or the one deleted last under it. Raises UnknownAgent with the nearest names."""
+    where = _DELETED if deleted else _LIVE
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
         return _agent_record(row)
     names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where} LIMIT 5000")]
     total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
     raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names, 10, 0.0), total)
+
+
+def list_agents(db: SqlConnection, after: str, limit: int) -> tuple[list[AgentRecord], int]:
+    """Agents with names above `after`, in order, and how many there are in all."""
+    sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {_LIVE} AND name > ? ORDER BY name LIMIT ?"
+    total = db.execute(f"SELECT count(*) FROM agents WHERE {_LIVE}").fetchone()[0]
+    return [_agent_record(row) for row in db.execute(sql, (after, limit))], total
+
+
+def rename_agent(db: SqlConnection, agent: int, new_name: str, event: Event) -> list[StoredEvent]:
+    """Give the agent another name and store the event of it. Raises Refused (name_taken)."""
+    stored = commit(db, agent, Changes([event]))
+    _name_agent(db, agent, new_name)
+    return stored
+
+
+def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool) -> list[StoredEvent]:
+    """Keep the agent aside, or forget all of it; its name is free at once. No event: it is aside already."""
+    stored = commit(db, agent, Changes([event])) if event else []
+    if purge:
+        _leave_name(db, agent)
+        forget(db, "agent = ?", agent)
+        db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
+    else:
+        db.execute("UPDATE agents SET deleted = ? WHERE id = ?", (now_text(), agent))
+    return stored
+
+
+def restore_agent(db: SqlConnection, name: str, new_name: str) -> AgentRecord:
+    """Bring back the agent deleted last under that name. Raises UnknownAgent, Refused (name_taken)."""
+    agent = find_agent(db, name, deleted=True).id
+    if new_name != name:
+        _leave_name(db, agent)
+    _name_agent(db, agent, new_name)
+    return find_agent(db, new_name)
 
 
 def _agent_record(row: Iterable[Any]) -> AgentRecord:
@@ -1782,19 +1518,11 @@ def _agent_record(row: Iterable[Any]) -> AgentRecord:
     return record
 
 
-def _insert_agent(db: SqlConnection, record: AgentRecord) -> int:
-    """The new agent's id. Its last seq is at least that of the name. Raises Refused (name_taken)."""
+def _insert_agent(db: SqlConnection, record: AgentRecord) -> None:
+    """Store a new agent. Raises Refused (name_taken)."""
     row = asdict(record) | {"last_seq": max(record.last_seq, _claim_name(db, record.name))}
     del row["id"]
     insert(db, "agents", **row)
-    return _find_agent(db, record.name).id
-
-
-def _claim_name(db: SqlConnection, name: str) -> int:
-    """The highest seq seen under the name: whoever has it next goes on above that. Raises Refused (name_taken)."""
-    if db.execute(f"SELECT 1 FROM agents WHERE name = ? AND {_LIVE}", (name,)).fetchone():
-        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it")
-    return int(db.execute("SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?", (name,)).fetchone()[0])
 
 
 def _name_agent(db: SqlConnection, agent: int, name: str) -> None:
@@ -1804,6 +1532,13 @@ def _name_agent(db: SqlConnection, agent: int, name: str) -> None:
     db.execute(f"{sql} WHERE id = ?", (name, last_seq, last_seq, agent))
 
 
+def _claim_name(db: SqlConnection, name: str) -> int:
+    """The highest seq seen under the name: whoever has it next goes on above that. Raises Refused (name_taken)."""
+    if db.execute(f"SELECT 1 FROM agents WHERE name = ? AND {_LIVE}", (name,)).fetchone():
+        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it")
+    return int(db.execute("SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?", (name,)).fetchone()[0])
+
+
 def _leave_name(db: SqlConnection, agent: int) -> None:
     """Keep the name and its last seq after the agent."""
     sql = """INSERT INTO agents (name, config, state, blocks, created, last_active, last_seq, deleted)
@@ -1811,8 +1546,13 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
     db.execute(sql, (agent,))
 
 
-def _change_agent(db: SqlConnection, agent: int, changes: Changes) -> tuple[int, list[StoredEvent]]:
-    """Store the changed config, state and blocks, and the events; the last seq, the events as stored."""
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+EVENT_PAGE = 262_144  # characters of stored events that are read at once; a reader is as fast as its client
+
+
+def commit(db: SqlConnection, agent: int, changes: Changes) -> list[StoredEvent]:
+    """Store all of `changes`; the events with their seq. Raises StoreFailed where the agent is gone."""
     now, count = now_text(), len(changes.events)
     sql = """UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
         last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL RETURNING last_seq"""
@@ -1823,11 +1563,78 @@ def _change_agent(db: SqlConnection, agent: int, changes: Changes) -> tuple[int,
         raise StoreFailed("the agent was deleted meanwhile")
     stored = []
     for seq, event in enumerate(changes.events, row[0] - count + 1):
-        text = encode_json(event | {"seq": seq, "time": now})
-        stored.append(StoredEvent(seq, kind_of(event), event.get("turn_id", ""), text))
+        event |= {"seq": seq, "time": now}
+        stored.append(StoredEvent(seq, kind_of(event), event.get("turn_id", ""), encode_json(event)))
     sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
     db.executemany(sql, [(agent, *event) for event in stored])
-    return row[0], stored
+    for message in changes.messages:
+        message.seq = message.event["seq"] if message.event else row[0]
+        about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
+        db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (agent, message.id, *about))
+    for document in changes.documents:
+        insert_postings(db, remember(db, agent, document))
+    for item in changes.removed:
+        forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
+    if changes.request:
+        _insert_request(db, agent, changes.request)
+    return stored
+
+
+def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
+    """Store a model call; of several in one step the last."""
+    row = asdict(request) | {"response": clean_value(request.response)}
+    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra")])
+    sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
+    db.execute(sql, (agent, request.turn_id, request.step))
+    insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
+
+
+def pack_texts(texts: list[str]) -> bytes:
+    """What requests repeat at every step, compressed."""
+    return zlib.compress(encode_json(texts).encode(), 1)
+
+
+def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
+    """The chat messages from id `first` on that can be read, and counts: messages, passages, last_message,
+    last_passage, unreadable (messages)."""
+    messages = _messages(db, "agent = ? AND id >= ? ORDER BY id", agent, first)
+    readable = [message for message in messages if read_body(message) is not None]
+    sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
+        FROM memory WHERE agent = ? AND store = 'archival'"""
+    last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
+    counts = {"last_message": last, "passages": passages, "last_passage": last_passage}
+    return readable, counts | {"unreadable": len(messages) - len(readable)}
+
+
+def read_messages(
+    db: SqlConnection, agent: int, before: int | None = None, limit: int = 10_000, first: int = 0
+) -> list[ChatMessage]:
+    """The newest `limit` chat messages from id `first` on and before another, oldest first."""
+    where = "agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"
+    return _messages(db, where, agent, first, 2**62 if before is None else before, limit)[::-1]
+
+
+def _messages(db: SqlConnection, where: str, *values: object) -> list[ChatMessage]:
+    said = "SELECT memory.text FROM memory WHERE memory.agent = messages.agent AND store = 'recall' AND item = id"
+    columns = f"id, role, time, text, body, turn_id, step, coalesce(({said}), ''), NULL, seq"
+    return [ChatMessage(*row) for row in db.execute(f"SELECT {columns} FROM messages WHERE {where}", values)]
+
+
+def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
+    """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
+
+    At most `limit`, and none more after EVENT_PAGE characters.
+    """
+    turn, values = ("", ()) if turn_id is None else ("AND turn_id = ?", (turn_id,))
+    sql = f"SELECT seq, kind, turn_id, text FROM events WHERE agent = ? AND seq > ? {turn} ORDER BY seq LIMIT ?"
+    page: list[StoredEvent] = []
+    room = EVENT_PAGE
+    for event in map(StoredEvent._make, db.execute(sql, (agent, after, *values, limit))):
+        page.append(_whole(event))
+        room -= len(event.text)
+        if room <= 0:
+            break
+    return page
 
 
 def _whole(event: StoredEvent) -> StoredEvent:
@@ -1843,24 +1650,35 @@ def _whole(event: StoredEvent) -> StoredEvent:
     return event._replace(kind=kind_of(instead), text=encode_json(instead | about))
 
 
-def _messages(db: SqlConnection, where: str, *values: object) -> list[ChatMessage]:
-    said = "SELECT memory.text FROM memory WHERE memory.agent = messages.agent AND store = 'recall' AND item = id"
-    columns = f"id, role, time, text, body, turn_id, step, coalesce(({said}), ''), NULL, seq"
-    return [ChatMessage(*row) for row in db.execute(f"SELECT {columns} FROM messages WHERE {where}", values)]
+def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, bool] | None:
+    """(the user's message, None for a turn without one; whether the turn is over); None: never begun."""
+    sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ? AND kind IN
+        ('agent_response_start', 'user_message', 'agent_response_end', 'agent_response_error') ORDER BY seq DESC"""
+    texts = dict(db.execute(sql, (agent, turn_id)).fetchall())  # of several user_messages the first
+    if "agent_response_start" not in texts:
+        return None
+    message = decode_json(texts["user_message"])["message"] if "user_message" in texts else None
+    return message, not texts.keys().isdisjoint(TERMINAL_TYPES)
 
 
-def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
-    """Store a model call; of several in one step the last."""
-    row = asdict(request) | {"response": clean_value(request.response)}
-    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra")])
-    sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
-    db.execute(sql, (agent, request.turn_id, request.step))
-    insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
+def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
+    """A model call and the encoded chat messages it held."""
+    sql = """SELECT pieces, first, last, digest, response, usage, first_token_ms, total_ms FROM requests
+        WHERE agent = ? AND turn_id = ? AND step = ?"""
+    row = db.execute(sql, (agent, turn_id, step)).fetchone()
+    if row is None:
+        return None
+    record = RequestRecord(turn_id, step, *decode_json(zlib.decompress(row[0])), *row[1:])
+    record.response, record.usage = decode_json(row[4]), decode_json(row[5])
+    sql = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
+    return record, [body for (body,) in db.execute(sql, (agent, record.first, record.last))]
 
 
-def pack_texts(texts: list[str]) -> bytes:
-    """What requests repeat at every step, compressed."""
-    return zlib.compress(encode_json(texts).encode(), 1)
+def find_passage(db: SqlConnection, agent: int, item: int) -> Document | None:
+    """One passage of archival memory."""
+    sql = "SELECT item, store, role, time, text FROM memory WHERE agent = ? AND store = 'archival' AND item = ?"
+    row = db.execute(sql, (agent, item)).fetchone()
+    return Document(*row) if row else None
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------
@@ -2032,6 +1850,31 @@ def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
     return [docs[place] for place in numpy.argsort(-likeness, kind="stable")[:CANDIDATES]]
 
 
+def clear_vectors(db: SqlConnection, model: str, done: int) -> int | None:
+    """Clear another model's vectors of a batch of documents above `done`; the last of them, None where none is left."""
+    if db.execute("SELECT 1 FROM settings WHERE name = 'embedding_model' AND value = ?", (model,)).fetchone():
+        return None
+    sql = "SELECT max(doc) FROM (SELECT doc FROM memory WHERE doc > ? ORDER BY doc LIMIT ?) AS batch"
+    last: int | None = db.execute(sql, (done, VECTOR_BLOCK)).fetchone()[0]
+    if last is None:
+        db.execute("DELETE FROM settings WHERE name = 'embedding_model'")
+        insert(db, "settings", name="embedding_model", value=model)
+    sql = "UPDATE memory SET vector = NULL WHERE doc > ? AND doc <= ? AND vector IS NOT NULL"
+    db.execute(sql, (done, last))  # None: of no document
+    return last
+
+
+def without_vector(db: SqlConnection, limit: int) -> list[tuple[int, str]]:
+    """(doc, text) of memory that has no vector yet."""
+    return db.execute("SELECT doc, text FROM memory WHERE vector IS NULL ORDER BY doc LIMIT ?", (limit,)).fetchall()
+
+
+def keep_vectors(db: SqlConnection, vectors: Iterable[tuple[int, str, bytes]]) -> None:
+    """Store (doc, text, vector), an empty vector for a text that the model refuses; what is gone gets none."""
+    rows = [(vector, doc, text) for doc, text, vector in vectors]
+    db.executemany("UPDATE memory SET vector = ? WHERE doc = ? AND text = ?", rows)
+
+
 class MemoryIndex:
     """An index in memory over (speaker, date, text) turns in order of time, by the very code that agents search with.
 
@@ -2045,7 +1888,7 @@ class MemoryIndex:
         self._connection, self._kind, before = database.open(), kind, None
         weakref.finalize(self, database.close)
         with transaction(self._connection):
-            self._agent = _insert_agent(self._connection, AgentRecord(0, "", {}, {}, [], "", "", 0))
+            self._agent = create_agent(self._connection, "", {}, []).id
             for item, (speaker, date, text) in enumerate(turns, 1):
                 document = Document(item, kind, speaker, "", text)
                 insert_postings(self._connection, remember(self._connection, self._agent, document, date == before))
@@ -2058,6 +1901,118 @@ class MemoryIndex:
 
 
 memory_index = MemoryIndex
+
+
+# ---- the store -------------------------------------------------------------------------------------------------------
+
+P = ParamSpec("P")
+Job = Callable[[SqlConnection], Any]
+WriteJob = tuple[Job, asyncio.Future[Any]]
+Outcome = tuple[Any, BaseException | None]
+
+
+class Store:
+    """A database for event loops: functions of a connection are run by its threads, in a transaction.
+
+    One thread writes: all jobs that wait for it share one transaction, each in a savepoint of its own, so that turns
+    that arrive together pay for one fsync, and none of them on an event loop. Other threads read.
+    """
+
+    def __init__(self, database: Sqlite) -> None:
+        """Open the database. Raises UsageError where it cannot be used."""
+        self._database = database
+        self._connection = database.open()
+        self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
+        self._local = threading.local()  # .connection: of a reader's thread
+        self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
+        self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
+        self._writer.start()
+        self._closed = False
+
+    def read(
+        self, job: Callable[Concatenate[SqlConnection, P], T], *values: P.args, **named: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
+        """What the job finds, all as of one moment. Raises StoreFailed, and as the job does."""
+        return self._run(lambda db: job(db, *values, **named), writing=False)
+
+    def write(
+        self, job: Callable[Concatenate[SqlConnection, P], T], *values: P.args, **named: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
+        """What the job gives, once all that it wrote is on disk. Raises StoreFailed, and as the job does."""
+        return self._run(lambda db: job(db, *values, **named), writing=True)
+
+    async def _run(self, job: Callable[[SqlConnection], T], writing: bool) -> T:
+        if self._closed:
+            raise StoreFailed("the database is closed")
+        loop = asyncio.get_running_loop()
+        if not writing and not self._database.memory:  # that has one connection only, so its thread reads too
+            return await loop.run_in_executor(self._readers, self._read, job)
+        done: asyncio.Future[T] = loop.create_future()
+        self._jobs.put((job, done))  # a caller that is cancelled does not take it back
+        return await done
+
+    def _read(self, job: Callable[[SqlConnection], T]) -> T:
+        try:
+            if not hasattr(self._local, "connection"):
+                self._local.connection = self._database.connect()
+            with transaction(self._local.connection, "BEGIN"):
+                return job(self._local.connection)
+        except sqlite3.Error as error:
+            raise store_error(error) from error
+
+    def _write_all(self) -> None:
+        """The writer's thread: take what waits, and store it together."""
+        jobs: list[WriteJob | None] = []
+        while None not in jobs:
+            jobs = [self._jobs.get()]
+            while len(jobs) < WRITE_BATCH and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            if waiting := [job for job in jobs if job]:
+                self._write_batch(waiting)
+
+    def _write_batch(self, jobs: list[WriteJob]) -> None:
+        """A job that fails undoes only itself; a commit that fails undoes all."""
+        outcomes: list[Outcome]
+        try:
+            with transaction(self._connection):
+                outcomes = [self._write(job) for job, _ in jobs]
+        except Exception as error:  # whatever it was, nothing of this batch is on disk, and everybody hears it
+            outcomes = [(None, error)] * len(jobs)
+        results = [(done, *outcome) for (_, done), outcome in zip(jobs, outcomes, strict=True)]
+        for loop in {done.get_loop() for _, done in jobs}:  # each is woken once
+            with contextlib.suppress(RuntimeError):  # it is gone, and nobody waits
+                loop.call_soon_threadsafe(settle, [result for result in results if result[0].get_loop() is loop])
+
+    def _write(self, job: Job) -> Outcome:
+        """(result, error) of one job."""
+        try:
+            self._connection.execute("SAVEPOINT job")
+            result = job(self._connection)
+            self._connection.execute("RELEASE job")
+            return result, None
+        except Exception as error:  # one agent's failure must not undo the others' steps
+            if not self._connection.in_transaction:  # SQLite has undone the whole batch: a full disk, an I/O error
+                raise
+            self._connection.execute("ROLLBACK TO job")
+            return None, store_error(error)
+
+    async def close(self) -> None:
+        """Finish what is queued and let go of the files."""
+        if not self._closed:
+            self._closed = True
+            self._jobs.put(None)
+            await asyncio.get_running_loop().run_in_executor(self._readers, self._writer.join)
+            self._readers.shutdown()
+            self._database.close()
+
+
+def settle(results: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+    """Give futures their result or their error, on their loop, where somebody still waits."""
+    for done, result, error in results:
+        if error is not None and not done.done():
+            done.set_exception(error)
+        elif not done.done():
+            done.set_result(result)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -2121,7 +2076,7 @@ def check_database(path: str, check_record: CheckRecord) -> list[str]:
 def _agent_faults(db: SqlConnection, name: str, check_record: CheckRecord) -> list[str]:
     """What a load refuses or leaves out."""
     try:
-        record = _find_agent(db, name)
+        record = find_agent(db, name)
         check_record(record)
     except (MemwsError, ValueError, TypeError) as error:
         return [str(error)]
@@ -2141,7 +2096,7 @@ _OBJECTS = {"messages": ["body"], "memory": [], "events": ["text"], "requests": 
 
 def export_agent(db: SqlConnection, name: str) -> JSON:
     """One agent, memory and history, as JSON: its rows as they are, bytes in hexadecimal. Raises UnknownAgent."""
-    agent, tables = _find_agent(db, name).id, {}
+    agent, tables = find_agent(db, name).id, {}
     for table, columns in _EXPORTED.items():
         owner, order = "id" if table == "agents" else "agent", "doc" if table == "memory" else "1, 2"
         rows = db.execute(f"SELECT {columns} FROM {table} WHERE {owner} = ? ORDER BY {order}", (agent,))
@@ -2168,7 +2123,8 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str
         check_record(record)
     with transaction(db):
         with damage_at("agent"):
-            agent = _insert_agent(db, record)
+            _insert_agent(db, record)
+            agent = find_agent(db, record.name).id
         _import_rows(db, agent, data)
         newest = db.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
         if newest > record.last_seq:
@@ -2746,6 +2702,7 @@ class Embedder:
     def __init__(self, name: str, endpoint: Endpoint) -> None:
         import_numpy()
         self.name, self._endpoint = name, endpoint
+        self.ready = False  # whether all vectors in the database are of this model
         self._paused_until = 0.0  # 0: the last call went well
         self._recent: dict[str, bytes] = {}  # vectors of the last queries: their next page asks for them again
 
@@ -3154,7 +3111,7 @@ class Memory:
     async def load(self) -> int:
         """Read all of it; the number of messages that cannot be read and are left out. Raises StoreFailed."""
         state = self.record.state
-        self.messages, counts = await self.store.load(self.record.id, state["cut"])
+        self.messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
         state["last_passage"] = max(counts["last_passage"], state["last_passage"])
@@ -3209,7 +3166,7 @@ class Transaction:
         changes.blocks = [asdict(block) for block in self.blocks.values()] if has_edits else None
         changes.config = self.config if self.config != record.config else None
         changes.state = self.state if self.state != record.state else None
-        events = await memory.store.commit(record.id, changes)
+        events = await memory.store.write(commit, record.id, changes)
         record.config, record.state, memory.blocks = self.config, self.state, self.blocks
         record.last_seq = events[-1].seq if events else record.last_seq
         memory.messages += changes.messages
@@ -3288,7 +3245,7 @@ class Transaction:
         memory, page = self.memory, min(max(0, page), 1_000_000)
         span = (since, until, SEARCH_PAGE, page * SEARCH_PAGE)
         wanted = Query(query, (store,), *span, self.before, self.vectors.get(query))
-        documents, total = await memory.store.search(memory.record.id, wanted)
+        documents, total = await memory.store.read(search, memory.record.id, wanted)
         if not documents:
             return f"No results found in {store} memory" + (f" for {quote(query)}." if query else ".")
         items = [
@@ -4220,7 +4177,8 @@ class Agent:
 
     async def query_vector(self, query: str) -> bytes | None:
         """The vector of a query without names; None without an embedding model, or where it does not answer in time."""
-        if (embedder := self._models.embedder) is None:
+        embedder = self._models.embedder
+        if embedder is None or not embedder.ready:
             return None
         human = self.blocks.get("human")
         names = [self.name, *(_USER_NAME.findall(human.value) if human else ())]
@@ -4254,7 +4212,7 @@ class Agent:
     async def delete_passage(self, passage_id: int) -> None:
         """Take a passage out of archival memory; the event keeps its text. Raises Refused (not_found)."""
         async with Transaction(self.memory) as change:
-            passage = await self.memory.store.passage(self.record.id, passage_id)
+            passage = await self.memory.store.read(find_passage, self.record.id, passage_id)
             if passage is None:
                 raise Refused("not_found", f"no passage {passage_id}; search_memory lists passages with their ids")
             change.remove(passage)
@@ -4281,7 +4239,7 @@ class Agent:
 
         Raises Refused (not_found).
         """
-        request, messages = await self.memory.store.request(self.record.id, turn_id, step) or (None, [])
+        request, messages = await self.memory.store.read(find_request, self.record.id, turn_id, step) or (None, [])
         if request is None:
             raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step}")
         body = self._request_body(request, messages)
@@ -6634,7 +6592,7 @@ class LiveAgent:
     async def events(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
         while after < until:
-            page = await self.agents.store.events(self.agent.record.id, after, RING, turn_id)
+            page = await self.agents.store.read(read_events, self.agent.record.id, after, RING, turn_id)
             for event in page:
                 if event.seq <= until:
                     yield self._with_name(event)
@@ -6646,7 +6604,7 @@ class LiveAgent:
             raise self.gone_error()
         in_turn = self.current is not None and self.current.step > 0 and not self.current.over
         if self.agent.memory.stale and not in_turn:
-            await self.open(await self.agents.store.find_agent(self.name))
+            await self.open(await self.agents.store.read(find_agent, self.name))
         return self.agent
 
     @contextlib.asynccontextmanager
@@ -6785,7 +6743,7 @@ class Agents(Tasks):
         if name in self.live:
             return self.live[name]
         async with self._lock:
-            return self.live.get(name) or await self._use(await self.store.find_agent(name))
+            return self.live.get(name) or await self._use(await self.store.read(find_agent, name))
 
     async def _use(self, record: AgentRecord) -> LiveAgent:
         live = LiveAgent(self, record)
@@ -6806,7 +6764,7 @@ class Agents(Tasks):
         model, _ = self.models.get(config["model"], base_url, api_key)
         check_window(window_of(config, self.models, model), config, self.tools, blocks)
         async with self._lock:
-            record = await self.store.create_agent(name, config, [asdict(block) for block in blocks], base_url)
+            record = await self.store.write(create_agent, name, config, [asdict(block) for block in blocks], base_url)
             self.api_keys[record.id] = api_key
             live = await self._use(record)
         return live, [*warnings, *live.agent.warnings]
@@ -6820,10 +6778,12 @@ class Agents(Tasks):
             if live.gone:
                 raise live.gone_error()
             event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
-            live.publish(*await self.store.rename_agent(live.agent.record.id, name, event))
+            live.publish(*await self.store.write(rename_agent, live.agent.record.id, name, event))
             self.live[name] = self.live.pop(live.name)
             live.name = live.agent.record.name = name
-            record = await self.store.find_agent(name)  # under a name that was in use before, seqs go on above that
+            record = await self.store.read(
+                find_agent, name
+            )  # under a name that was in use before, seqs go on above that
             live.agent.record.last_seq = live.channel.last_seq = record.last_seq
         return name
 
@@ -6838,7 +6798,7 @@ class Agents(Tasks):
             await live.stop_turns("cancelled")
             async with self._lock, live.agent.memory.lock:
                 event = response("agent_change", "the agent was deleted", change="deleted")
-                live.publish(*await self.store.delete_agent(live.agent.record.id, event, purge))
+                live.publish(*await self.store.write(delete_agent, live.agent.record.id, event, purge))
                 del self.live[live.name]
                 live.close()
         except MemwsError:
@@ -6849,16 +6809,19 @@ class Agents(Tasks):
         """Bring back a deleted agent. Raises UnknownAgent, Refused (name_taken)."""
         name = unicodedata.normalize("NFC", name)
         async with self._lock:
-            record = await self.store.restore_agent(name, name if new_name is None else check_name(new_name))
+            record = await self.store.write(restore_agent, name, name if new_name is None else check_name(new_name))
             return await self._use(record)
 
     async def embed(self) -> None:
         """Give vectors to what has none yet, in the background, for ever."""
         if (embedder := self.models.embedder) is None:
             return
-        await self.store.use_vectors(embedder.name)
+        cleared: int | None = 0
+        while cleared is not None:
+            cleared = await self.store.write(clear_vectors, embedder.name, cleared)
+        embedder.ready = True
         while True:
-            rows = await self.store.without_vector(EMBEDDING_BATCH)
+            rows = await self.store.read(without_vector, EMBEDDING_BATCH)
             vectors = await embedder.vectors([text for _, text in rows]) if rows else []
             if not rows:
                 self.memory_growth.clear()
@@ -6867,7 +6830,7 @@ class Agents(Tasks):
                 await asyncio.sleep(embedder.pause)
             else:
                 entries = [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
-                await self.store.keep_vectors(embedder.name, entries)
+                await self.store.write(keep_vectors, entries)
 
 
 # ---- what a connection gets of an agent ------------------------------------------------------------------------------
@@ -7151,7 +7114,7 @@ class Session(Tasks):
         """
         if not live.gone:
             await live.fresh()  # the end of a turn could not be stored then; it can be by now
-        record = await self._agents.store.turn(live.agent.record.id, turn_id)
+        record = await self._agents.store.read(find_turn, live.agent.record.id, turn_id)
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
         if item is None and record is None:
             return False
@@ -7164,7 +7127,7 @@ class Session(Tasks):
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
         item = live.find(turn_id) if turn_id else live.current
         if item is None:
-            if turn_id is not None and await self._agents.store.turn(live.agent.record.id, turn_id) is None:
+            if turn_id is not None and await self._agents.store.read(find_turn, live.agent.record.id, turn_id) is None:
                 raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
             return {"state": "over"}
         if item in live.waiting:
@@ -7241,7 +7204,7 @@ class Session(Tasks):
     async def list_agents(self, after: AgentName = None, limit: Annotated[int, 1, 100] = 100) -> JSON:
         """List the agents by name, those above `after`.
         Result: {agents: [{agent_name, model, last_active, last_seq, state}], total}."""
-        records, total = await self._agents.store.list_agents(after or "", limit)
+        records, total = await self._agents.store.read(list_agents, after or "", limit)
         live, default, agents = self._agents.live, self._agents.models.default, []
         for record in records:
             state = "running" if record.name in live and live[record.name].busy else "idle"
@@ -7287,8 +7250,10 @@ class Session(Tasks):
         except UnknownAgent:
             if not purge:
                 raise
-            record = await self._agents.store.find_deleted(unicodedata.normalize("NFC", agent_name or ""))
-            await self._agents.store.delete_agent(record.id, None, True)
+            record = await self._agents.store.read(
+                find_agent, unicodedata.normalize("NFC", agent_name or ""), deleted=True
+            )
+            await self._agents.store.write(delete_agent, record.id, None, True)
         else:
             await self._agents.delete(live, force, purge)
         return {}
@@ -7304,7 +7269,7 @@ class Session(Tasks):
         """Page backwards through recall memory: the newest messages before an id, oldest first.
         Result: {messages: [{id, seq, role, time, text, tool_calls, turn_id, step, in_context}], total, more}."""
         memory = live.agent.memory
-        messages = await self._agents.store.messages(memory.record.id, before, limit)
+        messages = await self._agents.store.read(read_messages, memory.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
         items = answer_page([message_item(message, first) for message in messages], limit)
         return {"messages": items, "total": memory.last_message, "more": bool(items) and items[0]["id"] > 1}
@@ -7332,8 +7297,8 @@ class Session(Tasks):
             raise InvalidRequest("bad_field", f"from, to: {error}") from None
         stores = ("recall", "archival") if store == "all" else (store,)
         vector = await live.agent.query_vector(query)
-        search = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)
-        documents, total = await self._agents.store.search(live.agent.record.id, search)
+        wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)
+        documents, total = await self._agents.store.read(search, live.agent.record.id, wanted)
         items = answer_part([search_item(document) for document in documents])
         more = {"more": True} if len(items) < len(documents) else {}
         return {"items": items, "total": total, "page": page, "pages": -(-total // limit), **more}

@@ -97,12 +97,14 @@ class Lab:
         own = [tool for tool in self.tools if tool not in memws.MEMORY_TOOLS]
         config = {**({"tools": own} if own else {}), **config}
         blocks = [asdict(block) for block in memws.apply(memws.core_memory, config)]
-        await self.store.create_agent(name, memws.read_config(config, self.tools)[0], blocks, None)
+        await self.store.write(memws.create_agent, name, memws.read_config(config, self.tools)[0], blocks, None)
         return await self.open(name)
 
     async def open(self, name: str = "sam") -> memws.Agent:
         """The agent as its database has it."""
-        return await memws.Agent(self.store, await self.store.find_agent(name), self.models, self.tools).open()
+        return await memws.Agent(
+            self.store, await self.store.read(memws.find_agent, name), self.models, self.tools
+        ).open()
 
     def turn(self, message: str | None, **options: Any) -> memws.Turn:
         return memws.Turn(f"turn-{next(self._numbers)}", message, **options)
@@ -134,18 +136,20 @@ class Lab:
 
     async def check_stored(self, agent: memws.Agent) -> None:
         """What the agent holds in memory is what opening it would read."""
-        record, memory = await self.store.find_agent(agent.name), agent.memory
-        messages, counts = await self.store.load(record.id, record.state.get("cut", 0))
+        record, memory = await self.store.read(memws.find_agent, agent.name), agent.memory
+        messages, counts = await self.store.read(memws.load_messages, record.id, record.state.get("cut", 0))
         assert (record.state, record.config) == (agent.record.state, agent.record.config)
         assert record.blocks == [asdict(block) for block in memory.blocks.values()]
         assert [message.body for message in messages] == [message.body for message in memory.messages]
-        assert (counts["messages"], counts["passages"]) == (memory.last_message, memory.archival)
+        assert (counts["last_message"], counts["passages"]) == (memory.last_message, memory.archival)
         assert (counts["unreadable"], record.state.get("turn")) == (0, None)
 
     async def events(self, agent: memws.Agent, turn_id: str | None = None) -> list[Body]:
         """The stored events of an agent, or of one of its turns."""
         found: list[Body] = []
-        while page := await self.store.events(agent.record.id, found[-1]["seq"] if found else 0, 1_000, turn_id):
+        while page := await self.store.read(
+            memws.read_events, agent.record.id, found[-1]["seq"] if found else 0, 1_000, turn_id
+        ):
             found += [json.loads(event.text) for event in page]
         return found
 

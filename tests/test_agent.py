@@ -62,7 +62,7 @@ async def compact(agent: Agent) -> Body:
 
 async def recalled(lab: Lab, agent: Agent, text: str, role: str = "assistant") -> list[str]:
     """What a search of recall memory finds of one speaker."""
-    found, _ = await lab.store.search(agent.record.id, memws.Query(text, ("recall",)))
+    found, _ = await lab.store.read(memws.search, agent.record.id, memws.Query(text, ("recall",)))
     return [document.text for document in found if document.role == role]
 
 
@@ -109,7 +109,7 @@ async def test_a_login_precedes_a_message_after_an_hour_of_silence(endpoint: End
     for last in (None, None, "2020-01-02T03:04:05.678Z", None):
         if last is not None:
             changes = memws.Changes(state={**agent.record.state, "last_user": last})
-            await lab.store.commit(agent.record.id, changes)
+            await lab.store.write(memws.commit, agent.record.id, changes)
             agent = await lab.open()
         await lab.say(agent, "Hi")
         logins.append([login["last_login"] for login in packed(endpoint.requests[-1], "login")])
@@ -625,7 +625,7 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
         agent, text = await lab.create(context_window=3_000), "start " + "word " * 12_000 + "end"
         for _ in range(2):
             assert (await lab.say(agent, text)).replies[0] == "Hello!"
-        stored = await lab.store.messages(agent.record.id)
+        stored = await lab.store.read(memws.read_messages, agent.record.id)
         assert [message.text for message in stored if message.role == "user"] == [text] * 2
         shown = packed(endpoint.requests[-1], "user_message")[-1]["message"]
         assert (shown[:6], shown[-3:], "characters left out here" in shown) == ("start ", "end", True)
@@ -846,7 +846,7 @@ async def test_a_broken_history_is_mended_and_told(endpoint: Endpoint, lab: Lab,
     made = [(number, body["role"], memws.now_text(), "", json.dumps(body)) for number, body in enumerate(bodies, first)]
     messages = [message(*values) for values in made]
     changes = memws.Changes(events=[memws.response("context", "")], messages=messages)
-    await lab.store.commit(agent.record.id, changes)
+    await lab.store.write(memws.commit, agent.record.id, changes)
     agent = await lab.open()
     told = (await lab.events(agent))[-1]
     assert (told["message_type"], told["what"], bool(agent.repairs)) == ("correction", "history", True)

@@ -77,8 +77,8 @@ async def test_commits_of_a_turn(endpoint: Endpoint, tmp_path: Path) -> None:
             assert lab.database.commits - before == commits
         before = lab.database.commits
         opened = await lab.open()
-        await lab.store.messages(opened.record.id, None, 10)
-        await lab.store.search(opened.record.id, memws.Query("hello"))
+        await lab.store.read(memws.read_messages, opened.record.id, None, 10)
+        await lab.store.read(memws.search, opened.record.id, memws.Query("hello"))
         assert lab.database.commits == before
 
 

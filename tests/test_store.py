@@ -20,7 +20,32 @@ from typing import Any
 import pytest
 
 import memws
-from memws import AgentRecord, Changes, ChatMessage, Document, Query, Refused, Sqlite, Store, StoreFailed
+from memws import (
+    AgentRecord,
+    Changes,
+    ChatMessage,
+    Document,
+    Query,
+    Refused,
+    Sqlite,
+    Store,
+    StoreFailed,
+    commit,
+    create_agent,
+    delete_agent,
+    find_agent,
+    find_passage,
+    find_request,
+    find_turn,
+    keep_vectors,
+    list_agents,
+    load_messages,
+    read_events,
+    read_messages,
+    restore_agent,
+    search,
+    without_vector,
+)
 
 pytestmark = pytest.mark.anyio
 LIMIT = 20.0
@@ -80,7 +105,7 @@ def asked(turn_id: str = "t1", step: int = 1, first: int = 1, last: int = 1, **t
 
 
 async def new_agent(store: Store, name: str = "sam") -> AgentRecord:
-    return await store.create_agent(name, {"model": None, "settings": {"seed": 1}}, BLOCKS, None)
+    return await store.write(create_agent, name, {"model": None, "settings": {"seed": 1}}, BLOCKS, None)
 
 
 def step(number: int = 1, turn_id: str = "t1") -> Changes:
@@ -99,32 +124,32 @@ def step(number: int = 1, turn_id: str = "t1") -> Changes:
 
 async def everything(store: Store, agent: int) -> list[Any]:
     """All that can be read of an agent."""
-    listed, total = await store.list_agents("", 100)
+    listed, total = await store.read(list_agents, "", 100)
     return [
         [record for record in listed if record.id == agent],
         total,
-        await store.load(agent, 0),
-        await store.messages(agent),
-        await store.events(agent, 0, 1000),
-        [await store.passage(agent, number) for number in range(1, 20)],
-        [await store.turn(agent, turn_id) for turn_id in ("t1", "t2", "t3")],
-        [await store.request(agent, turn_id, 1) for turn_id in ("t1", "t2", "t3")],
-        await store.search(agent, Query("", limit=50)),
-        await store.search(agent, Query("said kept broken", limit=50)),
+        await store.read(load_messages, agent, 0),
+        await store.read(read_messages, agent),
+        await store.read(read_events, agent, 0, 1000),
+        [await store.read(find_passage, agent, number) for number in range(1, 20)],
+        [await store.read(find_turn, agent, turn_id) for turn_id in ("t1", "t2", "t3")],
+        [await store.read(find_request, agent, turn_id, 1) for turn_id in ("t1", "t2", "t3")],
+        await store.read(search, agent, Query("", limit=50)),
+        await store.read(search, agent, Query("said kept broken", limit=50)),
     ]
 
 
 async def find(store: Store, agent: AgentRecord, text: str = "", *stores: str, **by: Any) -> list[str]:
     """The texts that are found, in order."""
     query = Query(text, stores or ("recall", "archival"), **({"limit": 50} | by))
-    return [document.text for document in (await store.search(agent.id, query))[0]]
+    return [document.text for document in (await store.read(search, agent.id, query))[0]]
 
 
 @asynccontextmanager
 async def held_writer(store: Store) -> AsyncIterator[None]:
     """The writer is busy with another job until the block ends: what is committed meanwhile waits together."""
     busy, go_on = threading.Event(), threading.Event()
-    holding = asyncio.ensure_future(store._run(lambda _: [event() for event in (busy.set, go_on.wait)], writing=True))
+    holding = asyncio.ensure_future(store.write(lambda _: [event() for event in (busy.set, go_on.wait)]))
     await asyncio.to_thread(busy.wait, LIMIT)
     try:
         yield
@@ -148,22 +173,25 @@ async def fails(job: Any, words: str = "the database refused") -> None:
 
 async def test_a_commit_stores_everything(store: Store) -> None:
     """A transaction holds events, messages, documents, a request, state, config and blocks, and gives the seqs."""
-    agent, changes = await store.create_agent("sam", {"model": None}, BLOCKS[::-1], "http://localhost:1/v1"), step()
-    assert await store.find_agent("sam") == agent
+    agent, changes = (
+        await store.write(create_agent, "sam", {"model": None}, BLOCKS[::-1], "http://localhost:1/v1"),
+        step(),
+    )
+    assert await store.read(find_agent, "sam") == agent
     assert (agent.config, agent.state, agent.blocks, agent.last_seq) == ({"model": None}, {}, BLOCKS[::-1], 0)
-    stored = await store.commit(agent.id, changes)
+    stored = await store.write(commit, agent.id, changes)
     assert [event[:3] for event in stored] == [(1, "agent_response_start", "t1"), (2, "internal_monologue", "t1")]
     for event, frame in zip(stored, changes.events, strict=True):
         text = memws.decode_json(event.text)
         assert text == frame | {"seq": event.seq, "time": text["time"]}
-    assert await store.events(agent.id, 0, 10) == stored
-    record = await store.find_agent("sam")
+    assert await store.read(read_events, agent.id, 0, 10) == stored
+    record = await store.read(find_agent, "sam")
     assert (record.config, record.state, record.last_seq) == ({"model": "model 1"}, {"cut": 1}, 2)
     assert (record.blocks, record.base_url) == (changes.blocks, "http://localhost:1/v1")
-    messages, counts = await store.load(agent.id, 0)
+    messages, counts = await store.read(load_messages, agent.id, 0)
     assert [(message.text, message.said, message.seq) for message in messages] == [("said 1", "said 1", 2)]
     assert (counts["passages"], counts["last_message"], counts["last_passage"], counts["unreadable"]) == (1, 1, 1, 0)
-    assert await store.passage(agent.id, 1) == passage(1, "kept 1")
+    assert await store.read(find_passage, agent.id, 1) == passage(1, "kept 1")
     assert sorted(await find(store, agent, "said kept")) == ["kept 1", "said 1"]
 
 
@@ -186,11 +214,11 @@ BROKEN = {
 async def test_a_commit_that_fails_stores_nothing(store: Store, what: str) -> None:
     """A transaction that fails in its middle leaves everything as it was, search and seqs included; the next works."""
     agent = await new_agent(store)
-    await store.commit(agent.id, step())
+    await store.write(commit, agent.id, step())
     before = await everything(store, agent.id)
-    await fails(store.commit(agent.id, BROKEN[what]))
+    await fails(store.write(commit, agent.id, BROKEN[what]))
     assert await everything(store, agent.id) == before
-    assert [event.seq for event in await store.commit(agent.id, step(2, "t2"))] == [3, 4]
+    assert [event.seq for event in await store.write(commit, agent.id, step(2, "t2"))] == [3, 4]
 
 
 async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
@@ -201,7 +229,7 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
     ran: list[str] = []
     store._connection.set_trace_callback(ran.append)
     async with held_writer(store):
-        tasks = await queued(*(store.commit(agent.id, Changes(events)) for agent, events in steps))
+        tasks = await queued(*(store.write(commit, agent.id, Changes(events)) for agent, events in steps))
         ran.clear()
     stored = await asyncio.gather(*tasks)
     batches = -(-600 // memws.WRITE_BATCH)
@@ -209,18 +237,21 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
     for agent in agents:
         mine = [event for (owner, _), events in zip(steps, stored, strict=True) if owner is agent for event in events]
         assert [event.seq for event in mine] == list(range(1, len(mine) + 1))
-        assert await store.events(agent.id, 0, 1000) == mine
+        assert await store.read(read_events, agent.id, 0, 1000) == mine
     before = await everything(store, agents[1].id)
     async with held_writer(store):
-        jobs: list[Any] = [store.commit(agents[0].id, step()), store.create_agent("agent2", {}, [], None)]
-        jobs += [store.commit(agents[1].id, BROKEN["a state that is no JSON"]), store.commit(10**6, step())]
-        tasks = await queued(*jobs, store.commit(agents[2].id, step()))
+        jobs: list[Any] = [store.write(commit, agents[0].id, step()), store.write(create_agent, "agent2", {}, [], None)]
+        jobs += [
+            store.write(commit, agents[1].id, BROKEN["a state that is no JSON"]),
+            store.write(commit, 10**6, step()),
+        ]
+        tasks = await queued(*jobs, store.write(commit, agents[2].id, step()))
         ran.clear()
     told = await asyncio.gather(*tasks, return_exceptions=True)
     assert [type(outcome) for outcome in told] == [list, Refused, StoreFailed, StoreFailed, list]
     assert ran.count("BEGIN IMMEDIATE") == 1
     assert await everything(store, agents[1].id) == before
-    assert [len(await store.messages(agent.id)) for agent in agents] == [1, 0, 1, 0]
+    assert [len(await store.read(read_messages, agent.id)) for agent in agents] == [1, 0, 1, 0]
 
 
 TEXTS = ["", " ", "ä\u0301\r\n\t\x1b\x7f", "日本 العربية 😀\U0010ffff\ufffd", "'; DROP TABLE agents;--", "x" * 65_536]
@@ -234,15 +265,20 @@ async def test_messages_come_in_pages(store: Store) -> None:
     passages = [passage(number, text) for number, text in enumerate(TEXTS, 1)]
     messages = [say(n, text) for n, text in enumerate(texts, 1)]
     messages[24].body, messages[25].body, messages[27].body = "{", "[]", '{"role":"assistant","content":"x"}'
-    await store.commit(agent.id, Changes([], messages, passages))
-    assert [message.text for message in await store.messages(agent.id)] == texts
-    assert [await store.passage(agent.id, document.id) for document in passages] == passages
-    pages = [await store.messages(agent.id, before, 10) for before in (None, 21, 11, 1, 5)]
+    await store.write(commit, agent.id, Changes([], messages, passages))
+    assert [message.text for message in await store.read(read_messages, agent.id)] == texts
+    assert [await store.read(find_passage, agent.id, document.id) for document in passages] == passages
+    pages = [await store.read(read_messages, agent.id, before, 10) for before in (None, 21, 11, 1, 5)]
     ids = [list(range(21, 31)), list(range(11, 21)), list(range(1, 11)), [], [1, 2, 3, 4]]
     assert [[message.id for message in page] for page in pages] == ids
-    assert [message.id for message in await store.messages(agent.id, first=25, before=29)] == [25, 26, 27, 28]
+    assert [message.id for message in await store.read(read_messages, agent.id, first=25, before=29)] == [
+        25,
+        26,
+        27,
+        28,
+    ]
     store._connection.execute("UPDATE messages SET text = CAST(x'41ff' AS TEXT) WHERE id = 29")
-    loaded, counts = await store.load(agent.id, 25)
+    loaded, counts = await store.read(load_messages, agent.id, 25)
     assert [(message.id, message.text) for message in loaded] == [(27, texts[26]), (29, "A\ufffd"), (30, texts[29])]
     assert (counts["unreadable"], counts["last_message"]) == (3, 30)
 
@@ -251,32 +287,34 @@ async def test_events_are_read_by_seq_and_turn(store: Store, monkeypatch: pytest
     """Events come in order, above a seq, of one turn, so many at a time, with so many characters, but at least one."""
     agent = await new_agent(store)
     for number in range(1, 21):
-        await store.commit(agent.id, Changes([tell(f"event {number}", "" if number % 5 == 0 else f"t{number % 3}")]))
-    every = await store.events(agent.id, 0, 100)
+        await store.write(
+            commit, agent.id, Changes([tell(f"event {number}", "" if number % 5 == 0 else f"t{number % 3}")])
+        )
+    every = await store.read(read_events, agent.id, 0, 100)
     assert [event.seq for event in every] == list(range(1, 21))
-    assert await store.events(agent.id, 7, 5) == every[7:12]
-    assert [event.seq for event in await store.events(agent.id, 4, 100, "t1")] == [7, 13, 16, 19]
+    assert await store.read(read_events, agent.id, 7, 5) == every[7:12]
+    assert [event.seq for event in await store.read(read_events, agent.id, 4, 100, "t1")] == [7, 13, 16, 19]
     for query in ((agent.id, 20, 100), (agent.id, 0, 100, "t9"), (agent.id + 1, 0, 100)):
-        assert await store.events(*query) == []
+        assert await store.read(read_events, *query) == []
     for characters, count in ((2 * len(every[0].text), 2), (1, 1)):
         monkeypatch.setattr(memws, "EVENT_PAGE", characters)
-        assert await store.events(agent.id, 0, 100) == every[:count]
+        assert await store.read(read_events, agent.id, 0, 100) == every[:count]
 
 
 @pytest.mark.parametrize("text", ["", "{", "5", '{"type":"agent', '"x"}'])
 async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None:
     """In the place of an event that cannot be read stands a correction, of a turn's end an end that says so."""
     agent = await new_agent(store)
-    before = await store.commit(agent.id, Changes([start(), tell(), tell("whole"), start("t1", "end")]))
+    before = await store.write(commit, agent.id, Changes([start(), tell(), tell("whole"), start("t1", "end")]))
     store._connection.execute("UPDATE events SET text = ? WHERE seq IN (2, 4)", (text,))
-    events = await store.events(agent.id, 0, 10)
+    events = await store.read(read_events, agent.id, 0, 10)
     assert events[::2] == before[::2]
     assert [event[:3] for event in events[1::2]] == [(2, "correction", "t1"), (4, "agent_response_error", "t1")]
     for event in events[1::2]:
         frame = memws.decode_json(event.text)
         assert (frame["seq"], frame["turn_id"]) == event[::2][:2]
         assert frame["message"] == "this event is damaged on disk"
-    assert await store.turn(agent.id, "t1") == (None, True)
+    assert await store.read(find_turn, agent.id, "t1") == (None, True)
 
 
 async def test_a_request_and_a_turn_are_found(store: Store) -> None:
@@ -284,17 +322,23 @@ async def test_a_request_and_a_turn_are_found(store: Store) -> None:
     its start, by its message where it has one, and open until its end."""
     agent, message = await new_agent(store), memws.response("user_message", "Hi", "t1")
     messages = [say(number, f"message {number} ä日") for number in range(1, 6)]
-    await store.commit(agent.id, Changes([start(), message], messages))
+    await store.write(commit, agent.id, Changes([start(), message], messages))
     records = [asked("t1", 1, 1, 5), asked("t1", 1, 1, 3), asked("t1", 2, 4, 5, summary='{"x":"日"}', extra='{"y":1}')]
     for record in records:
         record.usage, record.first_token_ms, record.total_ms = {"u": 1}, 7, 9
-        await store.commit(agent.id, Changes(request=record))
+        await store.write(commit, agent.id, Changes(request=record))
     bodies = [message.body for message in messages]
-    assert await store.request(agent.id, "t1", 1) == (records[1], bodies[:3])
-    assert await store.request(agent.id, "t1", 2) == (records[2], bodies[3:])
-    assert (await store.request(agent.id, "t1", 3), await store.turn(agent.id, "t2")) == (None, None)
-    turns = [await store.turn(agent.id, "t1"), await store.commit(agent.id, Changes([start("t1", "end")]))]
-    assert [turns[0], await store.turn(agent.id, "t1")] == [("Hi", False), ("Hi", True)]
+    assert await store.read(find_request, agent.id, "t1", 1) == (records[1], bodies[:3])
+    assert await store.read(find_request, agent.id, "t1", 2) == (records[2], bodies[3:])
+    assert (await store.read(find_request, agent.id, "t1", 3), await store.read(find_turn, agent.id, "t2")) == (
+        None,
+        None,
+    )
+    turns = [
+        await store.read(find_turn, agent.id, "t1"),
+        await store.write(commit, agent.id, Changes([start("t1", "end")])),
+    ]
+    assert [turns[0], await store.read(find_turn, agent.id, "t1")] == [("Hi", False), ("Hi", True)]
 
 
 @pytest.mark.parametrize("text", ["cake", "", "ake "])
@@ -305,10 +349,10 @@ async def test_search_is_filtered(store: Store, text: str) -> None:
     days = [f"2026-11-{day:02}T12:00:00.000Z" for day in range(1, 21)]
     spoken = [words(n, f"cake {n}", day, "user" if n % 2 else "assistant") for n, day in enumerate(days, 1)]
     passages = [passage(n, f"cake passage {n}", "2026-12-01T00:00:00.000Z") for n in (1, 2, 3)]
-    await store.commit(agent.id, Changes(documents=[*spoken, *passages]))
-    before = await store.search(agent.id, Query(text, limit=50))
-    await store.commit(other.id, Changes(documents=[words(n, f"cake of another {n}") for n in range(1, 99)]))
-    assert await store.search(agent.id, Query(text, limit=50)) == before
+    await store.write(commit, agent.id, Changes(documents=[*spoken, *passages]))
+    before = await store.read(search, agent.id, Query(text, limit=50))
+    await store.write(commit, other.id, Changes(documents=[words(n, f"cake of another {n}") for n in range(1, 99)]))
+    assert await store.read(search, agent.id, Query(text, limit=50)) == before
     every = [hit.text for hit in before[0]]
     assert sorted(every) == sorted([document.text for document in (*spoken, *passages)])
     assert sorted(await find(store, agent, text, "archival")) == [document.text for document in passages]
@@ -318,11 +362,11 @@ async def test_search_is_filtered(store: Store, text: str) -> None:
         assert await find(store, agent, text, **by) == [], by
     assert sorted(await find(store, agent, text, "recall", newest=3)) == ["cake 1", "cake 2", "cake 3"]
     assert await find(store, agent, text, "recall", newest=0) == []
-    pages = [await store.search(agent.id, Query(text, limit=7, offset=offset)) for offset in range(0, 30, 7)]
+    pages = [await store.read(search, agent.id, Query(text, limit=7, offset=offset)) for offset in range(0, 30, 7)]
     assert ([hit.text for page, _ in pages for hit in page], {total for _, total in pages}) == (every, {23})
-    await store.commit(agent.id, Changes(removed=[2, 99]))
+    await store.write(commit, agent.id, Changes(removed=[2, 99]))
     assert sorted(await find(store, agent, text, "archival")) == ["cake passage 1", "cake passage 3"]
-    assert await store.passage(agent.id, 2) is None
+    assert await store.read(find_passage, agent.id, 2) is None
     assert await find(store, agent, "zeppelin") == []
 
 
@@ -333,7 +377,7 @@ async def test_times_of_turns(store: Store) -> None:
     times = [f"2026-11-24T{at}:00.000Z" for at in ("10:00", "10:30", "09:50", "10:10", "11:00", "12:30")]
     texts = ["cake 1", "cake 2", "cake 3", "cake 4", "pancakes", "later"]
     documents = [words(n, text, time) for n, (text, time) in enumerate(zip(texts, times, strict=True), 1)]
-    await store.commit(agent.id, Changes(documents=documents))
+    await store.write(commit, agent.id, Changes(documents=documents))
     for text in ("cake", "", "ake"):
         found = await find(store, agent, text, since="2026-11-24T10:05:00.000Z", until="2026-11-24T10:40:00.000Z")
         assert {"cake 2", "cake 4"} <= set(found) <= {"cake 2", "cake 3", "cake 4"}
@@ -351,50 +395,51 @@ async def test_vectors_find_what_words_do_not(store: Store) -> None:
     agent, texts = await new_agent(store), ["zzz zq", "mmm", "the cake", "aaa bbb", "kxkx"]
     times = [f"2026-11-0{day}T12:00:00.000Z" for day in (1, 1, 2, 3, 4)]
     spoken = [words(n, text, time) for n, (text, time) in enumerate(zip(texts, times, strict=True), 1)]
-    await store.commit(agent.id, Changes(documents=[*spoken, passage(1, "zzz qqq")]))
+    await store.write(commit, agent.id, Changes(documents=[*spoken, passage(1, "zzz qqq")]))
 
     async def found(text: str, *stores: str, **by: Any) -> list[str]:
         return await find(store, agent, text, *stores, vector=letters("qzq"), **by)
 
     by_both = ["the cake", "zzz qqq", "zzz zq", "mmm", "aaa bbb"]
     for model in ("small", "large"):
-        early = [(doc, text, letters(text)) for doc, text in await store.without_vector(99)]
-        await store.keep_vectors(model, early)
-        assert await found("cake") == (["the cake"] if model == "small" else by_both)
-        await store.use_vectors(model)
-        todo = await store.without_vector(9)
+        cleared: int | None = 0
+        while cleared is not None:
+            cleared = await store.write(memws.clear_vectors, model, cleared)
+        todo = await store.read(without_vector, 9)
         assert [text for _, text in todo] == [*texts, "zzz qqq"]
-        assert await store.without_vector(2) == todo[:2]
+        assert await store.read(without_vector, 2) == todo[:2]
         vectors = [(doc, text, b"" if text == "kxkx" else letters(text)) for doc, text in todo]
-        await store.keep_vectors("another model", vectors)
-        await store.keep_vectors(model, [(doc, "another text", vector) for doc, _, vector in vectors])
-        assert await store.without_vector(9) == todo
-        await store.keep_vectors(model, vectors)
-        assert await store.without_vector(9) == []
+        await store.write(keep_vectors, [(doc, "another text", vector) for doc, _, vector in vectors])
+        assert await store.read(without_vector, 9) == todo
+        await store.write(keep_vectors, vectors)
+        assert await store.read(without_vector, 9) == []
         assert await found("cake") == by_both
+        assert await store.write(memws.clear_vectors, model, 0) is None
     assert await found("xyzzy", "archival") == ["zzz qqq"]
     assert await found("xyzzy", "recall", newest=4) == ["zzz zq", "mmm", "the cake", "aaa bbb"]
-    store._embedding_model = ""  # as after a restart, until it is known whose vectors are there
-    assert await found("cake") == ["the cake"]
-    await store.commit(agent.id, Changes(removed=[1], documents=[passage(2, "new")]))
-    assert [text for _, text in await store.without_vector(9)] == ["new"]
+    await store.write(commit, agent.id, Changes(removed=[1], documents=[passage(2, "new")]))
+    assert [text for _, text in await store.read(without_vector, 9)] == ["new"]
 
 
 async def test_deleted_agents_are_kept_aside(store: Store) -> None:
     """A deleted agent leaves its name free at once, takes no more steps, and comes back whole, the last one first."""
     agent = await new_agent(store)
-    await store.commit(agent.id, step())
+    await store.write(commit, agent.id, step())
     before = await everything(store, agent.id)
-    (farewell,) = await store.delete_agent(agent.id, CHANGE, purge=False)
-    await fails(store.commit(agent.id, Changes([tell()])), "the agent was deleted meanwhile")
+    (farewell,) = await store.write(delete_agent, agent.id, CHANGE, purge=False)
+    await fails(store.write(commit, agent.id, Changes([tell()])), "the agent was deleted meanwhile")
     second = await new_agent(store)
     assert (farewell.seq, second.id != agent.id, second.last_seq) == (3, True, 3)
-    await store.delete_agent(second.id, None, purge=False)
+    await store.write(delete_agent, second.id, None, purge=False)
     for number, expected in enumerate((second, agent)):
-        assert (await store.find_deleted("sam")).id == expected.id
-        back = await store.restore_agent("sam", f"sam{number}")
+        assert (await store.read(find_agent, "sam", deleted=True)).id == expected.id
+        back = await store.write(restore_agent, "sam", f"sam{number}")
         assert (back.id, back.name, back.last_seq) == (expected.id, f"sam{number}", 3)
-    for job in (store.restore_agent("sam", "sam9"), store.find_deleted("sam"), store.find_agent("sam")):
+    for job in (
+        store.write(restore_agent, "sam", "sam9"),
+        store.read(find_agent, "sam", deleted=True),
+        store.read(find_agent, "sam"),
+    ):
         with pytest.raises(memws.UnknownAgent):
             await job
     assert (await new_agent(store)).last_seq == 3
@@ -408,13 +453,13 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
     """A purge leaves nothing of the agent but its name and last seq, and touches no other agent."""
     agent, other = await new_agent(store), await new_agent(store, "ada")
     for one in (agent, other):
-        await store.commit(one.id, step())
+        await store.write(commit, one.id, step())
     before = await everything(store, other.id)
     postings = "SELECT count(*) FROM postings"
     held = store._connection.execute(postings).fetchone()[0]
     if aside:
-        await store.delete_agent(agent.id, CHANGE, purge=False)
-    await store.delete_agent(agent.id, None if aside else CHANGE, purge=True)
+        await store.write(delete_agent, agent.id, CHANGE, purge=False)
+    await store.write(delete_agent, agent.id, None if aside else CHANGE, purge=True)
     for table in ("messages", "memory", "events", "requests"):
         sql = f"SELECT count(*) FROM {table} WHERE agent = ?"  # noqa: S608
         assert store._connection.execute(sql, (agent.id,)).fetchone() == (0,), table
@@ -422,7 +467,7 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
     sql = "SELECT name, last_seq, config, blocks FROM agents WHERE id <> ?"
     assert store._connection.execute(sql, (other.id,)).fetchall() == [("sam", 3, "{}", "[]")]
     with pytest.raises(memws.UnknownAgent):
-        await store.restore_agent("sam", "sam")
+        await store.write(restore_agent, "sam", "sam")
     assert await everything(store, other.id) == [before[0], 1, *before[2:]]
     assert (await new_agent(store)).last_seq == 3
 
@@ -430,19 +475,19 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
 async def test_a_full_disk_fails_the_step_and_not_the_store(store: Store) -> None:
     """While the disk is full every write is refused whole and reads go on; once there is room the store goes on."""
     agent, other = await new_agent(store), await new_agent(store, "ada")
-    await store.commit(agent.id, step())
+    await store.write(commit, agent.id, step())
     before = await everything(store, agent.id)
     pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
     store._connection.execute(f"PRAGMA max_page_count = {pages}")
     huge = Changes([tell("first"), start("t2")], [say(2, "x" * 60_000)])
     more = Changes(documents=[passage(1, "x" * 99_999)])
-    await fails(store.commit(agent.id, huge), "full")
+    await fails(store.write(commit, agent.id, huge), "full")
     async with held_writer(store):
-        tasks = await queued(store.commit(agent.id, huge), store.commit(other.id, more))
+        tasks = await queued(store.write(commit, agent.id, huge), store.write(commit, other.id, more))
     assert [type(told) for told in await asyncio.gather(*tasks, return_exceptions=True)] == [StoreFailed] * 2
     assert await everything(store, agent.id) == before
     store._connection.execute("PRAGMA max_page_count = 1000000")
-    assert [event.seq for event in await store.commit(agent.id, step(2, "t2"))] == [3, 4]
+    assert [event.seq for event in await store.write(commit, agent.id, step(2, "t2"))] == [3, 4]
     assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
@@ -452,18 +497,18 @@ async def test_a_store_that_may_not_write_reads_on(tmp_path: Path) -> None:
     path = tmp_path / "memws.db"
     async with opened(path) as store:
         agent = await new_agent(store)
-        await store.commit(agent.id, step())
+        await store.write(commit, agent.id, step())
         before = await everything(store, agent.id)
         store._connection.execute("PRAGMA query_only = ON")
-        await fails(store.commit(agent.id, Changes([tell()])), "readonly")
+        await fails(store.write(commit, agent.id, Changes([tell()])), "readonly")
         store._connection.execute("PRAGMA query_only = OFF")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             store._connection.execute("PRAGMA busy_timeout = 10")
-            await fails(store.commit(agent.id, Changes([tell()])), "locked")
-            await fails(store.delete_agent(agent.id, None, purge=True), "locked")
+            await fails(store.write(commit, agent.id, Changes([tell()])), "locked")
+            await fails(store.write(delete_agent, agent.id, None, purge=True), "locked")
             store._connection.execute("PRAGMA busy_timeout = 20000")
-            tasks = await queued(store.commit(agent.id, step(2, "t2")))
+            tasks = await queued(store.write(commit, agent.id, step(2, "t2")))
             assert await everything(store, agent.id) == before
             other.execute("ROLLBACK")
         assert [[event.seq for event in await task] for task in tasks] == [[3, 4]]
@@ -474,26 +519,26 @@ async def test_what_was_handed_over_is_stored(store: Store) -> None:
     readers and on any loop; closing may be done twice, and after it every call is refused."""
     agent = await new_agent(store)
     async with held_writer(store):
-        (task,) = await queued(store.commit(agent.id, Changes([tell()])))
+        (task,) = await queued(store.write(commit, agent.id, Changes([tell()])))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
     for number in range(1, 20):
-        await store.commit(agent.id, Changes([tell()], [say(number, f"message {number}")]))
-        reads = await asyncio.gather(*(store.messages(agent.id, limit=1) for _ in range(6)))
+        await store.write(commit, agent.id, Changes([tell()], [say(number, f"message {number}")]))
+        reads = await asyncio.gather(*(store.read(read_messages, agent.id, limit=1) for _ in range(6)))
         assert {messages[0].id for messages in reads} == {number}
 
     async def elsewhere() -> int:
-        await store.commit(agent.id, Changes([tell()]))
-        return len(await store.events(agent.id, 0, 100))
+        await store.write(commit, agent.id, Changes([tell()]))
+        return len(await store.read(read_events, agent.id, 0, 100))
 
     assert await asyncio.to_thread(asyncio.run, elsewhere()) == 21
-    tasks = await queued(*(store.commit(agent.id, Changes([tell()])) for _ in range(50)))
+    tasks = await queued(*(store.write(commit, agent.id, Changes([tell()])) for _ in range(50)))
     for _ in range(2):
         await store.close()
     assert [event.seq for (event,) in await asyncio.gather(*tasks)] == list(range(22, 72))
-    jobs: list[Any] = [store.commit(agent.id, Changes([tell()])), store.find_agent("sam")]
-    for job in [*jobs, store.search(agent.id, Query("x"))]:
+    jobs: list[Any] = [store.write(commit, agent.id, Changes([tell()])), store.read(find_agent, "sam")]
+    for job in [*jobs, store.read(search, agent.id, Query("x"))]:
         await fails(job, "the database is closed")
 
 
@@ -518,7 +563,7 @@ async def test_a_store_survives_being_opened_again(tmp_path: Path, sync: str, le
         async with opened(path, sync) as store:
             assert store._connection.execute("PRAGMA synchronous").fetchone() == (level,)
             agent = await new_agent(store)
-            await store.commit(agent.id, step())
+            await store.write(commit, agent.id, step())
             before, modes = await everything(store, agent.id), modes_in(tmp_path)
     finally:
         os.umask(mask)
@@ -526,7 +571,7 @@ async def test_a_store_survives_being_opened_again(tmp_path: Path, sync: str, le
     assert list(modes_in(tmp_path)) == ["memws.db", "memws.db.lock"]
     async with opened(path) as store:
         assert await everything(store, agent.id) == before
-        assert [event.seq for event in await store.commit(agent.id, step(2, "t2"))] == [3, 4]
+        assert [event.seq for event in await store.write(commit, agent.id, step(2, "t2"))] == [3, 4]
 
 
 def database(script: str) -> Callable[[Path], None]:
@@ -601,7 +646,7 @@ async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
         for name in names:
             agent = await new_agent(store, name)
             for number in range(1, 8):
-                await store.commit(agent.id, step(number, f"t{number}"))
+                await store.write(commit, agent.id, step(number, f"t{number}"))
     for case in range(120):
         damaged, path = bytearray((tmp_path / "whole.db").read_bytes()), tmp_path / f"{case}.db"
         for _ in range(rng.choice([1, 8, 200]) if case else 0):
@@ -612,9 +657,12 @@ async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
             async with opened(path, "normal") as store:
                 changes = Changes([tell()], [say(10_000, "new words")], [words(10_000, "new words")])
                 jobs: list[Any] = [
-                    (store.find_agent(name), store.commit(n, changes)) for n, name in enumerate(names, 1)
+                    (store.read(find_agent, name), store.write(commit, n, changes)) for n, name in enumerate(names, 1)
                 ]
-                jobs += [[everything(store, number), store.delete_agent(number, None, purge=True)] for number in (1, 2)]
+                jobs += [
+                    [everything(store, number), store.write(delete_agent, number, None, purge=True)]
+                    for number in (1, 2)
+                ]
                 told += await asyncio.gather(*itertools.chain(*jobs), return_exceptions=True)
             memws.check_database(str(path), memws.check_record)
         faults = [fault for fault in told if isinstance(fault, BaseException)]
@@ -640,26 +688,26 @@ async def test_an_imported_agent_is_the_exported_one(tmp_path: Path, monkeypatch
     monkeypatch.setattr(memws, "POSTINGS_BLOCK", 5)
     path, other = tmp_path / "memws.db", tmp_path / "other.db"
     async with opened(path) as store:
-        agent = await store.create_agent("sam", {}, BLOCKS, "http://localhost:1/canary")
+        agent = await store.write(create_agent, "sam", {}, BLOCKS, "http://localhost:1/canary")
         for number in range(1, 12):
-            await store.commit(agent.id, step(number, f"t{number}"))
-        await store.commit(agent.id, Changes(removed=[3]))
+            await store.write(commit, agent.id, step(number, f"t{number}"))
+        await store.write(commit, agent.id, Changes(removed=[3]))
         before, data = await everything(store, agent.id), take(path)
-        await store.commit(agent.id, Changes([tell()] * 7))
-        await store.delete_agent(agent.id, None, purge=False)
+        await store.write(commit, agent.id, Changes([tell()] * 7))
+        await store.write(delete_agent, agent.id, None, purge=False)
     assert "canary" not in json.dumps(data)
     async with opened(other) as store:
         await new_agent(store, "first")  # so that its number is another one
     assert [bring(each, data) for each in (other, path)] == ["sam", "sam"]
     async with opened(path) as store:
-        again = await store.find_agent("sam")
-        assert [event.seq for event in await store.commit(again.id, Changes([tell()]))] == [30]
+        again = await store.read(find_agent, "sam")
+        assert [event.seq for event in await store.write(commit, again.id, Changes([tell()]))] == [30]
     async with opened(other) as store:
         after = await everything(store, 2)
         assert after[2:] == before[2:]
         index = "SELECT count(*) FROM memory JOIN postings USING (doc) WHERE agent = 2"
         assert store._connection.execute(index).fetchone()[0] == sum(len({"said", f"{n}"}) for n in range(21))
-        assert [event.seq for event in await store.commit(2, step(12, "t12"))] == [23, 24]
+        assert [event.seq for event in await store.write(commit, 2, step(12, "t12"))] == [23, 24]
 
 
 async def test_a_former_export_is_read(tmp_path: Path) -> None:
@@ -668,20 +716,22 @@ async def test_a_former_export_is_read(tmp_path: Path) -> None:
     data["turns"].append(data["turns"][0] | {"turn_id": "open", "over": 0})
     assert bring(path, data) == "sam"
     async with opened(path) as store:
-        agent = await store.find_agent("sam")
+        agent = await store.read(find_agent, "sam")
         assert agent.state.items() >= (data["agent"]["state"] | {"turn": "open"}).items()
         assert agent.config == {key: value for key, value in data["agent"]["config"].items() if key != "embedding"}
         assert [block["value"] for block in agent.blocks] == [block["value"] for block in data["blocks"]]
-        messages, counts = await store.load(agent.id, 0)
+        messages, counts = await store.read(load_messages, agent.id, 0)
         read = [{"id": message.id, "body": message.body} for message in messages]
         assert read == [{key: row[key] for key in ("id", "body")} for row in data["messages"]]
         assert (counts["unreadable"], counts["passages"], memws.history_faults(messages)) == (0, 1, ([], []))
-        assert [event.text for event in await store.events(agent.id, 0, 100)] == [row["text"] for row in data["events"]]
+        assert [event.text for event in await store.read(read_events, agent.id, 0, 100)] == [
+            row["text"] for row in data["events"]
+        ]
         turn_id = data["turns"][0]["turn_id"]
-        assert await store.turn(agent.id, turn_id) == ("My name is Ada and I keep otters.", True)
+        assert await store.read(find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", True)
         assert len(await find(store, agent, "otters")) == 3
         for number in (1, 2):
-            found, bodies = await store.request(agent.id, turn_id, number) or pytest.fail("lost")
+            found, bodies = await store.read(find_request, agent.id, turn_id, number) or pytest.fail("lost")
             pieces = [found.system, *([found.summary] if found.summary else []), *bodies]
             body = f'{found.head[:-1]},"messages":[{",".join(pieces)}],"tools":{found.tools}}}'
             assert hashlib.sha256(body.encode()).digest() == found.digest
@@ -695,7 +745,7 @@ async def test_an_import_is_whole_and_text(tmp_path: Path) -> None:
     """On a full disk it is refused and stores nothing; what no text can hold is read as U+FFFD."""
     path, other = tmp_path / "memws.db", tmp_path / "other.db"
     async with opened(path) as store:
-        await store.commit((await new_agent(store)).id, step())
+        await store.write(commit, (await new_agent(store)).id, step())
     data = take(path)
     row = data["messages"][0]
     with closing(Sqlite(str(other), "normal")) as base:

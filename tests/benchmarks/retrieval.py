@@ -91,8 +91,7 @@ class Filled:
         self.connection = self.database.open()
         self.path, self.rows = path, 0
         self._texts = texts
-        record = memws.AgentRecord(0, "archive", memws.read_config({}, {})[0], {}, [], memws.now_text(), "", 0)
-        self.agent = memws._insert_agent(self.connection, record)
+        self.agent = memws.create_agent(self.connection, "archive", memws.read_config({}, {})[0], []).id
 
     def insert(self, count: int) -> float:
         """Index so many, STEP in one transaction; the seconds this took."""
