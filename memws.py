@@ -101,23 +101,16 @@ from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 
 __all__ = [
-    # 1. Constants
-    "DEFAULT_MODEL",
+    "DEFAULT_MODEL",  # 1. Constants
     "DEFAULT_PORT",
-    # 2. Errors
-    "MemwsError",
-    # 4. and 5. Memory and its search
-    "memory_index",
-    # 8. Agent
-    "Agent",
-    # 9. Client
-    "BlockingClient",
+    "MemwsError",  # 2. Errors
+    "memory_index",  # 4. and 5. Memory and its search
+    "Agent",  # 8. Agent
+    "BlockingClient",  # 9. Client
     "Client",
     "connect",
-    # 10. Panel
-    "Panel",
-    # 11. Server
-    "WebSocketServer",
+    "Panel",  # 10. Panel
+    "WebSocketServer",  # 11. Server
 ]
 __version__ = "0.1.0"
 
@@ -351,16 +344,15 @@ class MemwsError(Exception):
 
     MemwsError
     ├── UsageError          wrong options, a port in use, a missing package: the command line exits with 2
-    ├── InvalidRequest      a frame that is no valid request
-    ├── Refused             a valid request that cannot be done as things stand; nothing was changed
+    ├── Refused             a request that cannot be done as things stand; nothing was changed
+    │   ├── InvalidRequest  it is no valid request
     │   └── UnknownAgent
     ├── StoreFailed         the database refused a read or a write; nothing of the transaction was kept
     ├── ModelError          a model call failed
     ├── ToolError           a tool call failed; its sentence tells the model how to call right
     ├── RemoteError         the server answered a client with an error
     ├── ConnectFailed       no connection came about
-    ├── ConnectionLost      a client's connection ended, or was never opened, while something waited for it
-    └── RequestTooLarge     a client's request exceeds a frame, and was not sent
+    └── ConnectionLost      a client's connection ended, or was never opened, while something waited for it
 
     `code` is the stable name on the wire, `details` go beside it; the text is one sentence for people.
     """
@@ -376,19 +368,15 @@ class UsageError(MemwsError):
     """The server cannot run as asked; the sentence says what to do next."""
 
 
-class InvalidRequest(MemwsError):
-    """A frame is no valid request; `request_id` is its id, `read` whether it could be read at all."""
-
-    def __init__(self, code: str, message: str, request_id: RequestId = None, *, read: bool = True) -> None:
-        super().__init__(message, code)
-        self.request_id, self.read = request_id, read
-
-
 class Refused(MemwsError):
-    """A valid request that cannot be done as things stand; nothing was changed."""
+    """A request that cannot be done as things stand; nothing was changed."""
 
     def __init__(self, code: str, message: str, **details: Any) -> None:
         super().__init__(message, code, **details)
+
+
+class InvalidRequest(Refused):
+    """A frame that is no valid request."""
 
 
 class UnknownAgent(Refused):
@@ -428,9 +416,8 @@ class ToolError(MemwsError):
 class RemoteError(MemwsError):
     """The server answered a command or a message with an error; `details` holds the error's further fields."""
 
-    def __init__(self, code: str, message: str, details: JSON | None = None) -> None:
-        super().__init__(message, code, **(details or {}))
-        self.message = message
+    def __init__(self, code: str, message: str, **details: Any) -> None:
+        super().__init__(message, code, **details)
 
 
 class ConnectFailed(MemwsError):
@@ -440,7 +427,7 @@ class ConnectFailed(MemwsError):
 
     def __init__(self, url: str, advice: str, status: int | None = None) -> None:
         super().__init__(f"cannot connect to {url}: {advice}")
-        self.url, self.status = url, status
+        self.status = status
 
 
 class ConnectionLost(MemwsError):
@@ -450,17 +437,6 @@ class ConnectionLost(MemwsError):
 
     def __init__(self, url: str) -> None:
         super().__init__(f"no connection to {url}; connect again, and send a message again with its turn_id")
-        self.url = url
-
-
-class RequestTooLarge(MemwsError):
-    """A request of this client exceeds a frame, and was not sent: the server would have to close the connection."""
-
-    code = "too_large"
-
-    def __init__(self, size: int) -> None:
-        super().__init__(f"expected a request of at most {MAX_FRAME} bytes, but got {size}; send a shorter text")
-        self.size = size
 
 
 # ======================================================================================================================
@@ -526,25 +502,14 @@ def _repair_json(text: str) -> Any:
 
 # ---- functions that are called from afar: the signature is the JSON Schema, and the schema is the check --------------
 
-
-class Kind(NamedTuple):
-    """A type of JSON: its Python types, its name in sentences, the keywords of its bounds and what they count."""
-
-    types: Any
-    words: str
-    low: str = "minimum"
-    high: str = "maximum"
-    unit: str = ""
-
-
-_KINDS = {
-    "string": Kind(str, "a string", "minLength", "maxLength", " characters"),
-    "array": Kind((list, tuple), "a list", "minItems", "maxItems", " items"),
-    "integer": Kind(int, "an integer"),
-    "number": Kind((int, float), "a number"),
-    "boolean": Kind(bool, "true or false"),
-    "null": Kind(type(None), "null"),
-    "object": Kind(dict, "an object"),
+_KINDS: dict[str, tuple[Any, str, str, str, str]] = {  # Python's types, in words, the bounds' names and their unit
+    "string": (str, "a string", "minLength", "maxLength", " characters"),
+    "array": ((list, tuple), "a list", "minItems", "maxItems", " items"),
+    "integer": (int, "an integer", "minimum", "maximum", ""),
+    "number": ((int, float), "a number", "minimum", "maximum", ""),
+    "boolean": (bool, "true or false", "", "", ""),
+    "null": (type(None), "null", "", "", ""),
+    "object": (dict, "an object", "", "", ""),
 }
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null", dict: "object"}
 
@@ -555,8 +520,8 @@ def schema_of(hint: Any) -> JSON:
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin is Annotated:
         schema = schema_of(arguments[0])
-        kind = _KINDS[schema["type"]]
-        return schema | {kind.low: arguments[1], kind.high: arguments[2]}
+        _, _, low, high, _ = _KINDS[schema["type"]]
+        return schema | {low: arguments[1], high: arguments[2]}
     if origin is Literal:
         return {"enum": list(arguments)}
     if origin in (typing.Union, types.UnionType):
@@ -574,25 +539,20 @@ def describe(schema: JSON) -> str:
         return f"one of {', '.join(map(repr, schema['enum']))}"
     if "type" not in schema:
         return "anything"
-    kind, items = _KINDS[schema["type"]], schema.get("items", {}).get("type")
-    bounds = f" from {schema[kind.low]:,} to {schema[kind.high]:,}{kind.unit}" if kind.high in schema else ""
-    return f"{kind.words}{f' of {items}s' if items else ''}{bounds}"
+    _, words, low, high, unit = _KINDS[schema["type"]]
+    if "type" in schema.get("items", {}):
+        words += f" of {schema['items']['type']}s"
+    return f"{words} from {schema[low]:,} to {schema[high]:,}{unit}" if high in schema else words
 
 
 def check(value: Any, schema: JSON, lenient: bool = False) -> Any:
     """`value`, if it fits. lenient: what a model wrote as text may be JSON. Raises ValueError: "expected …"."""
-    for leniency in (False, True)[: 1 + lenient]:
-        for alternative in schema.get("anyOf", ()):
-            with contextlib.suppress(ValueError):
-                return check(value, alternative, leniency)
-    fits = "anyOf" not in schema and value in schema.get("enum", (value,))
-    if fits and "type" in schema:
-        kind = _KINDS[schema["type"]]
-        value = _convert(value, schema["type"]) if lenient else value
-        fits = isinstance(value, kind.types) and isinstance(value, bool) == (kind.types is bool)
-        if fits and kind.high in schema:
-            fits = schema[kind.low] <= (len(value) if kind.unit else value) <= schema[kind.high]
-    if not fits:
+    for alternative in schema.get("anyOf", ()):
+        with contextlib.suppress(ValueError):
+            return check(value, alternative, lenient)
+    if lenient:
+        value = _convert(value, schema.get("type", "string"))
+    if not _fits(value, schema):
         raise ValueError(f"expected {describe(schema)}")
     return [check(item, schema["items"], lenient) for item in value] if "items" in schema else value
 
@@ -605,13 +565,22 @@ def _convert(value: Any, kind: str) -> Any:
     return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
 
 
+def _fits(value: Any, schema: JSON) -> bool:
+    if "type" not in schema:
+        return "anyOf" not in schema and value in schema.get("enum", (value,))
+    python, _, low, high, unit = _KINDS[schema["type"]]
+    if not isinstance(value, python) or isinstance(value, bool) != (python is bool):
+        return False
+    return high not in schema or schema[low] <= (len(value) if unit else value) <= schema[high]
+
+
 @dataclass(frozen=True, slots=True)
 class Function:
     """A function that may be called by name with JSON arguments: a command of clients, a tool of models."""
 
     name: str
     call: Callable[..., Any]
-    doc: str  # the first paragraph of the docstring
+    doc: str  # the docstring
     parameters: JSON  # JSON Schema of the arguments
 
     def bind(self, arguments: JSON, lenient: bool = False) -> JSON:
@@ -636,46 +605,35 @@ class Function:
         return f"{self.name}({', '.join(names)})"
 
 
-_ARGUMENT = re.compile(
-    r"^[^\S\n]*(?::param\s+)?(\w+)(?:\s*\([^)\n]*\))?[^\S\n]*:[^\S\n]*(\S.*(?:\n +\S[^:\n]*$)*)", re.MULTILINE
-)
-
-
 def function_of(call: Callable[..., Any], name: str | None = None, skip: int = 0) -> Function:
-    """The Function of a callable without its first `skip` parameters. Raises UsageError where nobody could call it.
-
-    The docstring's first paragraph describes it; its `Args:` (or `:param name:`) lines describe the parameters.
-    """
+    """The Function of a callable without its first `skip` parameters. Raises UsageError where nobody could call it."""
     name = str(name or getattr(call, "__name__", ""))
     if not callable(call) or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
         raise UsageError(f"expected a function with a name of 1 to 64 letters, digits, _ and -, but got {quote(name)}")
+    written = getattr(call, "func", call)  # what a partial is made of
     try:
-        hints = typing.get_type_hints(getattr(call, "func", call), include_extras=True)  # of a partial: its function's
+        hints = typing.get_type_hints(written, include_extras=True)
         signature = list(inspect.signature(call).parameters.values())[skip:]
     except (NameError, TypeError, ValueError) as error:
         raise UsageError(f"cannot read the signature of {name!r}: {error}") from error
-    text = inspect.getdoc(call) or ""
-    meanings = {key: " ".join(meaning.split()) for key, meaning in _ARGUMENT.findall(text)}
     properties, required = {}, []
     for parameter in signature:
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise UsageError(f"{name!r}: the parameter {parameter.name!r} cannot be passed by name")
         key = parameter.name.rstrip("_")  # from_ is `from` outside
         properties[key] = schema_of(hints.get(parameter.name, Any))
-        if key in meanings:
-            properties[key]["description"] = meanings[key]
         if parameter.default is parameter.empty:
             required.append(key)
         elif isinstance(parameter.default, (str, int, float)):
             properties[key]["default"] = parameter.default
     parameters = {"type": "object", "properties": properties, "required": required}
-    return Function(name, call, " ".join(text.split("\n\n")[0].split()), parameters)
+    return Function(name, call, inspect.getdoc(written) or "", parameters)
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
-_ID = Annotated[str, 0, MAX_ID] | Annotated[int, -(2**53), 2**53] | None
-_ID_SCHEMA = schema_of(_ID)
+Id = Annotated[str, 0, MAX_ID] | Annotated[int, -(2**53), 2**53] | None
+_ID_SCHEMA = schema_of(Id)
 _AGENT_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 
 
@@ -689,53 +647,57 @@ def check_name(name: Any) -> str:
 
 
 def decode_request(frame: str | bytes) -> JSON:
-    """The request in a frame, with texts that can be stored and sent. Raises InvalidRequest and nothing else."""
-    request = _decode_object(frame)
+    """The JSON object of a frame, with texts that can be stored and sent, and an id. Raises InvalidRequest."""
+    if isinstance(frame, bytes):
+        raise InvalidRequest("not_json", "expected a text frame with JSON, but got a binary frame")
+    try:
+        request = decode_json(frame)
+        if frame.count("[") + frame.count("{") > MAX_DEPTH and _is_deeper(request, MAX_DEPTH):
+            raise ValueError(TOO_DEEP)
+    except ValueError as error:
+        code = "too_deep" if str(error) == TOO_DEEP else "not_json"
+        raise InvalidRequest(code, f"expected a JSON object, but the frame is not JSON: {error}") from None
+    if not isinstance(request, dict):
+        raise InvalidRequest("not_object", f"expected a JSON object, but got {quote(request)}")
     try:
         check(request.get("id"), _ID_SCHEMA)
     except ValueError as error:
-        raise InvalidRequest("bad_field", f"id: {error}", read=False) from None
-    for key in ("type", "command") if request.get("type") == "command" else ("type",):
-        if key not in request:
-            text = f"a frame needs the field {key!r}; hello lists the commands"
-            raise InvalidRequest("missing_field", text, request.get("id"))
-        if not isinstance(request[key], str):
-            text = f"{key}: expected a string, but got {quote(request[key])}"
-            raise InvalidRequest("bad_field", text, request.get("id"))
-    if request["type"] not in ("user_message", "command"):
-        text = f"type: expected user_message or command, but got {quote(request['type'])}"
-        raise InvalidRequest("bad_type", text, request.get("id"))
-    if request.get("agent_id") is not None:  # the word of MemGPT 0.3.25
-        if request.get("agent_name") not in (None, request["agent_id"]):
-            raise InvalidRequest("bad_field", "agent_name and agent_id name different agents", request.get("id"))
-        request["agent_name"] = request["agent_id"]
-    return request
-
-
-def _decode_object(frame: str | bytes) -> JSON:
-    """The JSON object of a frame, without what cannot be stored or sent. Raises InvalidRequest."""
-    if isinstance(frame, bytes):
-        raise InvalidRequest("not_json", "expected a text frame with JSON, but got a binary frame", read=False)
-    try:
-        request = decode_json(frame)
-    except ValueError as error:
-        reason = getattr(error, "msg", None) or str(error).split(";")[0]
-        code = "too_deep" if reason == TOO_DEEP else "not_json"
-        raise InvalidRequest(code, f"expected a JSON object, but the frame is not JSON: {reason}", read=False) from None
-    if frame.count("[") + frame.count("{") > MAX_DEPTH and _depth(request) > MAX_DEPTH:
-        raise InvalidRequest("too_deep", TOO_DEEP, read=False)
-    if not isinstance(request, dict):
-        raise InvalidRequest("not_object", f"expected a JSON object, but got {quote(request)}", read=False)
+        raise InvalidRequest("bad_field", f"id: {error}") from None
     return clean_value(request) if "\\u" in frame else request
 
 
-def _depth(value: Any) -> int:
-    """Levels of nested lists and objects, without recursion, which a hostile frame could exhaust."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, (dict, list))]:
-        depth += 1
-        level = [part for item in level for part in (item.values() if isinstance(item, dict) else item)]
-    return depth
+def _is_deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than so many levels."""
+    if not isinstance(value, (list, dict)):
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
+
+
+def called(request: JSON, functions: Mapping[str, Function]) -> tuple[Function, JSON]:
+    """The function that a request calls, and its arguments. Raises InvalidRequest."""
+    name = kind = _word(request, "type")
+    if kind == "command":
+        name = _word(request, "command")
+        if name not in functions or name == "user_message":
+            names = ", ".join(sorted(functions.keys() - {"user_message"}))
+            raise InvalidRequest("unknown_command", f"unknown command {quote(name)}; known: {names}")
+    elif kind != "user_message":
+        raise InvalidRequest("bad_type", f"type: expected user_message or command, but got {quote(kind)}")
+    if request.get("agent_id") is not None:  # the word of MemGPT 0.3.25
+        if request.get("agent_name") not in (None, request["agent_id"]):
+            raise InvalidRequest("bad_field", "agent_name and agent_id name different agents")
+        request["agent_name"] = request["agent_id"]
+    return functions[name], functions[name].bind(request)
+
+
+def _word(request: JSON, key: str) -> str:
+    """A field that says what is asked for. Raises InvalidRequest."""
+    if key not in request:
+        raise InvalidRequest("missing_field", f"a frame needs the field {key!r}; hello lists the commands")
+    if not isinstance(request[key], str):
+        raise InvalidRequest("bad_field", f"{key}: expected a string, but got {quote(request[key])}")
+    return str(request[key])
 
 
 # ---- answers and events ----------------------------------------------------------------------------------------------
@@ -751,6 +713,8 @@ _CALL = {"tool_call_id": str, "name": str}
 _TOKENS = dict.fromkeys(("messages_before", "messages_after", "tokens_before", "tokens_after"), int)
 _EDIT = {"what": Literal["core", "archival"], "label": str, "id": int, "by": Literal["agent", "client"]}
 _TEXTS = {"before": str | None, "after": str | None, "diff": str}
+_SIZES = {"sections": list[JSON], "used": int, "window": int, "warning": str}
+_CHANGE = {"change": Literal["renamed", "updated", "deleted", "imported"], "new_name": str}
 EVENTS: dict[str, tuple[str, dict[str, Any]]] = {  # message type: what it tells, its further fields
     "internal_monologue": ("the model's private text beside its calls", {}),
     "assistant_message": ("what the agent says to the user; partial: it was cut", {"partial": bool}),
@@ -760,19 +724,13 @@ EVENTS: dict[str, tuple[str, dict[str, Any]]] = {  # message type: what it tells
     "tool_call": ("a call as the model asked for it; message: its arguments as JSON", _CALL | {"arguments": dict}),
     "tool_return": ("the answer to a call", _CALL | {"status": Literal["OK", "Failed"], "duration_ms": int}),
     "memory_change": ("an edit of core or archival memory, whoever made it", _EDIT | _TEXTS),
-    "context": (
-        "how full the context window is, by section {name, tokens}",
-        {"sections": list[dict[str, Any]], "used": int, "window": int, "warning": str},
-    ),
+    "context": ("how full the context window is, by section {name, tokens}", _SIZES),
     "compaction": ("the oldest messages became a summary", _TOKENS | {"summary": str}),
     "heartbeat": ("why the next step starts without the user", {"reason": str}),
     "retry": ("a model call failed and is made again", {"attempt": int, "of": int, "delay_ms": int, "code": str}),
     "correction": ("a model's output or a stored agent that had to be mended, and how", {"what": str}),
     "queue": ("a message waits for its turn", {"position": int}),
-    "agent_change": (
-        "the agent was renamed, updated, deleted or imported",
-        {"change": Literal["renamed", "updated", "deleted", "imported"], "new_name": str},
-    ),
+    "agent_change": ("the agent was renamed, updated, deleted or imported", _CHANGE),
 }
 
 
@@ -796,12 +754,13 @@ def answer(request: JSON, result: JSON) -> str:
 
 
 def failure(request: JSON | None, error: MemwsError) -> str:
-    """The bad answer: to a frame that is no request, to a command, to a message that never became a turn."""
+    """The bad answer: to a frame that could not be read (no request), to one that is no valid request, to a command, to
+    a message that never became a turn."""
     problem = {"code": error.code, "message": str(error), **error.details}
+    if request is None:
+        return encode_json({"type": "server_error", "id": None, **problem})
     if isinstance(error, InvalidRequest):
-        about = request or {"id": error.request_id}
-        return _encode_answer({"type": "server_error", **problem} | ({} if error.read else {"id": None}), about)
-    assert request is not None
+        return _encode_answer({"type": "server_error", **problem}, request)
     if request["type"] == "command":
         about = {"status": f"Error: {error}", "ok": False, "command": request["command"]}
         return _encode_answer({"type": "command_response", **about, "error": problem}, request)
@@ -816,64 +775,63 @@ def _encode_answer(frame: JSON, request: JSON) -> str:
 
 # ---- the protocol as JSON Schema (draft 2020-12) ---------------------------------------------------------------------
 
+# The fields of frames by name; a name that ends in ? is not always there.
+_EVENT = {"message": str, "agent_name": str, "time": str, "turn_id?": str, "step?": int}
+_START = {"agent_name": str, "turn_id": str, "seq": int, "time": str, "id?": Id}
+_END = _START | {"stop_reason": Literal[STOP_REASONS], "usage": dict}
+_ERROR = {"message": str, "code": str, "id?": Id}
+_FAILED = _ERROR | {"agent_name?": str, "turn_id?": str, "seq?": int, "time": str, "usage?": dict}
+_ANSWER = {"status": str, "ok": bool, "command": str, "result?": dict, "error?": dict, "id?": Id}
+_FRAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "agent_response_start": ("a turn begins: the user's message is on disk", _START),
+    "agent_response_end": ("a turn ended; all of it is on disk", _END),
+    "agent_response_error": (
+        "a turn failed, or never began (then no seq)",
+        _FAILED | {"stop_reason": Literal["error"]},
+    ),
+    "command_response": ("the answer to a command", _ANSWER),
+    "server_error": ("a frame that is no valid request", _ERROR),
+}
+
 
 def protocol_schema(commands: Mapping[str, Function]) -> JSON:
     """A schema that every frame of the protocol validates against, in either direction."""
-    requests: JSON = {}
-    for name, command in commands.items():
-        kind = {"type": {"const": "command"}, "command": {"const": name}}
-        kind = {"type": {"const": name}} if name == "user_message" else kind
-        properties = {**kind, "id": _ID_SCHEMA, **command.parameters["properties"]}
-        required = [*kind, *command.parameters["required"]]
-        requests[name] = {"description": command.doc, "type": "object", "properties": properties, "required": required}
-    events = {f"event_{name}": _event_schema(name, *row) for name, row in EVENTS.items()} | _frame_schemas(
-        list(requests)
-    )
-    references = [{"$ref": f"#/$defs/{name}"} for name in requests | events]
-    directions = {"request": {"anyOf": references[: len(requests)]}, "event": {"anyOf": references[len(requests) :]}}
+    requests, frames = {}, {}
+    for name, function in commands.items():
+        kind = {"type": name} if name == "user_message" else {"type": "command", "command": name}
+        requests[name] = _object_schema(function.doc, kind, {"id?": Id})
+        requests[name]["properties"] |= function.parameters["properties"]
+        requests[name]["required"] += function.parameters["required"]
+    for name, (doc, row) in _FRAMES.items():
+        frames[name] = _object_schema(doc, {"type": name}, row)
+    frames["command_response"]["properties"]["command"] = {
+        "enum": [name for name in commands if name != "user_message"]
+    }
+    for name, (doc, own) in EVENTS.items():
+        row = _EVENT | {f"{field}?": hint for field, hint in own.items()}
+        if name in LIVE_TYPES:
+            doc += " (live: not stored, no seq)"
+        else:
+            row["seq"] = int
+        frames[f"event_{name}"] = _object_schema(doc, {"type": "agent_response", "message_type": name}, row)
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "memws protocol",
         "version": PROTOCOL,
-        "anyOf": [{"$ref": "#/$defs/request"}, {"$ref": "#/$defs/event"}],
-        "$defs": directions | requests | events,
+        **_any_of(["request", "event"]),
+        "$defs": {"request": _any_of(requests), "event": _any_of(frames), **requests, **frames},
     }
 
 
-def _frame_schema(doc: str, kind: str, required: dict[str, Any], optional: dict[str, Any]) -> JSON:
-    fields = {name: schema_of(hint) for name, hint in (required | optional).items()}
-    properties = {"type": {"const": kind}, **fields}
-    return {"description": doc, "type": "object", "properties": properties, "required": ["type", *required]}
+def _object_schema(doc: str, constants: dict[str, str], fields: dict[str, Any]) -> JSON:
+    properties: JSON = {name: {"const": value} for name, value in constants.items()}
+    properties |= {name.rstrip("?"): schema_of(hint) for name, hint in fields.items()}
+    required = [*constants, *(name for name in fields if not name.endswith("?"))]
+    return {"description": doc, "type": "object", "properties": properties, "required": required}
 
 
-def _event_schema(name: str, doc: str, fields: dict[str, Any]) -> JSON:
-    required = {"message_type": Literal[name], "message": str, "agent_name": str, "time": str}
-    required |= {} if name in LIVE_TYPES else {"seq": int}
-    doc += " (live: not stored, no seq)" if name in LIVE_TYPES else ""
-    return _frame_schema(doc, "agent_response", required, {"turn_id": str, "step": int, "seq": int, **fields})
-
-
-def _frame_schemas(commands: list[str]) -> JSON:
-    """The frames that are no agent_response."""
-    turn = {"agent_name": str, "turn_id": str, "time": str}
-    end = {"seq": int, **turn, "stop_reason": Literal[STOP_REASONS], "usage": dict}
-    error = {"message": str, "code": str, "stop_reason": Literal["error"], "time": str}
-    command = {"status": str, "ok": bool, "command": Literal[tuple(commands)]}
-    rows: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-        "agent_response_start": ("a turn begins: the user's message is on disk", {"seq": int, **turn}, {}),
-        "agent_response_end": ("a turn ended; all of it is on disk", end, {}),
-        "agent_response_error": (
-            "a turn failed, or never began (then no seq)",
-            error,
-            {**turn, "seq": int, "usage": dict},
-        ),
-        "command_response": ("the answer to a command", command, {"result": dict, "error": dict}),
-        "server_error": ("a frame that is no valid request", {"message": str, "code": str}, {}),
-    }
-    schemas = {}
-    for name, (doc, required, optional) in rows.items():
-        schemas[name] = _frame_schema(doc, name, required, {"id": _ID, **optional})
-    return schemas
+def _any_of(names: Iterable[str]) -> JSON:
+    return {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
 
 
 # ======================================================================================================================
@@ -3037,7 +2995,7 @@ _HEARTBEAT_SCHEMA = {"type": "boolean", "description": "run again right after th
 def make_tool(
     call: Callable[..., Any], name: str | None = None, timeout: float = TOOL_TIMEOUT, builtin: bool = False
 ) -> Tool:
-    """The Tool of a function: schema from the signature, descriptions from the docstring.
+    """The Tool of a function: schema from the signature, description from the docstring.
 
     str, int, float, bool, None, Literal, list, dict and unions of them are checked; other hints are not. Raises
     UsageError for a function that no model could call.
@@ -4489,7 +4447,7 @@ class Client:
 
     async def command(self, command: str, /, **arguments: Any) -> Frame:
         """Send one command and give its result. Raises RemoteError with the server's code and sentence,
-        ConnectionLost where the connection breaks before the answer (it may have been done), RequestTooLarge."""
+        ConnectionLost where the connection breaks before the answer (it may have been done), Refused (too_large)."""
         result: asyncio.Future[Frame | MemwsError] = asyncio.get_running_loop().create_future()
         request = {**arguments, "type": "command", "command": command}
         self._post(request, lambda answer: None if result.done() else result.set_result(answer))
@@ -4633,11 +4591,12 @@ class Client:
 
     def _post(self, request: Frame, answer: Callable[[Frame | MemwsError], None] = lambda answer: None) -> None:
         """Send a request. `answer` gets the result or the error, before the next frame is read; for a message only an
-        error. Raises RequestTooLarge."""
+        error. Raises Refused (too_large)."""
         request = {"id": next(self._ids), **request}
         text = encode_json(request)
         if (size := len(text.encode())) > MAX_FRAME:
-            raise RequestTooLarge(size)
+            problem = f"expected a request of at most {MAX_FRAME} bytes, but got {size}; send a shorter text"
+            raise Refused("too_large", problem)
         if self._websocket is None:
             answer(ConnectionLost(self.url))
         else:
@@ -4665,7 +4624,7 @@ class Client:
         request, answer = self._pending.pop(frame["id"])
         if not frame.get("ok"):
             error = {"code": "internal", "message": "", **frame.get("error", frame)}
-            return answer(RemoteError(error.pop("code"), error.pop("message"), error))
+            return answer(RemoteError(**error))
         result, command = frame["result"], request["command"]
         if command == "hello" and request.get("message_types") is not None:
             self._message_types = request["message_types"]
@@ -7053,17 +7012,13 @@ class Session(Tasks):
 
     async def _answer(self, request: JSON) -> None:
         """Do what a request asks, and answer it exactly once; a message's answer is its turn."""
-        is_command = request["type"] == "command"
-        name = request["command"] if is_command else "user_message"
+        is_command = request.get("type") == "command"
         self._request_id = request.get("id")
         try:
-            if name not in COMMANDS or (is_command and name == "user_message"):
-                names = ", ".join(sorted(COMMANDS.keys() - {"user_message"}))
-                raise InvalidRequest("unknown_command", f"unknown command {quote(name)}; known: {names}")
-            arguments = COMMANDS[name].bind(request)
-            if takes_agent(COMMANDS[name].call):
+            function, arguments = called(request, COMMANDS)
+            if takes_agent(function.call):
                 arguments["live"] = await self._live(arguments.pop("agent_name", None))
-            result = await COMMANDS[name].call(self, **arguments)
+            result = await function.call(self, **arguments)
             text = answer(request, result) if is_command else ""
             if len(text) > MAX_FRAME // 4 and len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
@@ -7072,7 +7027,7 @@ class Session(Tasks):
         except Exception as error:
             refusal = error if isinstance(error, MemwsError) else MemwsError("internal error; the server's log has it")
             if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
-                logger.exception("session %d: %s failed", self.number, name)
+                logger.exception("session %d: a request failed", self.number)
             turn = {} if is_command else {"turn_id": request.get("turn_id") or new_turn_id()}
             text = failure(request | turn, refusal)
         if text:

@@ -146,9 +146,9 @@ async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None
                 await within(call())
             assert caught.value.code == code
         assert caught.value.details == {"last_seq": (await client.command("get_agent"))["last_seq"]}
-        with pytest.raises(memws.RequestTooLarge, match="send a shorter text"):
+        with pytest.raises(memws.Refused, match="send a shorter text"):
             client.send("é" * memws.MAX_FRAME)
-        with pytest.raises(memws.RequestTooLarge):
+        with pytest.raises(memws.Refused):
             await within(client.command("insert_passage", text="é" * memws.MAX_FRAME))
         assert await client.ask("again") == "you said again"
 

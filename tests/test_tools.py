@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import inspect
 import json
 import re
 import threading
@@ -54,14 +55,14 @@ def test_a_tool_is_its_function() -> None:
     tool = make_tool(book)
     assert (tool.name, tool.builtin, tool.timeout) == ("book", False, memws.TOOL_TIMEOUT)
     properties = {
-        "city": {"type": "string", "description": "where to stay"},
+        "city": {"type": "string"},
         "nights": {"type": "integer", "minimum": 1, "maximum": 30},
         "room": {"enum": ["single", "double"], "default": "single"},
         "guests": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
         "request_heartbeat": HEARTBEAT,
     }
     parameters = {"type": "object", "properties": properties, "required": ["city", "nights"]}
-    about = {"name": "book", "description": "Book a room for a guest.", "parameters": parameters}
+    about = {"name": "book", "description": inspect.getdoc(book), "parameters": parameters}
     assert json.loads(tool.spec) == {"type": "function", "function": about}
     bare, part = make_tool([].clear, "other-name", 3), make_tool(functools.partial(book, nights=2), "book_two")
     specs = [json.loads(each.spec) for each in (tool, bare, part, *MEMORY_TOOLS.values())]

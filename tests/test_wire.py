@@ -1,5 +1,6 @@
 """The wire: signatures as schemas and checks, what a frame is read as, what bad ones get, how events are written."""
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
@@ -27,26 +28,29 @@ VALIDATORS = {
 
 def read(frame: str | bytes) -> tuple[str, JSON]:
     """What a frame asks for, and the arguments that it is called with. Raises InvalidRequest."""
-    request = memws.decode_request(frame)
-    name = request["command"] if request["type"] == "command" else request["type"]
-    return name, COMMANDS[name].bind(request) if name in COMMANDS else {}
+    function, arguments = memws.called(memws.decode_request(frame), COMMANDS)
+    return function.name, arguments
 
 
-def answer(error: memws.InvalidRequest) -> JSON:
+def answer(frame: str | bytes, error: memws.InvalidRequest) -> JSON:
     """The server_error of an error, if it is a good one: strict JSON, small, of a known code, in the schema."""
-    text = memws.failure(None, error)
+    try:
+        request = memws.decode_request(frame)
+    except memws.InvalidRequest:
+        request = None
+    text = memws.failure(request, error)
     assert len(text.encode()) <= 4096
-    frame: JSON = memws.decode_json(text)
-    assert (frame["type"], frame["code"] in CODES, frame["message"] != "") == ("server_error", True, True)
-    VALIDATORS["server_error"].validate(frame)
-    return frame
+    told: JSON = memws.decode_json(text)
+    assert (told["type"], told["code"] in CODES, told["message"] != "") == ("server_error", True, True)
+    VALIDATORS["server_error"].validate(told)
+    return told
 
 
 def refused(frame: str | bytes) -> JSON:
     """The server_error that a frame gets."""
     with pytest.raises(memws.InvalidRequest) as caught:
         read(frame)
-    return answer(caught.value)
+    return answer(frame, caught.value)
 
 
 # ---- signatures ------------------------------------------------------------------------------------------------------
@@ -103,28 +107,21 @@ def test_what_a_model_wrote_as_text_is_read_as_meant(hint: Any, value: Any, mean
 
 
 def look_up(first: object, word: str, day: Annotated[int, 1, 31] = 1, *, from_: str | None = None) -> None:
-    """Look a word
-    up.
-
-    At length.
+    """Look a word up.
 
     Args:
-        word: what to look for,
-            also in parts
-        day (int): of the month
+        word: what to look for
     """
 
 
 def test_a_function_is_its_signature() -> None:
-    """Name, first paragraph, parameters with meanings, bounds and defaults come from the function itself."""
+    """Name, docstring, parameters with bounds and defaults come from the function itself."""
     function = memws.function_of(look_up, skip=1)
-    assert (function.name, function.doc, function.call) == ("look_up", "Look a word up.", look_up)
+    assert (function.name, function.doc, function.call) == ("look_up", inspect.getdoc(look_up), look_up)
     properties = function.parameters["properties"]
     assert list(properties) == ["word", "day", "from"]
-    assert properties["word"] == {"type": "string", "description": "what to look for, also in parts"}
-    assert properties["day"] == {"type": "integer", "minimum": 1, "maximum": 31} | {
-        "description": "of the month", "default": 1,
-    }  # fmt: skip
+    assert properties["word"] == {"type": "string"}
+    assert properties["day"] == {"type": "integer", "minimum": 1, "maximum": 31, "default": 1}
     assert function.parameters["required"] == ["word"]
     assert function.bind({"word": "x", "from": "y", "more": 1}) == {"word": "x", "from_": "y"}
     assert function.bind({"word": "x", "day": "31"}, lenient=True) == {"word": "x", "day": 31}
@@ -285,7 +282,7 @@ def test_no_error_quotes_more_than_80_characters() -> None:
         try:
             read(frame)
         except memws.InvalidRequest as error:
-            message = answer(error)["message"]
+            message = answer(frame, error)["message"]
             assert message.count("Q") + message.count("0") + message.count("9") <= 80, frame[:100]
             errors += 1
     assert errors > 100
