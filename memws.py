@@ -7754,12 +7754,19 @@ class Screen:
         self._out = out
         self._prompt = ""
         self._mid_line = False
+        self._step = 0
+        self._kind = ""  # of the text on the current line
+        self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
 
     def write(self, text: str, style: str = "", end: str = "") -> None:
         """Add to the current line; `text` has been made printable."""
         painted = f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
         print(painted, end=end, file=self._out, flush=True)
         self._mid_line = not (text + end).endswith("\n")
+
+    def end_line(self) -> None:
+        if self._mid_line:
+            self.write("\n")
 
     def line(self, text: str, style: str = "") -> None:
         """Write a whole line, below streamed text or the prompt, which is repeated with what is typed behind it."""
@@ -7768,10 +7775,6 @@ class Screen:
         if self._prompt:
             typed = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
             self.write(self._prompt + typed)
-
-    def end_line(self) -> None:
-        if self._mid_line:
-            self.write("\n")
 
     def ask(self, prompt: str) -> str:
         """Read a line from the user. Raises EOFError and KeyboardInterrupt."""
@@ -7784,53 +7787,42 @@ class Screen:
         self._mid_line = False
         return text
 
-
-def show_line(screen: Screen, event: Frame) -> None:
-    """Show an event as FORMS has it; of types that are not there, and of what goes without saying, nothing."""
-    kind = kind_of(event)
-    is_failure = event.get("status") == "Failed"
-    is_reply = event.get("name") == "send_message" or (kind == "tool_return" and event.get("message") == "None")
-    is_usual = event.get("stop_reason") == "done" or event.get("reason") == HEARTBEAT_REQUESTED
-    if kind not in FORMS or is_usual or (is_reply and not is_failure) or (kind == "context" and "warning" not in event):
-        return
-    if isinstance(arguments := event.get("arguments"), dict):
-        arguments = {name: value for name, value in arguments.items() if name != "request_heartbeat"}
-        event = {**event, "message": encode_json(arguments)}
-    form, style = FORMS[kind]
-    render = printable if kind in WHOLE_TEXTS else clipped
-    texts = {"kind": kind, "label": "archival memory", **{key: render(value) for key, value in event.items()}}
-    screen.line(form.format_map(collections.defaultdict(str, texts)), "red" if is_failure else style)
-    for line in str(event.get("diff") or "").splitlines()[:8]:
-        screen.line(f"{line[:1]} {clipped(line[1:])}", "red" if line.startswith("-") else "green")
-
-
-class TurnView:
-    """Shows the user's own turn as it comes: text while it is being made, all else a line each."""
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self._step = 0
-        self._kind = ""  # of the text on the current line
-        self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
-
     def show(self, event: Frame) -> None:
-        """Show one event."""
-        kind, text = kind_of(event), str(event.get("message"))
-        if event.get("step", 0) != self._step:
-            self._step, self._kind, self._streamed = event.get("step", 0), "", {}
+        """Show an event of the user's own turn as it comes: text while it is being made, all else a line each."""
+        kind, text, step = kind_of(event), str(event.get("message")), event.get("step", 0)
+        if step != self._step:
+            self._step, self._kind, self._streamed = step, "", {}
         if kind == "delta":
             self._stream(event["of"], text, str(event.get("agent_name")))
         elif kind != "user_message" and text not in self._streamed.get(kind, ""):
             self._kind = ""
-            show_line(self._screen, event)
+            self.show_line(event)
 
     def _stream(self, kind: str, text: str, agent_name: str) -> None:
         if kind != self._kind:
-            self._screen.end_line()
-            self._screen.write(FORMS[kind][0].format(agent_name=printable(agent_name), message=""), "bold")
-        self._screen.write(printable(text), FORMS[kind][1])
+            self.end_line()
+            self.write(FORMS[kind][0].format(agent_name=printable(agent_name), message=""), "bold")
+        self.write(printable(text), FORMS[kind][1])
         self._kind = kind
         self._streamed[kind] = self._streamed.get(kind, "") + text
+
+    def show_line(self, event: Frame) -> None:
+        """Show an event as FORMS has it; of types that are not there, and of what goes without saying, nothing."""
+        kind, has_failed = kind_of(event), event.get("status") == "Failed"
+        is_reply = event.get("name") == "send_message" or (kind == "tool_return" and event.get("message") == "None")
+        is_usual = event.get("stop_reason") == "done" or event.get("reason") == HEARTBEAT_REQUESTED
+        is_silent = is_usual or (is_reply and not has_failed) or (kind == "context" and "warning" not in event)
+        if kind not in FORMS or is_silent:
+            return
+        if "arguments" in event:
+            arguments = {name: value for name, value in event["arguments"].items() if name != REQUEST_HEARTBEAT}
+            event = {**event, "message": encode_json(arguments)}
+        form, style = FORMS[kind]
+        render = printable if kind in WHOLE_TEXTS else clipped
+        texts = {"kind": kind, "label": "archival memory", **{key: render(value) for key, value in event.items()}}
+        self.line(form.format_map(collections.defaultdict(str, texts)), "red" if has_failed else style)
+        for line in str(event.get("diff") or "").splitlines()[:8]:
+            self.line(f"{line[:1]} {clipped(line[1:])}", "red" if line.startswith("-") else "green")
 
 
 # ---- the terminal client ---------------------------------------------------------------------------------------------
@@ -7874,7 +7866,10 @@ class Chat:
             text = self.screen.ask(f"{self.client.agent_name or ''}> ").strip()
             self._leaves = False
             if text.startswith("/") and not text.startswith("//"):
-                self._obey(*text[1:].split(maxsplit=1))
+                name, _, rest = text[1:].partition(" ")
+                getattr(self, f"do_{name}", self.do_help)(rest.strip())
+            elif text and self.client.agent_name is None:
+                self.screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
             elif text:
                 self._talk(text.removeprefix("/"))
         except KeyboardInterrupt:
@@ -7887,32 +7882,24 @@ class Chat:
                 raise
             self.screen.line(printable(error), "red")
 
-    def _obey(self, name: str = "", rest: str = "") -> None:
-        command = getattr(self, f"do_{name}", None)
-        if command is None:
-            self.screen.line(f"unknown command {clipped('/' + name, 40)}: /help lists the commands", "yellow")
-        else:
-            command(rest)
-
     def _talk(self, text: str) -> None:
         """Send a message and show its turn; Ctrl-C cancels it, a second one leaves."""
-        if self.client.agent_name is None:
-            return self.screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
-        turn_id, view = secrets.token_hex(16), TurnView(self.screen)
+        turn_id = secrets.token_hex(16)
         self._own_turns.add(turn_id)
-        turn = self.client.send(text, turn_id=turn_id)
+        turn: BlockingStream | None = None
         while True:
             try:
+                turn = turn or self.client.send(text, turn_id=turn_id)  # again where an interrupt met it: it runs once
+                if self._leaves:
+                    turn.cancel()
                 for event in turn:
-                    view.show(event)
+                    self.screen.show(event)
                 break
             except KeyboardInterrupt:
-                turn.cancel()
                 if self._leaves:
                     raise
                 self._leaves = True
         self._leaves = False
-        return None
 
     def _switch(self, command: str, **arguments: Any) -> None:
         """Enter an agent, and show from now on what others make it do."""
@@ -7932,7 +7919,7 @@ class Chat:
         with contextlib.suppress(MemwsError):  # the main thread meets it as well
             for event in events:
                 if event.get("turn_id") not in self._own_turns:
-                    show_line(self.screen, event)
+                    self.screen.show_line(event)
 
     # -- the slash commands --
 
