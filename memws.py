@@ -6438,35 +6438,7 @@ def _secrets(request: http11.Request) -> list[bytes]:
     return [text.encode("utf-8", "replace") for text in texts]
 
 
-# ---- delivery: an agent publishes, readers are cursors ---------------------------------------------------------------
-
-
-class Channel:
-    """An agent's events on their way to any number of readers, none of whom it knows: the newest are in a ring.
-
-    All stored ones are in the store, too: a reader that has fallen behind the ring misses only what is live.
-    """
-
-    def __init__(self, last_seq: int) -> None:
-        self.last_seq, self.count, self.closed = last_seq, 0, False  # count: of the events ever published here
-        self.news = asyncio.Event()  # set at the next event, when another takes its place
-        self._ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
-
-    def publish(self, event: StoredEvent) -> None:
-        self.last_seq = event.seq or self.last_seq
-        self._ring.append(event)
-        self.count += 1
-        self.wake()
-
-    def wake(self) -> None:
-        """Let all readers look again."""
-        self.news.set()
-        self.news = asyncio.Event()
-
-    def get(self, place: int) -> StoredEvent | None:
-        """The event of that number, counted from 0; None where it is no longer in the ring."""
-        first = self.count - len(self._ring)
-        return self._ring[place - first] if place >= first else None
+# ---- an agent in use -------------------------------------------------------------------------------------------------
 
 
 class Tasks:
@@ -6475,11 +6447,10 @@ class Tasks:
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
     async def join(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -6489,9 +6460,6 @@ class Tasks:
         for task in self._tasks:
             task.cancel()
         await self.join()
-
-
-# ---- an agent in use -------------------------------------------------------------------------------------------------
 
 
 WhenBusy = Literal["queue", "reject", "interrupt"]
@@ -6510,15 +6478,22 @@ class QueuedTurn(Turn):
 
 
 class LiveAgent:
-    """One agent in use: its turns one after another, its channel, its timed heartbeats."""
+    """One agent in use: its turns one after another, its events for any number of readers, its timed heartbeats.
+
+    The newest events are in a ring, all stored ones in the store, too: a reader that has fallen behind the ring misses
+    only what is live.
+    """
 
     def __init__(self, agents: Agents, record: AgentRecord) -> None:
         self.agents, self.name = agents, record.name
         self.agent: Agent  # set by open()
-        self.channel = Channel(record.last_seq)
         self.waiting: collections.deque[QueuedTurn] = collections.deque()
         self.current: QueuedTurn | None = None  # what runs: a turn, or a compaction that a client asked for
         self.gone = False  # deleted
+        self.closed = False  # there will be no more events
+        self.last_seq, self.count = record.last_seq, 0  # count: of the events ever published here
+        self.news = asyncio.Event()  # set at the next event, when another takes its place
+        self._ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
 
@@ -6542,11 +6517,23 @@ class LiveAgent:
 
     def publish(self, *events: StoredEvent) -> None:
         for event in events:
-            self.channel.publish(self._with_name(event))
+            self.last_seq = event.seq or self.last_seq
+            self._ring.append(self._with_name(event))
+            self.count += 1
+        self.wake()
+
+    def wake(self) -> None:
+        """Let all readers look again."""
+        self.news.set()
+        self.news = asyncio.Event()
 
     def _with_name(self, event: StoredEvent) -> StoredEvent:
-        """The event with the agent's present name."""
         return event._replace(text=with_fields(event.text, agent_name=self.name))
+
+    def event(self, place: int) -> StoredEvent | None:
+        """The event of that number, counted from 0; None where it is no longer in the ring."""
+        first = self.count - len(self._ring)
+        return self._ring[place - first] if place >= first else None
 
     async def events(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
@@ -6571,8 +6558,6 @@ class LiveAgent:
         """Around an edit from outside. Raises as fresh()."""
         yield await self.fresh()
         self.agents.memory_growth.set()
-
-    # -- turns --
 
     def find(self, turn_id: str) -> QueuedTurn | None:
         """The turn of that id, where it waits or runs."""
@@ -6677,8 +6662,8 @@ class LiveAgent:
 
     def close(self) -> None:
         """Let go of the timer, and of readers once they have read all."""
-        self.channel.closed = True
-        self.channel.wake()
+        self.closed = True
+        self.wake()
         self.rest()
 
 
@@ -6740,10 +6725,9 @@ class Agents(Tasks):
             live.publish(*await self.store.write(rename_agent, live.agent.record.id, name, event))
             self.live[name] = self.live.pop(live.name)
             live.name = live.agent.record.name = name
-            record = await self.store.read(
-                find_agent, name
-            )  # under a name that was in use before, seqs go on above that
-            live.agent.record.last_seq = live.channel.last_seq = record.last_seq
+            # Under a name that was in use before, seqs go on above that.
+            record = await self.store.read(find_agent, name)
+            live.agent.record.last_seq = live.last_seq = record.last_seq
         return name
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
@@ -6798,14 +6782,14 @@ class Agents(Tasks):
 class Reader:
     """What one connection gets of one agent: all events above a seq, or those of its own turns; one task sends them.
 
-    websockets' backpressure sets the pace: while `send` waits for the client, nothing is taken from the channel.
+    websockets' backpressure sets the pace: while `send` waits for the client, no event is taken.
     """
 
     def __init__(self, session: Session, live: LiveAgent) -> None:
         self.session, self.live = session, live
-        # All up to seq `cursor` was sent or passed by; `place` is the number of the next event in the channel, or -1
+        # All up to seq `cursor` was sent or passed by; `place` is the number of the next event, or -1
         # where the store is to be read first. A turn that is followed late is replayed up to the cursor of then.
-        self.cursor, self.place = live.channel.last_seq, live.channel.count
+        self.cursor, self.place = live.last_seq, live.count
         self.floor: int | None = None  # a subscription gets all stored events above it; None: there is none
         self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: dict[str, int] = {}  # of them those that are sent from their start, and up to which seq
@@ -6818,7 +6802,7 @@ class Reader:
         self.floor = floor
         if floor is not None and floor < self.cursor:
             self.cursor, self.place = floor, -1
-        self.live.channel.wake()
+        self.live.wake()
 
     def follow(self, turn_id: str, request_id: RequestId, item: QueuedTurn | None, *, replay: bool = False) -> None:
         """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor.
@@ -6832,10 +6816,10 @@ class Reader:
             if item is not None:
                 item.done.add_done_callback(functools.partial(self._end, turn_id))
         self.turns[turn_id] = request_id
-        self.live.channel.wake()
+        self.live.wake()
 
     def _end(self, turn_id: str, done: asyncio.Future[None]) -> None:
-        error = None if done.cancelled() else done.exception()
+        error = done.exception()
         if isinstance(error, MemwsError) and turn_id in self.turns:
             self.session.spawn(self._refuse(turn_id, error))
 
@@ -6856,17 +6840,17 @@ class Reader:
 
     async def _read(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
-        channel = self.live.channel
+        live = self.live
         while self.floor is not None or self.turns:
             if self._replays:
                 turn_id, until = self._replays.popitem()
-                async for event in self.live.events(0, min(until, self.cursor), turn_id):
+                async for event in live.events(0, min(until, self.cursor), turn_id):
                     await self._send(event)
-            elif self.place == channel.count:
-                if channel.closed:
+            elif self.place == live.count:
+                if live.closed:
                     return
-                await channel.news.wait()
-            elif (news := channel.get(self.place)) is None:
+                await live.news.wait()
+            elif (news := live.event(self.place)) is None:
                 await self._catch_up()
             else:
                 self.place += 1
@@ -6874,15 +6858,13 @@ class Reader:
 
     async def _catch_up(self) -> None:
         """Send what is stored behind the cursor."""
-        channel = self.live.channel
-        last_seq, place = channel.last_seq, channel.count
+        last_seq, place = self.live.last_seq, self.live.count
         self.place = place
-        async with contextlib.aclosing(self.live.events(self.cursor, last_seq)) as events:
-            async for event in events:
-                if self._replays or self.place != place:  # they come first, or a subscription went back meanwhile
-                    self.place = -1
-                    return
-                await self._deliver(event)
+        async for event in self.live.events(self.cursor, last_seq):
+            if self._replays or self.place != place:  # they come first, or a subscription went back meanwhile
+                self.place = -1
+                return
+            await self._deliver(event)
         self.cursor = max(self.cursor, last_seq)
 
     async def _deliver(self, event: StoredEvent) -> None:
@@ -6971,15 +6953,6 @@ class Session(Tasks):
         self._request_id: RequestId = None  # of the request that is being answered
         self._unsent, self._progress = 0, time.monotonic()  # bytes that waited at the last look; when some were taken
 
-    async def _converse(self) -> None:
-        """Take frames until the connection closes."""
-        try:
-            with contextlib.suppress(ConnectionClosed):
-                async for frame in self.websocket:
-                    await self._take(frame)
-        finally:
-            await self.end()
-
     async def _send(self, text: str) -> None:
         """Send a frame; waits for a client that reads slowly. Raises ConnectionClosed."""
         await self.websocket.send(text)
@@ -7016,11 +6989,11 @@ class Session(Tasks):
         self._request_id = request.get("id")
         try:
             function, arguments = called(request, COMMANDS)
-            if takes_agent(function.call):
+            if "live" in function.call.__annotations__:
                 arguments["live"] = await self._live(arguments.pop("agent_name", None))
             result = await function.call(self, **arguments)
             text = answer(request, result) if is_command else ""
-            if len(text) > MAX_FRAME // 4 and len(text.encode()) > MAX_FRAME:
+            if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
         except ConnectionClosed:
             return
@@ -7102,7 +7075,7 @@ class Session(Tasks):
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
         await live.fresh()
-        last_seq = live.channel.last_seq
+        last_seq = live.last_seq
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
@@ -7113,7 +7086,7 @@ class Session(Tasks):
         """Follow an agent no longer. Result: {last_seq}."""
         if live in self.readers:
             self.readers[live].subscribe(None)
-        return {"last_seq": live.channel.last_seq}
+        return {"last_seq": live.last_seq}
 
     # -- agents --
 
@@ -7130,7 +7103,7 @@ class Session(Tasks):
         live = self._current = await self._live(agent_name if name is None else name)
         agent = await live.fresh()
         repairs, agent.repairs = agent.repairs, []
-        about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.channel.last_seq}
+        about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.last_seq}
         return about | {"repaired": repairs, "warnings": agent.warnings}
 
     async def hello(self, message_types: list[str] | None = None) -> JSON:
@@ -7177,7 +7150,7 @@ class Session(Tasks):
             "settings": agent.settings(),
             "blocks": [asdict(block) for block in memory.blocks.values()],
             "counts": counts,
-            "last_seq": live.channel.last_seq,
+            "last_seq": live.last_seq,
             "turn": {"turn_id": running.turn_id, "step": running.step} if running and running.turn_id else None,
         }
 
@@ -7201,7 +7174,7 @@ class Session(Tasks):
             purge: forget the agent for ever instead of keeping it aside
         """
         try:
-            live = await self._live(agent_name)
+            await self._agents.delete(await self._live(agent_name), force, purge)
         except UnknownAgent:
             if not purge:
                 raise
@@ -7209,14 +7182,12 @@ class Session(Tasks):
                 find_agent, unicodedata.normalize("NFC", agent_name or ""), deleted=True
             )
             await self._agents.store.write(delete_agent, record.id, None, True)
-        else:
-            await self._agents.delete(live, force, purge)
         return {}
 
     async def restore_agent(self, agent_name: Annotated[str, 0, 1_000], new_name: AgentName = None) -> JSON:
         """Bring back the agent that was deleted last under a name. Result: {agent_name, last_seq}."""
         live = await self._agents.restore(agent_name, new_name)
-        return {"agent_name": live.name, "last_seq": live.channel.last_seq}
+        return {"agent_name": live.name, "last_seq": live.last_seq}
 
     # -- memory --
 
@@ -7296,28 +7267,22 @@ class Session(Tasks):
         async with live.editing() as agent:
             return {"id": await agent.insert_passage(text)}
 
-    async def delete_passage(self, live: LiveAgent, passage_id: MessageId = None) -> JSON:
-        """Take a passage out of archival memory (absent: the request's own `id` names it). Result: {id}."""
-        number = self._request_id if passage_id is None else passage_id
-        if not isinstance(number, int):
-            raise InvalidRequest("missing_field", "delete_passage needs the field 'passage_id'")
+    async def delete_passage(self, live: LiveAgent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
+        """Take a passage out of archival memory. Result: {id}."""
         async with live.editing() as agent:
-            await agent.delete_passage(number)
-        return {"id": number}
+            await agent.delete_passage(passage_id)
+        return {"id": passage_id}
 
     async def compact(self, live: LiveAgent) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Result: {tokens_before, tokens_after}."""
         return await live.compact()
 
 
-def takes_agent(call: Callable[..., Any]) -> bool:
-    """Whether a command is about an agent in use, `live`, which a request names as agent_name."""
-    return "live" in call.__annotations__
-
-
 def command_of(call: Callable[..., Any]) -> Function:
-    command = function_of(call, skip=1 + takes_agent(call))
-    if takes_agent(call):
+    """A command. What it calls `live` is an agent, which a request names as agent_name."""
+    takes_agent = "live" in call.__annotations__
+    command = function_of(call, skip=1 + takes_agent)
+    if takes_agent:
         command.parameters["properties"]["agent_name"] = schema_of(AgentName)
     return command
 
@@ -7407,6 +7372,7 @@ class WebSocketServer:
         self._gate = Gate(self.options)
         self._thread: LoopThread | None = None
         self.host, self.port = host, port
+        self.interface = self  # where clients are registered; MemGPT 0.2.7 has an object of its own for that
         self._reset()
 
     def _reset(self) -> None:
@@ -7427,11 +7393,6 @@ class WebSocketServer:
     def url(self) -> str:
         """The address that clients connect to."""
         return f"ws://{url_host(self.host)}:{self.port}"
-
-    @property
-    def interface(self) -> typing.Self:
-        """Where clients are registered (MemGPT 0.2.7 has an object of its own for that)."""
-        return self
 
     @property
     def agent_name(self) -> str | None:
@@ -7509,11 +7470,9 @@ class WebSocketServer:
     async def _warm_up(self, agents: Agents) -> None:
         """Import openai while nobody waits for it yet."""
         if not agents.models.offline:
-            try:
+            with contextlib.suppress(UsageError):  # the first turn tells it
                 async with agents.models.endpoint.client():
                     pass
-            except UsageError as error:
-                logger.error("%s", error)
 
     async def _close_stalled(self) -> None:
         """Close the connections of clients that have stopped to read."""
@@ -7553,8 +7512,11 @@ class WebSocketServer:
         self._loop = asyncio.get_running_loop()
         session = self.register_client(websocket)
         try:
-            await session._converse()
+            with contextlib.suppress(ConnectionClosed):
+                async for frame in websocket:
+                    await session._take(frame)
         finally:
+            await session.end()
             self.unregister_client(websocket)
 
     async def close(self) -> None:
@@ -7688,7 +7650,7 @@ class WebSocketServer:
         live = await self.open().get(self.agent.name)
         live.enqueue(item)
         await asyncio.shield(item.done)  # a caller that waits no longer does not end it
-        return [decode_json(event.text) async for event in live.events(0, live.channel.last_seq, item.turn_id)]
+        return [decode_json(event.text) async for event in live.events(0, live.last_seq, item.turn_id)]
 
     def _call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of a coroutine function on the server's loop, which is made where there is none yet."""
