@@ -100,8 +100,8 @@ a crash: kill test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
   test_a_repair_is_made_once_and_before_all_else; soak test_every_figure_is_met
 subscribe: server test_an_unknown_seq_subscribes_nothing test_a_replay_that_cannot_be_read_ends_alone; machine
   test_whatever_clients_do
-turns never overlap, agents never wait for each other: server test_messages_wait_their_turn
-  test_a_blocking_tool_stops_nobody; machine test_whatever_clients_do
+turns never overlap, agents never wait for each other: server test_a_blocking_tool_stops_nobody; machine
+  test_whatever_clients_do
 """
 AGENT = """
 1 history is never poisoned: misbehaviour test_whatever_happens_talk_goes_on; agent

@@ -289,15 +289,13 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
 
 
 async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, server: Server) -> None:
-    """Subscribers and current agents follow a rename; a delete frees the name, and restore_agent brings all back."""
+    """Subscribers and current agents follow a rename; a delete frees the name and leaves no current agent, and
+    restore_agent brings all back (test_machine.py has every order and refusal)."""
     async with wire(server, "*") as other:
-        await client.ok("create_agent", config={"name": "taken"})
-        for each in (client, other):
-            await each.ok("load_agent", name="sam")
+        await other.ok("load_agent", name="sam")
         await other.ok("subscribe")
         await client.turn("My name is Ada", turn_id="t")
         await other.ended()
-        assert (await client.refused("rename_agent", new_name="taken"))["code"] == "name_taken"
         assert (await client.refused("rename_agent", new_name="a b"))["code"] == "bad_config"
         assert await client.ok("rename_agent", new_name="new") == {"agent_name": "new"}
         change = await other.receive()
@@ -306,26 +304,17 @@ async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, serve
             assert {frame["agent_name"] for frame in await client.turn("My name is Ada", turn_id=turn_id)} == {"new"}
         last = await other.ended()
         assert (last["agent_name"], last["turn_id"]) == ("new", "t2")
-        assert (await client.refused("get_agent", agent_name="sam"))["code"] == "unknown_agent"
-
         assert await client.ok("delete_agent") == {}
         change = await other.receive()
         assert (change["message_type"], change["change"], change["seq"]) == ("agent_change", "deleted", last["seq"] + 1)
         for each in (client, other):
             assert (await each.refused("get_agent"))["code"] == "no_agent"
-            assert [refusal["code"] for refusal in await each.turn("hi")] == ["no_agent"]
-        assert [agent["agent_name"] for agent in (await client.ok("list_agents"))["agents"]] == ["taken"]
-        assert (await client.refused("delete_agent", agent_name="new"))["code"] == "unknown_agent"
         await client.ok("create_agent", config={"name": "new"})
         await client.turn("hi")
         await other.nothing_more()  # its subscription was the old agent's
-        assert (await client.refused("restore_agent", agent_name="new"))["code"] == "name_taken"
         restored = await client.ok("restore_agent", agent_name="new", new_name="ada")
         assert restored == {"agent_name": "ada", "last_seq": change["seq"]}
-        assert await messages_of(client, "ada") == ["My name is Ada"] * 2
-        assert await messages_of(client, "new") == ["hi"]
-        for name in ("new", "never"):
-            assert (await client.refused("restore_agent", agent_name=name))["code"] == "unknown_agent"
+        assert [await messages_of(client, name) for name in ("ada", "new")] == [["My name is Ada"] * 2, ["hi"]]
 
 
 # ---- memory and history ----------------------------------------------------------------------------------------------
@@ -698,35 +687,19 @@ async def test_a_message_that_cannot_be_stored_is_refused(
     assert await messages_of(client, "sam") == ["hi"]
 
 
-async def test_messages_wait_their_turn(server: Server, endpoint: Endpoint) -> None:
-    """Messages of several connections run one after another, in the order sent; who asks is told the place."""
-    async with wire(server, "queue", "assistant_message") as client, wire(server) as other:
-        await client.ok("create_agent", config={"name": "sam"})
-        await hold(client, endpoint, "first", id=1)
-        await other.say("second", id=2, agent_name="sam")
-        await other.nothing_more()
-        await client.say("third", id=3, turn_id="t3")
-        queued = await client.receive()
-        assert (queued["message_type"], queued["position"], queued["turn_id"]) == ("queue", 2, "t3")
-        assert "seq" not in queued
-        endpoint.release()
-        await client.until(lambda frame: is_terminal(frame) and frame["id"] == 3)
-        await other.until(is_terminal)
-        ends = {frame["id"]: frame["seq"] for frame in client.frames + other.frames if is_terminal(frame)}
-        assert ends[1] < ends[2] < ends[3]
-        assert await messages_of(client, "sam") == ["first", "second", "third"]
-
-
-async def test_when_busy(client: Wire, server: Server, endpoint: Endpoint) -> None:
-    """when_busy rejects as busy, or ends the running turn as superseded and goes before those that wait."""
+async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
+    """when_busy rejects as busy, waits and tells the place, or ends the running turn as superseded and goes before
+    those that wait (test_machine.py has every order)."""
     await hold(client, endpoint, id="runs", when_busy="reject")
     refusal = (await client.turn("rejected", when_busy="reject", turn_id="t"))[-1]
     assert (refusal["code"], refusal["turn_id"]) == ("busy", "t")
-    await client.say("waits", id="waits")
+    for number in (1, 2):
+        await client.say(f"waits {number}", id=number)
     await client.say("interrupts", id="interrupts", when_busy="interrupt")
-    frames = await client.until(lambda frame: is_terminal(frame) and frame["id"] == "waits")
-    assert list(ends_of(frames).items()) == [("runs", "superseded"), ("interrupts", "done"), ("waits", "done")]
-    assert await messages_of(client, "sam") == ["runs", "interrupts", "waits"]
+    frames = await client.until(lambda frame: is_terminal(frame) and frame["id"] == 2)
+    assert [(frame["position"], "seq" in frame) for frame in of_kind(frames, "queue")] == [(1, False), (2, False)]
+    assert list(ends_of(frames).items()) == [("runs", "superseded"), ("interrupts", "done"), (1, "done"), (2, "done")]
+    assert await messages_of(client, "sam") == ["runs", "interrupts", "waits 1", "waits 2"]
     assert (await client.turn("idle now", when_busy="interrupt"))[-1]["stop_reason"] == "done"
 
 
@@ -781,17 +754,13 @@ async def test_a_waiting_turn_sent_again(server: Server, endpoint: Endpoint) -> 
         await client.say("again", turn_id="t", id="one")
         await other.say("again", turn_id="t", id="two", agent_name="sam")
         await other.nothing_more()
-        (refusal,) = await other.turn("different", turn_id="t", agent_name="sam")
-        assert refusal["code"] == "turn_id_reused"
         endpoint.release()
         mine = await client.until(lambda frame: is_terminal(frame) and frame["turn_id"] == "t")
         mine = [frame for frame in mine if frame["turn_id"] == "t"]
         theirs = await other.until(is_terminal)
-        assert seqs(mine) == seqs(theirs)
-        assert [frame.get("id") for frame in (mine[0], mine[-1])] == ["one", "one"]
-        assert [frame.get("id") for frame in (theirs[0], theirs[-1])] == ["two", "two"]
-        assert await messages_of(client, "sam") == ["runs", "again"]
-        assert len(endpoint.requests) == 2
+        assert [bare(frame) for frame in mine] == [bare(frame) for frame in theirs]
+        assert [frame["id"] for frame in (mine[0], mine[-1], theirs[0], theirs[-1])] == ["one"] * 2 + ["two"] * 2
+        assert (len(endpoint.requests), await messages_of(client, "sam")) == (2, ["runs", "again"])
 
 
 @pytest.mark.parametrize("subscribed", [False, True])

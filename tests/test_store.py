@@ -37,14 +37,12 @@ from memws import (
     find_passage,
     find_request,
     find_turn,
-    keep_vectors,
     list_agents,
     load_messages,
     read_events,
     read_messages,
     restore_agent,
     search,
-    without_vector,
 )
 
 pytestmark = pytest.mark.anyio
@@ -317,30 +315,6 @@ async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None
     assert await store.read(find_turn, agent.id, "t1") == (None, True)
 
 
-async def test_a_request_and_a_turn_are_found(store: Store) -> None:
-    """A model call is kept by reference and given back as it was, of several in one step the last; a turn is known from
-    its start, by its message where it has one, and open until its end."""
-    agent, message = await new_agent(store), memws.response("user_message", "Hi", "t1")
-    messages = [say(number, f"message {number} ä日") for number in range(1, 6)]
-    await store.write(commit, agent.id, Changes([start(), message], messages))
-    records = [asked("t1", 1, 1, 5), asked("t1", 1, 1, 3), asked("t1", 2, 4, 5, summary='{"x":"日"}', extra='{"y":1}')]
-    for record in records:
-        record.usage, record.first_token_ms, record.total_ms = {"u": 1}, 7, 9
-        await store.write(commit, agent.id, Changes(request=record))
-    bodies = [message.body for message in messages]
-    assert await store.read(find_request, agent.id, "t1", 1) == (records[1], bodies[:3])
-    assert await store.read(find_request, agent.id, "t1", 2) == (records[2], bodies[3:])
-    assert (await store.read(find_request, agent.id, "t1", 3), await store.read(find_turn, agent.id, "t2")) == (
-        None,
-        None,
-    )
-    turns = [
-        await store.read(find_turn, agent.id, "t1"),
-        await store.write(commit, agent.id, Changes([start("t1", "end")])),
-    ]
-    assert [turns[0], await store.read(find_turn, agent.id, "t1")] == [("Hi", False), ("Hi", True)]
-
-
 @pytest.mark.parametrize("text", ["cake", "", "ake "])
 async def test_search_is_filtered(store: Store, text: str) -> None:
     """Store, time, page and the newest that may be found narrow a search by words, by none and by parts of words; how
@@ -383,42 +357,6 @@ async def test_times_of_turns(store: Store) -> None:
         assert {"cake 2", "cake 4"} <= set(found) <= {"cake 2", "cake 3", "cake 4"}
     found = await find(store, agent, "pancakes")
     assert (found[0], "cake 4" in found, "later" in found) == ("pancakes", True, False)
-
-
-def letters(text: str) -> bytes:
-    """A text's vector: how often it has each letter."""
-    return memws.pack_vector([text.count(chr(code)) + 0.01 for code in range(97, 123)])
-
-
-async def test_vectors_find_what_words_do_not(store: Store) -> None:
-    """What has a vector of the model in use is found by it too, within the filters; another model's are forgotten."""
-    agent, texts = await new_agent(store), ["zzz zq", "mmm", "the cake", "aaa bbb", "kxkx"]
-    times = [f"2026-11-0{day}T12:00:00.000Z" for day in (1, 1, 2, 3, 4)]
-    spoken = [words(n, text, time) for n, (text, time) in enumerate(zip(texts, times, strict=True), 1)]
-    await store.write(commit, agent.id, Changes(documents=[*spoken, passage(1, "zzz qqq")]))
-
-    async def found(text: str, *stores: str, **by: Any) -> list[str]:
-        return await find(store, agent, text, *stores, vector=letters("qzq"), **by)
-
-    by_both = ["the cake", "zzz qqq", "zzz zq", "mmm", "aaa bbb"]
-    for model in ("small", "large"):
-        cleared: int | None = 0
-        while cleared is not None:
-            cleared = await store.write(memws.clear_vectors, model, cleared)
-        todo = await store.read(without_vector, 9)
-        assert [text for _, text in todo] == [*texts, "zzz qqq"]
-        assert await store.read(without_vector, 2) == todo[:2]
-        vectors = [(doc, text, b"" if text == "kxkx" else letters(text)) for doc, text in todo]
-        await store.write(keep_vectors, [(doc, "another text", vector) for doc, _, vector in vectors])
-        assert await store.read(without_vector, 9) == todo
-        await store.write(keep_vectors, vectors)
-        assert await store.read(without_vector, 9) == []
-        assert await found("cake") == by_both
-        assert await store.write(memws.clear_vectors, model, 0) is None
-    assert await found("xyzzy", "archival") == ["zzz qqq"]
-    assert await found("xyzzy", "recall", newest=4) == ["zzz zq", "mmm", "the cake", "aaa bbb"]
-    await store.write(commit, agent.id, Changes(removed=[1], documents=[passage(2, "new")]))
-    assert [text for _, text in await store.read(without_vector, 9)] == ["new"]
 
 
 async def test_deleted_agents_are_kept_aside(store: Store) -> None:
@@ -472,46 +410,35 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
     assert (await new_agent(store)).last_seq == 3
 
 
-async def test_a_full_disk_fails_the_step_and_not_the_store(store: Store) -> None:
-    """While the disk is full every write is refused whole and reads go on; once there is room the store goes on."""
-    agent, other = await new_agent(store), await new_agent(store, "ada")
-    await store.write(commit, agent.id, step())
-    before = await everything(store, agent.id)
-    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
-    store._connection.execute(f"PRAGMA max_page_count = {pages}")
-    huge = Changes([tell("first"), start("t2")], [say(2, "x" * 60_000)])
-    more = Changes(documents=[passage(1, "x" * 99_999)])
-    await fails(store.write(commit, agent.id, huge), "full")
-    async with held_writer(store):
-        tasks = await queued(store.write(commit, agent.id, huge), store.write(commit, other.id, more))
-    assert [type(told) for told in await asyncio.gather(*tasks, return_exceptions=True)] == [StoreFailed] * 2
-    assert await everything(store, agent.id) == before
-    store._connection.execute("PRAGMA max_page_count = 1000000")
-    assert [event.seq for event in await store.write(commit, agent.id, step(2, "t2"))] == [3, 4]
-    assert store._connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+HINDRANCES = {
+    "full": ("PRAGMA max_page_count = 1", "PRAGMA max_page_count = 1000000"),
+    "readonly": ("PRAGMA query_only = ON", "PRAGMA query_only = OFF"),
+    "locked": ("PRAGMA busy_timeout = 10", "PRAGMA busy_timeout = 20000"),
+}
 
 
-async def test_a_store_that_may_not_write_reads_on(tmp_path: Path) -> None:
-    """While a database is read-only, or another program holds its lock for too long, writes are refused and reads go
-    on; a lock that is given up in time delays a step only."""
-    path = tmp_path / "memws.db"
+@pytest.mark.parametrize("what", HINDRANCES)
+async def test_a_store_that_cannot_write_reads_on(tmp_path: Path, what: str) -> None:
+    """While the disk is full, or the file read-only or locked for too long by another program, every write is refused
+    whole and reads go on; then the store does; a lock that is given up in time delays a step only."""
+    path, (hinder, let) = tmp_path / "memws.db", HINDRANCES[what]
     async with opened(path) as store:
-        agent = await new_agent(store)
-        await store.write(commit, agent.id, step())
-        before = await everything(store, agent.id)
-        store._connection.execute("PRAGMA query_only = ON")
-        await fails(store.write(commit, agent.id, Changes([tell()])), "readonly")
-        store._connection.execute("PRAGMA query_only = OFF")
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            store._connection.execute("PRAGMA busy_timeout = 10")
-            await fails(store.write(commit, agent.id, Changes([tell()])), "locked")
-            await fails(store.write(delete_agent, agent.id, None, purge=True), "locked")
-            store._connection.execute("PRAGMA busy_timeout = 20000")
-            tasks = await queued(store.write(commit, agent.id, step(2, "t2")))
+            agent, sql = await new_agent(store), store._connection.execute
+            await store.write(commit, agent.id, step())
+            before, huge = await everything(store, agent.id), Changes([tell(), start("t2")], [say(2, "x" * 60_000)])
+            sql(hinder)
+            other.execute("BEGIN IMMEDIATE" if what == "locked" else "SELECT 1")
+            for task in await queued(*(store.write(commit, agent.id, huge) for _ in range(2))):
+                await fails(task, what)
             assert await everything(store, agent.id) == before
-            other.execute("ROLLBACK")
-        assert [[event.seq for event in await task] for task in tasks] == [[3, 4]]
+            sql(let)
+            (task,) = await queued(store.commit(agent.id, step(2, "t2")))
+            if what == "locked":
+                assert await everything(store, agent.id) == before
+                other.execute("ROLLBACK")
+            assert [event.seq for event in await task] == [3, 4]
+            assert sql("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 async def test_what_was_handed_over_is_stored(store: Store) -> None:
