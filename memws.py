@@ -140,7 +140,6 @@ MAX_QUERY = 10_000
 MAX_DEPTH = 64  # levels of nested JSON in a request
 MAX_ERROR = 1_400  # bytes of one error sentence: an answer holds it twice and stays under 4 KiB
 MAX_QUOTE = 60  # of the input in an error sentence
-MAX_ANSWER = MAX_FRAME - 4_096  # bytes of a list in an answer; its later items wait for the next page
 LISTED_TEXT = 20_000  # of one item's text in a list
 BLOCK_LIMIT = 2_000  # of a core memory block by default (MemGPT 0.2.7, constants.py)
 MAX_BLOCK_LIMIT = 20_000
@@ -172,7 +171,6 @@ RETRY_PAUSE = 0.5  # before the first retry of a failed model call; doubled for 
 MAX_RETRY_AFTER = 30.0  # the longest Retry-After that is waited for; a longer one ends the turn
 LOGIN_SILENCE = 3600.0  # a message after so long a silence is preceded by a login event
 MIN_HEARTBEAT_INTERVAL = 60
-MAX_PAUSE_HEARTBEATS = 360  # minutes that pause_heartbeats may ask for (MemGPT 0.2.7, constants.py)
 SWITCH_INTERVAL = 0.001  # how long a thread that computes may keep the others waiting; Python's own is 0.005
 DELTA_INTERVAL = 0.02  # pieces of text that arrive within this time become one delta
 
@@ -537,8 +535,6 @@ def describe(schema: JSON) -> str:
         return " or ".join(map(describe, schema["anyOf"]))
     if "enum" in schema:
         return f"one of {', '.join(map(repr, schema['enum']))}"
-    if "type" not in schema:
-        return "anything"
     _, words, low, high, unit = _KINDS[schema["type"]]
     if "type" in schema.get("items", {}):
         words += f" of {schema['items']['type']}s"
@@ -634,13 +630,12 @@ def function_of(call: Callable[..., Any], name: str | None = None, skip: int = 0
 
 Id = Annotated[str, 0, MAX_ID] | Annotated[int, -(2**53), 2**53] | None
 _ID_SCHEMA = schema_of(Id)
-_AGENT_NAME = re.compile(r"[^\W_][\w.-]{0,63}")
 
 
 def check_name(name: Any) -> str:
     """An agent's name in NFC. Raises Refused (bad_config)."""
     normal = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
-    if not _AGENT_NAME.fullmatch(normal):
+    if not re.fullmatch(r"[^\W_][\w.-]{0,63}", normal):
         text = f"1 to {MAX_NAME} letters, digits, '_', '.' or '-', the first a letter or digit"
         raise Refused("bad_config", f"name: expected {text}, but got {quote(name)}")
     return normal
@@ -3308,7 +3303,7 @@ def pause_heartbeats(memory: Transaction, minutes: int) -> str:
     Args:
         minutes: at most 360
     """
-    minutes = max(0, min(minutes, MAX_PAUSE_HEARTBEATS))
+    minutes = max(0, min(minutes, 360))  # MemGPT 0.2.7, constants.py: MAX_PAUSE_HEARTBEATS
     memory.state["paused_until"] = time.time() + 60 * minutes
     return f"Pausing timed heartbeats for {minutes} min"
 
@@ -6909,7 +6904,7 @@ Moment = Annotated[str, 0, 40] | None
 def answer_part(items: list[Any], beside: Any = None) -> list[Any]:
     """The first items that fit one answer together with what stands beside them, at least one."""
     sizes = itertools.accumulate(len(encode_json(item).encode()) + 1 for item in (beside, *items))
-    return items[: max(1, sum(size <= MAX_ANSWER for size in sizes) - 1)]
+    return items[: max(1, sum(size <= MAX_FRAME - 4_096 for size in sizes) - 1)]
 
 
 def answer_page(items: list[Any], limit: int, beside: Any = None) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
@@ -79,13 +80,13 @@ def test_a_hint_is_a_schema_and_the_schema_is_the_check(
 ) -> None:
     """A type hint gives its JSON Schema, and the check takes and refuses exactly what the schema does, in words."""
     made = memws.schema_of(hint)
-    assert (made, words in memws.describe(made)) == (schema, True)
+    assert made == schema
     for value in good:
         assert fits(made, value)
         assert memws.check(value, made) == value
     for value in bad:
         assert not fits(made, value)
-        with pytest.raises(ValueError, match=r"^expected "):
+        with pytest.raises(ValueError, match="^expected .*" + re.escape(words if value is bad[0] else "")):
             memws.check(value, made)
 
 
