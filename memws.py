@@ -178,11 +178,9 @@ DELTA_INTERVAL = 0.02  # pieces of text that arrive within this time become one 
 MAX_STEPS = 20
 TURN_TOKEN_BUDGET = 2_000_000  # tokens, in and out, of one turn
 TRANSPORT_RETRIES = 2
-CORRECTIVE_RETRIES = 1
 MAX_FAILED_CALLS = 6  # failed model calls of one turn; with the last good ones a failing turn stays within eight
 MAX_FAILED_TOOLS = 3  # in a row
 MAX_REPEATED_CALLS = 3
-FIRST_MESSAGE_ATTEMPTS = 3
 IDLE_HEARTBEATS = 10  # timed heartbeats without a user's message before they pause
 WARNING_FRACTION = 0.75  # of the context window: above it the agent is warned once (MemGPT 0.2.7, constants.py)
 KEEP_FRACTION = 0.3  # of the room for messages: what a compaction keeps of the newest ones
@@ -3082,7 +3080,7 @@ class Transaction:
         self.memory, self.turn_id, self.step = memory, turn_id, step
         # The last chat message that a search may find: what this very turn said is in view already.
         self.before = memory.last_message if before is None else before
-        self.vectors: Mapping[str, bytes] = {}  # of the queries that will be searched for
+        self.vectors: Mapping[str, bytes | None] = {}  # of the queries that will be searched for
         self.spoke = self._open = False  # `spoke`, alone of all, outlives apart()
 
     async def __aenter__(self) -> typing.Self:
@@ -3308,7 +3306,6 @@ def pause_heartbeats(memory: Transaction, minutes: int) -> str:
     return f"Pausing timed heartbeats for {minutes} min"
 
 
-SEARCH_TOOLS = (conversation_search, archival_memory_search)
 _MEMORY_CALLS: tuple[Callable[..., Any], ...] = (
     send_message,
     core_memory_append,
@@ -3326,106 +3323,99 @@ MEMORY_TOOLS = {call.__name__: make_tool(call, builtin=True) for call in _MEMORY
 # 8. Agent: a turn is a loop of steps
 # ======================================================================================================================
 
-# ---- configuration: the signatures say what may be set ---------------------------------------------------------------
+# ---- configuration: the fields say what may be set -------------------------------------------------------------------
+
+_function_of = functools.cache(function_of)
 
 
-def apply(function: Function, values: JSON, what: str = "") -> Any:
-    """What the function makes of values that somebody sent; null: the default. Raises Refused (bad_config)."""
-    if what and (unknown := [key for key in values if key not in function.parameters["properties"]]):
-        raise Refused("bad_config", f"{what}: unknown {quote(unknown[0])}; expected {function.usage}")
+def apply(call: Callable[..., T], values: JSON, place: str = "") -> T:
+    """What `call` makes of the values that somebody sent for its parameters; null: the default.
+
+    With a `place`, which errors then name, no other values may be there. Raises Refused (bad_config).
+    """
+    function = _function_of(call)
+    if place and (unknown := values.keys() - function.parameters["properties"].keys()):
+        raise Refused("bad_config", f"{place}: unknown {quote(min(unknown))}; expected {function.usage}")
     try:
-        return function.call(**function.bind({key: value for key, value in values.items() if value is not None}))
+        return call(**function.bind({key: value for key, value in values.items() if value is not None}))
     except InvalidRequest as error:
-        raise Refused("bad_config", f"{what}{': ' if what else ''}{error}") from None
+        raise Refused("bad_config", f"{place}: {error}" if place else str(error)) from None
 
 
-@function_of
-def sampling(
-    temperature: Annotated[float, 0, 2] | None = None,
-    top_p: Annotated[float, 0, 1] | None = None,
-    max_tokens: Annotated[int, 1, 10_000_000] | None = None,
-    seed: Annotated[int, -(2**53), 2**53] | None = None,
-    reasoning_effort: Annotated[str, 1, 20] | None = None,
-) -> JSON:
-    """How a model samples."""
-    return {name: value for name, value in locals().items() if value is not None}
+@dataclass
+class Settings:
+    """How a model samples; None: as it does by itself."""
+
+    temperature: Annotated[float, 0, 2] | None = None
+    top_p: Annotated[float, 0, 1] | None = None
+    max_tokens: Annotated[int, 1, 10_000_000] | None = None
+    seed: Annotated[int, -(2**53), 2**53] | None = None
+    reasoning_effort: Annotated[str, 1, 20] | None = None
 
 
-@function_of
-def config(
-    model: Annotated[str, 1, MAX_MODEL_NAME] | None = None,
-    context_window: Annotated[int, 1, 100_000_000] | None = None,
-    tools: list[str] | None = None,
-    system: Annotated[str, 1, 20_000] | None = None,
-    max_steps: Annotated[int, 1, 1_000] | None = None,
-    heartbeat_interval: Annotated[int, 0, 10_000_000] = 0,
-    settings: dict[str, Any] | None = None,
-) -> JSON:
-    """How an agent works, as it is stored; None: the default of its server, or of its model. Raises Refused."""
-    if 0 < heartbeat_interval < MIN_HEARTBEAT_INTERVAL:
-        text = f"expected 0 (none) or at least {MIN_HEARTBEAT_INTERVAL} seconds, but got {heartbeat_interval}"
-        raise Refused("bad_config", f"heartbeat_interval: {text}")
-    if tools is not None and not MEMORY_TOOLS.keys() & set(tools):
-        tools = [*MEMORY_TOOLS, *tools]  # whoever names only tools of their own means to add them
-    tools = None if tools is None else list(dict.fromkeys(tools))
-    settings = apply(sampling, settings or {}, "settings")
-    return locals()
+@dataclass
+class Config:
+    """How an agent works, as it is stored; None: the default of its server, or of its model."""
+
+    model: Annotated[str, 1, MAX_MODEL_NAME] | None = None
+    context_window: Annotated[int, 1, 100_000_000] | None = None  # tokens
+    tools: list[str] | None = None  # None: the memory tools
+    system: Annotated[str, 1, 20_000] | None = None
+    max_steps: Annotated[int, 1, 1_000] | None = None
+    heartbeat_interval: Annotated[int, MIN_HEARTBEAT_INTERVAL, 10_000_000] | Literal[0] = 0  # seconds; 0: none
+    settings: dict[str, Any] = field(default_factory=dict)  # those of Settings that are not None
+
+    def __post_init__(self) -> None:
+        settings = apply(Settings, self.settings, "settings")
+        self.settings = {name: value for name, value in vars(settings).items() if value is not None}
 
 
-@function_of
-def state(
-    cut: int = 0,
-    last_passage: int = 0,
-    last_user: str | None = None,
-    summary: str | None = None,
-    gist: str | None = None,
-    warned: bool = False,
-    paused_until: float = 0.0,
-    turn: str | None = None,
-) -> JSON:
-    """What else an agent goes on from: the first message in view, the last passage's id, when a user spoke last, the
-    summary as packed and its words, whether it was warned, until when heartbeats pause, the turn that runs."""
-    return locals()
+@dataclass
+class State:
+    """What else an agent goes on from."""
 
-
-_stored_block = function_of(Block)
+    cut: int = 0  # the id of the first chat message in view
+    last_passage: int = 0  # the id of the last passage that was ever kept
+    last_user: str | None = None  # when a user spoke last
+    summary: str | None = None  # of what has left the view, as a model gets it
+    gist: str | None = None  # its words alone
+    warned: bool = False  # whether the model was told that its window is nearly full
+    paused_until: float = 0.0  # timed heartbeats rest until then
+    turn: str | None = None  # the turn that runs
 
 
 def check_record(record: AgentRecord) -> None:
     """Complete a stored agent's config, state and blocks. Raises Refused for what no agent can go on from."""
-    record.config = apply(config, record.config, "agent.config")
-    record.state = apply(state, record.state, "agent.state")
-    record.blocks = [asdict(apply(_stored_block, values, "agent.blocks")) for values in record.blocks]
+    record.config = vars(apply(Config, record.config, "agent.config"))
+    record.state = vars(apply(State, record.state, "agent.state"))
+    record.blocks = [asdict(apply(Block, values, "agent.blocks")) for values in record.blocks]
 
 
-@function_of
-def block(label: str, value: str = "", limit: Annotated[int, 1, MAX_BLOCK_LIMIT] = BLOCK_LIMIT) -> Block:
+def make_block(label: str, value: str = "", limit: Annotated[int, 1, MAX_BLOCK_LIMIT] = BLOCK_LIMIT) -> Block:
     """One block of core memory. Raises Refused."""
     if not re.fullmatch(r"[a-zA-Z][\w-]{0,63}", label, re.ASCII):
         text = f"expected a label of 1 to {MAX_NAME} letters, digits, _ and -, but got {quote(label)}"
         raise Refused("bad_config", f"blocks: {text}")
+    if len(value) > limit:
+        raise Refused("block_limit", f"block {label}: its text has {len(value):,} characters, its limit is {limit:,}")
     return Block(label, value, limit)
 
 
-@function_of
 def core_memory(
-    persona: str = "sam_pov", human: str = "basic", blocks: list[dict[str, Any]] | None = None
+    persona: str = "sam_pov",
+    human: str = "basic",
+    blocks: Annotated[list[dict[str, Any]], 0, MAX_BLOCKS] | None = None,
 ) -> list[Block]:
     """A new agent's core memory: persona and human (texts, or bundled names) and further blocks. Raises Refused."""
-    texts = {"persona": PERSONAS.get(persona, persona), "human": HUMANS.get(human, human)}
-    memory = {label: Block(label, text) for label, text in texts.items()}
+    items = {"persona": {"value": PERSONAS.get(persona, persona)}, "human": {"value": HUMANS.get(human, human)}}
     for item in blocks or ():
-        made = apply(block, item, "blocks")
-        value = texts.get(made.label, "") if item.get("value") is None else made.value
-        memory[made.label] = replace(made, value=value)
-    for made in memory.values():
-        if len(made.value) > made.limit:
-            text = f"its text has {len(made.value):,} characters, its limit is {made.limit:,}"
-            raise Refused("block_limit", f"block {made.label}: {text}")
-    if len(memory) > MAX_BLOCKS + 2 or sum(made.limit for made in memory.values()) > MAX_BLOCKS_TOTAL:
-        text = f"expected at most {MAX_BLOCKS} with limits of at most {MAX_BLOCKS_TOTAL:,} characters together"
+        label = str(item.get("label"))
+        items[label] = items.get(label, {}) | item
+    made = [apply(make_block, {"label": label, **item}, "blocks") for label, item in items.items()]
+    if sum(block.limit for block in made) > MAX_BLOCKS_TOTAL:
+        text = f"expected limits of at most {MAX_BLOCKS_TOTAL:,} characters together"
         raise Refused("bad_config", f"blocks: {text}")
-    return list(memory.values())
+    return made
 
 
 def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = None) -> tuple[JSON, list[str]]:
@@ -3433,17 +3423,20 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
 
     Raises Refused (bad_config).
     """
-    known = [*config.parameters["properties"]]
-    known += ["name", *core_memory.parameters["properties"]] if base is None else []
+    known = [*_function_of(Config).parameters["properties"]]
+    known += ["name", *_function_of(core_memory).parameters["properties"]] if base is None else []
     others = [key for key in values if key not in known][:20]
     warnings = [f"{quote(key)} is ignored; known: {', '.join(known)}" for key in others]
     stored = base or {}
     if isinstance(values.get("settings"), dict):
         values = values | {"settings": {**stored.get("settings", {}), **values["settings"]}}
-    checked: JSON = apply(config, {**stored, **values})
-    if unknown := [name for name in values.get("tools") or () if name not in tools]:
+    config = vars(apply(Config, {**stored, **values}))
+    names = config["tools"] or ()
+    if unknown := [name for name in names if name not in tools and name in values.get("tools", ())]:
         raise Refused("bad_config", f"unknown tool {quote(unknown[0])}; known: {', '.join(sorted(tools))}")
-    return checked, warnings
+    if names and not MEMORY_TOOLS.keys() & set(names):
+        config["tools"] = [*MEMORY_TOOLS, *names]  # whoever names only tools of their own means to add them
+    return config, warnings
 
 
 def window_of(config: JSON, models: Models, model: Model) -> int:
@@ -3463,6 +3456,8 @@ def check_window(window: int, config: JSON, tools: Mapping[str, Tool], blocks: I
 
 # ---- a turn ----------------------------------------------------------------------------------------------------------
 
+_NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated": False}
+
 
 class Stopped(Exception):
     """A turn was asked to stop; why is in its `stop_reason`."""
@@ -3476,21 +3471,19 @@ class Turn:
     message: str | None  # the user's; None: a heartbeat turn, for this reason
     reason: str = HEARTBEAT_WAKE
     verify: bool = False  # whether the first reply has to go through send_message
-    step: int = 0
+    step: int = 0  # counts from 1, once the start is stored
     before: int = 0  # the id of the last chat message before the turn
+    replied: bool = False  # whether the user has their reply, or nobody waits for one
     over: bool = False
-    stop_reason: str | None = None
+    stop_reason: str | None = None  # why it was asked to stop
     failed_calls: int = 0  # model calls that failed
     failed_tools: int = 0  # tool calls that failed in a row
     compactions: int = 0
-    calls: collections.Counter[str] = field(default_factory=collections.Counter)  # how often each tool call came
-    request: RequestRecord | None = None  # the last model call and what came of it, until they are stored
+    calls: collections.Counter[str] = field(default_factory=collections.Counter)  # in how many steps each call came
+    usage: JSON = field(default_factory=_NO_USAGE.copy)
+    request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
     reply: Reply | None = None
     _task: asyncio.Task[Any] | None = None
-
-    def __post_init__(self) -> None:
-        self.replied = self.message is None  # whether the user has their reply, or nobody waits for one
-        self.usage: JSON = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated": False}
 
     def stop(self, reason: str) -> None:
         """End the turn as soon as it can: at once where it waits for a model, a pause or a tool."""
@@ -3515,26 +3508,18 @@ class Turn:
         finally:
             self._task = None
 
-    def count(self, usage: JSON) -> None:
-        """Add what a model call used."""
-        for key in ("input_tokens", "output_tokens"):
-            self.usage[key] += usage[key]
-        self.usage["estimated"] |= usage["estimated"]
-
 
 def assistant_body(text: str, calls: Sequence[ToolCall]) -> JSON:
     """The chat message of what an agent said and called."""
     body: JSON = {"role": "assistant", "content": text or None}
     if calls:
         functions = [{"name": call.name, "arguments": encode_json(call.arguments)} for call in calls]
-        body["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": function}
-            for call, function in zip(calls, functions, strict=True)
-        ]
+        ids = (call.id for call in calls)
+        pairs = zip(ids, functions, strict=True)
+        body["tool_calls"] = [{"id": id_, "type": "function", "function": function} for id_, function in pairs]
     return body
 
 
-_NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated": True}
 _SUMMARY_NOTE = (
     "Note: prior messages ({hidden} of {total}) have left your view to make room; conversation_search finds them. "
     "Summary of them:\n{gist}"
@@ -3562,6 +3547,8 @@ class Agent:
         self.memory, self.record = Memory(store, record, emit, self._rebuild), record
         self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
         self.repairs: list[str] = []  # what the opening had to mend
+        # What a request holds beside chat messages, as text.
+        self._sections = dict.fromkeys(("system", "tools", "core_memory", "summary"), "")
         self._cut_prompts = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
 
     @property
@@ -3590,11 +3577,11 @@ class Agent:
 
     def configure(self) -> None:
         """Choose model, window and tools by the config, and build the prompt anew."""
-        values = self.record.config
-        self.model, self.warnings = self._models.get(values["model"], self.record.base_url, self._api_key)
-        self.window = window_of(values, self._models, self.model)
-        self.max_steps: int = values["max_steps"] or self._max_steps
-        if missing := [name for name in values["tools"] or () if name not in self._all_tools]:
+        config = self.record.config
+        self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
+        self.window = window_of(config, self._models, self.model)
+        self.max_steps: int = config["max_steps"] or self._max_steps
+        if missing := [name for name in config["tools"] or () if name not in self._all_tools]:
             self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
         self.take_tools()
         self._rebuild()
@@ -3603,42 +3590,43 @@ class Agent:
         """Offer what is registered by now; the system message stays as it is."""
         names = self.record.config["tools"] or MEMORY_TOOLS
         self.tools = {name: self._all_tools[name] for name in names if name in self._all_tools}
-        self._tools_body = f"[{','.join(tool.spec for tool in self.tools.values())}]" if self.tools else ""
+        specs = ",".join(tool.spec for tool in self.tools.values())
+        self._sections["tools"] = f"[{specs}]" if specs else ""
 
     def _rebuild(self) -> None:
         """Build the system message. Between two calls of this the prompt only grows at its end."""
-        memory = self.memory
+        memory, summary = self.memory, self.record.state["summary"]
         parts = [f"\n\nRecall memory: {memory.last_message} messages. Archival memory: {memory.archival} passages."]
         for block in memory.blocks.values():
             text = f"{block.value}\n" if block.value else ""
             parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
-        self._prompt, self._core = (self.record.config["system"] or SYSTEM_PROMPT).rstrip(), "\n".join(parts)
-        self._system_body = encode_json({"role": "system", "content": self._prompt + self._core})
-        summary = self.record.state["summary"]
-        self._summary_body = encode_json({"role": "user", "content": summary}) if summary else ""
+        prompt, core = (self.record.config["system"] or SYSTEM_PROMPT).rstrip(), "\n".join(parts)
+        summary = encode_json({"role": "user", "content": summary}) if summary else ""
+        self._sections |= {"system": prompt, "core_memory": core, "summary": summary}
+        self._system_body = encode_json({"role": "system", "content": prompt + core})
 
     async def _repair(self, unreadable: int) -> None:
         """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
-        memory, open_turn = self.memory, self.record.state["turn"]
+        memory, turn_id = self.memory, self.record.state["turn"]
         faults, open_calls = history_faults(memory.messages)
         broken = max((index for index, _ in faults), default=0)
-        if not (unreadable or broken or open_calls or open_turn):
+        if not (unreadable or broken or open_calls or turn_id):
             return
-        async with Transaction(memory) as change:
-            for message, call_id, name in open_calls:
+        turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
+        async with self._change(turn) as change:
+            for _, call_id, name in open_calls:
                 self.repairs.append(f"the call of {name} was interrupted and got a result")
-                change.turn_id, change.step = message.turn_id, message.step
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            change.turn_id, change.step = "", 0
             if broken or unreadable:
                 text = "chat messages that are damaged or lack a tool's result left the context window"
                 self.repairs.append(text)
                 kept = memory.messages[broken:] + change.changes.messages
                 change.state["cut"] = kept[0].id if kept else memory.last_message + 1
                 change.add_event("correction", text, what="history")
-            if open_turn:
-                self.repairs.append(f"turn {open_turn} was interrupted and got its end")
-                self._add_end(change, open_turn, "interrupted", _NO_USAGE)
+            if turn_id:
+                self.repairs.append(f"turn {turn_id} was interrupted and got its end")
+                turn.usage["estimated"] = True
+                self._end(change, turn, "interrupted")
         del memory.messages[:broken]
         self._rebuild()
 
@@ -3665,22 +3653,15 @@ class Agent:
         finally:
             turn.over = True
 
-    def _change(self, turn: Turn) -> Transaction:
-        return Transaction(self.memory, turn.turn_id, max(turn.step, 1) if turn.turn_id else 0, turn.before)
-
-    def _emit_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
-        """Tell something that is not stored, at once."""
-        event = response(kind, text, turn.turn_id, max(turn.step, 1), **fields)
-        self.memory.emit(StoredEvent(0, kind, turn.turn_id, encode_json(event | {"time": now_text()})))
-
     async def _begin(self, turn: Turn) -> None:
         """Store the user's message, or why there is a turn without one; the start is its receipt."""
         turn.before = self.memory.last_message
-        async with self._change(turn) as change:
+        async with Transaction(self.memory, turn.turn_id, 1, turn.before) as change:
             start: Event = {"type": "agent_response_start", "turn_id": turn.turn_id}
             change.changes.events.append(start)
             change.state["turn"] = turn.turn_id
             if turn.message is None:
+                turn.replied = True
                 change.add_event("heartbeat", turn.reason, reason=turn.reason)
                 change.add_notice("heartbeat", turn.reason, reason=turn.reason)
                 return
@@ -3689,9 +3670,8 @@ class Agent:
             if last is None or seconds_between(last, now) > LOGIN_SILENCE:
                 content = f"{pack('login', last_login=last or 'Never (first login)')}\n{content}"
             change.state["last_user"] = now
-            change.add_message(
-                "user", turn.message, {"role": "user", "content": content}, said=turn.message, event=start
-            )
+            body = {"role": "user", "content": content}
+            change.add_message("user", turn.message, body, said=turn.message, event=start)
             change.add_event("user_message", turn.message)
 
     async def _step(self, turn: Turn) -> None:
@@ -3706,144 +3686,150 @@ class Agent:
         reply = await self._ask(turn)
         with turn.interruptible():
             vectors = await self._query_vectors(reply.calls)
-        turn.reply, failed = None, False
-        turn.calls.update({call.line for call in reply.calls})
         async with self._change(turn) as change:
             change.vectors = vectors
             self._add_reply(change, turn, reply)
-            for call in reply.calls:
-                started = time.monotonic()
-                arguments = {"tool_call_id": call.id, "name": call.name, "arguments": call.arguments}
-                change.add_event("tool_call", encode_json(call.arguments), **arguments)
-                change.add_event("function_message", call.line)
-                outcome = await self._run(change, turn, call)
-                self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
-                failed = failed or not isinstance(outcome, str)
-                turn.failed_tools = 0 if isinstance(outcome, str) else turn.failed_tools + 1
+            results = [await self._call(change, turn, call) for call in reply.calls]
             if reply.partial:
                 self._add_partial(change, reply, f"cut at {MAX_REPLY:,} characters: the user has seen only this much")
             turn.replied = turn.replied or change.spoke
-            self._finish(change, turn, reply, failed)
+            self._finish(change, turn, reply, all(results))
+
+    def _change(self, turn: Turn) -> Transaction:
+        return Transaction(self.memory, turn.turn_id, turn.step, turn.before)
 
     # -- asking the model --
 
     async def _ask(self, turn: Turn) -> Reply:
-        """Call the model until its answer can be read. Raises ModelError, Stopped."""
-        extra, unverified, failures = "", 0, collections.Counter[str]()
+        """Call the model until its answer can be used. Raises ModelError, Stopped."""
+        extra, failures = "", 0
         while True:
             try:
-                reply = await self._call_model(turn, extra)
-                read_reply(reply, self.tools)
-                if not (reply.calls or reply.text or reply.partial or turn.replied):
-                    raise ModelError("bad_output", "the model's answer is empty")
-                if turn.replied or not turn.verify or any(call.name == "send_message" for call in reply.calls):
-                    return reply
-                unverified += 1
-                if unverified >= FIRST_MESSAGE_ATTEMPTS:
-                    reply.corrections.append(("verify", "the first reply did not go through send_message"))
-                    return reply
-                error = ModelError("bad_output", "the first reply has to go through send_message")
-                await self._retry(turn, error, unverified, FIRST_MESSAGE_ATTEMPTS - 1)
+                turn.request, turn.reply = self._new_request(turn, extra), Reply()
+                await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
+                read_reply(turn.reply, self.tools)
+                self._check_reply(turn, turn.reply, has_to_send=turn.verify and not extra)
+                return turn.reply
             except ModelError as error:
-                extra = await self._recover(turn, error, failures) or extra
+                turn.failed_calls += 1
+                if turn.failed_calls >= MAX_FAILED_CALLS:
+                    raise
+                if error.code == "context_overflow":
+                    turn.failed_calls += 1  # for the summary
+                    await self.compact(turn)
+                elif error.code == "bad_output" and not extra:
+                    alert = pack("system_alert", message=CORRECTIVE.format(problem=error))
+                    extra = encode_json({"role": "user", "content": alert})
+                    await self._retry(turn, error, 1, 1)
+                elif error.learned:
+                    await self._retry(turn, error, 1, 1)
+                elif error.retry and failures < TRANSPORT_RETRIES:
+                    failures += 1
+                    await self._retry(turn, error, failures, TRANSPORT_RETRIES, RETRY_PAUSE * 2 ** (failures - 1))
+                else:
+                    raise
 
-    async def _recover(self, turn: Turn, error: ModelError, failures: collections.Counter[str]) -> str:
-        """Make ready for another call after one that failed: what to tell the model beside. Raises ModelError."""
-        turn.failed_calls += 1
-        if turn.request is not None:
-            turn.request.response = {"error": {"code": error.code, "message": str(error)}}
-        if turn.failed_calls >= MAX_FAILED_CALLS:
-            raise error
-        if error.code == "context_overflow":
-            turn.failed_calls += 1  # for the summary
-            await self.compact(turn)
-            return ""
-        kind = error.code if error.code == "bad_output" else "learned" if error.learned else "transport"
-        failures[kind] += 1
-        most = {"bad_output": CORRECTIVE_RETRIES, "learned": MAX_FAILED_CALLS}.get(
-            kind, TRANSPORT_RETRIES * error.retry
-        )
-        if failures[kind] > most:
-            raise error
-        delay = 0.0
-        if kind == "transport":
-            delay = RETRY_PAUSE * 2 ** (failures[kind] - 1) if error.retry_after is None else error.retry_after
-        await self._retry(turn, error, failures[kind], failures[kind] if error.learned else most, delay)
-        if kind != "bad_output":
-            return ""
-        alert = pack("system_alert", message=CORRECTIVE.format(problem=error))
-        return encode_json({"role": "user", "content": alert})
+    def _check_reply(self, turn: Turn, reply: Reply, *, has_to_send: bool) -> None:
+        """Raises ModelError for a reply that says nothing to a user who waits for one."""
+        if turn.replied or reply.partial:
+            return
+        if not (reply.calls or reply.text):
+            raise ModelError("bad_output", "the model's answer is empty")
+        if has_to_send and not any(call.name == "send_message" for call in reply.calls):
+            raise ModelError("bad_output", "the first reply has to go through send_message")
 
-    async def _retry(self, turn: Turn, error: ModelError, attempt: int, of: int, delay: float = 0.0) -> None:
-        """Tell of a failed call and wait before the next."""
-        fields = {"attempt": attempt, "of": of, "delay_ms": round(delay * 1000), "code": error.code}
+    async def _retry(self, turn: Turn, error: ModelError, attempt: int, of: int, pause: float = 0.0) -> None:
+        """Tell of a failed call, and wait before the next: as long as the endpoint asks for, or `pause` seconds."""
+        pause = pause if error.retry_after is None else error.retry_after
+        fields = {"attempt": attempt, "of": of, "delay_ms": round(pause * 1000), "code": error.code}
         self._emit_live(turn, "retry", f"{error}; trying again", **fields)
         with turn.interruptible():
-            await asyncio.sleep(delay)
+            await asyncio.sleep(pause)
 
-    async def _call_model(self, turn: Turn, extra: str) -> Reply:
-        """One model call, its text told while it arrives. Raises ModelError, Stopped."""
-        turn.request = request = self._new_request(turn, extra)
-        turn.reply = reply = Reply()
-        body = self._request_body(request, [message.body for message in self.memory.messages])
+    def _emit_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
+        """Tell something that is not stored, at once."""
+        event = response(kind, text, turn.turn_id, turn.step, **fields)
+        self.memory.emit(StoredEvent(0, kind, turn.turn_id, encode_json(event | {"time": now_text()})))
+
+    def _new_request(self, turn: Turn, extra: str) -> RequestRecord:
+        """What will be sent, by reference to the chat messages in view."""
+        messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
+        first, last = (messages[0].id, messages[-1].id) if messages else (1, 0)
+        texts = (head, self._system_body, self._sections["summary"], self._sections["tools"], extra)
+        return RequestRecord(turn.turn_id, turn.step, *texts, first, last)
+
+    @staticmethod
+    def _request_body(request: RequestRecord, messages: Iterable[str]) -> str:
+        prompt = (request.system, request.summary, *messages, request.extra)
+        return request_body(request.head, filter(None, prompt), request.tools)
+
+    async def _call_model(
+        self, turn: Turn, request: RequestRecord, reply: Reply, messages: Sequence[ChatMessage]
+    ) -> None:
+        """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
+        body = self._request_body(request, (message.body for message in messages))
         request.digest = hashlib.sha256(body.encode()).digest()
-        loop, timer, started = asyncio.get_running_loop(), None, 0.0
-        try:
-            with turn.interruptible():
-                turn.usage["model_calls"] += 1
-                started = time.monotonic()
+        loop, timer = asyncio.get_running_loop(), None
+        with turn.interruptible():
+            turn.usage["model_calls"] += 1
+            started = time.monotonic()
+            try:
                 async with contextlib.aclosing(self.model.stream(body)) as chunks:
                     async for chunk in chunks:
                         reply.feed(chunk)
                         if request.first_token_ms is None:
                             request.first_token_ms = round((time.monotonic() - started) * 1000)
                         if timer is None or timer.when() <= loop.time():
-                            timer = loop.call_later(DELTA_INTERVAL, self._emit_delta, turn, reply)
+                            timer = loop.call_later(DELTA_INTERVAL, self._emit_deltas, turn, reply)
                         if reply.full:
                             break
-        finally:
-            if timer is not None:
-                timer.cancel()
-            self._emit_delta(turn, reply)
-            if started:
+            finally:
+                if timer is not None:
+                    timer.cancel()
+                self._emit_deltas(turn, reply)
                 request.total_ms = round((time.monotonic() - started) * 1000)
                 self._count(turn, request, reply, estimate_tokens(body))
-        return reply
 
-    def _new_request(self, turn: Turn, extra: str) -> RequestRecord:
-        """What will be sent, by reference to the chat messages in view."""
-        messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
-        first, last = (messages[0].id, messages[-1].id) if messages else (1, 0)
-        texts = (head, self._system_body, self._summary_body, self._tools_body, extra)
-        return RequestRecord(turn.turn_id, turn.step, *texts, first, last)
-
-    @staticmethod
-    def _request_body(request: RequestRecord, messages: Sequence[str]) -> str:
-        prompt = (request.system, request.summary, *messages, request.extra)
-        return request_body(request.head, filter(None, prompt), request.tools)
-
-    def _emit_delta(self, turn: Turn, reply: Reply) -> None:
-        for of, text in reply.news():
-            self._emit_live(turn, "delta", text, of=of)
+    def _emit_deltas(self, turn: Turn, reply: Reply) -> None:
+        if reply is turn.reply:  # and no summary
+            for of, text in reply.news():
+                self._emit_live(turn, "delta", text, of=of)
 
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
-        """Keep what the call used, and calibrate the estimate by what the endpoint counted."""
+        """Keep what came of a call and what it used, and calibrate the estimate by what the endpoint counted."""
         calls = [{"id": call.id, "name": call.name, "arguments": call.text} for call in reply.calls]
         request.response = {"content": reply.text, "tool_calls": calls, "finish_reason": reply.finish}
         if len(reply.monologue) > len(reply.text):
             request.response["monologue"] = reply.monologue
-        if reply.usage is None:
+        usage = reply.usage
+        if usage is None:
             output = estimate_tokens(reply.monologue) + sum(estimate_tokens(call.text) for call in reply.calls)
             usage = {"input_tokens": round(estimated * self.model.ratio), "output_tokens": output}
-        else:
-            usage, ratio = reply.usage, reply.usage["input_tokens"] / estimated
-            self._cut_prompts = self._cut_prompts + 1 if 0 < ratio < 0.5 and estimated > 1000 else 0
-            if ratio > 0:
-                self.model.ratio += 0.3 * (min(2.0, max(0.5, ratio)) - self.model.ratio)
+        elif ratio := usage["input_tokens"] / estimated:
+            self._cut_prompts = self._cut_prompts + 1 if ratio < 0.5 and estimated > 1000 else 0
+            self.model.ratio += 0.3 * (min(2.0, max(0.5, ratio)) - self.model.ratio)
         request.usage = {**usage, "estimated": reply.usage is None}
-        turn.count(request.usage)
+        turn.usage["input_tokens"] += usage["input_tokens"]
+        turn.usage["output_tokens"] += usage["output_tokens"]
+        turn.usage["estimated"] |= reply.usage is None
 
     # -- doing what it says --
+
+    async def query_vector(self, query: str) -> bytes | None:
+        """The vector of a query without names; None without an embedding model, or where it does not answer in time."""
+        embedder = self._models.embedder
+        if embedder is None or not embedder.ready:
+            return None
+        human = self.blocks.get("human")
+        names = [self.name, *(_USER_NAME.findall(human.value) if human else ())]
+        text = unnamed(clean_text(query[:EMBEDDING_TEXT]), names)
+        return await embedder.vector(text) if text.strip() else None
+
+    async def _query_vectors(self, calls: Iterable[ToolCall]) -> dict[str, bytes | None]:
+        """The vectors of what memory tools search for: no network call happens inside a transaction."""
+        searches = (call.arguments for call in calls if call.name in MEMORY_TOOLS and "query" in call.arguments)
+        queries = [str(arguments["query"]) for arguments in searches]
+        return {query: await self.query_vector(query) for query in queries}
 
     def _add_reply(self, change: Transaction, turn: Turn, reply: Reply) -> None:
         """The assistant's message with its monologue; plain text, where the user waits for a reply, is that reply."""
@@ -3862,46 +3848,6 @@ class Agent:
             spoken = "\n".join(text for text in messages if isinstance(text, str)) or plain
             change.add_message("assistant", monologue, assistant_body(reply.text, reply.calls), said=spoken)
 
-    async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str | ToolError:
-        """A call's result, or why there is none. Raises StoreFailed where what came before it could not be stored."""
-        try:
-            if turn.stop_reason is not None:
-                raise ToolError(f"{turn.stop_reason} before it ran")
-            if turn.failed_tools >= MAX_FAILED_TOOLS:
-                raise ToolError("not run: the calls before it failed")
-            if call.problem:
-                raise ToolError(call.problem)
-            if (tool := self.tools.get(call.name)) is None:
-                raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
-            arguments = tool.bind(call.arguments)
-            if tool.builtin:
-                return await self._run_builtin(change, tool, arguments)
-            async with change.apart():
-                with turn.interruptible():
-                    return await call_tool(tool, arguments)
-        except Stopped:
-            return ToolError(f"{turn.stop_reason}: result unknown")
-        except ToolError as error:
-            return error
-
-    async def _run_builtin(self, change: Transaction, tool: Tool, arguments: JSON) -> str:
-        try:
-            result = tool.function.call(change, **arguments)
-            return result_text(await result if inspect.isawaitable(result) else result)
-        except (Refused, StoreFailed) as error:  # StoreFailed: of a search, which changes nothing
-            raise ToolError(str(error)) from error
-
-    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
-        """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
-        ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)))
-        status = "OK" if ok else "Failed"
-        change.add_event(
-            "tool_return", text, tool_call_id=call.id, name=call.name, status=status, duration_ms=duration_ms
-        )
-        change.add_event("function_message", f"{'Success' if ok else 'Error'}: {text}")
-        content = encode_json({"status": status, "message": text, "time": model_time()})
-        change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
-
     def _add_partial(self, change: Transaction, reply: Reply, reason: str) -> None:
         """What an answer said before it was cut; its call gets a result that says so."""
         call = ToolCall(f"call_{secrets.token_hex(8)}", "send_message", arguments={"message": reply.partial})
@@ -3909,33 +3855,83 @@ class Agent:
         change.say(reply.partial, partial=True)
         self._add_result(change, call, ToolError(reason))
 
-    def _finish(self, change: Transaction, turn: Turn, reply: Reply, failed: bool) -> None:
+    async def _call(self, change: Transaction, turn: Turn, call: ToolCall) -> bool:
+        """Make a tool call and tell of it; whether it succeeded."""
+        started = time.monotonic()
+        about = {"tool_call_id": call.id, "name": call.name, "arguments": call.arguments}
+        change.add_event("tool_call", encode_json(call.arguments), **about)
+        change.add_event("function_message", call.line)
+        try:
+            outcome: str | ToolError = await self._run(change, turn, call)
+        except Stopped:
+            outcome = ToolError(f"{turn.stop_reason}: result unknown")
+        except ToolError as error:
+            outcome = error
+        self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
+        succeeded = isinstance(outcome, str)
+        turn.failed_tools = 0 if succeeded else turn.failed_tools + 1
+        return succeeded
+
+    async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str:
+        """A call's result. Raises ToolError, Stopped, StoreFailed where what came before it could not be stored."""
+        if turn.stop_reason is not None:
+            raise ToolError(f"{turn.stop_reason} before it ran")
+        if turn.failed_tools >= MAX_FAILED_TOOLS:
+            raise ToolError("not run: the calls before it failed")
+        if call.problem:
+            raise ToolError(call.problem)
+        if (tool := self.tools.get(call.name)) is None:
+            raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
+        arguments = tool.bind(call.arguments)
+        if not tool.builtin:
+            async with change.apart():
+                with turn.interruptible():
+                    return await call_tool(tool, arguments)
+        try:
+            result = tool.function.call(change, **arguments)
+            return result_text(await result if inspect.isawaitable(result) else result)
+        except (Refused, StoreFailed) as error:  # StoreFailed: of a search, which changes nothing
+            raise ToolError(str(error)) from error
+
+    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | ToolError, duration_ms: int = 0) -> None:
+        """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
+        ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)))
+        status = "OK" if ok else "Failed"
+        about = {"tool_call_id": call.id, "name": call.name, "status": status, "duration_ms": duration_ms}
+        change.add_event("tool_return", text, **about)
+        change.add_event("function_message", f"{'Success' if ok else 'Error'}: {text}")
+        content = encode_json({"status": status, "message": text, "time": model_time()})
+        change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
+
+    # -- ends --
+
+    def _finish(self, change: Transaction, turn: Turn, reply: Reply, succeeded: bool) -> None:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
         change.changes.request = turn.request
-        sections = self._sections([*self.memory.messages, *change.changes.messages])
-        used = sum(sections.values())
-        warn = used > WARNING_FRACTION * self.window and not (change.state["warned"] or turn.compactions)
-        reason = self._reason_to_go_on(turn, reply, failed)
-        stop = self._reason_to_stop(change, turn, bool(reason or warn))
+        turn.calls.update({call.line for call in reply.calls})
+        sizes = self._sizes([*self.memory.messages, *change.changes.messages])
+        is_full = sum(sizes.values()) > WARNING_FRACTION * self.window
+        warn = is_full and not (change.state["warned"] or turn.compactions)
+        reason = self._reason_to_go_on(turn, reply, succeeded)
+        outcome = self._reason_to_stop(change, turn, bool(reason or warn))
         if warn:
             change.state["warned"] = True
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
-        if reason and stop is None:
+        if reason and outcome is None:
             change.add_event("heartbeat", reason, reason=reason)
             change.add_notice("heartbeat", reason, reason=reason)
-        self._add_context(change, sections, used, warn)
-        if stop is None:
-            return
-        if isinstance(stop, str) and not turn.replied and reply.text and turn.stop_reason is None:
+        self._add_context(change, sizes, warn)
+        if isinstance(outcome, str) and not turn.replied and reply.text and turn.stop_reason is None:
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
             change.say(reply.text)
-        self._end(change, turn, stop)
+        if outcome is not None:
+            self._end(change, turn, outcome)
 
-    def _reason_to_go_on(self, turn: Turn, reply: Reply, failed: bool) -> str:
+    def _reason_to_go_on(self, turn: Turn, reply: Reply, succeeded: bool) -> str:
         """The heartbeat that the next step starts with, or nothing (MemGPT 0.2.7, websocket_server.py, run_step)."""
         if reply.full and turn.replied:
             return ""
-        if failed:
+        if not succeeded:
             return HEARTBEAT_FAILED
         if any(call.heartbeat for call in reply.calls):
             return HEARTBEAT_REQUESTED
@@ -3957,26 +3953,6 @@ class Agent:
         tokens = turn.usage["input_tokens"] + turn.usage["output_tokens"]
         return "budget" if tokens >= TURN_TOKEN_BUDGET else None
 
-    # -- ends --
-
-    def _end(self, change: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
-        self._add_end(change, turn.turn_id, outcome, turn.usage)
-        turn.over = True
-
-    @staticmethod
-    def _add_end(change: Transaction, turn_id: str, outcome: str | MemwsError, usage: JSON) -> None:
-        """The terminal event: a stop reason, or an error."""
-        end = {"type": "agent_response_end", "stop_reason": outcome}
-        if isinstance(outcome, MemwsError):
-            end = {
-                "type": "agent_response_error",
-                "message": str(outcome),
-                "code": outcome.code,
-                "stop_reason": "error",
-            }
-        change.changes.events.append({**end, "turn_id": turn_id, "usage": usage})
-        change.state["turn"] = None
-
     async def _end_stopped(self, turn: Turn) -> None:
         """End a turn that was stopped while its model answered; what had come of the answer is kept."""
         reply = turn.reply or Reply()
@@ -3994,54 +3970,57 @@ class Agent:
 
     async def _fail(self, turn: Turn, error: MemwsError) -> None:
         """End a turn with an error; open calls get a result. Raises StoreFailed."""
+        if turn.request is not None and isinstance(error, ModelError):
+            turn.request.response = {"error": {"code": error.code, "message": str(error)}}
         async with self._change(turn) as change:
             change.changes.request = turn.request
             for _, call_id, name in history_faults(self.memory.messages)[1]:
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
             self._end(change, turn, error)
 
+    def _end(self, change: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
+        """The terminal event: a stop reason, or an error."""
+        end: Event = {"type": "agent_response_end", "stop_reason": outcome}
+        if isinstance(outcome, MemwsError):
+            end = {"type": "agent_response_error", "message": str(outcome), "code": outcome.code}
+            end["stop_reason"] = "error"
+        change.changes.events.append({**end, "turn_id": turn.turn_id, "usage": turn.usage})
+        change.state["turn"] = None
+        turn.over = True
+
     # -- the context window --
 
-    def _sections(self, messages: Sequence[ChatMessage], summary: str | None = None) -> dict[str, int]:
-        """Estimated tokens of the parts of a request."""
-        summary = self._summary_body if summary is None else summary
-        texts = {"system": self._prompt, "tools": self._tools_body, "core_memory": self._core, "summary": summary}
+    def _sizes(self, messages: Iterable[ChatMessage], **other: str) -> dict[str, int]:
+        """Estimated tokens of the sections of a request with these chat messages, and with `other` texts."""
+        texts = self._sections | other
         tokens = {name: estimate_tokens(text) if text else 0 for name, text in texts.items()}
         tokens["messages"] = sum(message.tokens for message in messages)
         return {name: round(count * self.model.ratio) for name, count in tokens.items()}
 
     def used(self) -> int:
         """Estimated tokens of the next request."""
-        return sum(self._sections(self.memory.messages).values())
+        return sum(self._sizes(self.memory.messages).values())
 
-    def context(self, messages: Sequence[ChatMessage]) -> list[JSON]:
-        """The parts of the next request with their estimated tokens and texts, of the chat messages only these."""
-        texts = {
-            "system": self._prompt,
-            "tools": self._tools_body,
-            "core_memory": self._core,
-            "summary": self._summary_body,
-            "messages": "\n".join(message.body for message in messages),
-        }
-        tokens = self._sections(self.memory.messages)
+    def context(self, messages: Iterable[ChatMessage]) -> list[JSON]:
+        """The sections of the next request with their estimated tokens and texts, of the chat messages only these."""
+        texts = self._sections | {"messages": "\n".join(message.body for message in messages)}
+        tokens = self._sizes(self.memory.messages)
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
-    def _add_context(self, change: Transaction, sections: dict[str, int], used: int, warn: bool) -> None:
-        parts = [{"name": name, "tokens": tokens} for name, tokens in sections.items()]
-        fields: JSON = {"sections": parts, "used": used, "window": self.window}
+    def _add_context(self, change: Transaction, sizes: dict[str, int], warn: bool) -> None:
+        sections, used = [{"name": name, "tokens": tokens} for name, tokens in sizes.items()], sum(sizes.values())
+        fields: JSON = {"sections": sections, "used": used, "window": self.window}
         if warn:
             fields["warning"] = "the context window is nearly full: the agent was told to save what matters"
         elif self._cut_prompts >= 2:
-            fields["warning"] = (
-                "the endpoint counts less than half of the tokens sent: it seems to cut prompts silently; "
-                "set --context-window to the window it really has"
-            )
+            text = "the endpoint counts less than half of the tokens sent: it seems to cut prompts silently"
+            fields["warning"] = f"{text}; set --context-window to the window it really has"
         change.add_event("context", f"{used:,} of {self.window:,} tokens", **fields)
 
     @property
     def _room(self) -> int:
-        """Tokens that the window leaves for messages."""
-        return self.window - round(estimate_tokens(self._system_body + self._tools_body) * self.model.ratio)
+        """Tokens that the window leaves for chat messages."""
+        return self.window - sum(self._sizes([]).values())
 
     def _fitting(self, text: str) -> str:
         """`text`, or an excerpt of it that leaves two thirds of the room for messages to others."""
@@ -4050,10 +4029,10 @@ class Agent:
 
     async def compact(self, turn: Turn) -> JSON:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
-        memory, before, compactions = self.memory, self.used(), turn.compactions
+        memory, before, room = self.memory, self.used(), self._room / self.model.ratio
         tokens = sum(message.tokens for message in memory.messages)
-        cut = self._cut_at(min(self._room / self.model.ratio, tokens) * KEEP_FRACTION / 2**compactions)
-        if cut == 0 or compactions >= 3:
+        cut = self._cut_at(min(room, tokens) * KEEP_FRACTION / 2**turn.compactions)
+        if cut == 0 or turn.compactions >= 3:
             raise self._too_small(before)
         turn.compactions += 1
         hidden, kept = memory.messages[:cut], memory.messages[cut:]
@@ -4064,29 +4043,12 @@ class Agent:
             gist, summary, after = self._fitting_summary(gist, hidden, kept, before)
             first = kept[0].id if kept else memory.last_message + 1
             change.state |= {"cut": first, "warned": False, "summary": summary, "gist": gist}
-            sizes = {"messages_before": cut + len(kept), "messages_after": len(kept)}
-            sizes |= {"tokens_before": before, "tokens_after": after}
-            change.add_event("compaction", f"{cut} messages became a summary", **sizes, summary=gist)
+            sizes = {"tokens_before": before, "tokens_after": after}
+            counts = {"messages_before": cut + len(kept), "messages_after": len(kept)}
+            change.add_event("compaction", f"{cut} messages became a summary", **counts, **sizes, summary=gist)
         del memory.messages[:cut]
         self._rebuild()
-        return {"tokens_before": before, "tokens_after": after}
-
-    def _too_small(self, used: int) -> ModelError:
-        sizes = ", ".join(f"{name} {tokens:,}" for name, tokens in self._sections(self.memory.messages).items())
-        text = f"the prompt needs {used:,} of {self.window:,} tokens and cannot be made smaller ({sizes})"
-        return ModelError("context_overflow", text)
-
-    def _fitting_summary(
-        self, gist: str, hidden: Sequence[ChatMessage], kept: Sequence[ChatMessage], before: int
-    ) -> tuple[str, str, int]:
-        """(words, the summary as packed, tokens with it): words are left out until it saves something."""
-        for words in (gist, excerpt(gist, 200), ""):
-            note = _SUMMARY_NOTE.format(hidden=hidden[-1].id, total=self.memory.last_message, gist=words)
-            summary = pack("system_alert", message=note)
-            after = sum(self._sections(kept, encode_json({"role": "user", "content": summary})).values())
-            if after < before:
-                return words, summary, after
-        raise self._too_small(before)
+        return sizes
 
     def _cut_at(self, keep: float) -> int:
         """Where to cut: the index of the first message kept, never between a call and its result; 0: nowhere."""
@@ -4099,6 +4061,11 @@ class Agent:
                 best = index
         return best
 
+    def _too_small(self, used: int) -> ModelError:
+        sizes = ", ".join(f"{name} {tokens:,}" for name, tokens in self._sizes(self.memory.messages).items())
+        text = f"the prompt needs {used:,} of {self.window:,} tokens and cannot be made smaller ({sizes})"
+        return ModelError("context_overflow", text)
+
     async def _summarize(self, turn: Turn, hidden: Sequence[ChatMessage]) -> str:
         """A summary of the messages by the model; without one, their last words, so that a compaction never waits."""
         lines = [
@@ -4109,41 +4076,28 @@ class Agent:
         transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
         if gist := self.record.state["gist"]:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
-        messages = [{"role": "system", "content": SUMMARY_SYSTEM}, {"role": "user", "content": transcript}]
-        body, reply = request_body(self.model.head({}), map(encode_json, messages), ""), Reply()
+        system = encode_json({"role": "system", "content": SUMMARY_SYSTEM})
+        user = encode_json({"role": "user", "content": transcript})
+        request, reply = RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0), Reply()
         try:
-            with turn.interruptible():
-                async with contextlib.aclosing(self.model.stream(body)) as chunks:
-                    async for chunk in chunks:
-                        reply.feed(chunk)
-                        if reply.full:
-                            break
+            await self._call_model(turn, request, reply, [])
             read_reply(reply, ())
         except ModelError as error:
             logger.warning("agent %s: no summary by the model (%s)", self.name, error)
             reply.text = ""
-        turn.usage["model_calls"] += 1
-        turn.count({**(reply.usage or {"input_tokens": 0, "output_tokens": 0}), "estimated": reply.usage is None})
         return excerpt(reply.text or transcript[-SUMMARY_LIMIT:], SUMMARY_LIMIT)
 
-    # -- search by vectors --
-
-    async def query_vector(self, query: str) -> bytes | None:
-        """The vector of a query without names; None without an embedding model, or where it does not answer in time."""
-        embedder = self._models.embedder
-        if embedder is None or not embedder.ready:
-            return None
-        human = self.blocks.get("human")
-        names = [self.name, *(_USER_NAME.findall(human.value) if human else ())]
-        text = unnamed(clean_text(query[:EMBEDDING_TEXT]), names)
-        return await embedder.vector(text) if text.strip() else None
-
-    async def _query_vectors(self, calls: Sequence[ToolCall]) -> dict[str, bytes]:
-        """The vectors of what the calls search for: no network call happens inside a transaction."""
-        names = {call.__name__ for call in SEARCH_TOOLS}
-        queries = [str(call.arguments.get("query", "")) for call in calls if call.name in names]
-        vectors = {query: await self.query_vector(query) for query in queries}
-        return {query: vector for query, vector in vectors.items() if vector is not None}
+    def _fitting_summary(
+        self, gist: str, hidden: Sequence[ChatMessage], kept: Sequence[ChatMessage], before: int
+    ) -> tuple[str, str, int]:
+        """(words, the summary as packed, tokens with it): words are left out until it saves something."""
+        for words in (gist, excerpt(gist, 200), ""):
+            note = _SUMMARY_NOTE.format(hidden=hidden[-1].id, total=self.memory.last_message, gist=words)
+            summary = pack("system_alert", message=note)
+            sizes = self._sizes(kept, summary=encode_json({"role": "user", "content": summary}))
+            if (after := sum(sizes.values())) < before:
+                return words, summary, after
+        raise self._too_small(before)
 
     # -- edits from outside --
 
@@ -7631,8 +7585,8 @@ class WebSocketServer:
     def run_step(self, user_message: str, first_message: bool = False, no_verify: bool = False) -> list[JSON]:
         """One turn of `agent`: its stored events as wire dicts (MemGPT 0.2.7, websocket_server.py, run_step).
 
-        first_message asks that the first reply goes through send_message, and tries again a few times; no_verify skips
-        that. Raises Refused (no_agent), or with the code of a message that never became a turn.
+        first_message asks that the first reply goes through send_message, and tries again where it does not; no_verify
+        skips that. Raises Refused (no_agent), or with the code of a message that never became a turn.
         """
         return self._call(self.run_step_async, user_message, first_message, no_verify)
 

@@ -271,7 +271,7 @@ def test_config_keys() -> None:
     """README names every key of an agent's config, every setting and every bundled text."""
     (text,) = re.findall(r"^`config`, all of it optional: (.*?)\n\n", README, re.MULTILINE | re.DOTALL)
     bundled = set(memws.PERSONAS) | set(memws.HUMANS)
-    functions = [memws.config, memws.core_memory, memws.sampling]
+    functions = [memws.function_of(each) for each in (memws.Config, memws.core_memory, memws.Settings)]
     keys = {"name"}.union(*(function.parameters["properties"] for function in functions))
     assert set(code(text)) == keys | bundled
 

@@ -470,7 +470,8 @@ async def test_compact(client: Wire, endpoint: Endpoint) -> None:
 
 async def test_timed_heartbeats(server: Server, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent with an interval wakes by itself, for subscribers only, and rests after IDLE_HEARTBEATS."""
-    monkeypatch.setattr(memws, "MIN_HEARTBEAT_INTERVAL", 1)
+    schemas = memws._function_of(memws.Config).parameters["properties"]
+    monkeypatch.setitem(schemas, "heartbeat_interval", {"type": "integer"})
     monkeypatch.setattr(memws, "IDLE_HEARTBEATS", 1)
     endpoint.default = Reply("nothing to do")
     async with wire(server, "*") as owner, wire(server, "*") as watcher:
