@@ -433,7 +433,7 @@ async def test_a_store_that_cannot_write_reads_on(tmp_path: Path, what: str) -> 
                 await fails(task, what)
             assert await everything(store, agent.id) == before
             sql(let)
-            (task,) = await queued(store.commit(agent.id, step(2, "t2")))
+            (task,) = await queued(store.write(commit, agent.id, step(2, "t2")))
             if what == "locked":
                 assert await everything(store, agent.id) == before
                 other.execute("ROLLBACK")
