@@ -81,6 +81,7 @@ import secrets
 import signal
 import socket
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -1165,13 +1166,10 @@ def import_numpy() -> Any:
 
 def pack_vector(values: Sequence[float]) -> bytes:
     """A vector of length 1, as 16-bit floats. Raises ValueError for one without a direction."""
-    numpy = import_numpy()
-    with numpy.errstate(all="ignore"):
-        vector = numpy.asarray(values, numpy.float32)
-        length = float(numpy.linalg.norm(vector))
-    if vector.ndim != 1 or not 0 < length < math.inf:
+    length = math.hypot(*values)
+    if not 0 < length < math.inf:
         raise ValueError("no vector")
-    return bytes((vector / length).astype(numpy.float16).tobytes())
+    return struct.pack(f"{len(values)}e", *(value / length for value in values))
 
 
 def unnamed(query: str, names: Iterable[str]) -> str:
@@ -1261,7 +1259,7 @@ CREATE TABLE messages (
     role TEXT NOT NULL CHECK (role IN ('user', 'assistant', 'tool', 'system')), time TEXT NOT NULL, text TEXT NOT NULL,
     body TEXT NOT NULL, turn_id TEXT NOT NULL, step INTEGER NOT NULL, seq INTEGER NOT NULL,
     PRIMARY KEY (agent, id)) STRICT;
-CREATE TABLE memory (  -- doc: agent, store and place, see doc_range; terms: those of the text, in order
+CREATE TABLE memory (  -- doc: agent, store and place, see remember; terms: those of the text, in order
     doc INTEGER PRIMARY KEY, agent INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE,
     store TEXT NOT NULL CHECK (store IN ('recall', 'archival')), item INTEGER NOT NULL, role TEXT NOT NULL,
     time TEXT NOT NULL, text TEXT NOT NULL, terms TEXT NOT NULL, words INTEGER NOT NULL, asking REAL NOT NULL,
@@ -1326,13 +1324,8 @@ class Sqlite:
         make_private(path)
         lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._connections.insert(0, lock)  # closed last
-        try:
+        with usable(self.path, "stop the memws server that uses it, or name another file with --db"):
             lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
-                raise
-            text = f"another memws server uses the database {self.path!r}; stop it, or name another file with --db"
-            raise UsageError(text) from None
 
     def close(self) -> None:
         while self._connections:
@@ -1546,9 +1539,9 @@ def pack_texts(texts: list[str]) -> bytes:
 
 
 def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
-    """The chat messages from id `first` on that can be read, and counts: messages, passages, last_message,
-    last_passage, unreadable (messages)."""
-    messages = _messages(db, "agent = ? AND id >= ? ORDER BY id", agent, first)
+    """The chat messages from id `first` on that can be read, and counts: last_message, passages, last_passage,
+    unreadable (messages)."""
+    messages = read_messages(db, agent, first=first)
     readable = [message for message in messages if read_body(message) is not None]
     sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
         FROM memory WHERE agent = ? AND store = 'archival'"""
@@ -1558,17 +1551,14 @@ def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatM
 
 
 def read_messages(
-    db: SqlConnection, agent: int, before: int | None = None, limit: int = 10_000, first: int = 0
+    db: SqlConnection, agent: int, before: int | None = None, limit: int = 2**53, first: int = 0
 ) -> list[ChatMessage]:
     """The newest `limit` chat messages from id `first` on and before another, oldest first."""
-    where = "agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"
-    return _messages(db, where, agent, first, 2**62 if before is None else before, limit)[::-1]
-
-
-def _messages(db: SqlConnection, where: str, *values: object) -> list[ChatMessage]:
-    said = "SELECT memory.text FROM memory WHERE memory.agent = messages.agent AND store = 'recall' AND item = id"
-    columns = f"id, role, time, text, body, turn_id, step, coalesce(({said}), ''), NULL, seq"
-    return [ChatMessage(*row) for row in db.execute(f"SELECT {columns} FROM messages WHERE {where}", values)]
+    said = "SELECT text FROM memory WHERE agent = messages.agent AND store = 'recall' AND item = messages.id"
+    sql = f"""SELECT id, role, time, text, body, turn_id, step, coalesce(({said}), ''), NULL, seq FROM messages
+        WHERE agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"""
+    rows = db.execute(sql, (agent, first, 2**53 if before is None else before, limit))
+    return [ChatMessage(*row) for row in rows][::-1]
 
 
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
@@ -1594,11 +1584,11 @@ def _whole(event: StoredEvent) -> StoredEvent:
         if isinstance(decode_json(event.text), dict):
             return event
     text = "this event is damaged on disk"
-    instead = response("correction", text, what="damaged")
+    instead = response("correction", text, event.turn_id, what="damaged")
     if event.kind in TERMINAL_TYPES:
-        instead = {"type": "agent_response_error", "message": text, "code": "store_failed", "stop_reason": "error"}
-    about = ({"turn_id": event.turn_id} if event.turn_id else {}) | {"seq": event.seq, "time": now_text()}
-    return event._replace(kind=kind_of(instead), text=encode_json(instead | about))
+        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "message": text, "stop_reason": "error"}
+        instead |= {"code": "store_failed"}
+    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
 
 
 def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, bool] | None:
@@ -1644,20 +1634,14 @@ _ROW_COLUMNS = ", ".join(MemoryRow._fields)
 Span = tuple[int, int]
 
 
-def doc_range(agent: int, store: str) -> Span:
-    """The first and the last doc that an agent's memory may have."""
-    low = (agent * 2 + STORES.index(store)) * PLACES
-    return low, low + PLACES - 1
-
-
 def remember(db: SqlConnection, agent: int, document: Document, joined: bool | None = None) -> list[tuple[str, int]]:
     """Store what a search is to find; its postings, which the caller stores.
 
     joined: whether it belongs to the session of the one before; None: by SESSION_GAP.
     """
-    low, high = doc_range(agent, document.store)
+    low = (agent * 2 + STORES.index(document.store)) * PLACES
     sql = "SELECT doc, time, words, asking FROM memory WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT 1"
-    last = db.execute(sql, (low, high)).fetchone()
+    last = db.execute(sql, (low, low + PLACES - 1)).fetchone()
     text, moment = clean_text(document.text), clean_text(document.time)
     words, terms, doc, asked = count_words(text), split_terms(text), low, 0
     if last is not None:
@@ -1857,8 +1841,8 @@ memory_index = MemoryIndex
 # ---- the store -------------------------------------------------------------------------------------------------------
 
 P = ParamSpec("P")
-Job = Callable[[SqlConnection], Any]
-WriteJob = tuple[Job, asyncio.Future[Any]]
+Job = Callable[Concatenate[SqlConnection, P], T]
+WriteJob = tuple[Job[[], Any], asyncio.Future[Any]]
 Outcome = tuple[Any, BaseException | None]
 
 
@@ -1880,19 +1864,15 @@ class Store:
         self._writer.start()
         self._closed = False
 
-    def read(
-        self, job: Callable[Concatenate[SqlConnection, P], T], *values: P.args, **named: P.kwargs
-    ) -> Coroutine[Any, Any, T]:
+    def read(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> Coroutine[Any, Any, T]:
         """What the job finds, all as of one moment. Raises StoreFailed, and as the job does."""
         return self._run(lambda db: job(db, *values, **named), writing=False)
 
-    def write(
-        self, job: Callable[Concatenate[SqlConnection, P], T], *values: P.args, **named: P.kwargs
-    ) -> Coroutine[Any, Any, T]:
+    def write(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> Coroutine[Any, Any, T]:
         """What the job gives, once all that it wrote is on disk. Raises StoreFailed, and as the job does."""
         return self._run(lambda db: job(db, *values, **named), writing=True)
 
-    async def _run(self, job: Callable[[SqlConnection], T], writing: bool) -> T:
+    async def _run(self, job: Job[[], T], writing: bool) -> T:
         if self._closed:
             raise StoreFailed("the database is closed")
         loop = asyncio.get_running_loop()
@@ -1902,7 +1882,7 @@ class Store:
         self._jobs.put((job, done))  # a caller that is cancelled does not take it back
         return await done
 
-    def _read(self, job: Callable[[SqlConnection], T]) -> T:
+    def _read(self, job: Job[[], T]) -> T:
         try:
             if not hasattr(self._local, "connection"):
                 self._local.connection = self._database.connect()
@@ -1934,7 +1914,7 @@ class Store:
             with contextlib.suppress(RuntimeError):  # it is gone, and nobody waits
                 loop.call_soon_threadsafe(settle, [result for result in results if result[0].get_loop() is loop])
 
-    def _write(self, job: Job) -> Outcome:
+    def _write(self, job: Job[[], Any]) -> Outcome:
         """(result, error) of one job."""
         try:
             self._connection.execute("SAVEPOINT job")
@@ -2031,7 +2011,7 @@ def _agent_faults(db: SqlConnection, name: str, check_record: CheckRecord) -> li
         check_record(record)
     except (MemwsError, ValueError, TypeError) as error:
         return [str(error)]
-    messages = _messages(db, "agent = ? AND id >= ? ORDER BY id", record.id, record.state.get("cut", 0))
+    messages = read_messages(db, record.id, first=record.state["cut"])
     return [fault for _, fault in history_faults(messages)[0]]
 
 

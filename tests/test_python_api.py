@@ -157,7 +157,7 @@ def test_what_is_held_is_named(make: Serve, tmp_path: Path, form: str) -> None:
             start(server)
         assert list(tmp_path.glob("own*")) == []
     server = make().start()
-    with pytest.raises(memws.MemwsError, match="another memws server uses the database"):
+    with pytest.raises(memws.MemwsError, match="stop the memws server that uses it"):
         start(make())
     server.stop()
     make().start()
