@@ -366,8 +366,6 @@ class UsageError(MemwsError):
 
 
 class Refused(MemwsError):
-    """A request that cannot be done as things stand; nothing was changed."""
-
     def __init__(self, code: str, message: str, **details: Any) -> None:
         super().__init__(message, code, **details)
 
@@ -386,8 +384,6 @@ class UnknownAgent(Refused):
 
 
 class StoreFailed(MemwsError):
-    """The database refused a read or a write; nothing of the transaction was kept."""
-
     code = "store_failed"
 
 
@@ -411,8 +407,6 @@ class ToolError(MemwsError):
 
 
 class RemoteError(MemwsError):
-    """The server answered a command or a message with an error; `details` holds the error's further fields."""
-
     def __init__(self, code: str, message: str, **details: Any) -> None:
         super().__init__(message, code, **details)
 
@@ -428,8 +422,6 @@ class ConnectFailed(MemwsError):
 
 
 class ConnectionLost(MemwsError):
-    """The connection ended, or was never opened, while something waited for it."""
-
     code = "connection_lost"
 
     def __init__(self, url: str) -> None:
@@ -668,7 +660,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
     return levels == 0 or any(_is_deeper(item, levels - 1) for item in items)
 
 
-def called(request: JSON, functions: Mapping[str, Function]) -> tuple[Function, JSON]:
+def resolve(request: JSON, functions: Mapping[str, Function]) -> tuple[Function, JSON]:
     """The function that a request calls, and its arguments. Raises InvalidRequest."""
     name = kind = _word(request, "type")
     if kind == "command":
@@ -6917,7 +6909,7 @@ class Session(Tasks):
         is_command = request.get("type") == "command"
         self._request_id = request.get("id")
         try:
-            function, arguments = called(request, COMMANDS)
+            function, arguments = resolve(request, COMMANDS)
             if "live" in function.call.__annotations__:
                 arguments["live"] = await self._live(arguments.pop("agent_name", None))
             result = await function.call(self, **arguments)

@@ -29,7 +29,7 @@ VALIDATORS = {
 
 def read(frame: str | bytes) -> tuple[str, JSON]:
     """What a frame asks for, and the arguments that it is called with. Raises InvalidRequest."""
-    function, arguments = memws.called(memws.decode_request(frame), COMMANDS)
+    function, arguments = memws.resolve(memws.decode_request(frame), COMMANDS)
     return function.name, arguments
 
 
