@@ -2192,8 +2192,7 @@ class Reply:
     """What a model has answered so far; `feed` takes the chunks of a chat-completions stream."""
 
     def __init__(self) -> None:
-        self.text = self.refusal = ""
-        self.monologue = ""  # reasoning and content in the order they came
+        self.text = self.reasoning = self.refusal = ""
         self.calls: list[ToolCall] = []
         self.finish: str | None = None
         self.usage: JSON | None = None  # {input_tokens, output_tokens}, where the endpoint counts
@@ -2201,7 +2200,11 @@ class Reply:
         self.partial = ""  # what send_message said in a call that was cut at MAX_REPLY
         self._size = 0
         self._latest: dict[int | None, ToolCall] = {}  # the newest call of each index; None: the newest of all
-        self._lengths = [0]  # of what news() has told: of the monologue, then of each call
+        self._told = collections.Counter[int]()  # characters that news() has told: of the monologue, then of each call
+
+    @property
+    def monologue(self) -> str:
+        return "\n".join(filter(None, (self.reasoning, self.text)))
 
     @property
     def full(self) -> bool:
@@ -2216,29 +2219,20 @@ class Reply:
     def feed(self, chunk: JSON) -> None:
         """Take one chunk. Raises ModelError for what is none."""
         try:
-            self._feed(chunk)
+            usage, choice = chunk.get("usage") or {}, (chunk.get("choices") or [{}])[0]
+            if type(usage.get("prompt_tokens")) is int:
+                output = int(usage.get("completion_tokens") or 0)
+                self.usage = {"input_tokens": usage["prompt_tokens"], "output_tokens": output}
+            self.finish = choice.get("finish_reason") or self.finish
+            delta = choice.get("message") or choice.get("delta") or {}
+            self.text += self._take(delta.get("content"))
+            self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning"))
+            self.refusal += self._take(delta.get("refusal"))
+            for place, piece in enumerate(delta.get("tool_calls") or ()):
+                self._feed_call(piece, place if choice.get("message") else piece.get("index"))
         except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
             text = f"the endpoint's answer is no chat completion ({type(error).__name__})"
             raise ModelError("model_unavailable", text, retry=True) from None
-
-    def _feed(self, chunk: JSON) -> None:
-        usage = chunk.get("usage")
-        if usage and type(usage.get("prompt_tokens")) is int:
-            output = int(usage.get("completion_tokens") or 0)
-            self.usage = {"input_tokens": usage["prompt_tokens"], "output_tokens": output}
-        for choice in (chunk.get("choices") or ())[:1]:
-            self.finish = choice.get("finish_reason") or self.finish
-            message = choice.get("message")
-            delta = message or choice.get("delta") or {}
-            content = self._take(delta.get("content"))
-            reasoning = self._take(delta.get("reasoning_content") or delta.get("reasoning"))
-            if content and not self.text and (self.monologue or reasoning):
-                reasoning += "\n"
-            self.text += content
-            self.monologue += reasoning + content
-            self.refusal += self._take(delta.get("refusal"))
-            for place, piece in enumerate(delta.get("tool_calls") or ()):
-                self._feed_call(piece, place if message else piece.get("index"))
 
     def _feed_call(self, piece: JSON, index: int | None) -> None:
         """Take a piece of a call. Endpoints that number all calls 0, or none, are read by ids and names."""
@@ -2268,18 +2262,18 @@ class Reply:
 
     def news(self) -> Iterator[tuple[str, str]]:
         """(message type, text) that has come since the last call, for whoever watches it arrive."""
-        texts = [clean_text(self.monologue), *(call.spoken for call in self.calls)]
-        lengths, self._lengths = self._lengths, [len(text) for text in texts]
-        for place, text in enumerate(texts):
-            length = lengths[place] if place < len(lengths) else 0
-            if text[length:]:
-                yield "assistant_message" if place else "internal_monologue", text[length:]
+        for place, text in enumerate([clean_text(self.monologue), *(call.spoken for call in self.calls)]):
+            if new := text[self._told[place] :]:
+                self._told[place] = len(text)
+                yield "assistant_message" if place else "internal_monologue", new
 
 
 # ---- the ladder: tool calls as such, tool calls written as text, plain text ------------------------------------------
 
 _THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)(?:</think(?:ing)?>\s*(.*)|$)", re.DOTALL)
 _FENCED = re.compile(r"```(?:json|tool_call|tool_code)?\s*+(.*?)```|<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
+_CALL_KEYS = ("tool_calls", "function", "name", "tool")  # where models write calls, or the names of their tools
+_ARGUMENT_KEYS = ("arguments", "parameters", "params", "args")
 
 
 def read_reply(reply: Reply, tools: Collection[str]) -> None:
@@ -2291,14 +2285,21 @@ def read_reply(reply: Reply, tools: Collection[str]) -> None:
     if reply.refusal or (reply.finish == "content_filter" and not reply.calls and not reply.text):
         reason = " ".join(clean_text(reply.refusal).split())[:80] or "its endpoint filtered the answer"
         raise ModelError("model_refused", f"the model refuses to answer: {reason}")
-    reply.text, reply.monologue = clean_text(reply.text).strip(), clean_text(reply.monologue).strip()
+    reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
     if match := _THOUGHT.fullmatch(reply.text):  # as reasoning models write where their server does not parse it
-        _replace_text(reply, (match[2] or "").strip(), match[1].strip())
+        reply.reasoning = f"{reply.reasoning}\n{match[1]}".strip()
+        reply.text = (match[2] or "").strip()
     if not reply.calls:
         _read_text_calls(reply, tools)
-    reply.calls = [call for call in reply.calls if _read_call(call, reply, tools)]
+    cut = [call for call in reply.calls if _is_cut(call.text or "{" * reply.full)]
+    if cut and not reply.full:
+        limit = " at the endpoint's length limit" if reply.finish == "length" else ""
+        raise ModelError("bad_output", f"a tool call was cut off{limit}")
+    reply.partial += "".join(call.spoken for call in cut)
+    reply.calls = [call for call in reply.calls if call not in cut]
     ids = {""}
     for call in reply.calls:
+        _read_call(call, reply, tools)
         if call.id in ids or len(call.id) > MAX_ID:
             reply.corrections += [("tool_call_id", "a call's id was used twice or too long")] if call.id else []
             call.id = f"call_{secrets.token_hex(8)}"
@@ -2309,30 +2310,18 @@ def read_reply(reply: Reply, tools: Collection[str]) -> None:
         reply.corrections.append(("length", "the answer was cut off at the endpoint's length limit"))
 
 
-def _replace_text(reply: Reply, text: str, thought: str = "") -> None:
-    """Give the reply another text, in its monologue too."""
-    reply.monologue = reply.monologue.replace(reply.text, f"{thought}\n{text}".strip()).strip()
-    reply.text = text
-
-
-def _read_call(call: ToolCall, reply: Reply, tools: Collection[str]) -> bool:
-    """Read and mend a call; False: it is cut, and the reply is full. Raises ModelError where it is cut otherwise."""
+def _read_call(call: ToolCall, reply: Reply, tools: Collection[str]) -> None:
+    """Read and mend the name and the arguments of a call."""
     name = clean_text(call.name)
     call.id, call.name = clean_text(call.id), name.rpartition(".")[2]
     if name not in tools and call.name in tools:  # as in "functions.name"
         reply.corrections.append(("tool_name", f"{quote(name)} was read as {call.name!r}"))
     else:
         call.name = re.sub(r"[^a-zA-Z0-9_-]", "_", name)[:64] or "unknown"  # as endpoints accept it in the history
-    if _is_cut(call.text or "{" * reply.full):
-        if not reply.full:
-            limit = " at the endpoint's length limit" if reply.finish == "length" else ""
-            raise ModelError("bad_output", f"a tool call was cut off{limit}")
-        reply.partial += call.spoken
-        return False
     value, repair = read_json(call.text or "{}")
     if not isinstance(value, dict):
         call.problem = f"the arguments are no JSON object: {quote(call.text)}"
-        return True
+        return
     if repair:
         reply.corrections.append(("arguments", f"the arguments of {call.name}: {repair}"))
     texts = [key for key, item in value.items() if isinstance(item, str) and key != REQUEST_HEARTBEAT]
@@ -2340,7 +2329,6 @@ def _read_call(call: ToolCall, reply: Reply, tools: Collection[str]) -> bool:
         value["message"] = value.pop(texts[0])
         reply.corrections.append(("arguments", f"send_message takes message, not {quote(texts[0])}"))
     call.arguments = value
-    return True
 
 
 def _is_cut(text: str) -> bool:
@@ -2348,28 +2336,27 @@ def _is_cut(text: str) -> bool:
     with contextlib.suppress(ValueError):
         inner = decode_json(text, strict=False)
         return isinstance(inner, str) and _is_cut(inner)
-    parts = re.sub(r"\\.", "", text, flags=re.DOTALL).split('"')  # every second one is inside a string
-    outside = "".join(parts[::2])
-    return len(parts) % 2 == 0 or outside.count("{") > outside.count("}")
+    outside = re.sub(r'"(?:[^"\\]|\\.)*+"', "", text, flags=re.DOTALL)
+    return '"' in outside or outside.count("{") > outside.count("}")
 
 
 def _read_text_calls(reply: Reply, tools: Collection[str]) -> None:
     """Tool calls that a model wrote as text. Raises ModelError for text that is plainly a call, but a broken one."""
-    blocks = [first or second for first, second in _FENCED.findall(reply.text)]
-    is_bare = reply.text.startswith(("{", "["))
-    for text in blocks or [reply.text] * is_bare:
-        for name, arguments in _calls_in(read_json(text)[0]) if not _is_cut(text) else ():
-            if name.rpartition(".")[2] in tools or len(text.strip()) == len(reply.text):
-                arguments = arguments if isinstance(arguments, str) else encode_json(arguments)
-                reply.calls.append(ToolCall("", name, arguments))
+    blocks, rest = [fenced or tagged for fenced, tagged in _FENCED.findall(reply.text)], _FENCED.sub("", reply.text)
+    if not blocks and reply.text.startswith(("{", "[")):
+        blocks, rest = [reply.text], ""
+    for block in blocks:
+        for name, arguments in _calls_in(read_json(block)[0]) if not _is_cut(block) else ():
+            if name.rpartition(".")[2] in tools or block.strip() == reply.text:
+                text = arguments if isinstance(arguments, str) else encode_json(arguments)
+                reply.calls.append(ToolCall("", name, text))
     if reply.calls:
         reply.corrections.append(("text_call", "a tool call written as text was read as a call"))
-        _replace_text(reply, "" if is_bare else _FENCED.sub("", reply.text).strip())
-    elif (blocks or is_bare) and any(f'"{name}"' in reply.text for name in tools):
+        reply.text = rest.strip()
+    elif blocks and any(f'"{name}"' in reply.text for name in tools):
         if not reply.full:
             raise ModelError("bad_output", "the answer holds a tool call that is no JSON")
-        reply.partial = ToolCall("", "send_message", reply.text).spoken
-        _replace_text(reply, "")
+        reply.partial, reply.text = ToolCall("", "send_message", reply.text).spoken, ""
 
 
 def _calls_in(value: Any) -> Iterator[tuple[str, Any]]:
@@ -2377,18 +2364,15 @@ def _calls_in(value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, list):
         for item in value:
             yield from _calls_in(item)
-    if not isinstance(value, dict):
-        return
-    inner = value.get("tool_calls") or value.get("function")
-    if isinstance(inner, (list, dict)):
-        yield from _calls_in(inner)
-        return
-    name = value.get("name") or inner or value.get("tool")
-    arguments = next((value[key] for key in ("arguments", "parameters", "params", "args") if key in value), None)
-    if isinstance(arguments, dict):
-        arguments.pop("inner_thoughts", None)  # where MemGPT's local models put the monologue
-    if isinstance(name, str) and isinstance(arguments, (dict, str)):
-        yield name, arguments
+    elif isinstance(value, dict):
+        call = next((value[key] for key in _CALL_KEYS if value.get(key)), None)
+        arguments = next((value[key] for key in _ARGUMENT_KEYS if key in value), None)
+        if isinstance(call, (list, dict)):
+            yield from _calls_in(call)
+        elif isinstance(call, str) and isinstance(arguments, (dict, str)):
+            if isinstance(arguments, dict):
+                arguments.pop("inner_thoughts", None)  # where MemGPT's local models put the monologue
+            yield call, arguments
 
 
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
@@ -2584,7 +2568,9 @@ class OpenAIModel:
             for pattern, meaning in _REFUSALS.items()
             if re.search(pattern, f"{status} {code}: {reason}", re.IGNORECASE)
         )
-        wait = _retry_after(headers or {})
+        wait = None
+        with contextlib.suppress(ValueError, LookupError):
+            wait = max(0.0, float((headers or {})["retry-after"]))
         text = f"{text} ({status}): {self.endpoint.hide(reason)}" + (f"; it asks to wait {wait:g} s" if wait else "")
         retry = retry and (wait or 0) <= MAX_RETRY_AFTER
         learned = kind == "model_refused" and self._learn(reason)
@@ -2606,14 +2592,6 @@ def _read_events(events: Iterable[bytes]) -> Iterator[JSON]:
         text = b"\n".join(lines).strip()
         if text not in (b"", b"[DONE]"):
             yield decode_json(text)
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that an endpoint asks to wait."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with contextlib.suppress(ValueError, LookupError):
-            return max(0.0, float(headers[name]) * unit)
-    return None
 
 
 class Embedder:
@@ -2656,8 +2634,6 @@ class Embedder:
                 logger.warning("embeddings of %s fail (%s): searches go by words until they work", self.name, reason)
             self._paused_until = time.monotonic() + EMBEDDING_PAUSE
             return None
-        if self._paused_until:
-            logger.info("embeddings of %s work again", self.name)
         self._paused_until = 0.0
         return vectors
 
@@ -2887,15 +2863,16 @@ class Models:
     ) -> None:
         self.context_window = context_window  # where an agent's config says nothing; None: as its model's name says
         base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        self.endpoint, self._offline = Endpoint(base_url, api_key, idle_timeout), OfflineModel()
+        self.endpoint = Endpoint(base_url, api_key, idle_timeout)
         fallback = DEFAULT_MODEL if self.endpoint.key else OFFLINE
         self.default = model or (self.endpoint.only_model() if base_url else fallback)
         self.offline = self.default == OFFLINE
         if (embedding_model or not self.offline) and importlib.util.find_spec("openai") is None:
             raise UsageError(MISSING_OPENAI)
         self.embedder = Embedder(embedding_model, self.endpoint) if embedding_model else None
-        self._has_endpoint = bool(base_url or self.endpoint.key or not self.offline)
-        self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {}  # agents' own
+        self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {
+            (None, None): self.endpoint
+        }  # and agents' own
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
 
     @property
@@ -2909,19 +2886,18 @@ class Models:
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
-        name, endpoint = name or self.default, self.endpoint
+        name = name or self.default
         if name == OFFLINE:
-            return self._offline, []
-        if base_url or api_key:
-            own = Endpoint(base_url or endpoint.base_url, api_key, endpoint.idle_timeout)
-            endpoint = self._endpoints.setdefault((base_url, api_key), own)
-        elif not self._has_endpoint:
+            return OfflineModel(), []
+        if self.offline and not (base_url or api_key or self.endpoint.base_url or self.endpoint.key):
             text = f"model {quote(name)} is kept, but there is no endpoint: the offline stand-in answers"
-            return self._offline, [f"{text}; set OPENAI_API_KEY or --base-url"]
+            return OfflineModel(), [f"{text}; set OPENAI_API_KEY or --base-url"]
+        own = Endpoint(base_url or self.endpoint.base_url, api_key, self.endpoint.idle_timeout)
+        endpoint = self._endpoints.setdefault((base_url, api_key), own)
         return self._models.setdefault((endpoint, name), OpenAIModel(name, endpoint)), []
 
     async def close(self) -> None:
-        for endpoint in (self.endpoint, *self._endpoints.values()):
+        for endpoint in self._endpoints.values():
             await endpoint.close()
 
 
@@ -3928,7 +3904,7 @@ class Agent:
     async def _end_stopped(self, turn: Turn) -> None:
         """End a turn that was stopped while its model answered; what had come of the answer is kept."""
         reply = turn.reply or Reply()
-        reply.text, reply.monologue = clean_text(reply.text).strip(), clean_text(reply.monologue).strip()
+        reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
         reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
         async with self._change(turn) as change:
             change.changes.request = turn.request

@@ -211,9 +211,8 @@ async def test_an_answer_that_is_no_chunk_is_an_error(raw: bytes, kind: str) -> 
 WAITS: list[tuple[dict[str, str], tuple[float, float] | None, bool]] = [
     ({"Retry-After": "7"}, (7, 7), True), ({"Retry-After": "1.5"}, (1.5, 1.5), True),
     ({"Retry-After": "30"}, (30, 30), True), ({"Retry-After": "-3"}, (0, 0), True),
-    ({"Retry-After": "nan"}, (0, 0), True), ({"Retry-After-Ms": "250", "Retry-After": "9"}, (0.25, 0.25), True),
-    ({}, None, True),
-    ({"Retry-After": "soon"}, None, True), ({"Retry-After": ""}, None, True), ({"Retry-After-Ms": "x"}, None, True),
+    ({"Retry-After": "nan"}, (0, 0), True), ({}, None, True),
+    ({"Retry-After": "soon"}, None, True), ({"Retry-After": ""}, None, True),
     ({"Retry-After": "31"}, (31, 31), False), ({"Retry-After": "inf"}, (31, float("inf")), False),
 ]  # fmt: skip
 
@@ -585,4 +584,4 @@ async def test_an_endpoint_without_vectors_is_left_alone(
     endpoint.spoil = None
     monkeypatch.setattr(embedder, "_paused_until", 0.001)
     assert len(await embedder.vectors(["a", "b"]) or ()) == 2
-    assert [record.levelname for record in caplog.records if "embeddings" in record.message] == ["WARNING", "INFO"]
+    assert [record.levelname for record in caplog.records if "embeddings" in record.message] == ["WARNING"]
