@@ -265,6 +265,7 @@ CLOSE_TIMEOUT = 2.0  # seconds that closing a client may take
 JSON = dict[str, Any]
 RequestId = str | int | None
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def clean_text(text: str) -> str:
@@ -1832,7 +1833,6 @@ memory_index = MemoryIndex
 
 # ---- the store -------------------------------------------------------------------------------------------------------
 
-P = ParamSpec("P")
 Job = Callable[Concatenate[SqlConnection, P], T]
 WriteJob = tuple[Job[[], Any], asyncio.Future[Any]]
 Outcome = tuple[Any, BaseException | None]
@@ -4138,20 +4138,17 @@ class LoopThread:
         with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
             runner.get_loop().run_forever()
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine; an interrupt of the wait cancels it.
+    def call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """The result of a coroutine function that runs there; an interrupt of the wait cancels it.
 
         Raises UsageError on the loop's own thread, where it would never end, CancelledError where the loop ends first.
         """
         if threading.current_thread() is self.thread:
-            work.close()
-            name = getattr(work, "__name__", "it")
-            raise UsageError(f"this would wait for its own thread for ever; there, await {name}")
+            raise UsageError(f"this would wait for its own thread for ever; there, await {function.__name__}")
         with self._lock:
             if self._over:
-                work.close()
                 raise concurrent.futures.CancelledError
-            future = asyncio.run_coroutine_threadsafe(work, self.loop)
+            future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self.loop)
         try:
             return future.result()
         finally:
@@ -4554,7 +4551,7 @@ class BlockingClient:
         self.close = weakref.finalize(self, self._thread.stop)
         "Close the connection and end the thread, within 3 s; whatever waits gets ConnectionLost."
         try:
-            self._call(self.client.connect())
+            self._call(self.client.connect)
         except BaseException:
             self.close()
             raise
@@ -4571,25 +4568,25 @@ class BlockingClient:
         return self.client.agent_name
 
     def command(self, command: str, /, **arguments: Any) -> Frame:
-        return self._call(self.client.command(command, **arguments))
+        return self._call(self.client.command, command, **arguments)
 
     def hello(self, message_types: Iterable[str] | None = None) -> Frame:
-        return self._call(self.client.hello(message_types))
+        return self._call(self.client.hello, message_types)
 
     def create_agent(self, name: str | None = None, **config: Any) -> Frame:
-        return self._call(self.client.create_agent(name, **config))
+        return self._call(self.client.create_agent, name, **config)
 
     def load_agent(self, name: str) -> Frame:
-        return self._call(self.client.load_agent(name))
+        return self._call(self.client.load_agent, name)
 
     def unsubscribe(self, agent_name: str | None = None) -> None:
-        self._call(self.client.unsubscribe(agent_name))
+        self._call(self.client.unsubscribe, agent_name)
 
     def send(self, message: str, *arguments: Any, **options: Any) -> BlockingStream:
         async def send() -> Stream:
             return self.client.send(message, *arguments, **options)
 
-        return BlockingStream(self, self._call(send()))
+        return BlockingStream(self, self._call(send))
 
     def ask(self, message: str, *arguments: Any, **options: Any) -> str:
         return self.send(message, *arguments, **options).text()
@@ -4600,11 +4597,11 @@ class BlockingClient:
             await stream.ready()
             return stream
 
-        return BlockingStream(self, self._call(subscribe()))
+        return BlockingStream(self, self._call(subscribe))
 
-    def _call(self, work: Coroutine[Any, Any, T]) -> T:
+    def _call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return self._thread.call(work)
+            return self._thread.call(function, *args, **kwargs)
         except concurrent.futures.CancelledError:
             raise ConnectionLost(self.client.url) from None
 
@@ -4621,12 +4618,12 @@ class BlockingStream(Iterator[Frame]):
 
     def __next__(self) -> Frame:
         try:
-            return self._wait(self._stream.__anext__())
+            return self._wait(self._stream.__anext__)
         except StopAsyncIteration:
             raise StopIteration from None
 
     def text(self) -> str:
-        return self._wait(self._stream.text())
+        return self._wait(self._stream.text)
 
     def cancel(self) -> None:
         """Ask the server to end this turn, without waiting for it: fit for any thread and for signal handlers."""
@@ -4635,9 +4632,9 @@ class BlockingStream(Iterator[Frame]):
         with contextlib.suppress(RuntimeError):  # the client is closed
             self._client._thread.loop.call_soon_threadsafe(self._client.client._post, request)
 
-    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+    def _wait(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:
-            return self._client._call(work)
+            return self._client._call(function)
         except KeyboardInterrupt:
             if self.turn_id:
                 self.cancel()
@@ -7769,10 +7766,7 @@ class Chat:
             self.screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
         if previous is not None:
             self.client.unsubscribe(previous)
-        thread = threading.Thread(
-            target=self._follow, args=[self.client.subscribe()], name="memws follower", daemon=True
-        )
-        thread.start()
+        threading.Thread(target=self._follow, args=[self.client.subscribe()], daemon=True).start()
 
     def _follow(self, events: Iterator[Frame]) -> None:
         with contextlib.suppress(MemwsError):  # the main thread meets it as well
@@ -7880,10 +7874,8 @@ def chat_command(flags: argparse.Namespace) -> None:
     screen = Screen(sys.stdout if is_terminal else sys.stderr)
     logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
 
-    def on_state(state: str) -> None:
-        screen.line(f"[connection {state}]", "dim")
-
-    with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, on_state=on_state) as client:
+    options: JSON = {"on_state": lambda state: screen.line(f"[connection {state}]", "dim")}
+    with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, **options) as client:
         agent_name = flags.agent or latest_agent(client)
         if is_terminal:
             Chat(client, screen).run(agent_name)
@@ -7976,11 +7968,8 @@ def import_command(flags: argparse.Namespace) -> None:
         data = decode_json(raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
-    database = Sqlite(flags.db)
-    try:
+    with contextlib.closing(Sqlite(flags.db)) as database:
         name = import_agent(database.open(), data, check_record)
-    finally:
-        database.close()
     print(f"agent {name!r} is in {flags.db}")
 
 
