@@ -436,7 +436,7 @@ async def test_a_turn_has_limits(
 
 async def test_a_failed_call_is_made_again_twice(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """A transport failure is told and tried again, twice, after the pause asked for; the third ends the turn."""
-    first, second = {"Retry-After-Ms": "30"}, {"Retry-After": "0.02"}
+    first, second = {"Retry-After": "0.03"}, {"Retry-After": "0.02"}
     endpoint.script(Reply(status=429, headers=first), Reply(status=503, headers=second))
     turn = await lab.say(agent, "Hi")
     assert turn.replies == ["Hello!"]
