@@ -79,10 +79,10 @@ START, MODEL, STREAM, STEPS, PAUSE, TOOL, ASYNC, BETWEEN, END = STAGES = [
 @asynccontextmanager
 async def at(stage: Stage, endpoint: Endpoint, folder: Path) -> AsyncIterator[tuple[Place, Serving, Wire, Any]]:
     """A server whose agent sam has come to that stage of a turn, the client that waits for it, and the tools' desk."""
-    async with soaking.desk() as (desk, port):
+    async with soaking.desk() as desk:
         desk.says = lambda _: "Yes"
         desk.answers = lambda _: 0.0 if desk.calls.total() < stage.calls else None
-        place = Place(folder, endpoint, port if stage.calls else None)
+        place = Place(folder, endpoint, desk.port if stage.calls else None)
         with place.serve() as serving:
             async with wire(serving, "*") as client:
                 config = {"name": "sam", "tools": ["ask", "ask_later"]} if stage.calls else {"name": "sam"}

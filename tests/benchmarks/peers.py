@@ -1,7 +1,7 @@
 """The processes beside the one that measures, each with one part, so that no part's CPU counts as another's.
 
-    python peers.py PART …   model | echo | serve FLAGS… | serve-tool FLAGS… | bare URL | bystander | crowd
-                             search FILE DATA…
+    python peers.py PART …   model | echo | serve FLAGS… | serve-tool FLAGS… | bare URL | crowd
+                             search FILE DATA… | bystander URL ECHO AGENT
 
 A part prints its address, or an empty line, then answers each line of JSON on standard input with one on standard
 output.
@@ -16,7 +16,7 @@ import runpy
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,34 +24,24 @@ from typing import Any
 HERE = Path(__file__).absolute().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
+from measure import memory  # noqa: E402
+
 JSON = dict[str, Any]
 
 
 def answer_requests(answer: Callable[[JSON], object]) -> None:
     """Answer what comes on standard input until it ends; then the process ends, whatever else it does."""
-    rest = b""
-    while data := os.read(0, 1 << 20):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            sys.stdout.write(json.dumps(answer(json.loads(line))) + "\n")
-            sys.stdout.flush()
+    for line in sys.stdin:
+        say(json.dumps(answer(json.loads(line))))
     os._exit(0)
 
 
-def say(address: str = "") -> None:
-    print(address, flush=True)
-
-
-def memory() -> float:
-    """Bytes of memory that the process holds now."""
-    try:
-        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * resource.getpagesize()
-    except OSError:
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+def say(text: str = "") -> None:
+    print(text, flush=True)
 
 
 def look_inside(request: JSON) -> JSON:
-    """What a server's process used so far: CPU seconds, bytes of memory."""
+    """What a server's process used so far: CPU seconds, MiB of memory."""
     if request.get("collect"):
         gc.collect()
     return {"cpu": time.process_time(), "memory": memory()}
@@ -60,34 +50,39 @@ def look_inside(request: JSON) -> JSON:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def serve_model() -> None:
-    from model import Model
+def serve_part(listen: Callable[[], Awaitable[Any]], address: str) -> None:
+    """Serve what `listen` gives, and say where."""
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(Model, "127.0.0.1", 0, backlog=1024)
-        say(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
-        await server.serve_forever()
+        async with await listen() as server:
+            say(address.format(next(iter(server.sockets)).getsockname()[1]))
+            await server.serve_forever()
 
     threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
     asyncio.run(main())
 
 
+def serve_model() -> None:
+    async def listen() -> asyncio.Server:
+        from model import Model
+
+        return await asyncio.get_running_loop().create_server(Model, "127.0.0.1", 0, backlog=1024)
+
+    serve_part(listen, "http://127.0.0.1:{}/v1")
+
+
 def serve_echo() -> None:
     """Bare websockets, with memws's settings: without compression."""
-    from websockets.asyncio.server import ServerConnection, serve
+    from websockets.asyncio.server import Server, ServerConnection, serve
 
     async def echo(connection: ServerConnection) -> None:
         async for message in connection:
             await connection.send(message)
 
-    async def main() -> None:
-        async with serve(echo, "127.0.0.1", 0, compression=None, backlog=1024) as server:
-            say(f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}")
-            await server.serve_forever()
+    async def listen() -> Server:
+        return await serve(echo, "127.0.0.1", 0, compression=None, backlog=1024)
 
-    threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
-    asyncio.run(main())
+    serve_part(listen, "ws://127.0.0.1:{}")
 
 
 def compute() -> str:
@@ -181,22 +176,20 @@ def bare(url: str) -> None:
     answer_requests(lambda request: loop.run_until_complete((many if "clients" in request else some)(request)))
 
 
-def bystander() -> None:
-    """Two clients that ask every 5 ms, one memws for its agent, one an echo: {url, echo, agent} begins, {} ends."""
+def bystander(url: str, echo_url: str, agent: str) -> None:
+    """Two clients that ask every 5 ms, one memws for an agent, one an echo, until anything is asked of this process."""
     from websockets.asyncio.client import connect
 
-    over = threading.Event()
-    waits: dict[str, list[float]] = {}
-    opened = threading.Event()
-
-    async def main(request: JSON) -> None:
-        waits.update(command=[], echo=[])
-        text = json.dumps({"type": "command", "command": "get_agent", "agent_name": request["agent"], "id": 1})
+    async def main() -> None:
+        waits: dict[str, list[float]] = {"command": [], "echo": []}
+        text = json.dumps({"type": "command", "command": "get_agent", "agent_name": agent, "id": 1})
         options: JSON = {"compression": None, "max_size": None, "ping_interval": None}
-        async with connect(request["url"], **options) as memws, connect(request["echo"], **options) as echo:
+        over = asyncio.Event()
+        asyncio.get_running_loop().add_reader(0, over.set)
+        async with connect(url, **options) as memws, connect(echo_url, **options) as echo:
             await memws.send(text)
             await memws.recv()
-            opened.set()
+            say()
             while not over.is_set():
                 for name, connection in (("command", memws), ("echo", echo)):
                     await asyncio.sleep(0.0025)
@@ -204,24 +197,9 @@ def bystander() -> None:
                     await connection.send(text)
                     await connection.recv()
                     waits[name].append(time.perf_counter() - start)
+        say(json.dumps(waits))
 
-    thread: threading.Thread | None = None
-
-    def answer(request: JSON) -> object:
-        nonlocal thread
-        if request:
-            over.clear()
-            opened.clear()
-            thread = threading.Thread(target=lambda: asyncio.run(main(request)), daemon=True)
-            thread.start()
-            return opened.wait(20)
-        over.set()
-        assert thread is not None
-        thread.join()
-        return waits
-
-    say()
-    answer_requests(answer)
+    asyncio.run(main())
 
 
 def crowd() -> None:

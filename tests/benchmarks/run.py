@@ -15,26 +15,23 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import random
-import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Self
 
 HERE = Path(__file__).absolute().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
-from commandline import PROGRAM  # noqa: E402
-from measure import Peer, Progress, clean_environment, described, machine, percentile, rows_of  # noqa: E402
-from retrieval import STEP, Filled, load, quality, speed  # noqa: E402
+from commandline import PROGRAM, environment  # noqa: E402
+from measure import Progress, machine, memory, percentile, rows_of  # noqa: E402
+from retrieval import STEP, Filled, load, quality  # noqa: E402
 from websockets.asyncio.client import ClientConnection, connect  # noqa: E402
 
 JSON = dict[str, Any]
@@ -42,58 +39,82 @@ TERMINALS = ('"agent_response_end"', '"agent_response_error"')
 WINDOW = 200_000  # tokens of the context window of the agents here: none of them compacts by itself
 
 
-# ---- Results ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One line of the table. `figure` is what the goal is about; lower is better, unless `higher`."""
-
-    name: str
-    what: str
-    measured: str
-    floor: str
-    figure: float
-    goal: float | None = None
-    higher: bool = False
-    unit: str = ""
-    samples: list[float] = field(default_factory=list)  # the figure in each repetition
-
-    @property
-    def reached(self) -> bool | None:
-        if self.goal is None:
-            return None
-        return self.figure >= self.goal if self.higher else self.figure <= self.goal
-
-    def cells(self) -> list[str]:
-        goal = "" if self.goal is None else f"{'≥' if self.higher else '≤'} {self.goal:g}{self.unit}"
-        mark = {None: "", True: " ✓", False: " ✗"}[self.reached]
-        return [self.what, self.measured, self.floor, f"{self.figure:.3g}{self.unit}", goal + mark]
-
-
 # ---- Processes -------------------------------------------------------------------------------------------------------
 
 
+def clean_environment(**variables: str) -> dict[str, str]:
+    """An environment without settings of memws, in which imported modules keep their bytecode, as they usually do."""
+    return {name: value for name, value in environment(variables).items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
+class Peer:
+    """A process of peers.py, while a `with` block lasts."""
+
+    def __init__(self, *command: str, folder: Path) -> None:
+        self._log = (folder / f"{command[0]}-{random.randrange(10**9)}.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "peers.py"), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            encoding="utf-8",
+            env=clean_environment(),
+            cwd=folder,
+        )
+        self.address = (self.line().split() or [""])[-1]
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._log.seek(0)
+            raise SystemExit(f"{self._process.args!r} ended:\n{self._log.read()}")
+        return line.rstrip("\n")
+
+    def ask(self, **request: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self.line())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+
 class Bench:
-    """What the rows share: a folder, the model's process, and agents to copy."""
+    """What the rows share: a folder, the model's process, databases, and the table."""
 
-    def __init__(self, folder: Path, given: argparse.Namespace) -> None:
-        self.folder, self.given, self.repeat = folder, given, given.repeat
-        self.rows: list[Row] = []
-        self.model = Peer("model", folder=folder)
-        self._databases = 0
-
-    def close(self) -> None:
-        self.model.__exit__()
+    def __init__(self, folder: Path, model: Peer, given: argparse.Namespace) -> None:
+        self.folder, self.model, self.given, self.repeat = folder, model, given, given.repeat
+        self.rows: list[list[str]] = [["what", "memws", "floor, of the same run", "figure", "goal"]]
+        self._databases = itertools.count(1)
 
     def add(
-        self, name: str, what: str, measured: str, floor: str, samples: list[float], goal: float | None, **more: Any
+        self,
+        what: str,
+        measured: str,
+        floor: str,
+        samples: list[float],
+        goal: float | None,
+        *,
+        higher: bool = False,
+        unit: str = "",
     ) -> None:
-        self.rows.append(Row(name, what, measured, floor, statistics.median(samples), goal, samples=samples, **more))
+        """A line: the median of the samples, which is to be at most the goal, or at least where `higher` is better."""
+        figure, wanted = median(samples), ""
+        if goal is not None:
+            is_reached = figure >= goal if higher else figure <= goal
+            wanted = f"{'≥' if higher else '≤'} {goal:g}{unit} {'✓' if is_reached else '✗'}"
+        self.rows.append([what, measured, floor, f"{figure:.3g}{unit}", wanted])
 
     def database(self) -> str:
-        self._databases += 1
-        return str(self.folder / f"bench-{self._databases}.db")
+        return str(self.folder / f"bench-{next(self._databases)}.db")
 
     def serve(self, path: str, *flags: str, part: str = "serve") -> Peer:
         flags = ("--port", "0", "--db", path, "--base-url", self.model.address, "--model", "now", *flags)
@@ -177,11 +198,11 @@ def size(bench: Bench) -> Iterator[str]:
         for node in ast.walk(ast.parse(text))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
     )
-    whole = f"{len(lines):,} with it"
-    bench.add("lines", "lines of `memws.py` without section 10", whole, "", [len(lines) - end + begin], 5_600)
-    middle, nine, most = statistics.median(functions), percentile(functions, 0.9), functions[-1]
+    rest = len(lines) - end + begin
+    bench.add("lines of `memws.py` without section 10", f"{rest:,}, {len(lines):,} with it", "", [rest], 5_600)
+    middle, nine, most = median(functions), percentile(functions, 0.9), functions[-1]
     measured = f"nine in ten {nine:.0f} or fewer, the longest {most}"
-    bench.add("functions", f"median lines of its {len(functions)} functions", measured, "", [middle], 8)
+    bench.add(f"median lines of its {len(functions)} functions", measured, "", [middle], 8)
     yield "size"
 
 
@@ -214,13 +235,12 @@ def turns(bench: Bench) -> Iterator[str]:
                 seconds = asyncio.run(run(server.address, names, per_agent))
                 cpu = (server.ask()["cpu"] - before) / len(seconds)
                 floor = bare.ask(calls=calls, body=bench.last_body())
-                middle = {"turn": statistics.median(seconds), "bare": statistics.median(floor["seconds"])}
+                middle = {"turn": median(seconds), "bare": median(floor["seconds"])}
                 got[size].append({**middle, "cpu": cpu, "bare_cpu": floor["cpu"]})
                 yield f"turns: {size} messages"
     for size, (goal, _, _) in sizes.items():
-        middle = {key: statistics.median(each[key] for each in got[size]) for key in got[size][0]}
+        middle = {key: median(each[key] for each in got[size]) for key in got[size][0]}
         bench.add(
-            f"turn-{size}",
             f"turn of one step with {size} messages in the window / bare `AsyncOpenAI` streaming call",
             f"{milliseconds(middle['turn'])} ({milliseconds(middle['cpu'])} CPU)",
             f"{milliseconds(middle['bare'])} ({milliseconds(middle['bare_cpu'])} CPU)",
@@ -228,9 +248,9 @@ def turns(bench: Bench) -> Iterator[str]:
             goal,
         )
     cpus = {size: [1000 * each["cpu"] for each in found] for size, found in got.items()}
-    longest = f"with 500: {statistics.median(cpus[500]):.2f} ms"
+    longest = f"with 500: {median(cpus[500]):.2f} ms"
     what = "CPU of a turn, 10 messages in the window"
-    bench.add("turn-cpu", what, f"{statistics.median(cpus[10]):.2f} ms", longest, cpus[10], 3, unit=" ms")
+    bench.add(what, f"{median(cpus[10]):.2f} ms", longest, cpus[10], 3, unit=" ms")
 
 
 def throughput(bench: Bench) -> Iterator[str]:
@@ -268,10 +288,9 @@ def throughput(bench: Bench) -> Iterator[str]:
                 got[clients].append({"share": count / ideal, "bare": plain / ideal, "wrong": wrong})
                 yield f"throughput: {clients} clients"
     for clients, goal in goals.items():
-        share, bare_share = (statistics.median(each[key] for each in got[clients]) for key in ("share", "bare"))
+        share, bare_share = (median(each[key] for each in got[clients]) for key in ("share", "bare"))
         wrong = sum(each["wrong"] for each in got[clients])
         bench.add(
-            f"throughput-{clients}",
             f"turns a second, model at 200 ms, {clients} clients / ideal",
             f"{share * clients / 0.2:.0f} of {clients / 0.2:.0f}, {wrong} wrong deliveries",
             f"`AsyncOpenAI` alone: {bare_share:.2f} of the ideal",
@@ -280,14 +299,64 @@ def throughput(bench: Bench) -> Iterator[str]:
             higher=True,
         )
     bench.add(
-        "throughput-bare",
         "the same with 128 clients / `AsyncOpenAI` alone with 128, in the same run",
-        f"{statistics.median(each['share'] for each in got[128]):.2f} of the ideal",
-        f"{statistics.median(each['bare'] for each in got[128]):.2f} of the ideal",
+        f"{median(each['share'] for each in got[128]):.2f} of the ideal",
+        f"{median(each['bare'] for each in got[128]):.2f} of the ideal",
         [each["share"] / each["bare"] for each in got[128]],
         2.9,
         higher=True,
     )
+
+
+async def for_a_while(work: Callable[[], Any]) -> None:
+    until = time.monotonic() + 1.5
+    while time.monotonic() < until:
+        await work()
+
+
+async def many_turns(url: str, number: int) -> None:
+    async def one(name: str) -> None:
+        async with client(url) as connection:
+            await connection.create(name, model="ms-200")
+            await for_a_while(lambda: connection.turn(name, "How are you?"))
+
+    await asyncio.gather(*(one(f"busy-{number}-{place}") for place in range(32)))
+
+
+async def common_word(url: str, number: int) -> None:
+    async with client(url) as connection:
+        search = {"agent_name": "archive", "query": "maru", "store": "archival"}
+        await for_a_while(lambda: connection.command("search_memory", **search))
+
+
+async def never(url: str, number: int) -> None:
+    async with client(url) as connection:
+        await connection.create(f"never-{number}", model="never")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(connection.turn(f"never-{number}", "Is anybody there?"), 1.5)
+        await connection.command("cancel", agent_name=f"never-{number}")
+
+
+async def compact(url: str, number: int) -> None:
+    async with client(url) as connection:
+        await connection.command("compact", agent_name=f"long-{number}")
+        await asyncio.sleep(2)
+
+
+async def compute(url: str, number: int) -> None:
+    async with client(url) as connection:
+        await connection.create(f"computes-{number}", model="tool-compute", tools=["send_message", "compute"])
+        await connection.turn(f"computes-{number}", "Compute it, please. <<now>>")
+
+
+SCENES = {
+    "32 turns at once": (many_turns, 10),
+    "a very common word searched in 1,000,000 rows": (common_word, 10),
+    "an endpoint that never answers": (never, 10),
+    "a compaction of 500 messages": (compact, 10),
+    "a tool that computes for 5 s": (compute, 15),
+}
+"""What others do meanwhile, and the p99 to be reached, in ms."""
 
 
 def bystanders(bench: Bench) -> Iterator[str]:
@@ -303,92 +372,26 @@ def bystanders(bench: Bench) -> Iterator[str]:
     with bench.serve(path) as server:
         asyncio.run(seed(server.address))
     yield "bystander: agents stored"
-    archive = Archive(path, texts())
+    archive = Filled(path, texts(), "archival")
     for _ in range(1_000_000 // STEP):
         archive.insert(STEP)
         yield f"bystander: {archive.rows:,} rows indexed"
     archive.database.close()
-    got: dict[str, list[JSON]] = {}
-
-    async def busy(url: str, work: Callable[[Client, str], Any], names: list[str], seconds: float) -> None:
-        """Work on one connection for each name, again and again."""
-        until = time.monotonic() + seconds
-
-        async def one(name: str) -> None:
-            async with client(url) as connection:
-                if name != "archive":
-                    await connection.create(name, model="ms-200")
-                while time.monotonic() < until:
-                    await work(connection, name)
-
-        await asyncio.gather(*map(one, names))
-
-    async def never(url: str, name: str) -> None:
-        async with client(url) as connection:
-            await connection.create(name, model="never")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(connection.turn(name, "Is anybody there?"), 1.5)
-            await connection.command("cancel", agent_name=name)
-
-    async def compact(url: str, name: str) -> None:
-        async with client(url) as connection:
-            await connection.command("compact", agent_name=name)
-            await asyncio.sleep(2)
-
-    def chat(connection: Client, name: str) -> Any:
-        return connection.turn(name, "How are you?")
-
-    def search(connection: Client, name: str) -> Any:
-        return connection.command("search_memory", agent_name=name, query="maru", store="archival")
-
-    def scenes(url: str, number: int) -> dict[str, Callable[[], Any]]:
-        return {
-            "32 turns at once": lambda: busy(url, chat, [f"b{number}-{n}" for n in range(32)], 1.5),
-            "a very common word searched in 1,000,000 rows": lambda: busy(url, search, ["archive"], 1.5),
-            "an endpoint that never answers": lambda: never(url, f"never-{number}"),
-            "a compaction of 500 messages": lambda: compact(url, f"long-{number}"),
-        }
-
-    async def computing(url: str, name: str) -> None:
-        async with client(url) as connection:
-            await connection.create(name, model="tool-compute", tools=["send_message", "compute"])
-            await connection.turn(name, "Compute it, please. <<now>>")
-
-    def during(scene: str, server: Peer, watcher: Peer, work: Callable[[], Any]) -> None:
-        watcher.ask(url=server.address, echo=echo.address, agent="quiet")
-        asyncio.run(work())
-        got.setdefault(scene, []).append(watcher.ask())
-
-    with Peer("echo", folder=bench.folder) as echo, Peer("bystander", folder=bench.folder) as watcher:
-        with bench.serve(path) as server:
-            for number in range(bench.repeat):
-                for scene, work in scenes(server.address, number).items():
-                    during(scene, server, watcher, work)
-                    yield f"bystander: {scene}"
-        computed = "a tool that computes for 5 s"
-        with bench.serve(path, part="serve-tool") as server:
-            for number in range(bench.repeat):
-                during(computed, server, watcher, lambda: computing(server.address, f"cli-{number}"))  # noqa: B023
-                yield f"bystander: {computed}"
-    for place, (name, found) in enumerate(got.items(), 1):
+    got: dict[str, list[JSON]] = {name: [] for name in SCENES}
+    with Peer("echo", folder=bench.folder) as echo, bench.serve(path, part="serve-tool") as server:
+        for number in range(bench.repeat):
+            for name, (work, _) in SCENES.items():
+                with Peer("bystander", server.address, echo.address, "quiet", folder=bench.folder) as watcher:
+                    asyncio.run(work(server.address, number))
+                    got[name].append(watcher.ask())
+                yield f"bystander: {name}"
+    for name, found in got.items():
         p99 = [1000 * percentile(each["command"], 0.99) for each in found]
         echoes = [1000 * percentile(each["echo"], 0.99) for each in found]
-        middle = statistics.median(percentile(each["command"], 0.5) for each in found)
-        bench.add(
-            f"bystander-{place}",
-            f"p99 of somebody's command during {name}",
-            f"{statistics.median(p99):.1f} ms (p50 {milliseconds(middle)})",
-            f"echo beside it: p99 {statistics.median(echoes):.1f} ms",
-            p99,
-            15 if name == computed else 10,
-            unit=" ms",
-        )
-
-
-class Archive(Filled):
-    """An agent with many passages."""
-
-    kind = "archival"
+        middle = median(percentile(each["command"], 0.5) for each in found)
+        measured = f"{median(p99):.1f} ms (p50 {milliseconds(middle)})"
+        floor = f"echo beside it: p99 {median(echoes):.1f} ms"
+        bench.add(f"p99 of somebody's command during {name}", measured, floor, p99, SCENES[name][1], unit=" ms")
 
 
 def texts() -> Iterator[str]:
@@ -405,24 +408,42 @@ def idle(bench: Bench) -> Iterator[str]:
     count = 1000
     got: list[tuple[float, float]] = []
 
-    def grown(server: Peer, crowd: Peer) -> float:
-        crowd.ask(url=server.address, count=20)
-        before = server.ask(collect=True)["memory"]
-        crowd.ask(url=server.address, count=count)
-        after = server.ask(collect=True)["memory"]
-        crowd.ask()
-        return float((after - before) / count / 1000)
+    def grown(server: Peer) -> float:
+        """KB that a connection takes."""
+        with Peer("crowd", folder=bench.folder) as crowd:
+            crowd.ask(url=server.address, count=20)
+            before = server.ask(collect=True)["memory"]
+            crowd.ask(url=server.address, count=count)
+            after = server.ask(collect=True)["memory"]
+            crowd.ask()
+        return float((after - before) / count * 2**20 / 1000)
 
     for _ in range(bench.repeat):
-        with Peer("crowd", folder=bench.folder) as crowd, Peer("echo", folder=bench.folder) as echo:
-            floor = grown(echo, crowd)
-        with Peer("crowd", folder=bench.folder) as crowd, bench.serve(":memory:", "--model", "offline") as server:
-            got.append((grown(server, crowd), floor))
+        with Peer("echo", folder=bench.folder) as echo:
+            floor = grown(echo)
+        with bench.serve(":memory:", "--model", "offline") as server:
+            got.append((grown(server), floor))
         yield f"idle: {count} connections"
-    middle = statistics.median(ours for ours, _ in got)
-    floors = f"{statistics.median(floor for _, floor in got):.1f} KB"
+    ours, floors = (f"{median(column):.1f} KB" for column in zip(*got, strict=True))
     shares = [ours / floor for ours, floor in got]
-    bench.add("idle", "memory of an idle connection / of bare `websockets`", f"{middle:.1f} KB", floors, shares, 1.2)
+    bench.add("memory of an idle connection / of bare `websockets`", ours, floors, shares, 1.2)
+
+
+def until_accepted(command: list[str], variables: dict[str, str]) -> tuple[float, float]:
+    """Start a server; the seconds until it has accepted a connection, and the MiB that it holds then."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=variables)
+    assert process.stdout is not None
+    url = process.stdout.readline().decode().split()[-1]
+
+    async def accept() -> tuple[float, float]:
+        async with connect(url, compression=None):
+            return time.perf_counter() - begin, memory(process.pid)
+
+    found = asyncio.run(accept())
+    process.terminate()
+    process.communicate()
+    return found
 
 
 def start(bench: Bench) -> Iterator[str]:
@@ -430,30 +451,6 @@ def start(bench: Bench) -> Iterator[str]:
     samples: dict[str, list[float]] = {"script": [], "websockets": [], "memws": []}
     held: list[float] = []
     variables = clean_environment(PYTHONPYCACHEPREFIX=str(bench.folder / "bytecode"))
-
-    def megabytes(pid: int) -> Iterator[float]:
-        """The memory of a process, where the system tells."""
-        with contextlib.suppress(OSError):
-            yield int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    def until_accepted() -> float:
-        """Start a server; seconds until it has accepted a connection, whose memory then is kept."""
-        begin = time.perf_counter()
-        command = [sys.executable, str(PROGRAM), "--port", "0", "--db", bench.database(), "--model", "offline"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=variables)
-        assert process.stdout is not None
-        url = process.stdout.readline().decode().split()[-1]
-
-        async def accept() -> float:
-            async with connect(url, compression=None):
-                took = time.perf_counter() - begin
-                held.extend(megabytes(process.pid))
-                return took
-
-        took = asyncio.run(accept())
-        process.terminate()
-        process.communicate()
-        return took
 
     def until_imported(module: str) -> float:
         begin = time.perf_counter()
@@ -465,107 +462,113 @@ def start(bench: Bench) -> Iterator[str]:
         took: dict[str, list[float]] = {name: [] for name in samples}
         for _ in range(3):
             took["websockets"].append(until_imported("websockets.asyncio.server"))
-            took["script"].append(until_accepted())
+            command = [sys.executable, str(PROGRAM), "--port", "0", "--db", bench.database(), "--model", "offline"]
+            seconds, size = until_accepted(command, variables)
+            took["script"].append(seconds)
+            held.append(size)
             took["memws"].append(until_imported("memws"))
-        for name, seconds in took.items():
-            samples[name].append(statistics.median(seconds))
+        for name, found in took.items():
+            samples[name].append(median(found))
         yield "start"
-    shown = {name: milliseconds(statistics.median(seconds)) for name, seconds in samples.items()}
+    shown = {name: milliseconds(median(seconds)) for name, seconds in samples.items()}
     bare = '`python -c "import websockets.asyncio.server"`'
     ways = {"script": ("`python memws.py` to the first accepted connection", 2.1)}
     ways["memws"] = ('`python -c "import memws"`', 1.4)
     for way, (called, goal) in ways.items():
         ratios = [ours / other for ours, other in zip(samples[way], samples["websockets"], strict=True)]
-        bench.add(f"start-{way}", f"{called} / {bare}", shown[way], shown["websockets"], ratios, goal)
-    if held:
-        middle = f"{statistics.median(held):.1f} MB"
-        bench.add("start-memory", "memory of `python memws.py` then, with `offline`", middle, "", held, 50, unit=" MB")
+        bench.add(f"{called} / {bare}", shown[way], shown["websockets"], ratios, goal)
+    bench.add("memory of `python memws.py` then, with `offline`", f"{median(held):.1f} MB", "", held, 50, unit=" MB")
 
 
-def search(bench: Bench) -> Iterator[str]:
-    """What a search finds in the sets of --data, and what it costs in 1,000,000 rows, beside the --baseline."""
-    data = [str(Path(file).absolute()) for file in bench.given.data]
-    found, _ = quality(load(data), Progress(0, quiet=True))
-    yield "search: quality"
-    for name, category, questions, *_, recall, _, mrr in found:
-        if category == "all":
-            goals = DEVELOPMENT.get(name, (None, None))
-            for what, value, goal in (("recall@10", recall, goals[0]), ("MRR", mrr, goals[1])):
-                goal = goal and round(goal - 0.005, 4)
-                told = f"{what} of a search, {name}, {questions} questions"
-                bench.add(f"{what}-{name}", told, value, "", [float(value)], goal, higher=True)
-    files = {"memws": str(PROGRAM)} | ({"baseline": bench.given.baseline} if bench.given.baseline else {})
-    rows = {row["memws"]: row for row in speed(data, [bench.given.rows], files, Progress(0, quiet=True))}
-    yield "search: speed"
-    p95 = {(name, part): 1000 * percentile(row[part], 0.95) for name, row in rows.items() for part in PARTS}
-    for part, goal in PARTS.items():
-        ours, other = p95["memws", part], p95.get(("baseline", part))
-        middle = 1000 * percentile(rows["memws"][part], 0.5)
-        floor = "" if other is None else f"baseline: p95 {other:.2f} ms"
-        what, told = f"{part} with {bench.given.rows:,} rows", f"p95 {ours:.2f} ms, p50 {middle:.2f} ms"
-        bench.add(f"search-{part}", f"{what}, p95", told, floor, [ours], 2.5 if part == "insert" else None, unit=" ms")
-        if other is not None:
-            bench.add(f"search-{part}-baseline", f"{what}, p95 / the baseline's", told, floor, [ours / other], goal)
-
-
-PARTS = {"query": 1.2, "insert": None}  # what is timed in a search index, and the goal beside the baseline
+SINGLES, QUERIES = 300, 200  # rows that are inserted with a commit each, and queries that are timed, for each size
 DEVELOPMENT = {
     "locomo": (0.810, 0.599), "madial-en": (0.573, 0.461), "madial-zh": (0.533, 0.452), "xquad-es": (0.990, 0.927),
 }  # fmt: skip
 """Recall@10 and MRR of commit cd96516 in the development sets."""
 
 
-# ======================================================================================================================
-# The command
-# ======================================================================================================================
+def search(bench: Bench) -> Iterator[str]:
+    """What a search finds in the sets of --data, and what it costs with so many --rows, beside the --baseline."""
+    data = [str(Path(file).absolute()) for file in bench.given.data]
+    stores = load(data)
+    for name, category, count, *values in quality(stores):
+        goals = DEVELOPMENT.get(name, (None, None)) if not category else (None, None)
+        for what, value, goal in zip(("recall@10", "MRR"), values, goals, strict=True):
+            told = f"{what} of a search, {name}{category and f', {category}'}, {count} questions"
+            bench.add(told, f"{value:.3f}", "", [value], goal and round(goal - 0.005, 4), higher=True)
+    yield "search: quality"
+    queries = [query["q"] for store in stores for query in store["queries"]]
+    random.Random(4).shuffle(queries)
+    files = {"memws": str(PROGRAM)} | ({"baseline": bench.given.baseline} if bench.given.baseline else {})
+    with contextlib.ExitStack() as stack:
+        peers = {
+            name: stack.enter_context(Peer("search", file, *data, folder=bench.folder)) for name, file in files.items()
+        }
+        for name, peer in peers.items():
+            peer.ask(path=str(bench.folder / f"{name}.db"), query=[])
+        for size in bench.given.rows:
+            for name, peer in peers.items():
+                peer.ask(rows=size)
+                yield f"search: {size:,} rows, {name}"
+            costs: dict[str, dict[str, list[float]]] = {name: {"insert": [], "query": []} for name in peers}
+            for tenth in range(10):
+                for name, peer in peers.items():
+                    costs[name]["insert"] += peer.ask(insert=SINGLES // 10)
+                    costs[name]["query"] += peer.ask(query=queries[:QUERIES][tenth::10])
+            for part, goal, goal_beside in (("insert", 2.5, None), ("query", None, 1.2)):
+                compare(
+                    bench, f"{part} with {size:,} rows", {name: costs[name][part] for name in costs}, goal, goal_beside
+                )
 
-BENCHES: dict[str, tuple[Callable[[Bench], Iterator[str]], Callable[[int], int]]] = {
-    "size": (size, lambda repeat: 1),
-    "turn": (turns, lambda repeat: 3 + 3 * repeat),
-    "throughput": (throughput, lambda repeat: 3 * repeat),
-    "bystander": (bystanders, lambda repeat: 1 + 1_000_000 // STEP + 5 * repeat),
-    "idle": (idle, lambda repeat: repeat),
-    "start": (start, lambda repeat: repeat),
-    "search": (search, lambda repeat: 2),
+
+def compare(
+    bench: Bench, what: str, costs: dict[str, list[float]], goal: float | None, goal_beside: float | None
+) -> None:
+    """The lines of what an insert or a query costs, by itself and beside the baseline."""
+    p95 = {name: 1000 * percentile(seconds, 0.95) for name, seconds in costs.items()}
+    told = f"p95 {p95['memws']:.2f} ms, p50 {1000 * percentile(costs['memws'], 0.5):.2f} ms"
+    floor = f"baseline: p95 {p95['baseline']:.2f} ms" if "baseline" in p95 else ""
+    bench.add(f"{what}, p95", told, floor, [p95["memws"]], goal, unit=" ms")
+    if floor:
+        bench.add(f"{what}, p95 / the baseline's", told, floor, [p95["memws"] / p95["baseline"]], goal_beside)
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+BENCHES: dict[str, Callable[[Bench], Iterator[str]]] = {
+    "size": size,
+    "turn": turns,
+    "throughput": throughput,
+    "bystander": bystanders,
+    "idle": idle,
+    "start": start,
+    "search": search,
 }
-"""What is measured, and in how many steps."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows_named", nargs="*", metavar="row", help=f"what to measure: {', '.join(BENCHES)}")
     parser.add_argument("--repeat", type=int, default=5, help="repetitions, whose median counts (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to a file")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="for search: memories with questions, as JSON lines")
     parser.add_argument("--baseline", metavar="FILE", help="for search: a former memws.py, measured beside this one")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="for search: rows whose cost is measured")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000], help="for search: rows, one size or more")
     given = parser.parse_args()
     chosen = given.rows_named or [name for name in BENCHES if name != "search" or given.data]
     if unknown := [name for name in chosen if name not in BENCHES]:
         parser.error(f"unknown rows: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     if "search" in chosen and not given.data:
         parser.error("search needs --data FILE…")
-
-    facts = machine()
-    progress = Progress(sum(BENCHES[name][1](given.repeat) for name in chosen))
-    folder = Path(tempfile.mkdtemp(prefix="memws-bench-"))
-    bench = Bench(folder, given)
-    try:
+    progress, facts = Progress(len(chosen)), machine()
+    with tempfile.TemporaryDirectory(prefix="memws-bench-") as path, Peer("model", folder=Path(path)) as model:
+        bench = Bench(Path(path), model, given)
         for name in chosen:
             progress.step(name, 0)
-            for what in BENCHES[name][0](bench):
-                progress.step(what)
-    finally:
-        progress.end()
-        bench.close()
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"{described(facts)}; medians of {given.repeat}\n")
-    print(
-        rows_of([["what", "memws", "floor, of the same run", "figure", "goal"], *(row.cells() for row in bench.rows)])
-    )
-    if given.json:
-        text = json.dumps({"machine": facts, "rows": [asdict(row) for row in bench.rows]}, indent=1)
-        Path(given.json).write_text(text + "\n", "utf-8")
+            for what in BENCHES[name](bench):
+                progress.step(what, 0)
+            progress.step(name)
+    progress.end()
+    print(f"{facts}; medians of {given.repeat}\n\n{rows_of(bench.rows)}")
 
 
 if __name__ == "__main__":

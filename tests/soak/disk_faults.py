@@ -20,11 +20,11 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from soaking import GONE, JSON, Soak, check_file, client, folder, run, soak_server, stored
+from soaking import GONE, Log, Site, Soak, client, run, site
 
 # isort: split
 from commandline import Serving
-from wire import Wire, bare, events_of, messages_of
+from wire import JSON, is_terminal
 
 import memws
 
@@ -32,116 +32,80 @@ WHAT, COUNT = "disks that fail and damaged files", 500
 LEAK = re.compile(r'Traceback|File "|memws\.py(?! check)|site-packages')
 TALK = "My name is Ada and I like otters. What is my name?"
 ERRORS = ["disk I/O error", "database or disk is full", "attempt to write a readonly database", "database is locked"]
+OPTIONS: JSON = {"model": "offline", "base_url": None, "api_key": None, "sync": "normal"}
+HANGS, CLOSED, LEAKS = "hangs", "connections closed", "tracebacks to a client"
+UNCLEAR, STUCK = "failures without a clear error", "agents that do not go on after a failed write"
+SILENT, FALLS_OVER = "reads refused while the disk is full or locked", "check and export that fall over"
+NOT_FOUND, NO_WAY = "damage that stops an agent, and check does not find", "backups that are no way back"
 
 
-def look(soak: Soak, case: str, frame: JSON) -> JSON:
-    """A frame that a client got: no traceback, no failure that nobody foresaw."""
-    text = json.dumps(frame)
-    code = frame.get("code") or frame.get("error", {}).get("code")
-    if LEAK.search(text):
-        soak.fault("traceback to a client", f"{case}: {text[:500]}")
-    if code == "internal":
-        soak.fault("no clear error", f"{case}: {text[:500]}")
-    return frame
+def look(soak: Soak, case: str, *frames: JSON) -> None:
+    """Frames that a client got: no traceback, no failure that nobody foresaw."""
+    for frame in frames:
+        text = json.dumps(frame)
+        if LEAK.search(text):
+            soak.fault(LEAKS, f"{case}: {text[:500]}")
+        if "internal" in (frame.get("code"), frame.get("error", {}).get("code")):
+            soak.fault(UNCLEAR, f"{case}: {text[:500]}")
 
 
-async def failing_writes(soak: Soak, where: Path) -> None:
+async def failing_writes(soak: Soak, place: Site, log: Log) -> None:
     """Each of the first writes fails once; what was refused can be sent again, what was told is kept."""
-    plan = where / "plan.json"
-    told: dict[int, JSON] = {}
-    sent: dict[str, str] = {}
-    with soak_server(where, model="offline", sync="normal", fail={"plan": str(plan)}) as server:
+    plan = place.where / "plan.json"
+    with place.serve(**OPTIONS, fail=True) as server:
         async with client(server, "*") as wire:
             for name in ("sam", "ada"):
                 await wire.ok("create_agent", config={"name": name})
             for number in range(soak.part(200)):
-                text = soak.rng.choice(ERRORS)
-                fault = {"from": 1 + number % 40, "to": 2 + number % 40, "text": text, "undo": soak.rng.random() < 0.5}
-                plan.write_text(json.dumps(fault), "utf-8")
-                turn_id = f"turn {number}"
-                sent[turn_id] = f"{TALK} {number}"
-                case = f"write {fault['from']} fails, {text!r}, undo {fault['undo']}"
+                first, text, undo = 1 + number % 40, soak.rng.choice(ERRORS), soak.rng.random() < 0.5
+                plan.write_text(json.dumps({"from": first, "to": first + 1, "text": text, "undo": undo}), "utf-8")
+                turn_id, message = log.message(f"turn {number}", TALK)
+                case = f"write {first} fails, {text!r}, undo {undo}"
                 try:
-                    frames = await wire.turn(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                    frames = await wire.turn(message, agent_name="sam", turn_id=turn_id)
                     frames.append(await wire.command("insert_passage", agent_name="sam", text=f"passage {number}"))
                     frames.append(await wire.command("set_block", agent_name="sam", label="human", value=f"n {number}"))
                     plan.unlink()
-                    frames += await wire.turn(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                    frames += await wire.turn(message, agent_name="sam", turn_id=turn_id)
                     other = await wire.turn("Hello", agent_name="ada")
                 except TimeoutError:
-                    soak.fault("hang", case)
+                    soak.fault(HANGS, case)
                     return
-                for frame in frames:
-                    look(soak, case, frame)
-                for seq, frame in stored([f for f in frames if f.get("agent_name") == "sam"]).items():
-                    if told.setdefault(seq, frame) != frame:
-                        soak.fault("half-written", f"{case}: {told[seq]} {frame}")
-                if frames[-1].get("seq") is None:
-                    soak.fault("agent does not go on", f"{case}: {frames[-1]}")
-                if other[-1].get("stop_reason") != "done":
-                    soak.fault("other agent does not go on", f"{case}: {other[-1]}")
+                look(soak, case, *frames)
+                log.keep(*frames)
+                if "seq" not in frames[-1] or other[-1].get("stop_reason") != "done":
+                    soak.fault(STUCK, f"{case}: {frames[-1]} {other[-1]}")
                 soak.step(0.5)
-            await compare(soak, wire, told, sent)
-        if server.end() != 0:
-            soak.fault("crash", server.log[-500:])
-    with soak.expect("half-written", "the database"):
-        check_file(where / "memws.db")
+            await log.compare(wire)
 
 
-async def compare(soak: Soak, wire: Wire, told: dict[int, JSON], sent: dict[str, str]) -> None:
-    """What is stored is what was told, each message once."""
-    try:
-        events = {frame["seq"]: bare(frame) for frame in await events_of(wire)}
-    except AssertionError as error:
-        soak.fault("half-written", f"gaps: {error!r:.200}")
-        return
-    for seq, frame in told.items():
-        if events.get(seq) != frame:
-            soak.fault("half-written", f"{seq}: {frame} {events.get(seq)}")
-    texts = await messages_of(wire, "sam")
-    for text in sent.values():
-        if texts.count(text) != 1:
-            soak.fault("half-written", f"{text!r} is there {texts.count(text)} times")
-    await wire.ok("unsubscribe", agent_name="sam")
-
-
-async def full_and_locked(soak: Soak, where: Path) -> None:
+async def full_and_locked(soak: Soak, place: Site, log: Log) -> None:
     """The disk is full, or another program holds the database, at random moments of turns of two agents."""
-    told: dict[int, JSON] = {}
-    sent: dict[str, str] = {}
-    with soak_server(where, model="offline", sync="normal", constants={"BUSY_TIMEOUT": 0.3}) as server:
+    with place.serve(**OPTIONS, constants={"BUSY_TIMEOUT": 0.3}) as server:
         async with client(server, "*") as wire:
             for number in range(soak.part(40)):
-                turn_id = f"disk {number}"
-                sent[turn_id] = f"{TALK} disk {number}"
-                fault = "full" if number % 2 else "locked"
+                turn_id, message = log.message(f"disk {number}", TALK)
+                fault = full_disk(server, place.where) if number % 2 else locked_file(place.path)
                 try:
-                    mark = await wire.say(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                    mark = await wire.say(message, agent_name="sam", turn_id=turn_id)
                     await asyncio.sleep(soak.rng.random() * 0.02)
-                    with full_disk(server, where) if fault == "full" else locked_file(where / "memws.db"):
-                        frames = await wire.until(lambda frame, mark=mark: is_end(frame, mark))
+                    with fault:
+                        frames = [await wire.receive()]
+                        while not (frames[-1].get("id") == mark and is_terminal(frames[-1])):
+                            frames.append(await wire.receive())
                         frames.append(await wire.command("insert_passage", agent_name="ada", text="x"))
                         reading = await wire.command("get_messages", agent_name="sam", limit=3)
-                    frames += await wire.turn(sent[turn_id], agent_name="sam", turn_id=turn_id)
+                    frames += await wire.turn(message, agent_name="sam", turn_id=turn_id)
                 except TimeoutError:
-                    soak.fault("hang", f"the disk is {fault}, then the message is sent again: {wire.frames[-3:]}")
+                    soak.fault(HANGS, f"{fault}, then the message is sent again: {wire.frames[-3:]}")
                     break
                 if reading.get("ok") is not True:
-                    soak.fault("no reading meanwhile", reading)
-                for frame in frames:
-                    look(soak, turn_id, frame)
-                told |= stored([f for f in frames if f.get("agent_name") == "sam"])
-                if frames[-1].get("seq") is None:
-                    soak.fault("agent does not go on", frames[-1])
-            await compare(soak, wire, told, sent)
-        if server.end() != 0:
-            soak.fault("crash", server.log[-500:])
-    with soak.expect("half-written", "the database"):
-        check_file(where / "memws.db")
-
-
-def is_end(frame: JSON, mark: str) -> bool:
-    return frame.get("id") == mark and frame["type"] in ("agent_response_end", "agent_response_error")
+                    soak.fault(SILENT, reading)
+                look(soak, turn_id, *frames)
+                log.keep(*frames)
+                if "seq" not in frames[-1]:
+                    soak.fault(STUCK, frames[-1])
+            await log.compare(wire)
 
 
 @contextlib.contextmanager
@@ -171,9 +135,9 @@ def last_lines() -> str:
     return " | ".join(line.strip()[:150] for line in lines[1:] if "^" not in line)
 
 
-async def make_database(where: Path) -> Path:
+async def make_database(place: Site) -> None:
     """Three agents that have talked; one is deleted."""
-    with soak_server(where, model="offline", sync="normal") as server:
+    with place.serve(**OPTIONS) as server:
         async with client(server) as wire:
             for name in ("sam", "ada", "gone"):
                 await wire.ok("create_agent", config={"name": name})
@@ -181,20 +145,17 @@ async def make_database(where: Path) -> Path:
                     await wire.turn(f"{TALK} I have {number} cats.", agent_name=name)
                     await wire.ok("insert_passage", agent_name=name, text=f"passage {number} of {name}")
             await wire.ok("delete_agent", agent_name="gone")
-        server.end()
-    path = where / "memws.db"
-    with contextlib.closing(sqlite3.connect(path)) as connection:
+    with contextlib.closing(sqlite3.connect(place.path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    return path
 
 
 async def use(soak: Soak, case: str, server: memws.WebSocketServer) -> list[bool]:
     """Ask for everything that two agents have, and talk to them; whether each went on."""
     went_on = []
     async with client(server, "*") as wire:
-        look(soak, case, await wire.command("list_agents"))
+        answers = [await wire.command("list_agents")]
         for name in ("sam", "ada"):
-            answers = [await wire.command("load_agent", name=name)]
+            answers.append(await wire.command("load_agent", name=name))
             for command, fields in (
                 ("get_agent", {}), ("get_messages", {}), ("search_memory", {"query": "otters"}), ("get_context", {}),
                 ("insert_passage", {"text": "new"}), ("set_block", {"label": "human", "value": "Ada"}),
@@ -202,11 +163,10 @@ async def use(soak: Soak, case: str, server: memws.WebSocketServer) -> list[bool
             ):  # fmt: skip
                 answers.append(await wire.command(command, agent_name=name, **fields))
             answers += await wire.turn(TALK, agent_name=name)
-            for frame in answers:
-                look(soak, case, frame)
             went_on.append(answers[-1].get("stop_reason") == "done")
-        look(soak, case, await wire.command("restore_agent", agent_name="gone"))
-        look(soak, case, await wire.command("create_agent", config={}))
+        answers.append(await wire.command("restore_agent", agent_name="gone"))
+        answers.append(await wire.command("create_agent", config={}))
+    look(soak, case, *answers)
     return went_on
 
 
@@ -219,10 +179,10 @@ def check(soak: Soak, case: str, path: Path) -> bool:
             try:
                 status = memws.main([*words, "--db", str(path)])
             except Exception:  # a traceback of the command line is what is looked for
-                soak.fault("check or export falls over", f"{words}: {last_lines()}")
+                soak.fault(FALLS_OVER, f"{words}: {last_lines()}")
                 continue
         if status not in (0, 1, 2) or "Traceback" in err.getvalue():
-            soak.fault("check or export falls over", f"{case} {words}: {status} {err.getvalue()[-300:]}")
+            soak.fault(FALLS_OVER, f"{case} {words}: {status} {err.getvalue()[-300:]}")
         found = status != 0
     return found
 
@@ -266,56 +226,50 @@ async def serve(soak: Soak, case: str, path: Path, refused: collections.Counter[
     except memws.UsageError as error:
         refused[str(error).partition("(")[2][:40]] += 1
     except TimeoutError:
-        soak.fault("hang", case)
+        soak.fault(HANGS, case)
     except GONE as error:
-        soak.fault("connection closed", f"{case}: {error!r}")
+        soak.fault(CLOSED, f"{case}: {error!r}")
     except Exception:  # start, stop and check raise UsageError and nothing else
-        soak.fault("no clear error", f"{case}: {last_lines()}")
+        soak.fault(UNCLEAR, f"{case}: {last_lines()}")
     finally:
         if server is not None:
             await asyncio.to_thread(server.stop)
     return []
 
 
-async def flips(soak: Soak, where: Path) -> None:
+async def flips(soak: Soak, place: Site) -> None:
     """Flip bytes of a copy, check it, serve it, use it; what check did not find did no harm, and a backup has all."""
-    original, backup, path = await make_database(where), where / "backup.db", where / "copy.db"
+    await make_database(place)
+    backup, path = place.where / "backup.db", place.where / "copy.db"
     outcomes: collections.Counter[str] = collections.Counter()
     refused: collections.Counter[str] = collections.Counter()
     with contextlib.redirect_stderr(io.StringIO()):
-        memws.main(["backup", str(backup), "--db", str(original)])
+        memws.main(["backup", str(backup), "--db", str(place.path)])
     for number in range(soak.count):
-        places = damage(random.Random(f"{soak.seed} flip {number}"), original, path)
+        places = damage(random.Random(f"{soak.seed} flip {number}"), place.path, path)
         case = f"flip {number} at {places[:4]}"
         found = check(soak, case, path)
         went_on = await serve(soak, case, path, refused)
         outcomes[f"{sum(went_on)} agents went on" if went_on else "not served"] += 1
         if not found and went_on != [True, True]:
-            soak.fault("damage that check does not find", f"{case}: {went_on}")
+            soak.fault(NOT_FOUND, f"{case}: {went_on}")
         soak.step()
     if await serve(soak, "the backup", backup, refused) != [True, True]:
-        soak.fault("a backup that is no way back", f"its agents do not go on {refused}")
+        soak.fault(NO_WAY, f"its agents do not go on {refused}")
     soak.told("flips", dict(outcomes.most_common()))
     soak.told("not served because", dict(refused.most_common(4)))
 
 
 async def main(soak: Soak) -> None:
     soak.total(soak.count + soak.part(200) / 2)
-    with folder() as where:
-        await failing_writes(soak, where)
-        await full_and_locked(soak, where)
-    with folder() as where, quiet_log():
-        await flips(soak, where)
-    soak.none("hangs", "hang")
-    soak.none("crashes, connections closed", "crash", "connection closed")
-    soak.none("tracebacks to a client", "traceback to a client")
-    soak.none("failures without a clear error", "no clear error")
-    soak.none("half-written, lost or doubled", "half-written")
-    soak.none("agents that do not go on after a failed write", "agent does not go on", "other agent does not go on")
-    soak.none("reads refused while the disk is full or locked", "no reading meanwhile")
-    soak.none("check and export that fall over", "check or export falls over")
-    soak.none("damage that stops an agent, and check does not find", "damage that check does not find")
-    soak.none("backups that are no way back", "a backup that is no way back")
+    soak.none(HANGS, CLOSED, LEAKS, UNCLEAR, STUCK, SILENT, FALLS_OVER, NOT_FOUND, NO_WAY)
+    async with site(soak) as place:
+        log = Log(soak, "sam")
+        await failing_writes(soak, place, log)
+        await full_and_locked(soak, place, log)
+    with quiet_log():
+        async with site(soak) as place:
+            await flips(soak, place)
     soak.told("writes that failed", f"{soak.part(200)}; full or locked {soak.part(40)} times")
 
 

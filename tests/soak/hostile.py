@@ -13,12 +13,14 @@ import random
 import re
 from typing import Any
 
-from soaking import GONE, JSON, Probe, Soak, descriptors, folder, memory, run, threads, until
+from soaking import GONE, Soak, descriptors, handshake, healthy_client, knock, run, site, threads, until
 
 # isort: split
 from commandline import Serving
+from measure import memory
+from test_gate import BAD_HOSTS, BAD_ORIGINS, BREACHES
 from websockets.asyncio.client import ClientConnection, connect
-from wire import MAX_ERROR_BYTES, TERMINALS, check_event
+from wire import JSON, MAX_ERROR_BYTES, TERMINALS, check_event
 
 import memws
 
@@ -161,71 +163,58 @@ class Maker:
 def violation(rng: random.Random) -> bytes:
     """Bytes after the handshake that RFC 6455 does not allow."""
     payload = rng.randbytes(rng.randrange(100))
-    head = rng.randrange(256), rng.choice([len(payload), 0x80 | len(payload)])
-    return rng.choice(
-        [
-            bytes(head) + payload,
-            b"\x81\x05hello",  # not masked
-            b"\xc1\x85\0\0\0\0hello",  # compressed, though nobody agreed
-            b"\x81\x85\0\0\0\0\xff\xfe\xfd\xfc\xfb",  # no UTF-8
-            b"\x81\xff" + (2**40).to_bytes(8) + b"\0\0\0\0",  # a terabyte
-            b"\x81\xff" + (2**63).to_bytes(8) + b"\0\0\0\0",
-            b"\x89\xfe\x00\x7e\0\0\0\0" + b"p" * 126,  # a ping that is too long
-            b"\x09\x80\0\0\0\0",  # a ping in pieces
-            b"\x80\x80\0\0\0\0",  # the end of nothing
-            b"\x88\x81\0\0\0\0\x03",  # a close with half a code
-            b"\x88\x82\0\0\0\0\x03\xed",  # a close with a code of nobody's
-            b"\x83\x80\0\0\0\0",
-            rng.randbytes(rng.randrange(1, 300)),
-        ]
-    )
+    head = bytes([rng.randrange(256), rng.choice([len(payload), 0x80 | len(payload)])])
+    known = [data for data, code in BREACHES if code]
+    return rng.choice([*known, *MORE_BREACHES, head + payload, rng.randbytes(rng.randrange(1, 300))])
 
 
+MORE_BREACHES = [
+    b"\x81\xff" + (2**63).to_bytes(8) + b"\0\0\0\0",  # a size with a sign
+    b"\x89\xfe\x00\x7e\0\0\0\0" + b"p" * 126,  # a ping that is too long
+    b"\x88\x81\0\0\0\0\x03",  # a close with half a code
+    b"\x88\x82\0\0\0\0\x03\xed",  # a close with a code of nobody's
+]
 LINES = [
     "GET", "GET /", "GET / HTTP/9.9", "\x00", "POST / HTTP/1.1", "G" * 9_000, "GET /" + "a" * 9_000 + " HTTP/1.1",
     "GET http://[::1 HTTP/1.1", "PRI * HTTP/2.0", "GET / HTTP/1.1 x", " GET / HTTP/1.1", "OPTIONS * HTTP/1.1",
 ]  # fmt: skip
-HOSTS = ["evil.example", "[::1", "127.0.0.1:99999", "", "a" * 8_000, "127.0.0.1@evil", "\xff", "localhost.evil.example"]
-ORIGINS = ["null", "http://[::1", "http://evil.example", "file://", "", "http://127.0.0.1.evil.example", "\xff\xfe"]
-BEARERS = ["Bearer", "Bearer x", f"Bearer {TOKEN}x", "Basic \xff", "bearer " + "t" * 3_000]
+EXTRA = {
+    "Origin": BAD_ORIGINS,
+    "Authorization": ["Bearer", "Bearer x", f"Bearer {TOKEN}x", "Basic \xff", "bearer " + "t" * 3_000],
+    "Content-Length": ["5", "-1", "x", "9" * 30],
+    "Transfer-Encoding": ["chunked"],
+    "X": ["z" * size for size in (8_000, 9_000, 70_000)],
+}
 
 
-def handshake(rng: random.Random, port: int) -> bytes:
+def wrong_handshake(rng: random.Random, port: int) -> bytes:
     """A request that is no handshake of ours: something in it is foreign, missing or broken."""
-    key = "dGhlIHNhbXBsZSBub25jZQ=="
-    headers = [
-        ("Host", f"127.0.0.1:{port}"), ("Upgrade", "websocket"), ("Connection", "Upgrade"),
-        ("Sec-WebSocket-Key", key), ("Sec-WebSocket-Version", "13"),
-    ]  # fmt: skip
-    line = "GET / HTTP/1.1"
-    kind = rng.randrange(12)
+    lines = handshake(f"Host: 127.0.0.1:{port}").decode().split("\r\n")[:-2]
+    place, kind = rng.randrange(1, len(lines)), rng.randrange(8)
     if kind == 0:
-        line = rng.choice(LINES)
+        lines[0] = rng.choice(LINES)
     elif kind == 1:
-        headers[0] = ("Host", rng.choice(HOSTS))
+        lines[1] = f"Host: {rng.choice(BAD_HOSTS)}"
     elif kind == 2:
-        headers.append(("Origin", rng.choice(ORIGINS)))
+        lines.append(lines[place])
     elif kind == 3:
-        headers.append(rng.choice(headers))
+        del lines[place]
     elif kind == 4:
-        del headers[rng.randrange(len(headers))]
+        lines[place] = lines[place].split(":")[0] + ": " + rng.choice(["", "x", "\x00", "\t", "é", "0", "a,b,c"])
     elif kind == 5:
-        name, _ = headers[rng.randrange(len(headers))]
-        headers = [(n, rng.choice(["", "x", "\x00", "\t", "é", "0", "a,b,c"]) if n == name else v) for n, v in headers]
+        lines += ["X: y"] * rng.choice([130, 500])
     elif kind == 6:
-        headers += [(f"X-{number}", "y") for number in range(rng.choice([130, 500]))]
-    elif kind == 7:
-        headers.append(("X", "z" * rng.choice([8_000, 9_000, 70_000])))
-    elif kind == 8:
-        headers.append(("Content-Length", rng.choice(["5", "-1", "x", "9" * 30])))
-    elif kind == 9:
-        headers.append(("Transfer-Encoding", "chunked"))
-    elif kind == 10:
-        headers.append(("Authorization", rng.choice(BEARERS)))
+        name = rng.choice(list(EXTRA))
+        lines.append(f"{name}: {rng.choice(EXTRA[name])}")
     else:
         return rng.randbytes(rng.randrange(1, 2_000)) + b"\r\n\r\n"
-    text = line + "\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers) + "\r\n"
-    return text.encode("latin-1", "replace")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
+
+
+CLOSED, UNANSWERED = "connections closed for a frame, or with 1011", "unanswered, or answered twice"
+NOT_JSON, INTERNAL = "replies that are no strict JSON of the protocol", "answers with the code internal"
+LARGE, LEAKS = "replies over 4 KiB", "file paths, tracebacks, secrets in replies"
+LET_IN, LOGGED = "handshakes let in, or answered 5xx", "file paths, secrets in the log"
 
 
 class Attack:
@@ -235,32 +224,32 @@ class Attack:
         self.soak, self.server = soak, server
         self.answers = 0
         self.largest = 0
-        self.statuses: dict[str, int] = {}
+        self.statuses: collections.Counter[str] = collections.Counter()
 
     def read(self, text: str | bytes) -> JSON:
         """A reply, looked at."""
         soak = self.soak
         self.answers += 1
         if not isinstance(text, str):
-            soak.fault("not strict JSON", "binary")
+            soak.fault(NOT_JSON, "binary")
             return {}
         if found := LEAK.search(text):
-            soak.fault("leak in a reply", f"{found[0]!r} in {text[:300]}")
+            soak.fault(LEAKS, f"{found[0]!r} in {text[:300]}")
         try:
             frame: JSON = memws.decode_json(text)
             if self.answers % 20 == 0:
                 check_event(text)
         except Exception as error:  # pytest.fail raises a class of its own; whatever it is, the frame is wrong
-            soak.fault("not strict JSON", f"{text[:300]} ({error!r:.200})")
+            soak.fault(NOT_JSON, f"{text[:300]} ({error!r:.200})")
             return {}
         if frame["type"] in ("server_error", "agent_response_error") or frame.get("ok") is False:
             size = len(text.encode())
             if frame.get("error", {}).get("code") != "conflict":
                 self.largest = max(self.largest, size)
                 if size > MAX_ERROR_BYTES:
-                    soak.fault("reply over 4 KiB", f"{size} bytes: {text[:300]}")
+                    soak.fault(LARGE, f"{size} bytes: {text[:300]}")
             if frame.get("code") == "internal" or frame.get("error", {}).get("code") == "internal":
-                soak.fault("internal error", text[:300])
+                soak.fault(INTERNAL, text[:300])
         return frame
 
     def connection(self) -> connect:
@@ -324,15 +313,15 @@ class Attack:
             left = [text[:300] for text, (known, _) in zip(batch, marks, strict=True) if not answers[known]]
             anonymous = [text[:250] for text, (known, _) in zip(batch, marks, strict=True) if known is None]
             nameless = f"{answers[None]} of {len(anonymous)} without id: {anonymous}"
-            soak.fault("unanswered", f"{len(batch) - answers.total()} of {len(batch)}: {left[:3]} ({nameless})")
+            soak.fault(UNANSWERED, f"{len(batch) - answers.total()} of {len(batch)}: {left[:3]} ({nameless})")
             return False
         except GONE as error:
-            soak.fault("connection closed", f"{websocket.close_code} {websocket.close_reason} {error!r}")
+            soak.fault(CLOSED, f"{websocket.close_code} {websocket.close_reason} {error!r}")
             return False
         for known, count in answers.items():
             if known is not None and count > ids[known]:
                 mine = [text[:200] for text, (mark, _) in zip(batch, marks, strict=True) if mark == known]
-                soak.fault("answered twice", f"{count} answers to {known!r}: {mine}")
+                soak.fault(UNANSWERED, f"{count} answers to {known!r}: {mine}")
         return True
 
     async def violations(self, rng: random.Random, cases: int) -> None:
@@ -347,27 +336,23 @@ class Attack:
                         while True:
                             self.read(await websocket.recv())
             if websocket.close_code == 1011:
-                self.soak.fault("closed with 1011", data)
+                self.soak.fault(CLOSED, data)
             self.soak.step()
 
     async def handshakes(self, rng: random.Random, cases: int) -> None:
         """Knock with requests that are wrong; none gets in, none is answered with a failure of the server's."""
         for _ in range(cases):
-            data = handshake(rng, self.server.port)
-            reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
-            reply = b""
-            with contextlib.suppress(ConnectionError, TimeoutError):
-                writer.write(data)
-                async with asyncio.timeout(15):
-                    while b"\r\n\r\n" not in reply and (more := await reader.read(65_536)):
-                        reply += more
-            writer.close()
-            status = reply.split(b" ", 2)[1].decode() if reply.startswith(b"HTTP/1.1 ") else "closed"
-            self.statuses[status] = self.statuses.get(status, 0) + 1
+            data = wrong_handshake(rng, self.server.port)
+            try:
+                status, reply = await knock(self.server.port, data)
+            except TimeoutError:
+                self.soak.fault(UNANSWERED, data[:300])
+                continue
+            self.statuses[status] += 1
             if status == "101" or status.startswith("5"):
-                self.soak.fault("let in" if status == "101" else "answered 5xx", data[:300])
+                self.soak.fault(LET_IN, data[:300])
             if len(reply) > MAX_ERROR_BYTES or LEAK.search(reply.decode("latin-1")):
-                self.soak.fault("leak in a reply", reply[:300])
+                self.soak.fault(LEAKS, reply[:300])
             self.soak.step()
 
     async def work(self, rng: random.Random, mark: str, cases: int) -> None:
@@ -393,50 +378,36 @@ def marks_of(text: str | bytes) -> tuple[Any, str | None]:
     return None, None
 
 
+async def wave(attack: Attack, name: str, cases: int) -> None:
+    """So many cases, by all clients at once."""
+    async with asyncio.TaskGroup() as group:
+        for number in range(WORKERS):
+            share = cases // WORKERS + (number < cases % WORKERS)
+            group.create_task(
+                attack.work(random.Random(f"{attack.soak.seed} {name} {number}"), f"{name}{number}", share)
+            )
+
+
 async def main(soak: Soak) -> None:
-    with folder() as where:
-        flags = ("--host", "127.0.0.1", "--model", "offline", "--sync", "normal")
-        flags += ("--token", TOKEN, "--log-level", "debug")
-        variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}  # where nobody answers
-        with Serving(*flags, cwd=where, variables=variables) as server:
+    soak.none(CLOSED, UNANSWERED, LARGE, NOT_JSON, INTERNAL, LET_IN, LEAKS, LOGGED)
+    flags = ("--model", "offline", "--sync", "normal", "--token", TOKEN, "--log-level", "debug")
+    variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}  # where nobody answers
+    async with site(soak) as place:
+        place.gapless = False
+        with place.command_line(*flags, **variables) as server:
             pid = server.process.pid
             attack = Attack(soak, server)
-
-            async def wave(name: str, cases: int) -> None:
-                shares = [cases // WORKERS + (number < cases % WORKERS) for number in range(WORKERS)]
-                rngs = [random.Random(f"{soak.seed} {name} {number}") for number in range(WORKERS)]
-                async with asyncio.TaskGroup() as group:
-                    for number, (rng, share) in enumerate(zip(rngs, shares, strict=True)):
-                        group.create_task(attack.work(rng, f"{name}{number}", share))
-
-            with Probe(server.url, token=TOKEN) as probe:
+            with healthy_client(soak, server.url, TOKEN):
                 warm = max(soak.count // 10, min(1_000, soak.count // 2))
-                await wave("w", warm)
+                await wave(attack, "w", warm)
                 await attack.wake()
                 before = memory(pid), descriptors(pid), threads(pid)
-                await wave("h", soak.count - warm)
+                await wave(attack, "h", soak.count - warm)
                 await until(lambda: descriptors(pid) <= before[1] and threads(pid) <= before[2], 5)
                 after = memory(pid), descriptors(pid), threads(pid)
-            if server.process.poll() is not None:
-                soak.fault("crash", server.process.returncode)
-            status = server.end()
-        if status:
-            soak.fault("crash", f"exit status {status}")
-        for part in server.log.split("Traceback")[1:]:
-            soak.fault("leak in the log", f"Traceback{part[:1_500]}")
         for line in server.log.splitlines():
             if (found := LEAK.search(line)) and not line.startswith("    "):  # the lines of a traceback are indented
-                soak.fault("leak in the log", f"{found[0]!r} in {line[:200]}")
-    soak.none("crashes", "crash")
-    soak.none("connections closed for a frame, or with 1011", "connection closed", "closed with 1011")
-    soak.none("unanswered, or answered twice", "unanswered", "answered twice")
-    soak.none("replies over 4 KiB", "reply over 4 KiB")
-    soak.none("replies that are no strict JSON of the protocol", "not strict JSON")
-    soak.none("answers with the code internal", "internal error")
-    soak.none("handshakes let in, or answered 5xx", "let in", "answered 5xx")
-    soak.none("file paths, tracebacks, secrets in replies", "leak in a reply")
-    soak.none("file paths, tracebacks, secrets in the log", "leak in the log")
-    probe.judge(soak)
+                soak.fault(LOGGED, f"{found[0]!r} in {line[:200]}")
     soak.most("memory growth, MiB", after[0] - before[0], 16)
     spare = max(0, 2 + memws.READERS - before[2])  # readers are made when they are first needed, each with a connection
     soak.most("threads more than at the start", after[2] - before[2], spare)

@@ -11,20 +11,21 @@ import json
 import random
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from soaking import GONE, JSON, Desk, Soak, client, desk, folder, run, soak_server
+from soaking import Site, Soak, client, run, site
 
 # isort: split
 from agents import packed
-from endpoint import Body, Endpoint, Reply, greet
-from wire import Wire, is_terminal
+from commandline import Serving
+from endpoint import Body, Reply, greet
+from wire import JSON, Wire, is_terminal, of_kind
 
 WHAT, COUNT = "faults of the model, and kills in mid-tool", 1_000
 AGENTS = 12
 KILLED_AGENTS = 4
 MAX_STEPS = 8
+ENDS = "turns without exactly one start and terminal frame"
 OVERFLOW = {"error": {"message": "maximum context length exceeded", "code": "context_length_exceeded"}}
 LONG = "A long answer that is streamed piece by piece. " * 10
 CONSTANTS = {"RETRY_PAUSE": 0.02, "FIRST_TOKEN_TIMEOUT": 1.5, "MAX_STEPS": MAX_STEPS}
@@ -107,157 +108,128 @@ class Model:
 async def check_plain_turn(soak: Soak, wire: Wire, agent: str, case: str) -> None:
     """The agent takes a turn without a fault, and answers."""
     turn = await wire.turn(f"plain {case}", agent_name=agent)
-    replies = [frame["message"] for frame in turn if frame.get("message_type") == "assistant_message"]
-    if turn[-1].get("stop_reason") != "done" or set(replies) != {"Hello!"}:  # twice beside a warning of the window
-        soak.fault("the next plain turn failed", f"{case}: {turn[-1]}, {replies}")
+    replies = {frame["message"] for frame in of_kind(turn, "assistant_message")}
+    if turn[-1].get("stop_reason") != "done" or replies != {"Hello!"}:  # twice beside a warning of the window
+        soak.fault("plain turns after a fault that fail", f"{case}: {turn[-1]}, {replies}")
 
 
-async def check_fault(
-    soak: Soak, wire: Wire, model: Model, agent: str, case: str, told: collections.Counter[str]
-) -> None:
-    """A turn in which the endpoint fails ends in exactly one terminal frame."""
-    turn = await wire.turn(case, agent_name=agent, turn_id=case)
-    end = turn[-1]
-    told[end.get("code") or end["stop_reason"]] += 1
-    await wire.ok("list_agents", limit=1)
-    terminals = [frame for frame in [*turn, *wire.before_answer] if is_terminal(frame)]
-    starts = [frame for frame in turn if frame["type"] == "agent_response_start"]
-    if len(terminals) != 1 or len(starts) != 1:
-        soak.fault("not exactly one start and terminal frame", f"{case}: {starts} {terminals}")
-    if end.get("code") == "internal":
-        soak.fault("internal error", f"{case}: {end}")
-    if model.asked[case] > MAX_STEPS + 8:
-        soak.fault("a turn that goes on", f"{case}: {model.asked[case]} model calls")
-    model.left.pop(case, None)
+class Faults:
+    """Each kind of fault in turn, on agents side by side."""
+
+    def __init__(self, soak: Soak, model: Model) -> None:
+        self.soak, self.model = soak, model
+        self.fresh = itertools.count(1)
+        self.names = list(kinds(soak.rng, self.fresh))
+        self.cases = iter(range(soak.count))
+        self.ends: collections.Counter[str] = collections.Counter()
+
+    async def run(self, place: Site) -> None:
+        options = {"sync": "normal", "idle_timeout": 0.4, "max_steps": MAX_STEPS, "constants": CONSTANTS}
+        with place.serve(**options) as server:
+            await asyncio.gather(*(self.work(server, number) for number in range(AGENTS)))
+        place.desk.calls.clear()  # some models here ask the same on purpose
+
+    async def work(self, server: Serving, number: int) -> None:
+        """One agent, which takes cases while there are any."""
+        rng, agent = random.Random(f"{self.soak.seed} {number}"), f"agent{number}"
+        table = kinds(rng, self.fresh)
+        async with client(server, "*") as wire:
+            await wire.ok("create_agent", config={"name": agent, "tools": ["ask", "ask_later"]})
+            for case_number in self.cases:
+                kind = self.names[case_number % len(self.names)]
+                case = f"case {case_number}: {kind}"
+                steps = range(rng.choice([0, 0, 1, 2]))
+                before = [Reply("Let me see.", calls=[ask(next(self.fresh))]) for _ in steps]
+                self.model.left[case] = before + table[kind]()
+                try:
+                    await self.check(wire, agent, case)
+                    await check_plain_turn(self.soak, wire, agent, case)
+                except TimeoutError:
+                    self.soak.fault(ENDS, f"{case}: {wire.frames[-3:]}")
+                    return
+                wire.frames.clear()
+                self.soak.step()
+
+    async def check(self, wire: Wire, agent: str, case: str) -> None:
+        """A turn in which the endpoint fails ends in exactly one terminal frame, and within its limits."""
+        turn = await wire.turn(case, agent_name=agent, turn_id=case)
+        await wire.ok("list_agents", limit=1)
+        end, frames = turn[-1], [*turn, *wire.before_answer]
+        self.ends[end.get("code") or end["stop_reason"]] += 1
+        starts = sum(frame["type"] == "agent_response_start" for frame in frames)
+        if (starts, sum(map(is_terminal, frames))) != (1, 1):
+            self.soak.fault(ENDS, f"{case}: {frames}")
+        if end.get("code") == "internal" or self.model.asked[case] > MAX_STEPS + 8:
+            text = f"{case}: {self.model.asked[case]} model calls, {end}"
+            self.soak.fault("turns beyond their limits, or that end as internal", text)
+        self.model.left.pop(case, None)
 
 
-async def faults(soak: Soak, endpoint: Endpoint, where: Path, told: collections.Counter[str]) -> int:
-    """Each kind of fault in turn, on twelve agents side by side; how many kinds there are."""
-    model = Model()
-    endpoint.default = model
-    fresh = itertools.count(1)
-    names = list(kinds(soak.rng, fresh))
-    cases: Iterator[int] = iter(range(soak.count))
-    async with desk() as (_, port):
-        options: JSON = {"model": "test-model", "base_url": endpoint.url, "api_key": "sk-x", "sync": "normal"}
-        options |= {"idle_timeout": 0.4, "max_steps": MAX_STEPS}
-        with soak_server(where, constants=CONSTANTS, desk=port, **options) as server:
+class Kills:
+    """Servers that are killed while the tools of their agents work; then every agent takes a plain turn."""
 
-            async def work(number: int) -> None:
-                rng = random.Random(f"{soak.seed} {number}")
-                table = kinds(rng, fresh)
-                agent = f"agent{number}"
-                async with client(server, "*") as wire:
-                    await wire.ok("create_agent", config={"name": agent, "tools": ["ask", "ask_later"]})
-                    for case_number in cases:
-                        kind = names[case_number % len(names)]
-                        case = f"case {case_number}: {kind}"
-                        steps = range(rng.choice([0, 0, 1, 2]))
-                        before = [Reply("Let me see.", calls=[ask(next(fresh))]) for _ in steps]
-                        model.left[case] = before + table[kind]()
-                        try:
-                            await check_fault(soak, wire, model, agent, case, told)
-                            await check_plain_turn(soak, wire, agent, case)
-                        except TimeoutError:
-                            soak.fault("no end", f"{case}: {wire.frames[-3:]}")
-                            return
-                        wire.frames.clear()
-                        soak.step()
+    def __init__(self, soak: Soak, place: Site, model: Model) -> None:
+        self.soak, self.place, self.model = soak, place, model
+        self.fresh = itertools.count(10**6)
+        self.names = [f"killed{number}" for number in range(KILLED_AGENTS)]
+        self.stuck: set[str] = set()  # questions that are never answered
 
-            async with asyncio.TaskGroup() as group:
-                for number in range(AGENTS):
-                    group.create_task(work(number))
-            if server.end() != 0:
-                soak.fault("crash", server.log[-500:])
-        check_log(soak, server.log)
-    return len(names)
-
-
-def check_log(soak: Soak, log: str) -> None:
-    for part in log.split("Traceback")[1:]:
-        soak.fault("a traceback in the log", part[-400:])
-
-
-async def kills(soak: Soak, endpoint: Endpoint, where: Path) -> None:
-    """Kill servers while tools work; then every agent takes a plain turn, and no call is made again."""
-    model = Model()
-    endpoint.default = model
-    fresh = itertools.count(10**6)
-    names = [f"killed{number}" for number in range(KILLED_AGENTS)]
-    options = {"model": "test-model", "base_url": endpoint.url, "api_key": "sk-x"}
-    async with desk() as (opened, port):
-        with soak_server(where, desk=port, **options) as server:
+    async def run(self) -> None:
+        with self.place.serve() as server:
             async with client(server) as wire:
-                for name in names:
+                for name in self.names:
                     await wire.ok("create_agent", config={"name": name, "tools": ["ask", "ask_later"]})
-            server.end()
-        stuck: set[str] = set()
-        opened.answers = lambda question: None if question in stuck else 0.0
-        for number in range(soak.part(100)):
-            stuck.clear()
-            started = {}
-            with soak_server(where, desk=port, **options) as server:
-                async with client(server, "*") as wire:
-                    for name in names:
-                        case = f"kill {number} of {name}"
-                        calls = [ask(next(fresh)) for _ in range(soak.rng.randrange(1, 5))]
-                        calls = [(soak.rng.choice(["ask", "ask_later"]), arguments) for _, arguments in calls]
-                        stuck.add(soak.rng.choice(calls)[1]["question"])
-                        model.left[case] = [Reply("I ask.", calls=calls)]
-                        started[name] = case
-                        await wire.say(case, agent_name=name, turn_id=case)
-                    await reached(opened, stuck)
-                    server.process.send_signal(signal.SIGKILL)
+        self.place.desk.answers = lambda question: None if question in self.stuck else 0.0
+        for number in range(self.soak.part(100)):
+            self.stuck.clear()
+            cases = {name: f"kill {number} of {name}" for name in self.names}
+            await self.kill(cases)
+            await self.go_on(cases)
+            self.soak.step(10 * self.soak.full / 1_000)
+
+    async def kill(self, cases: dict[str, str]) -> None:
+        """Each agent calls tools, and when one of each has been asked and does not answer, the server is killed."""
+        with self.place.serve(killed=True) as server:
+            async with client(server, "*") as wire:
+                for name, case in cases.items():
+                    questions = [ask(next(self.fresh))[1] for _ in range(self.soak.rng.randrange(1, 5))]
+                    calls = [(self.soak.rng.choice(["ask", "ask_later"]), arguments) for arguments in questions]
+                    self.stuck.add(self.soak.rng.choice(questions)["question"])
+                    self.model.left[case] = [Reply("I ask.", calls=calls)]
+                    await wire.say(case, agent_name=name, turn_id=case)
+                desk = self.place.desk
+                async with asyncio.timeout(30), desk.came:
+                    await desk.came.wait_for(lambda: self.stuck <= desk.calls.keys())
+                server.process.send_signal(signal.SIGKILL)
+                await wire.closed()
+
+    async def go_on(self, cases: dict[str, str]) -> None:
+        """The next server has the end of each turn, and no call is made again."""
+        with self.place.serve() as server:
+            async with client(server, "*") as wire:
+                for name, case in cases.items():
                     try:
-                        while True:
-                            await wire.receive()
-                    except GONE:
-                        server.wait()
-            with soak_server(where, desk=port, **options) as server:
-                async with client(server, "*") as wire:
-                    for name in names:
-                        case = started[name]
-                        try:
-                            again = await wire.turn(case, agent_name=name, turn_id=case)
-                            ends = [frame for frame in again if is_terminal(frame)]
-                            if [end["stop_reason"] for end in ends] != ["interrupted"]:
-                                soak.fault("a killed turn without its end", f"{case}: {ends}")
-                            await check_plain_turn(soak, wire, name, case)
-                        except TimeoutError:
-                            soak.fault("no end", case)
-                server.end()
-                check_log(soak, server.log)
-            soak.step(10 * soak.full / 1_000)
-        for question, calls in opened.calls.items():
-            if calls > 1:
-                soak.fault("a tool called twice", question)
-
-
-async def reached(opened: Desk, questions: set[str]) -> None:
-    """Wait until these questions are asked."""
-    async with asyncio.timeout(30), opened.came:
-        await opened.came.wait_for(lambda: all(opened.calls[question] for question in questions))
+                        ends = list(filter(is_terminal, await wire.turn(case, agent_name=name, turn_id=case)))
+                        if [end["stop_reason"] for end in ends] != ["interrupted"]:
+                            self.soak.fault("killed turns without their end", f"{case}: {ends}")
+                        await check_plain_turn(self.soak, wire, name, case)
+                    except TimeoutError:
+                        self.soak.fault(ENDS, case)
 
 
 async def main(soak: Soak) -> None:
     soak.total(soak.count + 10 * soak.part(100))
-    told: collections.Counter[str] = collections.Counter()
-    with folder() as where, Endpoint() as endpoint:
-        count = await faults(soak, endpoint, where, told)
-        await kills(soak, endpoint, where)
-        for refusal in endpoint.refusals:
-            soak.fault("a poisoned request", refusal)
-        requests = len(endpoint.requests)
-    soak.least("kinds of faults", min(count, soak.count), min(10, soak.count))
-    soak.none("requests that a strict endpoint refuses", "a poisoned request")
-    soak.none("turns without exactly one terminal frame", "not exactly one start and terminal frame", "no end")
-    soak.none("plain turns after a fault that fail", "the next plain turn failed")
-    soak.none("turns beyond their limits, or that end as internal", "a turn that goes on", "internal error")
-    soak.none("killed turns without their end", "a killed turn without its end")
-    soak.none("tools called twice for one call", "a tool called twice")
-    soak.none("crashes and tracebacks", "crash", "a traceback in the log")
+    soak.none(ENDS, "plain turns after a fault that fail", "turns beyond their limits, or that end as internal")
+    soak.none("killed turns without their end")
+    model = Model()
+    async with site(soak, model) as place:
+        faults = Faults(soak, model)
+        await faults.run(place)
+        await Kills(soak, place, model).run()
+        requests = len(place.endpoint.requests)
+    soak.least("kinds of faults", min(len(faults.names), soak.count), min(10, soak.count))
     soak.told("kills in mid-tool", f"{soak.part(100)} servers, {KILLED_AGENTS * soak.part(100)} turns")
-    soak.told("model calls", f"{requests:,}; ends {json.dumps(dict(told.most_common()))}")
+    soak.told("model calls", f"{requests:,}; ends {json.dumps(dict(faults.ends.most_common()))}")
 
 
 if __name__ == "__main__":

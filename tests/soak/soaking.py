@@ -1,8 +1,10 @@
-"""What the soak scripts share: a run with its arguments, progress and figures; servers of our own; a healthy client.
+"""What the soak scripts share: a run with its arguments and figures; servers, what they ask, what clients were told.
 
     async def main(soak: Soak) -> None:
-        ...  soak.step(), soak.fault("lost", "what was lost"), soak.rng
-        soak.none("messages lost", "lost")
+        soak.none("what was lost", "what was doubled")
+        async with site(soak, model) as place:
+            with place.serve() as server:
+                ...  soak.step(), soak.fault("what was lost", "this"), soak.rng
         soak.within("slowest answer, s", slowest, 1.0)
 
     if __name__ == "__main__":
@@ -22,7 +24,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import signal
 import socket
 import sqlite3
@@ -32,15 +33,17 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(folder) for folder in (Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1])]
 
 from commandline import Serving
+from endpoint import Answer, Endpoint
+from measure import Progress, machine, percentile
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
-from wire import JSON, Wire, bare
+from wire import JSON, Wire, bare, events_of, is_terminal, messages_of
 
 import memws
 
@@ -57,14 +60,12 @@ class Soak:
         self.what, self.seed, self.full = what, seed, full
         self.count = full if count is None else count
         self.rng = random.Random(seed)
-        self.faults: dict[str, list[str]] = collections.defaultdict(list)
-        self.notes: list[str] = []
-        self.missed: list[str] = []
-        "Figures that are missed, but for times, which depend on what else the machine does."
+        self.faults: dict[str, list[str]] = collections.defaultdict(list)  # by kind; of each kind there must be none
+        self.missed: list[str] = []  # figures that are missed, but for times, which depend on what else runs
         self._figures: list[tuple[str, str, str, bool]] = []
+        self._notes: list[str] = []
         self._started = time.monotonic()
-        self._done = self._shown = 0.0
-        self._total = float(self.count)
+        self._progress = Progress(self.count)
 
     def part(self, whole: int) -> int:
         """A number of the table, in proportion to --count; at least 1."""
@@ -72,100 +73,60 @@ class Soak:
 
     def total(self, total: float) -> None:
         """How many steps the whole run has, where it is not the count."""
-        self._total = float(total)
+        self._progress.total = total
 
     def step(self, steps: float = 1) -> None:
         """Move the progress bar."""
-        self._done += steps
-        if self._shown == 1:
-            return
-        share = min(1.0, self._done / self._total)
-        terminal = sys.stderr.isatty()
-        if share - self._shown < (0.005 if terminal else 0.1) and share < 1:
-            return
-        self._shown = share
-        bar = "#" * round(30 * share)
-        seconds = time.monotonic() - self._started
-        line = f"[{bar:30}] {100 * share:3.0f} %  {seconds:.0f} s, {sum(map(len, self.faults.values()))} faults"
-        print(f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+        self._progress.step("with faults" if any(self.faults.values()) else "no faults", steps)
 
     def fault(self, kind: str, detail: object) -> None:
         """Note that a figure is missed, and by what."""
         self.faults[kind].append(str(detail)[:2_000])
 
-    @contextlib.contextmanager
-    def expect(self, kind: str, case: object) -> Iterator[None]:
-        """A failed check inside is a fault."""
-        try:
-            yield
-        except AssertionError as error:
-            self.fault(kind, f"{case}: {error!r}")
-
-    def none(self, what: str, *kinds: str) -> None:
-        """A figure: no fault of these kinds."""
-        faults = [f"{kind}: {fault}" for kind in kinds for fault in self.faults[kind]]
-        self._figures.append((what, f"{len(faults):,}", "0", not faults))
-        if faults:
-            self.missed.append(f"{what}: {len(faults)}, such as {faults[0]}")
+    def none(self, *kinds: str) -> None:
+        """Figures: no fault of each of these kinds."""
+        for kind in kinds:
+            self.faults[kind]
 
     def most(self, what: str, value: float, limit: float) -> None:
         """A figure: a value that is at most `limit`."""
-        self.within(what, value, limit)
-        if value > limit:
-            self.missed.append(f"{what}: {value:,.4g}, at most {limit:,.4g}")
+        self._figure(what, value, f"<= {limit:,.4g}", value <= limit)
+
+    def least(self, what: str, value: float, limit: float) -> None:
+        """A figure: a value that is at least `limit`."""
+        self._figure(what, value, f">= {limit:,.4g}", value >= limit)
 
     def within(self, what: str, value: float, limit: float) -> None:
         """A figure: a time that is at most `limit`."""
         self._figures.append((what, f"{value:,.4g}", f"<= {limit:,.4g}", value <= limit))
 
-    def least(self, what: str, value: float, limit: float) -> None:
-        """A figure: a value that is at least `limit`."""
-        self._figures.append((what, f"{value:,.4g}", f">= {limit:,.4g}", value >= limit))
-        if value < limit:
-            self.missed.append(f"{what}: {value:,.4g}, at least {limit:,.4g}")
+    def _figure(self, what: str, value: float, wanted: str, good: bool) -> None:
+        self._figures.append((what, f"{value:,.4g}", wanted, good))
+        if not good:
+            self.missed.append(f"{what}: {value:,.4g}, wanted {wanted}")
 
     def told(self, what: str, value: object) -> None:
         """A line of the summary that asks for nothing."""
-        self.notes.append(f"  {what}: {value}")
+        self._notes.append(f"{what}: {value}")
 
     def finish(self) -> int:
         """Print the summary; the exit status, 1 when a figure is missed."""
-        shown = {kind for kind, faults in self.faults.items() if faults}
-        passed = all(good for *_, good in self._figures)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+        self._progress.end()
+        figures, self._figures = self._figures, []
+        for kind, faults in self.faults.items():
+            self._figure(kind, len(faults), "0", not faults)
+            examples = collections.Counter(faults).most_common(3)
+            self._notes += [f"{kind} ({times} x): {detail}" for detail, times in examples]
+        figures = self._figures + figures
+        passed = all(good for *_, good in figures)
         small = "" if self.count >= self.full else f" (a small run: the figure asks for {self.full:,})"
-        print(f"{self.what}: {'passed' if passed else 'MISSED'}")
-        seconds = time.monotonic() - self._started
-        print(f"  seed {self.seed}, count {self.count:,}{small}, {seconds:.1f} s, commit {commit()}")
-        for what, value, wanted, good in self._figures:
+        print(f"{self.what}: {'passed' if passed else 'MISSED'}\n  {machine()}")
+        print(f"  seed {self.seed}, count {self.count:,}{small}, {time.monotonic() - self._started:.1f} s")
+        for what, value, wanted, good in figures:
             print(f"  {what:58} {value:>9}  {wanted:9} {'ok' if good else 'MISSED'}")
-        for note in self.notes:
-            print(note)
-        for kind in sorted(shown):
-            for detail, times in collections.Counter(self.faults[kind]).most_common(3):
-                print(f"  {kind} ({times} x): {detail}")
+        for note in self._notes:
+            print(f"  {note}")
         return 0 if passed else 1
-
-
-def commit() -> str:
-    """The commit that is measured; a + where memws.py differs from it."""
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-    with contextlib.suppress(subprocess.SubprocessError, OSError):
-        run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
-        name = run([git, "rev-parse", "--short", "HEAD"]).stdout.strip()
-        dirty = run([git, "status", "--porcelain", "memws.py"]).stdout.strip()
-        return f"{name or 'unknown'}{'+' if dirty else ''}"
-    return "unknown"
-
-
-@contextlib.contextmanager
-def folder() -> Iterator[Path]:
-    """An empty folder that goes with the run."""
-    with tempfile.TemporaryDirectory(prefix="memws-soak-") as path:
-        yield Path(path)
 
 
 def run(main: Callable[[Soak], Coroutine[Any, Any, None]], what: str, full: int) -> None:
@@ -179,17 +140,6 @@ def run(main: Callable[[Soak], Coroutine[Any, Any, None]], what: str, full: int)
     sys.exit(soak.finish())
 
 
-async def every(jobs: list[Coroutine[Any, Any, None]], at_once: int) -> None:
-    """Run jobs, so many at once."""
-    places = asyncio.Semaphore(at_once)
-
-    async def job_in_place(job: Coroutine[Any, Any, None]) -> None:
-        async with places:
-            await job
-
-    await asyncio.gather(*map(job_in_place, jobs))
-
-
 async def until(holds: Callable[[], bool], seconds: float) -> bool:
     """Wait for what no event tells; whether it came about in time."""
     deadline = time.monotonic() + seconds
@@ -200,18 +150,7 @@ async def until(holds: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The value that so many do not exceed; 0 where there are none."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-def memory(pid: int) -> float:
-    """Resident memory of a process, MiB."""
-    status = Path(f"/proc/{pid}/status").read_text("ascii")
-    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+# ---- servers and what they ask ---------------------------------------------------------------------------------------
 
 
 def descriptors(pid: int) -> int:
@@ -224,30 +163,133 @@ def threads(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
-class SoakServer(Serving):
-    """A server process; one that does not start says why."""
-
-    def __enter__(self) -> "SoakServer":
-        super().__enter__()
-        if not self.url:
-            self.wait()
-            raise RuntimeError(f"the server did not start: {self.log}")
-        return self
-
-
 def soak_server(
     where: Path,
     *,
     constants: JSON | None = None,
     desk: int | None = None,
-    fail: JSON | None = None,
+    fail: bool = False,
     debug: bool = False,
     **options: Any,
-) -> SoakServer:
-    """A server process with `constants` of memws set, the tools of a desk, and writes that fail as `fail` says."""
+) -> Serving:
+    """A server process with `constants` of memws set, the tools of a desk, and writes that `fail` as Faulty says."""
     options = {"host": "127.0.0.1", "port": 0, "db": str(where / "memws.db"), **options}
-    told = {"options": options, "constants": constants or {}, "desk": desk, "fail": fail, "debug": debug}
-    return SoakServer(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(told)})
+    settings = {"options": options, "constants": constants or {}, "desk": desk, "fail": fail, "debug": debug}
+    return Serving(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(settings)})
+
+
+def check_file(path: Path, *, gapless: bool = True) -> None:
+    """The database is whole, each turn in it has one start and at most one end, and no seq is missing."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert connection.execute("PRAGMA foreign_key_check").fetchone() is None
+        for kind in ("agent_response_start", "agent_response_e*"):  # an end or an error
+            sql = "SELECT count(*) FROM events WHERE kind GLOB ? GROUP BY agent, turn_id"
+            assert {count for (count,) in connection.execute(sql, (kind,))} <= {1}
+        for agent, last_seq in connection.execute("SELECT id, last_seq FROM agents WHERE deleted IS NOT ''").fetchall():
+            seqs = connection.execute("SELECT seq FROM events WHERE agent = ? ORDER BY seq", (agent,)).fetchall()
+            assert [seq for (seq,) in seqs] == list(range(1, last_seq + 1)) or not gapless
+
+
+class Desk:
+    """Where the tools `ask` and `ask_later` of soak servers ask: counts the calls, answers each when told to."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        self.calls: collections.Counter[str] = collections.Counter()
+        self.open = 0  # calls that wait for their answer
+        self.answers: Callable[[str], float | None] = lambda question: 0.0  # seconds until the answer; None: never
+        self.says: Callable[[str], str] = "asked {}".format
+        self.came = asyncio.Condition()
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(writer):
+            question = (await reader.readline()).decode().strip()
+            if not question:  # cancelled before it had asked
+                return
+            async with self.came:
+                self.calls[question] += 1
+                self.came.notify_all()
+            pause = self.answers(question)
+            leaving = asyncio.ensure_future(reader.read())
+            self.open += 1
+            await asyncio.wait({leaving}, timeout=pause)
+            self.open -= 1
+            if not leaving.done():
+                writer.write(f"{self.says(question)}\n".encode())
+            leaving.cancel()
+
+
+@contextlib.asynccontextmanager
+async def desk() -> AsyncIterator[Desk]:
+    """A desk that listens."""
+    opened = Desk()
+    async with await asyncio.start_server(opened, "127.0.0.1", 0) as server:
+        opened.port = server.sockets[0].getsockname()[1]
+        yield opened
+
+
+class Site:
+    """A folder with a database that servers of a run serve, one after another, and what those ask: models and tools."""
+
+    def __init__(self, soak: Soak, where: Path, endpoint: Endpoint, desk: Desk) -> None:
+        self.soak, self.where, self.endpoint, self.desk = soak, where, endpoint, desk
+        self.path = where / "memws.db"
+        self.gapless = True  # names are not used again, whose seqs would go on
+        self.model: JSON = {"model": "test-model", "api_key": "sk-x", "base_url": endpoint.url}
+
+    @contextlib.contextmanager
+    def serve(self, *, killed: bool = False, **options: Any) -> Iterator[Serving]:
+        """A server process, see soak_server; `killed`: it is not expected to end by itself."""
+        with soak_server(self.where, desk=self.desk.port, **(self.model | options)) as server:
+            if not server.url:
+                server.wait()
+                raise RuntimeError(f"the server did not start: {server.log}")
+            yield server
+            self.end(server, killed=killed)
+
+    @contextlib.contextmanager
+    def command_line(self, *flags: str, **variables: str) -> Iterator[Serving]:
+        """A server process as `python memws.py serve` starts it."""
+        with Serving("--host", "127.0.0.1", *flags, cwd=self.where, variables=variables) as server:
+            yield server
+            self.end(server)
+
+    def end(self, server: Serving, *, killed: bool = False) -> None:
+        """End a server if it still runs; it ends cleanly and has logged no traceback."""
+        status = server.end() if server.process.poll() is None else server.wait()
+        if status != (-signal.SIGKILL if killed else 0):
+            self.soak.fault("servers that crash", f"exit status {status}: {server.log[-500:]}")
+        for part in server.log.split("Traceback")[1:]:
+            self.soak.fault("tracebacks in logs", part[:1_500])
+
+    def check(self) -> None:
+        """What must be true when all servers have ended."""
+        for refusal in self.endpoint.refusals:
+            self.soak.fault("requests that a strict endpoint refuses", refusal)
+        for question, calls in self.desk.calls.items():
+            if calls > 1:
+                self.soak.fault("tools called twice for one call", question)
+        try:
+            check_file(self.path, gapless=self.gapless)
+        except (AssertionError, sqlite3.Error) as error:
+            self.soak.fault("damage in databases", repr(error))
+
+
+@contextlib.asynccontextmanager
+async def site(soak: Soak, model: Answer | None = None, **options: Any) -> AsyncIterator[Site]:
+    """A site whose endpoint answers as `model` does; at the end all of it is as it should be."""
+    soak.none("servers that crash", "tracebacks in logs", "requests that a strict endpoint refuses")
+    soak.none("tools called twice for one call", "damage in databases")
+    with tempfile.TemporaryDirectory(prefix="memws-soak-") as name, Endpoint(**options) as endpoint:
+        endpoint.default = model or endpoint.default
+        async with desk() as opened:
+            place = Site(soak, Path(name), endpoint, opened)
+            yield place
+            place.check()
+
+
+# ---- clients ---------------------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
@@ -283,41 +325,28 @@ class Quick(Wire):
         return frame
 
 
-class Desk:
-    """Where the tools `ask` and `ask_later` of soak servers ask: counts the calls, answers each when told to."""
-
-    def __init__(self) -> None:
-        self.calls: collections.Counter[str] = collections.Counter()
-        self.open = 0  # calls that wait for their answer
-        self.answers: Callable[[str], float | None] = lambda question: 0.0
-        "Seconds until the answer to a question; None: never."
-        self.says: Callable[[str], str] = "asked {}".format
-        self.came = asyncio.Condition()
-
-    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError), contextlib.closing(writer):
-            question = (await reader.readline()).decode().strip()
-            if not question:  # cancelled before it had asked
-                return
-            async with self.came:
-                self.calls[question] += 1
-                self.came.notify_all()
-            pause = self.answers(question)
-            leaving = asyncio.ensure_future(reader.read())
-            self.open += 1
-            await asyncio.wait({leaving}, timeout=pause)
-            self.open -= 1
-            if not leaving.done():
-                writer.write(f"{self.says(question)}\n".encode())
-            leaving.cancel()
+UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+UPGRADE += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
 
 
-@contextlib.asynccontextmanager
-async def desk() -> AsyncIterator[tuple[Desk, int]]:
-    """A desk and the port where it listens."""
-    opened = Desk()
-    async with await asyncio.start_server(opened, "127.0.0.1", 0) as server:
-        yield opened, server.sockets[0].getsockname()[1]
+def handshake(*headers: str, line: str = "GET / HTTP/1.1") -> bytes:
+    """A request that opens a WebSocket, if these headers are right."""
+    return "\r\n".join([line, *headers, *UPGRADE, "", ""]).encode("latin-1", "replace")
+
+
+async def knock(port: int, data: bytes) -> tuple[str, bytes]:
+    """Send this on a connection of its own; the HTTP status and the head of the answer. Raises TimeoutError."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reply = b""
+    with contextlib.suppress(ConnectionError):
+        writer.write(data)
+        async with asyncio.timeout(20):
+            while b"\r\n\r\n" not in reply and (more := await reader.read(65_536)):
+                reply += more
+    writer.close()
+    with contextlib.suppress(ConnectionError):
+        await writer.wait_closed()
+    return reply.split(b" ", 2)[1].decode() if reply.startswith(b"HTTP/1.1 ") else "closed", reply
 
 
 def stored(frames: list[JSON]) -> dict[int, JSON]:
@@ -325,81 +354,92 @@ def stored(frames: list[JSON]) -> dict[int, JSON]:
     return {frame["seq"]: bare(frame) for frame in frames if "seq" in frame}
 
 
-def check_file(path: Path) -> None:
-    """The database is whole, each turn in it has one start and at most one end, and no seq is missing."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert connection.execute("PRAGMA foreign_key_check").fetchone() is None
-        for kind in ("agent_response_start", "agent_response_e*"):  # an end or an error
-            sql = "SELECT count(*) FROM events WHERE kind GLOB ? GROUP BY agent, turn_id"
-            assert {count for (count,) in connection.execute(sql, (kind,))} <= {1}
-        for agent, last_seq in connection.execute("SELECT id, last_seq FROM agents WHERE deleted IS NOT ''").fetchall():
-            seqs = connection.execute("SELECT seq FROM events WHERE agent = ? ORDER BY seq", (agent,)).fetchall()
-            assert [seq for (seq,) in seqs] == list(range(1, last_seq + 1))
+class Log:
+    """What clients sent to an agent and were told by it, to be compared with what it has stored."""
+
+    def __init__(self, soak: Soak, name: str) -> None:
+        soak.none("messages lost", "messages doubled", "events told otherwise later", "gaps in what is told or stored")
+        soak.none("turns without exactly one start and terminal frame")
+        self.soak, self.name = soak, name
+        self.sent: dict[str, str] = {}  # texts by turn_id
+        self.events: dict[int, JSON] = {}  # stored ones by seq
+
+    def message(self, turn_id: str, text: str = "message") -> tuple[str, str]:
+        """A message to be sent: its turn_id and its text."""
+        self.sent[turn_id] = f"{text} {turn_id} of {self.name}"
+        return turn_id, self.sent[turn_id]
+
+    def keep(self, *frames: JSON) -> None:
+        """Note what a client was told; the same seq is never told otherwise."""
+        for seq, event in stored([frame for frame in frames if frame.get("agent_name") == self.name]).items():
+            if (known := self.events.setdefault(seq, event)) != event:
+                self.soak.fault("events told otherwise later", f"{known} {event}")
+
+    async def compare(self, wire: Wire) -> None:
+        """All that was told is stored, each message once, each turn with one start and one end, and nothing else."""
+        try:
+            events = stored(await events_of(wire, self.name))
+        except AssertionError as error:
+            self.soak.fault("gaps in what is told or stored", f"{self.name}: {error!r:.300}")
+            return
+        for seq, event in self.events.items():
+            if events.get(seq) != event:
+                self.soak.fault("events told otherwise later", f"{self.name} {seq}: {event} {events.get(seq)}")
+        texts, sent = collections.Counter(await messages_of(wire, self.name)), collections.Counter(self.sent.values())
+        for kind, difference in (("messages lost", sent - texts), ("messages doubled", texts - sent)):
+            for text in difference:
+                self.soak.fault(kind, f"{self.name}: {text}")
+        starts = sorted(event["turn_id"] for event in events.values() if event["type"] == "agent_response_start")
+        ends = sorted(event["turn_id"] for event in events.values() if is_terminal(event))
+        if not starts == ends == sorted(self.sent):
+            text = f"{self.name}: {len(starts)} starts and {len(ends)} ends of {len(self.sent)}"
+            self.soak.fault("turns without exactly one start and terminal frame", text)
 
 
 # ---- the healthy client ----------------------------------------------------------------------------------------------
 
 
-class Probe:
-    """A healthy client in a process of its own, which asks and talks all the time and measures every answer."""
-
-    def __init__(self, url: str, *, pause: float = 0.02, token: str = "") -> None:
-        arguments = [sys.executable, __file__, "probe", url, str(pause), token]
-        self._process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout is not None
-        self._process.stdout.readline()  # it is connected
-        self.times: list[float] = []  # seconds, once it is over
-        self.error = ""
-
-    def __enter__(self) -> "Probe":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        out, _ = self._process.communicate("", timeout=60)
-        told = json.loads(out or '{"times": [], "error": "the probe died"}')
-        self.times, self.error = told["times"], told["error"]
-
-    def judge(self, soak: Soak) -> None:
-        """The figures of the healthy client."""
-        if self.error:
-            soak.fault("healthy client failed", self.error)
-        soak.none("healthy client failed", "healthy client failed")
-        soak.within("healthy client's p99, ms", 1000 * percentile(self.times, 0.99), 100)
-        soak.within("healthy client's slowest answer, ms", 1000 * max(self.times, default=9.0), 1000)
-        soak.told("healthy client's answers", f"{len(self.times):,}")
+@contextlib.contextmanager
+def healthy_client(soak: Soak, url: str, token: str = "") -> Iterator[None]:
+    """A healthy client in a process of its own, which asks all the time; how long its answers took are figures."""
+    soak.none("healthy clients that fail")
+    command = [sys.executable, __file__, "probe", url, token]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it is connected
+        try:
+            yield
+        finally:
+            out, _ = process.communicate("", timeout=60)
+    times, error = json.loads(out or '[[], "it died"]')
+    if error:
+        soak.fault("healthy clients that fail", error)
+    soak.within("healthy client's p99, ms", 1000 * percentile(times, 0.99), 100)
+    soak.within("healthy client's slowest answer, ms", 1000 * max(times, default=9.0), 1000)
+    soak.told("healthy client's answers", f"{len(times):,}")
 
 
-async def _probe(url: str, pause: float, token: str) -> None:
+async def probe(url: str, token: str) -> None:
+    """The process of a healthy client: it prints a line once it is connected, and its times when its input ends."""
     times: list[float] = []
     error = ""
     over = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin, over.set)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        async with connect(url, additional_headers=headers, compression=None) as websocket:
-
-            async def answer(last: str, **frame: Any) -> JSON:
-                begin = time.monotonic()
-                frame["id"] = len(times)
-                await websocket.send(json.dumps(frame))
-                while True:
-                    told: JSON = json.loads(await asyncio.wait_for(websocket.recv(), 30))
-                    if told.get("id") == frame["id"] and told["type"] == last:
-                        times.append(time.monotonic() - begin)
-                        return told
-
-            await answer("command_response", type="command", command="create_agent", config={"name": "healthy-probe"})
+        async with client(SimpleNamespace(url=url), additional_headers=headers) as wire:
+            await wire.ok("create_agent", config={"name": "healthy-probe"})
             print(flush=True)
-            times.clear()
             while not over.is_set():
                 for command in ("get_agent", "hello", "list_agents", "get_agent", "get_messages"):
-                    more = {"limit": 5} if command in ("list_agents", "get_messages") else {}
-                    await answer("command_response", type="command", command=command, **more)
-                    await asyncio.sleep(pause)
+                    begin = time.monotonic()
+                    await wire.ok(command, **({"limit": 5} if command in ("list_agents", "get_messages") else {}))
+                    times.append(time.monotonic() - begin)
+                    await asyncio.sleep(0.02)
+                wire.frames.clear()
     except Exception as failure:  # what happened to a healthy client is the result
         error = repr(failure)
-    print(json.dumps({"times": times, "error": error}))
+    print(json.dumps([times, error]))
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -409,25 +449,25 @@ WRITES = ("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE", "COMMIT")
 
 
 class Faulty(sqlite3.Connection):
-    """A connection whose writes fail as the file `plan` says, {"from": n, "to": m, "text": …, "undo": bool}."""
+    """A connection whose writes fail while plan.json is there: {"from": n, "to": m, "text": …, "undo": bool}."""
 
-    plan: Path | None = None
+    plan = Path("plan.json")
     writes = 0
     writer = False  # it has begun to write: a reader's COMMIT is no write
 
     def _count(self, sql: str) -> None:
         self.writer = self.writer or sql == "BEGIN IMMEDIATE"
-        if Faulty.plan is None or not self.writer or not sql.lstrip().upper().startswith(WRITES):
+        if not self.writer or not sql.lstrip().upper().startswith(WRITES):
             return
-        if not Faulty.plan.exists():
+        if not self.plan.exists():
             Faulty.writes = 0
             return
         Faulty.writes += 1
-        told = json.loads(Faulty.plan.read_text("utf-8"))
-        if told["from"] <= Faulty.writes < told["to"]:
-            if told["undo"] and self.in_transaction:  # as SQLite does when the disk is full
+        plan = json.loads(self.plan.read_text("utf-8"))
+        if plan["from"] <= Faulty.writes < plan["to"]:
+            if plan["undo"] and self.in_transaction:  # as SQLite does when the disk is full
                 super().execute("ROLLBACK")
-            raise sqlite3.OperationalError(told["text"])
+            raise sqlite3.OperationalError(plan["text"])
 
     def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
         self._count(sql)
@@ -438,18 +478,18 @@ class Faulty(sqlite3.Connection):
         return super().executemany(sql, *arguments)
 
 
-async def _serve(told: JSON) -> None:
-    for name, value in told["constants"].items():
+async def serve(settings: JSON) -> None:
+    """The process of a server, see soak_server."""
+    for name, value in settings["constants"].items():
         assert hasattr(memws, name), name
         setattr(memws, name, value)
-    if told["debug"]:
+    if settings["debug"]:
         logging.getLogger("memws").setLevel(logging.DEBUG)
-    if told["fail"]:
-        Faulty.plan = Path(told["fail"]["plan"])
+    if settings["fail"]:
         sqlite3.connect = functools.partial(sqlite3.connect, factory=Faulty)  # type: ignore[assignment]
     sys.setswitchinterval(memws.SWITCH_INTERVAL)  # as the command line does
-    server = memws.WebSocketServer(**told["options"])
-    port = told["desk"]
+    server = memws.WebSocketServer(**settings["options"])
+    port = settings["desk"]
     if port:
 
         @server.tool
@@ -478,7 +518,7 @@ async def _serve(told: JSON) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "probe":
-        asyncio.run(_probe(sys.argv[2], float(sys.argv[3]), sys.argv[4]))
+        asyncio.run(probe(*sys.argv[2:]))
     else:
         logging.basicConfig(level=logging.INFO)
-        asyncio.run(_serve(json.loads(os.environ["SOAK"])))
+        asyncio.run(serve(json.loads(os.environ["SOAK"])))

@@ -1,0 +1,89 @@
+"""What benchmarks and soak scripts share: a progress bar, percentiles, the memory of a process, the machine, tables."""
+
+import contextlib
+import math
+import os
+import platform
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parents[1]
+
+
+class Progress:
+    """A bar on standard error: one line that is written over, or a line for each tenth where nobody looks at it."""
+
+    def __init__(self, total: float) -> None:
+        self.total, self.done = total, 0.0
+        self._started = time.monotonic()
+        self._shown: tuple[str, int] | None = None
+
+    def step(self, what: str, done: float = 1) -> None:
+        """Say that so much more is done, and what comes now."""
+        self.done += done
+        share = min(1.0, self.done / max(1.0, self.total))
+        terminal = sys.stderr.isatty()
+        shown = what, int(share * (200 if terminal else 10))
+        if shown == self._shown:
+            return
+        self._shown = shown
+        line = f"[{'#' * round(30 * share):30}] {100 * share:3.0f} % {time.monotonic() - self._started:4.0f} s  {what}"
+        print(f"\r\x1b[K{line[:118]}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that so large a share of the values does not exceed; 0 where there are none."""
+    return sorted(values)[min(len(values) - 1, int(len(values) * share))] if values else 0.0
+
+
+def memory(process: int | str = "self") -> float:
+    """The memory that a process holds now, in MiB, as Linux tells it; elsewhere it is not known."""
+    try:
+        pages = Path(f"/proc/{process}/statm").read_text("ascii").split()[1]
+    except OSError:
+        return math.nan
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def machine() -> str:
+    """What figures depend on, in one line."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts = [f"{datetime.now(UTC):%Y-%m-%d}", f"commit {commit()}"]
+    facts += [f"{platform.system()} {platform.machine()}", f"{cores} cores"]
+    facts += [f"load {os.getloadavg()[0]:.1f}"] if hasattr(os, "getloadavg") else []
+    facts += [f"Python {platform.python_version()}", f"SQLite {sqlite3.sqlite_version}"]
+    for package in ("websockets", "openai", "aiohttp"):
+        with contextlib.suppress(PackageNotFoundError):
+            facts.append(f"{package} {version(package)}")
+    return ", ".join(facts)
+
+
+def commit() -> str:
+    """The commit that is measured; a + where memws.py differs from it."""
+    git = shutil.which("git")
+    if git is None:
+        return "unknown"
+
+    def ask(*words: str) -> str:
+        return subprocess.run([git, *words], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
+
+    name, changes = ask("rev-parse", "--short", "HEAD"), ask("status", "--porcelain", "memws.py")
+    return f"{name or 'unknown'}{'+' if changes else ''}"
+
+
+def rows_of(table: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; its first row is the head."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
