@@ -528,8 +528,6 @@ def describe(schema: JSON) -> str:
     if "enum" in schema:
         return f"one of {', '.join(map(repr, schema['enum']))}"
     _, words, low, high, unit = _KINDS[schema["type"]]
-    if "type" in schema.get("items", {}):
-        words += f" of {schema['items']['type']}s"
     return f"{words} from {schema[low]:,} to {schema[high]:,}{unit}" if high in schema else words
 
 
