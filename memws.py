@@ -4255,8 +4255,9 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         if self.turn_id and kind == "agent_response_start" and self._state == "asked":
             self.agent_name = event["agent_name"]
             self._begin(event["seq"])
-        comes_before = kind == "queue" or (kind in TERMINAL_TYPES and seq is None)  # the start, and is not stored
-        if not (self.turn_id and comes_before):
+        # A refusal and a place in the queue come before the start, and are not stored.
+        is_early = self.turn_id and (kind == "queue" or (kind in TERMINAL_TYPES and seq is None))
+        if not is_early:
             if self._state != "open" or (seq or math.inf) <= (self._cursor or 0):
                 return
             if len(self._events) >= FEED_LIMIT:
@@ -7919,17 +7920,10 @@ def serve_command(flags: argparse.Namespace) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
     options = {name: value for name, value in vars(flags).items() if name not in ("log_level", "run")}
-    asyncio.run(_serve_until_signal(WebSocketServer(**options)))
-
-
-async def _serve_until_signal(server: WebSocketServer) -> None:
-    loop = asyncio.get_running_loop()
-    serving = loop.create_task(server.start_server())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):  # Windows: KeyboardInterrupt ends asyncio.run
-            loop.add_signal_handler(number, serving.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await serving
+    server = WebSocketServer(**options)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    server.run()
 
 
 # ---- keeping databases -----------------------------------------------------------------------------------------------
