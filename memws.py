@@ -6349,7 +6349,6 @@ class Tasks:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def end(self) -> None:
-        """Cancel them, and wait until they have ended."""
         for task in self._tasks:
             task.cancel()
         await self.join()
@@ -6416,7 +6415,6 @@ class LiveAgent:
         self.wake()
 
     def wake(self) -> None:
-        """Let all readers look again."""
         self.news.set()
         self.news = asyncio.Event()
 
@@ -6446,14 +6444,7 @@ class LiveAgent:
             await self.open(await self.agents.store.read(find_agent, self.name))
         return self.agent
 
-    @contextlib.asynccontextmanager
-    async def editing(self) -> AsyncGenerator[Agent, None]:
-        """Around an edit from outside. Raises as fresh()."""
-        yield await self.fresh()
-        self.agents.memory_growth.set()
-
     def find(self, turn_id: str) -> QueuedTurn | None:
-        """The turn of that id, where it waits or runs."""
         return next((item for item in (self.current, *self.waiting) if item and item.turn_id == turn_id), None)
 
     def enqueue(self, item: QueuedTurn, when_busy: WhenBusy = "queue") -> None:
@@ -6482,7 +6473,6 @@ class LiveAgent:
             raise Refused("queue_full", f"{len(self.waiting)} messages wait for agent {self.name!r}; try again later")
 
     def _kick(self) -> None:
-        """Begin with what waits, unless something runs."""
         if self.waiting and not (self.busy or self.agents.stopping):
             self.current = self.waiting.popleft()
             self.agents.spawn(self._run(self.current))
@@ -6500,7 +6490,6 @@ class LiveAgent:
             self._finish(item)
 
     def _finish(self, item: QueuedTurn) -> None:
-        """What ran is over: go on with what waits."""
         if not item.done.done():
             item.done.set_result(None)
         self.current = None
@@ -6529,8 +6518,7 @@ class LiveAgent:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         item = self.current = QueuedTurn("", None)
         try:
-            async with self.editing() as agent:
-                return await agent.compact(item)
+            return await (await self.fresh()).compact(item)
         except ModelError as error:
             raise Refused("not_found", f"there is nothing to compact: {error}") from error
         except Stopped:
@@ -6750,7 +6738,6 @@ class Reader:
                 await self._deliver(news)
 
     async def _catch_up(self) -> None:
-        """Send what is stored behind the cursor."""
         last_seq, place = self.live.last_seq, self.live.count
         self.place = place
         async for event in self.live.events(self.cursor, last_seq):
@@ -6910,7 +6897,6 @@ class Session(Tasks):
         return self._current
 
     def _reader(self, live: LiveAgent) -> Reader:
-        """This connection's place in an agent's events."""
         return self.readers.get(live) or Reader(self, live)
 
     # -- messages --
@@ -7049,9 +7035,9 @@ class Session(Tasks):
 
     async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
         """Change an agent's settings. Result: {settings, warnings}."""
-        async with live.editing() as agent:
-            values, warnings = read_config(config, self._agents.tools, agent.record.config)
-            await agent.update(values)
+        agent = await live.fresh()
+        values, warnings = read_config(config, self._agents.tools, agent.record.config)
+        await agent.update(values)
         live.rest()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
@@ -7150,20 +7136,22 @@ class Session(Tasks):
         self, live: LiveAgent, label: Annotated[str, 1, MAX_NAME], value: Text, version: int | None = None
     ) -> JSON:
         """Give a block of core memory another text, with `version` only if that is stored. Result: {label, version}."""
-        async with live.editing() as agent:
-            return {"label": label, "version": await agent.set_block(label, value, version)}
+        agent = await live.fresh()
+        return {"label": label, "version": await agent.set_block(label, value, version)}
 
     async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
         if not text.strip():
             raise InvalidRequest("bad_field", "text: expected something to keep, but it is empty")
-        async with live.editing() as agent:
-            return {"id": await agent.insert_passage(text)}
+        agent = await live.fresh()
+        passage_id = await agent.insert_passage(text)
+        self._agents.memory_growth.set()
+        return {"id": passage_id}
 
     async def delete_passage(self, live: LiveAgent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
         """Take a passage out of archival memory. Result: {id}."""
-        async with live.editing() as agent:
-            await agent.delete_passage(passage_id)
+        agent = await live.fresh()
+        await agent.delete_passage(passage_id)
         return {"id": passage_id}
 
     async def compact(self, live: LiveAgent) -> JSON:
@@ -7269,7 +7257,6 @@ class WebSocketServer:
         self._reset()
 
     def _reset(self) -> None:
-        """The state of a server that was not opened yet."""
         self.agent: Agent | None = None  # the one most recently created or loaded through this object
         self.clients: dict[ServerConnection, Session] = {}
         self.agents: Agents | None = None
@@ -7368,7 +7355,6 @@ class WebSocketServer:
                     pass
 
     async def _close_stalled(self) -> None:
-        """Close the connections of clients that have stopped to read."""
         while True:
             await asyncio.sleep(READER_PATIENCE / 12)
             for websocket, session in list(self.clients.items()):
