@@ -6334,26 +6334,6 @@ def _secrets(request: http11.Request) -> list[bytes]:
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
 
-class Tasks:
-    """Tasks that are kept until they end, or are cancelled together."""
-
-    def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def join(self) -> None:
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def end(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await self.join()
-
-
 WhenBusy = Literal["queue", "reject", "interrupt"]
 
 
@@ -6548,11 +6528,10 @@ class LiveAgent:
         self.rest()
 
 
-class Agents(Tasks):
+class Agents:
     """The agents of one server by name, and what they share. Raises UsageError where models or database do not work."""
 
     def __init__(self, options: Options, tools: dict[str, Tool]) -> None:
-        super().__init__()
         self.options, self.tools, self.stopping = options, tools, False
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
         self.models = Models(*(getattr(options, name) for name in names))
@@ -6561,6 +6540,21 @@ class Agents(Tasks):
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.memory_growth = asyncio.Event()  # something may have no vector yet
         self._lock = asyncio.Lock()  # held while a name changes hands
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that is kept until it ends, or is cancelled at the close."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.models.close()
+        await self.store.close()
 
     async def get(self, name: str) -> LiveAgent:
         """The agent of that name, opened where it is not in use yet. Raises UnknownAgent, StoreFailed."""
@@ -6668,15 +6662,16 @@ class Reader:
 
     def __init__(self, session: Session, live: LiveAgent) -> None:
         self.session, self.live = session, live
-        # All up to seq `cursor` was sent or passed by; `place` is the number of the next event, or -1
-        # where the store is to be read first. A turn that is followed late is replayed up to the cursor of then.
+        # All up to seq `cursor` was sent or passed by; `place` is the next event's number, or -1 where the store comes
+        # first. A turn that is followed late is replayed up to the cursor of then.
         self.cursor, self.place = live.last_seq, live.count
         self.floor: int | None = None  # a subscription gets all stored events above it; None: there is none
         self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: dict[str, int] = {}  # of them those that are sent from their start, and up to which seq
-        self._refusals: set[str] = set()  # turns that ended with one, whatever is stored of them later
+        self._refusals: list[str] = []  # frames that come before all else
+        self._refused: set[str] = set()  # turns that ended with one, whatever is stored of them later
         session.readers[live] = self
-        session.spawn(self._run())
+        self.task = live.agents.spawn(self._run())
 
     def subscribe(self, floor: int | None) -> None:
         """Get all events above that seq; None: end the subscription."""
@@ -6688,9 +6683,9 @@ class Reader:
     def follow(self, turn_id: str, request_id: RequestId, item: QueuedTurn | None, *, replay: bool = False) -> None:
         """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor.
 
-        `item`: where it waits or runs; it may end as a refusal, which overtakes what else is to be sent.
+        `item`: where it waits or runs; it may be refused, which overtakes what else is to be sent.
         """
-        self._refusals.discard(turn_id)
+        self._refused.discard(turn_id)
         if turn_id not in self.turns:
             if replay:
                 self._replays[turn_id] = self.cursor
@@ -6702,28 +6697,38 @@ class Reader:
     def _end(self, turn_id: str, done: asyncio.Future[None]) -> None:
         error = done.exception()
         if isinstance(error, MemwsError) and turn_id in self.turns:
-            self.session.spawn(self._refuse(turn_id, error))
+            self._refuse(turn_id, error)
+            self.live.wake()
+
+    def _refuse(self, turn_id: str, error: MemwsError) -> None:
+        """End a turn of one's own that will have no other terminal frame."""
+        request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
+        self._refusals.append(failure(request | {"id": self.turns.pop(turn_id)}, error))
+        self._refused.add(turn_id)
 
     async def _run(self) -> None:
-        try:
-            await self._read()
-            error: MemwsError = self.live.gone_error()
-        except ConnectionClosed:
-            return
-        except StoreFailed as failure:
-            logger.error("session %d: agent %s cannot be replayed: %s", self.session.number, self.live.name, failure)
-            error = failure
-            self.turns |= {} if self.floor is None else {"": None}  # the subscription ends with an error of its own
-        finally:
+        with contextlib.suppress(ConnectionClosed):
+            try:
+                await self._read()
+                error: MemwsError = self.live.gone_error()
+            except StoreFailed as failure:
+                logger.error("agent %s cannot be replayed: %s", self.live.name, failure)
+                error = failure
+                if self.floor is not None:
+                    self.turns[""] = None  # the subscription ends with an error of its own
             del self.session.readers[self.live]
-        for turn_id in list(self.turns):
-            await self._refuse(turn_id, error)
+            for turn_id in list(self.turns):
+                self._refuse(turn_id, error)
+            for text in self._refusals:
+                await self.session._send(text)
 
     async def _read(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
         live = self.live
-        while self.floor is not None or self.turns:
-            if self._replays:
+        while self.floor is not None or self.turns or self._refusals:
+            if self._refusals:
+                await self.session._send(self._refusals.pop(0))
+            elif self._replays:
                 turn_id, until = self._replays.popitem()
                 async for event in live.events(0, min(until, self.cursor), turn_id):
                     await self._send(event)
@@ -6741,7 +6746,7 @@ class Reader:
         last_seq, place = self.live.last_seq, self.live.count
         self.place = place
         async for event in self.live.events(self.cursor, last_seq):
-            if self._replays or self.place != place:  # they come first, or a subscription went back meanwhile
+            if self._refusals or self._replays or self.place != place:  # a subscription went back meanwhile
                 self.place = -1
                 return
             await self._deliver(event)
@@ -6759,7 +6764,7 @@ class Reader:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
         request_id: RequestId = None
         if event.kind in TERMINAL_TYPES:
-            if event.turn_id in self._refusals:
+            if event.turn_id in self._refused:
                 return
             request_id = self.turns.pop(event.turn_id, None)
         elif event.kind == "agent_response_start":
@@ -6767,13 +6772,6 @@ class Reader:
         elif not self.session.wants(event.kind):
             return
         await self.session._send(event.text if request_id is None else with_fields(event.text, id=request_id))
-
-    async def _refuse(self, turn_id: str, error: MemwsError) -> None:
-        """End a turn of one's own that will have no other terminal frame."""
-        request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
-        self._refusals.add(turn_id)
-        with contextlib.suppress(ConnectionClosed):
-            await self.session._send(failure(request | {"id": self.turns.pop(turn_id, None)}, error))
 
 
 # ---- sessions and their commands -------------------------------------------------------------------------------------
@@ -6819,12 +6817,11 @@ def message_item(message: ChatMessage, first: int) -> JSON:
 _session_numbers = itertools.count(1)
 
 
-class Session(Tasks):
+class Session:
     """One connection's requests, one after another. Each public coroutine is a command: its signature is the check and
     the JSON Schema of the arguments, its docstring the description, what it returns the result."""
 
     def __init__(self, agents: Agents, websocket: ServerConnection) -> None:
-        super().__init__()
         self.websocket, self.number = websocket, next(_session_numbers)
         self.readers: dict[LiveAgent, Reader] = {}  # one for each agent whose events it is to get
         self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
@@ -7183,11 +7180,10 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
     UsageError."""
     sockets: list[socket.socket] = []
     for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
-        family, place = socket.AF_INET6 if ":" in name else socket.AF_INET, port
-        if sockets:
-            place = sockets[0].getsockname()[1]
+        address = name, sockets[0].getsockname()[1] if sockets else port
+        family = socket.AF_INET6 if ":" in name else socket.AF_INET
         try:
-            sockets.append(socket.create_server((name, place), family=family, backlog=1024))
+            sockets.append(socket.create_server(address, family=family, backlog=1024))
         except OSError as error:
             is_taken = error.errno == errno.EADDRINUSE
             if sockets and not (port and is_taken):
@@ -7212,7 +7208,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
     return None
 
 
-async def wait_until(end: float, works: Iterable[Coroutine[Any, Any, Any]]) -> None:
+async def wait_until(end: float, works: Iterable[collections.abc.Awaitable[Any]]) -> None:
     """Wait for all of them, until that time of the loop; those that have not ended by then are cancelled."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout_at(end):
@@ -7265,9 +7261,6 @@ class WebSocketServer:
         self._listeners: list[websockets.asyncio.server.Server] = []
         self._over: concurrent.futures.Future[None] = concurrent.futures.Future()  # done once the server is closed
         self._over.set_running_or_notify_cancel()  # one waiter's cancel is not the others'
-
-    def __repr__(self) -> str:
-        return f"<memws.WebSocketServer {self.url} {'listening' if self._listeners else 'not listening'}>"
 
     @property
     def url(self) -> str:
@@ -7344,7 +7337,7 @@ class WebSocketServer:
                 logger=_ws_logger,
             )
             self._listeners.append(listener)
-        for work in (self._warm_up(agents), self._close_stalled(), agents.embed()):
+        for work in (self._warm_up(agents), self._close_stalled(agents), agents.embed()):
             agents.spawn(work)
 
     async def _warm_up(self, agents: Agents) -> None:
@@ -7354,13 +7347,13 @@ class WebSocketServer:
                 async with agents.models.endpoint.client():
                     pass
 
-    async def _close_stalled(self) -> None:
+    async def _close_stalled(self, agents: Agents) -> None:
         while True:
             await asyncio.sleep(READER_PATIENCE / 12)
             for websocket, session in list(self.clients.items()):
                 if session.stalled() > READER_PATIENCE:
                     logger.warning("session %d takes nothing and is closed", session.number)
-                    session.spawn(websocket.close(1013, "this client takes nothing; connect again"))
+                    agents.spawn(websocket.close(1013, "this client takes nothing; connect again"))
 
     def _process_request(self, connection: ServerConnection, request: http11.Request) -> http11.Response | None:
         """The gate, before the upgrade, and what plain HTTP gets."""
@@ -7395,7 +7388,8 @@ class WebSocketServer:
                 async for frame in websocket:
                     await session._take(frame)
         finally:
-            await session.end()
+            for reader in session.readers.values():
+                reader.task.cancel()
             self.unregister_client(websocket)
 
     async def close(self) -> None:
@@ -7411,7 +7405,8 @@ class WebSocketServer:
         await wait_until(end - STOP_GRACE / 2, (each.stop_turns("interrupted") for each in live))
         for each in live:
             each.close()
-        await wait_until(end - STOP_GRACE / 4, (session.join() for session in self.clients.values()))
+        readers = [reader.task for session in self.clients.values() for reader in session.readers.values()]
+        await wait_until(end - STOP_GRACE / 4, readers)
         for listener in self._listeners:
             listener.close(reason="the server is stopping")
         await wait_until(end, (listener.wait_closed() for listener in self._listeners))
@@ -7419,9 +7414,7 @@ class WebSocketServer:
             websocket.transport.abort()
         for bound in self._sockets:
             bound.close()
-        await agents.end()
-        await agents.models.close()
-        await agents.store.close()
+        await agents.close()
         if self._servers.get(self._address) is self:
             del self._servers[self._address]
         self._reset()
