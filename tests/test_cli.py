@@ -237,15 +237,13 @@ def test_refusals(tmp_path: Path, main: Callable[..., Done]) -> None:
 
 
 def test_taken(tmp_path: Path, main: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A port of another program, and a database of another server, also through a link, or held locked, are refused."""
+    """A port of another program, and a database of another server, or held locked, are refused."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = str(holder.getsockname()[1])
         assert f"port {port} on localhost is held by another program" in sentence(main("--port", port))
     assert list(tmp_path.iterdir()) == []
-    (tmp_path / "link.db").symlink_to(tmp_path / "memws.db")
     with Serving(cwd=tmp_path) as server:
-        for name in ("memws.db", "link.db", tmp_path / "memws.db"):
-            assert "another" in sentence(main("--port", "0", "--db", name))
+        assert "another" in sentence(main("--port", "0"))
         assert hello(server.url)
         server.end()
     monkeypatch.setattr(memws, "BUSY_TIMEOUT", 0.05)

@@ -121,15 +121,3 @@ def test_an_answer_to_any_error_fits_in_4_kib(letter: str) -> None:
         assert max(len(frame.encode()) for frame in frames) <= 4096
     assert str(memws.MemwsError(letter * 5_000)).endswith("…")
     assert str(memws.MemwsError("x" * 1_000)) == "x" * 1_000
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        ("sam", "'sam'"), ("", "''"), ("a\nb\x00\x1b[0m", r"'a\nb\x00\x1b[0m'"), (None, "None"), (["a"], "['a']"),
-        ("x" * 60, repr("x" * 60)), ("x" * 61, repr("x" * 59 + "…")), ([0] * 1000, "[" + "0, " * 19 + "0…"),
-    ],
-)  # fmt: skip
-def test_quote(value: Any, shown: str) -> None:
-    """A value is quoted as its repr, at most sixty characters of it, control characters escaped."""
-    assert memws.quote(value) == shown

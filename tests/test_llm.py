@@ -541,17 +541,6 @@ async def embedder(endpoint: Endpoint) -> AsyncIterator[memws.Embedder]:
         yield models.embedder
 
 
-async def test_vectors_come_in_order(endpoint: Endpoint, embedder: memws.Embedder) -> None:
-    """Each text gets its vector, an empty one too, but one that is refused also alone; a query's is asked for once."""
-    endpoint.overrides["/v1/embeddings"] = lambda body: refusal("too long") if "long" in body["input"] else None
-    vectors = await embedder.vectors(["a cat", "long", "a dog", ""]) or []
-    assert [vectors[0], vectors[2]] == [memws.pack_vector(endpoint.vector(text)) for text in ("a cat", "a dog")]
-    assert [bool(vector) for vector in vectors] == [True, False, True, True]
-    count = len(endpoint.embedding_requests)
-    assert [await embedder.vector("a dog") for _ in range(2)] == [vectors[2]] * 2
-    assert len(endpoint.embedding_requests) == count + 1
-
-
 SPOILS: dict[str, Any] = {
     "500": Reply(status=500), "404": Reply(status=404), "all are refused": Reply(status=400),
     "HTML": Reply(body="<html>"), "no answer in time": Reply(hold=True), "too few": lambda vectors: vectors[1:],

@@ -245,19 +245,3 @@ def test_no_prompt_holds_faults(what: str) -> None:
     faults, waiting = memws.history_faults(messages)
     assert max((index for index, _ in faults), default=0) == begin
     assert [call_id for _, call_id, _ in waiting] == open_calls
-
-
-def test_plain_texts() -> None:
-    """An excerpt keeps both ends and says how much is left out, an edit is told as the lines that went and came, tokens
-    are estimated by bytes, and NUL and lone surrogates become U+FFFD, split pairs one character."""
-    assert memws.excerpt("x" * 100, 100) == "x" * 100
-    shown = memws.excerpt("a" * 1_000 + "b" * 1_000, 300)
-    assert shown == "a" * 200 + " […1,700 characters left out here; search finds them…] " + "b" * 100
-    edits = {("a\nb\nc", "a\nB\nc\nd"): "-b\n+B\n+d", ("", "new"): "+new", ("same", "same"): ""}
-    assert {texts: memws.difference(*texts) for texts in edits} == edits
-    assert [memws.estimate_tokens(text) for text in ("", "x" * 400, "日" * 400)] == [4, 104, 304]
-    texts = {"plain": "plain", "a\x00b": "a\ufffdb", "\ud800": "\ufffd", "\udc00\ud800": "\ufffd\ufffd"}
-    texts |= {"a\ud83d\ude00b": "a\U0001f600b", "日本\U0001f600\x1b": "日本\U0001f600\x1b"}
-    assert {text: memws.clean_text(text) for text in texts} == texts
-    sentences = ["", "Yes.", "no end", "Hello. Where is it?", "Where?", "どこですか？", "أين؟"]
-    assert list(map(memws.asking, sentences)) == [0, 0, 0, 0.5, 1, 1, 1], "the share of questions, in any script"

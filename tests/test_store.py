@@ -546,13 +546,7 @@ async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused = dict.fromkeys(("missing/memws.db", "empty.db/memws.db", "x" * 300), "cannot use the database ")
     (tmp_path / "link.db").symlink_to(tmp_path / "memws.db")
     (tmp_path / "folder").symlink_to(tmp_path)
-    paths: list[Any] = [
-        "link.db",
-        "./memws.db",
-        tmp_path / "memws.db",
-        "folder/memws.db",
-        f"../{tmp_path.name}/memws.db",
-    ]
+    paths: list[Any] = ["link.db", "./memws.db", tmp_path / "memws.db", "folder/memws.db"]
     for first in ("memws.db", "link.db"):
         with closing(Sqlite(first)) as base:
             base.open()
