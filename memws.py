@@ -2375,7 +2375,7 @@ def _calls_in(value: Any) -> Iterator[tuple[str, Any]]:
 
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
 
-MISSING_OPENAI = "a model other than offline needs the openai package, 2.16 or newer: pip install --upgrade openai"
+MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
 _SECRET = re.compile(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}")
 _OPTIONS = ("max_tokens", "stream_options", "seed", "temperature", "top_p", "reasoning_effort")
@@ -2533,21 +2533,20 @@ class OpenAIModel:
                 yield decode_json(await response.aread())
                 return
             async for data in response.aiter_bytes():
-                *events, rest = (rest + data).replace(b"\r\n", b"\n").split(b"\n\n")
-                for chunk in _read_events(events):
-                    yield chunk
-            for chunk in _read_events([rest]):
-                yield chunk
+                *lines, rest = (rest + data).split(b"\n")
+                for text in (line[5:].strip() for line in lines if line.startswith(b"data:")):
+                    if text not in (b"", b"[DONE]"):
+                        yield decode_json(text)
 
     def _failure(self, error: Any, has_words: bool) -> ModelError:
         """What an error of the transport or of the endpoint means for the turn."""
-        if isinstance(error, MemwsError):  # a UsageError: the openai package is missing, or too old
-            return error if isinstance(error, ModelError) else ModelError("model_unavailable", str(error))
+        if isinstance(error, ModelError):
+            return error
         if isinstance(error, TimeoutError):
             seconds = self.endpoint.idle_timeout if has_words else FIRST_TOKEN_TIMEOUT
             text = f"the model said nothing for {seconds:g} s; is the endpoint overloaded?"
             return ModelError("model_timeout", text, retry=has_words)
-        if isinstance(error, import_openai().APIStatusError):
+        if hasattr(error, "status_code"):
             return self._refusal(error.body, error.status_code, error.response.headers)
         reason = self.endpoint.hide(error.__cause__ or error)
         if has_words:
@@ -2581,15 +2580,6 @@ class OpenAIModel:
             self._other_names[option] = "max_completion_tokens" if "max_completion_tokens" in reason else ""
             logger.info("%s does not take %s: left out from now on", self.name, option)
         return option is not None
-
-
-def _read_events(events: Iterable[bytes]) -> Iterator[JSON]:
-    """The JSON of server-sent events (WHATWG HTML, 9.2). Raises ValueError."""
-    for event in events:
-        lines = (line[5:] for line in event.split(b"\n") if line.startswith(b"data:"))
-        text = b"\n".join(lines).strip()
-        if text not in (b"", b"[DONE]"):
-            yield decode_json(text)
 
 
 class Embedder:

@@ -71,7 +71,7 @@ def in_stream(message: str, code: str | int | None) -> Reply:
 # ---- every manner of answering ---------------------------------------------------------------------------------------
 
 MANNERS: dict[str, Body] = {
-    "as OpenAI does": {}, "several data lines, CR LF and comments": {"multiline": True, "crlf": True, "comments": True},
+    "as OpenAI does": {}, "CR LF and comments": {"crlf": True, "comments": True},
     "one byte at a time": {"split": 1}, "seven bytes at a time with CR LF": {"split": 7, "crlf": True},
     "one character in a delta": {"chunk": 1}, "no [DONE]": {"done": False}, "one whole JSON answer": {"whole": True},
     "a first chunk with empty choices": {"empty_choices": "first"},
