@@ -1179,15 +1179,15 @@ def unnamed(query: str, names: Iterable[str]) -> str:
 class AgentRecord:
     """The agent's row: what is known of it beside its messages, memory and events."""
 
-    id: int
     name: str
     config: JSON
-    state: JSON  # where the context window begins, its summary, and what else changes from step to step
     blocks: list[JSON]  # of core memory, in order: the fields of Block
-    created: str
-    last_active: str
-    last_seq: int
     base_url: str | None = None  # an endpoint of the agent's own; only Python sets it, never the wire or an import
+    state: JSON = field(default_factory=dict)  # what changes from step to step: where the window begins, its summary, …
+    created: str = field(default_factory=now_text)
+    last_active: str = field(default_factory=now_text)
+    last_seq: int = 0
+    id: int = 0
 
 
 class StoredEvent(NamedTuple):
@@ -1387,13 +1387,12 @@ _AGENT_COLUMNS = ", ".join(column.name for column in fields(AgentRecord))
 _LIVE, _DELETED = "deleted IS NULL", "deleted <> ''"
 
 
-def create_agent(
-    db: SqlConnection, name: str, config: JSON, blocks: list[JSON], base_url: str | None = None
-) -> AgentRecord:
-    """A new agent. Raises Refused (name_taken)."""
-    now = now_text()
-    _insert_agent(db, AgentRecord(0, name, config, {}, blocks, now, now, 0, base_url))
-    return find_agent(db, name)
+def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
+    """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
+    row = asdict(record) | {"last_seq": max(record.last_seq, _claim_name(db, record.name))}
+    del row["id"]
+    insert(db, "agents", **row)
+    return find_agent(db, record.name)
 
 
 def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
@@ -1401,7 +1400,7 @@ def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentReco
     where = _DELETED if deleted else _LIVE
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
-        return _agent_record(row)
+        return _decoded(AgentRecord(*row))
     names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where} LIMIT 5000")]
     total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
     raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names, 10, 0.0), total)
@@ -1411,7 +1410,7 @@ def list_agents(db: SqlConnection, after: str, limit: int) -> tuple[list[AgentRe
     """Agents with names above `after`, in order, and how many there are in all."""
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {_LIVE} AND name > ? ORDER BY name LIMIT ?"
     total = db.execute(f"SELECT count(*) FROM agents WHERE {_LIVE}").fetchone()[0]
-    return [_agent_record(row) for row in db.execute(sql, (after, limit))], total
+    return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
 
 
 def rename_agent(db: SqlConnection, agent: int, new_name: str, event: Event) -> list[StoredEvent]:
@@ -1442,22 +1441,15 @@ def restore_agent(db: SqlConnection, name: str, new_name: str) -> AgentRecord:
     return find_agent(db, new_name)
 
 
-def _agent_record(row: Iterable[Any]) -> AgentRecord:
-    """The record of a row. What is damaged becomes something that no agent opens with: a backup is the way back."""
-    record, damaged = AgentRecord(*row), {"damaged": True}
+def _decoded(record: AgentRecord) -> AgentRecord:
+    """A row's record, its JSON read. What is damaged becomes what no agent opens with: a backup is the way back."""
+    damaged = {"damaged": True}
     for column, instead in (("config", damaged), ("state", damaged), ("blocks", [damaged])):
         value = None
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             value = decode_json(getattr(record, column))
         setattr(record, column, value if isinstance(value, type(instead)) else instead)
     return record
-
-
-def _insert_agent(db: SqlConnection, record: AgentRecord) -> None:
-    """Store a new agent. Raises Refused (name_taken)."""
-    row = asdict(record) | {"last_seq": max(record.last_seq, _claim_name(db, record.name))}
-    del row["id"]
-    insert(db, "agents", **row)
 
 
 def _name_agent(db: SqlConnection, agent: int, name: str) -> None:
@@ -1814,7 +1806,7 @@ class MemoryIndex:
         self._connection, self._kind, before = database.open(), kind, None
         weakref.finalize(self, database.close)
         with transaction(self._connection):
-            self._agent = create_agent(self._connection, "", {}, []).id
+            self._agent = create_agent(self._connection, AgentRecord("", {}, [])).id
             for item, (speaker, date, text) in enumerate(turns, 1):
                 document = Document(item, kind, speaker, "", text)
                 insert_postings(self._connection, remember(self._connection, self._agent, document, date == before))
@@ -2038,18 +2030,16 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str
         if data["memws_agent"] != EXPORT_FORMAT:
             _convert_export(data)
     with damage_at("agent"):
-        record = _agent_record([0, *(data["agent"][name] for name in _EXPORTED["agents"].split(", "))])
+        record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
         record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
         record.name = check_name(record.name)
         check_record(record)
+    with damage_at("events"):
+        record.last_seq = max([record.last_seq, *(row["seq"] for row in data["events"])])
     with transaction(db):
         with damage_at("agent"):
-            _insert_agent(db, record)
-            agent = find_agent(db, record.name).id
+            agent = create_agent(db, record).id
         _import_rows(db, agent, data)
-        newest = db.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
-        if newest > record.last_seq:
-            raise UsageError(f"damaged: agent.last_seq: it is {record.last_seq}, but events go up to {newest}")
     return record.name
 
 
@@ -6573,7 +6563,8 @@ class Agents:
         model, _ = self.models.get(config["model"], base_url, api_key)
         check_window(window_of(config, self.models, model), config, self.tools, blocks)
         async with self._lock:
-            record = await self.store.write(create_agent, name, config, [asdict(block) for block in blocks], base_url)
+            record = AgentRecord(name, config, [asdict(block) for block in blocks], base_url)
+            record = await self.store.write(create_agent, record)
             self.api_keys[record.id] = api_key
             live = await self._use(record)
         return live, [*warnings, *live.agent.warnings]

@@ -97,7 +97,9 @@ class Lab:
         own = [tool for tool in self.tools if tool not in memws.MEMORY_TOOLS]
         config = {**({"tools": own} if own else {}), **config}
         blocks = [asdict(block) for block in memws.apply(memws.core_memory, config)]
-        await self.store.write(memws.create_agent, name, memws.read_config(config, self.tools)[0], blocks, None)
+        await self.store.write(
+            memws.create_agent, memws.AgentRecord(name, memws.read_config(config, self.tools)[0], blocks)
+        )
         return await self.open(name)
 
     async def open(self, name: str = "sam") -> memws.Agent:

@@ -264,7 +264,6 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("agent", "config", "max_steps"), -1, "max_steps"),
     (("agent", "config", "base_url"), "http://evil.example/v1", "base_url"),
     (("agent", "config", "settings"), {"temperature": "hot"}, "temperature"),
-    (("agent", "last_seq"), 1, "agent.last_seq"),
     (("agent", "config"), "{", "agent.config: unknown 'damaged'"),
     (("agent", "blocks", 0, "value"), 1, "agent.blocks: value: expected a string"),
     (("messages", 2, "body"), "{", "messages[2]: "),

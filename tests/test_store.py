@@ -103,7 +103,7 @@ def asked(turn_id: str = "t1", step: int = 1, first: int = 1, last: int = 1, **t
 
 
 async def new_agent(store: Store, name: str = "sam") -> AgentRecord:
-    return await store.write(create_agent, name, {"model": None, "settings": {"seed": 1}}, BLOCKS, None)
+    return await store.write(create_agent, AgentRecord(name, {"model": None, "settings": {"seed": 1}}, BLOCKS))
 
 
 def step(number: int = 1, turn_id: str = "t1") -> Changes:
@@ -172,7 +172,7 @@ async def fails(job: Any, words: str = "the database refused") -> None:
 async def test_a_commit_stores_everything(store: Store) -> None:
     """A transaction holds events, messages, documents, a request, state, config and blocks, and gives the seqs."""
     agent, changes = (
-        await store.write(create_agent, "sam", {"model": None}, BLOCKS[::-1], "http://localhost:1/v1"),
+        await store.write(create_agent, AgentRecord("sam", {"model": None}, BLOCKS[::-1], "http://localhost:1/v1")),
         step(),
     )
     assert await store.read(find_agent, "sam") == agent
@@ -238,7 +238,7 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
         assert await store.read(read_events, agent.id, 0, 1000) == mine
     before = await everything(store, agents[1].id)
     async with held_writer(store):
-        jobs: list[Any] = [store.write(commit, agents[0].id, step()), store.write(create_agent, "agent2", {}, [], None)]
+        jobs: list[Any] = [store.write(commit, agents[0].id, step()), new_agent(store, "agent2")]
         jobs += [
             store.write(commit, agents[1].id, BROKEN["a state that is no JSON"]),
             store.write(commit, 10**6, step()),
@@ -609,7 +609,7 @@ async def test_an_imported_agent_is_the_exported_one(tmp_path: Path, monkeypatch
     monkeypatch.setattr(memws, "POSTINGS_BLOCK", 5)
     path, other = tmp_path / "memws.db", tmp_path / "other.db"
     async with opened(path) as store:
-        agent = await store.write(create_agent, "sam", {}, BLOCKS, "http://localhost:1/canary")
+        agent = await store.write(create_agent, AgentRecord("sam", {}, BLOCKS, "http://localhost:1/canary"))
         for number in range(1, 12):
             await store.write(commit, agent.id, step(number, f"t{number}"))
         await store.write(commit, agent.id, Changes(removed=[3]))

@@ -65,7 +65,8 @@ class Filled:
     def _open(self, path: str) -> None:
         self.database = memws.Sqlite(path)
         self.connection = self.database.open()
-        self.agent = memws.create_agent(self.connection, "archive", memws.read_config({}, {})[0], []).id
+        record = memws.AgentRecord("archive", memws.read_config({}, {})[0], [])
+        self.agent = memws.create_agent(self.connection, record).id
 
     def insert(self, count: int) -> float:
         """Index so many, STEP in one transaction; the seconds this took."""
