@@ -691,9 +691,6 @@ async def test_requests_are_rebuilt_byte_by_byte(endpoint: Endpoint, lab: Lab) -
     assert caught.value.code == "not_found"
 
 
-# ---- cancel ----------------------------------------------------------------------------------------------------------
-
-
 async def cancel(lab: Lab, agent: Agent, when: int | Callable[[Body], bool], text: str = "Hi") -> Told:
     """Run a turn and stop it from another task, as a session does: at such an event, or when a request has arrived."""
     turn, told = lab.turn(text), asyncio.Event()

@@ -51,9 +51,6 @@ def frame(kind: str, text: Any = "", **more: Any) -> dict[str, Any]:
     return {**event, "step": 1, **more}
 
 
-# ---- on a terminal ---------------------------------------------------------------------------------------------------
-
-
 def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> None:
     """Banner, an offer to create, the streamed reply, what lies behind it dimmed, memory as a diff, history kept."""
     remember = {"name": "human", "content": "Name: Ana\x1b[2J", "request_heartbeat": True}
@@ -219,8 +216,6 @@ def test_others_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy, t
     chat.line("ne")
     chat.expect("you said half a line")
 
-
-# ---- what is shown of events -----------------------------------------------------------------------------------------
 
 MONOLOGUE, REPLY = {"of": "internal_monologue"}, {"of": "assistant_message"}
 THOUGHT = frame("internal_monologue", "hm")

@@ -15,7 +15,7 @@ the first line names the address; signals close cleanly: cli test_serving; kill
 one sentence, exit 2, no traceback: cli test_refusals test_taken test_missing_package
 chat: cli test_pipe test_interrupted_chat; chat test_conversation test_slash_commands
 check, export, import, backup, beside a server: keeping test_damage test_an_imported_agent_is_the_exported_one
-  test_beside_a_server
+  test_beside_turns
 former exports are read, a former database is refused: store test_a_former_export_is_read
   test_what_is_no_database_of_ours_is_left_alone
 the file alone serves; two copies do not meet: cli test_copied_alone test_two_copies_in_one_process
@@ -75,8 +75,8 @@ a flood: server test_a_flood_is_answered_and_others_are_served_in_between
 a taken name, a bad config, a text over a limit, an unknown agent: server test_names_are_words
   test_bad_configs_change_nothing test_edits_of_memory test_an_unknown_agent_is_told_with_the_nearest
 a reader that does not read: soak test_every_figure_is_met
-a foreign Origin or Host: gate test_hosts test_origins test_what_is_allowed_passes test_no_or_several_hosts_get_400
-  test_the_gate_never_raises
+a foreign Origin or Host: gate test_hosts test_origins test_what_is_allowed_passes test_no_or_several_hosts_get_400;
+  soak test_every_figure_is_met
 tokens: gate test_tokens test_with_a_token_addresses_are_right test_beyond_loopback_needs_a_token; python_api
   test_on_a_jupyterhub_a_token_is_made
 connection number 4,097: gate test_one_connection_too_many_gets_503

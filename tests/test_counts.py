@@ -27,9 +27,6 @@ Serve = Callable[..., memws.WebSocketServer]
 pytestmark = pytest.mark.anyio
 
 
-# ---- commits ---------------------------------------------------------------------------------------------------------
-
-
 class WatchedDatabase(memws.Sqlite):
     """A database that counts its transactions."""
 
@@ -82,9 +79,6 @@ async def test_commits_of_a_turn(endpoint: Endpoint, tmp_path: Path) -> None:
         assert lab.database.commits == before
 
 
-# ---- frames and model calls ------------------------------------------------------------------------------------------
-
-
 async def test_frames_and_model_calls(endpoint: Endpoint, serve: Serve) -> None:
     """A turn of one step is six frames to a classic client, ten stored events in all, few deltas; one call a step."""
     server = serve(base_url=endpoint.url, model="test-model", db=":memory:")
@@ -108,8 +102,6 @@ async def test_frames_and_model_calls(endpoint: Endpoint, serve: Serve) -> None:
         assert [each["reason"] for each in packed(endpoint.requests[-1], "heartbeat")] == [memws.HEARTBEAT_REQUESTED]
         assert endpoint.embedding_requests == []
 
-
-# ---- what a start imports --------------------------------------------------------------------------------------------
 
 SERVE = """
 import os, sys, threading
@@ -141,9 +133,6 @@ def test_importing_and_serving_needs_websockets_alone(tmp_path: Path) -> None:
         assert {name.partition(".")[0] for name in names} <= allowed
         assert UNNEEDED.intersection(names) == set()
     assert (threads, files, done.stderr, list(tmp_path.iterdir())) == ("1", "0", "", [])
-
-
-# ---- idle connections ------------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager

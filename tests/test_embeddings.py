@@ -191,9 +191,6 @@ async def test_a_restart_embeds_nothing_twice_and_another_model_all(start: Serve
     assert Counter(text for text in again if text not in (QUERY, "cat")) == dict.fromkeys(texts, 1)
 
 
-# ---- an endpoint that hangs or fails (test_llm.py has every fault) ---------------------------------------------------
-
-
 WRONG_KEY = Reply(status=401, body={"error": {"message": f"Incorrect API key provided: {KEY}", "code": None}})
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import random
 import socket
 import struct
 from collections.abc import Callable
@@ -77,8 +76,6 @@ def all_get(server: memws.WebSocketServer, status: int, header: str, values: lis
     found = {value: ask(server, f"{header}: {value}", *headers).status for value in values}
     assert found == dict.fromkeys(values, status)
 
-
-# ---- hosts and origins -----------------------------------------------------------------------------------------------
 
 GOOD_HOSTS = ["127.0.0.1", "localhost", "LocalHost:1", "127.0.0.1:65535", "[::1]", "[::1]:8282"]
 ADDRESSES = ["0.0.0.0", "192.168.0.1", "[fe80::1]:8282", "[::]", "[2001:db8::1]", "[::ffff:127.0.0.1]", "10.0.0.7:1"]  # noqa: S104
@@ -160,21 +157,6 @@ def test_no_or_several_hosts_get_400(serve: Serve) -> None:
         headers = [f"Host: {host}" for host in hosts]
         assert [ask(server, *headers, path=path).status for path in ("/", "/healthz")] == [400, 400]
 
-
-def test_the_gate_never_raises() -> None:
-    """Whatever Host, Origin, token and path a request has, the gate decides; a foreign one never passes."""
-    pick, gate = random.Random(5), memws.Gate(memws.Options(token=TOKEN, allow_host=("lab.example",)))
-    pieces = words("http https :// : // [ ] ::1 % @ . , evil 99999 ÿ ² \xa0 \\ ? # memws Bearer %ff %00 + &token=")
-    for _ in range(20_000):
-        text = "".join(pick.choices(pieces, k=pick.randint(0, 8)))
-        shown = pick.choice(["Authorization", "Sec-WebSocket-Protocol"])
-        headers = Headers({"Host": pick.choice(["localhost", text]), "Origin": f"evil{text}", shown: f"memws, {text}"})
-        problem = gate.problem(Request(f"/?token={text}", headers), public=False)
-        assert problem is not None
-        assert problem[0] == 403
-
-
-# ---- tokens ----------------------------------------------------------------------------------------------------------
 
 PROTOCOL = "Sec-WebSocket-Protocol"
 RIGHT_TOKENS = [

@@ -399,21 +399,10 @@ def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
 # ---- beside a running server -----------------------------------------------------------------------------------------
 
 
-def test_beside_a_server(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
-    """export, check and backup work while a server runs; import says that it has to be stopped."""
-    serve(db=str(db))
-    (tmp_path / "sam.json").write_text(export(run, db, PLAIN), "utf-8")
-    assert healthy(run, db)
-    assert run("backup", tmp_path / "copy.db", "--db", db).returncode == 0
-    assert stat.S_IMODE((tmp_path / "copy.db").stat().st_mode) == 0o600
-    assert healthy(run, tmp_path / "copy.db")
-    assert "stop" in sentence(run("import", tmp_path / "sam.json", "--db", db))
-
-
 @pytest.mark.anyio
 async def test_beside_turns(tmp_path: Path, run: Run, serve: Serve, endpoint: Endpoint) -> None:
     """Copies and exports made under eight agents that talk are of one moment and hold all that was acknowledged before,
-    and nothing of it is taken for damage; the agents of a copy go on."""
+    and nothing of it is taken for damage; the agents of a copy go on; an import says that the server has to stop."""
     names = [f"agent{number}" for number in range(8)]
 
     def model(body: Body) -> Reply:
@@ -450,13 +439,15 @@ async def test_beside_turns(tmp_path: Path, run: Run, serve: Serve, endpoint: En
         copies.append((tmp_path / f"copy{number}.db", list(acknowledged)))
         assert (await asyncio.to_thread(run, "backup", copies[-1][0], "--db", db)).returncode == 0
         assert await asyncio.to_thread(healthy, run, db)
-        data = json.loads(await asyncio.to_thread(export, run, db, "agent0"))
+        text = await asyncio.to_thread(export, run, db, "agent0")
+        assert "stop" in sentence(await asyncio.to_thread(bring, run, text, db))
+        data = json.loads(text)
         assert [event["seq"] for event in data["events"]] == list(range(1, data["agent"]["last_seq"] + 1))
     over.set()
     await asyncio.gather(*tasks)
     await asyncio.to_thread(server.stop)
     for path, known in copies:
-        assert healthy(run, path)
+        assert (healthy(run, path), stat.S_IMODE(path.stat().st_mode)) == (True, 0o600)
         sql = "SELECT name, text FROM messages JOIN agents ON agents.id = agent WHERE role = 'user'"
         assert [pair for pair in known if pair not in rows(path, sql)] == []
     later = await asyncio.to_thread(lambda: serve(db=str(copies[-1][0])))

@@ -68,8 +68,6 @@ def in_stream(message: str, code: str | int | None) -> Reply:
     return Reply(TEXT, error_in_stream={"message": message, "code": code})
 
 
-# ---- every manner of answering ---------------------------------------------------------------------------------------
-
 MANNERS: dict[str, Body] = {
     "as OpenAI does": {}, "CR LF and comments": {"crlf": True, "comments": True},
     "one byte at a time": {"split": 1}, "seven bytes at a time with CR LF": {"split": 7, "crlf": True},

@@ -21,8 +21,6 @@ from hypothesis import strategies as st
 
 BOUNDED: Body = {"deadline": None, "derandomize": True, "database": None}
 
-# ---- chunks and replies ----------------------------------------------------------------------------------------------
-
 FIELDS = (
     "choices", "delta", "message", "content", "tool_calls", "function", "name", "arguments", "index", "id", "usage",
     "prompt_tokens", "completion_tokens", "finish_reason", "refusal", "reasoning", "function_call", "text",
@@ -53,8 +51,6 @@ def test_a_chunk_of_any_shape_is_taken_or_named(chunks: list[Any]) -> None:
             assert 0 < len(call.id) <= 128
         assert len({call.id for call in reply.calls}) == len(reply.calls)
 
-
-# ---- whole turns -----------------------------------------------------------------------------------------------------
 
 ran: list[int] = []
 

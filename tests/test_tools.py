@@ -24,9 +24,6 @@ SAID = ("send_message", {"message": "Wait."})
 HEARTBEAT = {"type": "boolean", "description": "run again right after this call"}
 
 
-# ---- declarations ----------------------------------------------------------------------------------------------------
-
-
 def book(
     city: str,
     nights: Annotated[int, 1, 30],
@@ -279,9 +276,6 @@ def test_the_decorator_registers_and_replaces(online: Callable[..., Any], endpoi
     server.tool(lambda number: "new", name="half")
     server.run_step("Go")
     assert results(endpoint.requests[3])[-2:] == ["OK: 8", "OK: new"]
-
-
-# ---- the memory tools ------------------------------------------------------------------------------------------------
 
 
 async def call(lab: Lab, agent: Agent, name: str, /, **arguments: Any) -> tuple[Told, str]:

@@ -54,8 +54,6 @@ def refused(frame: str | bytes) -> JSON:
     return answer(frame, caught.value)
 
 
-# ---- signatures ------------------------------------------------------------------------------------------------------
-
 HINTS: list[tuple[Any, JSON, list[Any], list[Any], str]] = [  # hint, schema, what fits, what does not, in words
     (str, {"type": "string"}, ["", "x" * 9_999], [None, 1, [], {}], "a string"),
     (bool, {"type": "boolean"}, [True, False], [0, 1, "true", None], "true or false"),
@@ -213,8 +211,6 @@ def test_a_bad_id_is_refused(mark: Any) -> None:
     assert not VALIDATORS["hello"].is_valid({"type": "command", "command": "hello", "id": mark})
 
 
-# ---- bad frames ------------------------------------------------------------------------------------------------------
-
 DEEP = 100_000
 HOSTILE: list[tuple[str | bytes, str, str]] = [
     ("", "not_json", "not JSON"), (" \n\t", "not_json", "not JSON"), ("hello", "not_json", "not JSON"),
@@ -331,9 +327,6 @@ def test_the_protocol_is_that_of_the_contract() -> None:
     frame = {"type": "agent_response_end", "agent_name": "a", "turn_id": "t", "seq": 1, "time": "x", "usage": {}}
     for reason in (*memws.STOP_REASONS, "finished"):
         assert VALIDATORS["agent_response_end"].is_valid(frame | {"stop_reason": reason}) is (reason != "finished")
-
-
-# ---- events and answers ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("message_type", memws.EVENTS)
