@@ -4161,23 +4161,23 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._cursor = after  # the highest seq taken in; None: the agent's present end
         self._state: Literal["asked", "open", "behind", "over"] = "asked"
         self._tries = 0  # requests without any event since
-        self._events: collections.deque[Frame] = collections.deque()
-        self._change = asyncio.Event()
-        self._error: MemwsError | None = None
+        self._events: asyncio.Queue[Frame | Exception] = asyncio.Queue()  # the last one is what ends the iteration
+        self._begun = asyncio.Event()
         self._ask()
         client._streams.append(self)
 
     async def ready(self) -> None:
-        """Wait until the server has begun; raises as iteration does."""
-        while self._state in ("asked", "over"):
-            await self._wait()
+        """Wait until the server has begun, or refused."""
+        await self._begun.wait()
 
     async def __anext__(self) -> Frame:
-        while not self._events:
-            if self._state == "behind":
-                self._ask()
-            await self._wait()
-        return self._events.popleft()
+        if self._state == "behind" and self._events.empty():
+            self._ask()
+        event = await self._events.get()
+        if isinstance(event, Exception):
+            self._events.put_nowait(event)  # for whoever asks once more
+            raise event
+        return event
 
     async def text(self) -> str:
         """Read to the end; the reply: the assistant messages, a line each. Raises RemoteError where the turn fails."""
@@ -4192,12 +4192,6 @@ class Stream(collections.abc.AsyncIterator[Frame]):
     async def cancel(self) -> Frame:
         """Ask the server to end this turn; its terminal frame still comes. Result as of the command `cancel`."""
         return await self._client.command("cancel", turn_id=self.turn_id, agent_name=self.agent_name)
-
-    async def _wait(self) -> None:
-        if self._state == "over":
-            raise self._error or StopAsyncIteration
-        self._change.clear()
-        await self._change.wait()
 
     def _ask(self) -> None:
         """Ask for the events above the cursor."""
@@ -4218,7 +4212,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
     def _begin(self, last_seq: int) -> None:
         self._state, self._tries = "open", 0
         self._cursor = last_seq if self._cursor is None else self._cursor
-        self._change.set()
+        self._begun.set()
 
     def _is_ours(self, event: Frame) -> bool:
         is_same_agent = event.get("agent_name") == self.agent_name
@@ -4240,20 +4234,20 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         if not is_early:
             if self._state != "open" or (seq or math.inf) <= (self._cursor or 0):
                 return
-            if len(self._events) >= FEED_LIMIT:
+            if self._events.qsize() >= FEED_LIMIT:
                 self._state = "behind"
                 return
         self._cursor, self._tries = seq or self._cursor, 0
-        self._events.append(event)
-        self._change.set()
+        self._events.put_nowait(event)
         if self.turn_id and kind in TERMINAL_TYPES:
             self._end()
 
     def _end(self, error: MemwsError | None = None) -> None:
         """Nothing more comes: the reader gets what waits, then `error` or the end."""
         if self._state != "over":
-            self._state, self._error = "over", error
-            self._change.set()
+            self._state = "over"
+            self._events.put_nowait(error or StopAsyncIteration())
+            self._begun.set()
             self._client._streams.remove(self)
             self._client._pending.pop(self._request["id"], None)
 

@@ -359,7 +359,7 @@ async def test_slow_reader_is_bounded(proxy: Proxy, endpoint: Endpoint, monkeypa
         turn = client.send("flood")
         await until(proxy, lambda: "agent_response_end" in [frame["type"] for frame in proxy.received])
         await client.command("list_agents")  # everything has arrived
-        assert len(turn._events) == len(subscription._events) == 12
+        assert turn._events.qsize() == subscription._events.qsize() == 12
         events = await collected(turn)
         assert [event["message"] for event in events if event.get("message_type") == "assistant_message"] == [
             str(number) for number in range(30)
