@@ -2689,15 +2689,12 @@ def _topic(text: str) -> set[str]:
     return set[str]().union(*([_IDEA_OF[word]] if word in _IDEA_OF else split_terms(word) for word in words)) - {""}
 
 
-def _pieces(text: str) -> list[str]:
-    """The statements and questions of a text, each by itself."""
-    pieces = [piece.strip(" .!") for piece in _BREAK.split(text[:4_000])]
-    return [piece for piece in dict.fromkeys(pieces) if piece and not _ORDER.match(text)]
-
-
-def _questions(text: str) -> list[str]:
-    """What a text asks, but of the model itself."""
-    return [piece for piece in _pieces(text) if _QUESTION.match(piece) and not _ABOUT_ITSELF.search(piece)][:3]
+def _split(text: str) -> tuple[list[str], list[str]]:
+    """The statements and the questions of a text, but about the model itself; an order has none."""
+    pieces = [] if _ORDER.match(text) else [piece.strip(" .!") for piece in _BREAK.split(text[:4_000])]
+    pieces = [piece for piece in dict.fromkeys(pieces) if piece and not _ABOUT_ITSELF.search(piece)]
+    questions = [piece for piece in pieces if _QUESTION.match(piece)]
+    return [piece for piece in pieces if piece not in questions], questions[:3]
 
 
 def _turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSON, JSON]]]:
@@ -2723,9 +2720,10 @@ def _calls(text: str, core: list[str], room: int) -> Iterator[tuple[str, JSON]]:
     if order := _ORDER.match(text):
         arguments = read_json(order[2])[0]
         yield order[1], arguments if isinstance(arguments, dict) else {}
-    facts = [piece for piece in _pieces(text) if _MINE.search(piece) and not _QUESTION.match(piece)]
+    statements, questions = _split(text)
+    facts = [statement for statement in statements if _MINE.search(statement) and statement not in core]
     lines = list[str]()
-    for idea, fact in {_own_idea(fact) or fact: fact for fact in facts if fact not in core}.items():
+    for idea, fact in {_own_idea(fact) or fact: fact for fact in facts}.items():
         old = next((line for line in core if _own_idea(line) == idea), None)
         room -= len(fact) + 1
         if room < 0:
@@ -2736,7 +2734,7 @@ def _calls(text: str, core: list[str], room: int) -> Iterator[tuple[str, JSON]]:
             lines.append(fact)
     if lines:
         yield "core_memory_append", {"name": "human", "content": "\n".join(lines)}
-    for question in _questions(text):
+    for question in questions:
         query = " ".join([question, *(words for idea, words in _IDEAS.items() if idea in _topic(question))])
         yield "conversation_search", {"query": query}
         yield "archival_memory_search", {"query": query}
@@ -2747,12 +2745,13 @@ def _found(results: Iterable[JSON]) -> dict[str, str]:
     hits = list[JSON]()
     for result in results:
         if listed := re.search(r"\[\{.*", str(result["message"]), re.DOTALL):
-            hits += read_json(listed[0])[0] or ()
+            items = read_json(listed[0])[0] or ()
+            hits += [item for item in items if isinstance(item, dict) and {"time", "text"} <= item.keys()]
     found: dict[str, str] = {}
-    for hit in sorted(hits, key=lambda hit: str(hit.get("time")), reverse=True):
+    for hit in sorted(hits, key=lambda hit: hit["time"], reverse=True):
         where = {"user": "You told me on", None: "In archival memory since"}.get(hit.get("role"))
-        for piece in _pieces(hit["text"])[::-1] if where and "text" in hit else ():
-            found.setdefault(piece, f"{where} {hit['time'][:10]}")
+        for statement in reversed(_split(hit["text"])[0]) if where else ():
+            found.setdefault(statement, f"{where} {hit['time'][:10]}")
     return found
 
 
@@ -2760,12 +2759,11 @@ def _answer(question: str, found: dict[str, str], core: list[str]) -> str:
     """The statement that shares most with a question, its own words among it; the newest of several."""
     aims = _topic(question)
     own_words = aims - _IDEAS.keys() or aims
-    hits = [text for text in (*found, *core) if own_words & _topic(text) and not _QUESTION.match(text)]
-    if hits:
-        best = max(hits, key=lambda text: (len(aims & _topic(text)), _own_idea(text) in aims))
-        return f'{found.get(best, "In core memory")}: "{excerpt(best, 300)}".'
-    topic, known = excerpt(question.strip("¿? "), 80), "; ".join(core[:20]) or "nothing"
-    return f'In core memory: {known}. I found nothing about "{topic}".'
+    hits = [text for text in (*found, *core) if own_words & _topic(text)]
+    if not hits:
+        return f"In core memory: {'; '.join(core) or 'nothing'}. I found nothing about {quote(question.strip('¿? '))}."
+    best = max(hits, key=lambda text: (len(aims & _topic(text)), _own_idea(text) in aims))
+    return f'{found.get(best, "In core memory")}: "{best}".'
 
 
 def _reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> str:
@@ -2776,10 +2774,9 @@ def _reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> st
         if result["status"] != "OK" or _ORDER.match(text):
             parts.append(f"{name} {'returned' if result['status'] == 'OK' else 'failed'}: {result['message']}")
         elif fact:
-            store, facts = name.partition("_")[0], excerpt(fact, 1_200).replace("\n", "; ")
-            parts.append(f"I noted in {store} memory: {facts}.")
+            parts.append(f"I noted in {name.partition('_')[0]} memory: {fact}.".replace("\n", "; "))
     found = _found(result for _, _, result in done)
-    parts += [_answer(question, found, core) for question in _questions(text)]
+    parts += [_answer(question, found, core) for question in _split(text)[1]]
     return " ".join(parts) or STAND_IN
 
 

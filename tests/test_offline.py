@@ -212,7 +212,7 @@ def test_what_does_not_fit_goes_to_archival_memory() -> None:
     assert 'In archival memory since 2026-11-24: "My sister plays the cello".' in reply
 
 
-NOTHING_TO_DO = ["What are you?", "who are you", "Are you an AI?", "hello", "It rains.", ""]
+NOTHING_TO_DO = ["What are you?", "who are you", "Are you an AI?", "hello", "It rains.", "Forget my name", ""]
 
 
 @pytest.mark.parametrize("text", NOTHING_TO_DO)
