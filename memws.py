@@ -765,19 +765,12 @@ _EVENT = {"message": str, "agent_name": str, "time": str, "turn_id?": str, "step
 _START = {"agent_name": str, "turn_id": str, "seq": int, "time": str, "id?": Id}
 _END = _START | {"stop_reason": Literal[STOP_REASONS], "usage": dict}
 _ERROR = {"message": str, "code": str, "id?": Id}
-_FAILED = {
-    "agent_name?": str,
-    "turn_id?": str,
-    "seq?": int,
-    "time": str,
-    "stop_reason": Literal["error"],
-    "usage?": dict,
-}
+_FAILED = _ERROR | {"agent_name?": str, "turn_id?": str, "seq?": int, "time": str, "usage?": dict}
 _ANSWER = {"status": str, "ok": bool, "command": str, "result?": dict, "error?": dict, "id?": Id}
 _FRAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "agent_response_start": ("a turn begins: the user's message is on disk", _START),
     "agent_response_end": ("a turn ended; all of it is on disk", _END),
-    "agent_response_error": ("a turn failed, or never began (then no seq)", _ERROR | _FAILED),
+    "agent_response_error": ("a turn failed, or never began", _FAILED | {"stop_reason": Literal["error"]}),
     "command_response": ("the answer to a command", _ANSWER),
     "server_error": ("a frame that is no valid request", _ERROR),
 }
