@@ -2369,14 +2369,14 @@ _OVERFLOW = (
     r"context_length_exceeded|context.{0,20}(length|window|size)|prompt is too long|too many (input )?tokens"
     r"|maximum.{0,20}tokens|n_ctx"
 )
-_REFUSALS = {  # what the first pattern found in "status code: reason" means: our code, a sentence, whether to try again
+_REFUSALS = {  # what the first pattern found in "STATUS CODE: reason" means: our code, a sentence, whether to try again
     _OVERFLOW: ("context_overflow", "the endpoint finds the prompt too long", False),
     r"^40[13]|invalid_api_key": ("model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", False),
     r"^429 insufficient_quota": ("model_rate_limit", "the account at the endpoint is used up", False),
     r"^429|rate_limit": ("model_rate_limit", "the endpoint limits the rate", True),
     r"^404": ("model_unavailable", "the endpoint does not know the model or the address", False),
-    r"^(408|409|5)": ("model_unavailable", "the endpoint failed", True),
-    r"": ("model_refused", "the endpoint refused the request", False),
+    r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", False),
+    r"": ("model_unavailable", "the endpoint failed", True),
 }
 
 
@@ -2540,21 +2540,17 @@ class OpenAIModel:
         text = f"no answer from the model's endpoint ({reason}); is it running, and is --base-url right?"
         return ModelError("model_unavailable", text, retry=True)
 
-    def _refusal(self, body: Any, status: int = 0, headers: Mapping[str, str] | None = None) -> ModelError:
-        """The ModelError for an error that the endpoint answered, in mid-stream without a status of its own."""
+    def _refusal(self, body: Any, status: int | str = "", headers: Mapping[str, str] | None = None) -> ModelError:
+        """The ModelError for an error that the endpoint answered; one inside an answer has no status."""
         fields = body if isinstance(body, dict) else {}
         reason = str(fields.get("message") or fields.get("detail") or body or "no reason given")
         code = str(fields.get("code") or fields.get("type") or "")
-        status = status or (int(code) if re.fullmatch("[45][0-9]{2}", code) else 500)
-        kind, text, retry = next(
-            meaning
-            for pattern, meaning in _REFUSALS.items()
-            if re.search(pattern, f"{status} {code}: {reason}", re.IGNORECASE)
-        )
-        wait = None
+        said, wait = f"{status or code} {code}: {reason}", None
+        kind, text, retry = next(row for pattern, row in _REFUSALS.items() if re.search(pattern, said, re.IGNORECASE))
         with contextlib.suppress(ValueError, LookupError):
             wait = max(0.0, float((headers or {})["retry-after"]))
-        text = f"{text} ({status}): {self.endpoint.hide(reason)}" + (f"; it asks to wait {wait:g} s" if wait else "")
+        text = f"{text} ({status or 'in its answer'}): {self.endpoint.hide(reason)}"
+        text += f"; it asks to wait {wait:g} s" if wait else ""
         retry = retry and (wait or 0) <= MAX_RETRY_AFTER
         learned = kind == "model_refused" and self._learn(reason)
         return ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
