@@ -80,7 +80,7 @@ FLAGS = {
     "--context-window": ("9000", "-1"),
     "--max-steps": ("7", "0"),
     "--token": ("right", "a b"),
-    "--allow-origin": ("https://lab.example, https://b.example", "https://other.example"),
+    "--allow-origin": ("https://a.example, https://b.example", "https://other.example"),
     "--allow-host": ("lab.example", "other.example"),
     "--max-connections": ("12", "0"),
     "--sync": ("normal", "never"),
@@ -128,7 +128,7 @@ def test_flags_and_variables(way: str, tmp_path: Path) -> None:
         assert (about["model"], about["offline"]) == ("offline", True)
         assert server.url.startswith("ws://127.0.0.1:")
         assert refused(server.url) == 401
-        for origin in ("https://lab.example", "https://b.example"):
+        for origin in ("https://a.example", "https://b.example"):
             assert hello(server.url, additional_headers=right, origin=origin)
         assert refused(server.url, additional_headers=right, origin="https://other.example") == 403
         with socket.create_connection(("127.0.0.1", server.port)) as raw:
