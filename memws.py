@@ -1231,6 +1231,7 @@ class Changes:
 
 # ---- the database ----------------------------------------------------------------------------------------------------
 # SQL is what SQLite and PostgreSQL share; only the class Sqlite and what stands under "files" knows which one it is.
+# What stands below are functions of a connection: the store runs them in its transactions, so does the command line.
 
 SCHEMA_VERSION = 3  # 1 and 2: the schema before memws 0.2
 APPLICATION_ID = 0x6D656D77  # "memw" in the header of the file
@@ -1376,232 +1377,7 @@ def insert(db: SqlConnection, table: str, **values: Any) -> None:
     db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))})", row)
 
 
-# ---- agents ----------------------------------------------------------------------------------------------------------
-# Functions of a connection, in a transaction: the store runs them, and so do the command line and the index in memory.
-
-_AGENT_COLUMNS = ", ".join(column.name for column in fields(AgentRecord))
-_LIVE, _DELETED = "deleted IS NULL", "deleted <> ''"
-
-
-def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
-    """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
-    row = asdict(record) | {"last_seq": max(record.last_seq, _claim_name(db, record.name))}
-    del row["id"]
-    insert(db, "agents", **row)
-    return find_agent(db, record.name)
-
-
-def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
-    """The agent of that name, or the one deleted last under it. Raises UnknownAgent with the nearest names."""
-    where = _DELETED if deleted else _LIVE
-    sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
-    if row := db.execute(sql, (name,)).fetchone():
-        return _decoded(AgentRecord(*row))
-    names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where} LIMIT 5000")]
-    total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
-    raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names, 10, 0.0), total)
-
-
-def list_agents(db: SqlConnection, after: str, limit: int) -> tuple[list[AgentRecord], int]:
-    """Agents with names above `after`, in order, and how many there are in all."""
-    sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {_LIVE} AND name > ? ORDER BY name LIMIT ?"
-    total = db.execute(f"SELECT count(*) FROM agents WHERE {_LIVE}").fetchone()[0]
-    return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
-
-
-def rename_agent(db: SqlConnection, agent: int, new_name: str, event: Event) -> list[StoredEvent]:
-    """Give the agent another name and store the event of it. Raises Refused (name_taken)."""
-    stored = commit(db, agent, Changes([event]))
-    _name_agent(db, agent, new_name)
-    return stored
-
-
-def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool) -> list[StoredEvent]:
-    """Keep the agent aside, or forget all of it; its name is free at once. No event: it is aside already."""
-    stored = commit(db, agent, Changes([event])) if event else []
-    if purge:
-        _leave_name(db, agent)
-        forget(db, "agent = ?", agent)
-        db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
-    else:
-        db.execute("UPDATE agents SET deleted = ? WHERE id = ?", (now_text(), agent))
-    return stored
-
-
-def restore_agent(db: SqlConnection, name: str, new_name: str) -> AgentRecord:
-    """Bring back the agent deleted last under that name. Raises UnknownAgent, Refused (name_taken)."""
-    agent = find_agent(db, name, deleted=True).id
-    if new_name != name:
-        _leave_name(db, agent)
-    _name_agent(db, agent, new_name)
-    return find_agent(db, new_name)
-
-
-def _decoded(record: AgentRecord) -> AgentRecord:
-    """A row's record, its JSON read. What is damaged becomes what no agent opens with: a backup is the way back."""
-    damaged = {"damaged": True}
-    for column, instead in (("config", damaged), ("state", damaged), ("blocks", [damaged])):
-        value = None
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            value = decode_json(getattr(record, column))
-        setattr(record, column, value if isinstance(value, type(instead)) else instead)
-    return record
-
-
-def _name_agent(db: SqlConnection, agent: int, name: str) -> None:
-    """Give an agent, live or deleted, the name. Raises Refused (name_taken)."""
-    last_seq = _claim_name(db, name)
-    sql = "UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END"
-    db.execute(f"{sql} WHERE id = ?", (name, last_seq, last_seq, agent))
-
-
-def _claim_name(db: SqlConnection, name: str) -> int:
-    """The highest seq seen under the name: whoever has it next goes on above that. Raises Refused (name_taken)."""
-    if db.execute(f"SELECT 1 FROM agents WHERE name = ? AND {_LIVE}", (name,)).fetchone():
-        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it")
-    return int(db.execute("SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?", (name,)).fetchone()[0])
-
-
-def _leave_name(db: SqlConnection, agent: int) -> None:
-    """Keep the name and its last seq after the agent."""
-    sql = """INSERT INTO agents (name, config, state, blocks, created, last_active, last_seq, deleted)
-        SELECT name, '{}', '{}', '[]', created, last_active, last_seq, '' FROM agents WHERE id = ?"""
-    db.execute(sql, (agent,))
-
-
-# ---- steps -----------------------------------------------------------------------------------------------------------
-
-EVENT_PAGE = 262_144  # characters of stored events that are read at once; a reader is as fast as its client
-
-
-def commit(db: SqlConnection, agent: int, changes: Changes) -> list[StoredEvent]:
-    """Store all of `changes`; the events with their seq. Raises StoreFailed where the agent is gone."""
-    now, count = now_text(), len(changes.events)
-    sql = """UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
-        last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL RETURNING last_seq"""
-    columns = changes.config, changes.state, changes.blocks
-    texts = [None if value is None else encode_json(value) for value in columns]
-    row = db.execute(sql, (*texts, count, now, agent)).fetchone()
-    if row is None:
-        raise StoreFailed("the agent was deleted meanwhile")
-    stored = []
-    for seq, event in enumerate(changes.events, row[0] - count + 1):
-        event |= {"seq": seq, "time": now}
-        stored.append(StoredEvent(seq, kind_of(event), event.get("turn_id", ""), encode_json(event)))
-    sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
-    db.executemany(sql, [(agent, *event) for event in stored])
-    for message in changes.messages:
-        message.seq = message.event["seq"] if message.event else row[0]
-        about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
-        db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (agent, message.id, *about))
-    for document in changes.documents:
-        insert_postings(db, remember(db, agent, document))
-    for item in changes.removed:
-        forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
-    if changes.request:
-        _insert_request(db, agent, changes.request)
-    return stored
-
-
-def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
-    """Store a model call; of several in one step the last."""
-    row = asdict(request) | {"response": clean_value(request.response)}
-    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra")])
-    sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
-    db.execute(sql, (agent, request.turn_id, request.step))
-    insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
-
-
-def pack_texts(texts: list[str]) -> bytes:
-    """What requests repeat at every step, compressed."""
-    return zlib.compress(encode_json(texts).encode(), 1)
-
-
-def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
-    """The chat messages from id `first` on that can be read, and counts: last_message, passages, last_passage,
-    unreadable (messages)."""
-    messages = read_messages(db, agent, first=first)
-    readable = [message for message in messages if read_body(message) is not None]
-    sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
-        FROM memory WHERE agent = ? AND store = 'archival'"""
-    last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
-    counts = {"last_message": last, "passages": passages, "last_passage": last_passage}
-    return readable, counts | {"unreadable": len(messages) - len(readable)}
-
-
-def read_messages(
-    db: SqlConnection, agent: int, before: int | None = None, limit: int = 2**53, first: int = 0
-) -> list[ChatMessage]:
-    """The newest `limit` chat messages from id `first` on and before another, oldest first."""
-    said = "SELECT text FROM memory WHERE agent = messages.agent AND store = 'recall' AND item = messages.id"
-    sql = f"""SELECT id, role, time, text, body, turn_id, step, coalesce(({said}), ''), NULL, seq FROM messages
-        WHERE agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"""
-    rows = db.execute(sql, (agent, first, 2**53 if before is None else before, limit))
-    return [ChatMessage(*row) for row in rows][::-1]
-
-
-def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
-    """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
-
-    At most `limit`, and none more after EVENT_PAGE characters.
-    """
-    turn, values = ("", ()) if turn_id is None else ("AND turn_id = ?", (turn_id,))
-    sql = f"SELECT seq, kind, turn_id, text FROM events WHERE agent = ? AND seq > ? {turn} ORDER BY seq LIMIT ?"
-    page: list[StoredEvent] = []
-    room = EVENT_PAGE
-    for event in map(StoredEvent._make, db.execute(sql, (agent, after, *values, limit))):
-        page.append(_whole(event))
-        room -= len(event.text)
-        if room <= 0:
-            break
-    return page
-
-
-def _whole(event: StoredEvent) -> StoredEvent:
-    """The event, or what stands for one whose text is damaged: a terminal event ends its turn still."""
-    with contextlib.suppress(ValueError):
-        if isinstance(decode_json(event.text), dict):
-            return event
-    text = "this event is damaged on disk"
-    instead = response("correction", text, event.turn_id, what="damaged")
-    if event.kind in TERMINAL_TYPES:
-        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "message": text, "stop_reason": "error"}
-        instead |= {"code": "store_failed"}
-    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
-
-
-def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, bool] | None:
-    """(the user's message, None for a turn without one; whether the turn is over); None: never begun."""
-    sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ? AND kind IN
-        ('agent_response_start', 'user_message', 'agent_response_end', 'agent_response_error') ORDER BY seq DESC"""
-    texts = dict(db.execute(sql, (agent, turn_id)).fetchall())  # of several user_messages the first
-    if "agent_response_start" not in texts:
-        return None
-    message = decode_json(texts["user_message"])["message"] if "user_message" in texts else None
-    return message, not texts.keys().isdisjoint(TERMINAL_TYPES)
-
-
-def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
-    """A model call and the encoded chat messages it held."""
-    sql = """SELECT pieces, first, last, digest, response, usage, first_token_ms, total_ms FROM requests
-        WHERE agent = ? AND turn_id = ? AND step = ?"""
-    row = db.execute(sql, (agent, turn_id, step)).fetchone()
-    if row is None:
-        return None
-    record = RequestRecord(turn_id, step, *decode_json(zlib.decompress(row[0])), *row[1:])
-    record.response, record.usage = decode_json(row[4]), decode_json(row[5])
-    sql = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
-    return record, [body for (body,) in db.execute(sql, (agent, record.first, record.last))]
-
-
-def find_passage(db: SqlConnection, agent: int, item: int) -> Document | None:
-    """One passage of archival memory."""
-    sql = "SELECT item, store, role, time, text FROM memory WHERE agent = ? AND store = 'archival' AND item = ?"
-    row = db.execute(sql, (agent, item)).fetchone()
-    return Document(*row) if row else None
-
-
-# ---- search ----------------------------------------------------------------------------------------------------------
+# ---- memory and its search -------------------------------------------------------------------------------------------
 # A doc is a number made of agent, store and place. Turns of a session that lend each other words have places side by
 # side, others stand APART, farther than CONTEXT reaches: the turns around a turn are found by arithmetic, and a range
 # of docs is one agent's memory, whose terms a search reads and counts without those of others.
@@ -1647,25 +1423,6 @@ def forget(db: SqlConnection, where: str, *values: object) -> None:
     db.execute(f"DELETE FROM memory WHERE {where}", values)
 
 
-def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document], int]:
-    """The hits from `offset` on, best first and newest first on ties, and the number of all."""
-    text, last = clean_text(query.text[:QUERY_CHARACTERS]).strip(), query.offset + query.limit
-    spans = [_span(db, agent, store, query) for store in query.stores]
-    terms = list(dict.fromkeys(split_terms(text)))[:QUERY_TERMS]
-    ranking = _ranked(db, terms, spans, last) if terms else []
-    if not ranking and text:
-        ranking = _newest(db, spans, SCANNED, text.lower())
-    if query.vector and text:
-        ranking = fuse(ranking, nearest(db, spans, query.vector))
-    total = len(ranking)
-    if not ranking and not terms:
-        ranking, total = _newest(db, spans, last), _count(db, agent, query.stores, spans)
-    page = ranking[query.offset : last]
-    rows = _rows(db, [doc for doc, _ in page])
-    found = [(rows[doc], score) for doc, score in page if doc in rows]
-    return [Document(row.item, row.store, row.role, row.time, row.text, score) for row, score in found], total
-
-
 def _span(db: SqlConnection, agent: int, store: str, query: Query) -> Span:
     """The first and the last doc that may be found: docs grow with times and items."""
     edges: list[tuple[str, str | int]] = [
@@ -1679,15 +1436,6 @@ def _span(db: SqlConnection, agent: int, store: str, query: Query) -> Span:
         sql = f"SELECT doc FROM memory WHERE agent = ? AND store = ? AND {edge} LIMIT 1"
         docs += [doc for (doc,) in db.execute(sql, (agent, store, value))]
     return (docs[0], min(docs[1:])) if len(docs) == len(edges) else (0, -1)
-
-
-def _rows(db: SqlConnection, docs: list[int]) -> dict[int, MemoryRow]:
-    rows = {}
-    for start in range(0, len(docs), 500):
-        some = docs[start : start + 500]
-        sql = f"SELECT {_ROW_COLUMNS} FROM memory WHERE doc IN ({', '.join('?' * len(some))})"
-        rows.update({row[0]: MemoryRow(*row) for row in db.execute(sql, some)})
-    return rows
 
 
 def _holders(db: SqlConnection, terms: list[str], spans: list[Span]) -> dict[str, set[int]]:
@@ -1704,6 +1452,15 @@ def _holders(db: SqlConnection, terms: list[str], spans: list[Span]) -> dict[str
         if room <= 0:
             break
     return found
+
+
+def _rows(db: SqlConnection, docs: list[int]) -> dict[int, MemoryRow]:
+    rows = {}
+    for start in range(0, len(docs), 500):
+        some = docs[start : start + 500]
+        sql = f"SELECT {_ROW_COLUMNS} FROM memory WHERE doc IN ({', '.join('?' * len(some))})"
+        rows.update({row[0]: MemoryRow(*row) for row in db.execute(sql, some)})
+    return rows
 
 
 def _ranked(db: SqlConnection, terms: list[str], spans: list[Span], last: int) -> list[tuple[int, float]]:
@@ -1764,6 +1521,28 @@ def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
     return [docs[place] for place in numpy.argsort(-likeness, kind="stable")[:CANDIDATES]]
 
 
+def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document], int]:
+    """The hits from `offset` on, best first and newest first on ties, and the number of all."""
+    text, last = clean_text(query.text[:QUERY_CHARACTERS]).strip(), query.offset + query.limit
+    spans = [_span(db, agent, store, query) for store in query.stores]
+    terms = list(dict.fromkeys(split_terms(text)))[:QUERY_TERMS]
+    ranking = _ranked(db, terms, spans, last) if terms else []
+    if not ranking and text:
+        ranking = _newest(db, spans, SCANNED, text.lower())
+    if query.vector and text:
+        ranking = fuse(ranking, nearest(db, spans, query.vector))
+    total = len(ranking)
+    if not ranking and not terms:
+        ranking, total = _newest(db, spans, last), _count(db, agent, query.stores, spans)
+    page = ranking[query.offset : last]
+    rows = _rows(db, [doc for doc, _ in page])
+    found = [(rows[doc], score) for doc, score in page if doc in rows]
+    return [Document(row.item, row.store, row.role, row.time, row.text, score) for row, score in found], total
+
+
+# ---- vectors ---------------------------------------------------------------------------------------------------------
+
+
 def clear_vectors(db: SqlConnection, model: str, done: int) -> int | None:
     """Clear another model's vectors of a batch of documents above `done`; the last of them, None where none is left."""
     if db.execute("SELECT 1 FROM settings WHERE name = 'embedding_model' AND value = ?", (model,)).fetchone():
@@ -1787,6 +1566,230 @@ def keep_vectors(db: SqlConnection, vectors: Iterable[tuple[int, str, bytes]]) -
     """Store (doc, text, vector), an empty vector for a text that the model refuses; what is gone gets none."""
     rows = [(vector, doc, text) for doc, text, vector in vectors]
     db.executemany("UPDATE memory SET vector = ? WHERE doc = ? AND text = ?", rows)
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+EVENT_PAGE = 262_144  # characters of stored events that are read at once; a reader is as fast as its client
+
+
+def pack_texts(texts: list[str]) -> bytes:
+    """What requests repeat at every step, compressed."""
+    return zlib.compress(encode_json(texts).encode(), 1)
+
+
+def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
+    """Store a model call; of several in one step the last."""
+    row = asdict(request) | {"response": clean_value(request.response)}
+    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra")])
+    sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
+    db.execute(sql, (agent, request.turn_id, request.step))
+    insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
+
+
+def commit(db: SqlConnection, agent: int, changes: Changes) -> list[StoredEvent]:
+    """Store all of `changes`; the events with their seq. Raises StoreFailed where the agent is gone."""
+    now, count = now_text(), len(changes.events)
+    sql = """UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
+        last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL RETURNING last_seq"""
+    columns = changes.config, changes.state, changes.blocks
+    texts = [None if value is None else encode_json(value) for value in columns]
+    row = db.execute(sql, (*texts, count, now, agent)).fetchone()
+    if row is None:
+        raise StoreFailed("the agent was deleted meanwhile")
+    stored = []
+    for seq, event in enumerate(changes.events, row[0] - count + 1):
+        event |= {"seq": seq, "time": now}
+        stored.append(StoredEvent(seq, kind_of(event), event.get("turn_id", ""), encode_json(event)))
+    sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
+    db.executemany(sql, [(agent, *event) for event in stored])
+    for message in changes.messages:
+        message.seq = message.event["seq"] if message.event else row[0]
+        about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
+        db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (agent, message.id, *about))
+    for document in changes.documents:
+        insert_postings(db, remember(db, agent, document))
+    for item in changes.removed:
+        forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
+    if changes.request:
+        _insert_request(db, agent, changes.request)
+    return stored
+
+
+def read_messages(
+    db: SqlConnection, agent: int, before: int | None = None, limit: int = 2**53, first: int = 0
+) -> list[ChatMessage]:
+    """The newest `limit` chat messages from id `first` on and before another, oldest first."""
+    said = "SELECT text FROM memory WHERE agent = messages.agent AND store = 'recall' AND item = messages.id"
+    sql = f"""SELECT id, role, time, text, body, turn_id, step, coalesce(({said}), ''), NULL, seq FROM messages
+        WHERE agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"""
+    rows = db.execute(sql, (agent, first, 2**53 if before is None else before, limit))
+    return [ChatMessage(*row) for row in rows][::-1]
+
+
+def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
+    """The chat messages from id `first` on that can be read, and counts: last_message, passages, last_passage,
+    unreadable (messages)."""
+    messages = read_messages(db, agent, first=first)
+    readable = [message for message in messages if read_body(message) is not None]
+    sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
+        FROM memory WHERE agent = ? AND store = 'archival'"""
+    last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
+    counts = {"last_message": last, "passages": passages, "last_passage": last_passage}
+    return readable, counts | {"unreadable": len(messages) - len(readable)}
+
+
+def _whole(event: StoredEvent) -> StoredEvent:
+    """The event, or what stands for one whose text is damaged: a terminal event ends its turn still."""
+    with contextlib.suppress(ValueError):
+        if isinstance(decode_json(event.text), dict):
+            return event
+    text = "this event is damaged on disk"
+    instead = response("correction", text, event.turn_id, what="damaged")
+    if event.kind in TERMINAL_TYPES:
+        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "message": text, "stop_reason": "error"}
+        instead |= {"code": "store_failed"}
+    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
+
+
+def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
+    """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
+
+    At most `limit`, and none more after EVENT_PAGE characters.
+    """
+    turn, values = ("", ()) if turn_id is None else ("AND turn_id = ?", (turn_id,))
+    sql = f"SELECT seq, kind, turn_id, text FROM events WHERE agent = ? AND seq > ? {turn} ORDER BY seq LIMIT ?"
+    page: list[StoredEvent] = []
+    room = EVENT_PAGE
+    for event in map(StoredEvent._make, db.execute(sql, (agent, after, *values, limit))):
+        page.append(_whole(event))
+        room -= len(event.text)
+        if room <= 0:
+            break
+    return page
+
+
+def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, bool] | None:
+    """(the user's message, None for a turn without one; whether the turn is over); None: never begun."""
+    sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ? AND kind IN
+        ('agent_response_start', 'user_message', 'agent_response_end', 'agent_response_error') ORDER BY seq DESC"""
+    texts = dict(db.execute(sql, (agent, turn_id)).fetchall())  # of several user_messages the first
+    if "agent_response_start" not in texts:
+        return None
+    message = decode_json(texts["user_message"])["message"] if "user_message" in texts else None
+    return message, not texts.keys().isdisjoint(TERMINAL_TYPES)
+
+
+def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
+    """A model call and the encoded chat messages it held."""
+    sql = """SELECT pieces, first, last, digest, response, usage, first_token_ms, total_ms FROM requests
+        WHERE agent = ? AND turn_id = ? AND step = ?"""
+    row = db.execute(sql, (agent, turn_id, step)).fetchone()
+    if row is None:
+        return None
+    record = RequestRecord(turn_id, step, *decode_json(zlib.decompress(row[0])), *row[1:])
+    record.response, record.usage = decode_json(row[4]), decode_json(row[5])
+    sql = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
+    return record, [body for (body,) in db.execute(sql, (agent, record.first, record.last))]
+
+
+def find_passage(db: SqlConnection, agent: int, item: int) -> Document | None:
+    """One passage of archival memory."""
+    sql = "SELECT item, store, role, time, text FROM memory WHERE agent = ? AND store = 'archival' AND item = ?"
+    row = db.execute(sql, (agent, item)).fetchone()
+    return Document(*row) if row else None
+
+
+# ---- agents ----------------------------------------------------------------------------------------------------------
+
+_AGENT_COLUMNS = ", ".join(column.name for column in fields(AgentRecord))
+_LIVE, _DELETED = "deleted IS NULL", "deleted <> ''"
+
+
+def _decoded(record: AgentRecord) -> AgentRecord:
+    """A row's record, its JSON read. What is damaged becomes what no agent opens with: a backup is the way back."""
+    damaged = {"damaged": True}
+    for column, instead in (("config", damaged), ("state", damaged), ("blocks", [damaged])):
+        value = None
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            value = decode_json(getattr(record, column))
+        setattr(record, column, value if isinstance(value, type(instead)) else instead)
+    return record
+
+
+def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
+    """The agent of that name, or the one deleted last under it. Raises UnknownAgent with the nearest names."""
+    where = _DELETED if deleted else _LIVE
+    sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
+    if row := db.execute(sql, (name,)).fetchone():
+        return _decoded(AgentRecord(*row))
+    names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where} LIMIT 5000")]
+    total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
+    raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names, 10, 0.0), total)
+
+
+def list_agents(db: SqlConnection, after: str, limit: int) -> tuple[list[AgentRecord], int]:
+    """Agents with names above `after`, in order, and how many there are in all."""
+    sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {_LIVE} AND name > ? ORDER BY name LIMIT ?"
+    total = db.execute(f"SELECT count(*) FROM agents WHERE {_LIVE}").fetchone()[0]
+    return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
+
+
+def _claim_name(db: SqlConnection, name: str) -> int:
+    """The highest seq seen under the name: whoever has it next goes on above that. Raises Refused (name_taken)."""
+    if db.execute(f"SELECT 1 FROM agents WHERE name = ? AND {_LIVE}", (name,)).fetchone():
+        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it")
+    return int(db.execute("SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?", (name,)).fetchone()[0])
+
+
+def _name_agent(db: SqlConnection, agent: int, name: str) -> None:
+    """Give an agent, live or deleted, the name. Raises Refused (name_taken)."""
+    last_seq = _claim_name(db, name)
+    sql = "UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END"
+    db.execute(f"{sql} WHERE id = ?", (name, last_seq, last_seq, agent))
+
+
+def _leave_name(db: SqlConnection, agent: int) -> None:
+    """Keep the name and its last seq after the agent."""
+    sql = """INSERT INTO agents (name, config, state, blocks, created, last_active, last_seq, deleted)
+        SELECT name, '{}', '{}', '[]', created, last_active, last_seq, '' FROM agents WHERE id = ?"""
+    db.execute(sql, (agent,))
+
+
+def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
+    """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
+    row = asdict(record) | {"last_seq": max(record.last_seq, _claim_name(db, record.name))}
+    del row["id"]
+    insert(db, "agents", **row)
+    return find_agent(db, record.name)
+
+
+def rename_agent(db: SqlConnection, agent: int, new_name: str, event: Event) -> list[StoredEvent]:
+    """Give the agent another name and store the event of it. Raises Refused (name_taken)."""
+    stored = commit(db, agent, Changes([event]))
+    _name_agent(db, agent, new_name)
+    return stored
+
+
+def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool) -> list[StoredEvent]:
+    """Keep the agent aside, or forget all of it; its name is free at once. No event: it is aside already."""
+    stored = commit(db, agent, Changes([event])) if event else []
+    if purge:
+        _leave_name(db, agent)
+        forget(db, "agent = ?", agent)
+        db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
+    else:
+        db.execute("UPDATE agents SET deleted = ? WHERE id = ?", (now_text(), agent))
+    return stored
+
+
+def restore_agent(db: SqlConnection, name: str, new_name: str) -> AgentRecord:
+    """Bring back the agent deleted last under that name. Raises UnknownAgent, Refused (name_taken)."""
+    agent = find_agent(db, name, deleted=True).id
+    if new_name != name:
+        _leave_name(db, agent)
+    _name_agent(db, agent, new_name)
+    return find_agent(db, new_name)
 
 
 class MemoryIndex:
@@ -1822,6 +1825,15 @@ memory_index = MemoryIndex
 Job = Callable[Concatenate[SqlConnection, P], T]
 WriteJob = tuple[Job[[], Any], asyncio.Future[Any]]
 Outcome = tuple[Any, BaseException | None]
+
+
+def settle(results: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
+    """Give futures their result or their error, on their loop, where somebody still waits."""
+    for done, result, error in results:
+        if error is not None and not done.done():
+            done.set_exception(error)
+        elif not done.done():
+            done.set_result(result)
 
 
 class Store:
@@ -1915,20 +1927,19 @@ class Store:
             self._database.close()
 
 
-def settle(results: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
-    """Give futures their result or their error, on their loop, where somebody still waits."""
-    for done, result, error in results:
-        if error is not None and not done.done():
-            done.set_exception(error)
-        elif not done.done():
-            done.set_result(result)
-
-
 # ---- files -----------------------------------------------------------------------------------------------------------
 # For the command line: on connections of their own, beside a running server where nothing is written.
 
 EXPORT_FORMAT = 2
 POSTINGS_BLOCK = 500_000  # postings that an import sorts and stores at once
+_EXPORTED = {  # table: its columns in a file
+    "agents": "name, config, state, blocks, created, last_active, last_seq",
+    "messages": "id, role, time, text, body, turn_id, step, seq",
+    "memory": "store, item, role, time, text",
+    "events": "seq, turn_id, kind, text",
+    "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
+}
+_OBJECTS = {"messages": ["body"], "memory": [], "events": ["text"], "requests": ["response", "usage"]}  # as JSON
 CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
 
 
@@ -1967,6 +1978,17 @@ def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[
         yield name, deleted is not None, sizes
 
 
+def _agent_faults(db: SqlConnection, name: str, check_record: CheckRecord) -> list[str]:
+    """What a load refuses or leaves out."""
+    try:
+        record = find_agent(db, name)
+        check_record(record)
+    except (MemwsError, ValueError, TypeError) as error:
+        return [str(error)]
+    messages = read_messages(db, record.id, first=record.state["cut"])
+    return [fault for _, fault in history_faults(messages)[0]]
+
+
 def check_database(path: str, check_record: CheckRecord) -> list[str]:
     """What is damaged in a database, by its own checks and by opening every agent. Raises UsageError."""
     faults: list[str] = []
@@ -1982,27 +2004,6 @@ def check_database(path: str, check_record: CheckRecord) -> list[str]:
     return faults
 
 
-def _agent_faults(db: SqlConnection, name: str, check_record: CheckRecord) -> list[str]:
-    """What a load refuses or leaves out."""
-    try:
-        record = find_agent(db, name)
-        check_record(record)
-    except (MemwsError, ValueError, TypeError) as error:
-        return [str(error)]
-    messages = read_messages(db, record.id, first=record.state["cut"])
-    return [fault for _, fault in history_faults(messages)[0]]
-
-
-_EXPORTED = {  # table: its columns in a file
-    "agents": "name, config, state, blocks, created, last_active, last_seq",
-    "messages": "id, role, time, text, body, turn_id, step, seq",
-    "memory": "store, item, role, time, text",
-    "events": "seq, turn_id, kind, text",
-    "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
-}
-_OBJECTS = {"messages": ["body"], "memory": [], "events": ["text"], "requests": ["response", "usage"]}  # as JSON
-
-
 def export_agent(db: SqlConnection, name: str) -> JSON:
     """One agent, memory and history, as JSON: its rows as they are, bytes in hexadecimal. Raises UnknownAgent."""
     agent, tables = find_agent(db, name).id, {}
@@ -2012,70 +2013,6 @@ def export_agent(db: SqlConnection, name: str) -> JSON:
         texts = ([value.hex() if isinstance(value, bytes) else value for value in row] for row in rows)
         tables[table] = [dict(zip(columns.split(", "), row, strict=True)) for row in texts]
     return {"memws_agent": EXPORT_FORMAT, "agent": tables.pop("agents")[0], **tables}
-
-
-def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str:
-    """Store what export_agent gave, also that of an earlier memws, under its name; the name.
-
-    Raises UsageError with the place of what is damaged, Refused; then nothing is stored.
-    """
-    if not isinstance(data, dict) or data.get("memws_agent") not in (1, EXPORT_FORMAT):
-        raise UsageError("the file is no agent that memws exported")
-    data = clean_value(data)
-    with damage_at("the former format"):
-        if data["memws_agent"] != EXPORT_FORMAT:
-            _convert_export(data)
-    with damage_at("agent"):
-        record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
-        record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
-        record.name = check_name(record.name)
-        check_record(record)
-    with damage_at("events"):
-        record.last_seq = max([record.last_seq, *(row["seq"] for row in data["events"])])
-    with transaction(db):
-        with damage_at("agent"):
-            agent = create_agent(db, record).id
-        _import_rows(db, agent, data)
-    return record.name
-
-
-@contextlib.contextmanager
-def damage_at(place: str) -> Iterator[None]:
-    """Raises UsageError with the place where what is inside cannot be read or stored."""
-    try:
-        yield
-    except (sqlite3.IntegrityError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UsageError(f"damaged: {place}: {reason}") from None
-
-
-def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
-    """Store the rows of an export. Raises UsageError with the place of what is damaged."""
-    postings: list[tuple[str, int]] = []
-    for table in _OBJECTS:
-        with damage_at(table):
-            rows = check(data.get(table), schema_of(list[dict[str, Any]]))
-        for number, row in enumerate(rows):
-            with damage_at(f"{table}[{number}]"):
-                postings += _import_row(db, agent, table, row)
-            if len(postings) >= POSTINGS_BLOCK:
-                insert_postings(db, postings)
-                postings.clear()
-    insert_postings(db, postings)
-
-
-def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tuple[str, int]]:
-    """Store a row of an export; its postings, which the caller stores."""
-    if table == "memory":
-        return remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
-    for name in _OBJECTS[table]:
-        row[name] = encode_json(clean_value(check(decode_json(row[name]), {"type": "object"})))
-    if table == "messages" and read_body(ChatMessage(0, row["role"], "", "", row["body"])) is None:
-        raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
-    columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
-    blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
-    insert(db, table, agent=agent, **columns | blobs)
-    return []
 
 
 def _convert_export(data: JSON) -> None:
@@ -2102,6 +2039,70 @@ def _convert_export(data: JSON) -> None:
     for row in data["requests"]:
         texts = [row["head"], *(parts[row[name]] for name in ("system", "summary", "tools", "extra"))]
         row |= {"time": agent["last_active"], "pieces": pack_texts(texts).hex()}
+
+
+@contextlib.contextmanager
+def damage_at(place: str) -> Iterator[None]:
+    """Raises UsageError with the place where what is inside cannot be read or stored."""
+    try:
+        yield
+    except (sqlite3.IntegrityError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UsageError(f"damaged: {place}: {reason}") from None
+
+
+def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tuple[str, int]]:
+    """Store a row of an export; its postings, which the caller stores."""
+    if table == "memory":
+        return remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
+    for name in _OBJECTS[table]:
+        row[name] = encode_json(clean_value(check(decode_json(row[name]), {"type": "object"})))
+    if table == "messages" and read_body(ChatMessage(0, row["role"], "", "", row["body"])) is None:
+        raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
+    columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
+    blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
+    insert(db, table, agent=agent, **columns | blobs)
+    return []
+
+
+def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
+    """Store the rows of an export. Raises UsageError with the place of what is damaged."""
+    postings: list[tuple[str, int]] = []
+    for table in _OBJECTS:
+        with damage_at(table):
+            rows = check(data.get(table), schema_of(list[dict[str, Any]]))
+        for number, row in enumerate(rows):
+            with damage_at(f"{table}[{number}]"):
+                postings += _import_row(db, agent, table, row)
+            if len(postings) >= POSTINGS_BLOCK:
+                insert_postings(db, postings)
+                postings.clear()
+    insert_postings(db, postings)
+
+
+def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str:
+    """Store what export_agent gave, also that of an earlier memws, under its name; the name.
+
+    Raises UsageError with the place of what is damaged, Refused; then nothing is stored.
+    """
+    if not isinstance(data, dict) or data.get("memws_agent") not in (1, EXPORT_FORMAT):
+        raise UsageError("the file is no agent that memws exported")
+    data = clean_value(data)
+    with damage_at("the former format"):
+        if data["memws_agent"] != EXPORT_FORMAT:
+            _convert_export(data)
+    with damage_at("agent"):
+        record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
+        record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
+        record.name = check_name(record.name)
+        check_record(record)
+    with damage_at("events"):
+        record.last_seq = max([record.last_seq, *(row["seq"] for row in data["events"])])
+    with transaction(db):
+        with damage_at("agent"):
+            agent = create_agent(db, record).id
+        _import_rows(db, agent, data)
+    return record.name
 
 
 # ======================================================================================================================
