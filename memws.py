@@ -2321,8 +2321,9 @@ def _is_cut(text: str) -> bool:
     with contextlib.suppress(ValueError):
         inner = decode_json(text, strict=False)
         return isinstance(inner, str) and _is_cut(inner)
-    outside = re.sub(r'"(?:[^"\\]|\\.)*+"', "", text, flags=re.DOTALL)
-    return '"' in outside or outside.count("{") > outside.count("}")
+    parts = re.sub(r"\\.", "", text, flags=re.DOTALL).split('"')  # every second one is inside a string
+    outside = "".join(parts[::2])
+    return len(parts) % 2 == 0 or outside.count("{") > outside.count("}")
 
 
 def _read_text_calls(reply: Reply, tools: Collection[str]) -> None:
