@@ -6463,7 +6463,7 @@ class LiveAgent:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         item = self.current = QueuedTurn("", None)
         try:
-            return await (await self.fresh()).compact(item)
+            return await self.agent.compact(item)
         except ModelError as error:
             raise Refused("not_found", f"there is nothing to compact: {error}") from error
         except Stopped:
@@ -6573,8 +6573,6 @@ class Agents:
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
         """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
-        if live.gone:
-            raise live.gone_error()
         if live.busy and not force:
             raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or send force true")
         live.gone = True
@@ -6852,12 +6850,12 @@ class Session:
                 await self._send(text)
 
     async def _live(self, name: str | None) -> LiveAgent:
-        """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
-        if name is not None:
-            return await self._agents.get(name)
-        if self._current is None or self._current.gone:
+        """The agent that a request means. Raises Refused (no_agent), UnknownAgent, StoreFailed."""
+        live = self._current if name is None else await self._agents.get(name)
+        if live is None or (name is None and live.gone):
             raise Refused("no_agent", "no agent has been initialized; send create_agent or load_agent, or name one")
-        return self._current
+        await live.fresh()
+        return live
 
     def _reader(self, live: LiveAgent) -> Reader:
         return self.readers.get(live) or Reader(self, live)
@@ -6878,12 +6876,7 @@ class Session:
             await self._send(encode_json(event | {"agent_name": live.name, "time": now_text()}))
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str) -> bool:
-        """Whether there is a turn of that id: its frames so far are sent, live ones follow, and it never runs twice.
-
-        Raises Refused (turn_id_reused).
-        """
-        if not live.gone:
-            await live.fresh()  # the end of a turn could not be stored then; it can be by now
+        """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
         record = await self._agents.store.read(find_turn, live.agent.record.id, turn_id)
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
         if item is None and record is None:
@@ -6916,7 +6909,6 @@ class Session:
     async def subscribe(self, live: LiveAgent, after: Any = None) -> JSON:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
-        await live.fresh()
         last_seq = live.last_seq
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
@@ -6943,7 +6935,7 @@ class Session:
         if name is None and agent_name is None:
             raise InvalidRequest("missing_field", "load_agent needs the field 'name'")
         live = self._current = await self._live(agent_name if name is None else name)
-        agent = await live.fresh()
+        agent = live.agent
         repairs, agent.repairs = agent.repairs, []
         about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.last_seq}
         return about | {"repaired": repairs, "warnings": agent.warnings}
@@ -6998,7 +6990,7 @@ class Session:
 
     async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
         """Change an agent's settings. Result: {settings, warnings}."""
-        agent = await live.fresh()
+        agent = live.agent
         values, warnings = read_config(config, self._agents.tools, agent.record.config)
         await agent.update(values)
         live.rest()
@@ -7099,22 +7091,19 @@ class Session:
         self, live: LiveAgent, label: Annotated[str, 1, MAX_NAME], value: Text, version: int | None = None
     ) -> JSON:
         """Give a block of core memory another text, with `version` only if that is stored. Result: {label, version}."""
-        agent = await live.fresh()
-        return {"label": label, "version": await agent.set_block(label, value, version)}
+        return {"label": label, "version": await live.agent.set_block(label, value, version)}
 
     async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
         if not text.strip():
             raise InvalidRequest("bad_field", "text: expected something to keep, but it is empty")
-        agent = await live.fresh()
-        passage_id = await agent.insert_passage(text)
+        passage_id = await live.agent.insert_passage(text)
         self._agents.memory_growth.set()
         return {"id": passage_id}
 
     async def delete_passage(self, live: LiveAgent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
         """Take a passage out of archival memory. Result: {id}."""
-        agent = await live.fresh()
-        await agent.delete_passage(passage_id)
+        await live.agent.delete_passage(passage_id)
         return {"id": passage_id}
 
     async def compact(self, live: LiveAgent) -> JSON:
