@@ -7547,11 +7547,11 @@ class Screen:
         self._kind = ""  # of the text on the current line
         self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
 
-    def write(self, text: str, style: str = "", end: str = "") -> None:
+    def write(self, text: str, style: str = "") -> None:
         """Add to the current line; `text` has been made printable."""
         painted = f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
-        print(painted, end=end, file=self._out, flush=True)
-        self._mid_line = not (text + end).endswith("\n")
+        print(painted, end="", file=self._out, flush=True)
+        self._mid_line = not text.endswith("\n")
 
     def end_line(self) -> None:
         if self._mid_line:
@@ -7560,7 +7560,7 @@ class Screen:
     def line(self, text: str, style: str = "") -> None:
         """Write a whole line, below streamed text or the prompt, which is repeated with what is typed behind it."""
         self.end_line()
-        self.write(text, style, "\n")
+        self.write(f"{text}\n", style)
         if self._prompt:
             typed = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
             self.write(self._prompt + typed)
@@ -7603,8 +7603,8 @@ class Screen:
         is_silent = is_usual or (is_reply and not has_failed) or (kind == "context" and "warning" not in event)
         if kind not in FORMS or is_silent:
             return
-        if "arguments" in event:
-            arguments = {name: value for name, value in event["arguments"].items() if name != REQUEST_HEARTBEAT}
+        if isinstance(arguments := event.get("arguments"), dict):
+            arguments = {name: value for name, value in arguments.items() if name != REQUEST_HEARTBEAT}
             event = {**event, "message": encode_json(arguments)}
         form, style = FORMS[kind]
         render = printable if kind in WHOLE_TEXTS else clipped
@@ -7977,7 +7977,7 @@ def make_parser() -> argparse.ArgumentParser:
     description = (__doc__ or "").partition("\n")[0]
     parser = Parser(prog="memws.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"memws {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", title="commands", parser_class=Parser)
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     serve = add("serve", "serve agents over WebSocket: the default, with the options below", serve_command)
     for option in fields(Options):
         if option.name != "api_key":
