@@ -572,17 +572,20 @@ class Function:
     def bind(self, arguments: JSON, lenient: bool = False) -> JSON:
         """The arguments that the function takes, checked, without others. Raises InvalidRequest naming the field."""
         bound = {}
-        for name, schema in self.parameters["properties"].items():
-            if name not in arguments:
-                if name in self.parameters["required"]:
-                    raise InvalidRequest("missing_field", f"{self.name} needs {name!r}: {self.usage}")
-                continue
-            try:
-                bound[f"{name}_" if name == "from" else name] = check(arguments[name], schema, lenient)
-            except ValueError as error:
-                text = f"{name}: {error}, but got {quote(arguments[name])}; {self.usage}"
-                raise InvalidRequest("bad_field", text) from None
+        for name in self.parameters["properties"]:
+            if name in arguments or name in self.parameters["required"]:
+                bound[f"{name}_" if name == "from" else name] = self.argument(arguments, name, lenient)
         return bound
+
+    def argument(self, arguments: JSON, name: str, lenient: bool = False) -> Any:
+        """One argument, checked. Raises InvalidRequest."""
+        if name not in arguments:
+            raise InvalidRequest("missing_field", f"{self.name} needs {name!r}: {self.usage}")
+        try:
+            return check(arguments[name], self.parameters["properties"][name], lenient)
+        except ValueError as error:
+            text = f"{name}: {error}, but got {quote(arguments[name])}; {self.usage}"
+            raise InvalidRequest("bad_field", text) from None
 
     @property
     def usage(self) -> str:
@@ -619,7 +622,8 @@ def function_of(call: Callable[..., Any], name: str | None = None, skip: int = 0
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 Id = Annotated[str, 0, MAX_ID] | Annotated[int, -(2**53), 2**53] | None
-_ID_SCHEMA = schema_of(Id)
+_HEAD = {"type": schema_of(str), "command": schema_of(str), "id": schema_of(Id)}
+_REQUEST = Function("request", dict, "what requests have in common", {"properties": _HEAD, "required": ["type"]})
 
 
 def check_name(name: Any) -> str:
@@ -644,10 +648,8 @@ def decode_request(frame: str | bytes) -> JSON:
         raise InvalidRequest(code, f"expected a JSON object, but the frame is not JSON: {error}") from None
     if not isinstance(request, dict):
         raise InvalidRequest("not_object", f"expected a JSON object, but got {quote(request)}")
-    try:
-        check(request.get("id"), _ID_SCHEMA)
-    except ValueError as error:
-        raise InvalidRequest("bad_field", f"id: {error}") from None
+    if "id" in request:
+        _REQUEST.argument(request, "id")
     return clean_value(request) if "\\u" in frame else request
 
 
@@ -661,9 +663,9 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 def resolve(request: JSON, functions: Mapping[str, Function]) -> tuple[Function, JSON]:
     """The function that a request calls, and its arguments. Raises InvalidRequest."""
-    name = kind = _word(request, "type")
+    name = kind = _REQUEST.argument(request, "type")
     if kind == "command":
-        name = _word(request, "command")
+        name = _REQUEST.argument(request, "command")
         if name not in functions or name == "user_message":
             names = ", ".join(sorted(functions.keys() - {"user_message"}))
             raise InvalidRequest("unknown_command", f"unknown command {quote(name)}; known: {names}")
@@ -674,15 +676,6 @@ def resolve(request: JSON, functions: Mapping[str, Function]) -> tuple[Function,
             raise InvalidRequest("bad_field", "agent_name and agent_id name different agents")
         request["agent_name"] = request["agent_id"]
     return functions[name], functions[name].bind(request)
-
-
-def _word(request: JSON, key: str) -> str:
-    """A field that says what is asked for. Raises InvalidRequest."""
-    if key not in request:
-        raise InvalidRequest("missing_field", f"a frame needs the field {key!r}; hello lists the commands")
-    if not isinstance(request[key], str):
-        raise InvalidRequest("bad_field", f"{key}: expected a string, but got {quote(request[key])}")
-    return str(request[key])
 
 
 # ---- answers and events ----------------------------------------------------------------------------------------------
