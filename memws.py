@@ -2642,7 +2642,7 @@ _IDEAS = {  # what people ask for in other words than they state it, in English 
     "like": "like likes love loves enjoy prefer hobby hobbies gusta gustan encanta encantan",
     "favorite": "favorite favourite favorito favorita",
     "color": "color colour",
-    "": "tell know remember say said really also de el en la las lo los me mi mis es que qué cuál dónde",  # no idea
+    "": "tell know remember say said really also de el en la las los me mi mis es que qué cuál dónde cómo",  # no idea
 }
 _IDEA_OF = {word: idea for idea, words in _IDEAS.items() for word in words.split()}
 _OWN = {  # how people state what they have one of: a newer statement replaces the older
@@ -2743,14 +2743,15 @@ def _found(results: Iterable[JSON]) -> dict[str, str]:
 
 
 def _answer(question: str, found: dict[str, str], core: list[str]) -> str:
-    """The statement that shares most with a question, its own words among it; the newest of several."""
+    """The statements that share most with a question, its own words among it, at most 3."""
     aims = _topic(question)
     own_words = aims - _IDEAS.keys() or aims
-    hits = [text for text in (*found, *core) if own_words & _topic(text)]
+    newest = {_own_idea(text) or text: text for text in reversed([*core, *found])}.values()
+    hits = {text: len(aims & _topic(text)) + (_own_idea(text) in aims) for text in newest if own_words & _topic(text)}
     if not hits:
         return f"In core memory: {'; '.join(core) or 'nothing'}. I found nothing about {quote(question.strip('¿? '))}."
-    best = max(hits, key=lambda text: (len(aims & _topic(text)), _own_idea(text) in aims))
-    return f'{found.get(best, "In core memory")}: "{best}".'
+    best = [text for text in reversed(hits) if hits[text] == max(hits.values())]
+    return " ".join(f'{found.get(text, "In core memory")}: "{text}".' for text in best[:3])
 
 
 def _reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> str:
@@ -2797,7 +2798,10 @@ class OfflineModel:
         size, limit, block = human.groups() if human else (0, 0, "")
         core = [line for line in block.split("\n") if line]
         wanted = [] if done else [*_calls(text, core, int(limit) - int(size))]
-        calls = [(name, {**arguments, REQUEST_HEARTBEAT: True}) for name, arguments in wanted if name in tools]
+        is_order = _ORDER.match(text) is not None
+        calls = [
+            (name, {**arguments, REQUEST_HEARTBEAT: True}) for name, arguments in wanted if is_order or name in tools
+        ]
         if calls:
             return "I look into my memory and keep what is new.", calls
         if "send_message" in tools:

@@ -124,6 +124,7 @@ CASES = [
     ("My sister lives in Lagos.", "Where does my sister live?", "Lagos"),
     ("hola, mi nombre es Ana y vivo en Bogotá", "¿cuál es mi nombre y dónde vivo?", "Bogotá"),
     ("Me gusta el té verde.", "¿Qué me gusta?", "té verde"),
+    ("Me llamo Ana.", "¿Cómo me llamo?", "Ana"),
     ("Trabajo de carpintero.", "¿Cuál es mi profesión?", "carpintero"),
     ("Mi color favorito es el azul.", "¿Cuál es mi color favorito?", "azul"),
     ("Recuerda que la clave es azul99.", "¿Cuál es la clave?", "azul99"),
@@ -229,8 +230,9 @@ def test_a_tool_is_called_by_name() -> None:
     harness.results = {"roll_dice": (True, "4")}
     assert harness.say('/call roll_dice {"sides": 6}') == "roll_dice returned: 4"
     assert harness.calls[0] == ("roll_dice", {"sides": 6, "request_heartbeat": True})
-    harness.results = dict.fromkeys(("roll_dice", "core_memory_append"), (False, "no such luck"))
-    assert harness.say("/call roll_dice") == "roll_dice failed: no such luck"
+    harness.results = dict.fromkeys(("roll_dice", "nope", "core_memory_append"), (False, "no such luck"))
+    for name in ("roll_dice", "nope"):
+        assert harness.say(f"/call {name}") == f"{name} failed: no such luck"
     assert harness.say("I play the oboe") == "core_memory_append failed: no such luck"
 
 
