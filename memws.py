@@ -818,9 +818,18 @@ class Block:
     """One labelled piece of core memory: always in the prompt, at most `limit` characters."""
 
     label: str
-    value: str
-    limit: int = BLOCK_LIMIT
+    value: str = ""
+    limit: Annotated[int, 1, MAX_BLOCK_LIMIT] = BLOCK_LIMIT
     version: int = 1  # counts the edits; an edit based on another version than the stored one is a conflict
+
+    def __post_init__(self) -> None:
+        """Raises Refused (bad_config, block_limit)."""
+        if not re.fullmatch(r"[a-zA-Z][\w-]{0,63}", self.label, re.ASCII):
+            text = f"expected a label of 1 to {MAX_NAME} letters, digits, _ and -, but got {quote(self.label)}"
+            raise Refused("bad_config", f"blocks: {text}")
+        if len(self.value) > self.limit:
+            text = f"block {self.label} is limited to {self.limit:,} characters, but got {len(self.value):,}"
+            raise Refused("block_limit", f"{text}; shorten it, or keep part of it in archival memory")
 
 
 @dataclass(slots=True)
@@ -835,8 +844,7 @@ class ChatMessage:
     turn_id: str = ""
     step: int = 0
     said: str = ""  # what recall memory has of it: the user's words, or what the agent said with send_message
-    event: Event | None = field(default=None, repr=False, compare=False)  # the one whose seq it gets when it is stored
-    seq: int = 0
+    seq: int = 0  # of the last event that was stored with it
 
     tokens: int = field(init=False, compare=False)  # estimated
 
@@ -1597,7 +1605,7 @@ def commit(db: SqlConnection, agent: int, changes: Changes) -> list[StoredEvent]
     sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
     db.executemany(sql, [(agent, *event) for event in stored])
     for message in changes.messages:
-        message.seq = message.event["seq"] if message.event else row[0]
+        message.seq = row[0]
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
         db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (agent, message.id, *about))
     for document in changes.documents:
@@ -1614,7 +1622,7 @@ def read_messages(
 ) -> list[ChatMessage]:
     """The newest `limit` chat messages from id `first` on and before another, oldest first."""
     said = "SELECT text FROM memory WHERE agent = messages.agent AND store = 'recall' AND item = messages.id"
-    sql = f"""SELECT id, role, time, text, body, turn_id, step, coalesce(({said}), ''), NULL, seq FROM messages
+    sql = f"""SELECT id, role, time, text, body, turn_id, step, coalesce(({said}), ''), seq FROM messages
         WHERE agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"""
     rows = db.execute(sql, (agent, first, 2**53 if before is None else before, limit))
     return [ChatMessage(*row) for row in rows][::-1]
@@ -3047,12 +3055,11 @@ class Transaction:
     def add_event(self, message_type: str, message: str, **fields: Any) -> None:
         self.changes.events.append(response(message_type, message, self.turn_id, self.step, **fields))
 
-    def add_message(self, role: str, text: str, body: JSON, said: str = "", event: Event | None = None) -> None:
-        """One more chat message, with the seq of `event` (None: of the last one) and searchable by what was `said`."""
+    def add_message(self, role: str, text: str, body: JSON, said: str = "") -> None:
+        """One more chat message, searchable by what was `said`."""
         number, now = self.memory.last_message + len(self.changes.messages) + 1, now_text()
         body_text, step = encode_json(body), self.step or 1
-        message = ChatMessage(number, role, now, text, body_text, self.turn_id, step, said=said, event=event)
-        self.changes.messages.append(message)
+        self.changes.messages.append(ChatMessage(number, role, now, text, body_text, self.turn_id, step, said))
         if said:
             self.changes.documents.append(Document(number, "recall", role, now, said))
 
@@ -3069,12 +3076,12 @@ class Transaction:
             raise Refused("not_found", text)
         return self.blocks[label]
 
-    def write(self, label: str, value: str) -> None:
-        """Give a block another text. Raises Refused (not_found, block_limit)."""
+    def write(self, label: str, value: str, version: int | None = None) -> None:
+        """Give a block another text, with `version` only if that is its. Raises Refused (block_limit, conflict)."""
         block = self.block(label)
-        if len(value) > block.limit:
-            text = f"the {label} block is limited to {block.limit:,} characters, and this would make {len(value):,}"
-            raise Refused("block_limit", f"{text}; shorten what is there, or keep it in archival memory")
+        if version not in (None, block.version):
+            text = f"block {label} has version {block.version} by now; read its value, then send that version"
+            raise Refused("conflict", text, version=block.version, value=block.value)
         if value != block.value:
             self.blocks[label] = replace(block, value=value, version=block.version + 1)
             self._add_change("core", label, block.value, value, label=label)
@@ -3082,22 +3089,26 @@ class Transaction:
     def insert(self, text: str) -> int:
         """Keep a passage; its id. Raises Refused (text_too_long)."""
         if len(text) > MAX_TEXT:
-            text = f"a passage has at most {MAX_TEXT:,} characters, but got {len(text):,}; split it"
-            raise Refused("text_too_long", text)
-        number: int = self.state["last_passage"] + 1
-        self.state["last_passage"] = number
+            raise Refused("text_too_long", f"a passage has at most {MAX_TEXT:,} characters, but got {len(text):,}")
+        self.state["last_passage"] += 1
+        number: int = self.state["last_passage"]
         self.changes.documents.append(Document(number, "archival", "", now_text(), text))
         self._add_change("archival", f"passage {number}", None, text, id=number)
         return number
 
-    def remove(self, passage: Document) -> None:
+    async def remove(self, passage_id: int) -> None:
+        """Take a passage out; the event keeps its text. Raises Refused (not_found)."""
+        memory = self.memory
+        passage = await memory.store.read(find_passage, memory.record.id, passage_id)
+        if passage is None:
+            raise Refused("not_found", f"no passage {passage_id}; search_memory lists passages with their ids")
         self.changes.removed.append(passage.id)
         self._add_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id)
 
-    def say(self, message: str, **fields: Any) -> None:
+    def say(self, message: str, *, partial: bool = False) -> None:
         """Say something to the user."""
         self.spoke = True
-        self.add_event("assistant_message", message, **fields)
+        self.add_event("assistant_message", message, **({"partial": True} if partial else {}))
 
     def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
         diff = difference(before or "", after or "")
@@ -3305,16 +3316,6 @@ def check_record(record: AgentRecord) -> None:
     record.blocks = [asdict(apply(Block, values, "agent.blocks")) for values in record.blocks]
 
 
-def make_block(label: str, value: str = "", limit: Annotated[int, 1, MAX_BLOCK_LIMIT] = BLOCK_LIMIT) -> Block:
-    """One block of core memory. Raises Refused."""
-    if not re.fullmatch(r"[a-zA-Z][\w-]{0,63}", label, re.ASCII):
-        text = f"expected a label of 1 to {MAX_NAME} letters, digits, _ and -, but got {quote(label)}"
-        raise Refused("bad_config", f"blocks: {text}")
-    if len(value) > limit:
-        raise Refused("block_limit", f"block {label}: its text has {len(value):,} characters, its limit is {limit:,}")
-    return Block(label, value, limit)
-
-
 def core_memory(
     persona: str = "sam_pov",
     human: str = "basic",
@@ -3325,7 +3326,7 @@ def core_memory(
     for item in blocks or ():
         label = str(item.get("label"))
         items[label] = items.get(label, {}) | item
-    made = [apply(make_block, {"label": label, **item}, "blocks") for label, item in items.items()]
+    made = [apply(Block, {"label": label, **item, "version": 1}, "blocks") for label, item in items.items()]
     if sum(block.limit for block in made) > MAX_BLOCKS_TOTAL:
         text = f"expected limits of at most {MAX_BLOCKS_TOTAL:,} characters together"
         raise Refused("bad_config", f"blocks: {text}")
@@ -3571,8 +3572,7 @@ class Agent:
         """Store the user's message, or why there is a turn without one; the start is its receipt."""
         turn.before = self.memory.last_message
         async with Transaction(self.memory, turn.turn_id, 1, turn.before) as change:
-            start: Event = {"type": "agent_response_start", "turn_id": turn.turn_id}
-            change.changes.events.append(start)
+            change.changes.events.append({"type": "agent_response_start", "turn_id": turn.turn_id})
             change.state["turn"] = turn.turn_id
             if turn.message is None:
                 turn.replied = True
@@ -3584,8 +3584,7 @@ class Agent:
             if last is None or seconds_between(last, now) > LOGIN_SILENCE:
                 content = f"{pack('login', last_login=last or 'Never (first login)')}\n{content}"
             change.state["last_user"] = now
-            body = {"role": "user", "content": content}
-            change.add_message("user", turn.message, body, said=turn.message, event=start)
+            change.add_message("user", turn.message, {"role": "user", "content": content}, said=turn.message)
             change.add_event("user_message", turn.message)
 
     async def _step(self, turn: Turn) -> None:
@@ -3756,7 +3755,7 @@ class Agent:
         if monologue:
             change.add_event("internal_monologue", monologue)
         if plain:
-            change.say(plain, **({"partial": True} if reply.incomplete else {}))
+            change.say(plain, partial=reply.incomplete)
         if reply.calls or (reply.text and not reply.partial):
             messages = [call.arguments.get("message") for call in reply.calls if call.name == "send_message"]
             spoken = "\n".join(text for text in messages if isinstance(text, str)) or plain
@@ -4013,30 +4012,7 @@ class Agent:
                 return words, summary, after
         raise self._too_small(before)
 
-    # -- edits from outside --
-
-    async def set_block(self, label: str, value: str, version: int | None) -> int:
-        """Give a block another text; its version. Raises Refused (not_found, block_limit, conflict)."""
-        async with Transaction(self.memory) as change:
-            block = change.block(label)
-            if version not in (None, block.version):
-                text = f"block {label} has version {block.version} by now; read its value, then send that version"
-                raise Refused("conflict", text, version=block.version, value=block.value)
-            change.write(label, value)
-            return change.block(label).version
-
-    async def insert_passage(self, text: str) -> int:
-        """Keep a passage in archival memory; its id. Raises Refused (text_too_long)."""
-        async with Transaction(self.memory) as change:
-            return change.insert(text)
-
-    async def delete_passage(self, passage_id: int) -> None:
-        """Take a passage out of archival memory; the event keeps its text. Raises Refused (not_found)."""
-        async with Transaction(self.memory) as change:
-            passage = await self.memory.store.read(find_passage, self.record.id, passage_id)
-            if passage is None:
-                raise Refused("not_found", f"no passage {passage_id}; search_memory lists passages with their ids")
-            change.remove(passage)
+    # -- its config --
 
     async def update(self, config: JSON) -> None:
         """Take another config. Raises Refused where the window is too small for it."""
@@ -4047,8 +4023,6 @@ class Agent:
             change.config = config
             change.add_event("agent_change", "the agent's settings changed", change="updated")
         self.configure()
-
-    # -- reading --
 
     def settings(self) -> JSON:
         """The config with what the defaults make of it."""
@@ -7088,19 +7062,23 @@ class Session:
         self, live: LiveAgent, label: Annotated[str, 1, MAX_NAME], value: Text, version: int | None = None
     ) -> JSON:
         """Give a block of core memory another text, with `version` only if that is stored. Result: {label, version}."""
-        return {"label": label, "version": await live.agent.set_block(label, value, version)}
+        async with Transaction(live.agent.memory) as change:
+            change.write(label, value, version)
+            return {"label": label, "version": change.block(label).version}
 
     async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
         if not text.strip():
             raise InvalidRequest("bad_field", "text: expected something to keep, but it is empty")
-        passage_id = await live.agent.insert_passage(text)
+        async with Transaction(live.agent.memory) as change:
+            passage_id = change.insert(text)
         self._agents.memory_growth.set()
         return {"id": passage_id}
 
     async def delete_passage(self, live: LiveAgent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
         """Take a passage out of archival memory. Result: {id}."""
-        await live.agent.delete_passage(passage_id)
+        async with Transaction(live.agent.memory) as change:
+            await change.remove(passage_id)
         return {"id": passage_id}
 
     async def compact(self, live: LiveAgent) -> JSON:

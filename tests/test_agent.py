@@ -164,7 +164,8 @@ async def test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction(
         elif what == "compaction":
             await compact(agent)
         else:
-            await agent.set_block("human", "Name: Ada", 2)
+            async with memws.Transaction(agent.memory) as change:
+                change.write("human", "Name: Ada", 2)
         system, sizes = await say()
         assert (sizes, "Name: Ada" in system) == ((recall, "2"), what == "edit")
 
@@ -838,8 +839,9 @@ async def test_an_edit_in_mid_turn(endpoint: Endpoint, where: str) -> None:
     agent: Agent
 
     async def meddle() -> None:
-        await agent.insert_passage("Yours")
-        await agent.set_block("human", "Town: Oslo", None)
+        async with memws.Transaction(agent.memory) as change:
+            change.insert("Yours")
+            change.write("human", "Town: Oslo")
 
     async with Lab(endpoint, tools=[meddle]) as lab:
         agent = await lab.create()

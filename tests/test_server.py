@@ -333,9 +333,9 @@ async def test_get_messages_pages_backwards(client: Wire) -> None:
         pages[:0], before, more = page["messages"], page["messages"][0]["id"], page["more"]
     assert pages == messages
     assert (await client.ok("get_messages", before=1))["messages"] == []
-    keys = ("text", "turn_id", "step", "seq")  # a message has the seq of its turn's start
+    keys = ("text", "turn_id", "step", "seq")  # a message has the seq of the last event that was stored with it
     said = [tuple(message[key] for key in keys) for message in messages if message["role"] == "user"]
-    assert said == [(f"note {number}", f"t{number}", 1, starts[number]) for number in range(3)]
+    assert said == [(f"note {number}", f"t{number}", 1, starts[number] + 1) for number in range(3)]
     assert all(message["in_context"] for message in messages)
     assert "send_message" in {call["name"] for message in messages for call in message["tool_calls"]}
 

@@ -83,9 +83,9 @@ def tell(text: str = "x", turn_id: str = "t1", **fields: Any) -> dict[str, Any]:
     return memws.response("internal_monologue", text, turn_id, 1, **fields)
 
 
-def say(number: int, text: str, role: str = "user", event: Any = None, turn_id: str = "t1") -> ChatMessage:
+def say(number: int, text: str, role: str = "user", turn_id: str = "t1") -> ChatMessage:
     body = memws.encode_json({"role": "user", "content": text})
-    return ChatMessage(number, role, NOW, text, body, turn_id, 1, event=event)
+    return ChatMessage(number, role, NOW, text, body, turn_id, 1)
 
 
 def words(number: int, text: str, time: str = NOW, role: str = "user") -> Document:
@@ -108,10 +108,9 @@ async def new_agent(store: Store, name: str = "sam") -> AgentRecord:
 
 def step(number: int = 1, turn_id: str = "t1") -> Changes:
     """Something of everything."""
-    event = tell(f"told {number}", turn_id)
     return Changes(
-        events=[start(turn_id), event],
-        messages=[say(number, f"said {number}", event=event, turn_id=turn_id)],
+        events=[start(turn_id), tell(f"told {number}", turn_id)],
+        messages=[say(number, f"said {number}", turn_id=turn_id)],
         documents=[words(number, f"said {number}"), passage(number, f"kept {number}")],
         request=asked(turn_id, 1, 1, number),
         state={"cut": number},
