@@ -253,12 +253,13 @@ def test_taken(tmp_path: Path, main: Callable[..., Done], monkeypatch: pytest.Mo
         assert "locked" in sentence(main("--port", "0"))
 
 
-@pytest.mark.parametrize("flags", [["--model", "gpt-5.4-mini"], []])
-def test_missing_package(flags: list[str], tmp_path: Path) -> None:
-    """A model other than offline without the openai package is refused with the command that installs it."""
-    variables = {**without(tmp_path, "openai"), "OPENAI_API_KEY": "k"}
-    said = sentence(run("--port", "0", *flags, cwd=tmp_path, variables=variables))
-    assert re.search(r"pip install .*openai", said)
+@pytest.mark.parametrize("flags", ["--model gpt-5.4-mini", "", "--embedding-model x"])
+def test_missing_package(flags: str, tmp_path: Path) -> None:
+    """A model other than offline without openai, and embeddings without numpy, name the command that installs it."""
+    package = "numpy" if "embedding" in flags else "openai"
+    variables = {**without(tmp_path, package), "OPENAI_API_KEY": "k"}
+    said = sentence(run("--port", "0", *flags.split(), cwd=tmp_path, variables=variables))
+    assert re.search(rf"pip install .*{package}", said)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from proxy import Proxy
 
 import memws
 
+pytestmark = pytest.mark.anyio
 Frame = dict[str, Any]
 
 
@@ -95,7 +96,6 @@ async def whole(subscription: memws.Stream) -> list[Frame]:
 # ---- a conversation --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """The answer to a message is the text of its assistant messages, a line each."""
     client = memws.Client(server.url)
@@ -108,7 +108,6 @@ async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     assert not client.alive
 
 
-@pytest.mark.anyio
 async def test_turn_and_subscription(server: memws.WebSocketServer) -> None:
     """A turn goes from its start to its terminal frame, each event once, also beside a subscription of its agent."""
     async with memws.Client(server.url) as client:
@@ -127,7 +126,6 @@ async def test_turn_and_subscription(server: memws.WebSocketServer) -> None:
         assert await collected(replay) == []
 
 
-@pytest.mark.anyio
 async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """An error of the server has its code, its sentence and its details; the connection goes on."""
     async with memws.Client(server.url) as client:
@@ -153,7 +151,6 @@ async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None
         assert await client.ask("again") == "you said again"
 
 
-@pytest.mark.anyio
 async def test_cancel(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """A message that waits tells its place; taken back, it ends with a refusal, which a subscription does not have; a
     running turn that is cancelled ends with its terminal frame."""
@@ -174,7 +171,6 @@ async def test_cancel(server: memws.WebSocketServer, endpoint: Endpoint) -> None
         assert "code" not in (await whole(subscription))[-1]  # a refusal is for its sender alone
 
 
-@pytest.mark.anyio
 async def test_same_turn_id_of_two_agents(server: memws.WebSocketServer) -> None:
     """A turn takes no frame of another agent's turn of the same id."""
     async with memws.Client(server.url) as client:
@@ -189,7 +185,6 @@ async def test_same_turn_id_of_two_agents(server: memws.WebSocketServer) -> None
         assert texts(again, "user_message") == "hi"
 
 
-@pytest.mark.anyio
 async def test_rename_and_delete(server: memws.WebSocketServer) -> None:
     """The current agent and its subscription follow a rename, whoever made it; after a delete there is none."""
     async with memws.Client(server.url) as client, memws.Client(server.url) as other:
@@ -211,7 +206,6 @@ async def test_rename_and_delete(server: memws.WebSocketServer) -> None:
 # ---- what a network and later servers do -----------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 async def test_unknown_frames(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
     """Frames that are no JSON, no object, binary or of unknown types end neither a turn nor the connection."""
     caplog.set_level(logging.CRITICAL)
@@ -225,7 +219,6 @@ async def test_unknown_frames(proxy: Proxy, caplog: pytest.LogCaptureFixture) ->
     assert proxy.connected == 1
 
 
-@pytest.mark.anyio
 async def test_reconnect_resumes(proxy: Proxy, endpoint: Endpoint) -> None:
     """After a loss, turn and subscription go on where they were: each stored event once, no text twice, none lost."""
     endpoint.script(say("a reply that is cut in its middle", stall_after=7))
@@ -254,7 +247,6 @@ async def test_reconnect_resumes(proxy: Proxy, endpoint: Endpoint) -> None:
         assert await client.ask("again") == "you said again"
 
 
-@pytest.mark.anyio
 async def test_many_cuts(proxy: Proxy, endpoint: Endpoint) -> None:
     """A turn whose connection is cut at each of its stored events is still whole, and runs once."""
     endpoint.script(*(Reply(f"thought {n}", calls=[remember(n)]) for n in range(3)), say("done"))
@@ -280,7 +272,6 @@ async def test_many_cuts(proxy: Proxy, endpoint: Endpoint) -> None:
     assert proxy.connected == len(events) + 1
 
 
-@pytest.mark.anyio
 async def test_message_without_a_connection(proxy: Proxy) -> None:
     """A message sent while there is no connection goes out after the reconnect; a command fails at once."""
     states = States()
@@ -296,7 +287,6 @@ async def test_message_without_a_connection(proxy: Proxy) -> None:
         assert await within(turn.text()) == "you said hi"
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(("reconnect", "status"), [(False, 503), (0.1, 503), (True, 401)])
 async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | float, status: int) -> None:
     """When the client gives up, also because it is refused for good, commands, turns and subscriptions all fail; it
@@ -327,7 +317,6 @@ async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | 
     await client.close()
 
 
-@pytest.mark.anyio
 async def test_poison_message(proxy: Proxy) -> None:
     """A message on which the connection always breaks fails in the end, and the client goes on."""
 
@@ -346,7 +335,6 @@ async def test_poison_message(proxy: Proxy) -> None:
         assert await within(client.ask("hi", "sam")) == "you said hi"
 
 
-@pytest.mark.anyio
 async def test_slow_reader_is_bounded(proxy: Proxy, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unread turn and an unread subscription keep FEED_LIMIT events, and get the rest later, in order."""
     monkeypatch.setattr(memws, "FEED_LIMIT", 12)
@@ -371,7 +359,6 @@ async def test_slow_reader_is_bounded(proxy: Proxy, endpoint: Endpoint, monkeypa
 # ---- a server that restarts ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
     """After kill -9 the running turn ends once as interrupted, no event is missing or double, and the message that
     waited behind it is answered."""
@@ -402,7 +389,6 @@ async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
 # ---- no connection ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("url", "words"),
     [
@@ -427,7 +413,6 @@ async def test_cannot_connect(url: str, words: str, endpoint: Endpoint, monkeypa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.anyio
 async def test_secrets(serve: Callable[..., memws.WebSocketServer], caplog: pytest.LogCaptureFixture) -> None:
     """Neither token nor query nor password gets into repr, errors and logs."""
     caplog.set_level(logging.DEBUG)
@@ -459,7 +444,6 @@ def client_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "memws client"]
 
 
-@pytest.mark.anyio
 async def test_blocking(server: memws.WebSocketServer) -> None:
     """The blocking client gives the same, also where a loop runs, as in a notebook; closed, it leaves no thread."""
     with memws.connect(server.url) as client:

@@ -87,9 +87,8 @@ classic types in their order: server test_the_flow_of_memgpt_0_2_7; agent
 more types: server test_hello_and_the_message_types test_deltas_are_live
 a turn: server test_a_turn_begins_and_ends_once; machine test_whatever_clients_do
 exactly one terminal frame, whatever befalls a reader: soak test_every_figure_is_met
-a message that never becomes a turn: server test_what_never_becomes_a_turn_is_refused_once
-  test_eight_messages_of_a_connection_wait test_thirty_two_messages_wait_for_an_agent; machine
-  test_whatever_clients_do
+a message that never becomes a turn: server test_eight_messages_of_a_connection_wait
+  test_thirty_two_messages_wait_for_an_agent; machine test_whatever_clients_do
 seq: store test_deleted_agents_are_kept_aside test_a_purged_agent_is_gone; machine test_whatever_clients_do
 a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool;
   soak test_every_figure_is_met
@@ -131,7 +130,9 @@ bad_field, bad_config, block_limit: server test_bad_configs_change_nothing
 no_agent: server test_without_an_agent_nothing_is_current
 unknown_agent: server test_an_unknown_agent_is_told_with_the_nearest
 name_taken: server test_names_are_words
-text_too_long, turn_id_reused: server test_what_never_becomes_a_turn_is_refused_once
+text_too_long: server test_frames_in_fragments_and_of_the_largest_size; python_api
+  test_python_calls_refuse_what_the_wire_refuses
+turn_id_reused: machine test_whatever_clients_do
 too_large: server test_an_answer_over_a_frame_is_too_large
 busy: server test_when_busy
 conflict, not_found: server test_edits_of_memory

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from agents import results
-from commandline import run
 from endpoint import Body, Endpoint, Reply, embedding
 from wire import LIMIT, Wire, of_kind, wire
 
@@ -291,12 +290,3 @@ async def test_without_a_model_nothing_is_embedded(start: Serve, endpoint: Endpo
         await client.turn("hi")
         assert (await found(client), await found(client, "cat")) == ([], [ANSWER])
     assert (endpoint.embedding_requests, kept(server.options.db)) == ([], {})
-
-
-async def test_without_numpy_the_flag_is_refused(tmp_path: Path) -> None:
-    """--embedding-model without numpy is one sentence that names the command to install it, and exit status 2."""
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['numpy'] = None\n", "utf-8")
-    variables = {"PYTHONPATH": str(tmp_path), "OPENAI_API_KEY": KEY}
-    done = await asyncio.to_thread(run, "--port", "0", "--embedding-model", "x", cwd=tmp_path, variables=variables)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "memws: embeddings need the numpy package: pip install numpy\n"

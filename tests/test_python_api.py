@@ -251,17 +251,15 @@ async def test_the_agent_of_the_object_is_its_own(serve: Serve) -> None:
     with pytest.raises(memws.MemwsError, match="create_new_agent or load_agent first") as caught:
         server.run_step("hi")
     assert (caught.value.code, server.agent, server.agent_name) == ("no_agent", None, None)
-    for number in range(12):
-        server.create_new_agent({"name": f"agent-{number:02}"})
-    with pytest.raises(memws.MemwsError, match=r"12 known: .*'agent-05'") as caught:
-        server.load_agent("agent-05x")
-    assert (caught.value.code, str(caught.value).count("'agent-")) == ("unknown_agent", 11)
-    assert server.agent_name == "agent-11"
+    server.create_new_agent({"name": "sam"})
+    with pytest.raises(memws.MemwsError, match=r"1 known: 'sam'") as caught:
+        server.load_agent("sammy")
+    assert (caught.value.code, server.agent_name) == ("unknown_agent", "sam")
     async with wire(server) as client:
         await client.ok("create_agent", config={"name": "ada"})
-        assert server.agent_name == "agent-11"
+        assert server.agent_name == "sam"
         server.load_agent("ada")
-        await client.ok("load_agent", name="agent-03")
+        await client.ok("load_agent", name="sam")
         assert {event["agent_name"] for event in server.run_step("hi")} == {"ada"}
         await client.ok("rename_agent", agent_name="ada", new_name="eve")
         assert server.agent_name == "eve"

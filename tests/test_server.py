@@ -650,24 +650,6 @@ async def test_deltas_are_live(client: Wire, endpoint: Endpoint) -> None:
     assert await client.until(is_terminal) == [bare(frame) for frame in frames if "seq" in frame]
 
 
-async def test_what_never_becomes_a_turn_is_refused_once(client: Wire, server: Server, endpoint: Endpoint) -> None:
-    """Each message that is refused gets one agent_response_error with id, turn_id and code, and nothing is stored."""
-    async with wire(server, "*") as follower:
-        await client.turn("hello", turn_id="used")
-        last = (await follower.ok("subscribe", agent_name="sam"))["last_seq"]
-        cases: list[tuple[str, JSON]] = [
-            ("unknown_agent", {"agent_name": "nobody"}), ("text_too_long", {"message": "x" * 65_537}),
-            ("turn_id_reused", {"turn_id": "used"}), ("turn_id_reused", {"turn_id": "used", "message": "hello "}),
-        ]  # fmt: skip
-        for code, more in cases:
-            fields = {"message": "hi", "turn_id": "t", **more}
-            (refusal,) = await client.turn(fields.pop("message"), **fields)
-            assert (refusal["type"], refusal["code"], refusal["stop_reason"]) == ("agent_response_error", code, "error")
-            assert (refusal["turn_id"], "seq" in refusal) == (fields["turn_id"], False)
-        assert (await follower.ok("get_agent", agent_name="sam"))["last_seq"] == last
-        await follower.nothing_more()
-
-
 @pytest.mark.parametrize("table", ["messages", "events"])
 async def test_a_message_that_cannot_be_stored_is_refused(
     client: Wire, server: Server, endpoint: Endpoint, table: str
