@@ -6252,8 +6252,8 @@ class Gate:
         return host in self._hosts or (self._token is not None and _address(host) is not None)
 
     def _may_origin(self, value: str) -> bool:
-        scheme, separator, host = value.lower().partition("://")
-        return value.lower() in self._origins or (scheme in ("http", "https") and bool(separator) and self._may(host))
+        scheme, _, host = value.lower().partition("://")
+        return value.lower() in self._origins or (scheme in ("http", "https") and self._may(host))
 
 
 def _secrets(request: http11.Request) -> list[bytes]:
@@ -6302,6 +6302,7 @@ class LiveAgent:
         self.last_seq, self.count = record.last_seq, 0  # count: of the events ever published here
         self.news = asyncio.Event()  # set at the next event, when another takes its place
         self._ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
+        self._mending = asyncio.Lock()  # it is opened anew once, whoever asks for it
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
 
@@ -6352,13 +6353,18 @@ class LiveAgent:
             after = page[-1].seq if page else until
 
     async def fresh(self) -> Agent:
-        """The agent, opened anew after a failed transaction. Raises StoreFailed, Refused where it was deleted."""
+        """The agent, opened anew after a failed transaction, unless something runs. Raises StoreFailed, Refused where
+        it was deleted."""
         if self.gone:
             raise self.gone_error()
-        in_turn = self.current is not None and self.current.step > 0 and not self.current.over
-        if self.agent.memory.stale and not in_turn:
-            await self.open(await self.agents.store.read(find_agent, self.name))
+        if not self.busy:
+            await self._mend()
         return self.agent
+
+    async def _mend(self) -> None:
+        async with self._mending:
+            if self.agent.memory.stale:
+                await self.open(await self.agents.store.read(find_agent, self.name))
 
     def find(self, turn_id: str) -> QueuedTurn | None:
         return next((item for item in (self.current, *self.waiting) if item and item.turn_id == turn_id), None)
@@ -6396,10 +6402,11 @@ class LiveAgent:
     async def _run(self, item: QueuedTurn) -> None:
         """One turn; where its start or its end cannot be stored, whoever waits for it gets a refusal."""
         try:
-            await (await self.fresh()).turn(item)
+            await self._mend()
+            await self.agent.turn(item)
         except MemwsError as error:
             with contextlib.suppress(MemwsError):
-                await self.fresh()  # the end may be on disk by now, as that of an interrupted turn
+                await self._mend()  # the end may be on disk by now, as that of an interrupted turn
             if item.step == 0 or self.gone or self.agent.memory.stale:
                 self.refuse(item, error)
         finally:
