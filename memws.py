@@ -254,9 +254,7 @@ HEARTBEAT_WAKE = _ALERT + "Woken without a new user message"
 CORRECTIVE = _ALERT + "Your last answer could not be used ({problem}). Answer again, with well-formed tool calls"
 
 # The client.
-FEED_LIMIT = 1_000  # events that wait for one reader of a client before the client lets the server keep them instead
 RECONNECT_DELAY, RECONNECT_DELAY_MAX = 0.5, 8.0  # seconds before the first attempt, and, doubled each time, at most
-RESEND_LIMIT = 5  # times a message is sent without any answer: perhaps it is what breaks the connection
 CLOSE_TIMEOUT = 2.0  # seconds that closing a client may take
 
 
@@ -4107,10 +4105,9 @@ class LoopThread:
 class Stream(collections.abc.AsyncIterator[Frame]):
     """The events of an agent, without end, or those of one turn, from its start or refusal to its terminal frame.
 
-    They come in order, each stored one once. After a broken connection, and when a slow reader has emptied the
-    FEED_LIMIT events that wait for it at most, the server is asked for what is stored above the cursor; live events of
-    that time are lost. A turn is asked for by its message, which under the same turn_id is not run again.
-    Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
+    They come in order, each stored one once. After a broken connection the server is asked for what is stored above the
+    cursor; live events of that time are lost. A turn is asked for by its message, which under the same turn_id is not
+    run again. Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
     """
 
     def __init__(self, client: Client, request: Frame, after: int | None) -> None:
@@ -4121,20 +4118,12 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._client = client
         self._request = {"id": next(client._ids), **request}
         self._cursor = after  # the highest seq taken in; None: the agent's present end
-        self._state: Literal["asked", "open", "behind", "over"] = "asked"
-        self._tries = 0  # requests without any event since
+        self._has_begun = False  # since the server was last asked
         self._events: asyncio.Queue[Frame | Exception] = asyncio.Queue()  # the last one is what ends the iteration
-        self._begun = asyncio.Event()
         self._ask()
         client._streams.append(self)
 
-    async def ready(self) -> None:
-        """Wait until the server has begun, or refused."""
-        await self._begun.wait()
-
     async def __anext__(self) -> Frame:
-        if self._state == "behind" and self._events.empty():
-            self._ask()
         event = await self._events.get()
         if isinstance(event, Exception):
             self._events.put_nowait(event)  # for whoever asks once more
@@ -4157,24 +4146,16 @@ class Stream(collections.abc.AsyncIterator[Frame]):
 
     def _ask(self) -> None:
         """Ask for the events above the cursor."""
-        if self._tries > RESEND_LIMIT:
-            self._end(ConnectionLost(self._client.url))
-        else:
-            self._state = "asked"
-            self._tries += 1
-            cursor = {} if self.turn_id else {"after": self._cursor}
-            self._client._post({**self._request, "agent_name": self.agent_name, **cursor}, self._answer)
+        self._has_begun = False
+        cursor = {} if self.turn_id else {"after": self._cursor}
+        self._client._post({**self._request, "agent_name": self.agent_name, **cursor}, self._answer)
 
     def _answer(self, answer: Frame | MemwsError) -> None:
         if isinstance(answer, RemoteError):
             self._end(answer)
         elif not isinstance(answer, MemwsError):  # else the connection was lost, and it is asked again
-            self._begin(answer["last_seq"])
-
-    def _begin(self, last_seq: int) -> None:
-        self._state, self._tries = "open", 0
-        self._cursor = last_seq if self._cursor is None else self._cursor
-        self._begun.set()
+            self._has_begun = True
+            self._cursor = answer["last_seq"] if self._cursor is None else self._cursor
 
     def _is_ours(self, event: Frame) -> bool:
         is_same_agent = event.get("agent_name") == self.agent_name
@@ -4188,30 +4169,23 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         if not self._is_ours(event):
             return
         kind, seq = kind_of(event), event.get("seq")
-        if self.turn_id and kind == "agent_response_start" and self._state == "asked":
-            self.agent_name = event["agent_name"]
-            self._begin(event["seq"])
+        if self.turn_id and kind == "agent_response_start":
+            self.agent_name, self._has_begun = event["agent_name"], True
         # A refusal and a place in the queue come before the start, and are not stored.
         is_early = self.turn_id and (kind == "queue" or (kind in TERMINAL_TYPES and seq is None))
-        if not is_early:
-            if self._state != "open" or (seq or math.inf) <= (self._cursor or 0):
-                return
-            if self._events.qsize() >= FEED_LIMIT:
-                self._state = "behind"
-                return
-        self._cursor, self._tries = seq or self._cursor, 0
-        self._events.put_nowait(event)
-        if self.turn_id and kind in TERMINAL_TYPES:
-            self._end()
+        is_new = self._has_begun and (seq is None or seq > (self._cursor or 0))
+        if is_early or is_new:
+            self._cursor = seq or self._cursor
+            self._events.put_nowait(event)
+            if self.turn_id and kind in TERMINAL_TYPES:
+                self._end()
 
     def _end(self, error: MemwsError | None = None) -> None:
         """Nothing more comes: the reader gets what waits, then `error` or the end."""
-        if self._state != "over":
-            self._state = "over"
-            self._events.put_nowait(error or StopAsyncIteration())
-            self._begun.set()
+        if self in self._client._streams:
             self._client._streams.remove(self)
             self._client._pending.pop(self._request["id"], None)
+            self._events.put_nowait(error or StopAsyncIteration())
 
 
 class Client:
@@ -4372,8 +4346,7 @@ class Client:
             self._post({"type": "command", "command": "load_agent", "name": self.agent_name})
         # Subscriptions before turns: their replay must not find newer events already delivered.
         for stream in sorted(self._streams, key=lambda stream: bool(stream.turn_id)):
-            if stream._state != "behind":  # else once its reader is back
-                stream._ask()
+            stream._ask()
         return websocket
 
     async def _dial(self) -> Connection:
@@ -4476,7 +4449,7 @@ class BlockingClient:
     """A Client on a loop of its own daemon thread; its calls work from any other thread, also inside a running loop.
 
     Use it with `with`; it ends also when nothing refers to it any more. All is as in Client, but reconnect is 60 s, and
-    turns and subscriptions are ordinary iterators; a subscription comes once the server has confirmed it.
+    turns and subscriptions are ordinary iterators.
     """
 
     def __init__(self, url: str = f"ws://localhost:{DEFAULT_PORT}", token: str | None = None, **options: Any) -> None:
@@ -4528,9 +4501,7 @@ class BlockingClient:
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> BlockingStream:
         async def subscribe() -> Stream:
-            stream = self.client.subscribe(agent_name, after)
-            await stream.ready()
-            return stream
+            return self.client.subscribe(agent_name, after)
 
         return BlockingStream(self, self._call(subscribe))
 
