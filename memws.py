@@ -1293,8 +1293,8 @@ class Sqlite:
             if is_new:
                 marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
                 connection.executescript(f"BEGIN; {SCHEMA}; {marks}; COMMIT")
-            for setting in ("journal_mode = WAL", f"synchronous = {self._sync}", "foreign_keys = ON"):
-                connection.execute(f"PRAGMA {setting}")
+            settings = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = {self._sync}; PRAGMA foreign_keys = ON"
+            connection.executescript(settings)
             stack.pop_all()
         return connection
 
@@ -1658,13 +1658,11 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     """
     turn, values = ("", ()) if turn_id is None else ("AND turn_id = ?", (turn_id,))
     sql = f"SELECT seq, kind, turn_id, text FROM events WHERE agent = ? AND seq > ? {turn} ORDER BY seq LIMIT ?"
+    rows, size = db.execute(sql, (agent, after, *values, limit)), 0
     page: list[StoredEvent] = []
-    room = EVENT_PAGE
-    for event in map(StoredEvent._make, db.execute(sql, (agent, after, *values, limit))):
-        page.append(_whole(event))
-        room -= len(event.text)
-        if room <= 0:
-            break
+    while size < EVENT_PAGE and (row := rows.fetchone()):
+        page.append(_whole(StoredEvent(*row)))
+        size += len(page[-1].text)
     return page
 
 
@@ -1722,9 +1720,8 @@ def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentReco
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
         return _decoded(AgentRecord(*row))
-    names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where} LIMIT 5000")]
-    total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
-    raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names, 10, 0.0), total)
+    names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where}")]
+    raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0), len(names))
 
 
 def list_agents(db: SqlConnection, after: str, limit: int) -> tuple[list[AgentRecord], int]:
@@ -1938,7 +1935,6 @@ _EXPORTED = {  # table: its columns in a file
     "events": "seq, turn_id, kind, text",
     "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
 }
-_OBJECTS = {"messages": ["body"], "memory": [], "events": ["text"], "requests": ["response", "usage"]}  # as JSON
 CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
 
 
@@ -2040,12 +2036,15 @@ def _convert_export(data: JSON) -> None:
         row |= {"time": agent["last_active"], "pieces": pack_texts(texts).hex()}
 
 
+_DAMAGE = sqlite3.IntegrityError, sqlite3.ProgrammingError  # not OperationalError: a full disk, a lock
+
+
 @contextlib.contextmanager
 def damage_at(place: str) -> Iterator[None]:
     """Raises UsageError with the place where what is inside cannot be read or stored."""
     try:
         yield
-    except (sqlite3.IntegrityError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+    except (*_DAMAGE, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UsageError(f"damaged: {place}: {reason}") from None
 
@@ -2054,10 +2053,10 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tu
     """Store a row of an export; its postings, which the caller stores."""
     if table == "memory":
         return remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
-    for name in _OBJECTS[table]:
-        row[name] = encode_json(clean_value(check(decode_json(row[name]), {"type": "object"})))
-    if table == "messages" and read_body(ChatMessage(0, row["role"], "", "", row["body"])) is None:
-        raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
+    if table == "messages":
+        row["body"] = encode_json(clean_value(decode_json(row["body"])))
+        if read_body(ChatMessage(0, row["role"], "", "", row["body"])) is None:
+            raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
     columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
     blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
     insert(db, table, agent=agent, **columns | blobs)
@@ -2067,7 +2066,7 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tu
 def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
     """Store the rows of an export. Raises UsageError with the place of what is damaged."""
     postings: list[tuple[str, int]] = []
-    for table in _OBJECTS:
+    for table in list(_EXPORTED)[1:]:
         with damage_at(table):
             rows = check(data.get(table), schema_of(list[dict[str, Any]]))
         for number, row in enumerate(rows):
