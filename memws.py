@@ -2901,9 +2901,6 @@ class Tool:
             raise ToolError(str(error)) from None
 
 
-_HEARTBEAT_SCHEMA = {"type": "boolean", "description": "run again right after this call"}
-
-
 def make_tool(
     call: Callable[..., Any], name: str | None = None, timeout: float = TOOL_TIMEOUT, builtin: bool = False
 ) -> Tool:
@@ -2917,7 +2914,7 @@ def make_tool(
         raise UsageError(f"tool {function.name!r}: {REQUEST_HEARTBEAT} is added by memws itself")
     properties = dict(function.parameters["properties"])
     if function.name not in ("send_message", "pause_heartbeats"):
-        properties[REQUEST_HEARTBEAT] = _HEARTBEAT_SCHEMA
+        properties[REQUEST_HEARTBEAT] = {"type": "boolean", "description": "run again right after this call"}
     parameters = function.parameters | {"properties": properties}
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
     return Tool(function, encode_json({"type": "function", "function": about}), builtin, timeout)
@@ -3121,13 +3118,13 @@ class Transaction:
         documents, total = await memory.store.read(search, memory.record.id, wanted)
         if not documents:
             return f"No results found in {store} memory" + (f" for {quote(query)}." if query else ".")
-        items = [
-            {"time": item.time[:16].replace("T", " "), "role": item.role, "text": excerpt(item.text, SEARCH_TEXT_LIMIT)}
-            for item in documents
-        ]
-        shown = [{key: value for key, value in item.items() if value} for item in items]
+        items = []
+        for item in documents:
+            role = {"role": item.role} if item.role else {}
+            text = excerpt(item.text, SEARCH_TEXT_LIMIT)
+            items.append({"time": item.time[:16].replace("T", " "), **role, "text": text})
         pages = (total - 1) // SEARCH_PAGE
-        return f"Showing {len(items)} of {total} results (page {page} of {pages}): {encode_json(shown)}"
+        return f"Showing {len(items)} of {total} results (page {page} of {pages}): {encode_json(items)}"
 
 
 def pack(kind: str, **fields: Any) -> str:
@@ -3142,7 +3139,7 @@ def model_time() -> str:
 
 def date_range(start: str, end: str) -> tuple[str, str]:
     """From `start` up to `end` inclusive, days or times, as (first time, time after the last). Raises ToolError."""
-    return _moment(start, 0) or "", _moment(end, 1) or "~"
+    return _moment(start, 0), _moment(end, 1) or "~"
 
 
 def _moment(text: str, days: int) -> str:
@@ -3228,16 +3225,9 @@ def pause_heartbeats(memory: Transaction, minutes: int) -> str:
     return f"Pausing timed heartbeats for {minutes} min"
 
 
-_MEMORY_CALLS: tuple[Callable[..., Any], ...] = (
-    send_message,
-    core_memory_append,
-    core_memory_replace,
-    conversation_search,
-    conversation_search_date,
-    archival_memory_insert,
-    archival_memory_search,
-    pause_heartbeats,
-)
+_MEMORY_CALLS: list[Callable[..., Any]] = [send_message, core_memory_append, core_memory_replace]
+_MEMORY_CALLS += [conversation_search, conversation_search_date]
+_MEMORY_CALLS += [archival_memory_insert, archival_memory_search, pause_heartbeats]
 MEMORY_TOOLS = {call.__name__: make_tool(call, builtin=True) for call in _MEMORY_CALLS}
 
 
@@ -3424,18 +3414,12 @@ class Turn:
 def assistant_body(text: str, calls: Sequence[ToolCall]) -> JSON:
     """The chat message of what an agent said and called."""
     body: JSON = {"role": "assistant", "content": text or None}
-    if calls:
-        functions = [{"name": call.name, "arguments": encode_json(call.arguments)} for call in calls]
-        ids = (call.id for call in calls)
-        pairs = zip(ids, functions, strict=True)
-        body["tool_calls"] = [{"id": id_, "type": "function", "function": function} for id_, function in pairs]
+    for call in calls:
+        function = {"name": call.name, "arguments": encode_json(call.arguments)}
+        body.setdefault("tool_calls", []).append({"id": call.id, "type": "function", "function": function})
     return body
 
 
-_SUMMARY_NOTE = (
-    "Note: prior messages ({hidden} of {total}) have left your view to make room; conversation_search finds them. "
-    "Summary of them:\n{gist}"
-)
 _USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
@@ -3598,10 +3582,9 @@ class Agent:
             vectors = await self._query_vectors(reply.calls)
         async with self._change(turn) as change:
             change.vectors = vectors
-            self._add_reply(change, turn, reply)
+            self._add_reply(change, reply, "" if reply.calls or reply.partial or turn.replied else reply.text)
             results = [await self._call(change, turn, call) for call in reply.calls]
-            if reply.partial:
-                self._add_partial(change, reply, f"cut at {MAX_REPLY:,} characters: the user has seen only this much")
+            self._add_partial(change, reply, f"cut at {MAX_REPLY:,} characters")
             turn.replied = turn.replied or change.spoke
             self._finish(change, turn, reply, all(results))
 
@@ -3673,9 +3656,7 @@ class Agent:
         prompt = (request.system, request.summary, *messages, request.extra)
         return request_body(request.head, filter(None, prompt), request.tools)
 
-    async def _call_model(
-        self, turn: Turn, request: RequestRecord, reply: Reply, messages: Sequence[ChatMessage]
-    ) -> None:
+    async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
         body = self._request_body(request, (message.body for message in messages))
         request.digest = hashlib.sha256(body.encode()).digest()
@@ -3741,9 +3722,8 @@ class Agent:
         queries = [str(arguments["query"]) for arguments in searches]
         return {query: await self.query_vector(query) for query in queries}
 
-    def _add_reply(self, change: Transaction, turn: Turn, reply: Reply) -> None:
-        """The assistant's message with its monologue; plain text, where the user waits for a reply, is that reply."""
-        plain = "" if reply.calls or reply.partial or turn.replied else reply.text
+    def _add_reply(self, change: Transaction, reply: Reply, plain: str) -> None:
+        """The assistant's message with its monologue; `plain` text is the reply that the user waits for."""
         if plain:
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
         for what, text in reply.corrections:
@@ -3759,11 +3739,12 @@ class Agent:
             change.add_message("assistant", monologue, assistant_body(reply.text, reply.calls), said=spoken)
 
     def _add_partial(self, change: Transaction, reply: Reply, reason: str) -> None:
-        """What an answer said before it was cut; its call gets a result that says so."""
-        call = ToolCall(f"call_{secrets.token_hex(8)}", "send_message", arguments={"message": reply.partial})
-        change.add_message("assistant", reply.monologue, assistant_body(reply.text, [call]), said=reply.partial)
-        change.say(reply.partial, partial=True)
-        self._add_result(change, call, ToolError(reason))
+        """What an answer said with send_message before it was cut, as a call with a result that says so."""
+        if reply.partial:
+            call = ToolCall(f"call_{secrets.token_hex(8)}", "send_message", arguments={"message": reply.partial})
+            change.add_message("assistant", reply.monologue, assistant_body(reply.text, [call]), said=reply.partial)
+            change.say(reply.partial, partial=True)
+            self._add_result(change, call, ToolError(f"{reason}: the user has seen only this much"))
 
     async def _call(self, change: Transaction, turn: Turn, call: ToolCall) -> bool:
         """Make a tool call and tell of it; whether it succeeded."""
@@ -3852,7 +3833,7 @@ class Agent:
         if turn.stop_reason is not None:
             return turn.stop_reason
         if turn.failed_tools >= MAX_FAILED_TOOLS:
-            problem = next((message.text for message in change.changes.messages[::-1] if message.role == "tool"), "")
+            problem = change.changes.messages[-1].text
             return ModelError("bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {problem}")
         if max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
             return "repeated_call"
@@ -3868,15 +3849,12 @@ class Agent:
         reply = turn.reply or Reply()
         reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
         reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
+        reply.calls, reason = [], turn.stop_reason or "cancelled"
         async with self._change(turn) as change:
             change.changes.request = turn.request
-            if reply.monologue:
-                change.add_event("internal_monologue", reply.monologue)
-            if reply.partial:
-                self._add_partial(change, reply, f"{turn.stop_reason}: the user has seen only this much")
-            elif reply.text:
-                change.add_message("assistant", reply.monologue, assistant_body(reply.text, []))
-            self._end(change, turn, turn.stop_reason or "cancelled")
+            self._add_reply(change, reply, "")
+            self._add_partial(change, reply, reason)
+            self._end(change, turn, reason)
 
     async def _fail(self, turn: Turn, error: MemwsError) -> None:
         """End a turn with an error; open calls get a result. Raises StoreFailed."""
@@ -3950,9 +3928,8 @@ class Agent:
         if turn.message is not None and hidden[-1].id > turn.before:
             gist += f"\n{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self._change(turn) as change:
-            gist, summary, after = self._fitting_summary(gist, hidden, kept, before)
-            first = kept[0].id if kept else memory.last_message + 1
-            change.state |= {"cut": first, "warned": False, "summary": summary, "gist": gist}
+            gist, summary, after = self._fitting_summary(gist, kept, before)
+            change.state |= {"cut": kept[0].id, "warned": False, "summary": summary, "gist": gist}
             sizes = {"tokens_before": before, "tokens_after": after}
             counts = {"messages_before": cut + len(kept), "messages_after": len(kept)}
             change.add_event("compaction", f"{cut} messages became a summary", **counts, **sizes, summary=gist)
@@ -3997,12 +3974,11 @@ class Agent:
             reply.text = ""
         return excerpt(reply.text or transcript[-SUMMARY_LIMIT:], SUMMARY_LIMIT)
 
-    def _fitting_summary(
-        self, gist: str, hidden: Sequence[ChatMessage], kept: Sequence[ChatMessage], before: int
-    ) -> tuple[str, str, int]:
+    def _fitting_summary(self, gist: str, kept: list[ChatMessage], before: int) -> tuple[str, str, int]:
         """(words, the summary as packed, tokens with it): words are left out until it saves something."""
+        hidden = f"Note: prior messages ({kept[0].id - 1} of {self.memory.last_message}) have left your view"
         for words in (gist, excerpt(gist, 200), ""):
-            note = _SUMMARY_NOTE.format(hidden=hidden[-1].id, total=self.memory.last_message, gist=words)
+            note = f"{hidden} to make room; conversation_search finds them. Summary of them:\n{words}"
             summary = pack("system_alert", message=note)
             sizes = self._sizes(kept, summary=encode_json({"role": "user", "content": summary}))
             if (after := sum(sizes.values())) < before:
@@ -4037,13 +4013,8 @@ class Agent:
         body = self._request_body(request, messages)
         if hashlib.sha256(body.encode()).digest() != request.digest:
             raise StoreFailed("the stored request does not match the digest of what was sent; run memws.py check")
-        return {
-            "request": decode_json(body),
-            "response": request.response,
-            "usage": request.usage,
-            "first_token_ms": request.first_token_ms,
-            "total_ms": request.total_ms,
-        }
+        names = ("response", "usage", "first_token_ms", "total_ms")
+        return {"request": decode_json(body), **{name: getattr(request, name) for name in names}}
 
 
 # ======================================================================================================================
