@@ -2677,8 +2677,10 @@ def _own_idea(text: str) -> str:
 
 def _topic(text: str) -> set[str]:
     """What two texts about the same share: ideas, and terms of search for which there is none."""
-    words = re.findall(r"\w+", text.lower())
-    return set[str]().union(*([_IDEA_OF[word]] if word in _IDEA_OF else split_terms(word) for word in words)) - {""}
+    topic = set[str]()
+    for word in re.findall(r"\w+", text.lower()):
+        topic.update([_IDEA_OF[word]] if word in _IDEA_OF else split_terms(word))
+    return topic - {""}
 
 
 def _split(text: str) -> tuple[list[str], list[str]]:
@@ -2700,7 +2702,8 @@ def _turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSON, JSON]
             elif said in (HEARTBEAT_TIMER, HEARTBEAT_WAKE):
                 text = None
         calls += [call["function"] for call in message.get("tool_calls") or ()]
-        results += [decode_json(message["content"])] if message["role"] == "tool" else []
+        if message["role"] == "tool":
+            results.append(decode_json(message["content"]))
     pairs = zip(calls, results, strict=True)
     done = [(call["name"], decode_json(call["arguments"]), result) for call, result in pairs]
     is_answered = any(name == "send_message" and result["status"] == "OK" for name, _, result in done)
@@ -2768,8 +2771,8 @@ def _reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> st
             parts.append(f"{name} {'returned' if result['status'] == 'OK' else 'failed'}: {result['message']}")
         elif fact:
             parts.append(f"I noted in {name.partition('_')[0]} memory: {fact}.".replace("\n", "; "))
-    found = _found(result for _, _, result in done)
-    parts += [_answer(question, found, core) for question in _split(text)[1]]
+    results = [result for _, _, result in done]
+    parts += [_answer(question, _found(results), core) for question in _split(text)[1]]
     return " ".join(parts) or STAND_IN
 
 
@@ -2787,7 +2790,8 @@ class OfflineModel:
         text, calls = self._respond(request["messages"], tools)
         yield {"choices": [{"delta": {"content": text}}]}
         for index, (name, arguments) in enumerate(calls):
-            function = {"name": name, "arguments": encode_json(arguments)}
+            heartbeat = {} if name == "send_message" else {REQUEST_HEARTBEAT: True}
+            function = {"name": name, "arguments": encode_json({**arguments, **heartbeat})}
             yield {"choices": [{"delta": {"tool_calls": [{"index": index, "function": function}]}}]}
         yield {"choices": [{"delta": {}, "finish_reason": "tool_calls" if calls else "stop"}]}
 
@@ -2802,12 +2806,8 @@ class OfflineModel:
         human = re.search(r'<human characters="(\d+)/(\d+)">\n(.*?)\n?</human>', system, re.DOTALL)
         size, limit, block = human.groups() if human else (0, 0, "")
         core = [line for line in block.split("\n") if line]
-        wanted = [] if done else [*_calls(text, core, int(limit) - int(size))]
-        is_order = _ORDER.match(text) is not None
-        calls = [
-            (name, {**arguments, REQUEST_HEARTBEAT: True}) for name, arguments in wanted if is_order or name in tools
-        ]
-        if calls:
+        wanted = [] if done else _calls(text, core, int(limit) - int(size))
+        if calls := [call for call in wanted if call[0] in tools or _ORDER.match(text)]:
             return "I look into my memory and keep what is new.", calls
         if "send_message" in tools:
             return "I know what to say.", [("send_message", {"message": _reply(text, core, done)})]
