@@ -6382,6 +6382,7 @@ class LiveAgent:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         item = self.current = QueuedTurn("", None)
         try:
+            await self._mend()
             return await self.agent.compact(item)
         except ModelError as error:
             raise Refused("not_found", f"there is nothing to compact: {error}") from error
@@ -6492,6 +6493,8 @@ class Agents:
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
         """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
+        if live.gone:
+            raise live.gone_error()
         if live.busy and not force:
             raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or send force true")
         live.gone = True
@@ -6769,11 +6772,10 @@ class Session:
                 await self._send(text)
 
     async def _live(self, name: str | None) -> LiveAgent:
-        """The agent that a request means. Raises Refused (no_agent), UnknownAgent, StoreFailed."""
+        """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
         live = self._current if name is None else await self._agents.get(name)
         if live is None or (name is None and live.gone):
             raise Refused("no_agent", "no agent has been initialized; send create_agent or load_agent, or name one")
-        await live.fresh()
         return live
 
     def _reader(self, live: LiveAgent) -> Reader:
@@ -6796,6 +6798,8 @@ class Session:
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
+        if not live.gone:
+            await live.fresh()  # the end of a turn could not be stored then; it can be by now
         record = await self._agents.store.read(find_turn, live.agent.record.id, turn_id)
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
         if item is None and record is None:
@@ -6828,6 +6832,7 @@ class Session:
     async def subscribe(self, live: LiveAgent, after: Any = None) -> JSON:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
+        await live.fresh()
         last_seq = live.last_seq
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
@@ -6854,7 +6859,7 @@ class Session:
         if name is None and agent_name is None:
             raise InvalidRequest("missing_field", "load_agent needs the field 'name'")
         live = self._current = await self._live(agent_name if name is None else name)
-        agent = live.agent
+        agent = await live.fresh()
         repairs, agent.repairs = agent.repairs, []
         about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.last_seq}
         return about | {"repaired": repairs, "warnings": agent.warnings}
@@ -6909,7 +6914,7 @@ class Session:
 
     async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
         """Change an agent's settings. Result: {settings, warnings}."""
-        agent = live.agent
+        agent = await live.fresh()
         values, warnings = read_config(config, self._agents.tools, agent.record.config)
         await agent.update(values)
         live.rest()
@@ -7010,7 +7015,7 @@ class Session:
         self, live: LiveAgent, label: Annotated[str, 1, MAX_NAME], value: Text, version: int | None = None
     ) -> JSON:
         """Give a block of core memory another text, with `version` only if that is stored. Result: {label, version}."""
-        async with Transaction(live.agent.memory) as change:
+        async with Transaction((await live.fresh()).memory) as change:
             change.write(label, value, version)
             return {"label": label, "version": change.block(label).version}
 
@@ -7018,14 +7023,14 @@ class Session:
         """Keep a passage in archival memory. Result: {id}."""
         if not text.strip():
             raise InvalidRequest("bad_field", "text: expected something to keep, but it is empty")
-        async with Transaction(live.agent.memory) as change:
+        async with Transaction((await live.fresh()).memory) as change:
             passage_id = change.insert(text)
         self._agents.memory_growth.set()
         return {"id": passage_id}
 
     async def delete_passage(self, live: LiveAgent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
         """Take a passage out of archival memory. Result: {id}."""
-        async with Transaction(live.agent.memory) as change:
+        async with Transaction((await live.fresh()).memory) as change:
             await change.remove(passage_id)
         return {"id": passage_id}
 
