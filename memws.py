@@ -2691,7 +2691,7 @@ def _split(text: str) -> tuple[list[str], list[str]]:
     return [piece for piece in pieces if piece not in questions], questions[:3]
 
 
-def _turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSON, JSON]]]:
+def _offline_turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSON, JSON]]]:
     """What waits for an answer, if anything, and name, arguments and result of each call made since it came."""
     text, calls, results = None, list[JSON](), list[JSON]()
     for message in messages:
@@ -2710,7 +2710,7 @@ def _turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSON, JSON]
     return None if is_answered else text, done
 
 
-def _calls(text: str, core: list[str], room: int) -> Iterator[tuple[str, JSON]]:
+def _offline_calls(text: str, core: list[str], room: int) -> Iterator[tuple[str, JSON]]:
     """What it keeps of a text and looks up for it, or what the text tells it to call."""
     if order := _ORDER.match(text):
         arguments = read_json(order[2])[0]
@@ -2762,7 +2762,7 @@ def _answer(question: str, found: dict[str, str], core: list[str]) -> str:
     return " ".join(f'{found.get(text, "In core memory")}: "{text}".' for text in best[:3])
 
 
-def _reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> str:
+def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> str:
     """What it says to the user at the end of its turn."""
     parts = list[str]()
     for name, arguments, result in done:
@@ -2800,18 +2800,18 @@ class OfflineModel:
         system = messages[0]["content"]
         if system.startswith(SUMMARY_SYSTEM):
             return "", []  # then the last words stand for a summary
-        text, done = _turn(messages)
+        text, done = _offline_turn(messages)
         if text is None:
             return "Nothing waits for an answer.", []
         human = re.search(r'<human characters="(\d+)/(\d+)">\n(.*?)\n?</human>', system, re.DOTALL)
         size, limit, block = human.groups() if human else (0, 0, "")
         core = [line for line in block.split("\n") if line]
-        wanted = [] if done else _calls(text, core, int(limit) - int(size))
+        wanted = [] if done else _offline_calls(text, core, int(limit) - int(size))
         if calls := [call for call in wanted if call[0] in tools or _ORDER.match(text)]:
             return "I look into my memory and keep what is new.", calls
         if "send_message" in tools:
-            return "I know what to say.", [("send_message", {"message": _reply(text, core, done)})]
-        return _reply(text, core, done), []
+            return "I know what to say.", [("send_message", {"message": _offline_reply(text, core, done)})]
+        return _offline_reply(text, core, done), []
 
 
 # ---- the models of a server ------------------------------------------------------------------------------------------
