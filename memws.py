@@ -1285,7 +1285,7 @@ class Sqlite:
         with usable(self.path), contextlib.ExitStack() as stack:
             stack.callback(self.close)
             if not self.memory:
-                make_private(self.path)
+                pathlib.Path(self.path).touch(0o600)  # a new one is for its owner only
             connection = self.connect()
             is_new = not has_schema(connection, self.path)  # what is not ours is left as it is
             if not self.memory:
@@ -1308,7 +1308,7 @@ class Sqlite:
     def _lock(self) -> None:
         """Keep other servers off through a lock on a file beside it, which ends with the process."""
         path = f"{self.path}.lock"
-        make_private(path)
+        pathlib.Path(path).touch(0o600)
         lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._connections.insert(0, lock)  # closed last
         with usable(self.path, "stop the memws server that uses it, or name another file with --db"):
@@ -1327,12 +1327,6 @@ def usable(path: str, advice: str = "name another file with --db") -> Iterator[N
     except (OSError, sqlite3.Error, ValueError) as error:  # ValueError: a damaged schema that is no UTF-8
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"cannot use the database {path!r} ({reason}); {advice}") from error
-
-
-def make_private(path: str) -> None:
-    """Make the file where it is missing, for its owner only."""
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def has_schema(connection: SqlConnection, path: str) -> bool:
@@ -1596,10 +1590,10 @@ def commit(db: SqlConnection, agent: int, changes: Changes) -> list[StoredEvent]
     row = db.execute(sql, (*texts, count, now, agent)).fetchone()
     if row is None:
         raise StoreFailed("the agent was deleted meanwhile")
-    stored = []
-    for seq, event in enumerate(changes.events, row[0] - count + 1):
-        event |= {"seq": seq, "time": now}
-        stored.append(StoredEvent(seq, kind_of(event), event.get("turn_id", ""), encode_json(event)))
+    stored = [
+        StoredEvent(seq, kind_of(event), event.get("turn_id", ""), encode_json(event | {"seq": seq, "time": now}))
+        for seq, event in enumerate(changes.events, row[0] - count + 1)
+    ]
     sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
     db.executemany(sql, [(agent, *event) for event in stored])
     for message in changes.messages:
