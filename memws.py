@@ -2740,7 +2740,7 @@ def _found(results: Iterable[JSON]) -> dict[str, str]:
     for hit in sorted(hits, key=lambda hit: hit["time"], reverse=True):
         where = {"user": "You told me on", None: "In archival memory since"}.get(hit.get("role"))
         for statement in reversed(_split(hit["text"])[0]) if where else ():
-            found.setdefault(statement, f"{where} {hit['time'][:10]}")
+            found[statement] = f"{where} {hit['time'][:10]}"
     return found
 
 
@@ -2793,7 +2793,9 @@ class OfflineModel:
         """Its monologue and calls in answer to a request."""
         system = messages[0]["content"]
         if system.startswith(SUMMARY_SYSTEM):
-            return "", []  # then the last words stand for a summary
+            told = re.findall(r"^(?:user(?: \([^)\n]*\))?: |- )(.*)", messages[-1]["content"], re.MULTILINE)
+            statements = dict.fromkeys(f"- {statement}" for text in told for statement in _split(text)[0])
+            return "The user stated:\n" + "\n".join(statements)[-SUMMARY_LIMIT // 2 :], []
         text, done = _offline_turn(messages)
         if text is None:
             return "Nothing waits for an answer.", []

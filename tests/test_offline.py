@@ -270,6 +270,26 @@ def test_what_may_stand_before_a_reply() -> None:
     assert harness.run() == ['In core memory: "I live in Porto".']
 
 
+def test_a_summary_keeps_the_facts() -> None:
+    """A summary keeps within its limit what the user stated, the newest, and carries an earlier summary on."""
+
+    def summarize(transcript: str) -> str:
+        messages = [{"role": "system", "content": memws.SUMMARY_SYSTEM + "."}, {"role": "user", "content": transcript}]
+        text, calls = ask(messages, [])
+        assert (calls, len(text) <= memws.SUMMARY_LIMIT) == ([], True)
+        return text
+
+    once = summarize(
+        "user (2026-11-24 10:00): My name is Ada and I live in Porto.\nassistant (2026-11-24 10:00): I like you.\n"
+        "user (2026-11-24 10:01): What is up?\ntool: I am a tool"
+    )
+    assert once.split("\n") == ["The user stated:", "- My name is Ada", "- I live in Porto"]
+    again = summarize(f"Summary of what came before: {once}\nuser: I have a cat.")
+    assert again.split("\n") == [*once.split("\n"), "- I have a cat"]
+    assert "I own 499 herons" in summarize("\n".join(f"user: I own {number} herons." for number in range(500)))
+    assert summarize("") == "The user stated:"
+
+
 HOSTILE = ["\x00", "????" * 16_384, "I " * 32_768, "my " * 21_000, "(" * 65_536, "I like " * 9_000, "and i " * 10_000]
 HOSTILE += [", " * 32_000, "¿" * 65_536, "hi, " * 16_000, "\n" * 65_536, ". " * 32_768, "{" * 65_536, "no, " * 16_000]
 HOSTILE += ["/call x " + "{" * 60_000, "what is my name and " * 3_000, "你好" * 30_000, "forget that " * 5_000, "null"]
