@@ -2887,14 +2887,11 @@ class Tool:
         return self.function.name
 
     def bind(self, arguments: JSON) -> JSON:
-        """`arguments` as the function takes them, without request_heartbeat. Raises ToolError with advice."""
+        """`arguments` as the function takes them, without request_heartbeat. Raises InvalidRequest with advice."""
         known = (*self.function.parameters["properties"], REQUEST_HEARTBEAT)
         if unknown := [name for name in arguments if name not in known]:
-            raise ToolError(f"unknown argument {quote(unknown[0])}; call {self.function.usage}")
-        try:
-            return self.function.bind(arguments, lenient=True)
-        except InvalidRequest as error:
-            raise ToolError(str(error)) from None
+            raise InvalidRequest("bad_field", f"unknown argument {quote(unknown[0])}; call {self.function.usage}")
+        return self.function.bind(arguments, lenient=True)
 
 
 def make_tool(
@@ -3101,10 +3098,9 @@ class Transaction:
         self.add_event("assistant_message", message, **({"partial": True} if partial else {}))
 
     def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
-        diff = difference(before or "", after or "")
-        about = {"what": what, **fields, "before": before, "after": after, "diff": diff}
-        about["by"] = "agent" if self.turn_id else "client"
-        self.add_event("memory_change", f"{what} memory: {name} changed", **about)
+        by = "agent" if self.turn_id else "client"
+        fields |= {"before": before, "after": after, "diff": difference(before or "", after or ""), "by": by}
+        self.add_event("memory_change", f"{what} memory: {name} changed", what=what, **fields)
 
     async def search(self, store: str, query: str, page: int, since: str = "", until: str = "~") -> str:
         """A page of results as a model reads them; the newest first where nothing is searched for."""
@@ -3300,9 +3296,7 @@ def check_record(record: AgentRecord) -> None:
 
 
 def core_memory(
-    persona: str = "sam_pov",
-    human: str = "basic",
-    blocks: Annotated[list[dict[str, Any]], 0, MAX_BLOCKS] | None = None,
+    persona: str = "sam_pov", human: str = "basic", blocks: Annotated[list[JSON], 0, MAX_BLOCKS] | None = None
 ) -> list[Block]:
     """A new agent's core memory: persona and human (texts, or bundled names) and further blocks. Raises Refused."""
     items = {"persona": {"value": PERSONAS.get(persona, persona)}, "human": {"value": HUMANS.get(human, human)}}
@@ -3311,8 +3305,7 @@ def core_memory(
         items[label] = items.get(label, {}) | item
     made = [apply(Block, {"label": label, **item, "version": 1}, "blocks") for label, item in items.items()]
     if sum(block.limit for block in made) > MAX_BLOCKS_TOTAL:
-        text = f"expected limits of at most {MAX_BLOCKS_TOTAL:,} characters together"
-        raise Refused("bad_config", f"blocks: {text}")
+        raise Refused("bad_config", f"blocks: expected limits of at most {MAX_BLOCKS_TOTAL:,} characters together")
     return made
 
 
@@ -3749,10 +3742,10 @@ class Agent:
         change.add_event("tool_call", encode_json(call.arguments), **about)
         change.add_event("function_message", call.line)
         try:
-            outcome: str | ToolError = await self._run(change, turn, call)
+            outcome: str | MemwsError = await self._run(change, turn, call)
         except Stopped:
             outcome = ToolError(f"{turn.stop_reason}: result unknown")
-        except ToolError as error:
+        except (ToolError, InvalidRequest, Refused) as error:
             outcome = error
         self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
         succeeded = isinstance(outcome, str)
@@ -3760,7 +3753,7 @@ class Agent:
         return succeeded
 
     async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str:
-        """A call's result. Raises ToolError, Stopped, StoreFailed where what came before it could not be stored."""
+        """A call's result. Raises ToolError, InvalidRequest, Refused, Stopped; StoreFailed of what came before it."""
         if turn.stop_reason is not None:
             raise ToolError(f"{turn.stop_reason} before it ran")
         if turn.failed_tools >= MAX_FAILED_TOOLS:
@@ -3777,10 +3770,10 @@ class Agent:
         try:
             result = tool.function.call(change, **arguments)
             return result_text(await result if inspect.isawaitable(result) else result)
-        except (Refused, StoreFailed) as error:  # StoreFailed: of a search, which changes nothing
+        except StoreFailed as error:  # of a search, which changes nothing
             raise ToolError(str(error)) from error
 
-    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | ToolError, duration_ms: int = 0) -> None:
+    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
         """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
         ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)))
         status = "OK" if ok else "Failed"
@@ -3847,7 +3840,6 @@ class Agent:
         reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
         reply.calls, reason = [], turn.stop_reason or "cancelled"
         async with self._change(turn) as change:
-            change.changes.request = turn.request
             self._add_reply(change, reply, "")
             self._add_partial(change, reply, reason)
             self._end(change, turn, reason)
@@ -3857,19 +3849,18 @@ class Agent:
         if turn.request is not None and isinstance(error, ModelError):
             turn.request.response = {"error": {"code": error.code, "message": str(error)}}
         async with self._change(turn) as change:
-            change.changes.request = turn.request
             for _, call_id, name in history_faults(self.memory.messages)[1]:
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
             self._end(change, turn, error)
 
     def _end(self, change: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
         """The terminal event: a stop reason, or an error."""
-        end: Event = {"type": "agent_response_end", "stop_reason": outcome}
+        end = {"type": "agent_response_end", "stop_reason": outcome}
         if isinstance(outcome, MemwsError):
-            end = {"type": "agent_response_error", "message": str(outcome), "code": outcome.code}
-            end["stop_reason"] = "error"
+            problem = {"message": str(outcome), "code": outcome.code}
+            end = {"type": "agent_response_error", "stop_reason": "error", **problem}
         change.changes.events.append({**end, "turn_id": turn.turn_id, "usage": turn.usage})
-        change.state["turn"] = None
+        change.changes.request, change.state["turn"] = turn.request, None
         turn.over = True
 
     # -- the context window --

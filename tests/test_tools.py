@@ -94,7 +94,7 @@ def test_arguments_are_bound_by_name() -> None:
         ({"city": "Rome", "nights": True}, "nights: expected an integer from 1 to 30, but got True"),
         ({"city": "Rome", "nights": 1, "room": "x" * 999}, "room: expected one of 'single', 'double', but got 'xxx"),
     ):
-        with pytest.raises(ToolError) as caught:
+        with pytest.raises(memws.InvalidRequest) as caught:
             tool.bind(arguments)
         text = str(caught.value)
         assert (text.startswith(problem), text.endswith(usage), len(text) < 250) == (True, True, True), text
