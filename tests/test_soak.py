@@ -12,9 +12,8 @@ sys.path.append(str(SCRIPTS))
 COUNTS = {
     "hostile": 2_000,
     "gate": 300,
-    "kills": 4,
+    "clients": 4,
     "model_faults": 33,
-    "resends": 10,
     "readers": 4,
     "lagging": 40,
     "disk_faults": 20,

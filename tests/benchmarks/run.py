@@ -535,15 +535,16 @@ def compare(
 
 # ---- The command -----------------------------------------------------------------------------------------------------
 
-BENCHES: dict[str, Callable[[Bench], Iterator[str]]] = {
-    "size": size,
-    "turn": turns,
-    "throughput": throughput,
-    "bystander": bystanders,
-    "idle": idle,
-    "start": start,
-    "search": search,
+BENCHES: dict[str, tuple[Callable[[Bench], Iterator[str]], int, int]] = {
+    "size": (size, 1, 0),
+    "turn": (turns, 3, 3),
+    "throughput": (throughput, 0, 3),
+    "bystander": (bystanders, 1 + 1_000_000 // STEP, 5),
+    "idle": (idle, 0, 1),
+    "start": (start, 0, 1),
+    "search": (search, 2, 0),
 }
+"""What is measured, in how many steps, and in how many more for each repetition."""
 
 
 def main() -> None:
@@ -559,14 +560,13 @@ def main() -> None:
         parser.error(f"unknown rows: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     if "search" in chosen and not given.data:
         parser.error("search needs --data FILE…")
-    progress, facts = Progress(len(chosen)), machine()
+    progress, facts = Progress(sum(BENCHES[name][1] + given.repeat * BENCHES[name][2] for name in chosen)), machine()
     with tempfile.TemporaryDirectory(prefix="memws-bench-") as path, Peer("model", folder=Path(path)) as model:
         bench = Bench(Path(path), model, given)
         for name in chosen:
             progress.step(name, 0)
-            for what in BENCHES[name](bench):
-                progress.step(what, 0)
-            progress.step(name)
+            for what in BENCHES[name][0](bench):
+                progress.step(what)
     progress.end()
     print(f"{facts}; medians of {given.repeat}\n\n{rows_of(bench.rows)}")
 

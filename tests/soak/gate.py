@@ -5,7 +5,6 @@ are those of test_gate.py, and what is made of them at random.
 """
 
 import asyncio
-import collections
 import random
 
 from soaking import Site, Soak, handshake, knock, run, site
@@ -43,7 +42,6 @@ class Door:
 
     def __init__(self, soak: Soak, port: int) -> None:
         self.soak, self.port = soak, port
-        self.statuses: collections.Counter[str] = collections.Counter()
 
     async def refused(self, kind: str, *headers: str, path: str = "/") -> None:
         """Knock with what must not get in."""
@@ -52,7 +50,6 @@ class Door:
         except (OSError, TimeoutError) as error:
             self.soak.fault("not answered, or the right ones refused", f"{headers} {path}: {error!r}")
             return
-        self.statuses[status] += 1
         if status == "101":
             self.soak.fault(kind, f"{headers} {path}")
         elif status.startswith("5"):
@@ -64,7 +61,6 @@ class Door:
         status, _ = await knock(self.port, handshake(f"Host: 127.0.0.1:{self.port}", *headers))
         if status != "101":
             self.soak.fault("not answered, or the right ones refused", f"{status} {headers}")
-        self.soak.told("statuses", dict(sorted(self.statuses.items())))
 
 
 async def origins_and_hosts(soak: Soak, place: Site, flags: tuple[str, ...]) -> None:

@@ -1,15 +1,13 @@
 """Faults of the model's side: python tests/soak/model_faults.py [--seed N] [--count N]
 
 A strict endpoint, which refuses what OpenAI's refuses, fails in more than twenty ways at any step of a turn. After each
-fault the agent must take a plain turn. Then servers are killed while their agents' tools work.
+fault the agent must take a plain turn.
 """
 
 import asyncio
 import collections
 import itertools
-import json
 import random
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,9 +19,8 @@ from commandline import Serving
 from endpoint import Body, Reply, greet
 from wire import JSON, Wire, is_terminal, of_kind
 
-WHAT, COUNT = "faults of the model, and kills in mid-tool", 1_000
+WHAT, COUNT = "faults of the model", 1_000
 AGENTS = 12
-KILLED_AGENTS = 4
 MAX_STEPS = 8
 ENDS = "turns without exactly one start and terminal frame"
 OVERFLOW = {"error": {"message": "maximum context length exceeded", "code": "context_length_exceeded"}}
@@ -121,7 +118,6 @@ class Faults:
         self.fresh = itertools.count(1)
         self.names = list(kinds(soak.rng, self.fresh))
         self.cases = iter(range(soak.count))
-        self.ends: collections.Counter[str] = collections.Counter()
 
     async def run(self, place: Site) -> None:
         options = {"sync": "normal", "idle_timeout": 0.4, "max_steps": MAX_STEPS, "constants": CONSTANTS}
@@ -155,7 +151,6 @@ class Faults:
         turn = await wire.turn(case, agent_name=agent, turn_id=case)
         await wire.ok("list_agents", limit=1)
         end, frames = turn[-1], [*turn, *wire.before_answer]
-        self.ends[end.get("code") or end["stop_reason"]] += 1
         starts = sum(frame["type"] == "agent_response_start" for frame in frames)
         if (starts, sum(map(is_terminal, frames))) != (1, 1):
             self.soak.fault(ENDS, f"{case}: {frames}")
@@ -165,71 +160,13 @@ class Faults:
         self.model.left.pop(case, None)
 
 
-class Kills:
-    """Servers that are killed while the tools of their agents work; then every agent takes a plain turn."""
-
-    def __init__(self, soak: Soak, place: Site, model: Model) -> None:
-        self.soak, self.place, self.model = soak, place, model
-        self.fresh = itertools.count(10**6)
-        self.names = [f"killed{number}" for number in range(KILLED_AGENTS)]
-        self.stuck: set[str] = set()  # questions that are never answered
-
-    async def run(self) -> None:
-        with self.place.serve() as server:
-            async with client(server) as wire:
-                for name in self.names:
-                    await wire.ok("create_agent", config={"name": name, "tools": ["ask", "ask_later"]})
-        self.place.desk.answers = lambda question: None if question in self.stuck else 0.0
-        for number in range(self.soak.part(100)):
-            self.stuck.clear()
-            cases = {name: f"kill {number} of {name}" for name in self.names}
-            await self.kill(cases)
-            await self.go_on(cases)
-            self.soak.step(10 * self.soak.full / 1_000)
-
-    async def kill(self, cases: dict[str, str]) -> None:
-        """Each agent calls tools, and when one of each has been asked and does not answer, the server is killed."""
-        with self.place.serve(killed=True) as server:
-            async with client(server, "*") as wire:
-                for name, case in cases.items():
-                    questions = [ask(next(self.fresh))[1] for _ in range(self.soak.rng.randrange(1, 5))]
-                    calls = [(self.soak.rng.choice(["ask", "ask_later"]), arguments) for arguments in questions]
-                    self.stuck.add(self.soak.rng.choice(questions)["question"])
-                    self.model.left[case] = [Reply("I ask.", calls=calls)]
-                    await wire.say(case, agent_name=name, turn_id=case)
-                desk = self.place.desk
-                async with asyncio.timeout(30), desk.came:
-                    await desk.came.wait_for(lambda: self.stuck <= desk.calls.keys())
-                server.process.send_signal(signal.SIGKILL)
-                await wire.closed()
-
-    async def go_on(self, cases: dict[str, str]) -> None:
-        """The next server has the end of each turn, and no call is made again."""
-        with self.place.serve() as server:
-            async with client(server, "*") as wire:
-                for name, case in cases.items():
-                    try:
-                        ends = list(filter(is_terminal, await wire.turn(case, agent_name=name, turn_id=case)))
-                        if [end["stop_reason"] for end in ends] != ["interrupted"]:
-                            self.soak.fault("killed turns without their end", f"{case}: {ends}")
-                        await check_plain_turn(self.soak, wire, name, case)
-                    except TimeoutError:
-                        self.soak.fault(ENDS, case)
-
-
 async def main(soak: Soak) -> None:
-    soak.total(soak.count + 10 * soak.part(100))
     soak.none(ENDS, "plain turns after a fault that fail", "turns beyond their limits, or that end as internal")
-    soak.none("killed turns without their end")
     model = Model()
+    faults = Faults(soak, model)
     async with site(soak, model) as place:
-        faults = Faults(soak, model)
         await faults.run(place)
-        await Kills(soak, place, model).run()
-        requests = len(place.endpoint.requests)
     soak.least("kinds of faults", min(len(faults.names), soak.count), min(10, soak.count))
-    soak.told("kills in mid-tool", f"{soak.part(100)} servers, {KILLED_AGENTS * soak.part(100)} turns")
-    soak.told("model calls", f"{requests:,}; ends {json.dumps(dict(faults.ends.most_common()))}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,4 @@
-"""What the soak scripts share: a run with its arguments and figures; servers, what they ask, what clients were told.
-
-    async def main(soak: Soak) -> None:
-        soak.none("what was lost", "what was doubled")
-        async with site(soak, model) as place:
-            with place.serve() as server:
-                ...  soak.step(), soak.fault("what was lost", "this"), soak.rng
-        soak.within("slowest answer, s", slowest, 1.0)
-
-    if __name__ == "__main__":
-        run(main, "what is measured", 1_000)
+"""What the soak scripts share: a run and its figures, servers, what those ask, clients, and what these were told.
 
 Linux only: memory, descriptors and threads are read in /proc. `python soaking.py serve` and `python soaking.py probe`
 are the processes that the scripts start.
@@ -36,14 +26,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-sys.path[:0] = [str(folder) for folder in (Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1])]
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
 from commandline import Serving
 from endpoint import Answer, Endpoint
 from measure import Progress, machine, percentile
-from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
-from wire import JSON, Wire, bare, events_of, is_terminal, messages_of
+from wire import JSON, Wire, bare, events_of, is_terminal, messages_of, wire
 
 import memws
 
@@ -151,16 +141,6 @@ async def until(holds: Callable[[], bool], seconds: float) -> bool:
 
 
 # ---- servers and what they ask ---------------------------------------------------------------------------------------
-
-
-def descriptors(pid: int) -> int:
-    """Open descriptors of a process."""
-    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
-
-
-def threads(pid: int) -> int:
-    """Threads of a process."""
-    return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
 def soak_server(
@@ -292,15 +272,9 @@ async def site(soak: Soak, model: Answer | None = None, **options: Any) -> Async
 # ---- clients ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def client(server: Any, *types: str, **options: Any) -> AsyncIterator[Wire]:
-    """A connection whose frames are read, but not checked against the schema: that costs more than the server."""
-    settings: JSON = {"compression": None, "max_size": memws.MAX_FRAME, "max_queue": None, "ping_interval": None}
-    async with connect(server.url, **(settings | options)) as websocket:
-        opened = Quick(websocket)
-        if types:
-            await opened.ok("hello", message_types=list(types))
-        yield opened
+def client(server: Any, *types: str, **options: Any) -> contextlib.AbstractAsyncContextManager[Wire]:
+    """A connection whose frames are not checked."""
+    return wire(server, *types, checks=False, **({"ping_interval": None} | options))
 
 
 async def narrow_socket(port: int) -> socket.socket:
@@ -310,19 +284,6 @@ async def narrow_socket(port: int) -> socket.socket:
     line.setblocking(False)
     await asyncio.get_running_loop().sock_connect(line, ("127.0.0.1", port))
     return line
-
-
-class Quick(Wire):
-    """A raw client that reads frames as they come."""
-
-    async def send(self, **frame: Any) -> None:
-        await self.websocket.send(json.dumps(frame))
-
-    async def receive(self) -> JSON:
-        async with asyncio.timeout(30):
-            frame: JSON = json.loads(await self.websocket.recv())
-        self.frames.append(frame)
-        return frame
 
 
 UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
@@ -375,13 +336,13 @@ class Log:
             if (known := self.events.setdefault(seq, event)) != event:
                 self.soak.fault("events told otherwise later", f"{known} {event}")
 
-    async def compare(self, wire: Wire) -> None:
-        """All that was told is stored, each message once, each turn with one start and one end, and nothing else."""
+    async def compare(self, wire: Wire) -> dict[int, JSON]:
+        """What is stored: all that was told, each message once, each turn with one start and one end, nothing else."""
         try:
             events = stored(await events_of(wire, self.name))
         except AssertionError as error:
             self.soak.fault("gaps in what is told or stored", f"{self.name}: {error!r:.300}")
-            return
+            return {}
         for seq, event in self.events.items():
             if events.get(seq) != event:
                 self.soak.fault("events told otherwise later", f"{self.name} {seq}: {event} {events.get(seq)}")
@@ -394,6 +355,7 @@ class Log:
         if not starts == ends == sorted(self.sent):
             text = f"{self.name}: {len(starts)} starts and {len(ends)} ends of {len(self.sent)}"
             self.soak.fault("turns without exactly one start and terminal frame", text)
+        return events
 
 
 # ---- the healthy client ----------------------------------------------------------------------------------------------
@@ -427,16 +389,16 @@ async def probe(url: str, token: str) -> None:
     asyncio.get_running_loop().add_reader(sys.stdin, over.set)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        async with client(SimpleNamespace(url=url), additional_headers=headers) as wire:
-            await wire.ok("create_agent", config={"name": "healthy-probe"})
+        async with client(SimpleNamespace(url=url), additional_headers=headers) as asking:
+            await asking.ok("create_agent", config={"name": "healthy-probe"})
             print(flush=True)
             while not over.is_set():
                 for command in ("get_agent", "hello", "list_agents", "get_agent", "get_messages"):
                     begin = time.monotonic()
-                    await wire.ok(command, **({"limit": 5} if command in ("list_agents", "get_messages") else {}))
+                    await asking.ok(command, **({"limit": 5} if command in ("list_agents", "get_messages") else {}))
                     times.append(time.monotonic() - begin)
                     await asyncio.sleep(0.02)
-                wire.frames.clear()
+                asking.frames.clear()
     except Exception as failure:  # what happened to a healthy client is the result
         error = repr(failure)
     print(json.dumps([times, error]))
