@@ -3134,7 +3134,7 @@ def model_time() -> str:
 
 
 def date_range(start: str, end: str) -> tuple[str, str]:
-    """From `start` up to `end` inclusive, days or times, as (first time, time after the last). Raises ToolError."""
+    """From `start` up to `end` inclusive, days or times: (first time, time after the last). Raises InvalidRequest."""
     return _moment(start, 0), _moment(end, 1) or "~"
 
 
@@ -3149,7 +3149,8 @@ def _moment(text: str, days: int) -> str:
         when = when.replace(tzinfo=datetime.UTC) if when.tzinfo is None else when.astimezone(datetime.UTC)
         return (when + days * late).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     except (ValueError, OverflowError):
-        raise ToolError(f"expected a day like 2026-01-31, but got {quote(text)}") from None
+        text = f"from, to: expected a day like 2026-01-31, but got {quote(text)}"
+        raise InvalidRequest("bad_field", text) from None
 
 
 # ---- the memory tools (names and parameters are MemGPT 0.2.7's, functions/function_sets) -----------------------------
@@ -6966,10 +6967,7 @@ class Session:
             from: a day or time, inclusive
             to: a day or time, inclusive
         """
-        try:
-            since, until = date_range(from_ or "", to or "")
-        except ToolError as error:
-            raise InvalidRequest("bad_field", f"from, to: {error}") from None
+        since, until = date_range(from_ or "", to or "")
         stores = ("recall", "archival") if store == "all" else (store,)
         vector = await live.agent.query_vector(query)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)

@@ -441,7 +441,7 @@ DAYS: list[tuple[str, str, tuple[str, str] | None]] = [
 def test_date_range(start: str, end: str, span: tuple[str, str] | None) -> None:
     """A day lasts to its end, a time to its millisecond; zones become UTC; a day that is none is advice."""
     if span is None:
-        with pytest.raises(ToolError, match=r"^expected a day like 2026-01-31, but got .{,80}$"):
+        with pytest.raises(memws.InvalidRequest, match=r"^from, to: expected a day like 2026-01-31, but got .{,80}$"):
             memws.date_range(start, end)
     else:
         assert memws.date_range(start, end) == span
