@@ -3,13 +3,12 @@
 import asyncio
 import contextlib
 import gc
-import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from agents import Lab, packed
@@ -27,30 +26,6 @@ Serve = Callable[..., memws.WebSocketServer]
 pytestmark = pytest.mark.anyio
 
 
-class WatchedDatabase(memws.Sqlite):
-    """A database that counts its transactions."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path, "normal")
-        self.commits = 0
-
-    def open(self) -> sqlite3.Connection:
-        connection = super().open()
-        connection.set_trace_callback(self._see)
-        return connection
-
-    def _see(self, statement: str) -> None:
-        self.commits += statement == "COMMIT"
-
-
-class WatchedLab(Lab):
-    async def __aenter__(self) -> Self:
-        self.models = memws.Models(**self._models_options)
-        self.database = WatchedDatabase(self.path)
-        self.store = memws.Store(self.database)
-        return self
-
-
 FACTS: list[Any] = [("core_memory_append", {"name": "human", "content": f"fact {number}"}) for number in range(3)]
 FACTS += [("archival_memory_insert", {"content": f"passage {number}"}) for number in range(3)]
 SEARCHES = [
@@ -65,18 +40,19 @@ TURNS: list[tuple[list[Reply], int]] = [
 
 async def test_commits_of_a_turn(endpoint: Endpoint, tmp_path: Path) -> None:
     """A turn costs one commit for the user's message and one a step; reading costs none."""
-    async with WatchedLab(endpoint, tmp_path / "a.db") as lab:
+    ran: list[str] = []
+    async with Lab(endpoint, tmp_path / "a.db") as lab:
         agent = await lab.create()
+        lab.store._connection.set_trace_callback(ran.append)
         for script, commits in TURNS:
             endpoint.script(*script)
-            before = lab.database.commits
             assert (await lab.say(agent, "Hello")).stop_reason == "done"
-            assert lab.database.commits - before == commits
-        before = lab.database.commits
+            assert ran.count("COMMIT") == commits
+            ran.clear()
         opened = await lab.open()
         await lab.store.read(memws.read_messages, opened.record.id, None, 10)
         await lab.store.read(memws.search, opened.record.id, memws.Query("hello"))
-        assert lab.database.commits == before
+        assert ran == []
 
 
 async def test_frames_and_model_calls(endpoint: Endpoint, serve: Serve) -> None:
