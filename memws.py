@@ -2901,11 +2901,8 @@ class Tool:
 def make_tool(
     call: Callable[..., Any], name: str | None = None, timeout: float = TOOL_TIMEOUT, builtin: bool = False
 ) -> Tool:
-    """The Tool of a function: schema from the signature, description from the docstring.
-
-    str, int, float, bool, None, Literal, list, dict and unions of them are checked; other hints are not. Raises
-    UsageError for a function that no model could call.
-    """
+    """The Tool of a function: schema from the signature, description from the docstring. Raises UsageError for one that
+    no model could call."""
     function = function_of(call, name, skip=1 if builtin else 0)
     if REQUEST_HEARTBEAT in function.parameters["properties"]:
         raise UsageError(f"tool {function.name!r}: {REQUEST_HEARTBEAT} is added by memws itself")
@@ -2957,20 +2954,21 @@ def result_text(result: Any) -> str:
 # ---- memory and its transactions -------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
 class Memory:
-    """An agent's memory as it is on disk; only a transaction changes it. `emit` gets each event once it is stored."""
+    """An agent's memory as it is on disk; only a transaction changes it."""
 
-    def __init__(
-        self, store: Store, record: AgentRecord, emit: Callable[[StoredEvent], None], edited: Callable[[], None]
-    ) -> None:
-        self.store, self.record, self.emit = store, record, emit
-        self.edited = edited  # called after an edit of core memory
-        # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
-        self.lock = asyncio.Lock()
-        self.blocks: dict[str, Block] = {}
-        self.messages: list[ChatMessage] = []  # those in the context window
-        self.archival = self.last_message = 0  # the number of passages, the id of the last chat message
-        self.stale = False  # a transaction failed: what is here may differ from what is on disk
+    store: Store
+    record: AgentRecord
+    emit: Callable[[StoredEvent], None]  # gets each event once it is stored
+    edited: Callable[[], None]  # called after an edit of core memory
+    blocks: dict[str, Block] = field(default_factory=dict)
+    messages: list[ChatMessage] = field(default_factory=list)  # those in the context window
+    last_message: int = 0  # the id of the last chat message
+    archival: int = 0  # the number of passages
+    stale: bool = False  # a transaction failed: what is here may differ from what is on disk
+    # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def load(self) -> int:
         """Read all of it; the number of messages that cannot be read and are left out. Raises StoreFailed."""
@@ -3238,10 +3236,8 @@ _function_of = functools.cache(function_of)
 
 
 def apply(call: Callable[..., T], values: JSON, place: str = "") -> T:
-    """What `call` makes of the values that somebody sent for its parameters; null: the default.
-
-    With a `place`, which errors then name, no other values may be there. Raises Refused (bad_config).
-    """
+    """What `call` makes of values that somebody sent; null: the default. With a `place`, which errors then name, no
+    others may be there. Raises Refused (bad_config)."""
     function = _function_of(call)
     if place and (unknown := values.keys() - function.parameters["properties"].keys()):
         raise Refused("bad_config", f"{place}: unknown {quote(min(unknown))}; expected {function.usage}")
@@ -3315,10 +3311,8 @@ def core_memory(
 
 
 def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = None) -> tuple[JSON, list[str]]:
-    """A config to be stored (base: what is stored by now, None for a new agent), and warnings of what is ignored.
-
-    Raises Refused (bad_config).
-    """
+    """A config to be stored, and warnings of what is ignored. `base`: what is stored by now; None for a new agent.
+    Raises Refused (bad_config)."""
     known = [*_function_of(Config).parameters["properties"]]
     known += ["name", *_function_of(core_memory).parameters["properties"]] if base is None else []
     others = [key for key in values if key not in known][:20]
@@ -3335,13 +3329,9 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     return config, warnings
 
 
-def window_of(config: JSON, models: Models, model: Model) -> int:
-    """The context window in tokens, as the config says, or the server, or the model."""
-    return int(config["context_window"] or models.context_window or model.window)
-
-
-def check_window(window: int, config: JSON, tools: Mapping[str, Tool], blocks: Iterable[Block]) -> None:
-    """Raises Refused where a context window has no room for prompt, full blocks and a reply."""
+def check_window(config: JSON, default: int, tools: Mapping[str, Tool], blocks: Iterable[Block]) -> None:
+    """Raises Refused where the context window has no room for prompt, full blocks and a reply."""
+    window = config["context_window"] or default
     specs = ",".join(tools[name].spec for name in config["tools"] or MEMORY_TOOLS if name in tools)
     needed = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(specs) + MIN_REPLY_TOKENS
     needed += sum(block.limit // 4 + 16 for block in blocks)
@@ -3469,7 +3459,7 @@ class Agent:
         """Choose model, window and tools by the config, and build the prompt anew."""
         config = self.record.config
         self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
-        self.window = window_of(config, self._models, self.model)
+        self.window: int = config["context_window"] or self._models.context_window or self.model.window
         self.max_steps: int = config["max_steps"] or self._max_steps
         if missing := [name for name in config["tools"] or () if name not in self._all_tools]:
             self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
@@ -3683,9 +3673,8 @@ class Agent:
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
         """Keep what came of a call and what it used, and calibrate the estimate by what the endpoint counted."""
         calls = [{"id": call.id, "name": call.name, "arguments": call.text} for call in reply.calls]
-        request.response = {"content": reply.text, "tool_calls": calls, "finish_reason": reply.finish}
-        if len(reply.monologue) > len(reply.text):
-            request.response["monologue"] = reply.monologue
+        request.response = {"reasoning": reply.reasoning, "content": reply.text, "tool_calls": calls}
+        request.response["finish_reason"] = reply.finish
         usage = reply.usage
         if usage is None:
             output = estimate_tokens(reply.monologue) + sum(estimate_tokens(call.text) for call in reply.calls)
@@ -3722,7 +3711,7 @@ class Agent:
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
         for what, text in reply.corrections:
             change.add_event("correction", text, what=what)
-        monologue = reply.monologue.removesuffix(plain).strip() if plain else reply.monologue
+        monologue = reply.reasoning if plain else reply.monologue
         if monologue:
             change.add_event("internal_monologue", monologue)
         if plain:
@@ -3982,8 +3971,8 @@ class Agent:
     async def update(self, config: JSON) -> None:
         """Take another config. Raises Refused where the window is too small for it."""
         model, _ = self._models.get(config["model"], self.record.base_url, self._api_key)
-        window = window_of(config, self._models, model)
-        check_window(window, config, self._all_tools, self.blocks.values())
+        window = self._models.context_window or model.window
+        check_window(config, window, self._all_tools, self.blocks.values())
         async with Transaction(self.memory) as change:
             change.config = config
             change.add_event("agent_change", "the agent's settings changed", change="updated")
@@ -3995,10 +3984,7 @@ class Agent:
         return {**self.record.config, "model": self.record.config["model"] or self.model.name, **effective}
 
     async def request(self, turn_id: str, step: int) -> JSON:
-        """What was sent for a step and what came back, rebuilt and compared with the digest of the bytes sent.
-
-        Raises Refused (not_found).
-        """
+        """What was sent for a step, rebuilt byte by byte, and what came back. Raises Refused (not_found)."""
         request, messages = await self.memory.store.read(find_request, self.record.id, turn_id, step) or (None, [])
         if request is None:
             raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step}")
@@ -6118,7 +6104,7 @@ class Options:
             raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
             blocks = [Block("persona", ""), Block("human", "")]
-            check_window(self.context_window, {"system": None, "tools": None}, MEMORY_TOOLS, blocks)
+            check_window(vars(Config()), self.context_window, MEMORY_TOOLS, blocks)
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -6458,7 +6444,7 @@ class Agents:
         blocks: list[Block] = apply(core_memory, values)
         name = f"agent_{secrets.token_hex(4)}" if values.get("name") is None else check_name(values["name"])
         model, _ = self.models.get(config["model"], base_url, api_key)
-        check_window(window_of(config, self.models, model), config, self.tools, blocks)
+        check_window(config, self.models.context_window or model.window, self.tools, blocks)
         async with self._lock:
             record = AgentRecord(name, config, [asdict(block) for block in blocks], base_url)
             record = await self.store.write(create_agent, record)

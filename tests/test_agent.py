@@ -502,9 +502,9 @@ async def test_the_agent_is_warned_once_before_the_window_is_full(endpoint: Endp
     endpoint.context_window = 3_000
     agent = await lab.create(context_window=3_000, persona="p" * size, human="h" * size)
     config, tools = agent.record.config, agent.tools
-    memws.check_window(3_000, config, tools, agent.blocks.values())
+    memws.check_window(config, 0, tools, agent.blocks.values())
     with pytest.raises(memws.Refused, match=r"1,000 .* too few.* \d,\d{3}$"):
-        memws.check_window(1_000, config, tools, agent.blocks.values())
+        memws.check_window(config | {"context_window": 1_000}, 0, tools, agent.blocks.values())
     warned, compacted, share = list[int](), list[int](), 0.0
     for number in range(40 if size else 100):
         turn = await lab.say(agent, f"Message {number}. " + "word " * 20)
