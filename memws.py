@@ -1929,6 +1929,7 @@ _EXPORTED = {  # table: its columns in a file
     "events": "seq, turn_id, kind, text",
     "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
 }
+_TABLES = list(_EXPORTED)[1:]  # whose rows belong to an agent
 CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
 
 
@@ -1959,7 +1960,7 @@ def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[
     """Each agent's name, whether it is deleted, and by table its rows and the bytes of their values."""
     for agent, name, deleted in db.execute("SELECT id, name, deleted FROM agents ORDER BY name, id").fetchall():
         sizes = {}
-        for table in list(_EXPORTED)[1:]:
+        for table in _TABLES:
             columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
             size = " + ".join(f"coalesce(length(CAST({column} AS BLOB)), 0)" for column in columns)
             sql = f"SELECT count(*), coalesce(sum({size}), 0) FROM {table} WHERE agent = ?"
@@ -2060,7 +2061,7 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tu
 def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
     """Store the rows of an export. Raises UsageError with the place of what is damaged."""
     postings: list[tuple[str, int]] = []
-    for table in list(_EXPORTED)[1:]:
+    for table in _TABLES:
         with damage_at(table):
             rows = check(data.get(table), schema_of(list[dict[str, Any]]))
         for number, row in enumerate(rows):
@@ -2083,17 +2084,16 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str
     with damage_at("the former format"):
         if data["memws_agent"] != EXPORT_FORMAT:
             _convert_export(data)
-    with damage_at("agent"):
-        record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
-        record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
-        record.name = check_name(record.name)
-        check_record(record)
-    with damage_at("events"):
-        record.last_seq = max([record.last_seq, *(row["seq"] for row in data["events"])])
     with transaction(db):
         with damage_at("agent"):
+            record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
+            record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
+            record.name = check_name(record.name)
+            check_record(record)
             agent = create_agent(db, record).id
         _import_rows(db, agent, data)
+        sql = "UPDATE agents SET last_seq = max(last_seq, (SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?))"
+        db.execute(f"{sql} WHERE id = ?", (agent, agent))
     return record.name
 
 
