@@ -2392,11 +2392,7 @@ class Endpoint:
     def __init__(self, base_url: str | None, api_key: str | None, idle_timeout: float = IDLE_TIMEOUT) -> None:
         self.base_url, self.idle_timeout = base_url, idle_timeout
         self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
-        self.options: JSON = {
-            "base_url": base_url,
-            "api_key": self.key or "none",
-            "max_retries": 0,
-        }  # retries are the agent's
+        self.options: JSON = {"base_url": base_url, "api_key": self.key or "none", "max_retries": 0}
         self._clients: list[Any] = []
         self._free: list[Any] = []  # each client as often as it may take another request
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
