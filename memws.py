@@ -2122,7 +2122,7 @@ class Model(Protocol):
 def request_body(head: str, bodies: Iterable[str], tools: str = "") -> str:
     """A chat-completions request of encoded parts: each chat message is encoded once, however often it is sent."""
     extra = f',"tools":{tools}' if tools else ""
-    return f'{head[:-1]},"messages":[{",".join(bodies)}]{extra}}}'
+    return f'{head[:-1]},"messages":[{",".join(filter(None, bodies))}]{extra}}}'
 
 
 # ---- what a model answers --------------------------------------------------------------------------------------------
@@ -3057,8 +3057,8 @@ class Transaction:
     def block(self, label: str) -> Block:
         """The block. Raises Refused (not_found) naming the labels there are."""
         if label not in self.blocks:
-            text = f"there is no core memory block {quote(label)}; blocks: {', '.join(self.blocks)}"
-            raise Refused("not_found", text)
+            names = ", ".join(self.blocks)
+            raise Refused("not_found", f"there is no core memory block {quote(label)}; blocks: {names}")
         return self.blocks[label]
 
     def write(self, label: str, value: str, version: int | None = None) -> None:
@@ -3446,8 +3446,7 @@ class Agent:
             self.configure()
             await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
-            logger.error("agent %s cannot be loaded", self.name, exc_info=error)
-            text = f"agent {self.name!r} is damaged: memws.py check says more; a backup brings it back"
+            text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
             raise StoreFailed(text) from error
         return self
 
@@ -3563,7 +3562,7 @@ class Agent:
         async with self._change(turn) as change:
             change.vectors = vectors
             self._add_reply(change, reply, "" if reply.calls or reply.partial or turn.replied else reply.text)
-            results = [await self._call(change, turn, call) for call in reply.calls]
+            results = [await self._call_tool(change, turn, call) for call in reply.calls]
             self._add_partial(change, reply, f"cut at {MAX_REPLY:,} characters")
             turn.replied = turn.replied or change.spoke
             self._finish(change, turn, reply, all(results))
@@ -3631,14 +3630,10 @@ class Agent:
         texts = (head, self._system_body, self._sections["summary"], self._sections["tools"], extra)
         return RequestRecord(turn.turn_id, turn.step, *texts, first, last)
 
-    @staticmethod
-    def _request_body(request: RequestRecord, messages: Iterable[str]) -> str:
-        prompt = (request.system, request.summary, *messages, request.extra)
-        return request_body(request.head, filter(None, prompt), request.tools)
-
     async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
-        body = self._request_body(request, (message.body for message in messages))
+        bodies = [request.system, request.summary, *(message.body for message in messages), request.extra]
+        body = request_body(request.head, bodies, request.tools)
         request.digest = hashlib.sha256(body.encode()).digest()
         loop, timer = asyncio.get_running_loop(), None
         with turn.interruptible():
@@ -3725,7 +3720,7 @@ class Agent:
             change.say(reply.partial, partial=True)
             self._add_result(change, call, ToolError(f"{reason}: the user has seen only this much"))
 
-    async def _call(self, change: Transaction, turn: Turn, call: ToolCall) -> bool:
+    async def _call_tool(self, change: Transaction, turn: Turn, call: ToolCall) -> bool:
         """Make a tool call and tell of it; whether it succeeded."""
         started = time.monotonic()
         about = {"tool_call_id": call.id, "name": call.name, "arguments": call.arguments}
@@ -3984,7 +3979,8 @@ class Agent:
         request, messages = await self.memory.store.read(find_request, self.record.id, turn_id, step) or (None, [])
         if request is None:
             raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step}")
-        body = self._request_body(request, messages)
+        bodies = [request.system, request.summary, *messages, request.extra]
+        body = request_body(request.head, bodies, request.tools)
         if hashlib.sha256(body.encode()).digest() != request.digest:
             raise StoreFailed("the stored request does not match the digest of what was sent; run memws.py check")
         names = ("response", "usage", "first_token_ms", "total_ms")
