@@ -97,15 +97,15 @@ async def whole(subscription: memws.Stream) -> list[Frame]:
 
 
 async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
-    """The answer to a message is the text of its assistant messages, a line each."""
-    client = memws.Client(server.url)
+    """The answer to a message is the text of its assistant messages, a line each; a closed client leaves no task."""
+    client, before = memws.Client(server.url), asyncio.all_tasks()
     async with client:
         assert (await client.create_agent("sam"))["agent_name"] == "sam"
         assert await client.ask("hi") == "you said hi"
         endpoint.script(say("one", "two"))
         assert await client.ask("hi") == "one\ntwo"
         assert client.alive
-    assert not client.alive
+    assert (client.alive, asyncio.all_tasks()) == (False, before)
 
 
 async def test_turn_and_subscription(server: memws.WebSocketServer) -> None:
