@@ -810,6 +810,17 @@ async def test_cancel_while_the_summary_is_made(endpoint: Endpoint, lab: Lab) ->
     assert (turn.replies, len(turn.of("compaction"))) == (["Hello!"], 1)
 
 
+@pytest.mark.parametrize("kind", ["user_message", "context"])
+async def test_cancel_between_two_waits(endpoint: Endpoint, lab: Lab, agent: Agent, kind: str) -> None:
+    """A stop that meets the turn at no wait ends it before the next model call; what a step did stays done."""
+    endpoint.script(Reply("I note it.", calls=[NOTE, HELLO]))
+    turn = lab.turn("Hi")
+    told = await lab.run(agent, turn, lambda event: turn.stop("cancelled") if at(message_type=kind)(event) else None)
+    assert (told.stop_reason, len(endpoint.requests)) == ("cancelled", kind == "context")
+    assert (agent.blocks["human"].value == "Name: Zoe") == bool(told.of("memory_change")) == (kind == "context")
+    assert (await lab.say(agent, "And now?")).replies == ["Hello!"]
+
+
 async def test_a_broken_history_is_mended_and_told(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """A history that no endpoint would take, of whatever origin, is cut where it is broken; recall keeps it all."""
     await lab.say(agent, "My dog is called Rex")

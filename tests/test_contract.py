@@ -109,7 +109,7 @@ AGENT = """
   test_an_overflow_that_only_the_endpoint_sees test_an_endpoint_that_cuts_prompts_silently_is_noticed
 3 a turn ends: agent test_a_turn_has_limits test_three_failed_calls_in_a_row_end_the_turn
   test_a_failing_turn_makes_at_most_eight_calls
-4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool; misbehaviour
+4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_between_two_waits; misbehaviour
   test_whatever_happens_talk_goes_on
 5 the ladder; half an answer: agent test_a_reply_that_can_be_read_reaches_the_user
   test_half_an_answer_is_never_told_as_a_whole_one
