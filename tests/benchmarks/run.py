@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
@@ -32,10 +32,9 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 from commandline import PROGRAM, environment  # noqa: E402
 from measure import Progress, machine, memory, percentile, rows_of  # noqa: E402
 from retrieval import STEP, Filled, load, quality  # noqa: E402
-from websockets.asyncio.client import ClientConnection, connect  # noqa: E402
+from websockets.asyncio.client import connect  # noqa: E402
+from wire import JSON, TERMINALS, Wire, wire  # noqa: E402
 
-JSON = dict[str, Any]
-TERMINALS = ('"agent_response_end"', '"agent_response_error"')
 WINDOW = 200_000  # tokens of the context window of the agents here: none of them compacts by itself
 
 
@@ -61,7 +60,7 @@ class Peer:
             env=clean_environment(),
             cwd=folder,
         )
-        self.address = (self.line().split() or [""])[-1]
+        self.url = (self.line().split() or [""])[-1]
 
     def line(self) -> str:
         """The next line that it prints."""
@@ -100,7 +99,7 @@ class Bench:
         what: str,
         measured: str,
         floor: str,
-        samples: list[float],
+        samples: Sequence[float],
         goal: float | None,
         *,
         higher: bool = False,
@@ -117,14 +116,14 @@ class Bench:
         return str(self.folder / f"bench-{next(self._databases)}.db")
 
     def serve(self, path: str, *flags: str, part: str = "serve") -> Peer:
-        flags = ("--port", "0", "--db", path, "--base-url", self.model.address, "--model", "now", *flags)
+        flags = ("--port", "0", "--db", path, "--base-url", self.model.url, "--model", "now", *flags)
         server = Peer(part, *flags, folder=self.folder)
         server.line()
         return server
 
     def last_body(self) -> JSON:
         """The request that the model got last."""
-        host, _, port = self.model.address.removeprefix("http://").removesuffix("/v1").partition(":")
+        host, _, port = self.model.url.removeprefix("http://").removesuffix("/v1").partition(":")
         connection = HTTPConnection(host, int(port))
         connection.request("GET", "/last")
         body: JSON = json.loads(connection.getresponse().read())
@@ -132,52 +131,38 @@ class Bench:
         return body
 
 
-class Client:
+def client(server: Peer) -> contextlib.AbstractAsyncContextManager[Wire]:
     """One connection, read as fast as its server sends."""
-
-    def __init__(self, websocket: ClientConnection) -> None:
-        self._websocket = websocket
-        self.wrong = 0  # frames that belong to another agent or turn
-
-    async def command(self, command: str, **fields: Any) -> JSON:
-        """The result of a command."""
-        await self._websocket.send(json.dumps({"type": "command", "command": command, "id": 1, **fields}))
-        while True:
-            frame: JSON = json.loads(await self._websocket.recv())
-            if frame["type"] == "command_response":
-                assert frame["ok"], frame
-                return dict(frame["result"])
-
-    async def create(self, name: str, **config: Any) -> None:
-        config = {"name": name, "context_window": WINDOW, "model": "now", **config}
-        await self.command("create_agent", config=config)
-
-    async def turn(self, agent: str, text: str, mark: str = "") -> float:
-        """Seconds from sending a message to the end of its turn."""
-        start = time.perf_counter()
-        frame = json.dumps({"type": "user_message", "agent_name": agent, "message": text, "id": 1})
-        await self._websocket.send(frame)
-        while True:
-            told = await self._websocket.recv()
-            assert isinstance(told, str)
-            if f'"agent_name":"{agent}"' not in told or ('"assistant_message"' in told and mark not in told):
-                self.wrong += 1
-            if any(kind in told[:100] for kind in TERMINALS):
-                took = time.perf_counter() - start
-                assert TERMINALS[0] in told[:100], told
-                return took
-
-    async def seed(self, agent: str, messages: int) -> None:
-        """Make an agent and talk to it, until it has so many chat messages: three a turn."""
-        await self.create(agent)
-        for _ in range(max(1, round(messages / 3))):
-            await self.turn(agent, "Hello there, how are you today?")
+    return wire(server, checks=False, max_size=None)
 
 
-@contextlib.asynccontextmanager
-async def client(url: str) -> Any:
-    async with connect(url, compression=None, max_size=None, max_queue=None) as websocket:
-        yield Client(websocket)
+async def create(connection: Wire, name: str, **config: Any) -> None:
+    await connection.ok("create_agent", config={"name": name, "context_window": WINDOW, "model": "now", **config})
+
+
+async def turn(connection: Wire, agent: str, text: str, mark: str = "") -> float:
+    """Seconds from sending a message to the end of its turn; frames of another agent or turn fail."""
+    start = time.perf_counter()
+    frame = json.dumps({"type": "user_message", "agent_name": agent, "message": text, "id": 1})
+    await connection.websocket.send(frame)
+    while True:
+        told = await connection.websocket.recv()
+        assert isinstance(told, str)
+        assert f'"agent_name":"{agent}"' in told, told
+        assert mark in told or '"assistant_message"' not in told, told
+        if any(kind in told[:100] for kind in TERMINALS):
+            took = time.perf_counter() - start
+            assert TERMINALS[0] in told[:100], told
+            return took
+
+
+async def seed(server: Peer, agents: dict[str, int]) -> None:
+    """Make agents and talk to them, until each has so many chat messages: three a turn."""
+    async with client(server) as connection:
+        for agent, messages in agents.items():
+            await create(connection, agent)
+            for _ in range(max(1, round(messages / 3))):
+                await turn(connection, agent, "Hello there, how are you today?")
 
 
 def milliseconds(seconds: float) -> str:
@@ -212,27 +197,21 @@ def turns(bench: Bench) -> Iterator[str]:
     "The goal, the turns of a repetition, and how many of them an agent takes, which makes its history longer."
     got: dict[int, list[JSON]] = {size: [] for size in sizes}
 
-    async def seed(url: str, size: int, names: list[str]) -> None:
-        async with client(url) as connection:
-            for name in names:
-                await connection.seed(name, size)
+    async def run(server: Peer, names: list[str], per_agent: int) -> list[float]:
+        async with client(server) as connection:
+            return [await turn(connection, name, "And how is it now?") for name in names for _ in range(per_agent)]
 
-    async def run(url: str, names: list[str], per_agent: int) -> list[float]:
-        async with client(url) as connection:
-            return [await connection.turn(name, "And how is it now?") for name in names for _ in range(per_agent)]
-
-    with bench.serve(bench.database()) as server, Peer("bare", bench.model.address, folder=bench.folder) as bare:
+    with bench.serve(bench.database()) as server, Peer("bare", bench.model.url, folder=bench.folder) as bare:
         for size, (_, calls, per_agent) in sizes.items():
-            names = [f"a{size}-{number}" for number in range(bench.repeat * calls // per_agent)]
-            asyncio.run(seed(server.address, size, names))
+            asyncio.run(seed(server, {f"a{size}-{n}": size for n in range(bench.repeat * calls // per_agent)}))
             yield f"turns: {size} messages stored"
         bare.ask(calls=30, body=bench.last_body())
         for number in range(bench.repeat):
             for size, (_, calls, per_agent) in sizes.items():
                 count = calls // per_agent
-                names = [f"a{size}-{number * count + place}" for place in range(count)]
                 before = server.ask()["cpu"]
-                seconds = asyncio.run(run(server.address, names, per_agent))
+                names = [f"a{size}-{number * count + place}" for place in range(count)]
+                seconds = asyncio.run(run(server, names, per_agent))
                 cpu = (server.ask()["cpu"] - before) / len(seconds)
                 floor = bare.ask(calls=calls, body=bench.last_body())
                 middle = {"turn": median(seconds), "bare": median(floor["seconds"])}
@@ -247,65 +226,55 @@ def turns(bench: Bench) -> Iterator[str]:
             [each["turn"] / each["bare"] for each in got[size]],
             goal,
         )
-    cpus = {size: [1000 * each["cpu"] for each in found] for size, found in got.items()}
-    longest = f"with 500: {median(cpus[500]):.2f} ms"
-    what = "CPU of a turn, 10 messages in the window"
-    bench.add(what, f"{median(cpus[10]):.2f} ms", longest, cpus[10], 3, unit=" ms")
+    short, long = ([1000 * each["cpu"] for each in got[size]] for size in (10, 500))
+    longest = f"with 500: {median(long):.2f} ms"
+    bench.add("CPU of a turn, 10 messages in the window", f"{median(short):.2f} ms", longest, short, 3, unit=" ms")
+
+
+async def turns_a_second(server: Peer, clients: int, prefix: str, seconds: float) -> int:
+    """How many turns so many clients finish within so many seconds, a second after they began."""
+    async with contextlib.AsyncExitStack() as stack:
+        connections = [await stack.enter_async_context(client(server)) for _ in range(clients)]
+        for number, connection in enumerate(connections):
+            await create(connection, f"{prefix}-{number}", model="ms-200")
+        count, begin = 0, time.monotonic() + 1.0
+
+        async def one(number: int, connection: Wire) -> None:
+            nonlocal count
+            await asyncio.sleep(0.2 * number / clients)
+            name = f"{prefix}-{number}"
+            for place in itertools.count():
+                if time.monotonic() >= begin + seconds:
+                    return
+                mark = f"<<{name} {place}>>"
+                await turn(connection, name, f"How are you? {mark}", mark)
+                count += begin <= time.monotonic() < begin + seconds
+
+        await asyncio.gather(*itertools.starmap(one, enumerate(connections)))
+        return count
 
 
 def throughput(bench: Bench) -> Iterator[str]:
     """Turns a second with a model that takes 200 ms, starts spread over these, of the ideal and of the bare client."""
-    goals = {8: 0.97, 32: 0.95, 128: None}
-    seconds = 2.0
-    got: dict[int, list[JSON]] = {clients: [] for clients in goals}
-
-    async def run(url: str, clients: int, prefix: str) -> tuple[int, int]:
-        async with contextlib.AsyncExitStack() as stack:
-            connections = [await stack.enter_async_context(client(url)) for _ in range(clients)]
-            for number, connection in enumerate(connections):
-                await connection.create(f"{prefix}-{number}", model="ms-200")
-            count, begin = 0, time.monotonic() + 1.0
-
-            async def one(number: int, connection: Client) -> None:
-                nonlocal count
-                await asyncio.sleep(0.2 * number / clients)
-                turn, name = 0, f"{prefix}-{number}"
-                while time.monotonic() < begin + seconds:
-                    turn += 1
-                    mark = f"<<{name} {turn}>>"
-                    await connection.turn(name, f"How are you? {mark}", mark)
-                    count += begin <= time.monotonic() < begin + seconds
-
-            await asyncio.gather(*(one(number, connection) for number, connection in enumerate(connections)))
-            return count, sum(connection.wrong for connection in connections)
-
-    with bench.serve(bench.database()) as server, Peer("bare", bench.model.address, folder=bench.folder) as bare:
+    goals, seconds = {8: 0.97, 32: 0.95, 128: None}, 2.0
+    got: dict[int, list[tuple[float, float]]] = {clients: [] for clients in goals}
+    with bench.serve(bench.database()) as server, Peer("bare", bench.model.url, folder=bench.folder) as bare:
         for number in range(bench.repeat):
             for clients in goals:
-                count, wrong = asyncio.run(run(server.address, clients, f"t{number}-{clients}"))
+                count = asyncio.run(turns_a_second(server, clients, f"t{number}-{clients}", seconds))
                 plain = bare.ask(clients=clients, seconds=seconds, body=bench.last_body())["count"]
                 ideal = clients / 0.2 * seconds
-                got[clients].append({"share": count / ideal, "bare": plain / ideal, "wrong": wrong})
+                got[clients].append((count / ideal, plain / ideal))
                 yield f"throughput: {clients} clients"
     for clients, goal in goals.items():
-        share, bare_share = (median(each[key] for each in got[clients]) for key in ("share", "bare"))
-        wrong = sum(each["wrong"] for each in got[clients])
-        bench.add(
-            f"turns a second, model at 200 ms, {clients} clients / ideal",
-            f"{share * clients / 0.2:.0f} of {clients / 0.2:.0f}, {wrong} wrong deliveries",
-            f"`AsyncOpenAI` alone: {bare_share:.2f} of the ideal",
-            [each["share"] if not each["wrong"] else 0.0 for each in got[clients]],
-            goal,
-            higher=True,
-        )
-    bench.add(
-        "the same with 128 clients / `AsyncOpenAI` alone with 128, in the same run",
-        f"{median(each['share'] for each in got[128]):.2f} of the ideal",
-        f"{median(each['bare'] for each in got[128]):.2f} of the ideal",
-        [each["share"] / each["bare"] for each in got[128]],
-        2.9,
-        higher=True,
-    )
+        shares, plain = zip(*got[clients], strict=True)
+        what = f"turns a second, model at 200 ms, {clients} clients / ideal"
+        told = f"{median(shares) * clients / 0.2:.0f} of {clients / 0.2:.0f}, each delivered to its client"
+        floor = f"`AsyncOpenAI` alone: {median(plain):.2f} of the ideal"
+        bench.add(what, told, floor, shares, goal, higher=True)
+    what = "the same with 128 clients / `AsyncOpenAI` alone with 128, in the same run"
+    told, floor = f"{median(shares):.2f} of the ideal", f"{median(plain):.2f} of the ideal"
+    bench.add(what, told, floor, [ours / other for ours, other in got[128]], 2.9, higher=True)
 
 
 async def for_a_while(work: Callable[[], Any]) -> None:
@@ -314,39 +283,39 @@ async def for_a_while(work: Callable[[], Any]) -> None:
         await work()
 
 
-async def many_turns(url: str, number: int) -> None:
+async def many_turns(server: Peer, number: int) -> None:
     async def one(name: str) -> None:
-        async with client(url) as connection:
-            await connection.create(name, model="ms-200")
-            await for_a_while(lambda: connection.turn(name, "How are you?"))
+        async with client(server) as connection:
+            await create(connection, name, model="ms-200")
+            await for_a_while(lambda: turn(connection, name, "How are you?"))
 
     await asyncio.gather(*(one(f"busy-{number}-{place}") for place in range(32)))
 
 
-async def common_word(url: str, number: int) -> None:
-    async with client(url) as connection:
+async def common_word(server: Peer, number: int) -> None:
+    async with client(server) as connection:
         search = {"agent_name": "archive", "query": "maru", "store": "archival"}
-        await for_a_while(lambda: connection.command("search_memory", **search))
+        await for_a_while(lambda: connection.ok("search_memory", **search))
 
 
-async def never(url: str, number: int) -> None:
-    async with client(url) as connection:
-        await connection.create(f"never-{number}", model="never")
+async def never(server: Peer, number: int) -> None:
+    async with client(server) as connection:
+        await create(connection, f"never-{number}", model="never")
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(connection.turn(f"never-{number}", "Is anybody there?"), 1.5)
-        await connection.command("cancel", agent_name=f"never-{number}")
+            await asyncio.wait_for(turn(connection, f"never-{number}", "Is anybody there?"), 1.5)
+        await connection.ok("cancel", agent_name=f"never-{number}")
 
 
-async def compact(url: str, number: int) -> None:
-    async with client(url) as connection:
-        await connection.command("compact", agent_name=f"long-{number}")
+async def compact(server: Peer, number: int) -> None:
+    async with client(server) as connection:
+        await connection.ok("compact", agent_name=f"long-{number}")
         await asyncio.sleep(2)
 
 
-async def compute(url: str, number: int) -> None:
-    async with client(url) as connection:
-        await connection.create(f"computes-{number}", model="tool-compute", tools=["send_message", "compute"])
-        await connection.turn(f"computes-{number}", "Compute it, please. <<now>>")
+async def compute(server: Peer, number: int) -> None:
+    async with client(server) as connection:
+        await create(connection, f"computes-{number}", model="tool-compute", tools=["send_message", "compute"])
+        await turn(connection, f"computes-{number}", "Compute it, please. <<now>>")
 
 
 SCENES = {
@@ -362,15 +331,8 @@ SCENES = {
 def bystanders(bench: Bench) -> Iterator[str]:
     """The p99 of somebody's get_agent while others make work."""
     path = bench.database()
-
-    async def seed(url: str) -> None:
-        async with client(url) as connection:
-            await connection.seed("quiet", 10)
-            for number in range(bench.repeat):
-                await connection.seed(f"long-{number}", 500)
-
     with bench.serve(path) as server:
-        asyncio.run(seed(server.address))
+        asyncio.run(seed(server, {"quiet": 10} | {f"long-{number}": 500 for number in range(bench.repeat)}))
     yield "bystander: agents stored"
     archive = Filled(path, texts(), "archival")
     for _ in range(1_000_000 // STEP):
@@ -381,8 +343,8 @@ def bystanders(bench: Bench) -> Iterator[str]:
     with Peer("echo", folder=bench.folder) as echo, bench.serve(path, part="serve-tool") as server:
         for number in range(bench.repeat):
             for name, (work, _) in SCENES.items():
-                with Peer("bystander", server.address, echo.address, "quiet", folder=bench.folder) as watcher:
-                    asyncio.run(work(server.address, number))
+                with Peer("bystander", server.url, echo.url, "quiet", folder=bench.folder) as watcher:
+                    asyncio.run(work(server, number))
                     got[name].append(watcher.ask())
                 yield f"bystander: {name}"
     for name, found in got.items():
@@ -411,9 +373,9 @@ def idle(bench: Bench) -> Iterator[str]:
     def grown(server: Peer) -> float:
         """KB that a connection takes."""
         with Peer("crowd", folder=bench.folder) as crowd:
-            crowd.ask(url=server.address, count=20)
+            crowd.ask(url=server.url, count=20)
             before = server.ask(collect=True)["memory"]
-            crowd.ask(url=server.address, count=count)
+            crowd.ask(url=server.url, count=count)
             after = server.ask(collect=True)["memory"]
             crowd.ask()
         return float((after - before) / count * 2**20 / 1000)
