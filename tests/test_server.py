@@ -136,6 +136,7 @@ BAD_CONFIGS += [
     {"settings": {"temperature": True}}, {"settings": {"seed": 0.5}}, {"settings": {"reasoning_effort": 5}},
     {"persona": 5}, {"blocks": {}}, {"blocks": [{"label": "1"}]}, {"blocks": [{"label": "a", "value": 5}]},
     {"blocks": [{"label": "a", "limit": 0}]}, {"blocks": [{"label": f"b{number}"} for number in range(21)]},
+    {"blocks": [{"label": f"b{number}", "limit": 20_000} for number in range(5)]},
 ]  # fmt: skip
 OVER_LIMIT: list[JSON] = [{"persona": "x" * 2_001}, {"human": "x" * 2_001}]
 OVER_LIMIT += [{"blocks": [{"label": "a", "value": "xx", "limit": 1}]}]
@@ -395,6 +396,8 @@ async def test_edits_of_memory(server: Server) -> None:
         assert (await client.edit("insert_passage", text="seal"))[0] == {"id": 2}  # an id is never used again
         assert (await client.refused("delete_passage", passage_id=1))["code"] == "not_found"
         assert (await client.refused("insert_passage", text="x" * 65_537))["code"] == "text_too_long"
+        empty = await client.misread({"type": "command", "command": "insert_passage", "text": " "})
+        assert (empty["code"], "text: expected" in empty["message"]) == ("bad_field", True)
 
 
 async def test_get_context_and_get_request_page_their_messages(server: Server, endpoint: Endpoint) -> None:
