@@ -331,6 +331,18 @@ async def test_a_failure_that_is_final(endpoint: Endpoint, lab: Lab, agent: Agen
     assert [message["message"] for message in packed(endpoint.requests[-1], "user_message")] == ["Hi", "Again"]
 
 
+async def test_a_fault_of_ours_ends_its_turn_alone(
+    lab: Lab, agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What nobody foresaw is logged with its traceback and ends the turn as internal; the next turn works."""
+    with monkeypatch.context() as patch:
+        patch.setattr(agent.model, "stream", lambda body: {}["a fault"])
+        turn = await lab.say(agent, "Hi")
+    assert (turn.end["code"], turn.stop_reason, "a fault" in str(turn.end)) == ("internal", "error", False)
+    assert "KeyError: 'a fault'" in caplog.text
+    assert (await lab.say(await lab.open(), "Again")).replies == ["Hello!"]
+
+
 FLOOD = "Words" * 1_000
 FLOODS: dict[str, tuple[Reply, int, int]] = {
     "plain text": (Reply(FLOOD), 100_000, 0),

@@ -139,7 +139,7 @@ conflict, not_found: server test_edits_of_memory
 unknown_turn, cancelled: machine test_whatever_clients_do
 unknown_seq: server test_an_unknown_seq_subscribes_nothing
 store_failed: server test_a_message_that_cannot_be_stored_is_refused
-internal: errors test_codes_and_sentences_are_those_of_the_contract
+internal: errors test_codes_and_sentences_are_those_of_the_contract; agent test_a_fault_of_ours_ends_its_turn_alone
 queue_full: server test_eight_messages_of_a_connection_wait
 model_auth, model_refused, context_overflow, model_rate_limit, model_timeout, model_unavailable: llm
   test_a_failure_has_its_code
