@@ -77,8 +77,9 @@ async def test_python_blocks(
 
 
 def test_conversation(tmp_path: Path) -> None:
-    """README's first block is what a terminal shows, to the letter."""
+    """README's first block is what a terminal shows, to the letter; the piped message that it shows is answered."""
     (session,) = blocks("console")
+    (piped,) = re.findall(r'`echo "([^"]+)" \| python memws\.py chat --agent sam`', README)
     typed = re.findall(r"^sam> (.*)$", session, re.MULTILINE)
     assert session.startswith("$ python memws.py chat\n")
     variables = environment({"HOME": str(tmp_path), "NO_COLOR": "1"})
@@ -91,6 +92,7 @@ def test_conversation(tmp_path: Path) -> None:
                 chat.expect("sam> ")
                 chat.line(line)
             assert chat.wait() == 0
+        assert "otters" in run("chat", "--url", server.url, "--agent", "sam", cwd=tmp_path, text=piped).stdout
         shown = chat.seen.replace("\r\n", "\n").replace(server.url, "ws://localhost:8282")
     assert shown == session.partition("\n")[2]
 
@@ -165,15 +167,6 @@ def test_commands_are_complete() -> None:
     assert {"OPENAI_API_KEY"} == {name for variables, _ in SERVES for name in variables}
 
 
-def test_pipe(tmp_path: Path) -> None:
-    """The piped message that README shows is answered once."""
-    (text,) = re.findall(r'`echo "([^"]+)" \| python memws\.py chat --agent sam`', README)
-    with Serving(cwd=tmp_path) as server:
-        for said in ("I love otters", text):
-            done = run("chat", "--url", server.url, "--agent", "sam", cwd=tmp_path, text=said)
-    assert "otters" in done.stdout
-
-
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -214,18 +207,6 @@ def test_codes_table() -> None:
     assert listed == [REQUEST_CODES, {*COMMAND_CODES, "cancelled"}, set(TURN_CODES)]
 
 
-def test_stop_reasons() -> None:
-    """README names the reasons for which a turn ends well."""
-    (text,) = re.findall(r"The `stop_reason` of a turn that did not fail: ((?:`\w+`[,.]\s*)+)", README)
-    assert code(text) == list(memws.STOP_REASONS)
-
-
-def test_close_codes() -> None:
-    """README lists the close codes that the server and the WebSocket library use."""
-    listed = {int(number) for number, _ in rows("close code", "when") for number in re.findall(r"\d+", number)}
-    assert listed == {1001, 1002, 1007, 1009, 1013}
-
-
 def test_command_line_table(tmp_path: Path) -> None:
     """README's table of the command line names each command that --help lists."""
     words = [code(line)[0].removeprefix("python memws.py").split() for line, _ in rows("command", "does")]
@@ -238,7 +219,11 @@ def test_command_line_table(tmp_path: Path) -> None:
 
 
 def test_numbers() -> None:
-    """The numbers in README's sentences are the module's."""
+    """The stop reasons, close codes and numbers in README's sentences are the module's."""
+    (reasons,) = re.findall(r"The `stop_reason` of a turn that did not fail: ((?:`\w+`[,.]\s*)+)", README)
+    assert code(reasons) == list(memws.STOP_REASONS)
+    listed = {int(number) for number, _ in rows("close code", "when") for number in re.findall(r"\d+", number)}
+    assert listed == {1001, 1002, 1007, 1009, 1013}
     assert memws.MAX_FRAME == 2**20
     assert set(re.findall(r"(\d+) MiB", README)) == {"1"}
     assert f"`DEFAULT_PORT` | the same, {memws.DEFAULT_PORT} |" in README
