@@ -3,7 +3,7 @@
 The model's name says what it does: `now` answers at once, `ms-200` after 200 ms, `never` not at all, `tool-compute`
 first calls that tool. Each answer goes through send_message and repeats the last mark <<…>> of the request, so that a
 delivery to the wrong client can be seen; after a tool's result that follows the mark `tool-compute` says so too. A
-request without tools is answered in plain text. GET /last gives the body of the last chat request.
+request without tools is answered in plain text. `Model.last` is the body of the last request.
 """
 
 import asyncio
@@ -75,13 +75,9 @@ class Model(asyncio.Protocol):
         if len(self._got) >= size:
             body = bytes(self._got[end + 4 : size])
             del self._got[:size]
-            self._answer(head, body)
+            self._answer(body)
 
-    def _answer(self, head: bytes, body: bytes) -> None:
-        if head.startswith(b"GET /last"):
-            size = len(Model.last)
-            self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (size, Model.last))
-            return
+    def _answer(self, body: bytes) -> None:
         Model.last = body
         match = _MODEL.search(body)
         kind, _, number = (match[1].decode() if match else "now").partition("-")

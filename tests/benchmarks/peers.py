@@ -50,25 +50,26 @@ def look_inside(request: JSON) -> JSON:
 # ---- servers ---------------------------------------------------------------------------------------------------------
 
 
-def serve_part(listen: Callable[[], Awaitable[Any]], address: str) -> None:
-    """Serve what `listen` gives, and say where."""
+def serve_part(listen: Callable[[], Awaitable[Any]], address: str, answer: Callable[[JSON], object]) -> None:
+    """Serve what `listen` gives, say where, and answer requests."""
 
     async def main() -> None:
         async with await listen() as server:
             say(address.format(next(iter(server.sockets)).getsockname()[1]))
             await server.serve_forever()
 
-    threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
+    threading.Thread(target=answer_requests, args=(answer,), daemon=True).start()
     asyncio.run(main())
 
 
 def serve_model() -> None:
-    async def listen() -> asyncio.Server:
-        from model import Model
+    """The model, which also gives the last request that it got."""
+    from model import Model
 
+    async def listen() -> asyncio.Server:
         return await asyncio.get_running_loop().create_server(Model, "127.0.0.1", 0, backlog=1024)
 
-    serve_part(listen, "http://127.0.0.1:{}/v1")
+    serve_part(listen, "http://127.0.0.1:{}/v1", lambda request: json.loads(Model.last))
 
 
 def serve_echo() -> None:
@@ -82,7 +83,7 @@ def serve_echo() -> None:
     async def listen() -> Server:
         return await serve(echo, "127.0.0.1", 0, compression=None, backlog=1024)
 
-    serve_part(listen, "ws://127.0.0.1:{}")
+    serve_part(listen, "ws://127.0.0.1:{}", look_inside)
 
 
 def compute() -> str:

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from typing import Any, Self
@@ -121,15 +120,6 @@ class Bench:
         server.line()
         return server
 
-    def last_body(self) -> JSON:
-        """The request that the model got last."""
-        host, _, port = self.model.url.removeprefix("http://").removesuffix("/v1").partition(":")
-        connection = HTTPConnection(host, int(port))
-        connection.request("GET", "/last")
-        body: JSON = json.loads(connection.getresponse().read())
-        connection.close()
-        return body
-
 
 def client(server: Peer) -> contextlib.AbstractAsyncContextManager[Wire]:
     """One connection, read as fast as its server sends."""
@@ -205,7 +195,7 @@ def turns(bench: Bench) -> Iterator[str]:
         for size, (_, calls, per_agent) in sizes.items():
             asyncio.run(seed(server, {f"a{size}-{n}": size for n in range(bench.repeat * calls // per_agent)}))
             yield f"turns: {size} messages stored"
-        bare.ask(calls=30, body=bench.last_body())
+        bare.ask(calls=30, body=bench.model.ask())
         for number in range(bench.repeat):
             for size, (_, calls, per_agent) in sizes.items():
                 count = calls // per_agent
@@ -213,7 +203,7 @@ def turns(bench: Bench) -> Iterator[str]:
                 names = [f"a{size}-{number * count + place}" for place in range(count)]
                 seconds = asyncio.run(run(server, names, per_agent))
                 cpu = (server.ask()["cpu"] - before) / len(seconds)
-                floor = bare.ask(calls=calls, body=bench.last_body())
+                floor = bare.ask(calls=calls, body=bench.model.ask())
                 middle = {"turn": median(seconds), "bare": median(floor["seconds"])}
                 got[size].append({**middle, "cpu": cpu, "bare_cpu": floor["cpu"]})
                 yield f"turns: {size} messages"
@@ -262,7 +252,7 @@ def throughput(bench: Bench) -> Iterator[str]:
         for number in range(bench.repeat):
             for clients in goals:
                 count = asyncio.run(turns_a_second(server, clients, f"t{number}-{clients}", seconds))
-                plain = bare.ask(clients=clients, seconds=seconds, body=bench.last_body())["count"]
+                plain = bare.ask(clients=clients, seconds=seconds, body=bench.model.ask())["count"]
                 ideal = clients / 0.2 * seconds
                 got[clients].append((count / ideal, plain / ideal))
                 yield f"throughput: {clients} clients"
