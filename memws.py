@@ -2957,7 +2957,7 @@ class Memory:
     store: Store
     record: AgentRecord
     emit: Callable[[StoredEvent], None]  # gets each event once it is stored
-    edited: Callable[[], None]  # called after an edit of core memory
+    edited: Callable[[], None]  # called after an edit of config or core memory, and when messages have left the view
     blocks: dict[str, Block] = field(default_factory=dict)
     messages: list[ChatMessage] = field(default_factory=list)  # those in the context window
     last_message: int = 0  # the id of the last chat message
@@ -3020,8 +3020,9 @@ class Transaction:
 
     async def _store(self) -> None:
         memory, record, changes = self.memory, self.memory.record, self.changes
-        has_edits = self.blocks != memory.blocks
-        changes.blocks = [asdict(block) for block in self.blocks.values()] if has_edits else None
+        cuts = self.state["cut"] != record.state["cut"]
+        if self.blocks != memory.blocks:
+            changes.blocks = [asdict(block) for block in self.blocks.values()]
         changes.config = self.config if self.config != record.config else None
         changes.state = self.state if self.state != record.state else None
         events = await memory.store.write(commit, record.id, changes)
@@ -3030,7 +3031,9 @@ class Transaction:
         memory.messages += changes.messages
         memory.last_message += len(changes.messages)
         memory.archival += sum(document.store == "archival" for document in changes.documents) - len(changes.removed)
-        if has_edits:
+        if cuts:
+            memory.messages = [message for message in memory.messages if message.id >= self.state["cut"]]
+        if cuts or changes.blocks or changes.config:
             memory.edited()
         for event in events:
             memory.emit(event)
@@ -3420,7 +3423,7 @@ class Agent:
         api_key: str | None = None,
         emit: Callable[[StoredEvent], None] = lambda event: None,
     ) -> None:
-        self.memory, self.record = Memory(store, record, emit, self._rebuild), record
+        self.memory, self.record = Memory(store, record, emit, self.configure), record
         self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
         self.repairs: list[str] = []  # what the opening had to mend
         # What a request holds beside chat messages, as text.
@@ -3451,15 +3454,23 @@ class Agent:
         return self
 
     def configure(self) -> None:
-        """Choose model, window and tools by the config, and build the prompt anew."""
-        config = self.record.config
+        """Choose model, window and tools by the config, and build the system message. Between two calls of this the
+        prompt only grows at its end."""
+        memory, config, summary = self.memory, self.record.config, self.record.state["summary"]
         self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
         self.window: int = config["context_window"] or self._models.context_window or self.model.window
         self.max_steps: int = config["max_steps"] or self._max_steps
         if missing := [name for name in config["tools"] or () if name not in self._all_tools]:
             self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
         self.take_tools()
-        self._rebuild()
+        parts = [f"\n\nRecall memory: {memory.last_message} messages. Archival memory: {memory.archival} passages."]
+        for block in memory.blocks.values():
+            text = f"{block.value}\n" if block.value else ""
+            parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
+        prompt, core = (config["system"] or SYSTEM_PROMPT).rstrip(), "\n".join(parts)
+        summary = encode_json({"role": "user", "content": summary}) if summary else ""
+        self._sections |= {"system": prompt, "core_memory": core, "summary": summary}
+        self._system_body = encode_json({"role": "system", "content": prompt + core})
 
     def take_tools(self) -> None:
         """Offer what is registered by now; the system message stays as it is."""
@@ -3467,18 +3478,6 @@ class Agent:
         self.tools = {name: self._all_tools[name] for name in names if name in self._all_tools}
         specs = ",".join(tool.spec for tool in self.tools.values())
         self._sections["tools"] = f"[{specs}]" if specs else ""
-
-    def _rebuild(self) -> None:
-        """Build the system message. Between two calls of this the prompt only grows at its end."""
-        memory, summary = self.memory, self.record.state["summary"]
-        parts = [f"\n\nRecall memory: {memory.last_message} messages. Archival memory: {memory.archival} passages."]
-        for block in memory.blocks.values():
-            text = f"{block.value}\n" if block.value else ""
-            parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
-        prompt, core = (self.record.config["system"] or SYSTEM_PROMPT).rstrip(), "\n".join(parts)
-        summary = encode_json({"role": "user", "content": summary}) if summary else ""
-        self._sections |= {"system": prompt, "core_memory": core, "summary": summary}
-        self._system_body = encode_json({"role": "system", "content": prompt + core})
 
     async def _repair(self, unreadable: int) -> None:
         """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
@@ -3502,8 +3501,6 @@ class Agent:
                 self.repairs.append(f"turn {turn_id} was interrupted and got its end")
                 turn.usage["estimated"] = True
                 self._end(change, turn, "interrupted")
-        del memory.messages[:broken]
-        self._rebuild()
 
     # -- a turn --
 
@@ -3905,8 +3902,6 @@ class Agent:
             sizes = {"tokens_before": before, "tokens_after": after}
             counts = {"messages_before": cut + len(kept), "messages_after": len(kept)}
             change.add_event("compaction", f"{cut} messages became a summary", **counts, **sizes, summary=gist)
-        del memory.messages[:cut]
-        self._rebuild()
         return sizes
 
     def _cut_at(self, keep: float) -> int:
@@ -3967,7 +3962,6 @@ class Agent:
         async with Transaction(self.memory) as change:
             change.config = config
             change.add_event("agent_change", "the agent's settings changed", change="updated")
-        self.configure()
 
     def settings(self) -> JSON:
         """The config with what the defaults make of it."""
