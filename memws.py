@@ -2900,8 +2900,6 @@ def make_tool(
     """The Tool of a function: schema from the signature, description from the docstring. Raises UsageError for one that
     no model could call."""
     function = function_of(call, name, skip=1 if builtin else 0)
-    if REQUEST_HEARTBEAT in function.parameters["properties"]:
-        raise UsageError(f"tool {function.name!r}: {REQUEST_HEARTBEAT} is added by memws itself")
     properties = dict(function.parameters["properties"])
     if function.name not in ("send_message", "pause_heartbeats"):
         properties[REQUEST_HEARTBEAT] = {"type": "boolean", "description": "run again right after this call"}
@@ -3689,8 +3687,7 @@ class Agent:
 
     async def _query_vectors(self, calls: Iterable[ToolCall]) -> dict[str, bytes | None]:
         """The vectors of what memory tools search for: no network call happens inside a transaction."""
-        searches = (call.arguments for call in calls if call.name in MEMORY_TOOLS and "query" in call.arguments)
-        queries = [str(arguments["query"]) for arguments in searches]
+        queries = [str(call.arguments.get("query", "")) for call in calls if call.name in MEMORY_TOOLS]
         return {query: await self.query_vector(query) for query in queries}
 
     def _add_reply(self, change: Transaction, reply: Reply, plain: str) -> None:
