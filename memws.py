@@ -3437,7 +3437,7 @@ class Agent:
         """Core memory by label."""
         return self.memory.blocks
 
-    # -- opening --
+    # -- opening, configuring --
 
     async def open(self) -> typing.Self:
         """Load the agent and repair what a crash left; itself. Raises StoreFailed."""
@@ -3450,6 +3450,29 @@ class Agent:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
             raise StoreFailed(text) from error
         return self
+
+    async def _repair(self, unreadable: int) -> None:
+        """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
+        memory, turn_id = self.memory, self.record.state["turn"]
+        faults, open_calls = history_faults(memory.messages)
+        broken = max((index for index, _ in faults), default=0)
+        if not (unreadable or broken or open_calls or turn_id):
+            return
+        turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
+        async with self._change(turn) as change:
+            for _, call_id, name in open_calls:
+                self.repairs.append(f"the call of {name} was interrupted and got a result")
+                self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
+            if broken or unreadable:
+                text = "chat messages that are damaged or lack a tool's result left the context window"
+                self.repairs.append(text)
+                kept = memory.messages[broken:] + change.changes.messages
+                change.state["cut"] = kept[0].id if kept else memory.last_message + 1
+                change.add_event("correction", text, what="history")
+            if turn_id:
+                self.repairs.append(f"turn {turn_id} was interrupted and got its end")
+                turn.usage["estimated"] = True
+                self._end(change, turn, "interrupted")
 
     def configure(self) -> None:
         """Choose model, window and tools by the config, and build the system message. Between two calls of this the
@@ -3477,28 +3500,19 @@ class Agent:
         specs = ",".join(tool.spec for tool in self.tools.values())
         self._sections["tools"] = f"[{specs}]" if specs else ""
 
-    async def _repair(self, unreadable: int) -> None:
-        """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
-        memory, turn_id = self.memory, self.record.state["turn"]
-        faults, open_calls = history_faults(memory.messages)
-        broken = max((index for index, _ in faults), default=0)
-        if not (unreadable or broken or open_calls or turn_id):
-            return
-        turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
-        async with self._change(turn) as change:
-            for _, call_id, name in open_calls:
-                self.repairs.append(f"the call of {name} was interrupted and got a result")
-                self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            if broken or unreadable:
-                text = "chat messages that are damaged or lack a tool's result left the context window"
-                self.repairs.append(text)
-                kept = memory.messages[broken:] + change.changes.messages
-                change.state["cut"] = kept[0].id if kept else memory.last_message + 1
-                change.add_event("correction", text, what="history")
-            if turn_id:
-                self.repairs.append(f"turn {turn_id} was interrupted and got its end")
-                turn.usage["estimated"] = True
-                self._end(change, turn, "interrupted")
+    async def update(self, config: JSON) -> None:
+        """Take another config. Raises Refused where the window is too small for it."""
+        model, _ = self._models.get(config["model"], self.record.base_url, self._api_key)
+        window = self._models.context_window or model.window
+        check_window(config, window, self._all_tools, self.blocks.values())
+        async with Transaction(self.memory) as change:
+            change.config = config
+            change.add_event("agent_change", "the agent's settings changed", change="updated")
+
+    def settings(self) -> JSON:
+        """The config with what the defaults make of it."""
+        effective = {"context_window": self.window, "max_steps": self.max_steps, "tools": list(self.tools)}
+        return {**self.record.config, "model": self.record.config["model"] or self.model.name, **effective}
 
     # -- a turn --
 
@@ -3949,21 +3963,7 @@ class Agent:
                 return words, summary, after
         raise self._too_small(before)
 
-    # -- its config --
-
-    async def update(self, config: JSON) -> None:
-        """Take another config. Raises Refused where the window is too small for it."""
-        model, _ = self._models.get(config["model"], self.record.base_url, self._api_key)
-        window = self._models.context_window or model.window
-        check_window(config, window, self._all_tools, self.blocks.values())
-        async with Transaction(self.memory) as change:
-            change.config = config
-            change.add_event("agent_change", "the agent's settings changed", change="updated")
-
-    def settings(self) -> JSON:
-        """The config with what the defaults make of it."""
-        effective = {"context_window": self.window, "max_steps": self.max_steps, "tools": list(self.tools)}
-        return {**self.record.config, "model": self.record.config["model"] or self.model.name, **effective}
+    # -- reading --
 
     async def request(self, turn_id: str, step: int) -> JSON:
         """What was sent for a step, rebuilt byte by byte, and what came back. Raises Refused (not_found)."""
