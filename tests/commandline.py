@@ -1,15 +1,13 @@
 """The command line as a process of its own (`run` to its end, `Serving` while a `with` block lasts), or a call."""
 
 import os
-import queue
 import re
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import pytest
 
@@ -82,42 +80,52 @@ def sentence(done: Done | subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-class Serving:
-    """A server process in the folder `cwd`, on a free port unless the flags name one, while the `with` block lasts."""
+class Process:
+    """A process in the folder `cwd` that prints lines, at first one with its address, while the `with` block lasts."""
 
-    def __init__(
-        self, *flags: str, cwd: Path, variables: Mapping[str, str] | None = None, program: Path = PROGRAM
-    ) -> None:
-        is_named = "--port" in flags or "MEMWS_PORT" in (variables or {})
-        port = [] if is_named else ["--port", "0"]
-        self.arguments: Sequence[str] = command("serve", *flags, *port, program=program)
-        self.cwd = cwd
-        self.variables = environment(variables)
+    def __init__(self, *arguments: str, cwd: Path, variables: Mapping[str, str]) -> None:
+        self.arguments, self.cwd, self.variables = arguments, cwd, variables
         self.out: list[str] = []  # the lines of its standard output so far
         self.log = ""  # its standard error, once it has ended
         self.url = ""
 
     def __enter__(self) -> Self:
         self._log = (self.cwd / f"stderr-{os.urandom(4).hex()}.txt").open("w+", encoding="utf-8")
-        self.process = subprocess.Popen(
-            self.arguments,
-            cwd=self.cwd,
-            env=self.variables,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            encoding="utf-8",
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        self.out.append(self._lines.get(timeout=20))
-        self.url = self.out[0].split()[-1] if self.out[0] else ""
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log}
+        self.process = subprocess.Popen(self.arguments, cwd=self.cwd, env=self.variables, encoding="utf-8", **pipes)
+        self.url = (self.line().split() or [""])[-1]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.wait()
+
+    def line(self) -> str:
+        """The next line that it prints; an empty one where there is none."""
+        self.out.append(self.process.stdout.readline().rstrip("\n"))  # type: ignore[union-attr]
+        return self.out[-1]
+
+    def wait(self, timeout: float = 20) -> int:
+        """Wait for its end and give the exit status."""
+        status = self.process.wait(timeout)
+        if not self._log.closed:
+            self.out += self.process.communicate()[0].splitlines()
+            self._log.seek(0)
+            self.log = self._log.read()
+            self._log.close()
+        return status
+
+
+class Serving(Process):
+    """A server process, on a free port unless the flags name one."""
+
+    def __init__(
+        self, *flags: str, cwd: Path, variables: Mapping[str, str] | None = None, program: Path = PROGRAM
+    ) -> None:
+        is_named = "--port" in flags or "MEMWS_PORT" in (variables or {})
+        words = command("serve", *flags, *([] if is_named else ["--port", "0"]), program=program)
+        super().__init__(*words, cwd=cwd, variables=environment(variables))
 
     @property
     def port(self) -> int:
@@ -127,23 +135,3 @@ class Serving:
         """Send a signal and give the exit status."""
         self.process.send_signal(number)
         return self.wait(timeout)
-
-    def wait(self, timeout: float = 20) -> int:
-        """Wait for its end and give the exit status."""
-        status = self.process.wait(timeout)
-        self._reader.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        if not self._log.closed:
-            self._log.seek(0)
-            self.log = self._log.read()
-            self._log.close()
-        while not self._lines.empty():
-            self.out.append(self._lines.get())
-        return status
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._lines.put(line.rstrip("\n"))
-        self._lines.put("")

@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Self
+from typing import Any
 
 HERE = Path(__file__).absolute().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
-from commandline import PROGRAM, environment  # noqa: E402
+from commandline import PROGRAM, Process, environment  # noqa: E402
 from measure import Progress, machine, memory, percentile, rows_of  # noqa: E402
 from retrieval import STEP, Filled, load, quality  # noqa: E402
 from websockets.asyncio.client import connect  # noqa: E402
@@ -45,44 +45,20 @@ def clean_environment(**variables: str) -> dict[str, str]:
     return {name: value for name, value in environment(variables).items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
-class Peer:
+class Peer(Process):
     """A process of peers.py, while a `with` block lasts."""
 
     def __init__(self, *command: str, folder: Path) -> None:
-        self._log = (folder / f"{command[0]}-{random.randrange(10**9)}.log").open("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "peers.py"), *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            encoding="utf-8",
-            env=clean_environment(),
-            cwd=folder,
-        )
-        self.url = (self.line().split() or [""])[-1]
-
-    def line(self) -> str:
-        """The next line that it prints."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._log.seek(0)
-            raise SystemExit(f"{self._process.args!r} ended:\n{self._log.read()}")
-        return line.rstrip("\n")
+        super().__init__(sys.executable, str(HERE / "peers.py"), *command, cwd=folder, variables=clean_environment())
 
     def ask(self, **request: Any) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self.line())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        if not (answer := self.line()):
+            self.wait()
+            raise SystemExit(f"{self.arguments} ended:\n{self.log}")
+        return json.loads(answer)
 
 
 class Bench:
@@ -114,11 +90,12 @@ class Bench:
     def database(self) -> str:
         return str(self.folder / f"bench-{next(self._databases)}.db")
 
-    def serve(self, path: str, *flags: str, part: str = "serve") -> Peer:
+    @contextlib.contextmanager
+    def serve(self, path: str, *flags: str, part: str = "serve") -> Iterator[Peer]:
         flags = ("--port", "0", "--db", path, "--base-url", self.model.url, "--model", "now", *flags)
-        server = Peer(part, *flags, folder=self.folder)
-        server.line()
-        return server
+        with Peer(part, *flags, folder=self.folder) as server:
+            server.line()
+            yield server
 
 
 def client(server: Peer) -> contextlib.AbstractAsyncContextManager[Wire]:
