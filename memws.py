@@ -7103,6 +7103,9 @@ class WebSocketServer:
         self._over: concurrent.futures.Future[None] = concurrent.futures.Future()  # done once the server is closed
         self._over.set_running_or_notify_cancel()  # one waiter's cancel is not the others'
 
+    def __repr__(self) -> str:
+        return f"<memws.WebSocketServer {self.url} {'listening' if self._listeners else 'not listening'}>"
+
     @property
     def url(self) -> str:
         """The address that clients connect to."""
