@@ -2841,6 +2841,8 @@ class Models:
             (None, None): self.endpoint
         }  # and agents' own
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
+        # For each model's name, how many calls were made and how many answers needed which correction.
+        self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)
 
     @property
     def described(self) -> str:
@@ -3623,6 +3625,8 @@ class Agent:
         """Tell of a failed call, and wait before the next: as long as the endpoint asks for, or `pause` seconds."""
         pause = pause if error.retry_after is None else error.retry_after
         fields = {"attempt": attempt, "of": of, "delay_ms": round(pause * 1000), "code": error.code}
+        if error.code == "bad_output":
+            self._count_calls(error.code)
         self._emit_live(turn, "retry", f"{error}; trying again", **fields)
         with turn.interruptible():
             await asyncio.sleep(pause)
@@ -3647,6 +3651,7 @@ class Agent:
         loop, timer = asyncio.get_running_loop(), None
         with turn.interruptible():
             turn.usage["model_calls"] += 1
+            self._count_calls("calls")
             started = time.monotonic()
             try:
                 async with contextlib.aclosing(self.model.stream(body)) as chunks:
@@ -3669,6 +3674,10 @@ class Agent:
         if reply is turn.reply:  # and no summary
             for of, text in reply.news():
                 self._emit_live(turn, "delta", text, of=of)
+
+    def _count_calls(self, *kinds: str) -> None:
+        """Count a model call, or the corrections that an answer needed, for `hello`."""
+        self._models.corrections[self.model.name].update(kinds)
 
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
         """Keep what came of a call and what it used, and calibrate the estimate by what the endpoint counted."""
@@ -3708,6 +3717,7 @@ class Agent:
         """The assistant's message with its monologue; `plain` text is the reply that the user waits for."""
         if plain:
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
+        self._count_calls(*dict(reply.corrections))
         for what, text in reply.corrections:
             change.add_event("correction", text, what=what)
         monologue = reply.reasoning if plain else reply.monologue
@@ -3795,6 +3805,7 @@ class Agent:
             change.add_notice("heartbeat", reason, reason=reason)
         self._add_context(change, sizes, warn)
         if isinstance(outcome, str) and not turn.replied and reply.text and turn.stop_reason is None:
+            self._count_calls("no_reply")
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
             change.say(reply.text)
         if outcome is not None:
@@ -6827,10 +6838,11 @@ class Session:
 
     async def hello(self, message_types: list[str] | None = None) -> JSON:
         """Ask who answers, and choose the message types to receive ("*": all).
-        Result: {version, protocol, model, models, offline, limits, commands, message_types, unknown}."""
+        Result: {version, protocol, model, models, offline, limits, corrections, commands, message_types, unknown}."""
         if message_types is not None:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
+        most_called = sorted(models.corrections.items(), key=lambda item: -item[1]["calls"])[:100]
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
         limits |= {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
         limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
@@ -6843,6 +6855,7 @@ class Session:
             "models": list(dict.fromkeys((models.default, OFFLINE))),
             "offline": models.offline,
             "limits": limits,
+            "corrections": {name: dict(counts) for name, counts in most_called},
             "commands": [name for name in COMMANDS if name != "user_message"],
             "message_types": list(EVENTS),
             "unknown": [name[:MAX_NAME] for name in message_types or () if name != "*" and name not in EVENTS][:100],

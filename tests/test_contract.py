@@ -54,8 +54,8 @@ when_busy: server test_when_busy
 every command: wire test_the_protocol_is_that_of_the_contract test_schema_and_check_agree_on_every_field
 create, load, config, names: server test_create_agent test_load_agent test_names_are_words
   test_create_agent_warns_of_what_it_ignores
-hello, list, get, update: server test_hello_and_the_message_types test_list_agents_and_get_agent_tell_what_runs
-  test_update_agent
+hello, list, get, update: server test_hello_and_the_message_types test_hello_counts_what_each_model_needed
+  test_list_agents_and_get_agent_tell_what_runs test_update_agent
 rename, delete, restore, purge: server test_an_agent_that_is_renamed_deleted_and_restored; machine
   test_whatever_clients_do; store test_a_purged_agent_is_gone
 messages and search: server test_get_messages_pages_backwards test_search_memory; store test_search_is_filtered

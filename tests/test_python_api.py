@@ -84,11 +84,13 @@ async def test_start_and_stop(make: Serve) -> None:
         assert server.start() is server.start() is server
         port = server.port
         assert (server.host, port > 0, server.url) == ("127.0.0.1", True, f"ws://127.0.0.1:{port}")
+        assert repr(server) == f"<memws.WebSocketServer {server.url} listening>"
         async with wire(server) as client:
             assert (await client.ok("hello"))["offline"] is True
         server.stop()
         server.stop()
         assert is_free(port)
+        assert repr(server) == f"<memws.WebSocketServer {server.url} not listening>"
 
 
 async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpoint) -> None:

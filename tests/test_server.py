@@ -247,6 +247,17 @@ async def test_hello_and_the_message_types(server: Server) -> None:
         assert await kinds() >= {None, *memws.CLASSIC_TYPES, "user_message", "tool_call", "tool_return", "context"}
 
 
+async def test_hello_counts_what_each_model_needed(client: Wire, endpoint: Endpoint) -> None:
+    """hello tells for each model how many calls were made and how many answers needed which correction."""
+    assert (await client.ok("hello"))["corrections"] == {}
+    mended = [("core_memory_append", f'{{"name": "human", "content": "{text}",}}') for text in "ab"]
+    endpoint.script(Reply(calls=mended), Reply("Hello!"), Reply(), Reply("Hello again!"), say("Bye"))
+    for text in ("One", "Two", "Three"):
+        await client.turn(text)
+    counts = {"calls": 5, "arguments": 1, "plain_text": 2, "bad_output": 1}
+    assert (await client.ok("hello"))["corrections"] == {"test-model": counts}
+
+
 async def test_list_agents_and_get_agent_tell_what_runs(server: Server, endpoint: Endpoint) -> None:
     """list_agents pages by name with what each agent is doing; get_agent names the turn that runs and its step."""
     async with wire(server) as client:
