@@ -57,11 +57,8 @@ class Model:
         return Reply("I answer.", [("send_message", {"message": message})], chunk=3, **more)
 
     def call(self) -> tuple[str, Any]:
-        tool, text = (
-            self.rng.choice(["ask", "ask_later", "ask_later", "archival_memory_insert"]),
-            f"q{next(self.fresh)}",
-        )
-        return tool, {"content" if tool == "archival_memory_insert" else "question": text}
+        tool = self.rng.choice(["ask", "ask_later", "ask_later", "archival_memory_insert"])
+        return tool, {"content" if tool == "archival_memory_insert" else "question": f"q{next(self.fresh)}"}
 
 
 class Client:
@@ -130,10 +127,8 @@ class Client:
         turn_id, reason = end["turn_id"], end.get("stop_reason")
         if "seq" not in end:
             raise ConnectionError(f"refused by a server that stops: {end}")
-        is_expected = reason in ("done", "max_steps", "interrupted") or (
-            reason == "cancelled" and turn_id in self.cancelled
-        )
-        if not is_expected and end.get("code") != "bad_output":  # the command line has not got the tools
+        expected = {"done", "max_steps", "interrupted", "cancelled" if turn_id in self.cancelled else "done"}
+        if reason not in expected and end.get("code") != "bad_output":  # the command line has not got the tools
             self.soak.fault("turns that end for no reason", end)
         self.open = [each for each in self.open if each != turn_id]
 
@@ -186,6 +181,8 @@ class Client:
             is_understood = answer.get("result", {}).get("state") in ("cancelling", "removed", "over")
             if not is_understood and not self.is_ending():
                 self.soak.fault("cancels not understood", f"{answer} {frames[-1]}")
+            if "seq" in frames[-1]:
+                self.views.append((turn_id, seqs(frames)))
             await self.turn(wire, turn_id)  # one that never became a turn does so now
 
     async def leave(self, server: Serving) -> None:

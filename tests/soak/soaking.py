@@ -76,7 +76,7 @@ class Soak:
     def none(self, *kinds: str) -> None:
         """Figures: no fault of each of these kinds."""
         for kind in kinds:
-            self.faults[kind]
+            self.faults.setdefault(kind, [])
 
     def most(self, what: str, value: float, limit: float) -> None:
         """A figure: a value that is at most `limit`."""
