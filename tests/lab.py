@@ -1,8 +1,6 @@
-"""A real JupyterLab on loopback with a headless Chromium in front of it, for test_browser.py.
+"""A real JupyterLab on loopback with a headless Chromium in front of it, for test_browser.py."""
 
-Requests to anything but loopback are blocked and counted; `Lab.strangers` must stay empty.
-"""
-
+import contextlib
 import json
 import os
 import shutil
@@ -10,12 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import nbformat
-from playwright.sync_api import Locator, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
 
 import memws
 
@@ -27,77 +26,84 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}
 
 
-class Lab:
-    """A JupyterLab server and the browser; `open` gives a notebook in a window of its own."""
+@contextlib.contextmanager
+def jupyterlab(folder: Path) -> Iterator[str]:
+    """A JupyterLab server with the notebooks of a folder, which fetches no news; its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    news = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text(json.dumps(NO_NEWS), "utf-8")
+    places = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")}
+    environment = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
+    environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "HOME": str(folder)}
+    options = [f"--port={port}", "--ip=127.0.0.1", "--no-browser", "--allow-root", "--expose-app-in-browser",
+               "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]  # fmt: skip
+    command = [sys.executable, "-m", "jupyterlab", *options]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert server.stderr is not None
+    lines: list[bytes] = []
+    listens = threading.Event()
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.strangers: list[str] = []
-        "Addresses beyond loopback that a page asked for."
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        (folder / "work").mkdir()
-        news = folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
-        news.parent.mkdir(parents=True)
-        news.write_text(json.dumps(NO_NEWS), "utf-8")
-        places = {f"JUPYTER_{name}_DIR": str(folder / name.lower()) for name in ("CONFIG", "RUNTIME")}
-        environment = os.environ | places | {"IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
-        environment |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "HOME": str(folder)}
-        options = [f"--port={port}", "--ip=127.0.0.1", "--no-browser", "--allow-root", "--expose-app-in-browser",
-                   "--IdentityProvider.token=", f"--ServerApp.root_dir={folder / 'work'}"]  # fmt: skip
-        command = [sys.executable, "-m", "jupyterlab", *options]
-        self._server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            self._await_server()
-            self._playwright = sync_playwright().start()
-            self._browser = self._playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        except BaseException:
-            self._end_server()
-            raise
-
-    def _await_server(self) -> None:
-        """Wait for the line of the log that names the address."""
-        self._log: list[bytes] = []
-        listens = threading.Event()
-        threading.Thread(target=self._read, args=(listens,), daemon=True).start()
-        if not listens.wait(60) or self._server.poll() is not None:
-            raise RuntimeError(b"".join(self._log).decode())
-
-    def _read(self, listens: threading.Event) -> None:
-        assert self._server.stderr is not None
-        with self._server.stderr as log:
+    def read(log: IO[bytes]) -> None:
+        with log:
             for line in log:
-                self._log.append(line)
-                if f"{self.url}/lab".encode() in line:
+                lines.append(line)
+                if f"{url}/lab".encode() in line:
                     listens.set()
         listens.set()  # it has ended
 
-    def close(self) -> None:
-        """End browser, server and kernels."""
-        self._browser.close()
-        self._playwright.stop()
-        self._end_server()
-
-    def _end_server(self) -> None:
-        self._server.terminate()
+    threading.Thread(target=read, args=(server.stderr,), daemon=True).start()
+    try:
+        if not listens.wait(60) or server.poll() is not None:
+            raise RuntimeError(b"".join(lines).decode())
+        yield url
+    finally:
+        server.terminate()
         try:
-            self._server.wait(20)
+            server.wait(20)
         except subprocess.TimeoutExpired:
-            self._server.kill()
-            self._server.wait()
+            server.kill()
+            server.wait()
 
-    def open(self, name: str, *cells: str) -> "Notebook":
-        """A new notebook with these cells, nothing run yet."""
-        path = self.folder / "work" / f"{name}.ipynb"
-        content = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
-            cells=[nbformat.v4.new_code_cell(cell) for cell in cells],  # type: ignore[no-untyped-call]
-            metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-        )
-        nbformat.write(content, path)  # type: ignore[no-untyped-call]
-        context = self._browser.new_context(viewport={"width": 1400, "height": 1000})
+
+@contextlib.contextmanager
+def notebook(folder: Path, *cells: str) -> Iterator["Notebook"]:
+    """A notebook with these cells, all run, which asks for nothing beyond loopback and has no error of its own."""
+    content = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
+        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],  # type: ignore[no-untyped-call]
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    nbformat.write(content, folder / "notebook.ipynb")  # type: ignore[no-untyped-call]
+    with jupyterlab(folder) as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        opened = Notebook(browser, f"{url}/lab/tree/notebook.ipynb")
+        yield opened
+        opened.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        browser.close()
+    assert (opened.strangers, opened.errors) == ([], [])
+
+
+class Notebook:
+    """A notebook in a browser window, all cells run."""
+
+    def __init__(self, browser: Browser, address: str) -> None:
+        self.strangers: list[str] = []  # addresses beyond loopback that the page asked for
+        self.errors: list[str] = []  # of the page
+        context = browser.new_context(viewport={"width": 1400, "height": 1000})
         context.route(lambda url: urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"), self._block)
-        return Notebook(self, context.new_page(), path)
+        self.page: Page = context.new_page()
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.set_default_timeout(20_000)
+        self.page.goto(address)
+        loaded = "window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 0"
+        self.page.wait_for_function(loaded, timeout=60_000)
+        self.page.evaluate("window.jupyterapp.shell.collapseLeft()")
+        self.page.evaluate(
+            "async () => { await window.jupyterapp.shell.currentWidget.sessionContext.ready;"
+            "await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+        )
 
     def _block(self, route: Route) -> None:
         if not route.request.url.startswith(("data:", "blob:")):
@@ -105,28 +111,6 @@ class Lab:
             route.abort()
         else:
             route.continue_()
-
-
-class Notebook:
-    """A notebook in a browser window."""
-
-    def __init__(self, lab: Lab, page: Page, path: Path) -> None:
-        self.page = page
-        self.errors: list[str] = []
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
-        page.set_default_timeout(20_000)
-        page.goto(f"{lab.url}/lab/workspaces/{path.stem}-{time.time_ns()}/tree/{path.name}?reset")
-        page.wait_for_function("window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 0", timeout=60_000)
-        page.evaluate("window.jupyterapp.shell.collapseLeft()")
-
-    def run(self) -> None:
-        """Run all cells, as the menu would, and wait until the kernel has done them."""
-        self.page.evaluate(
-            "async () => { await window.jupyterapp.shell.currentWidget.sessionContext.ready;"
-            "await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
-        )
-
-    # -- the panel --
 
     @property
     def panel(self) -> Locator:
@@ -154,8 +138,3 @@ class Notebook:
             self.button("Send").click()
         else:
             self.field.press("Enter")
-
-    def close(self) -> None:
-        """Shut the kernel down and close the window."""
-        self.page.evaluate("async () => { await window.jupyterapp.shell.currentWidget?.sessionContext?.shutdown(); }")
-        self.page.context.close()
