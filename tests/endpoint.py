@@ -85,7 +85,6 @@ class Reply:
 
     comments: bool = False  # a ": ping" comment before each event
     crlf: bool = False  # lines end with CR LF
-    multiline: bool = False  # each event's JSON over several data lines
     split: int | None = None  # bytes in one write, each a chunk of HTTP's; they fall inside lines and characters
 
 
@@ -204,17 +203,16 @@ def _usage(reply: Reply, body: Body, text: str | None) -> Body:
 def _events(reply: Reply, chunks: list[Body]) -> list[bytes]:
     """The chunks as server-sent events."""
     end = "\r\n" if reply.crlf else "\n"
-    texts = [_encode(chunk, indent=1 if reply.multiline else None) for chunk in chunks]
+    texts = [_encode(chunk) for chunk in chunks]
     if reply.done and reply.error_in_stream is None:
         texts.append("[DONE]")
     comment = f": ping{end}{end}" if reply.comments else ""
-    events = [comment + "".join(f"data: {line}{end}" for line in text.split("\n")) + end for text in texts]
     # A lone surrogate of the script becomes its JSON escape, which is what a careless endpoint sends.
-    return [event.encode("utf-8", "backslashreplace") for event in events]
+    return [f"{comment}data: {text}{end}{end}".encode("utf-8", "backslashreplace") for text in texts]
 
 
-def _encode(value: object, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _encode(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _pieces(text: str, size: int) -> list[str]:

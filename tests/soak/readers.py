@@ -79,14 +79,8 @@ class Slow:
 
     def _questions(self) -> tuple[bytes, bytes]:
         """Follow the agent, half of them from its first event on, and ask more and more; it never reads."""
-        asked: JSON = {
-            "type": "command",
-            "agent_name": "long",
-            "message_types": ["*"],
-            "query": "",
-            "store": "archival",
-        }
-        asked |= {"after": 0} if self.rng.random() < 0.5 else {}
+        asked: JSON = {"type": "command", "agent_name": "long", "message_types": ["*"]}
+        asked |= {"query": "", "store": "archival"} | ({"after": 0} if self.rng.random() < 0.5 else {})
         hello, subscribe, ask = (
             frame(json.dumps({**asked, "command": command})) for command in ("hello", "subscribe", "search_memory")
         )
