@@ -2137,6 +2137,14 @@ _SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrog
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
 
 
+_FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
+    "filtered": (r"filter|safe|sensitive|guard|block|prohibit|recit|toxic|refus|spii", "model_refused", "was filtered"),
+    "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexpect", "model_unavailable", "broke off"),
+    "length": (r"length|max|limit|window", "bad_output", "was cut off at the endpoint's length limit"),
+    "cut": (r"(?!)", "bad_output", f"was cut at {MAX_REPLY:,} characters"),  # by us, whatever the endpoint says
+}
+
+
 @dataclass(slots=True)
 class ToolCall:
     """A tool call: its arguments as the model writes them, then what they were read as."""
@@ -2174,7 +2182,8 @@ class Reply:
         self.finish: str | None = None
         self.usage: JSON | None = None  # {input_tokens, output_tokens}, where the endpoint counts
         self.corrections: list[tuple[str, str]] = []  # (what, how) of all that had to be mended to read it
-        self.partial = ""  # what send_message said in a call that was cut at MAX_REPLY
+        self.partial = ""  # what send_message said in a call that was cut
+        self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
         self._size = 0
         self._latest: dict[int | None, ToolCall] = {}  # the newest call of each index; None: the newest of all
         self._told = collections.Counter[int]()  # characters that news() has told: of the monologue, then of each call
@@ -2185,13 +2194,19 @@ class Reply:
 
     @property
     def full(self) -> bool:
-        """MAX_REPLY characters have come: what goes over is dropped."""
-        return self._size > MAX_REPLY
+        """No more of it is taken: MAX_REPLY characters have come, or the last try has failed."""
+        return self._size > MAX_REPLY or self.error is not None
 
     @property
-    def incomplete(self) -> bool:
-        """Its text is not all of the answer."""
-        return self.full or self.finish in ("length", "error", "content_filter")
+    def fault(self) -> str:
+        """The one of _FAULTS for which its text is not all of the answer; empty: it is."""
+        faults = (fault for fault, row in _FAULTS.items() if re.search(row[0], str(self.finish), re.IGNORECASE))
+        return next(faults, "cut" if self.full else "")
+
+    def problem(self, text: str) -> ModelError:
+        """The error for an answer that is not whole; for a whole one that `text`."""
+        _, code, end = _FAULTS.get(self.fault, ("", "bad_output", ""))
+        return ModelError(code, f"the model's answer {end}" if end else text, retry=code != "bad_output")
 
     def feed(self, chunk: JSON) -> None:
         """Take one chunk. Raises ModelError for what is none."""
@@ -2257,9 +2272,9 @@ def read_reply(reply: Reply, tools: Collection[str]) -> None:
     """Read a reply's calls, mending what can be mended. Raises ModelError where no rung of the ladder holds.
 
     A reply without calls keeps its text, which the turn may take as an answer. A call that is cut never runs: it is
-    taken out of a full reply, and what it said becomes `partial`; of any other reply it makes bad_output.
+    taken out of a full reply, and what it said becomes `partial`; of any other reply it makes an error.
     """
-    if reply.refusal or (reply.finish == "content_filter" and not reply.calls and not reply.text):
+    if reply.refusal or (reply.fault == "filtered" and not reply.calls and not reply.text):
         reason = " ".join(clean_text(reply.refusal).split())[:80] or "its endpoint filtered the answer"
         raise ModelError("model_refused", f"the model refuses to answer: {reason}")
     reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
@@ -2268,10 +2283,9 @@ def read_reply(reply: Reply, tools: Collection[str]) -> None:
         reply.text = (match[2] or "").strip()
     if not reply.calls:
         _read_text_calls(reply, tools)
-    cut = [call for call in reply.calls if _is_cut(call.text or "{" * reply.full)]
+    cut = [call for call in reply.calls if _is_cut(call.text or "{" * bool(reply.fault))]
     if cut and not reply.full:
-        limit = " at the endpoint's length limit" if reply.finish == "length" else ""
-        raise ModelError("bad_output", f"a tool call was cut off{limit}")
+        raise reply.problem("a tool call was cut off")
     reply.partial += "".join(call.spoken for call in cut)
     reply.calls = [call for call in reply.calls if call not in cut]
     ids = {""}
@@ -2281,10 +2295,8 @@ def read_reply(reply: Reply, tools: Collection[str]) -> None:
             reply.corrections += [("tool_call_id", "a call's id was used twice or too long")] if call.id else []
             call.id = f"call_{secrets.token_hex(8)}"
         ids.add(call.id)
-    if reply.full:
-        reply.corrections.append(("cut", f"the answer was cut at {MAX_REPLY:,} characters"))
-    elif reply.finish == "length" and not reply.calls:
-        reply.corrections.append(("length", "the answer was cut off at the endpoint's length limit"))
+    if reply.fault:
+        reply.corrections.append((reply.fault, str(reply.problem(""))))
 
 
 def _read_call(call: ToolCall, reply: Reply, tools: Collection[str]) -> None:
@@ -2333,7 +2345,7 @@ def _read_text_calls(reply: Reply, tools: Collection[str]) -> None:
         reply.text = rest.strip()
     elif blocks and any(f'"{name}"' in reply.text for name in tools):
         if not reply.full:
-            raise ModelError("bad_output", "the answer holds a tool call that is no JSON")
+            raise reply.problem("the answer holds a tool call that is no JSON")
         reply.partial, reply.text = ToolCall("", "send_message", reply.text).spoken, ""
 
 
@@ -3481,6 +3493,7 @@ class Agent:
         prompt only grows at its end."""
         memory, config, summary = self.memory, self.record.config, self.record.state["summary"]
         self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
+        self._counts = self._models.corrections[self.model.name]
         self.window: int = config["context_window"] or self._models.context_window or self.model.window
         self.max_steps: int = config["max_steps"] or self._max_steps
         if missing := [name for name in config["tools"] or () if name not in self._all_tools]:
@@ -3574,7 +3587,7 @@ class Agent:
             change.vectors = vectors
             self._add_reply(change, reply, "" if reply.calls or reply.partial or turn.replied else reply.text)
             results = [await self._call_tool(change, turn, call) for call in reply.calls]
-            self._add_partial(change, reply, f"cut at {MAX_REPLY:,} characters")
+            self._add_partial(change, reply, dict(reply.corrections).get(reply.fault, ""))
             turn.replied = turn.replied or change.spoke
             self._finish(change, turn, reply, all(results))
 
@@ -3584,7 +3597,7 @@ class Agent:
     # -- asking the model --
 
     async def _ask(self, turn: Turn) -> Reply:
-        """Call the model until its answer can be used. Raises ModelError, Stopped."""
+        """Call the model until its answer can be used, or half of one has to do. Raises ModelError, Stopped."""
         extra, failures = "", 0
         while True:
             try:
@@ -3596,11 +3609,12 @@ class Agent:
             except ModelError as error:
                 turn.failed_calls += 1
                 if turn.failed_calls >= MAX_FAILED_CALLS:
-                    raise
+                    return self._half(turn, error)
                 if error.code == "context_overflow":
                     turn.failed_calls += 1  # for the summary
                     await self.compact(turn)
                 elif error.code == "bad_output" and not extra:
+                    self._counts["bad_output"] += 1
                     alert = pack("system_alert", message=CORRECTIVE.format(problem=error))
                     extra = encode_json({"role": "user", "content": alert})
                     await self._retry(turn, error, 1, 1)
@@ -3610,14 +3624,29 @@ class Agent:
                     failures += 1
                     await self._retry(turn, error, failures, TRANSPORT_RETRIES, RETRY_PAUSE * 2 ** (failures - 1))
                 else:
-                    raise
+                    return self._half(turn, error)
+
+    def _half(self, turn: Turn, error: ModelError) -> Reply:
+        """What there is of an answer that came no further. Raises the error where that tells a waiting user nothing."""
+        reply = turn.reply or Reply()
+        reply.finish, reply.error = reply.finish or "aborted", error
+        with contextlib.suppress(ModelError):
+            read_reply(reply, self.tools)
+            if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
+                return reply
+        raise error
 
     def _check_reply(self, turn: Turn, reply: Reply, *, has_to_send: bool) -> None:
-        """Raises ModelError for a reply that says nothing to a user who waits for one."""
+        """Raises ModelError for a reply that says nothing, or half of what it should, to a user who waits for one."""
         if turn.replied or reply.partial:
             return
-        if not (reply.calls or reply.text):
-            raise ModelError("bad_output", "the model's answer is empty")
+        if not (reply.calls or reply.text) and (reply.fault == "length" or (reply.reasoning and not reply.fault)):
+            tokens = self.record.config["settings"].get("max_tokens") or (reply.usage or {}).get("output_tokens")
+            until = f" until its limit of {tokens:,} tokens" if tokens and reply.fault else ""
+            text = f"the model thought{until} and said nothing; raise max_tokens or lower reasoning_effort"
+            raise ModelError("bad_output", text)
+        if not reply.calls and (not reply.text or (reply.fault and not reply.full)):
+            raise reply.problem("the model's answer is empty")
         if has_to_send and not any(call.name == "send_message" for call in reply.calls):
             raise ModelError("bad_output", "the first reply has to go through send_message")
 
@@ -3625,8 +3654,6 @@ class Agent:
         """Tell of a failed call, and wait before the next: as long as the endpoint asks for, or `pause` seconds."""
         pause = pause if error.retry_after is None else error.retry_after
         fields = {"attempt": attempt, "of": of, "delay_ms": round(pause * 1000), "code": error.code}
-        if error.code == "bad_output":
-            self._count_calls(error.code)
         self._emit_live(turn, "retry", f"{error}; trying again", **fields)
         with turn.interruptible():
             await asyncio.sleep(pause)
@@ -3651,7 +3678,7 @@ class Agent:
         loop, timer = asyncio.get_running_loop(), None
         with turn.interruptible():
             turn.usage["model_calls"] += 1
-            self._count_calls("calls")
+            self._counts["calls"] += 1
             started = time.monotonic()
             try:
                 async with contextlib.aclosing(self.model.stream(body)) as chunks:
@@ -3674,10 +3701,6 @@ class Agent:
         if reply is turn.reply:  # and no summary
             for of, text in reply.news():
                 self._emit_live(turn, "delta", text, of=of)
-
-    def _count_calls(self, *kinds: str) -> None:
-        """Count a model call, or the corrections that an answer needed, for `hello`."""
-        self._models.corrections[self.model.name].update(kinds)
 
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
         """Keep what came of a call and what it used, and calibrate the estimate by what the endpoint counted."""
@@ -3717,14 +3740,14 @@ class Agent:
         """The assistant's message with its monologue; `plain` text is the reply that the user waits for."""
         if plain:
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
-        self._count_calls(*dict(reply.corrections))
-        for what, text in reply.corrections:
+        self._counts.update(list(dict(reply.corrections)))
+        for what, text in dict.fromkeys(reply.corrections):
             change.add_event("correction", text, what=what)
         monologue = reply.reasoning if plain else reply.monologue
         if monologue:
             change.add_event("internal_monologue", monologue)
         if plain:
-            change.say(plain, partial=reply.incomplete)
+            change.say(plain, partial=bool(reply.fault))
         if reply.calls or (reply.text and not reply.partial):
             messages = [call.arguments.get("message") for call in reply.calls if call.name == "send_message"]
             spoken = "\n".join(text for text in messages if isinstance(text, str)) or plain
@@ -3805,9 +3828,9 @@ class Agent:
             change.add_notice("heartbeat", reason, reason=reason)
         self._add_context(change, sizes, warn)
         if isinstance(outcome, str) and not turn.replied and reply.text and turn.stop_reason is None:
-            self._count_calls("no_reply")
+            self._counts["no_reply"] += 1
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
-            change.say(reply.text)
+            change.say(reply.text, partial=bool(reply.fault))
         if outcome is not None:
             self._end(change, turn, outcome)
 
@@ -3825,6 +3848,8 @@ class Agent:
         """The turn's stop reason, or the error it ends with; None: another step follows."""
         if turn.stop_reason is not None:
             return turn.stop_reason
+        if turn.reply and turn.reply.fault == "broken" and turn.reply.error:
+            return turn.reply.error
         if turn.failed_tools >= MAX_FAILED_TOOLS:
             problem = change.changes.messages[-1].text
             return ModelError("bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {problem}")
@@ -6842,7 +6867,6 @@ class Session:
         if message_types is not None:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
-        most_called = sorted(models.corrections.items(), key=lambda item: -item[1]["calls"])[:100]
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
         limits |= {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
         limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
@@ -6855,7 +6879,7 @@ class Session:
             "models": list(dict.fromkeys((models.default, OFFLINE))),
             "offline": models.offline,
             "limits": limits,
-            "corrections": {name: dict(counts) for name, counts in most_called},
+            "corrections": {name: dict(counts) for name, counts in [*models.corrections.items()][:100] if counts},
             "commands": [name for name in COMMANDS if name != "user_message"],
             "message_types": list(EVENTS),
             "unknown": [name[:MAX_NAME] for name in message_types or () if name != "*" and name not in EVENTS][:100],

@@ -259,21 +259,81 @@ async def test_a_reply_that_can_be_read_reaches_the_user(
     assert await recalled(lab, agent, "Hello") == ["Hello!"] * 2
 
 
-@pytest.mark.parametrize("finish", ["length", "error", "content_filter"])
-async def test_half_an_answer_is_never_told_as_a_whole_one(lab: Lab, agent: Agent, finish: str) -> None:
-    """Plain text that an endpoint cut off is a reply marked as partial; a whole call beside it is whole."""
-    lab.endpoint.script(Reply("Once upon a", finish=finish), Reply(calls=[HELLO], finish=finish))
+ONCE = "Once upon a"
+HALF_CALL = ("send_message", f'{{"message": "{ONCE}')
+HALF_TEXT = f'{{"name": "send_message", "arguments": {HALF_CALL[1]}'
+HALVES: dict[str, tuple[Reply, str]] = {
+    "text, length": (Reply(ONCE, finish="length"), "length"),
+    "text, content_filter": (Reply(ONCE, finish="content_filter"), "filtered"),
+    "text, error": (Reply(ONCE, finish="error"), "broken"),
+    "text, not streamed, network_error": (Reply(ONCE, finish="network_error", whole=True), "broken"),
+    "text, a reset": (Reply("<think>Hm.</think>" + ONCE + " time", chunk=29, cut_after=2), "broken"),
+    "text, an error": (Reply(ONCE + " time", chunk=11, error_in_stream={"message": "oh"}), "broken"),
+    "a call, MAX_TOKENS": (Reply(calls=[HALF_CALL], finish="MAX_TOKENS"), "length"),
+    "a call, SAFETY": (Reply(calls=[HALF_CALL], finish="SAFETY"), "filtered"),
+    "a call, error": (Reply(calls=[HALF_CALL], finish="error"), "broken"),
+    "a call, a reset": (Reply(calls=[HALF_CALL], chunk=99, cut_after=3), "broken"),
+    "a call as text, length": (Reply(HALF_TEXT, finish="length"), "length"),
+    "a call after a whole one, length": (Reply(calls=[APPEND, HALF_CALL], finish="length"), "length"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "fault"), HALVES.values(), ids=HALVES)
+async def test_half_an_answer_is_never_told_as_a_whole_one(
+    lab: Lab, agent: Agent, monkeypatch: pytest.MonkeyPatch, answer: Reply, fault: str
+) -> None:
+    """It is asked for again; where no try brings more, what was said is told as partial, and why; then talk goes on."""
+    monkeypatch.setattr(memws, "RETRY_PAUSE", 0.0)
+    lab.endpoint.script(answer)
     turn = await lab.say(agent, "Tell me a story")
+    assert (turn.replies, turn.corrections, turn.stop_reason) == (["Hello!"], [], "done")
+    assert (len(turn.of("retry")), len(packed(lab.endpoint.requests[-1], "system_alert"))) == (1, fault == "length")
+    lab.endpoint.script(*[answer] * (2 if fault == "length" else 3))
+    turn = await lab.say(agent, "Tell me another")
     (said,) = turn.of("assistant_message")
-    assert (said["message"], said["partial"], turn.stop_reason) == ("Once upon a", True, "done")
-    assert turn.corrections == ["length"] * (finish == "length") + ["plain_text"]
+    assert (said["message"], said["partial"], turn.corrections[0]) == (ONCE, True, fault)
+    assert (turn.end.get("code"), turn.stop_reason) == (
+        ("model_unavailable", "error") if fault == "broken" else (None, "done")
+    )
+    assert agent.blocks["human"].value == "Name: Zoe" * (APPEND in answer.calls)
+    assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
+    assert ONCE in lab.endpoint.bodies[-1].decode(), "the agent knows what the user has seen"
+
+
+@pytest.mark.parametrize("finish", ["length", "error", "content_filter"])
+async def test_a_whole_call_of_half_an_answer_is_whole(lab: Lab, agent: Agent, finish: str) -> None:
+    """What a call says before an answer breaks off is all that it says; text that stands in for it is partial."""
+    lab.endpoint.script(Reply(calls=[HELLO], finish=finish), Reply(ONCE, calls=[NOTE], finish=finish))
     (said,) = (await lab.say(agent, "Hi")).of("assistant_message")
     assert (said["message"], said.get("partial")) == ("Hello!", None)
+    agent.max_steps = 1
+    (said,) = (await lab.say(agent, "Hi")).of("assistant_message")
+    assert (said["message"], said["partial"]) == (ONCE, True)
+
+
+SILENCES: dict[str, tuple[Reply, int | None, str]] = {
+    "until max_tokens": (Reply(reasoning="Hm.", finish="length"), 1_280, "thought until its limit of 1,280 tokens"),
+    "until the endpoint's limit": (
+        Reply(reasoning="Hm. " * 40, finish="length"), None, "thought until its limit of 40 tokens"
+    ),
+    "in tags": (Reply("<think>Hm.", finish="max_tokens"), 9, "thought until its limit of 9 tokens"),
+    "unseen": (Reply(finish="length", usage={"prompt_tokens": 9, "completion_tokens": 99}), None, "limit of 99 tokens"),
+    "to its own end": (Reply(reasoning="Hm."), 9, "thought and said nothing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("answer", "most", "words"), SILENCES.values(), ids=SILENCES)
+async def test_a_model_that_only_thinks_is_told_of(lab: Lab, answer: Reply, most: int | None, words: str) -> None:
+    """It is asked once more; the error says that it thought, until which limit, and what to change."""
+    agent = await lab.create(settings={"max_tokens": most})
+    lab.endpoint.script(answer, answer)
+    turn = await lab.say(agent, "Hi")
+    assert (turn.end["code"], turn.replies, len(turn.of("retry"))) == ("bad_output", [], 1)
+    assert re.search(f"^the model .*{words}.*; raise max_tokens or lower reasoning_effort$", turn.end["message"])
 
 
 UNREADABLE: dict[str, Reply] = {
     "nothing": Reply(),
-    "a message cut at the limit": Reply(calls=[("send_message", '{"message": "Hel')], finish="length"),
     "an edit that would delete": Reply(calls=[("core_memory_replace", CUT)]),
     "a whole call before one that is cut": Reply(calls=[APPEND, ("count", '{"number": 1')], finish="stop"),
     "a call as text, cut": Reply('{"name": "send_message", "arguments": {"message": "Hel'),
@@ -375,7 +435,9 @@ async def test_a_reply_without_end_is_cut(
         assert all(len(memws.encode_json(frame).encode()) < memws.MAX_FRAME for frame in turn.events)
         assert (await lab.say(agent, "Go on")).replies[:1] == ["Hello!"]
         if "send_message" in dict(answer.calls) and window == 200_000:
-            assert results(endpoint.requests[-1])[-1].startswith("Failed: cut at 100,000 characters: ")
+            assert results(endpoint.requests[-1])[-1].startswith(
+                "Failed: the model's answer was cut at 100,000 characters: "
+            )
     agent, endpoint.context_window = await lab.create("ada", context_window=200_000), None
     for thought in (Reply(FLOOD, endless=True, chunk=5_000), Reply(reasoning=FLOOD, endless=True, chunk=5_000)):
         endpoint.script(Reply(calls=[HELLO, beat("conversation_search", query="x")]), thought)

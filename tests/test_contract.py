@@ -112,7 +112,8 @@ AGENT = """
 4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_between_two_waits; misbehaviour
   test_whatever_happens_talk_goes_on
 5 the ladder; half an answer: agent test_a_reply_that_can_be_read_reaches_the_user
-  test_half_an_answer_is_never_told_as_a_whole_one
+  test_half_an_answer_is_never_told_as_a_whole_one test_a_whole_call_of_half_an_answer_is_whole
+  test_a_model_that_only_thinks_is_told_of; llm test_a_finish_reason_says_whether_the_answer_is_whole
 6 nothing sent is executed: layers test_memws; tools test_conversation_search_pages_through_the_past
 7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
   test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them

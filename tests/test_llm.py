@@ -450,23 +450,41 @@ def test_a_call_is_read_on_some_rung(reply: memws.Reply, corrections: list[str])
     assert not [text for text in (reply.text, reply.monologue) if "Hello!" in text or "<" in text or "```" in text]
 
 
-TEXTS: dict[str, tuple[memws.Reply, str, str, bool]] = {
-    "plain text": (reply_of(" Hello! "), "Hello!", "Hello!", False),
-    "text after thoughts in tags": (reply_of("<think>Hm.</think>\n\nHello!"), "Hello!", "Hm.\nHello!", False),
-    "thoughts without their end": (reply_of("<think>Hm. I"), "", "Hm. I", False),
-    "text at the length limit": (reply_of("Hel", finish="length"), "Hel", "Hel", True),
-    "text that was filtered": (reply_of("Hel", finish="content_filter"), "Hel", "Hel", True),
-    "JSON that is no call": (reply_of('{"a": 1}'), '{"a": 1}', '{"a": 1}', False),
-    "lone surrogates and NUL": (reply_of("a\ud800\x00"), "a\ufffd\ufffd", "a\ufffd\ufffd", False),
+TEXTS: dict[str, tuple[memws.Reply, str, str]] = {
+    "plain text": (reply_of(" Hello! "), "Hello!", "Hello!"),
+    "text after thoughts in tags": (reply_of("<think>Hm.</think>\n\nHello!"), "Hello!", "Hm.\nHello!"),
+    "thoughts without their end": (reply_of("<think>Hm. I"), "", "Hm. I"),
+    "JSON that is no call": (reply_of('{"a": 1}'), '{"a": 1}', '{"a": 1}'),
+    "lone surrogates and NUL": (reply_of("a\ud800\x00"), "a\ufffd\ufffd", "a\ufffd\ufffd"),
 }
 
 
-@pytest.mark.parametrize(("reply", "text", "monologue", "incomplete"), TEXTS.values(), ids=TEXTS)
-def test_a_text_without_calls_is_kept(reply: memws.Reply, text: str, monologue: str, incomplete: bool) -> None:
-    """A reply without calls has its text, its monologue, and whether that is only a part of it."""
+@pytest.mark.parametrize(("reply", "text", "monologue"), TEXTS.values(), ids=TEXTS)
+def test_a_text_without_calls_is_kept(reply: memws.Reply, text: str, monologue: str) -> None:
+    """A reply without calls has its text and its monologue."""
     memws.read_reply(reply, TOOLS)
-    assert (reply.text, reply.monologue, reply.calls, reply.incomplete) == (text, monologue, [], incomplete)
-    assert [what for what, _ in reply.corrections] == ["length"] * (reply.finish == "length")
+    assert (reply.text, reply.monologue, reply.calls, reply.corrections) == (text, monologue, [], [])
+
+
+FINISHES = {
+    "": "stop STOP tool_calls function_call end_turn eos_token stop_sequence COMPLETE tool_use normal pause_turn",
+    "length": "length max_tokens MAX_TOKENS model_length model_context_window_exceeded TOKEN_LIMIT max_output_tokens",
+    "filtered": "content_filter SAFETY BLOCKLIST sensitive refusal guardrail_intervened RECITATION ERROR_TOXIC",
+    "broken": "error network_error abort cancelled TIMEOUT insufficient_system_resource MALFORMED_FUNCTION_CALL",
+}
+
+
+@pytest.mark.parametrize("fault", FINISHES)
+def test_a_finish_reason_says_whether_the_answer_is_whole(fault: str) -> None:
+    """Whatever an endpoint calls the end of an answer, it is known whether, and why, that is only a part of it."""
+    for finish in FINISHES[fault].split():
+        reply = reply_of("Hel", finish=finish)
+        memws.read_reply(reply, TOOLS)
+        assert (reply.text, reply.fault, [what for what, _ in reply.corrections]) == (
+            "Hel",
+            fault,
+            [fault] * bool(fault),
+        )
 
 
 CUT = '{"name": "human", "old_content": "Ada", "new_content": "'
