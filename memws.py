@@ -54,6 +54,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import collections.abc
 import concurrent.futures
 import contextlib
@@ -2185,7 +2186,9 @@ class Reply:
         self.partial = ""  # what send_message said in a call that was cut
         self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
         self._size = 0
-        self._latest: dict[int | None, ToolCall] = {}  # the newest call of each index; None: the newest of all
+        self._choice: Any = None  # the index of the choice that is read, of several
+        self._streams = False  # whether any of it has come as a delta
+        self._latest: dict[str | None, ToolCall] = {}  # the newest call of each index; None: the newest of all
         self._told = collections.Counter[int]()  # characters that news() has told: of the monologue, then of each call
 
     @property
@@ -2211,46 +2214,57 @@ class Reply:
     def feed(self, chunk: JSON) -> None:
         """Take one chunk. Raises ModelError for what is none."""
         try:
-            usage, choice = chunk.get("usage") or {}, (chunk.get("choices") or [{}])[0]
+            usage, choices = chunk.get("usage") or {}, chunk.get("choices") or [{}]
             if type(usage.get("prompt_tokens")) is int:
                 output = int(usage.get("completion_tokens") or 0)
                 self.usage = {"input_tokens": usage["prompt_tokens"], "output_tokens": output}
+            self._choice = choices[0].get("index") if self._choice is None else self._choice
+            choice: JSON = next((each for each in choices if each.get("index") in (None, self._choice)), {})
             self.finish = choice.get("finish_reason") or self.finish
-            delta = choice.get("message") or choice.get("delta") or {}
-            self.text += self._take(delta.get("content"))
-            self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning"))
-            self.refusal += self._take(delta.get("refusal"))
-            for place, piece in enumerate(delta.get("tool_calls") or ()):
-                self._feed_call(piece, place if choice.get("message") else piece.get("index"))
+            delta = choice.get("delta") or {}
+            self._streams = self._streams or bool(delta.get("content") or delta.get("tool_calls"))
+            message = {} if self._streams else choice.get("message") or {}  # some end a stream with all of it again
+            self._feed_delta(delta | message, is_whole=bool(message))
         except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
             text = f"the endpoint's answer is no chat completion ({type(error).__name__})"
             raise ModelError("model_unavailable", text, retry=True) from None
 
-    def _feed_call(self, piece: JSON, index: int | None) -> None:
+    def _feed_delta(self, delta: JSON, is_whole: bool) -> None:
+        content = delta.get("content")
+        parts = content if isinstance(content, list) else [content]
+        thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")]
+        self.text += self._take([part for part in parts if part not in thoughts])
+        self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
+        self.refusal += self._take(delta.get("refusal"))
+        function = delta.get("function_call")  # as before there were tools
+        for place, piece in enumerate(delta.get("tool_calls") or ([{"function": function}] if function else ())):
+            self._feed_call(piece, place if is_whole else piece.get("index"))
+
+    def _feed_call(self, piece: JSON, number: Any) -> None:
         """Take a piece of a call. Endpoints that number all calls 0, or none, are read by ids and names."""
-        function = piece.get("function") or {}
+        function = piece.get("function") or piece
         call_id, name, text = str(piece.get("id") or ""), function.get("name") or "", function.get("arguments") or ""
-        call = self._latest.get(index)
-        if (
-            call is None
-            or call_id not in ("", call.id or call_id)
-            or (name not in ("", call.name) and (index is None or call.text))
-            or (name and text and not call_id and not _is_cut(call.text))
-        ):
+        text = text if isinstance(text, str) else encode_json(text)
+        index = None if number is None else str(number)
+        call = self._latest.get(index if name or call_id or index in self._latest else None)
+        if call is None or (name and _is_other(call, index, call_id, name, text)):
             self.calls.append(call := ToolCall())
             self._size += CALL_WEIGHT
         self._latest[index] = self._latest[None] = call
         call.id = call.id or call_id
-        call.name += self._take(name) if name != call.name else ""
-        call.text += self._take(encode_json(text) if isinstance(text, dict) else text)
+        if name.startswith(call.name):  # once more, or all that has come with it
+            call.name = ""
+        if text and (call.text == "{}" or (call.text[:1] == "{" and text.startswith(call.text))):
+            self._size -= len(call.text)
+            call.text = ""
+        call.name += self._take(name)
+        call.text += self._take(text)
 
-    def _take(self, text: Any) -> str:
+    def _take(self, value: Any) -> str:
         """A text of a chunk, which may come in parts: as much of it as there is room for."""
-        if isinstance(text, list):
-            text = "".join(part.get("text") or "" for part in text)
-        room = max(0, MAX_REPLY - self._size)
-        self._size += len(text or "")
-        return str(text or "")[:room]
+        text, room = _text_of(value), max(0, MAX_REPLY - self._size)
+        self._size += len(text)
+        return text[:room]
 
     def news(self) -> Iterator[tuple[str, str]]:
         """(message type, text) that has come since the last call, for whoever watches it arrive."""
@@ -2258,6 +2272,27 @@ class Reply:
             if new := text[self._told[place] :]:
                 self._told[place] = len(text)
                 yield "assistant_message" if place else "internal_monologue", new
+
+
+def _text_of(value: Any) -> str:
+    """The text of a field, or of its parts."""
+    if isinstance(value, list):
+        return "".join(map(_text_of, value))
+    if isinstance(value, dict):
+        return _text_of(value.get("text") or value.get("thinking") or value.get("summary"))
+    return str(value or "")
+
+
+def _is_other(call: ToolCall, index: str | None, call_id: str, name: str, text: str) -> bool:
+    """Whether a piece with a name begins another call than the newest of its index."""
+    other_id = call_id not in ("", call.id or call_id)
+    if call.name not in ("", name) and (call.text or other_id or (index is None and not call.id)):
+        return True
+    if not call.text:
+        return other_id and index is None
+    if text.lstrip()[:1] not in ("", "{") or _is_cut(call.text):
+        return False
+    return other_id or (text != "" and (index is None or text != call.text))
 
 
 # ---- the ladder: tool calls as such, tool calls written as text, plain text ------------------------------------------
@@ -2369,6 +2404,7 @@ def _calls_in(value: Any) -> Iterator[tuple[str, Any]]:
 
 MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
+_DONE: JSON = {"done": True}  # the last chunk: [DONE]
 _SECRET = re.compile(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}")
 _OPTIONS = ("max_tokens", "stream_options", "seed", "temperature", "top_p", "reasoning_effort")
 _OVERFLOW = (
@@ -2486,7 +2522,7 @@ class OpenAIModel:
         return encode_json({name: value for key, value in options.items() if (name := self._other_names.get(key, key))})
 
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
-        has_words, is_over, now = False, False, asyncio.get_running_loop().time
+        has_words, has_choices, is_over, now = False, False, False, asyncio.get_running_loop().time
         try:
             async with (
                 self.endpoint.client() as client,
@@ -2499,7 +2535,9 @@ class OpenAIModel:
                     if not has_words:
                         await self.endpoint.step_aside()
                     choices, has_words = chunk.get("choices") or (), True
-                    is_over = is_over or any(each.get("finish_reason") or "message" in each for each in choices)
+                    has_choices = has_choices or bool(choices)
+                    ends = (each.get("finish_reason") or "message" in each for each in choices)
+                    is_over = is_over or any(ends) or (chunk is _DONE and has_choices)
                     patience = END_PATIENCE if is_over else self.endpoint.idle_timeout
                     if abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
                         limit.reschedule(now() + patience)
@@ -2520,15 +2558,21 @@ class OpenAIModel:
         options: JSON = {"cast_to": object, "stream": True, "stream_cls": import_openai().AsyncStream[object]}
         options["options"] = {"headers": {"Content-Type": "application/json"}}
         async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
-            response, rest = stream.response, b""
+            response = stream.response
             if "json" in response.headers.get("content-type", "").lower():
                 yield decode_json(await response.aread())
                 return
-            async for data in response.aiter_bytes():
-                *lines, rest = (rest + data).split(b"\n")
-                for text in (line[5:].strip() for line in lines if line.startswith(b"data:")):
-                    if text not in (b"", b"[DONE]"):
-                        yield decode_json(text)
+            pieces, text, rest, data = response.aiter_bytes(), b"", b"", b"\n"
+            while data:
+                data = await anext(pieces, b"")
+                lines = (rest + (data or b"\n\n")).splitlines(keepends=True)
+                rest = b"" if lines[-1].endswith(b"\n") else lines.pop()  # one after CR may still come
+                for line in (line.removeprefix(codecs.BOM_UTF8) for line in lines):
+                    if line.startswith(b"data:"):
+                        text += line[5:].strip()
+                    elif text and not line.strip():
+                        yield _DONE if text == b"[DONE]" else decode_json(text)
+                        text = b""
 
     def _failure(self, error: Any, has_words: bool) -> ModelError:
         """What an error of the transport or of the endpoint means for the turn."""
@@ -2900,10 +2944,14 @@ class Tool:
     def name(self) -> str:
         return self.function.name
 
+    def surplus(self, arguments: JSON) -> list[str]:
+        """The arguments that the function does not take."""
+        known = (*self.function.parameters["properties"], REQUEST_HEARTBEAT)
+        return [name for name in arguments if name not in known]
+
     def bind(self, arguments: JSON) -> JSON:
         """`arguments` as the function takes them, without request_heartbeat. Raises InvalidRequest with advice."""
-        known = (*self.function.parameters["properties"], REQUEST_HEARTBEAT)
-        if unknown := [name for name in arguments if name not in known]:
+        if unknown := self.surplus(arguments):
             raise InvalidRequest("bad_field", f"unknown argument {quote(unknown[0])}; call {self.function.usage}")
         return self.function.bind(arguments, lenient=True)
 
@@ -3604,6 +3652,7 @@ class Agent:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
                 read_reply(turn.reply, self.tools)
+                self._drop_surplus(turn.reply)
                 self._check_reply(turn, turn.reply, has_to_send=turn.verify and not extra)
                 return turn.reply
             except ModelError as error:
@@ -3635,6 +3684,15 @@ class Agent:
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
                 return reply
         raise error
+
+    def _drop_surplus(self, reply: Reply) -> None:
+        """Take out of calls what their tools do not take, where these have all that they need."""
+        for call in (call for call in reply.calls if call.name in self.tools):
+            tool, keys = self.tools[call.name], call.arguments.keys()
+            if keys >= set(tool.function.parameters["required"]) and (names := tool.surplus(call.arguments)):
+                call.arguments = {name: call.arguments[name] for name in keys if name not in names}
+                text = f"{call.name} was called without {quote(', '.join(names))}, which it does not take"
+                reply.corrections.append(("arguments", text))
 
     def _check_reply(self, turn: Turn, reply: Reply, *, has_to_send: bool) -> None:
         """Raises ModelError for a reply that says nothing, or half of what it should, to a user who waits for one."""

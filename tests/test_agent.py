@@ -235,6 +235,10 @@ LADDER: dict[str, tuple[Reply, list[str]]] = {
     "a call as text": (Reply("I greet.\n", calls=[HELLO], calls_as_text=True), ["text_call"]),
     "a comma too many": (Reply(calls=[("send_message", '{"message": "Hello!",}')]), ["arguments"]),
     "a name with a prefix": (Reply(calls=[("functions.send_message", {"message": "Hello!"})]), ["tool_name"]),
+    "arguments too many": (
+        Reply(calls=[("send_message", {"inner_thoughts": "Hm.", "message": "Hello!", "mood": 1})]),
+        ["arguments"],
+    ),
     "an id that is too long": (Reply(calls=[HELLO], call_ids=["x" * 200]), ["tool_call_id"]),
     "no id": (Reply(calls=[HELLO], call_ids=[None]), []),
 }

@@ -112,10 +112,15 @@ async def test_an_answer_is_read_whole(endpoint: Endpoint, model: memws.Model, m
     assert len({call.id for call in reply.calls} - {""}) == 2
 
 
-def piece(index: int | None = None, call_id: str | None = None, name: str | None = None, text: Any = None) -> Body:
+def piece(index: Any = None, call_id: str | None = None, name: str | None = None, text: Any = None) -> Body:
     """A delta with a piece of a tool call."""
     fields = {"index": index, "id": call_id, "function": {"name": name, "arguments": text}}
     return {"choices": [{"delta": {"tool_calls": [fields]}}]}
+
+
+def delta(**fields: Any) -> Body:
+    """A chunk with one choice."""
+    return {"choices": [{"index": 0, "delta": fields}]}
 
 
 END = [piece(0, None, None, "}")]
@@ -129,6 +134,30 @@ PIECES: dict[str, tuple[list[Body], str]] = {
     "the same, not numbered": ([piece(None, "x", "a", "{"), piece(None, "x", "a", "}")], "a{}"),
     "a name in pieces": ([piece(0, "x", "send_"), piece(0, None, "message{"), *END], "send_message{}"),
     "numbered from 3": ([piece(3, "x", "a", "{"), piece(3, None, None, "}")], "a{}"),
+    "a name that grows": ([piece(0, "x", "send_"), piece(0, "x", "send_message"), *END], "send_message}"),
+    "not numbered, a name in pieces": (
+        [piece(None, "x", "send_"), piece(None, None, "message", "{}")],
+        "send_message{}",
+    ),
+    "an id in every piece, each another": (
+        [piece(0, "x", "a", '{"b"'), piece(0, "y", "a", ": {"), piece(0, "z")],
+        'a{"b": {',
+    ),
+    "all that has come, in every piece": ([piece(1, "x", "a", '{"b'), piece(1, "x", "a", '{"b": 1}')], 'a{"b": 1}'),
+    "all that has come, once more": ([piece("0", "x", "a", "{}"), piece("0", "x", "a", "{}")], "a{}"),
+    "an empty object first": (
+        [piece(1, "x", "a", "{}"), piece(1, None, None, '{"b'), piece(1, None, None, '": 1}')],
+        'a{"b": 1}',
+    ),
+    "numbered otherwise after the first": ([piece(-1, "x", "a", "{"), *END], "a{}"),
+    "without a function": ([delta(tool_calls=[{"name": "a", "arguments": {"b": 1}}])], 'a{"b":1}'),
+    "a function, as before there were tools": ([delta(function_call={"name": "a", "arguments": "{}"})], "a{}"),
+    "all of it again at the end": (
+        [delta(content="Hel"), delta(content="lo"), {"choices": [{"message": {"content": "Hello"}}]}],
+        "Hello",
+    ),
+    "another choice": ([delta(content="Hello"), {"choices": [{"index": 1, "delta": {"content": "Bye"}}]}], "Hello"),
+    "thoughts in parts": ([delta(content=[{"type": "thinking", "thinking": [{"text": "Hm."}]}, "Hello"])], "Hello"),
     "in turns": ([piece(0, "x", "a", "{"), piece(1, "y", "b", "[]"), *END], "a{} b[]"),
 }
 
@@ -140,6 +169,25 @@ def test_pieces_are_put_together(chunks: list[Body], calls: str) -> None:
     for chunk in chunks:
         reply.feed(chunk)
     assert reply.text + " ".join(call.name + call.text for call in reply.calls) == calls
+
+
+FIRST, LAST = (json.dumps({"choices": [{"delta": {"content": text}}]}) for text in ("Hel", "lo"))
+STOP = '{"choices": [{"delta": {}, "finish_reason": "eos"}]}'
+STREAMS = {
+    "lone CR": f"data: {FIRST}\r\rdata: {LAST}\r\rdata: {STOP}\r\r",
+    "a byte order mark": f"\ufeffdata: {FIRST}\n\ndata: {LAST}\n\ndata: {STOP}\n\n",
+    "other fields": f"event: message\nid: 1\ndata:{FIRST}\nretry: 5\n\n: x\n\ndata: {LAST}\n\ndata: {STOP}\n\n",
+    "several data lines": f"data: {FIRST[:9]}\r\ndata: {FIRST[9:]}\r\n\r\ndata: {LAST}\r\n\r\ndata: {STOP}\r\n\r\n",
+    "[DONE] without a finish reason": f"data: {FIRST}\n\ndata: {LAST}\n\ndata: [DONE]\n\n",
+    "the last line without an end": f"data: {FIRST}\n\ndata: {LAST}\n\ndata: [DONE]",
+}
+
+
+@pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
+async def test_any_stream_of_events_is_read(endpoint: Endpoint, model: memws.Model, stream: str) -> None:
+    """Whatever ends its lines, and whatever else its events hold, a stream is read to its end."""
+    endpoint.script(Reply(body=stream))
+    assert (await ask(model)).text == "Hello"
 
 
 FAILURES: dict[str, tuple[Reply, str, bool]] = {
@@ -544,7 +592,7 @@ def test_what_a_full_reply_may_have_lost_is_cut() -> None:
     memws.read_reply(reply, TOOLS)
     assert (reply.calls, len(reply.text)) == ([], 100_000)
     for index in range(1_001):
-        calls.feed(piece(index, None, None, ""))
+        calls.feed(piece(index, None, "a", ""))
     assert calls.full
 
 

@@ -319,7 +319,7 @@ WRONG_CALLS = [
     ("conversation_search_date", {"start_date": "soon", "end_date": ""}, "a day like 2026-01-31.*'soon'"),
     ("conversation_search", {}, r"conversation_search needs 'query': conversation_search\(query, page\?\)"),
     ("conversation_search", {"query": "x", "page": "one"}, "page: expected an integer, but got 'one'; conversation_"),
-    ("conversation_search", {"query": "x", "limit": 5}, "unknown argument 'limit'; call conversation_search"),
+    ("conversation_search", {"q": "x", "limit": 5}, "unknown argument 'q'; call conversation_search"),
     ("send_message", {"message": 5}, "message: expected a string, but got 5; send_message"),
     ("pause_heartbeats", {"minutes": 1.5}, "minutes: expected an integer, but got 1.5"),
     ("archival_memory_insert", "no JSON", "the arguments are no JSON object: 'no JSON'"),
