@@ -945,6 +945,59 @@ def seconds_between(earlier: str, later: str) -> float:
         return 0.0
 
 
+# ---- what an endpoint takes ------------------------------------------------------------------------------------------
+# An assistant's message with EXTRAS begins with a mark of its maker: {"by":"model at endpoint". Rules are learned of a
+# maker: alternate, systemless, and for messages alone "short ids", "without FIELD", "with FIELD".
+
+EXTRAS = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "extra_content")
+_UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}  # as Google's manual says
+_MARK, _USER = '{"by":"', '{"role":"user","content":"'
+_BETWEEN = {  # (role, next role), their first letters: what stands between them where roles alternate
+    ("tool", "user"): '{"role":"assistant","content":"(waiting)"}',
+    ("syst", "assi"): _USER + r'{\"type\":\"system_alert\",\"message\":\"(go on)\"}"}',
+}
+
+
+def adapt(body: str, maker: str, rules: Collection[str]) -> str:
+    """An encoded chat message without what another model made, and by the rules for messages alone."""
+    unwanted = [name for name in EXTRAS if f"without {name}" in rules]
+    if body.startswith(_MARK):
+        mark, _, rest = body.partition(",")
+        body, unwanted = f"{{{rest}", unwanted if mark == f'{_MARK}{maker}"' else list(EXTRAS)
+    if not (rules or unwanted):
+        return body
+    message = decode_json(body)
+    calls = message.get("tool_calls", [])
+    for part in (message, *calls):
+        for name in unwanted:
+            part.pop(name, None)
+        for key in {"id", "tool_call_id"} & part.keys() if "short ids" in rules else ():
+            if not re.fullmatch("[a-zA-Z0-9]{9}", part[key]):
+                part[key] = hashlib.sha256(part[key].encode()).hexdigest()[:9]
+    if "with reasoning_content" in rules and message["role"] == "assistant":
+        message.setdefault("reasoning_content", "")
+    for call in calls if "with extra_content" in rules else ():
+        call.setdefault("extra_content", _UNSIGNED)
+    return encode_json(message)
+
+
+def shape(bodies: Iterable[str], maker: str, *rules: str) -> list[str]:
+    """Encoded chat messages as a model takes them; consecutive user messages become one."""
+    alone, shaped = [rule for rule in rules if " " in rule], [""]
+    for body in filter(None, bodies):
+        if alone or body.startswith(_MARK):
+            body = adapt(body, maker, alone)
+        if "systemless" in rules:
+            body = body.replace('{"role":"system"', '{"role":"user"', 1)
+        if body.startswith(_USER) and shaped[-1].startswith(_USER):
+            shaped[-1] = f"{shaped[-1][:-2]}\\n{body[len(_USER) :]}"
+            continue
+        if "alternate" in rules and (between := _BETWEEN.get((shaped[-1][9:13], body[9:13]))):
+            shaped.append(between)
+        shaped.append(body)
+    return shaped[1:]
+
+
 # ---- how texts are split for search ----------------------------------------------------------------------------------
 
 # Gains are of recall@10, in points, on LoCoMo / MADial en / MADial zh / XQuAD es: with the constant against without it.
@@ -1195,6 +1248,12 @@ class StoredEvent(NamedTuple):
     text: str
 
 
+def request_body(head: str, bodies: Iterable[str], tools: str = "") -> str:
+    """A chat-completions request of encoded parts."""
+    extra = f',"tools":{tools}' if tools else ""
+    return f'{head[:-1]},"messages":[{",".join(filter(None, bodies))}]{extra}}}'
+
+
 @dataclass(slots=True)
 class RequestRecord:
     """One model call as sent, by reference to chat messages, which never change, and as answered."""
@@ -1213,6 +1272,12 @@ class RequestRecord:
     usage: JSON = field(default_factory=dict)
     first_token_ms: int | None = None
     total_ms: int = 0
+    shape: list[str] = field(default_factory=list)  # maker and rules, see shape; empty: sent as stored, before 0.2
+
+    def body(self, messages: Iterable[str]) -> str:
+        """What is sent: each chat message is encoded once, however often it is sent."""
+        bodies: Iterable[str] = (self.system, self.summary, *messages, self.extra)
+        return request_body(self.head, shape(bodies, *self.shape) if self.shape else bodies, self.tools)
 
 
 @dataclass(slots=True)
@@ -1260,7 +1325,7 @@ CREATE TABLE events (
     kind TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY (agent, seq)) STRICT;
 CREATE INDEX events_turn ON events (agent, turn_id, seq);
 CREATE UNIQUE INDEX events_start ON events (agent, turn_id) WHERE kind = 'agent_response_start';
-CREATE TABLE requests (  -- pieces: a compressed JSON list of head, system, summary, tools, extra
+CREATE TABLE requests (  -- pieces: a compressed JSON list of head, system, summary, tools, extra, shape
     agent INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE, turn_id TEXT NOT NULL, step INTEGER NOT NULL,
     time TEXT NOT NULL, pieces BLOB NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, digest BLOB NOT NULL,
     response TEXT NOT NULL, usage TEXT NOT NULL, first_token_ms INTEGER, total_ms INTEGER NOT NULL,
@@ -1369,6 +1434,16 @@ def insert(db: SqlConnection, table: str, **values: Any) -> None:
     """Store a row; objects and lists as JSON."""
     row = [encode_json(value) if isinstance(value, (dict, list)) else value for value in values.values()]
     db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))})", row)
+
+
+def read_setting(db: SqlConnection, name: str) -> str | None:
+    row = db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+    return row[0] if row else None
+
+
+def write_setting(db: SqlConnection, name: str, value: str) -> None:
+    db.execute("DELETE FROM settings WHERE name = ?", (name,))
+    insert(db, "settings", name=name, value=value)
 
 
 # ---- memory and its search -------------------------------------------------------------------------------------------
@@ -1539,13 +1614,12 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
 
 def clear_vectors(db: SqlConnection, model: str, done: int) -> int | None:
     """Clear another model's vectors of a batch of documents above `done`; the last of them, None where none is left."""
-    if db.execute("SELECT 1 FROM settings WHERE name = 'embedding_model' AND value = ?", (model,)).fetchone():
+    if read_setting(db, "embedding_model") == model:
         return None
     sql = "SELECT max(doc) FROM (SELECT doc FROM memory WHERE doc > ? ORDER BY doc LIMIT ?) AS batch"
     last: int | None = db.execute(sql, (done, VECTOR_BLOCK)).fetchone()[0]
     if last is None:
-        db.execute("DELETE FROM settings WHERE name = 'embedding_model'")
-        insert(db, "settings", name="embedding_model", value=model)
+        write_setting(db, "embedding_model", model)
     sql = "UPDATE memory SET vector = NULL WHERE doc > ? AND doc <= ? AND vector IS NOT NULL"
     db.execute(sql, (done, last))  # None: of no document
     return last
@@ -1567,7 +1641,7 @@ def keep_vectors(db: SqlConnection, vectors: Iterable[tuple[int, str, bytes]]) -
 EVENT_PAGE = 262_144  # characters of stored events that are read at once; a reader is as fast as its client
 
 
-def pack_texts(texts: list[str]) -> bytes:
+def pack_texts(texts: list[Any]) -> bytes:
     """What requests repeat at every step, compressed."""
     return zlib.compress(encode_json(texts).encode(), 1)
 
@@ -1575,7 +1649,7 @@ def pack_texts(texts: list[str]) -> bytes:
 def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
     """Store a model call; of several in one step the last."""
     row = asdict(request) | {"response": clean_value(request.response)}
-    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra")])
+    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra", "shape")])
     sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
     db.execute(sql, (agent, request.turn_id, request.step))
     insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
@@ -1679,7 +1753,8 @@ def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tupl
     row = db.execute(sql, (agent, turn_id, step)).fetchone()
     if row is None:
         return None
-    record = RequestRecord(turn_id, step, *decode_json(zlib.decompress(row[0])), *row[1:])
+    pieces = decode_json(zlib.decompress(row[0]))
+    record = RequestRecord(turn_id, step, *pieces[:5], *row[1:], *pieces[5:])
     record.response, record.usage = decode_json(row[4]), decode_json(row[5])
     sql = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
     return record, [body for (body,) in db.execute(sql, (agent, record.first, record.last))]
@@ -2050,7 +2125,9 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tu
     if table == "memory":
         return remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
     if table == "messages":
-        row["body"] = encode_json(clean_value(decode_json(row["body"])))
+        body = clean_value(decode_json(row["body"]))
+        names = ("role", "content") if row["role"] in ("user", "system") else ("by", "role", *body)  # as shape wants it
+        row["body"] = encode_json({name: body[name] for name in names if name in body})
         if read_body(ChatMessage(0, row["role"], "", "", row["body"])) is None:
             raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
     columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
@@ -2112,18 +2189,13 @@ class Model(Protocol):
     name: str
     window: int  # the context window in tokens, where nobody says otherwise
     ratio: float  # calibrates estimated tokens: the endpoint's count over ours, within 0.5 to 2
+    shape: list[str]  # its name and endpoint, then the rules of shape that were learned
 
     def head(self, settings: JSON) -> str:
         """The JSON of a request without messages and tools."""
 
     def stream(self, body: str) -> AsyncGenerator[JSON, None]:
         """Send a request; the chunks of its answer. Raises ModelError."""
-
-
-def request_body(head: str, bodies: Iterable[str], tools: str = "") -> str:
-    """A chat-completions request of encoded parts: each chat message is encoded once, however often it is sent."""
-    extra = f',"tools":{tools}' if tools else ""
-    return f'{head[:-1]},"messages":[{",".join(filter(None, bodies))}]{extra}}}'
 
 
 # ---- what a model answers --------------------------------------------------------------------------------------------
@@ -2155,6 +2227,7 @@ class ToolCall:
     text: str = ""  # the arguments: JSON that may be cut anywhere
     arguments: JSON = field(default_factory=dict)
     problem: str = ""  # why it cannot run, as advice for the model
+    extras: JSON = field(default_factory=dict)  # what its maker needs back with it
 
     @property
     def spoken(self) -> str:
@@ -2185,6 +2258,7 @@ class Reply:
         self.corrections: list[tuple[str, str]] = []  # (what, how) of all that had to be mended to read it
         self.partial = ""  # what send_message said in a call that was cut
         self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
+        self.extras: JSON = {}  # what its maker needs back with it
         self._size = 0
         self._choice: Any = None  # the index of the choice that is read, of several
         self._streams = False  # whether any of it has come as a delta
@@ -2236,6 +2310,7 @@ class Reply:
         self.text += self._take([part for part in parts if part not in thoughts])
         self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
         self.refusal += self._take(delta.get("refusal"))
+        self._keep(self.extras, delta)
         function = delta.get("function_call")  # as before there were tools
         for place, piece in enumerate(delta.get("tool_calls") or ([{"function": function}] if function else ())):
             self._feed_call(piece, place if is_whole else piece.get("index"))
@@ -2251,7 +2326,8 @@ class Reply:
             self.calls.append(call := ToolCall())
             self._size += CALL_WEIGHT
         self._latest[index] = self._latest[None] = call
-        call.id = call.id or call_id
+        call.id = call.id or self._take(call_id)
+        self._keep(call.extras, piece)
         if name.startswith(call.name):  # once more, or all that has come with it
             call.name = ""
         if text and (call.text == "{}" or (call.text[:1] == "{" and text.startswith(call.text))):
@@ -2259,6 +2335,16 @@ class Reply:
             call.text = ""
         call.name += self._take(name)
         call.text += self._take(text)
+
+    def _keep(self, extras: JSON, part: JSON) -> None:
+        """Keep what a maker needs back; texts and lists come in pieces."""
+        for name in EXTRAS if not self.full else ():
+            piece, before = part.get(name), extras.get(name)
+            if isinstance(piece, (str, list)) and type(piece) is type(before):
+                extras[name] += piece
+            elif piece is not None:
+                extras[name] = piece
+            self._size += len(encode_json(piece)) if isinstance(piece, (list, dict)) else 0
 
     def _take(self, value: Any) -> str:
         """A text of a chunk, which may come in parts: as much of it as there is room for."""
@@ -2326,9 +2412,9 @@ def read_reply(reply: Reply, tools: Collection[str]) -> None:
     ids = {""}
     for call in reply.calls:
         _read_call(call, reply, tools)
-        if call.id in ids or len(call.id) > MAX_ID:
-            reply.corrections += [("tool_call_id", "a call's id was used twice or too long")] if call.id else []
-            call.id = f"call_{secrets.token_hex(8)}"
+        if call.id in ids:
+            reply.corrections += [("tool_call_id", "a call's id was used twice")] if call.id else []
+            call.id = secrets.token_hex(5)[:9]  # Mistral takes nine letters or digits
         ids.add(call.id)
     if reply.fault:
         reply.corrections.append((reply.fault, str(reply.problem(""))))
@@ -2419,6 +2505,17 @@ _REFUSALS = {  # what the first pattern found in "STATUS CODE: reason" means: ou
     r"^404": ("model_unavailable", "the endpoint does not know the model or the address", False),
     r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", False),
     r"": ("model_unavailable", "the endpoint failed", True),
+}
+
+
+_LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
+    r"alternat|interleav|successive|consecutive|after role\W*tool|after a user turn": "alternate",
+    r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
+    r"(call.?id|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
+    r"(?=.*(un|not )(supported|permitted|allowed|expected|known|recognized))"
+    rf".*?\b(?P<field>{'|'.join(EXTRAS)})\b": "without {field}",
+    r"(?=.*(missing|required|must be)).*reasoning_content": "with reasoning_content",
+    r"(?=.*(missing|required|must be)).*thought.?signature": "with extra_content",
 }
 
 
@@ -2515,6 +2612,8 @@ class OpenAIModel:
         self.name, self.endpoint = name, endpoint
         sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
         self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)
+        url = urllib.parse.urlsplit(endpoint.base_url or "//api.openai.com/v1")
+        self.shape = [re.sub(r'[",\\]', "_", f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}")]
         self._other_names: dict[str, str] = {}  # of options that the endpoint does not take; "": left out
 
     def head(self, settings: JSON) -> str:
@@ -2603,7 +2702,16 @@ class OpenAIModel:
         text += f"; it asks to wait {wait:g} s" if wait else ""
         retry = retry and (wait or 0) <= MAX_RETRY_AFTER
         learned = kind == "model_refused" and self._learn(reason)
+        learned = learned or (kind in ("model_refused", "model_unavailable") and self._learn_rule(reason))
         return ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
+
+    def _learn_rule(self, reason: str) -> bool:
+        """Learn from a refusal how this endpoint wants its history; whether there was something to learn."""
+        matches = ((re.search(pattern, reason, re.IGNORECASE | re.DOTALL), rule) for pattern, rule in _LESSONS.items())
+        rules = [rule.format(**match.groupdict()) for match, rule in matches if match]
+        new = [rule for rule in rules if rule not in self.shape]
+        self.shape = [*self.shape, *new]
+        return bool(new)
 
     def _learn(self, reason: str) -> bool:
         """Learn from a refusal which option this endpoint does not take; whether there was something to learn."""
@@ -2829,7 +2937,7 @@ def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]
 class OfflineModel:
     """The embedded model: rules, no network, the real agent loop. It says that it is no language model."""
 
-    name, window, ratio = OFFLINE, CONTEXT_WINDOWS[OFFLINE], 1.0
+    name, window, ratio, shape = OFFLINE, CONTEXT_WINDOWS[OFFLINE], 1.0, [OFFLINE]
 
     def head(self, settings: JSON) -> str:
         return encode_json({"model": OFFLINE, "stream": True})
@@ -3454,15 +3562,6 @@ class Turn:
             self._task = None
 
 
-def assistant_body(text: str, calls: Sequence[ToolCall]) -> JSON:
-    """The chat message of what an agent said and called."""
-    body: JSON = {"role": "assistant", "content": text or None}
-    for call in calls:
-        function = {"name": call.name, "arguments": encode_json(call.arguments)}
-        body.setdefault("tool_calls", []).append({"id": call.id, "type": "function", "function": function})
-    return body
-
-
 _USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
@@ -3507,6 +3606,7 @@ class Agent:
             check_record(self.record)
             unreadable = await self.memory.load()
             self.configure()
+            await self._recall_rules()
             await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
@@ -3556,6 +3656,11 @@ class Agent:
         self._sections |= {"system": prompt, "core_memory": core, "summary": summary}
         self._system_body = encode_json({"role": "system", "content": prompt + core})
 
+    async def _recall_rules(self) -> None:
+        """Read what was learned of the model's endpoint before."""
+        text = await self.memory.store.read(read_setting, f"shape {self.model.shape[0]}") or "[]"
+        self.model.shape = max(self.model.shape, decode_json(text), key=len)
+
     def take_tools(self) -> None:
         """Offer what is registered by now; the system message stays as it is."""
         names = self.record.config["tools"] or MEMORY_TOOLS
@@ -3571,6 +3676,7 @@ class Agent:
         async with Transaction(self.memory) as change:
             change.config = config
             change.add_event("agent_change", "the agent's settings changed", change="updated")
+        await self._recall_rules()
 
     def settings(self) -> JSON:
         """The config with what the defaults make of it."""
@@ -3726,12 +3832,11 @@ class Agent:
         messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
         first, last = (messages[0].id, messages[-1].id) if messages else (1, 0)
         texts = (head, self._system_body, self._sections["summary"], self._sections["tools"], extra)
-        return RequestRecord(turn.turn_id, turn.step, *texts, first, last)
+        return RequestRecord(turn.turn_id, turn.step, *texts, first, last, shape=self.model.shape)
 
     async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
-        bodies = [request.system, request.summary, *(message.body for message in messages), request.extra]
-        body = request_body(request.head, bodies, request.tools)
+        body = request.body(message.body for message in messages)
         request.digest = hashlib.sha256(body.encode()).digest()
         loop, timer = asyncio.get_running_loop(), None
         with turn.interruptible():
@@ -3748,6 +3853,11 @@ class Agent:
                             timer = loop.call_later(DELTA_INTERVAL, self._emit_deltas, turn, reply)
                         if reply.full:
                             break
+            except ModelError as error:
+                if (learned := self.model.shape) != request.shape:  # maybe by another agent's turn
+                    error.learned = True
+                    await self.memory.store.write(write_setting, f"shape {learned[0]}", encode_json(learned))
+                raise
             finally:
                 if timer is not None:
                     timer.cancel()
@@ -3769,7 +3879,7 @@ class Agent:
         if usage is None:
             output = estimate_tokens(reply.monologue) + sum(estimate_tokens(call.text) for call in reply.calls)
             usage = {"input_tokens": round(estimated * self.model.ratio), "output_tokens": output}
-        elif ratio := usage["input_tokens"] / estimated:
+        elif (ratio := usage["input_tokens"] / estimated) and request.step:  # no summary, which has to save tokens
             self._cut_prompts = self._cut_prompts + 1 if ratio < 0.5 and estimated > 1000 else 0
             self.model.ratio += 0.3 * (min(2.0, max(0.5, ratio)) - self.model.ratio)
         request.usage = {**usage, "estimated": reply.usage is None}
@@ -3809,13 +3919,25 @@ class Agent:
         if reply.calls or (reply.text and not reply.partial):
             messages = [call.arguments.get("message") for call in reply.calls if call.name == "send_message"]
             spoken = "\n".join(text for text in messages if isinstance(text, str)) or plain
-            change.add_message("assistant", monologue, assistant_body(reply.text, reply.calls), said=spoken)
+            self._add_assistant(change, reply, reply.calls, monologue, spoken)
+
+    def _add_assistant(self, change: Transaction, reply: Reply, calls: list[ToolCall], text: str, said: str) -> None:
+        """The chat message of what an agent said and called, with what its maker needs back."""
+        unwanted = {name for name in EXTRAS if f"without {name}" in self.model.shape}
+        extras = {name: value for name, value in clean_value(reply.extras).items() if name not in unwanted}
+        body: JSON = {"role": "assistant", "content": reply.text or None, **extras}
+        for call in calls:
+            function = {"name": call.name, "arguments": encode_json(call.arguments)}
+            whole = {"id": call.id, "type": "function", "function": function, **clean_value(call.extras)}
+            body.setdefault("tool_calls", []).append(whole)
+        mark = {"by": self.model.shape[0]} if extras or any(call.extras for call in calls) else {}
+        change.add_message("assistant", text, mark | body, said=said)
 
     def _add_partial(self, change: Transaction, reply: Reply, reason: str) -> None:
         """What an answer said with send_message before it was cut, as a call with a result that says so."""
         if reply.partial:
-            call = ToolCall(f"call_{secrets.token_hex(8)}", "send_message", arguments={"message": reply.partial})
-            change.add_message("assistant", reply.monologue, assistant_body(reply.text, [call]), said=reply.partial)
+            call = ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial})
+            self._add_assistant(change, reply, [call], reply.monologue, reply.partial)
             change.say(reply.partial, partial=True)
             self._add_result(change, call, ToolError(f"{reason}: the user has seen only this much"))
 
@@ -3965,7 +4087,9 @@ class Agent:
 
     def context(self, messages: Iterable[ChatMessage]) -> list[JSON]:
         """The sections of the next request with their estimated tokens and texts, of the chat messages only these."""
-        texts = self._sections | {"messages": "\n".join(message.body for message in messages)}
+        texts = self._sections | {
+            "messages": "\n".join(shape((message.body for message in messages), *self.model.shape))
+        }
         tokens = self._sizes(self.memory.messages)
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
@@ -4037,7 +4161,10 @@ class Agent:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
         system = encode_json({"role": "system", "content": SUMMARY_SYSTEM})
         user = encode_json({"role": "user", "content": transcript})
-        request, reply = RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0), Reply()
+        request, reply = (
+            RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0, shape=self.model.shape),
+            Reply(),
+        )
         try:
             await self._call_model(turn, request, reply, [])
             read_reply(reply, ())
@@ -4064,8 +4191,7 @@ class Agent:
         request, messages = await self.memory.store.read(find_request, self.record.id, turn_id, step) or (None, [])
         if request is None:
             raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step}")
-        bodies = [request.system, request.summary, *messages, request.extra]
-        body = request_body(request.head, bodies, request.tools)
+        body = request.body(messages)
         if hashlib.sha256(body.encode()).digest() != request.digest:
             raise StoreFailed("the stored request does not match the digest of what was sent; run memws.py check")
         names = ("response", "usage", "first_token_ms", "total_ms")

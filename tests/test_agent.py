@@ -239,7 +239,7 @@ LADDER: dict[str, tuple[Reply, list[str]]] = {
         Reply(calls=[("send_message", {"inner_thoughts": "Hm.", "message": "Hello!", "mood": 1})]),
         ["arguments"],
     ),
-    "an id that is too long": (Reply(calls=[HELLO], call_ids=["x" * 200]), ["tool_call_id"]),
+    "a long id": (Reply(calls=[HELLO], call_ids=["x" * 2_000]), []),
     "no id": (Reply(calls=[HELLO], call_ids=[None]), []),
 }
 

@@ -574,16 +574,17 @@ def test_arguments_that_are_no_object_are_advice(arguments: str) -> None:
 
 def test_names_and_ids_that_no_api_takes_are_changed() -> None:
     """A tool name with spaces, too long or empty becomes one that endpoints accept in the history; an id that came
-    before or has more than 128 characters is replaced, and that is a correction."""
+    before is replaced by nine letters or digits, and that is a correction; any other stays, however long."""
     reply = memws.Reply()
-    names, ids = ("send a message!", "x" * 300, "", "send_message"), ("a", "a", "x" * 129, "x" * 128)
+    names, ids = ("send a message!", "x" * 300, "", "send_message"), ("a", "a", "x" * 2_000, "b")
     for index, (name, call_id) in enumerate(zip(names, ids, strict=True)):
         reply.feed(piece(index, call_id, name, "{}"))
     memws.read_reply(reply, TOOLS)
     assert [call.name for call in reply.calls] == ["send_a_message_", "x" * 64, "unknown", "send_message"]
-    assert len({call.id for call in reply.calls}) == 4
-    assert [reply.calls[place].id for place in (0, 3)] == ["a", "x" * 128]
-    assert [what for what, _ in reply.corrections].count("tool_call_id") == 2
+    assert [reply.calls[place].id for place in (0, 2, 3)] == ["a", "x" * 2_000, "b"]
+    assert len(reply.calls[1].id) == 9
+    assert reply.calls[1].id.isalnum()
+    assert [what for what, _ in reply.corrections].count("tool_call_id") == 1
 
 
 def test_what_a_full_reply_may_have_lost_is_cut() -> None:
