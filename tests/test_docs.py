@@ -129,16 +129,17 @@ OTHER_COMMANDS = [
 
 
 def commands() -> Iterator[tuple[dict[str, str], list[str]]]:
-    """(variables, words behind `python memws.py`) of README's command lines."""
-    for line in "".join(blocks("sh")).splitlines():
-        for part in line.partition("#")[0].split("&&"):
-            words = shlex.split(part)
-            variables = [word for word in words if re.match(r"[A-Z_]+=", word)]
-            rest = words[len(variables) :]
-            if rest[:2] == ["python", "memws.py"]:
-                yield dict(word.split("=", 1) for word in variables), rest[2:]
-            else:
-                assert rest in OTHER_COMMANDS, line
+    """(variables exported so far in its block, words behind `python memws.py`) of README's command lines."""
+    for block in blocks("sh"):
+        variables = {}
+        for line in filter(None, (line.partition("#")[0] for line in block.splitlines())):
+            for words in map(shlex.split, line.split("&&")):
+                if words[0] == "export":
+                    variables = dict(word.split("=", 1) for word in words[1:])
+                elif words[:2] == ["python", "memws.py"]:
+                    yield variables, words[2:]
+                else:
+                    assert words in OTHER_COMMANDS, line
 
 
 SERVES = [(variables, words) for variables, words in commands() if words[:1] != ["chat"]]
@@ -148,7 +149,7 @@ SERVES = [(variables, words) for variables, words in commands() if words[:1] != 
 def test_serve_commands(variables: dict[str, str], words: list[str], tmp_path: Path) -> None:
     """Each of README's commands that serve does serve, with the model that it names."""
     with Endpoint(models=["only"]) as endpoint:
-        flags = [endpoint.url if word.startswith("http://localhost") else word for word in words]
+        flags = [endpoint.url if word.startswith("http") else word for word in words]
         with Serving(*flags, cwd=tmp_path, variables=variables) as server, memws.connect(server.url) as client:
             about = client.hello()
             default = "only" if "--base-url" in words else memws.DEFAULT_MODEL if variables else "offline"
@@ -158,8 +159,15 @@ def test_serve_commands(variables: dict[str, str], words: list[str], tmp_path: P
                 assert str(client.command("get_context")["window"]) == words[words.index("--context-window") + 1]
 
 
+ADDRESSES = [word for _, words in SERVES for word in words if word.startswith("https://")]
+
+
 def test_commands_are_complete() -> None:
-    """README has the commands to install and serve, to chat and to test."""
+    """README has the commands to install and serve, to chat and to test, and one for each endpoint that people use."""
+    for name in ("azure", "anthropic", "googleapis", "openrouter", "groq", "mistral", "deepseek"):
+        assert any(name in address for address in ADDRESSES), name
+    for port in (11434, 8000, 8080, 1234, 4000):
+        assert any(f"http://localhost:{port}" in word for _, words in SERVES for word in words), port
     text = "".join(blocks("sh"))
     for line in ("pip install -r requirements.txt && python memws.py", "python memws.py chat"):
         assert f"{line}\n" in text
@@ -205,6 +213,13 @@ def test_codes_table() -> None:
     """README's table of codes names exactly those of the contract, which are those of the module (test_errors.py)."""
     listed = [set(code(cells)) for _, cells in rows("where", "codes")]
     assert listed == [REQUEST_CODES, {*COMMAND_CODES, "cancelled"}, set(TURN_CODES)]
+
+
+def test_corrections_table() -> None:
+    """README's table of corrections names each that the module makes, and the error that one more try precedes."""
+    listed = {name for cells in rows("`what`", "an answer with", "becomes") for name in code(cells[0])}
+    made = set(re.findall(r'corrections[^\n]*?\("(\w+)",|"correction", .*what="(\w+)"', SOURCE))
+    assert listed == {*map("".join, made), *memws._FAULTS, "bad_output"}
 
 
 def test_command_line_table(tmp_path: Path) -> None:
@@ -310,5 +325,6 @@ def test_docstring_commands(tmp_path: Path) -> None:
 
 
 def test_no_local_paths() -> None:
-    """README names no path and no address of one machine."""
-    assert re.findall(r"/(?:home|root|work|tmp|Users)/|https?://(?!localhost)\S+", README) == []
+    """README names no path and no address of one machine, of others only those of endpoints that its commands use."""
+    addresses = re.findall(r"https?://(?!localhost)\S+", README)
+    assert [*re.findall(r"/(?:home|root|work|tmp|Users)/", README), *addresses] == ADDRESSES
