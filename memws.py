@@ -951,29 +951,23 @@ def seconds_between(earlier: str, later: str) -> float:
 
 EXTRAS = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "extra_content")
 _UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}  # as Google's manual says
-_MARK, _USER = '{"by":"', '{"role":"user","content":"'
+_USER = '{"role":"user","content":"'
 _BETWEEN = {  # (role, next role), their first letters: what stands between them where roles alternate
-    ("tool", "user"): '{"role":"assistant","content":"(waiting)"}',
-    ("syst", "assi"): _USER + r'{\"type\":\"system_alert\",\"message\":\"(go on)\"}"}',
+    ("tool", "user"): ['{"role":"assistant","content":"(waiting)"}'],
+    ("syst", "assi"): [_USER + r'{\"type\":\"system_alert\",\"message\":\"(go on)\"}"}'],
 }
 
 
 def adapt(body: str, maker: str, rules: Collection[str]) -> str:
     """An encoded chat message without what another model made, and by the rules for messages alone."""
-    unwanted = [name for name in EXTRAS if f"without {name}" in rules]
-    if body.startswith(_MARK):
-        mark, _, rest = body.partition(",")
-        body, unwanted = f"{{{rest}", unwanted if mark == f'{_MARK}{maker}"' else list(EXTRAS)
-    if not (rules or unwanted):
-        return body
     message = decode_json(body)
-    calls = message.get("tool_calls", [])
+    is_own, calls = message.pop("by", maker) == maker, message.get("tool_calls", [])
     for part in (message, *calls):
-        for name in unwanted:
-            part.pop(name, None)
+        for name in EXTRAS:
+            if not is_own or f"without {name}" in rules:
+                part.pop(name, None)
         for key in {"id", "tool_call_id"} & part.keys() if "short ids" in rules else ():
-            if not re.fullmatch("[a-zA-Z0-9]{9}", part[key]):
-                part[key] = hashlib.sha256(part[key].encode()).hexdigest()[:9]
+            part[key] = hashlib.sha256(part[key].encode()).hexdigest()[:9]
     if "with reasoning_content" in rules and message["role"] == "assistant":
         message.setdefault("reasoning_content", "")
     for call in calls if "with extra_content" in rules else ():
@@ -985,15 +979,14 @@ def shape(bodies: Iterable[str], maker: str, *rules: str) -> list[str]:
     """Encoded chat messages as a model takes them; consecutive user messages become one."""
     alone, shaped = [rule for rule in rules if " " in rule], [""]
     for body in filter(None, bodies):
-        if alone or body.startswith(_MARK):
+        if alone or body.startswith('{"by":'):
             body = adapt(body, maker, alone)
         if "systemless" in rules:
             body = body.replace('{"role":"system"', '{"role":"user"', 1)
         if body.startswith(_USER) and shaped[-1].startswith(_USER):
-            shaped[-1] = f"{shaped[-1][:-2]}\\n{body[len(_USER) :]}"
-            continue
-        if "alternate" in rules and (between := _BETWEEN.get((shaped[-1][9:13], body[9:13]))):
-            shaped.append(between)
+            body = f"{shaped.pop()[:-2]}\\n{body[len(_USER) :]}"
+        elif "alternate" in rules:
+            shaped += _BETWEEN.get((shaped[-1][9:13], body[9:13]), [])
         shaped.append(body)
     return shaped[1:]
 
@@ -2339,12 +2332,10 @@ class Reply:
     def _keep(self, extras: JSON, part: JSON) -> None:
         """Keep what a maker needs back; texts and lists come in pieces."""
         for name in EXTRAS if not self.full else ():
-            piece, before = part.get(name), extras.get(name)
-            if isinstance(piece, (str, list)) and type(piece) is type(before):
-                extras[name] += piece
-            elif piece is not None:
-                extras[name] = piece
-            self._size += len(encode_json(piece)) if isinstance(piece, (list, dict)) else 0
+            if (piece := part.get(name)) is not None:
+                before = extras.get(name)
+                extras[name] = before + piece if isinstance(before, (str, list)) else piece
+                self._size += 0 if isinstance(piece, str) else len(encode_json(piece))
 
     def _take(self, value: Any) -> str:
         """A text of a chunk, which may come in parts: as much of it as there is room for."""
@@ -2512,8 +2503,7 @@ _LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
     r"alternat|interleav|successive|consecutive|after role\W*tool|after a user turn": "alternate",
     r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
     r"(call.?id|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
-    r"(?=.*(un|not )(supported|permitted|allowed|expected|known|recognized))"
-    rf".*?\b(?P<field>{'|'.join(EXTRAS)})\b": "without {field}",
+    rf"(?=.*(?:un|not )(?:supported|permitted|allowed|known|recognized)).*?\b({'|'.join(EXTRAS)})\b": r"without \1",
     r"(?=.*(missing|required|must be)).*reasoning_content": "with reasoning_content",
     r"(?=.*(missing|required|must be)).*thought.?signature": "with extra_content",
 }
@@ -2707,11 +2697,10 @@ class OpenAIModel:
 
     def _learn_rule(self, reason: str) -> bool:
         """Learn from a refusal how this endpoint wants its history; whether there was something to learn."""
-        matches = ((re.search(pattern, reason, re.IGNORECASE | re.DOTALL), rule) for pattern, rule in _LESSONS.items())
-        rules = [rule.format(**match.groupdict()) for match, rule in matches if match]
-        new = [rule for rule in rules if rule not in self.shape]
-        self.shape = [*self.shape, *new]
-        return bool(new)
+        found = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
+        known, rules = self.shape, [match.expand(rule) for match, rule in found if match]
+        self.shape = list(dict.fromkeys([*known, *rules]))
+        return self.shape != known
 
     def _learn(self, reason: str) -> bool:
         """Learn from a refusal which option this endpoint does not take; whether there was something to learn."""
@@ -3923,14 +3912,14 @@ class Agent:
 
     def _add_assistant(self, change: Transaction, reply: Reply, calls: list[ToolCall], text: str, said: str) -> None:
         """The chat message of what an agent said and called, with what its maker needs back."""
-        unwanted = {name for name in EXTRAS if f"without {name}" in self.model.shape}
-        extras = {name: value for name, value in clean_value(reply.extras).items() if name not in unwanted}
+        maker, *rules = self.model.shape
+        extras = {name: value for name, value in clean_value(reply.extras).items() if f"without {name}" not in rules}
         body: JSON = {"role": "assistant", "content": reply.text or None, **extras}
         for call in calls:
             function = {"name": call.name, "arguments": encode_json(call.arguments)}
             whole = {"id": call.id, "type": "function", "function": function, **clean_value(call.extras)}
             body.setdefault("tool_calls", []).append(whole)
-        mark = {"by": self.model.shape[0]} if extras or any(call.extras for call in calls) else {}
+        mark = {"by": maker} if extras or any(call.extras for call in calls) else {}
         change.add_message("assistant", text, mark | body, said=said)
 
     def _add_partial(self, change: Transaction, reply: Reply, reason: str) -> None:
@@ -4087,9 +4076,7 @@ class Agent:
 
     def context(self, messages: Iterable[ChatMessage]) -> list[JSON]:
         """The sections of the next request with their estimated tokens and texts, of the chat messages only these."""
-        texts = self._sections | {
-            "messages": "\n".join(shape((message.body for message in messages), *self.model.shape))
-        }
+        texts = self._sections | {"messages": "\n".join(shape([each.body for each in messages], *self.model.shape))}
         tokens = self._sizes(self.memory.messages)
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
@@ -4151,20 +4138,19 @@ class Agent:
 
     async def _summarize(self, turn: Turn, hidden: Sequence[ChatMessage]) -> str:
         """A summary of the messages by the model; without one, their last words, so that a compaction never waits."""
-        lines = [
-            f"{message.role} ({message.time[:16].replace('T', ' ')}): {excerpt(message.said or message.text, 1_000)}"
-            for message in hidden
-            if message.said or message.text
-        ]
+        lines = []
+        for message in hidden:  # without what a model thought
+            text = message.said or (
+                message.text if message.role != "assistant" else decode_json(message.body)["content"]
+            )
+            lines += [f"{message.role} ({message.time[:16].replace('T', ' ')}): {excerpt(text, 1_000)}"] if text else []
         transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
         if gist := self.record.state["gist"]:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
         system = encode_json({"role": "system", "content": SUMMARY_SYSTEM})
         user = encode_json({"role": "user", "content": transcript})
-        request, reply = (
-            RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0, shape=self.model.shape),
-            Reply(),
-        )
+        request = RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0, shape=self.model.shape)
+        reply = Reply()
         try:
             await self._call_model(turn, request, reply, [])
             read_reply(reply, ())

@@ -57,6 +57,8 @@ class Reply:
     reasoning: str = ""  # the model's private text
     # as DeepSeek and llama.cpp, or as OpenRouter and Ollama
     reasoning_field: Literal["reasoning_content", "reasoning"] = "reasoning_content"
+    signature: str = ""  # of the first tool call, as Gemini sends it in extra_content
+    more: Body = field(default_factory=dict)  # more fields of the message; in a stream they come twice
     refusal: str = ""  # the refusal field, as OpenAI sends it in place of content
     finish: str | None = None  # the finish reason; None: tool_calls or stop, as the content asks
     usage: Body | Literal["auto"] | None = "auto"  # token counts; "auto": characters / 4; None: never sent
@@ -120,6 +122,8 @@ def _tool_calls(reply: Reply, fresh_ids: Iterator[str]) -> list[Body]:
         call: Body = {"type": "function", "function": {"name": name, "arguments": arguments}}
         call_id = next(fresh_ids) if reply.call_ids is None else reply.call_ids[position]
         calls.append(call if call_id is None else {"id": call_id, **call})
+    if reply.signature and calls:
+        calls[0]["extra_content"] = {"google": {"thought_signature": reply.signature}}
     return calls
 
 
@@ -144,7 +148,7 @@ def _text_and_calls(reply: Reply, fresh_ids: Iterator[str]) -> tuple[str | None,
 
 def _completion(reply: Reply, text: str | None, calls: list[Body], finish: str) -> Body:
     """The answer to stream=false."""
-    message: Body = {"role": "assistant", "content": text, "refusal": reply.refusal or None}
+    message: Body = {"role": "assistant", "content": text, "refusal": reply.refusal or None, **reply.more}
     if reply.reasoning:
         message[reply.reasoning_field] = reply.reasoning
     if calls:
@@ -157,6 +161,7 @@ def _chunks(reply: Reply, text: str | None, calls: list[Body], finish: str) -> l
     """The answer to stream=true, as chunks without their common fields."""
     deltas: list[Body] = [{"role": "assistant", "content": None if text is None else ""}]
     deltas += [{reply.reasoning_field: piece} for piece in _pieces(reply.reasoning, reply.chunk)]
+    deltas += [reply.more] * 2 if reply.more else []
     deltas += [{"content": piece} for piece in _pieces(text or "", reply.chunk)]
     deltas += [{"refusal": piece} for piece in _pieces(reply.refusal, reply.chunk)]
     for index, call in enumerate(calls):
@@ -340,6 +345,77 @@ def _check_pairs(messages: list[Body]) -> None:
             waiting = [call["id"] for call in message.get("tool_calls", ())]
 
 
+# What particular endpoints want of a history, for `Endpoint.quirks`.
+
+
+def _roles(messages: list[Body]) -> str:
+    return " ".join(message["role"] for message in messages)
+
+
+def _alternates(messages: list[Body]) -> bool:
+    """As the template of Mistral 7B counts: without tool calls and results."""
+    said = [message for message in messages if message["role"] in "user assistant" and "tool_calls" not in message]
+    return _roles(said).removesuffix(" user") == " ".join(["user assistant"] * (len(said) // 2) or ["user"])
+
+
+def _has_reasoning(messages: list[Body]) -> bool:
+    texts = [message.get("reasoning_content") for message in messages if "tool_calls" in message]
+    return all(text in ("", "I think it over.") for text in texts)
+
+
+def _is_signed(messages: list[Body]) -> bool:
+    calls = [message["tool_calls"][0] for message in messages if "tool_calls" in message]
+    texts = [call.get("extra_content", {}).get("google", {}).get("thought_signature") for call in calls]
+    return all(text in ("c2lnbmVk", "skip_thought_signature_validator") for text in texts)
+
+
+def _has_short_ids(messages: list[Body]) -> bool:
+    ids = [call["id"] for message in messages for call in message.get("tool_calls", ())]
+    return all(re.fullmatch("[a-zA-Z0-9]{9}", each) for each in ids)
+
+
+def _has_known_fields(messages: list[Body]) -> bool:
+    fields = {name for message in messages for part in (message, *message.get("tool_calls", ())) for name in part}
+    return fields <= {"role", "content", "tool_calls", "tool_call_id", "id", "type", "function"}
+
+
+QUIRKS: dict[str, tuple[Callable[[list[Body]], bool], int, str, Body]] = {
+    # name: whether a history is right, the status and words of a refusal, and what its own replies have
+    "alternation": (_alternates, 500, "After the optional system message, conversation roles must alternate", {}),
+    "user after tool": (
+        lambda messages: "tool user" not in _roles(messages),
+        400,
+        "Unexpected role 'user' after role 'tool'",
+        {},
+    ),
+    "no system role": (lambda messages: "system" not in _roles(messages), 500, "System role not supported", {}),
+    "nine-character ids": (
+        _has_short_ids,
+        400,
+        "Tool call id was x but must be a-z, A-Z, 0-9, with a length of 9.",
+        {},
+    ),
+    "reasoning": (
+        _has_reasoning,
+        400,
+        "The `reasoning_content` in the thinking mode must be passed back to the API.",
+        {"reasoning": "I think it over."},
+    ),
+    "signatures": (
+        _is_signed,
+        400,
+        "Function call is missing a thought_signature in functionCall parts.",
+        {"signature": "c2lnbmVk"},
+    ),
+    "known fields": (
+        _has_known_fields,
+        400,
+        "for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning' is unsupported)]",
+        {"reasoning": "I think it over.", "reasoning_field": "reasoning"},
+    ),
+}
+
+
 def check_embedding(body: Body) -> list[str]:
     """The texts of a request for embeddings; lists of tokens are not covered. Raises Refusal as OpenAI refuses."""
     _check_parameters(body, {"encoding_format", "input", "model"})
@@ -415,6 +491,8 @@ class Endpoint(Loopback):
         # What endpoints with such limits refuse is no fault of the client, so it is not among the `refusals`.
         self.context_window: int | None = None  # approximate tokens; None: any
         self.refuse: set[str] = set()  # names of parameters, such as stream_options, max_tokens, tools
+        self.quirks: tuple[str, ...] = ()  # names of QUIRKS: what it wants of a history
+        self.lessons: list[str] = []  # the quirks by which it refused requests
         self.dimension, self.synonyms = 32, dict[str, str]()  # of its embeddings; {"feline": "cat"}
         self.spoil: Callable[[list[Vector]], list[Any]] | None = None  # changes the vectors of an answer
         self.default: Answer = greet  # what answers when the script is over
@@ -427,9 +505,12 @@ class Endpoint(Loopback):
         self.embedding_requests: list[Body] = []  # the same of embeddings
         self.refusals: list[str] = []  # why requests were refused by the strict checks; a good client leaves it empty
         self._script: deque[Answer] = deque()
-        self._fresh_ids = (f"call_{number:024}" for number in itertools.count(1))
+        self._fresh_ids = (self._id(number) for number in itertools.count(1))
         self._gates: set[asyncio.Event] = set()
         self._connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
+
+    def _id(self, number: int) -> str:
+        return f"{number:09}" if "nine-character ids" in self.quirks else f"call_{number:024}"
 
     @property
     def url(self) -> str:
@@ -557,6 +638,8 @@ class Endpoint(Loopback):
         except Exception as error:  # a fault of the test's own code: show it there, keep the connection's task alive
             self.refusals.append(f"the script raised {error!r}")
             raise Refusal(f"the script raised {error!r}", status=500) from error
+        for name in self.quirks:
+            reply = replace(reply, **QUIRKS[name][3])
         return reply, _answer(reply, body, self._fresh_ids)
 
     def _check_limits(self, body: Body) -> None:
@@ -567,6 +650,11 @@ class Endpoint(Loopback):
             instead = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
             text = f"Unsupported parameter: '{name}' is not supported with this model.{instead}"
             raise Refusal(text, "unsupported_parameter")
+        for name in self.quirks:
+            is_right, status, text, _ = QUIRKS[name]
+            if not is_right(body["messages"]):
+                self.lessons.append(name)
+                raise Refusal(text, status=status)
         tokens = sum(prompt_tokens(body))
         text = f"This model's maximum context length is {self.context_window} tokens. However, your messages "
         fits = self.context_window is None or tokens <= self.context_window

@@ -8,6 +8,7 @@ import re
 import sqlite3
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1003,3 +1004,139 @@ async def test_a_store_that_fails_around_a_tool(
         stored = await lab.events(agent)
         assert [event["seq"] for event in stored] == list(range(1, len(stored) + 1))
         assert sum(event["turn_id"] == "turn-1" and event["type"] in memws.TERMINAL_TYPES for event in stored) == 1
+
+
+# ---- what endpoints want of a history --------------------------------------------------------------------------------
+
+
+async def crash(lab: Lab, agent: Agent) -> None:
+    """Leave a turn while its model answers, as a server that is killed does."""
+    lab.endpoint.script(Reply(hold=True))
+    running, count = asyncio.create_task(agent.turn(lab.turn("Hi"))), len(lab.endpoint.requests) + 1
+    await asyncio.to_thread(lab.endpoint.wait_requests, count)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+WRONG = beat("core_memory_replace", name="human", old_content="x", new_content="y")
+SCENES: dict[str, tuple[list[Answer], Callable[[Lab, Agent], Awaitable[Any]]]] = {
+    "a turn": ([], lambda lab, agent: lab.say(agent, "Hi")),
+    "a heartbeat": ([], lambda lab, agent: lab.say(agent, None)),
+    "parallel calls": ([Reply(calls=[APPEND, NOTE])], lambda lab, agent: lab.say(agent, "Hi")),
+    "plain text": ([Reply("Hello!")], lambda lab, agent: lab.say(agent, "Hi")),
+    "a failed tool": ([Reply(calls=[WRONG])], lambda lab, agent: lab.say(agent, "Hi")),
+    "a cancel": (
+        [Reply(calls=[STORY], stall_after=6)],
+        lambda lab, agent: cancel(lab, agent, at(of="assistant_message")),
+    ),
+    "a compaction": ([Reply("They talked.")], lambda lab, agent: compact(agent)),
+    "a crash": ([], crash),
+}
+WANTS = [("alternation",), ("user after tool",), ("no system role",), ("nine-character ids",), ("reasoning",)]
+WANTS += [("signatures",), ("known fields",), ("user after tool", "nine-character ids", "known fields")]
+
+
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.parametrize("wants", WANTS, ids=map(" and ".join, WANTS))
+async def test_what_an_endpoint_wants_is_learned_once(
+    endpoint: Endpoint, tmp_path: Path, wants: tuple[str, ...], scene: str
+) -> None:
+    """Whatever an endpoint wants of a history, each turn ends well and the next works, also another agent's and after
+    a restart; it refuses once at most for each thing that it wants; what was really sent is told."""
+    endpoint.quirks = wants
+    answers, play = SCENES[scene]
+    async with Lab(endpoint, tmp_path / "memws.db") as lab:
+        agent = await lab.create()
+        for text in ("One", "Two"):
+            assert (await lab.say(agent, text)).replies == ["Hello!"]
+        endpoint.script(*answers)
+        await play(lab, agent)
+        agent = await lab.open() if scene == "a crash" else agent
+        assert (await lab.say(agent, "And now?")).replies == ["Hello!"]
+        other = await lab.create("eve")
+        for text in ("One", "Two"):
+            assert (await lab.say(other, text)).replies == ["Hello!"]
+    async with Lab(endpoint, tmp_path / "memws.db") as lab:
+        agent = await lab.open()
+        told = await lab.run(agent, turn := memws.Turn("last", "Still there?"))
+        assert (told.replies, told.of("retry")) == (["Hello!"], [])
+        got = await agent.request(turn.turn_id, 1)
+        assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
+    assert len(endpoint.lessons) == len(set(endpoint.lessons)) <= len(wants)
+    roles = [message["role"] for message in endpoint.requests[-1]["messages"]]
+    assert ("user", "user") not in itertools.pairwise(roles)
+
+
+REFUSALS = {
+    'messages: roles must alternate between "user" and "assistant"': "alternate",
+    "Please ensure that function call turn comes immediately after a user turn": "alternate",
+    "does not support successive user or assistant messages": "alternate",
+    "Developer instruction is not enabled for models/gemma-3-27b-it": "systemless",
+    "Invalid 'messages[3].tool_calls[0].id': string too long. Expected a maximum length of 40": "short ids",
+    "messages.1.content.0.tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'": "short ids",
+    '["body","messages",2,"assistant","reasoning_content"] Extra inputs are not permitted': "without reasoning_content",
+    "Unknown name \"extra_content\" at 'messages[2].tool_calls[0]': Cannot find field.": "without extra_content",
+    "Unrecognized request argument supplied: reasoning_details": "without reasoning_details",
+    "thinking is enabled but reasoning_content is missing in message 2": "with reasoning_content",
+    "Gemini models require a thought_signature, which is required for tools": "with extra_content",
+    "An assistant message with 'tool_calls' must be followed by tool messages": None,
+    "this model's reasoning is mandatory": None,
+}
+
+
+@pytest.mark.parametrize(("words", "rule"), REFUSALS.items(), ids=range(len(REFUSALS)))
+async def test_what_a_refusal_teaches(endpoint: Endpoint, lab: Lab, agent: Agent, words: str, rule: str | None) -> None:
+    """A refusal of the history is understood in the words of many endpoints, of any status; others teach nothing."""
+    endpoint.script(Reply(status=500 if rule and len(rule) < 15 else 400, body={"error": {"message": words}}))
+    turn = await lab.say(agent, "Hi")
+    assert (agent.model.shape[1:], bool(turn.replies)) == ([rule] if rule else [], bool(rule))
+    assert len(endpoint.requests) == 1 + bool(rule)
+
+
+THOUGHT = Reply(
+    calls=[NOTE, APPEND],
+    call_ids=["x" * 3_000, "b"],
+    reasoning="I think it over, twice.",
+    signature="c2lnbmVk",
+    more={"reasoning_details": [{"type": "reasoning.encrypted", "data": "walrus"}], "thinking_blocks": None},
+)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["in pieces", "whole"])
+async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_path: Path, whole: bool) -> None:
+    """What came with an answer is counted, goes back to its model as it came, also after an import, to no other, and
+    into no summary."""
+    details = THOUGHT.more["reasoning_details"]
+    made = {"reasoning_content": THOUGHT.reasoning, "reasoning_details": details if whole else details * 2}
+    signed = {"google": {"thought_signature": THOUGHT.signature}}
+
+    async def check(lab: Lab, agent: Agent, is_maker: bool) -> None:
+        turn = await lab.run(agent, memws.Turn(f"turn at {len(endpoint.requests)}", "And now?"))
+        assert turn.replies == ["Hello!"]
+        message = endpoint.requests[-1]["messages"][2]
+        calls = message["tool_calls"]
+        assert message.keys() - {"role", "content", "tool_calls"} == (made.keys() if is_maker else set())
+        assert message | (made if is_maker else {}) == message
+        assert [call.get("extra_content") for call in calls] == [signed if is_maker else None, None]
+        assert [call["id"] for call in calls] == THOUGHT.call_ids
+        (*_, section) = agent.context(agent.memory.messages)
+        assert (THOUGHT.signature in section["text"], '"by"' in section["text"]) == (is_maker, False)
+
+    async with Lab(endpoint, tmp_path / "memws.db") as lab:
+        agent = await lab.create()
+        endpoint.script(replace(THOUGHT, whole=whole))
+        await lab.say(agent, "Hi")
+        assert agent.used() - (await lab.create("eve")).used() > 1_000
+        await check(lab, agent, is_maker=True)
+        await agent.update(agent.record.config | {"model": "other"})
+        await check(lab, agent, is_maker=False)
+        await agent.update(agent.record.config | {"model": None})
+        data = await lab.store.read(memws.export_agent, agent.name)
+    with contextlib.closing(memws.Sqlite(str(tmp_path / "other.db"))) as database:
+        memws.import_agent(database.open(), data, memws.check_record)
+    async with Lab(endpoint, tmp_path / "other.db") as lab:
+        await check(lab, agent := await lab.open(), is_maker=True)
+        await compact(agent)
+    (summary,) = filter(is_summary, endpoint.requests)
+    assert not re.search("I think it over|walrus|c2lnbmVk", str(summary))
