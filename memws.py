@@ -2499,13 +2499,15 @@ _REFUSALS = {  # what the first pattern found in "STATUS CODE: reason" means: ou
 }
 
 
+_LACKS = "missing|required|must be (?:passed|sent|provided|included|present)"
 _LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
     r"alternat|interleav|successive|consecutive|after role\W*tool|after a user turn": "alternate",
     r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
     r"(call.?id|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
-    rf"(?=.*(?:un|not )(?:supported|permitted|allowed|known|recognized)).*?\b({'|'.join(EXTRAS)})\b": r"without \1",
-    r"(?=.*(missing|required|must be)).*reasoning_content": "with reasoning_content",
-    r"(?=.*(missing|required|must be)).*thought.?signature": "with extra_content",
+    rf"\A(?!.*(?:{_LACKS})).*?\b(reasoning_content|reasoning_details|thinking_blocks|extra_content"
+    r"|(?<=['\"`.])reasoning)\b": r"without \1",
+    rf"(?=.*({_LACKS})).*reasoning_content": "with reasoning_content",
+    rf"(?=.*({_LACKS})).*thought.?signature": "with extra_content",
 }
 
 
