@@ -2204,10 +2204,9 @@ _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none sta
 
 
 _FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
-    "filtered": (r"filter|safe|sensitive|guard|block|prohibit|recit|toxic|refus|spii", "model_refused", "was filtered"),
     "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexpect", "model_unavailable", "broke off"),
+    "filtered": (r"filter|safe|sensitive|guard|block|prohibit|recit|refus|spii", "model_refused", "was filtered"),
     "length": (r"length|max|limit|window", "bad_output", "was cut off at the endpoint's length limit"),
-    "cut": (r"(?!)", "bad_output", f"was cut at {MAX_REPLY:,} characters"),  # by us, whatever the endpoint says
 }
 
 
@@ -2269,14 +2268,14 @@ class Reply:
 
     @property
     def fault(self) -> str:
-        """The one of _FAULTS for which its text is not all of the answer; empty: it is."""
+        """Why its text is not all of the answer: one of _FAULTS, or "cut" by us; empty: it is."""
         faults = (fault for fault, row in _FAULTS.items() if re.search(row[0], str(self.finish), re.IGNORECASE))
         return next(faults, "cut" if self.full else "")
 
     def problem(self, text: str) -> ModelError:
         """The error for an answer that is not whole; for a whole one that `text`."""
-        _, code, end = _FAULTS.get(self.fault, ("", "bad_output", ""))
-        return ModelError(code, f"the model's answer {end}" if end else text, retry=code != "bad_output")
+        _, code, end = _FAULTS.get(self.fault, ("", "bad_output", f"was cut at {MAX_REPLY:,} characters"))
+        return ModelError(code, f"the model's answer {end}" if self.fault else text, retry=code != "bad_output")
 
     def feed(self, chunk: JSON) -> None:
         """Take one chunk. Raises ModelError for what is none."""
@@ -2996,8 +2995,7 @@ class Models:
             (None, None): self.endpoint
         }  # and agents' own
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
-        # For each model's name, how many calls were made and how many answers needed which correction.
-        self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)
+        self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)  # by name
 
     @property
     def described(self) -> str:

@@ -219,7 +219,7 @@ def test_corrections_table() -> None:
     """README's table of corrections names each that the module makes, and the error that one more try precedes."""
     listed = {name for cells in rows("`what`", "an answer with", "becomes") for name in code(cells[0])}
     made = set(re.findall(r'corrections[^\n]*?\("(\w+)",|"correction", .*what="(\w+)"', SOURCE))
-    assert listed == {*map("".join, made), *memws._FAULTS, "bad_output"}
+    assert listed == {*map("".join, made), *memws._FAULTS, "cut", "bad_output"}
 
 
 def test_command_line_table(tmp_path: Path) -> None:
