@@ -947,7 +947,7 @@ def seconds_between(earlier: str, later: str) -> float:
 
 # ---- what an endpoint takes ------------------------------------------------------------------------------------------
 # An assistant's message with EXTRAS begins with a mark of its maker: {"by":"model at endpoint". Rules are learned of a
-# maker: alternate, systemless, and for messages alone "short ids", "without FIELD", "with FIELD".
+# maker: alternate, systemless, and for messages alone "calls alone", "short ids", "without FIELD", "with FIELD".
 
 EXTRAS = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "extra_content")
 _UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}  # as Google's manual says
@@ -968,6 +968,8 @@ def adapt(body: str, maker: str, rules: Collection[str]) -> str:
                 part.pop(name, None)
         for key in {"id", "tool_call_id"} & part.keys() if "short ids" in rules else ():
             part[key] = hashlib.sha256(part[key].encode()).hexdigest()[:9]
+    if "calls alone" in rules and calls:
+        message["content"] = None
     if "with reasoning_content" in rules and message["role"] == "assistant":
         message.setdefault("reasoning_content", "")
     for call in calls if "with extra_content" in rules else ():
@@ -2503,6 +2505,7 @@ _LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
     r"alternat|interleav|successive|consecutive|after role\W*tool|after a user turn": "alternate",
     r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
     r"(call.?id|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
+    r"content or tool_calls, but not both": "calls alone",
     rf"\A(?!.*(?:{_LACKS})).*?\b(reasoning_content|reasoning_details|thinking_blocks|extra_content"
     r"|(?<=['\"`.])reasoning)\b": r"without \1",
     rf"(?=.*({_LACKS})).*reasoning_content": "with reasoning_content",

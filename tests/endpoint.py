@@ -389,6 +389,12 @@ QUIRKS: dict[str, tuple[Callable[[list[Body]], bool], int, str, Body]] = {
         {},
     ),
     "no system role": (lambda messages: "system" not in _roles(messages), 500, "System role not supported", {}),
+    "content or calls": (
+        lambda messages: not any(message.get("content") for message in messages if "tool_calls" in message),
+        400,
+        "Assistant message must have either content or tool_calls, but not both.",
+        {},
+    ),
     "nine-character ids": (
         _has_short_ids,
         400,

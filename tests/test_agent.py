@@ -1023,7 +1023,7 @@ WRONG = beat("core_memory_replace", name="human", old_content="x", new_content="
 SCENES: dict[str, tuple[list[Answer], Callable[[Lab, Agent], Awaitable[Any]]]] = {
     "a turn": ([], lambda lab, agent: lab.say(agent, "Hi")),
     "a heartbeat": ([], lambda lab, agent: lab.say(agent, None)),
-    "parallel calls": ([Reply(calls=[APPEND, NOTE])], lambda lab, agent: lab.say(agent, "Hi")),
+    "parallel calls": ([Reply("I note it.", calls=[APPEND, NOTE])], lambda lab, agent: lab.say(agent, "Hi")),
     "plain text": ([Reply("Hello!")], lambda lab, agent: lab.say(agent, "Hi")),
     "a failed tool": ([Reply(calls=[WRONG])], lambda lab, agent: lab.say(agent, "Hi")),
     "a cancel": (
@@ -1033,8 +1033,14 @@ SCENES: dict[str, tuple[list[Answer], Callable[[Lab, Agent], Awaitable[Any]]]] =
     "a compaction": ([Reply("They talked.")], lambda lab, agent: compact(agent)),
     "a crash": ([], crash),
 }
-WANTS = [("alternation",), ("user after tool",), ("no system role",), ("nine-character ids",), ("reasoning",)]
-WANTS += [("signatures",), ("known fields",), ("user after tool", "nine-character ids", "known fields")]
+WANTS = [("alternation",), ("user after tool",), ("no system role",), ("nine-character ids",)]
+WANTS += [
+    ("content or calls",),
+    ("reasoning",),
+    ("signatures",),
+    ("known fields",),
+    ("user after tool", "nine-character ids", "known fields"),
+]
 
 
 @pytest.mark.parametrize("scene", SCENES)
