@@ -6884,6 +6884,7 @@ class Session:
         self._agents = agents
         self._current: LiveAgent | None = None  # the one that this connection created or loaded last
         self._request_id: RequestId = None  # of the request that is being answered
+        self._begin: Callable[[], None] | None = None  # what its command leaves to be done once it is answered
         self._unsent, self._progress = 0, time.monotonic()  # bytes that waited at the last look; when some were taken
 
     async def _send(self, text: str) -> None:
@@ -6925,6 +6926,7 @@ class Session:
             if "live" in function.call.__annotations__:
                 arguments["live"] = await self._live(arguments.pop("agent_name", None))
             result = await function.call(self, **arguments)
+            begin, self._begin = self._begin, None
             text = answer(request, result) if is_command else ""
             if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
@@ -6935,11 +6937,13 @@ class Session:
             if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
                 logger.exception("session %d: a request failed", self.number)
             turn = {} if is_command else {"turn_id": request.get("turn_id") or new_turn_id()}
-            text = failure(request | turn, refusal)
+            text, begin = failure(request | turn, refusal), None
         if text:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first
             with contextlib.suppress(ConnectionClosed):
                 await self._send(text)
+                if begin is not None:
+                    begin()
 
     async def _live(self, name: str | None) -> LiveAgent:
         """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
@@ -7007,7 +7011,7 @@ class Session:
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
-        self._reader(live).subscribe(last_seq if after is None else after)
+        self._begin = lambda: self._reader(live).subscribe(last_seq if after is None else after)
         return {"last_seq": last_seq}
 
     async def unsubscribe(self, live: LiveAgent) -> JSON:

@@ -189,19 +189,26 @@ class Client:
         """Leave at a random moment, come back, and go on from the last seq: what came before and the rest are all."""
         turn_id = self.message()
         async with self.connect(server) as wire:
-            after = (await wire.ok("subscribe", agent_name=self.log.name))["last_seq"]
+            after = await self.subscribe(wire)
             await self.say(wire, turn_id)
             await self.some_frames(wire)
             before = seqs(wire.frames)
             wire.websocket.transport.abort()
         async with self.connect(server) as wire:
-            await wire.ok("subscribe", agent_name=self.log.name, after=max(before, default=after))
+            await self.subscribe(wire, after=max(before, default=after))
             await self.say(wire, turn_id)  # it may not have arrived
             self.end((await wire.until(lambda frame: is_terminal(frame) and "id" in frame))[-1])
             await wire.command("list_agents", limit=1)
             found = before + seqs(wire.frames)
         if sorted(set(found)) != list(range(after + 1, max(found) + 1)):
             self.soak.fault("gaps in what is told or stored", f"{turn_id}: after {after}, {found}")
+
+    async def subscribe(self, wire: Wire, **fields: Any) -> int:
+        """Follow the agent; its last seq. What that brings comes after the answer."""
+        last_seq: int = (await wire.ok("subscribe", agent_name=self.log.name, **fields))["last_seq"]
+        if wire.before_answer:
+            self.soak.fault("events before the answer to subscribe", str(wire.before_answer))
+        return last_seq
 
     async def resend(self, server: Serving) -> None:
         """The same message from several connections, at random moments: each gets the whole turn, which runs once."""
