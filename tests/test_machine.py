@@ -52,7 +52,7 @@ def answer(body: Body) -> Reply:
         REFUSED: Reply(status=401),
         TOOLS: Reply("Hm.", calls=[edit, insert, ("note", {"number": 2, "request_heartbeat": True})]),
     }
-    said = str(next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), ""))
+    said = str(next((m["content"] for m in reversed(body["messages"]) if m["role"] == "user"), "")).rpartition("\n")[2]
     return next((reply for kind, reply in replies.items() if f"{kind} of" in said), greet(body))
 
 
