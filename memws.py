@@ -2504,7 +2504,7 @@ _LACKS = "missing|required|must be (?:passed|sent|provided|included|present)"
 _LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
     r"alternat|interleav|successive|consecutive|after role\W*tool|after a user turn": "alternate",
     r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
-    r"(call.?id|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
+    r"(call.?ids?|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
     r"content or tool_calls, but not both": "calls alone",
     rf"\A(?!.*(?:{_LACKS})).*?\b(reasoning_content|reasoning_details|thinking_blocks|extra_content"
     r"|(?<=['\"`.])reasoning)\b": r"without \1",

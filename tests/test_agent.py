@@ -1080,6 +1080,7 @@ REFUSALS = {
     "does not support successive user or assistant messages": "alternate",
     "Developer instruction is not enabled for models/gemma-3-27b-it": "systemless",
     "Invalid 'messages[3].tool_calls[0].id': string too long. Expected a maximum length of 40": "short ids",
+    "Unable to generate parser: Tool call IDs should be alphanumeric strings with length 9!": "short ids",
     "messages.1.content.0.tool_use.id: String should match pattern '^[a-zA-Z0-9_-]+$'": "short ids",
     '["body","messages",2,"assistant","reasoning_content"] Extra inputs are not permitted': "without reasoning_content",
     "Unknown name \"extra_content\" at 'messages[2].tool_calls[0]': Cannot find field.": "without extra_content",
