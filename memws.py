@@ -2206,7 +2206,7 @@ _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none sta
 
 
 _FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
-    "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexpect", "model_unavailable", "broke off"),
+    "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexp|other", "model_unavailable", "broke off"),
     "filtered": (r"filter|safe|sensitive|guard|block|prohibit|recit|refus|spii", "model_refused", "was filtered"),
     "length": (r"length|max|limit|window", "bad_output", "was cut off at the endpoint's length limit"),
 }

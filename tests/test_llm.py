@@ -518,7 +518,7 @@ FINISHES = {
     "": "stop STOP tool_calls function_call end_turn eos_token stop_sequence COMPLETE tool_use normal pause_turn",
     "length": "length max_tokens MAX_TOKENS model_length model_context_window_exceeded TOKEN_LIMIT max_output_tokens",
     "filtered": "content_filter SAFETY BLOCKLIST sensitive refusal guardrail_intervened RECITATION",
-    "broken": "error network_error abort cancelled TIMEOUT insufficient_system_resource ERROR_TOXIC"
+    "broken": "error network_error abort cancelled TIMEOUT insufficient_system_resource ERROR_TOXIC OTHER"
     " function_call_filter:_MALFORMED_FUNCTION_CALL",
 }
 
