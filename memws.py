@@ -1267,7 +1267,7 @@ class RequestRecord:
     usage: JSON = field(default_factory=dict)
     first_token_ms: int | None = None
     total_ms: int = 0
-    shape: list[str] = field(default_factory=list)  # maker and rules, see shape; empty: sent as stored, before 0.2
+    shape: list[str] = field(default_factory=list)  # maker and rules, see shape; empty: as stored
 
     def body(self, messages: Iterable[str]) -> str:
         """What is sent: each chat message is encoded once, however often it is sent."""
@@ -2696,15 +2696,10 @@ class OpenAIModel:
         text += f"; it asks to wait {wait:g} s" if wait else ""
         retry = retry and (wait or 0) <= MAX_RETRY_AFTER
         learned = kind == "model_refused" and self._learn(reason)
-        learned = learned or (kind in ("model_refused", "model_unavailable") and self._learn_rule(reason))
+        if kind in ("model_refused", "model_unavailable"):  # maybe of the history; the agent sees the new shape
+            found = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
+            self.shape = list(dict.fromkeys([*self.shape, *(match.expand(rule) for match, rule in found if match)]))
         return ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
-
-    def _learn_rule(self, reason: str) -> bool:
-        """Learn from a refusal how this endpoint wants its history; whether there was something to learn."""
-        found = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
-        known, rules = self.shape, [match.expand(rule) for match, rule in found if match]
-        self.shape = list(dict.fromkeys([*known, *rules]))
-        return self.shape != known
 
     def _learn(self, reason: str) -> bool:
         """Learn from a refusal which option this endpoint does not take; whether there was something to learn."""
@@ -3846,9 +3841,9 @@ class Agent:
                         if reply.full:
                             break
             except ModelError as error:
-                if (learned := self.model.shape) != request.shape:  # maybe by another agent's turn
+                if (now := self.model.shape) != request.shape:  # by what was learned here, or in another agent's turn
                     error.learned = True
-                    await self.memory.store.write(write_setting, f"shape {learned[0]}", encode_json(learned))
+                    await self.memory.store.write(write_setting, f"shape {now[0]}", encode_json(now))
                 raise
             finally:
                 if timer is not None:
@@ -4143,9 +4138,8 @@ class Agent:
         """A summary of the messages by the model; without one, their last words, so that a compaction never waits."""
         lines = []
         for message in hidden:  # without what a model thought
-            text = message.said or (
-                message.text if message.role != "assistant" else decode_json(message.body)["content"]
-            )
+            whole = message.role != "assistant"
+            text = message.said or (message.text if whole else decode_json(message.body)["content"])
             lines += [f"{message.role} ({message.time[:16].replace('T', ' ')}): {excerpt(text, 1_000)}"] if text else []
         transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
         if gist := self.record.state["gist"]:
