@@ -947,7 +947,8 @@ def seconds_between(earlier: str, later: str) -> float:
 
 # ---- what an endpoint takes ------------------------------------------------------------------------------------------
 # An assistant's message with EXTRAS begins with a mark of its maker: {"by":"model at endpoint". Rules are learned of a
-# maker: alternate, systemless, and for messages alone "calls alone", "short ids", "without FIELD", "with FIELD".
+# maker: alternate, systemless, and for messages alone "tools as text" (where a template knows none), "calls alone",
+# "short ids", "without FIELD", "with FIELD".
 
 EXTRAS = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "extra_content")
 _UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}  # as Google's manual says
@@ -968,7 +969,11 @@ def adapt(body: str, maker: str, rules: Collection[str]) -> str:
                 part.pop(name, None)
         for key in {"id", "tool_call_id"} & part.keys() if "short ids" in rules else ():
             part[key] = hashlib.sha256(part[key].encode()).hexdigest()[:9]
-    if "calls alone" in rules and calls:
+    if "tools as text" in rules:
+        texts = [f"<tool_call>{encode_json(call['function'])}</tool_call>" for call in message.pop("tool_calls", ())]
+        message["content"] = "\n".join(filter(None, [message["content"], *texts]))
+        message["role"] = "user" if message.pop("tool_call_id", None) else message["role"]
+    elif "calls alone" in rules and calls:
         message["content"] = None
     if "with reasoning_content" in rules and message["role"] == "assistant":
         message.setdefault("reasoning_content", "")
@@ -3841,6 +3846,8 @@ class Agent:
                         if reply.full:
                             break
             except ModelError as error:
+                if request.shape == self.model.shape and "alternate" in request.shape and "alternat" in str(error):
+                    self.model.shape = list(dict.fromkeys([*request.shape, "tools as text"]))
                 if (now := self.model.shape) != request.shape:  # by what was learned here, or in another agent's turn
                     error.learned = True
                     await self.memory.store.write(write_setting, f"shape {now[0]}", encode_json(now))

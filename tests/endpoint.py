@@ -382,6 +382,14 @@ def _has_known_fields(messages: list[Body]) -> bool:
 QUIRKS: dict[str, tuple[Callable[[list[Body]], bool], int, str, Body]] = {
     # name: whether a history is right, the status and words of a refusal, and what its own replies have
     "alternation": (_alternates, 500, "After the optional system message, conversation roles must alternate", {}),
+    "no tool role": (
+        lambda messages: (
+            _roles(messages[1:]) == " ".join(["user assistant"] * (len(messages) // 2))[: -len(" assistant")]
+        ),
+        500,
+        "Conversation roles must alternate user/assistant/user/assistant/...",
+        {},
+    ),
     "user after tool": (
         lambda messages: "tool user" not in _roles(messages),
         400,
