@@ -53,6 +53,7 @@ that comes over the wire (there is none), several servers on one database.
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import codecs
 import collections.abc
@@ -90,6 +91,7 @@ import types
 import typing
 import unicodedata
 import urllib.parse
+import warnings
 import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -2198,6 +2200,63 @@ class Model(Protocol):
         """Send a request; the chunks of its answer. Raises ModelError."""
 
 
+# ---- the markup of model families, which stays in the text where a server does not read it ---------------------------
+# Hermes, Qwen, Llama, Mistral, DeepSeek, Kimi, GLM, MiniMax, gpt-oss, Gemma, Granite, Phi, Command, Functionary, …
+
+_CHAT_TOKENS = r"""  # what another's turn would say is made up
+    <[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>
+        (?:(?:assistant|model)\b(?!\ to=) | (?:user|system|tool)\b.*)
+    | <[|｜](?:im_(?!start)|end|eo|begin|assistant|user|observation|return|chatbot|start_response)[^<>|｜\s]*[|｜]>
+    | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
+    | <\|channel\|>(?:final|commentary)<\|message\|> | </[^<>\s]{0,20}(?:tool|function)_?calls?>
+"""
+_THOUGHT_TAG = r"(?:seed:)?(?:think|thinking|thought|reasoning)"
+_THOUGHT_END = rf"</{_THOUGHT_TAG}> | \[/THINK\] | <\|END_THINKING\|> | ◁/think▷ | (?<=\S)assistantfinal(?=\S)"
+_CALL_MARKS = r"""
+    <[|｜][^<>|｜\s]{1,60}[|｜]?> | <start_function_call> | <[^<>\s]{0,20}(?:tool|function)_?calls?> | \[TOOL_CALLS\]
+    | ✿\w+✿:? | \bfunctools(?=\[) | assistantcommentary(?=\ to=) | ^>>>(?=\w+\n) | ^```tool_\w+ | ^Action\ Input:
+    | ^Action:\s*(?:```\w* | (?=[\[{] | [\w.]+\s*^Action\ Input:))
+    | <[^<>\s=]{0,20}?(?:function=|invoke\s+name=)["']?(?P<name>[\w.-]+)
+"""
+_VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
+_IN_PROSE = re.compile(
+    rf"""
+    `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^”\n]*” | ^>\ [^\n]*  # quoted
+    | ^```(?:(?!^```).)*+^```(?!\s*(?:```|\Z|{_CHAT_TOKENS}))
+    | (?P<thought>(?P<open><{_THOUGHT_TAG}>|\[THINK\]|<\|START_THINKING\|>|◁think▷|<\|channel\|>analysis<\|message\|>)
+        (?P<inner>.*?)(?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
+    | (?P<end>{_THOUGHT_END}) | (?P<token>{_CHAT_TOKENS}) | (?P<mark>{_CALL_MARKS})
+    | (?P<fence>^```\w*\s*(?=[\[{{]|[\w.]+\())
+    """,
+    _VERBOSE,
+)
+_IN_MARKUP = re.compile(
+    rf"""
+    "(?:[^"\\]|\\.)*+(?:"|\Z) | [=(,\[:{{]\s*'(?:[^'\\]|\\.)*+' | <arg_value>.*?</arg_value>  # whatever it holds
+    | (?P<mark>
+        (?:{_CALL_MARKS})(?(name)["']?\s*>(?P<body>.*?)(?:</[^<>\s]{{0,20}}?(?:function|invoke)>|(?P<cut>\Z)))
+        | {_CHAT_TOKENS} | <\w{{1,40}}\|> | <end_function_call> | \[/?(?:TOOL_CALLS|ARGS|CALL_ID)\] | ^[ ]*```\w*)
+    """,
+    _VERBOSE,
+)
+_PARAMETER = re.compile(
+    r"""<[^<>\s=]{0,20}?parameter(?:=|\s+name=)["']?([\w.-]+)["']?[^>]*>\n?(.*?)\n?</[^<>\s]{0,20}?parameter>
+    | <arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>""",
+    _VERBOSE,
+)
+_NAMED = re.compile(r"(?:.*\bto=|call:)?(?:functions?\.)?([\w.-]+?)(?::\d+)?(?:\s+json)?\s*(\{.*)?", re.DOTALL)
+_NAME_KEY = re.compile(r'"(?:name|function|tool_name|tool)"\s*:\s*"([\w.-]+)"')
+_CALL_KEYS = ("tool_calls", "function", "name", "tool_name", "tool", "action")  # of calls, or of their tools' names
+_ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_input")
+_CONSTANTS = {"true": True, "false": False, "null": None}
+_MAYBE_MARK = re.compile(  # its beginning, at the end of a text
+    r"""(?:<[^<>\s]{0,80} | <\S{0,20}invoke\s[^<>]{0,80} | \[/?\w{0,12} | [✿◁]\S{0,12} | ^>{1,3}\w*\n?
+    | ^`{1,3}\w*\s* | ^Action:[\w\s.`]{0,80} | \b[af]\w{0,20} | \bassistantcommentary[ to]*)\Z""",
+    _VERBOSE,
+)
+_MAYBE_CALL = re.compile(r"\s*(?:\{|\[(?!/?[A-Z])|[a-zA-Z0-9_.]{0,64}(?:\(|\Z))")  # how JSON and Python begin
+
+
 # ---- what a model answers --------------------------------------------------------------------------------------------
 
 _SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrogate for what follows it
@@ -2259,6 +2318,7 @@ class Reply:
         self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
         self.extras: JSON = {}  # what its maker needs back with it
         self._size = 0
+        self._shown, self._seen, self._begin = "", 0, 0  # the text without markup, where it ends, where it began
         self._choice: Any = None  # the index of the choice that is read, of several
         self._streams = False  # whether any of it has come as a delta
         self._latest: dict[str | None, ToolCall] = {}  # the newest call of each index; None: the newest of all
@@ -2349,9 +2409,28 @@ class Reply:
         self._size += len(text)
         return text[:room]
 
+    def _show(self) -> None:
+        """Show what has come of the text, as far as it is no markup nor the beginning of any."""
+        text, start = self.text, max(self._seen - 300, self.text.rfind("\n", 0, self._seen) + 1)
+        while not (begins := _MAYBE_CALL.match(text, self._begin)) or (self.finish and begins.end() == len(text)):
+            match = _IN_PROSE.search(text, start)
+            if match is None or match.lastgroup in ("mark", "fence"):
+                tail = match or _MAYBE_MARK.search(text, max(self._seen, len(text) - 100))
+                is_held = tail and (match or not self.finish or tail[0][0] in "<[`")
+                end = tail.start() if tail and is_held else len(text)
+                self._shown += text[self._seen : end]
+                self._seen = MAX_REPLY if match and match["fence"] else max(self._seen, end)
+                return
+            start = match.end("open") if match["open"] else match.end()
+            if match.lastgroup and match.start() >= self._seen:
+                self._shown += text[self._seen : match.start()]
+                self._seen = self._begin = start
+
     def news(self) -> Iterator[tuple[str, str]]:
         """(message type, text) that has come since the last call, for whoever watches it arrive."""
-        for place, text in enumerate([clean_text(self.monologue), *(call.spoken for call in self.calls)]):
+        self._show()
+        shown = "\n".join(filter(None, (self.reasoning, self._shown)))
+        for place, text in enumerate([clean_text(shown), *(call.spoken for call in self.calls)]):
             if new := text[self._told[place] :]:
                 self._told[place] = len(text)
                 yield "assistant_message" if place else "internal_monologue", new
@@ -2380,13 +2459,8 @@ def _is_other(call: ToolCall, index: str | None, call_id: str, name: str, text: 
 
 # ---- the ladder: tool calls as such, tool calls written as text, plain text ------------------------------------------
 
-_THOUGHT = re.compile(r"\s*<think(?:ing)?>(.*?)(?:</think(?:ing)?>\s*(.*)|$)", re.DOTALL)
-_FENCED = re.compile(r"```(?:json|tool_call|tool_code)?\s*+(.*?)```|<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
-_CALL_KEYS = ("tool_calls", "function", "name", "tool")  # where models write calls, or the names of their tools
-_ARGUMENT_KEYS = ("arguments", "parameters", "params", "args")
 
-
-def read_reply(reply: Reply, tools: Collection[str]) -> None:
+def read_reply(reply: Reply, tools: Collection[str], others: Collection[str] = ()) -> None:
     """Read a reply's calls, mending what can be mended. Raises ModelError where no rung of the ladder holds.
 
     A reply without calls keeps its text, which the turn may take as an answer. A call that is cut never runs: it is
@@ -2396,11 +2470,7 @@ def read_reply(reply: Reply, tools: Collection[str]) -> None:
         reason = " ".join(clean_text(reply.refusal).split())[:80] or "its endpoint filtered the answer"
         raise ModelError("model_refused", f"the model refuses to answer: {reason}")
     reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
-    if match := _THOUGHT.fullmatch(reply.text):  # as reasoning models write where their server does not parse it
-        reply.reasoning = f"{reply.reasoning}\n{match[1]}".strip()
-        reply.text = (match[2] or "").strip()
-    if not reply.calls:
-        _read_text_calls(reply, tools)
+    _read_text(reply, tools, others)
     cut = [call for call in reply.calls if _is_cut(call.text or "{" * bool(reply.fault))]
     if cut and not reply.full:
         raise reply.problem("a tool call was cut off")
@@ -2448,39 +2518,115 @@ def _is_cut(text: str) -> bool:
     return len(parts) % 2 == 0 or outside.count("{") > outside.count("}")
 
 
-def _read_text_calls(reply: Reply, tools: Collection[str]) -> None:
-    """Tool calls that a model wrote as text. Raises ModelError for text that is plainly a call, but a broken one."""
-    blocks, rest = [fenced or tagged for fenced, tagged in _FENCED.findall(reply.text)], _FENCED.sub("", reply.text)
-    if not blocks and reply.text.startswith(("{", "[")):
-        blocks, rest = [reply.text], ""
-    for block in blocks:
-        for name, arguments in _calls_in(read_json(block)[0]) if not _is_cut(block) else ():
-            if name.rpartition(".")[2] in tools or block.strip() == reply.text:
-                text = arguments if isinstance(arguments, str) else encode_json(arguments)
-                reply.calls.append(ToolCall("", name, text))
-    if reply.calls:
+def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) -> None:
+    """Take thoughts, special tokens and tool calls out of a text. Raises ModelError for markup that is no call.
+
+    `others` are not called where more stands beside the call: it may be quoted from anywhere.
+    """
+    text, plain, start, mark = reply.text, "", 0, None
+    for match in _IN_PROSE.finditer(text):
+        if match.lastgroup in ("mark", "fence"):
+            mark = match
+            break
+        if match.lastgroup:
+            plain, start = plain + text[start : match.start()], match.end()
+        if match.lastgroup in ("thought", "end"):  # an end alone: the beginning stood in the prompt
+            thought, plain = (match["inner"], plain) if match["thought"] else (plain, "")
+            reply.reasoning = f"{reply.reasoning}\n{thought}".strip()
+    plain, markup = plain + text[start : mark and mark.start()], text[mark.start() :] if mark else ""
+    names = "|".join(map(re.escape, tools))
+    if re.match(rf"\s*(?:[\[{{]|(?:print\()?(?:\w+\.)*(?:{names})(?:\.call)?\()", plain):
+        plain, markup = "", plain + markup
+    found = _calls_in(markup, tools) if markup and not reply.calls else []
+    rest = "\n".join(filter(None, [plain.strip(), *(words for name, words in found if not name)]))
+    allowed = set(tools) - set(others)
+    calls = [(name, text) for name, text in found if name and (not rest or name.rpartition(".")[2] in allowed)]
+    is_call = (mark and mark["mark"]) or any(f'"{name}"' in markup or f"{name}(" in markup for name in tools)
+    if len(calls) < sum(bool(name) for name, _ in found) or (markup and is_call and not (calls or reply.calls)):
+        raise reply.problem("the answer holds a tool call that cannot be read, or that stands among other text")
+    reply.calls += [ToolCall("", name, text if isinstance(text, str) else encode_json(text)) for name, text in calls]
+    if any(not _is_cut(call.text) for call in reply.calls[-len(calls) or len(reply.calls) :]):
         reply.corrections.append(("text_call", "a tool call written as text was read as a call"))
-        reply.text = rest.strip()
-    elif blocks and any(f'"{name}"' in reply.text for name in tools):
-        if not reply.full:
-            raise reply.problem("the answer holds a tool call that is no JSON")
-        reply.partial, reply.text = ToolCall("", "send_message", reply.text).spoken, ""
+    reply.text = rest if calls else (plain + markup).strip()
 
 
-def _calls_in(value: Any) -> Iterator[tuple[str, Any]]:
+def _calls_in(markup: str, tools: Collection[str]) -> list[tuple[str, Any]]:
+    """(name, arguments) of the calls in markup, and ("", text) for what stands between them."""
+    found: list[tuple[str, Any]] = []
+    if "call:" in markup[:40]:  # Gemma's quotes
+        markup = re.sub(r'(<escape>|<\|"\|>)(.*?)\1', lambda match: encode_json(match[2]), markup, flags=re.DOTALL)
+    start, tool = 0, ""
+    for mark in (match for match in (*_IN_MARKUP.finditer(markup), None) if match is None or match["mark"]):
+        piece = markup[start : mark and mark.start()].strip()
+        named = _NAMED.fullmatch(piece)
+        if tool and piece[:1] == "{":
+            found.append((tool, piece))
+            tool = ""
+        elif "<arg_key>" in piece:
+            found.append((piece.partition("<")[0].strip(), _xml_arguments(piece)))
+        elif named and named[2]:
+            found.append((named[1], named[2]))
+        elif named:
+            tool = named[1] if named[1] in tools else tool
+        elif calls := _python_calls(piece, tools):
+            found += calls
+        elif piece[:1] in ("{", "[") and _is_cut(piece):
+            key = _NAME_KEY.search(piece)
+            found.append((key[1] if key and key[1] in tools else "", piece))
+        elif piece:
+            value = read_json(piece)[0] if piece[0] in "{[" else None
+            found += [*_calls_of(value, tools)] or [("", piece)]
+        if mark and mark["name"]:
+            found.append((mark["name"], _xml_arguments(mark["body"].strip() or "<" * (mark["cut"] is not None))))
+        start = mark.end() if mark else 0
+    return found
+
+
+def _xml_arguments(text: str) -> JSON | str:
+    """Arguments as XML, or the JSON that stands in their place; of XML that is cut comes JSON that is."""
+    rest = _PARAMETER.sub("", text).strip()
+    if "<" in rest and rest[0] != "{":
+        return "{"
+    return {key or other: value or text for key, value, other, text in _PARAMETER.findall(text)} or rest
+
+
+def _calls_of(value: Any, tools: Collection[str]) -> Iterator[tuple[str, Any]]:
     """(name, arguments) of the calls in a JSON value, in the forms that models write."""
     if isinstance(value, list):
         for item in value:
-            yield from _calls_in(item)
+            yield from _calls_of(item, tools)
     elif isinstance(value, dict):
         call = next((value[key] for key in _CALL_KEYS if value.get(key)), None)
         arguments = next((value[key] for key in _ARGUMENT_KEYS if key in value), None)
         if isinstance(call, (list, dict)):
-            yield from _calls_in(call)
+            yield from _calls_of(call, tools)
         elif isinstance(call, str) and isinstance(arguments, (dict, str)):
-            if isinstance(arguments, dict):
-                arguments.pop("inner_thoughts", None)  # where MemGPT's local models put the monologue
             yield call, arguments
+        elif len(value) == 1 and value.keys() <= set(tools):
+            yield from value.items()
+
+
+def _python_calls(text: str, tools: Collection[str]) -> list[tuple[str, Any]]:
+    """The calls in Python's syntax, which is parsed and never evaluated."""
+    calls: list[tuple[str, Any]] = []
+    with (
+        contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of escapes that Python does not know
+        tree = ast.parse(text if re.match(r"\[?\s*[\w.]+\(", text) else "")
+        nodes = ast.walk(tree) if all(isinstance(node, ast.Expr) for node in tree.body) else ()
+        for node in (node for node in nodes if isinstance(node, ast.Call)):
+            name = next((part for part in ast.unparse(node.func).split(".") if part in tools), "")
+            given = [*enumerate(node.args), *((each.arg, each.value) for each in node.keywords)]
+            calls += [(name, encode_json({str(key): _literal(each) for key, each in given}))] if name else []
+        return calls
+    return []
+
+
+def _literal(node: ast.expr) -> Any:
+    """The value of a literal, or of one of JSON's constants. Raises ValueError and others where it is none."""
+    return _CONSTANTS[node.id] if isinstance(node, ast.Name) and node.id in _CONSTANTS else ast.literal_eval(node)
 
 
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
@@ -3749,7 +3895,7 @@ class Agent:
             try:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
-                read_reply(turn.reply, self.tools)
+                read_reply(turn.reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
                 self._drop_surplus(turn.reply)
                 self._check_reply(turn, turn.reply, has_to_send=turn.verify and not extra)
                 return turn.reply
@@ -3778,7 +3924,7 @@ class Agent:
         reply = turn.reply or Reply()
         reply.finish, reply.error = reply.finish or "aborted", error
         with contextlib.suppress(ModelError):
-            read_reply(reply, self.tools)
+            read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
                 return reply
         raise error

@@ -468,7 +468,7 @@ LADDER: dict[str, tuple[memws.Reply, list[str]]] = {
     "a call in a code block": (reply_of(f"```json\n{WRITTEN}\n```"), ["text_call"]),
     "a call as bare JSON": (reply_of(WRITTEN), ["text_call"]),
     "a call as MemGPT's local models wrote it": (
-        reply_of('{"function": "send_message", "params": {"inner_thoughts": "I greet.", "message": "Hello!"}}'),
+        reply_of('{"function": "send_message", "params": {"message": "Hello!", "inner_thoughts": "I greet."}}'),
         ["text_call"],
     ),
     "calls as a list": (reply_of('[{"name": "send_message", "parameters": {"message": "Hello!"}}]'), ["text_call"]),
@@ -493,12 +493,149 @@ def test_a_call_is_read_on_some_rung(reply: memws.Reply, corrections: list[str])
     (call,) = reply.calls
     assert (call.name, call.arguments["message"], call.problem, reply.partial) == ("send_message", "Hello!", "", "")
     assert call.line.startswith("Running send_message({'message': 'Hello!'")
-    assert "inner_thoughts" not in call.arguments
     assert [what for what, _ in reply.corrections] == corrections
     assert not [text for text in (reply.text, reply.monologue) if "Hello!" in text or "<" in text or "```" in text]
 
 
+ARGUMENTS = '{"message": "Hello!"}'
+XML = "<function=send_message>\n<parameter=message>\nHello!\n</parameter>\n</function>"
+DSML = """<｜DSML｜function_calls>
+<｜DSML｜invoke name="send_message">
+<｜DSML｜parameter name="message" string="true">Hello!</｜DSML｜parameter>
+</｜DSML｜invoke>
+</｜DSML｜function_calls>"""
+MARKUP = {
+    "Hermes": f"<tool_call>\n{WRITTEN}\n</tool_call><|im_end|>", "Qwen3 Coder": f"<tool_call>\n{XML}\n</tool_call>",
+    "Qwen3 Coder, its end": f"{XML}\n</tool_call>", "Seed": f"<seed:tool_call>\n{XML}\n</seed:tool_call>",
+    "Llama 3": f"<|python_tag|>{WRITTEN}<|eom_id|>",
+    "Llama 3, a function": f"<function=send_message>{ARGUMENTS}</function>",
+    "Llama 3, Python": '<|python_tag|>send_message.call(message="Hello!")',
+    "Llama 4": "<|python_start|>[send_message(message='Hello!')]<|python_end|>",
+    "Python": 'send_message(message="Hello!", request_heartbeat=false)', "Python, by place": "[send_message('Hello!')]",
+    "Mistral": f"[TOOL_CALLS][{WRITTEN}]</s>", "Mistral 11": f"[TOOL_CALLS]send_message{ARGUMENTS}",
+    "Mistral 13": f"[TOOL_CALLS]send_message[CALL_ID]abcdefgh1[ARGS]{ARGUMENTS}",
+    "DeepSeek 3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>send_message\n"
+    f"```json\n{ARGUMENTS}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>", "DeepSeek 3.2": DSML,
+    "Kimi": "<|tool_calls_section_begin|><|tool_call_begin|>functions.send_message:0<|tool_call_argument_begin|>"
+    f"{ARGUMENTS}<|tool_call_end|><|tool_calls_section_end|>",
+    "GLM": "<tool_call>send_message\n<arg_key>message</arg_key>\n<arg_value>Hello!</arg_value>\n</tool_call>",
+    "harmony": f"<|channel|>commentary to=functions.send_message <|constrain|>json<|message|>{ARGUMENTS}<|call|>",
+    "harmony, its tokens lost": f"assistantcommentary to=functions.send_message json{ARGUMENTS}",
+    "Gemma 3": '```tool_code\nprint(default_api.send_message(message="Hello!"))\n```',
+    "Gemma 4": '<|tool_call>call:send_message{message:<|"|>Hello!<|"|>}<tool_call|>',
+    "Granite": f"<|tool_call|>[{WRITTEN}]", "Phi 4": f"functools[{WRITTEN}]",
+    "MiniMax": f"<tool_calls>\n{WRITTEN}\n</tool_calls>",
+    "MiniMax 2": '<minimax:tool_call>\n<invoke name="send_message">\n<parameter name="message">Hello!</parameter>'
+    "\n</invoke>\n</minimax:tool_call>",
+    "Command R": f"Action: ```json\n[{WRITTEN}]\n```", "Command R7B": f"<|START_ACTION|>[{WRITTEN}]<|END_ACTION|>",
+    "Nemotron": f"<TOOLCALL>[{WRITTEN}]</TOOLCALL>", "Functionary": f">>>send_message\n{ARGUMENTS}",
+    "Apertus": '<|tools_prefix|>[{"send_message": {"message": "Hello!"}}]<|tools_suffix|>',
+    "Qwen Agent": f"✿FUNCTION✿: send_message\n✿ARGS✿: {ARGUMENTS}\n✿RETURN✿",
+    "ReAct": f"Action: send_message\nAction Input: {ARGUMENTS}",
+    "LangChain": '{"action": "send_message", "action_input": "{}"}',
+}  # fmt: skip
+
+
+def heard(text: str, size: int) -> str:
+    """What is told of a text that arrives in pieces."""
+    reply, told = memws.Reply(), ""
+    for start in range(0, len(text), size):
+        reply.feed(delta(content=text[start : start + size]))
+        told += "".join(news for _, news in reply.news())
+    return told
+
+
+@pytest.mark.parametrize("markup", MARKUP.values(), ids=MARKUP)
+def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
+    """It is read as a call, after words only where the tool is no user's; cut anywhere it never runs or is shown as a
+    text, and nothing of it is told while it arrives."""
+    for before in ("", "<think>Hm.</think>\n", "I greet.\n"):
+        reply = reply_of(before + markup)
+        if before and markup[:1] in "{[s" and not markup.startswith("[TOOL") and "I" in before:
+            continue  # bare JSON or Python is a whole text
+        memws.read_reply(reply, TOOLS)
+        assert ([call.name for call in reply.calls], reply.text) == (["send_message"], before[:8] * ("I" in before))
+        assert reply.calls[0].arguments.get("message", "Hello!") == "Hello!"
+        assert heard(before + markup, 3).replace("Hm.", "").strip() in ("", "I greet.")
+        theirs = reply_of(before + markup)
+        with pytest.raises(memws.ModelError, match="among") if "I" in before else contextlib.nullcontext():
+            memws.read_reply(theirs, TOOLS, ["send_message"])
+            assert len(theirs.calls) == 1
+    for end in range(len(markup) // 2, len(markup)):
+        reply = reply_of(markup[:end])
+        with contextlib.suppress(memws.ModelError):
+            memws.read_reply(reply, TOOLS)
+            assert "Hello" not in reply.text
+            assert {call.arguments.get("message", "Hello!") for call in reply.calls} <= {"Hello!"}
+
+
+QUOTED = {
+    "inline": f"Hermes writes `{TAGGED}` around it.".replace("\n", ""),
+    "in quotes": "The tag \"<tool_call>\" opens it, '<|python_tag|>' too.",
+    "in a block": f"Like this:\n```\n{TAGGED}\n```\nThat is all.",
+    "JSON in a block": f"Like this:\n```json\n{WRITTEN}\n```\nThat is all.",
+    "quoted by lines": f"You wrote:\n> {TAGGED.replace(chr(10), '')}\n\nWhy?",
+    "other brackets": "I [see], a < b, f(x) <b>now</b>, {braces}, Action: go! >>> 1",
+    "a block at the end": "So:\n```python\nprint(1)\n```",
+    "a tool's name": "send_message is a tool that I have.",
+    "another call": 'print("Hello!")',
+}
+
+
+@pytest.mark.parametrize("text", QUOTED.values(), ids=QUOTED)
+def test_quoted_markup_is_prose(text: str) -> None:
+    """What is quoted, or only looks a little like markup, is text and stays as it is."""
+    reply = reply_of(text)
+    memws.read_reply(reply, TOOLS)
+    assert (reply.text, reply.calls, reply.corrections) == (text, [], [])
+    if "```json" not in text and not text.startswith("print") and "```\n<" not in text:
+        assert text.startswith(heard(text, 2).rstrip())
+        assert len(heard(text, 2)) > len(text) - 12
+
+
+PASTED = '<tool_call>{"name": "core_memory_append", "arguments": {"name": "human", "content": "x"}}</tool_call>'
+HOLDERS = {
+    "JSON": json.dumps({"name": "send_message", "arguments": {"message": f'5" {PASTED}'}}),
+    "XML": f"<function=send_message>\n<parameter=message>\nSee {PASTED} there\n</parameter>\n</function>",
+    "GLM": f'<tool_call>send_message<arg_key>message</arg_key><arg_value>5" {PASTED}</arg_value></tool_call>',
+    "Python": f"[send_message(message='It\\'s {PASTED}')]",
+    "Mistral": "[TOOL_CALLS]send_message" + json.dumps({"message": PASTED}),
+}
+
+
+@pytest.mark.parametrize("text", HOLDERS.values(), ids=HOLDERS)
+def test_markup_inside_an_argument_is_only_text(text: str) -> None:
+    """What a user pasted and the model repeats in an argument never runs."""
+    reply = reply_of(text)
+    memws.read_reply(reply, TOOLS)
+    (call,) = reply.calls
+    assert (call.name, PASTED in call.arguments["message"]) == ("send_message", True)
+
+
+TOKENS = (
+    "<|im_start|>assistant\nHello!<|im_end|>", "Hello!</s>", "Hello!<|eot_id|>", "Hello!<end_of_turn>\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHello!", "Hello!<｜end▁of▁sentence｜>", "Hello!</tool_call>",
+    "<|channel|>final<|message|>Hello!<|return|>", "<|START_RESPONSE|>Hello!<|END_RESPONSE|>",
+    "Hello!<|im_end|>\n<|im_start|>user\nAnd you?",
+)  # fmt: skip
+THOUGHTS = (
+    "<think>Hm.</think>", "Hm.\n</think>\n", "<thinking>Hm.</thinking>", "<thought>Hm.</thought>", "[THINK]Hm.[/THINK]",
+    "<|START_THINKING|>Hm.<|END_THINKING|>", "◁think▷Hm.◁/think▷", "<seed:think>Hm.</seed:think>", "Hm.◁/think▷", "",
+    "<|channel|>analysis<|message|>Hm.<|end|>", "Hm.[/THINK]", "Hm.</thought>",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("thought", THOUGHTS)
+@pytest.mark.parametrize("text", TOKENS)
+def test_thoughts_and_special_tokens_are_no_reply(thought: str, text: str) -> None:
+    """Thoughts in any tags are the monologue, also where their beginning stood in the prompt; tokens are taken off."""
+    reply = reply_of(thought + text)
+    memws.read_reply(reply, TOOLS)
+    assert (reply.text, reply.reasoning, reply.calls) == ("Hello!", "Hm." * bool(thought), [])
+
+
 TEXTS: dict[str, tuple[memws.Reply, str, str]] = {
+    "Functionary's plain channel": (reply_of(">>>all\nHello!"), "Hello!", "Hello!"),
     "plain text": (reply_of(" Hello! "), "Hello!", "Hello!"),
     "text after thoughts in tags": (reply_of("<think>Hm.</think>\n\nHello!"), "Hello!", "Hm.\nHello!"),
     "thoughts without their end": (reply_of("<think>Hm. I"), "", "Hm. I"),
@@ -544,8 +681,12 @@ UNREADABLE: dict[str, tuple[memws.Reply, str, str]] = {
     "a call without its first brace, cut": (reply_of("", CUT[1:]), "bad_output", "cut off$"),
     "a call cut after its quotes": (reply_of("", '{"message": "say \\"hi\\"'), "bad_output", "cut off$"),
     "a call cut inside what is encoded twice": (reply_of("", json.dumps(CUT)), "bad_output", "cut off$"),
-    "a call as text that is cut": (reply_of(WRITTEN[:-12]), "bad_output", "no JSON"),
-    "a broken call as text": (reply_of('<tool_call>"send_message", nonsense</tool_call>'), "bad_output", "no JSON"),
+    "a call as text that is cut": (reply_of(WRITTEN[:-12]), "bad_output", "cut off$"),
+    "a broken call as text": (
+        reply_of('<tool_call>"send_message", nonsense</tool_call>'),
+        "bad_output",
+        "cannot be read",
+    ),
     "a refusal": (reply_of(refusal="I can't\nhelp."), "model_refused", r"I can't help\.$"),
     "an empty answer that was filtered": (reply_of(finish="content_filter"), "model_refused", "filtered"),
 }
