@@ -144,6 +144,7 @@ MAX_QUERY = 10_000
 MAX_DEPTH = 64  # levels of nested JSON in a request
 MAX_ERROR = 1_400  # bytes of one error sentence: an answer holds it twice and stays under 4 KiB
 MAX_QUOTE = 60  # of the input in an error sentence
+MAX_REASON = 1_000  # of an endpoint's own words in an error sentence
 LISTED_TEXT = 20_000  # of one item's text in a list
 BLOCK_LIMIT = 2_000  # of a core memory block by default (MemGPT 0.2.7, constants.py)
 MAX_BLOCK_LIMIT = 20_000
@@ -172,6 +173,7 @@ IDLE_TIMEOUT = 30.0  # the longest silence inside a model's answer
 END_PATIENCE = 1.0  # from an answer's last chunk to the end of its stream
 TOOL_TIMEOUT = 60.0
 RETRY_PAUSE = 0.5  # before the first retry of a failed model call; doubled for the next
+LOADING_PATIENCE, LOADING_PAUSE = 60.0, 2.0  # how long an endpoint may load its model, and before it is asked again
 MAX_RETRY_AFTER = 30.0  # the longest Retry-After that is waited for; a longer one ends the turn
 LOGIN_SILENCE = 3600.0  # a message after so long a silence is preceded by a login event
 MIN_HEARTBEAT_INTERVAL = 60
@@ -393,9 +395,12 @@ class ModelError(MemwsError):
     """A model call failed.
 
     `retry`: the same call may succeed later, `retry_after` seconds from now where the endpoint said so; `learned`: the
-    next call will differ, an option that the endpoint does not take is left out from now on.
+    next call will differ, by what the endpoint has said of an option or of the history.
     Codes: context_overflow, model_auth, model_rate_limit, model_timeout, model_unavailable, model_refused, bad_output.
     """
+
+    loading = False  # whether the endpoint loads its model
+    generation = ""  # what the model wrote, where its endpoint could not read it
 
     def __init__(
         self, code: str, message: str, *, retry: bool = False, retry_after: float | None = None, learned: bool = False
@@ -2190,6 +2195,7 @@ class Model(Protocol):
 
     name: str
     window: int  # the context window in tokens, where nobody says otherwise
+    limit: int  # what the endpoint has said it is
     ratio: float  # calibrates estimated tokens: the endpoint's count over ours, within 0.5 to 2
     shape: list[str]  # its name and endpoint, then the rules of shape that were learned
 
@@ -2634,21 +2640,106 @@ def _literal(node: ast.expr) -> Any:
 MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
 _DONE: JSON = {"done": True}  # the last chunk: [DONE]
-_SECRET = re.compile(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}")
-_OPTIONS = ("max_tokens", "stream_options", "seed", "temperature", "top_p", "reasoning_effort")
-_OVERFLOW = (
-    r"context_length_exceeded|context.{0,20}(length|window|size)|prompt is too long|too many (input )?tokens"
-    r"|maximum.{0,20}tokens|n_ctx"
+_SECRET = re.compile(
+    r"\b(?:sk[-_]|Bearer )[\w*.~+/=-]{6,}|\bAIza[\w-]{9,}"
+    r"|\b(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}",
+    re.IGNORECASE,
 )
-_REFUSALS = {  # what the first pattern found in "STATUS CODE: reason" means: our code, a sentence, whether to try again
-    _OVERFLOW: ("context_overflow", "the endpoint finds the prompt too long", False),
-    r"^40[13]|invalid_api_key": ("model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", False),
-    r"^429 insufficient_quota": ("model_rate_limit", "the account at the endpoint is used up", False),
-    r"^429|rate_limit": ("model_rate_limit", "the endpoint limits the rate", True),
-    r"^404": ("model_unavailable", "the endpoint does not know the model or the address", False),
-    r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", False),
-    r"": ("model_unavailable", "the endpoint failed", True),
+_OPTIONS = {  # those that a request may do without, and how endpoints name them
+    "stream_options": "stream_options|include_usage",
+    "reasoning_effort": "reasoning[_. ]effort|support thinking|think value",
+    **{name: name for name in ("max_tokens", "max_completion_tokens", "seed", "temperature", "top_p")},
+    "stream": "stream(?:ing)?",
 }
+_EFFORT = re.compile(
+    r"reasoning_effort\W{0,3}(?:(?:must|should) be )?(?:set )?(?:to|=|as)?\W{0,3}\b(none|low|medium)\b"
+)
+_NO = (  # how they say that they do not take something
+    r"(?:un|not |n't )support|not .{0,8}(?:valid|permitted|allowed|available|accept|recogni|compatible)|unknown|must "
+    r"|unrecogni|unexpected|invalid|deprecated|extra |can ?not|can't|should be|too (?:large|big|high|small|low)"
+    r"|\bonly\b|range|out of|at most|between"
+)
+_OF_TOOLS = r"schema|properties|(?:tools|messages|functions?)[\[.]+\d|(?:function|tool) ['\"`]"
+_LOADING = r"^(?:5|409|425|429).*(?:(?<!error )(?<!failed )\bloading|warming up|starting up|(?:not|n't) (?:yet )?ready)"
+_UNREAD = r"tool_use_failed|output_parse_failed|failed to (?:call a function|parse (?:tool|input))|parsing tool call"
+_NO_KEY = (
+    r"^401|^403(?!.*(?:quota|limit|country|region|page)).*(?:\bkey\b|\btoken\b|credential|authenticat|unauthori|permission"
+    r"|: forbidden\W*$)|invalid_api_key|(?:invalid|incorrect|expired).{0,12}api.?key|api.?key.{0,30}(?:valid|expired)"
+)
+_OVERFLOW = ("context_overflow", "the endpoint finds the prompt too long", "")
+_REFUSALS = {  # what the first pattern found in "STATUS CODES: reason" means: our code, a sentence, what may help
+    _LOADING: ("model_unavailable", "the endpoint is loading the model", "wait"),
+    _UNREAD: ("bad_output", "the endpoint could not read the model's tool call", ""),
+    r"^402|insufficient_quota|insufficient.balance": ("model_rate_limit", "the account at the endpoint is used up", ""),
+    _NO_KEY: ("model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
+    r"^429|rate_limit": ("model_rate_limit", "the endpoint limits the rate", "retry"),
+    r"support.{0,9} (?:tool|function)|tools.{0,9} not supp": (
+        "model_refused",
+        "memws needs a model that takes tools",
+        "",
+    ),
+    r"^(?:[23]|40[45]).*HTML page": ("model_unavailable", "check --base-url, does it end with /v1?", "retry"),
+    r"^404": ("model_unavailable", "the endpoint does not know the model or the address", ""),
+    r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", ""),
+    r"": ("model_unavailable", "the endpoint failed", "retry"),
+}
+_TOO_LONG = re.compile(  # what is, and what it is; not what looks alike: tools, ids, requests at once
+    r"""
+    ^(?!40[123]) (?: 413 | .* context .{0,20} (?:length|window|size|limit)
+    | (?! .* (?: too\ many\ (?:\w+\ )?(?:requests|connections|tools?|functions)\b | timed?.?(?:out|limit) | call.?ids?\b
+        | \b(?:tools?|functions)\b .{0,60} (?:too\ |exceed|maximum) | \.(?:id|name|description)\b ) )
+      .* (?: \b (?:context|prompts?|inputs?|messages?|sequence|(?:(?:input|prompt)_)?tokens?|conversation)\b .{0,80}
+          (?: too\ (?:long|large|many|big) | exceed | overflow | (?:longer|larger|greater)\ than | less\ than\ \d
+          | must\ be\ <= | over\ the | only\ supports\ up\ to )
+        | (?: too\ (?:long|large|many|big) | exceed | overflow | maximum | reduce | shorter) .{0,40}
+          \b (?:context|prompt|input|messages?\b|token|sequence)
+        | request\b .{0,20}\ too\ (?:large|long|big) | tokens_(?:exceeded|limit) | range\ of\ input | 超 | 过长 ) )
+    """,
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
+)
+_COUNT = r"(?<![\w.-])(\d++(?:[,._]\d++)*+)(?!\w|\s*(?:k\b|char|byte|[KM]B))"
+_WINDOWS = (  # where the number of tokens stands that a prompt may have
+    rf"(?:>|<=?|≤|\[\s*\d+\s*,)\s*{_COUNT}",
+    rf"\b(?:maximum|max|at most|less than|up to|available|allowed|n_ctx|cannot exceed)\b[^\d>]{{0,50}}{_COUNT}",
+    rf"\b(?:limit|context (?:length|size|window)|max\w*)\b(?:(?!\bby\b)[^\d>(]){{0,30}}\(?{_COUNT}(?!\))",
+    rf"{_COUNT}(?: tokens?)? (?:maximum|max|limit|context|allowed)",
+)
+
+
+def overflow_in(said: str) -> int | None:
+    """Where an endpoint says that the prompt is too long: the window it tells, or 0. Too much for now is None."""
+    found = (re.search(each, said.partition(": ")[2], re.IGNORECASE) for each in _WINDOWS)
+    window, *_ = [int(re.sub(r"\D", "", match[1])) for match in found if match] or [0]
+    if not re.match(r"429|.*rate_limit", said):
+        return window if _TOO_LONG.search(said) else None
+    requested = re.search(r"requested:?\s+([\d,]+)", said, re.IGNORECASE)
+    too_large = int(requested[1].replace(",", "")) > window if requested else re.search("too (?:large|long)", said)
+    return window if too_large else None
+
+
+def refuses(said: str, words: str) -> bool:
+    """Whether an endpoint says of an option that it does not take it: not where its name merely occurs."""
+    named = rf"(?:body\.)?(?:{words})\b[\w.]*: |(?:{_NO}).{{0,60}}\b(?:{words})\b|\b(?:{words})\b.{{0,60}}(?:{_NO})"
+    pieces = [each for each in said.split("; ") if not re.search(_OF_TOOLS, each, re.IGNORECASE)]
+    return any(re.search(named, each, re.IGNORECASE | re.DOTALL) for each in pieces)
+
+
+def reason_of(body: Any) -> str:
+    """The endpoint's own words in an error body of any shape: JSON, JSON inside JSON, a page, plain text."""
+    if isinstance(body, list):
+        return "; ".join(dict.fromkeys(filter(None, map(reason_of, body))))
+    if isinstance(body, dict):
+        place = ".".join(map(str, body["loc"])) if isinstance(body.get("loc"), list) else ""
+        keys = ("error", "errors", "message", "detail", "msg", "error_description", "title", "metadata", "raw")
+        return ": ".join(dict.fromkeys(filter(None, (place, *(reason_of(body.get(key)) for key in keys)))))
+    text = body.strip() if isinstance(body, str) else ""
+    if text[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            return reason_of(decode_json(text)) or text
+    if re.match(r"(?:<!--.*?-->\s*)?<(?:!doctype html|html|head|body)\b", text[:5_000], re.IGNORECASE | re.DOTALL):
+        title = re.search(r"<title[^>]*>(.*?)</title", text[:5_000], re.IGNORECASE | re.DOTALL)
+        return f"an HTML page {html.unescape(title[1]).strip() if title else ''!r}"
+    return text
 
 
 _LACKS = "missing|required|must be (?:passed|sent|provided|included|present)"
@@ -2682,7 +2773,16 @@ class Endpoint:
     def __init__(self, base_url: str | None, api_key: str | None, idle_timeout: float = IDLE_TIMEOUT) -> None:
         self.base_url, self.idle_timeout = base_url, idle_timeout
         self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
-        self.options: JSON = {"base_url": base_url, "api_key": self.key or "none", "max_retries": 0}
+        self.options: JSON = {"api_key": self.key or "none", "max_retries": 0}
+        if base_url:
+            parts = urllib.parse.urlsplit(base_url.strip())
+            if parts.scheme not in ("http", "https") or not parts.netloc:
+                raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(base_url)}")
+            path = parts.path.rstrip("/").removesuffix("/chat/completions")
+            query = dict(urllib.parse.parse_qsl(parts.query))
+            headers = {"api-key": self.key} if "api-version" in query else {}  # as Azure has it
+            self.options |= {"base_url": f"{parts.scheme}://{parts.netloc}{path}"}
+            self.options |= {"default_query": query, "default_headers": headers}
         self._clients: list[Any] = []
         self._free: list[Any] = []  # each client as often as it may take another request
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
@@ -2702,12 +2802,8 @@ class Endpoint:
             self._free.append(client)
 
     def _make(self) -> Any:
-        """A client, over aiohttp where that is installed."""
         openai = import_openai()
-        options = {**self.options, "timeout": openai.Timeout(None, connect=CONNECT_TIMEOUT)}
-        with contextlib.suppress(RuntimeError, AttributeError):  # aiohttp is missing, or too old
-            options["http_client"] = openai.DefaultAioHttpClient()
-        return openai.AsyncOpenAI(**options)
+        return openai.AsyncOpenAI(**self.options, timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT))
 
     async def step_aside(self) -> None:
         """Let others have the loop between two requests: of 32 turns at once nobody waits for all."""
@@ -2729,11 +2825,11 @@ class Endpoint:
             raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {names}")
         return models[0]
 
-    def hide(self, reason: Any) -> str:
+    def hide(self, reason: Any, most: int = MAX_REASON) -> str:
         """A text or an error on one line, cut short, without the key or what looks like one."""
-        text = str(reason) or type(reason).__name__
+        text = str(reason)[:MAX_TEXT] or type(reason).__name__
         text = _SECRET.sub("…", text.replace(self.key or "\0", "…"))
-        return " ".join(clean_text(text).split())[:80]
+        return " ".join(clean_text(text).split())[:most]
 
     async def close(self) -> None:
         """Close the clients; an import that is under way is waited for, as threads outlive their loop."""
@@ -2759,11 +2855,22 @@ class OpenAIModel:
         self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)
         url = urllib.parse.urlsplit(endpoint.base_url or "//api.openai.com/v1")
         self.shape = [re.sub(r'[",\\]', "_", f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}")]
-        self._other_names: dict[str, str] = {}  # of options that the endpoint does not take; "": left out
+        self.limit = sys.maxsize
+        self._learned: list[
+            tuple[str, Any, str, Any]
+        ] = []  # an option, its value that is refused; what is sent instead
 
     def head(self, settings: JSON) -> str:
         options: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
-        return encode_json({name: value for key, value in options.items() if (name := self._other_names.get(key, key))})
+        return encode_json(self._adapted(options))
+
+    def _adapted(self, options: JSON) -> JSON:
+        """The options of a request as the endpoint takes them."""
+        for name, refused, other, value in self._learned:
+            if options.get(name) == refused:
+                options = {**options, name: None, other: value}
+        unwanted = None if options.get("stream") else "stream_options"
+        return {name: value for name, value in options.items() if value is not None and name != unwanted}
 
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
         has_words, has_choices, is_over, now = False, False, False, asyncio.get_running_loop().time
@@ -2774,8 +2881,8 @@ class OpenAIModel:
                 contextlib.aclosing(self._chunks(client, body)) as chunks,
             ):
                 async for chunk in chunks:
-                    if chunk.get("error"):
-                        raise self._refusal(chunk["error"])
+                    if type(chunk) is not dict or chunk.get("error") or ("choices" not in chunk and reason_of(chunk)):
+                        raise self._refusal(chunk, body)
                     if not has_words:
                         await self.endpoint.step_aside()
                     choices, has_words = chunk.get("choices") or (), True
@@ -2789,8 +2896,12 @@ class OpenAIModel:
                 if not is_over:
                     raise EOFError("it ended early")
         except Exception as error:  # transports raise errors of many libraries
-            if not is_over:  # else all was said, and only the end of the stream is missing
-                raise self._failure(error, has_words) from None
+            if is_over:  # all was said, and only the end of the stream is missing
+                return
+            failure = self._failure(error, has_words, body)
+            if not failure.generation:
+                raise failure from None
+            yield {"choices": [{"delta": {"content": failure.generation}, "finish_reason": "stop"}]}
 
     async def _chunks(self, client: Any, body: str) -> AsyncGenerator[JSON, None]:
         """The chunks of the answer to a request, of which there is one where the endpoint does not stream.
@@ -2802,11 +2913,8 @@ class OpenAIModel:
         options: JSON = {"cast_to": object, "stream": True, "stream_cls": import_openai().AsyncStream[object]}
         options["options"] = {"headers": {"Content-Type": "application/json"}}
         async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
-            response = stream.response
-            if "json" in response.headers.get("content-type", "").lower():
-                yield decode_json(await response.aread())
-                return
-            pieces, text, rest, data = response.aiter_bytes(), b"", b"", b"\n"
+            pieces, text, rest, data = stream.response.aiter_bytes(), b"", b"", b"\n"
+            page: list[bytes] | None = []  # what comes before the first event; None: there was one
             while data:
                 data = await anext(pieces, b"")
                 lines = (rest + (data or b"\n\n")).splitlines(keepends=True)
@@ -2816,9 +2924,16 @@ class OpenAIModel:
                         text += line[5:].strip()
                     elif text and not line.strip():
                         yield _DONE if text == b"[DONE]" else decode_json(text)
-                        text = b""
+                        text, page = b"", None
+                    elif page is not None:
+                        page.append(line)
+            answer = b"".join(page or ()).strip()
+            if answer.startswith(b"{"):
+                yield decode_json(answer)
+            elif answer:
+                raise self._refusal(answer.decode(errors="replace"), body, 200)
 
-    def _failure(self, error: Any, has_words: bool) -> ModelError:
+    def _failure(self, error: Any, has_words: bool, body: str) -> ModelError:
         """What an error of the transport or of the endpoint means for the turn."""
         if isinstance(error, ModelError):
             return error
@@ -2827,38 +2942,59 @@ class OpenAIModel:
             text = f"the model said nothing for {seconds:g} s; is the endpoint overloaded?"
             return ModelError("model_timeout", text, retry=has_words)
         if hasattr(error, "status_code"):
-            return self._refusal(error.body, error.status_code, error.response.headers)
+            return self._refusal(error.response.text, body, error.status_code, error.response.headers)
         reason = self.endpoint.hide(error.__cause__ or error)
         if has_words:
             return ModelError("model_unavailable", f"the model's answer broke off ({reason})", retry=True)
         text = f"no answer from the model's endpoint ({reason}); is it running, and is --base-url right?"
         return ModelError("model_unavailable", text, retry=True)
 
-    def _refusal(self, body: Any, status: int | str = "", headers: Mapping[str, str] | None = None) -> ModelError:
-        """The ModelError for an error that the endpoint answered; one inside an answer has no status."""
-        fields = body if isinstance(body, dict) else {}
-        reason = str(fields.get("message") or fields.get("detail") or body or "no reason given")
-        code = str(fields.get("code") or fields.get("type") or "")
-        said, wait = f"{status or code} {code}: {reason}", None
-        kind, text, retry = next(row for pattern, row in _REFUSALS.items() if re.search(pattern, said, re.IGNORECASE))
+    def _refusal(self, answer: Any, body: str, status: int = 0, headers: Mapping[str, str] | None = None) -> ModelError:
+        """The ModelError for what the endpoint answered to a request; an error inside an answer has no status."""
+        with contextlib.suppress(ValueError, AttributeError):
+            answer = decode_json(answer)
+        reason = self.endpoint.hide(reason_of(answer) or str(answer or "no reason given"), 2 * MAX_REASON)
+        fields, wait = answer[0] if answer and isinstance(answer, list) else answer, None
+        fields = fields if isinstance(fields, dict) else {}
+        fields |= fields["error"] if isinstance(fields.get("error"), dict) else {}
+        codes = [str(fields[key]) for key in ("status_code", "status", "code", "type") if fields.get(key)]
+        status = status or next((int(code) for code in codes if re.fullmatch(r"[45]\d\d", code)), 0)
+        said = f"{status or ''} {' '.join(codes)}: {reason}"
+        learned = bool(re.match(r" |4(?!0[123]|29)", said)) and self._learn(f"{fields.get('param')}: {reason}", body)
+        window = None if learned else overflow_in(f"{said} n_ctx {fields.get('n_ctx')}")
+        rows = (row for pattern, row in _REFUSALS.items() if re.search(pattern, said, re.IGNORECASE | re.DOTALL))
+        kind, text, remedy = next(rows) if window is None else _OVERFLOW
+        if window and window >= 2 * MIN_REPLY_TOKENS:
+            self.limit = min(self.limit, window)
         with contextlib.suppress(ValueError, LookupError):
             wait = max(0.0, float((headers or {})["retry-after"]))
-        text = f"{text} ({status or 'in its answer'}): {self.endpoint.hide(reason)}"
+        text = f"{text} ({status or 'in its answer'}): {reason[:MAX_REASON]}"
         text += f"; it asks to wait {wait:g} s" if wait else ""
-        retry = retry and (wait or 0) <= MAX_RETRY_AFTER
-        learned = kind == "model_refused" and self._learn(reason)
-        if kind in ("model_refused", "model_unavailable"):  # maybe of the history; the agent sees the new shape
+        retry = bool(remedy) and (wait or 0) <= MAX_RETRY_AFTER
+        if not learned and kind in ("model_refused", "model_unavailable"):  # maybe of the history; the agent sees it
             found = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
             self.shape = list(dict.fromkeys([*self.shape, *(match.expand(rule) for match, rule in found if match)]))
-        return ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
+        wait = wait or LOADING_PAUSE if remedy == "wait" else wait
+        error = ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
+        written = fields.get("failed_generation") or ""
+        error.generation = written if isinstance(written, str) else encode_json(written)
+        error.loading = retry and remedy == "wait"
+        return error
 
-    def _learn(self, reason: str) -> bool:
-        """Learn from a refusal which option this endpoint does not take; whether there was something to learn."""
-        option = next((option for option in _OPTIONS if option in reason and option not in self._other_names), None)
-        if option is not None:
-            self._other_names[option] = "max_completion_tokens" if "max_completion_tokens" in reason else ""
-            logger.info("%s does not take %s: left out from now on", self.name, option)
-        return option is not None
+    def _learn(self, said: str, body: str) -> bool:
+        """Learn which option, as it is set, the endpoint refuses; whether the next request will differ."""
+        sent, effort = decode_json(body), _EFFORT.search(said)
+        names = [name for name in _OPTIONS if name in sent or (effort and name == "reasoning_effort")]
+        name = next((name for name in names if refuses(said, _OPTIONS[name])), "")
+        rule: tuple[str, Any, str, Any] = (name, sent.get(name), name, None)
+        if effort and name == "reasoning_effort" and effort[1] != sent.get(name):
+            rule = (name, sent.get(name), name, effort[1])
+        if name == "max_tokens" and "max_completion_tokens" in said:
+            rule = (name, sent[name], "max_completion_tokens", sent[name])
+        if name and rule not in self._learned:
+            self._learned.append(rule)
+            logger.info("%s does not take %s = %r; from now on %s = %r", self.name, *rule)
+        return bool(name and self._adapted(sent) != sent)
 
 
 class Embedder:
@@ -3076,7 +3212,7 @@ def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]
 class OfflineModel:
     """The embedded model: rules, no network, the real agent loop. It says that it is no language model."""
 
-    name, window, ratio, shape = OFFLINE, CONTEXT_WINDOWS[OFFLINE], 1.0, [OFFLINE]
+    name, window, limit, ratio, shape = OFFLINE, CONTEXT_WINDOWS[OFFLINE], sys.maxsize, 1.0, [OFFLINE]
 
     def head(self, settings: JSON) -> str:
         return encode_json({"model": OFFLINE, "stream": True})
@@ -3153,7 +3289,7 @@ class Models:
             text = "offline, a rule-based stand-in, not a language model"
             return f"{text}; for a real one set OPENAI_API_KEY, or --base-url and --model"
         vectors = f", embeddings by {self.embedder.name}" if self.embedder else ""
-        return f"{self.default} at {self.endpoint.base_url or 'OpenAI'}{vectors}"
+        return f"{self.default} at {self.endpoint.options.get('base_url', 'OpenAI')}{vectors}"
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
@@ -3780,7 +3916,6 @@ class Agent:
         memory, config, summary = self.memory, self.record.config, self.record.state["summary"]
         self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
         self._counts = self._models.corrections[self.model.name]
-        self.window: int = config["context_window"] or self._models.context_window or self.model.window
         self.max_steps: int = config["max_steps"] or self._max_steps
         if missing := [name for name in config["tools"] or () if name not in self._all_tools]:
             self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
@@ -3798,6 +3933,14 @@ class Agent:
         """Read what was learned of the model's endpoint before."""
         text = await self.memory.store.read(read_setting, f"shape {self.model.shape[0]}") or "[]"
         self.model.shape = max(self.model.shape, decode_json(text), key=len)
+
+    @property
+    def window(self) -> int:
+        """The context window in tokens; less where the endpoint has said so, if the prompt leaves room in that."""
+        window: int = self.record.config["context_window"] or self._models.context_window or self.model.window
+        limit = self.model.limit
+        fits = limit < window and limit >= sum(self._sizes([]).values()) + 2 * MIN_REPLY_TOKENS
+        return limit if fits else window
 
     def take_tools(self) -> None:
         """Offer what is registered by now; the system message stays as it is."""
@@ -3890,8 +4033,9 @@ class Agent:
 
     async def _ask(self, turn: Turn) -> Reply:
         """Call the model until its answer can be used, or half of one has to do. Raises ModelError, Stopped."""
-        extra, failures = "", 0
+        extra, failures, waited = "", 0, 0.0
         while True:
+            usage = turn.usage.copy()
             try:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
@@ -3900,12 +4044,20 @@ class Agent:
                 self._check_reply(turn, turn.reply, has_to_send=turn.verify and not extra)
                 return turn.reply
             except ModelError as error:
+                if error.loading and waited < LOADING_PATIENCE:
+                    waited += error.retry_after or 0.0
+                    turn.usage.update(usage)  # it counts as no call
+                    await self._retry(turn, error, round(waited), round(LOADING_PATIENCE))
+                    continue
                 turn.failed_calls += 1
                 if turn.failed_calls >= MAX_FAILED_CALLS:
                     return self._half(turn, error)
                 if error.code == "context_overflow":
                     turn.failed_calls += 1  # for the summary
-                    await self.compact(turn)
+                    try:
+                        await self.compact(turn)
+                    except ModelError as problem:
+                        raise ModelError(error.code, f"{error}; {problem}") from None
                 elif error.code == "bad_output" and not extra:
                     self._counts["bad_output"] += 1
                     alert = pack("system_alert", message=CORRECTIVE.format(problem=error))
@@ -4195,6 +4347,7 @@ class Agent:
 
     async def _fail(self, turn: Turn, error: MemwsError) -> None:
         """End a turn with an error; open calls get a result. Raises StoreFailed."""
+        logger.warning("agent %s: turn %s: %s", self.name, turn.turn_id, error)
         if turn.request is not None and isinstance(error, ModelError):
             turn.request.response = {"error": {"code": error.code, "message": str(error)}}
         async with self._change(turn) as change:

@@ -366,7 +366,7 @@ async def test_no_key_is_in_any_message(
                 endpoint.script(leak)
                 error = str(await fail(model, seed=1))
                 assert not [secret for secret in (KEY, KEY[:14], "SECRET") if secret in error + caplog.text]
-                assert ("\n" in error, len(error) < 160) == (False, True)
+                assert ("\n" in error, len(error) < 1_200) == (False, True)
 
 
 @pytest.fixture
