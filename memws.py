@@ -2647,7 +2647,7 @@ _SECRET = re.compile(
 )
 _OPTIONS = {  # those that a request may do without, and how endpoints name them
     "stream_options": "stream_options|include_usage",
-    "reasoning_effort": "reasoning[_. ]effort|support thinking|think value",
+    "reasoning_effort": "reasoning[_. ]effort|think value|thinking(?! mode)",
     **{name: name for name in ("max_tokens", "max_completion_tokens", "seed", "temperature", "top_p")},
     "stream": "stream(?:ing)?",
 }

@@ -254,6 +254,205 @@ async def test_an_answer_that_is_no_chunk_is_an_error(raw: bytes, kind: str) -> 
     assert (error.code, error.retry) == ("model_unavailable", True)
 
 
+OWN = "messages[3].content: expected a string, but got null (code 17)"
+BODIES: list[str | Body | list[Any]] = [
+    {"error": {"message": OWN, "code": None}}, {"error": OWN, "error_type": "validation"}, {"message": OWN},
+    {"object": "error", "message": OWN}, {"detail": OWN}, {"detail": [{"loc": ["body", 3], "msg": OWN}]}, OWN,
+    {"message": {"detail": [{"msg": OWN}]}}, [{"error": {"code": 400, "message": OWN}}], {"errors": [{"message": OWN}]},
+    {"error": {"message": "Provider returned error", "metadata": {"raw": json.dumps({"error": {"message": OWN}})}}},
+    {"error": "Bad Request", "message": OWN, "status": 400}, {"title": "Bad Request", "detail": OWN},
+    {"type": "error", "error": {"type": "x", "message": OWN}}, {"error": "invalid", "error_description": OWN},
+    f"<!DOCTYPE html><html><head><title>{OWN}</title></head></html>",
+    {"message": json.dumps([{"error": {"message": OWN}}])}, {"error": {"message": f"{OWN}\n{'x ' * 400}end"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: json.dumps(body)[:40])
+async def test_the_own_words_of_an_endpoint(endpoint: Endpoint, model: memws.Model, body: Any) -> None:
+    """They stand in the error whole, whatever the shape of its body, refused at once or inside an answer."""
+    end = "end" if "xx" in str(body).replace(" ", "") else ""
+    for answer in (Reply(status=400, body=body), Reply(body=body)):
+        endpoint.script(answer)
+        error = str(await fail(model))
+        assert (OWN in error, end in error, len(error) < memws.MAX_ERROR) == (True, True, True)
+
+
+TOO_LONG = {  # what real endpoints say, and the window that stands there
+    "This model's maximum prompt length is 131072 but the request contains 537812 tokens.": 131_072,
+    "Invalid request: Your request exceeded model token limit: 8192": 8_192,
+    "Prompt exceeds max length": 0,
+    "input length and `max_tokens` exceed context limit: 188240 + 21333 > 200000, decrease input length": 200_000,
+    "`inputs` tokens + `max_new_tokens` must be <= 8193. Given: 9000 `inputs` tokens": 8_193,
+    "`inputs` must have less than 4,096 tokens. Given: 5,000": 4_096,
+    "Input is too long for requested model.": 0,
+    "Range of input length should be [1, 98304]": 98_304,
+    "too many tokens: total number of tokens in the prompt cannot exceed 4081 - received 4292.": 4_081,
+    "The input (36000 tokens) is longer than the model's context length (32768 tokens).": 32_768,
+    "invalid params, context window exceeds limit (2013)": 0,
+    "输入长度超过限制": 0,
+    "413 Request Entity Too Large": 0,
+    "413 Request body too large for gpt-4o model. Max size: 8000 tokens.": 8_000,
+    "429 Request too large on tokens per min (TPM): Limit 30000, Requested 132819. It must be reduced.": 30_000,
+    "429 Rate limit reached on tokens per minute (TPM): Limit 6000, Used 0, Requested 7000. Try again in 9s.": 6_000,
+}
+NOT_TOO_LONG = {  # and what looks alike
+    "429 Rate limit reached on TPM: Limit 30000, Used 29000, Requested 1500. Try again in 1s.": "model_rate_limit",
+    "429 Too many tokens, please wait before trying again.": "model_rate_limit",
+    "429 This request would exceed your organization's rate limit of 30,000 input tokens": "model_rate_limit",
+    "402 You requested up to 4096 tokens, but can only afford 100": "model_rate_limit",
+    "too many concurrent requests (limit 5)": "model_refused",
+    "tools: array too long. Expected an array with maximum length 128": "model_refused",
+    "messages[3].tool_calls[0].id: string too long. Expected maximum length 40": "model_refused",
+    "max_tokens is too large: 100000. This model supports at most 16384": "model_refused",
+    "request timed out: exceeded 60s waiting for the first token": "model_refused",
+    "Failed to call a function. See 'failed_generation' for more.": "bad_output",
+    "gemma3:latest does not support tools": "model_refused",
+    "404 No endpoints found that support tool use": "model_refused",
+    "401 token expired": "model_auth",
+    "API key not valid. Please pass a valid API key.": "model_auth",
+}
+
+
+async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, model: memws.Model) -> None:
+    """However it says so, refusing at once or in mid-stream, it is context_overflow, and the window that stands
+    there is learned, only downwards; what only looks alike is not."""
+    for words, window in TOO_LONG.items():
+        status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
+        for answer in (refusal(words, status=status), in_stream(words, status)):
+            model.limit = 10_000_000
+            endpoint.script(answer)
+            error = await fail(model)
+            assert (error.code, model.limit, words in str(error)) == ("context_overflow", window or 10_000_000, True)
+            model.limit = 2_000
+            endpoint.script(answer)
+            assert ((await fail(model)).code, model.limit) == ("context_overflow", 2_000)
+    for words, code in NOT_TOO_LONG.items():
+        status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
+        endpoint.script(refusal(words, status=status))
+        assert ((await fail(model)).code, model.limit) == (code, 2_000), words
+
+
+KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (total limit)", "Quota exceeded"]
+KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
+
+
+async def test_what_a_refusal_advises(endpoint: Endpoint, model: memws.Model) -> None:
+    """A 403 that is not about the key does not say it is; a page in place of an answer says what to check."""
+    for words in KEYLESS:
+        endpoint.script(Reply(status=403, body=words))
+        error = await fail(model)
+        assert (error.code, "OPENAI_API_KEY" in str(error)) == ("model_refused", False)
+    for status in (200, 404):
+        endpoint.script(Reply(status=status, body="<html><head><title>Sign in &amp; go</title></head></html>"))
+        error = await fail(model)
+        assert ("end with /v1?" in str(error), "Sign in & go" in str(error)) == (True, True)
+
+
+LOADING = ["Loading model", "Model x is currently loading", "The model is warming up", "model not ready, try later"]
+
+
+async def test_a_model_that_loads(endpoint: Endpoint, model: memws.Model) -> None:
+    """An endpoint that loads its model says so in the error; one that failed to is no such one."""
+    for words in [*LOADING, "error loading model: no such file"]:
+        endpoint.script(refusal(words, status=503))
+        error = await fail(model)
+        assert (error.code, error.retry, error.loading) == ("model_unavailable", True, "error" not in words), words
+
+
+SCHEMA = "Invalid schema for function 'f': In context=('properties', 'temperature'), schema must have a 'type' key."
+GPT = "Function tools with reasoning_effort are not supported. Use /v1/responses or set reasoning_effort to 'none'."
+OPTIONS: list[tuple[Body, str | Body, Body | None]] = [  # settings; what the endpoint says; what is sent then
+    ({"temperature": 0.3}, "'temperature' does not support 0.3. Only the default (1) value is supported.", {}),
+    ({"temperature": 0.3}, "`temperature` is deprecated for this model.", {}),
+    ({"reasoning_effort": "low"}, "The `reasoning_content` in the thinking mode must be passed back", None),
+    ({"temperature": 2}, "invalid temperature: only 1 is allowed for this model", {}),
+    ({"temperature": 0.3}, SCHEMA, None),
+    ({"seed": 3}, {"param": "tools[3].function", "message": "Invalid value: seed is unknown"}, None),
+    ({"seed": 3}, "tools[3].function.parameters.seed: Extra inputs are not permitted", None),
+    ({"seed": 3}, "the word seed stands in the text of a message", None),
+    ({"seed": 3}, "does not support parameters: ['seed'], for model=x. To drop these, set `drop_params=True`", {}),
+    ({"seed": 3}, 'Invalid JSON payload received. Unknown name "seed": Cannot find field.', {}),
+    ({"seed": 3, "top_p": 1}, {"param": "seed", "message": "Unrecognized request argument supplied"}, {"top_p": 1}),
+    ({"max_tokens": 9}, "'max_tokens' is not supported. Use 'max_completion_tokens'.", {"max_completion_tokens": 9}),
+    ({"max_tokens": 99}, "max_tokens is too large: 99. This model supports at most 64 completion tokens", {}),
+    ({"reasoning_effort": "low"}, "Argument not supported on this model: reasoning_effort", {}),
+    ({"reasoning_effort": "low"}, '"llama3" does not support thinking', {}),
+    ({"reasoning_effort": "low"}, GPT, {"reasoning_effort": "none"}),
+    ({}, GPT, {"reasoning_effort": "none"}),
+    ({}, "body.stream_options: Extra inputs are not permitted", {"stream_options": None}),
+    ({}, "streaming is not supported with tools", {"stream": None, "stream_options": None}),
+    ({}, "Tool use in streaming mode is unsupported", {"stream": None, "stream_options": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "words", "then"), OPTIONS, ids=[str(row[1])[:50] for row in OPTIONS])
+async def test_an_option_that_is_refused(
+    endpoint: Endpoint, model: memws.Model, settings: Body, words: str | Body, then: Body | None
+) -> None:
+    """It is left out, or set as the endpoint says, where the words are of that option, for the value that was refused;
+    a second request that was under way learns the same, another value is tried anew."""
+    answer = Reply(status=400, body={"error": {"message": words} if isinstance(words, str) else words})
+    bodies = [memws.request_body(model.head(settings), [USER], SPECS)] * 2
+    for body in bodies:
+        endpoint.script(answer)
+        with pytest.raises(memws.ModelError) as caught:
+            await anext(model.stream(body))
+        assert caught.value.learned == (then is not None)
+    reply = await ask(model, **settings)
+    assert [call.name for call in reply.calls] == ["send_message"]
+    expected = {"stream": True, "stream_options": {"include_usage": True}, **(settings if then is None else then)}
+    sent = {name: value for name, value in endpoint.requests[-1].items() if name not in ("model", "messages", "tools")}
+    assert sent == {name: value for name, value in expected.items() if value is not None}
+    for name, value in settings.items():
+        await ask(model, **{name: "high" if isinstance(value, str) else 0})
+        assert name in endpoint.requests[-1]
+
+
+FAILED = {"message": "Failed to call a function.", "code": "tool_use_failed"}
+GENERATIONS = ['{"name": "send_message", "arguments": {"message": "Hi"}}', [{"name": "send_message", "parameters": {}}]]
+GENERATIONS += ['<tool_call>{"name": "send_message", "arguments": {"message": "Hi"}}</tool_call>', "Hi", {"name": "x"}]
+
+
+async def test_a_generation_that_the_endpoint_could_not_read(endpoint: Endpoint, model: memws.Model) -> None:
+    """It is an answer, from an error's body as from inside a stream; without one the call may be corrected."""
+    for written in GENERATIONS:
+        for answer in ({"status": 400, "body": {"error": {**FAILED, "failed_generation": written}}},
+                       {"error_in_stream": {**FAILED, "failed_generation": written}}):  # fmt: skip
+            endpoint.script(Reply("", **answer))
+            assert (await ask(model)).text == (written if isinstance(written, str) else memws.encode_json(written))
+    for words in (
+        "tool_use_failed",
+        "error parsing tool call: raw='{' err=unexpected end",
+        "Failed to parse input at 0",
+    ):
+        endpoint.script(refusal(words, status=500))
+        assert (await fail(model)).code == "bad_output"
+
+
+ADDRESSES = {  # a base URL, and the path of its requests
+    "/v1/": "/v1/chat/completions",
+    "/v1/chat/completions": "/v1/chat/completions",
+    "/v1/chat/completions/?api-version=1": "/v1/chat/completions?api-version=1",
+    "/openai/deployments/x?api-version=2024-10-21": "/openai/deployments/x/chat/completions?api-version=2024-10-21",
+    "": "/chat/completions",
+    "/a?b=c&d=%2F": "/a/chat/completions?b=c&d=%2F",
+}
+
+
+async def test_addresses(endpoint: Endpoint) -> None:
+    """A query stays a query, a whole path is a base URL, too; what is no address is refused, with an example."""
+    message = {"content": "Hi", "role": "assistant"}
+    for given, path in ADDRESSES.items():
+        endpoint.overrides = {path: Reply(body={"choices": [{"message": message, "finish_reason": "stop"}]})}
+        url = endpoint.url.removesuffix("/v1") + given
+        async with closing(memws.Models("m", url, KEY)) as models:
+            for model in (models.get(None)[0], models.get(None, None, "another key")[0]):
+                assert (await ask(model)).text == "Hi"
+    for wrong in ("localhost:11434/v1", "example.com", "ftp://localhost/v1", "http:///v1", "/v1"):
+        with pytest.raises(memws.UsageError, match="like http://localhost:11434/v1"):
+            memws.Models("m", wrong, KEY)
+
+
 WAITS: list[tuple[dict[str, str], tuple[float, float] | None, bool]] = [
     ({"Retry-After": "7"}, (7, 7), True), ({"Retry-After": "1.5"}, (1.5, 1.5), True),
     ({"Retry-After": "30"}, (30, 30), True), ({"Retry-After": "-3"}, (0, 0), True),
