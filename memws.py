@@ -2246,15 +2246,13 @@ _IN_MARKUP = re.compile(
     _VERBOSE,
 )
 _PARAMETER = re.compile(
-    r"""<[^<>\s=]{0,20}?parameter(?:=|\s+name=)["']?([\w.-]+)["']?[^>]*>\n?(.*?)\n?</[^<>\s]{0,20}?parameter>
-    | <arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>""",
+    r"""<[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?(.*?)\n?
+    </[^<>\s]{0,20}?(?:parameter|arg_value)>""",
     _VERBOSE,
 )
 _NAMED = re.compile(r"(?:.*\bto=|call:)?(?:functions?\.)?([\w.-]+?)(?::\d+)?(?:\s+json)?\s*(\{.*)?", re.DOTALL)
-_NAME_KEY = re.compile(r'"(?:name|function|tool_name|tool)"\s*:\s*"([\w.-]+)"')
 _CALL_KEYS = ("tool_calls", "function", "name", "tool_name", "tool", "action")  # of calls, or of their tools' names
 _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_input")
-_CONSTANTS = {"true": True, "false": False, "null": None}
 _MAYBE_MARK = re.compile(  # its beginning, at the end of a text
     r"""(?:<[^<>\s]{0,80} | <\S{0,20}invoke\s[^<>]{0,80} | \[/?\w{0,12} | [✿◁]\S{0,12} | ^>{1,3}\w*\n?
     | ^`{1,3}\w*\s* | ^Action:[\w\s.`]{0,80} | \b[af]\w{0,20} | \bassistantcommentary[ to]*)\Z""",
@@ -2551,7 +2549,7 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
     if len(calls) < sum(bool(name) for name, _ in found) or (markup and is_call and not (calls or reply.calls)):
         raise reply.problem("the answer holds a tool call that cannot be read, or that stands among other text")
     reply.calls += [ToolCall("", name, text if isinstance(text, str) else encode_json(text)) for name, text in calls]
-    if any(not _is_cut(call.text) for call in reply.calls[-len(calls) or len(reply.calls) :]):
+    if calls and not all(_is_cut(call.text) for call in reply.calls):
         reply.corrections.append(("text_call", "a tool call written as text was read as a call"))
     reply.text = rest if calls else (plain + markup).strip()
 
@@ -2577,8 +2575,7 @@ def _calls_in(markup: str, tools: Collection[str]) -> list[tuple[str, Any]]:
         elif calls := _python_calls(piece, tools):
             found += calls
         elif piece[:1] in ("{", "[") and _is_cut(piece):
-            key = _NAME_KEY.search(piece)
-            found.append((key[1] if key and key[1] in tools else "", piece))
+            found.append(("send_message" if '"send_message"' in piece else "", piece))
         elif piece:
             value = read_json(piece)[0] if piece[0] in "{[" else None
             found += [*_calls_of(value, tools)] or [("", piece)]
@@ -2593,7 +2590,7 @@ def _xml_arguments(text: str) -> JSON | str:
     rest = _PARAMETER.sub("", text).strip()
     if "<" in rest and rest[0] != "{":
         return "{"
-    return {key or other: value or text for key, value, other, text in _PARAMETER.findall(text)} or rest
+    return dict(_PARAMETER.findall(text)) or rest
 
 
 def _calls_of(value: Any, tools: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -2625,14 +2622,9 @@ def _python_calls(text: str, tools: Collection[str]) -> list[tuple[str, Any]]:
         for node in (node for node in nodes if isinstance(node, ast.Call)):
             name = next((part for part in ast.unparse(node.func).split(".") if part in tools), "")
             given = [*enumerate(node.args), *((each.arg, each.value) for each in node.keywords)]
-            calls += [(name, encode_json({str(key): _literal(each) for key, each in given}))] if name else []
+            calls += [(name, encode_json({str(key): ast.literal_eval(each) for key, each in given}))] if name else []
         return calls
     return []
-
-
-def _literal(node: ast.expr) -> Any:
-    """The value of a literal, or of one of JSON's constants. Raises ValueError and others where it is none."""
-    return _CONSTANTS[node.id] if isinstance(node, ast.Name) and node.id in _CONSTANTS else ast.literal_eval(node)
 
 
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------

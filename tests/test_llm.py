@@ -710,7 +710,7 @@ MARKUP = {
     "Llama 3, a function": f"<function=send_message>{ARGUMENTS}</function>",
     "Llama 3, Python": '<|python_tag|>send_message.call(message="Hello!")',
     "Llama 4": "<|python_start|>[send_message(message='Hello!')]<|python_end|>",
-    "Python": 'send_message(message="Hello!", request_heartbeat=false)', "Python, by place": "[send_message('Hello!')]",
+    "Python": 'send_message(message="Hello!", request_heartbeat=False)', "Python, by place": "[send_message('Hello!')]",
     "Mistral": f"[TOOL_CALLS][{WRITTEN}]</s>", "Mistral 11": f"[TOOL_CALLS]send_message{ARGUMENTS}",
     "Mistral 13": f"[TOOL_CALLS]send_message[CALL_ID]abcdefgh1[ARGS]{ARGUMENTS}",
     "DeepSeek 3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>send_message\n"
