@@ -683,6 +683,80 @@ async def test_an_overflow_that_only_the_endpoint_sees(endpoint: Endpoint, lab: 
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
 
+WORDS = "Jinja Exception: Conversation roles must not be like this; see line 25, column 27 of the template"
+
+
+async def test_the_words_of_an_endpoint_are_kept(
+    endpoint: Endpoint, lab: Lab, agent: Agent, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They stand in the event, in the request's response and in the log, also where an overflow cannot be mended."""
+    for words, code in ((WORDS, "model_refused"), ("prompt is too long: 9000 > 8000 maximum", "context_overflow")):
+        endpoint.script(Reply(status=400, body={"error": words}))
+        turn = await lab.say(agent, "Hi")
+        kept = str((await agent.request(turn.end["turn_id"], 1))["response"]["error"]["message"])
+        assert (turn.end["code"], words in turn.end["message"], words in kept) == (code, True, True)
+        assert words in caplog.text
+
+
+async def test_a_window_that_the_endpoint_tells(endpoint: Endpoint, lab: Lab) -> None:
+    """It is learned for all agents of the model with a larger one; no prompt that was too long is sent again."""
+    agents = [
+        await lab.create(name, context_window=window) for name, window in (("a", 16_000), ("b", 3_900), ("c", None))
+    ]
+    for number in range(4):
+        await lab.say(agents[0], f"{number} " + "word " * 99)
+    answer = Reply(error_in_stream={"code": 400, "message": "This model's maximum context length is 4096 tokens."})
+    endpoint.script(answer, Reply("They talked."))
+    turn = await lab.say(agents[0], "Hi")
+    assert (turn.replies, len(turn.of("compaction")), turn.of("context")[-1]["window"]) == (["Hello!"], 1, 4_096)
+    assert len(set(endpoint.bodies)) == len(endpoint.bodies)
+    assert [each.window for each in agents] == [4_096, 3_900, 4_096]
+    endpoint.script(Reply(status=400, body={"error": "prompt is too long: 5 tokens > 1500 maximum"}))
+    await lab.say(agents[1], "Hi")
+    assert [each.window for each in agents] == [16_000, 3_900, 8_192], "what the prompt does not fit into is no window"
+
+
+@pytest.mark.parametrize("seconds", [6.0, 60.0, 70.0])
+async def test_a_model_that_loads_is_waited_for(
+    endpoint: Endpoint, lab: Lab, agent: Agent, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Up to a minute, each pause told as a retry; that counts as no call; then the endpoint's words end the turn."""
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def pause(delay: float) -> None:
+        pauses.append(delay)
+        await sleep(0)
+
+    def answer(body: Body) -> Reply:
+        loading = {"error": {"message": "Loading model", "code": 503}}
+        return Reply(status=503, body=loading) if sum(pauses) < seconds else greet(body)
+
+    monkeypatch.setattr(memws.asyncio, "sleep", pause)
+    endpoint.default = answer
+    turn = await lab.say(agent, "Hi")
+    assert [frame["delay_ms"] for frame in turn.of("retry")] == [pause * 1000 for pause in pauses if pause]
+    if seconds > memws.LOADING_PATIENCE:
+        assert ("Loading model" in turn.end["message"], turn.end["code"]) == (True, "model_unavailable")
+    else:
+        assert (turn.replies, turn.end["usage"]["model_calls"]) == (["Hello!"], 1)
+
+
+WRITTEN = [('{"name": "send_message", "arguments": {"message": "Hello!"}}', 0), ("", 1), ('{"name": "send_message"', 1)]
+
+
+@pytest.mark.parametrize(("written", "retries"), WRITTEN)
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_call_that_the_endpoint_could_not_read(
+    endpoint: Endpoint, lab: Lab, agent: Agent, written: str, retries: int, streams: bool
+) -> None:
+    """What the model wrote is read by the ladder; where that fails, too, it is told so once."""
+    error = {"message": "Failed to call a function.", "code": "tool_use_failed", "failed_generation": written}
+    endpoint.script(Reply("", error_in_stream=error) if streams else Reply(status=400, body={"error": error}))
+    turn = await lab.say(agent, "Hi")
+    assert (turn.replies, len(turn.of("retry")), len(endpoint.requests)) == (["Hello!"], retries, retries + 1)
+
+
 async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
     """A message longer than the window is shown in part and kept whole; results of one step leave with their calls; the
     summary quotes the message that waits."""
