@@ -1148,7 +1148,9 @@ async def test_what_an_endpoint_wants_is_learned_once(
         assert (told.replies, told.of("retry")) == (["Hello!"], [])
         got = await agent.request(turn.turn_id, 1)
         assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
+        assert ("reasoning" in agent.memory.messages[-2].body) == ("reasoning" in wants), "what is refused is not kept"
     assert len(endpoint.lessons) == len(agent.model.shape) - 1, "each refusal teaches"
+    assert not endpoint.lessons or scene == "another endpoint's history" or wants != ("nine-character ids",)
     roles = [message["role"] for message in endpoint.requests[-1]["messages"]]
     assert ("user", "user") not in itertools.pairwise(roles)
 
@@ -1225,6 +1227,8 @@ async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_pat
         memws.import_agent(database.open(), data, memws.check_record)
     async with Lab(endpoint, tmp_path / "other.db") as lab:
         await check(lab, agent := await lab.open(), is_maker=True)
+        ratio = agent.model.ratio
         await compact(agent)
+        assert agent.model.ratio == ratio, "a summary calibrates nothing"
     (summary,) = filter(is_summary, endpoint.requests)
     assert not re.search("I think it over|walrus|c2lnbmVk", str(summary))
