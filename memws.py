@@ -2631,6 +2631,7 @@ def _python_calls(text: str, tools: Collection[str]) -> list[tuple[str, Any]]:
 
 MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
+_ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?", re.IGNORECASE)
 _DONE: JSON = {"done": True}  # the last chunk: [DONE]
 _SECRET = re.compile(
     r"\b(?:sk[-_]|Bearer )[\w*.~+/=-]{6,}|\bAIza[\w-]{9,}"
@@ -2643,9 +2644,7 @@ _OPTIONS = {  # those that a request may do without, and how endpoints name them
     **{name: name for name in ("max_tokens", "max_completion_tokens", "seed", "temperature", "top_p")},
     "stream": "stream(?:ing)?",
 }
-_EFFORT = re.compile(
-    r"reasoning_effort\W{0,3}(?:(?:must|should) be )?(?:set )?(?:to|=|as)?\W{0,3}\b(none|low|medium)\b"
-)
+_EFFORT = re.compile(r"reasoning_effort\W{0,3}(?:(?:must|should) be )?(?:to|=|as)?\W{0,3}\b(none|low|medium)\b")
 _NO = (  # how they say that they do not take something
     r"(?:un|not |n't )support|not .{0,8}(?:valid|permitted|allowed|available|accept|recogni|compatible)|unknown|must "
     r"|unrecogni|unexpected|invalid|deprecated|extra |can ?not|can't|should be|too (?:large|big|high|small|low)"
@@ -2665,11 +2664,7 @@ _REFUSALS = {  # what the first pattern found in "STATUS CODES: reason" means: o
     r"^402|insufficient_quota|insufficient.balance": ("model_rate_limit", "the account at the endpoint is used up", ""),
     _NO_KEY: ("model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
     r"^429|rate_limit": ("model_rate_limit", "the endpoint limits the rate", "retry"),
-    r"support.{0,9} (?:tool|function)|tools.{0,9} not supp": (
-        "model_refused",
-        "memws needs a model that takes tools",
-        "",
-    ),
+    r"support.{0,9} tool|tools.{0,9} not supp": ("model_refused", "memws needs a model that takes tools", ""),
     r"^(?:[23]|40[45]).*HTML page": ("model_unavailable", "check --base-url, does it end with /v1?", "retry"),
     r"^404": ("model_unavailable", "the endpoint does not know the model or the address", ""),
     r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", ""),
@@ -2767,9 +2762,9 @@ class Endpoint:
         self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
         self.options: JSON = {"api_key": self.key or "none", "max_retries": 0}
         if base_url:
-            parts = urllib.parse.urlsplit(base_url.strip())
-            if parts.scheme not in ("http", "https") or not parts.netloc:
+            if not _ADDRESS.fullmatch(base_url.strip()):
                 raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(base_url)}")
+            parts = urllib.parse.urlsplit(base_url.strip())
             path = parts.path.rstrip("/").removesuffix("/chat/completions")
             query = dict(urllib.parse.parse_qsl(parts.query))
             headers = {"api-key": self.key} if "api-version" in query else {}  # as Azure has it
@@ -2934,7 +2929,8 @@ class OpenAIModel:
             text = f"the model said nothing for {seconds:g} s; is the endpoint overloaded?"
             return ModelError("model_timeout", text, retry=has_words)
         if hasattr(error, "status_code"):
-            return self._refusal(error.response.text, body, error.status_code, error.response.headers)
+            with contextlib.suppress(RecursionError):  # a body that is nested too deep
+                return self._refusal(error.response.text, body, error.status_code, error.response.headers)
         reason = self.endpoint.hide(error.__cause__ or error)
         if has_words:
             return ModelError("model_unavailable", f"the model's answer broke off ({reason})", retry=True)
@@ -3281,7 +3277,8 @@ class Models:
             text = "offline, a rule-based stand-in, not a language model"
             return f"{text}; for a real one set OPENAI_API_KEY, or --base-url and --model"
         vectors = f", embeddings by {self.embedder.name}" if self.embedder else ""
-        return f"{self.default} at {self.endpoint.options.get('base_url', 'OpenAI')}{vectors}"
+        address = re.sub("//[^/]*@", "//", self.endpoint.options.get("base_url", "OpenAI"))
+        return f"{self.default} at {address}{vectors}"
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""

@@ -213,6 +213,7 @@ FAILURES: dict[str, tuple[Reply, str, bool]] = {
     "a 429 in the stream": (in_stream("Slow down", 429), "model_rate_limit", True),
     "an overflow in the stream": (in_stream("Too long", "context_length_exceeded"), "context_overflow", False),
     "a bad key in the stream": (in_stream("Bad key", "invalid_api_key"), "model_auth", False),
+    "nested deep": (Reply(status=400, body='{"error":' * 800 + "1" + "}" * 800), "model_unavailable", True),
     "HTML with 200": (Reply(body="<!doctype html><title>Proxy</title>"), "model_unavailable", True),
     "an empty HTML page with 200": (Reply(body=""), "model_unavailable", True),
     "no finish": (Reply(TEXT, empty_choices="all"), "model_unavailable", True),
@@ -448,7 +449,15 @@ async def test_addresses(endpoint: Endpoint) -> None:
         async with closing(memws.Models("m", url, KEY)) as models:
             for model in (models.get(None)[0], models.get(None, None, "another key")[0]):
                 assert (await ask(model)).text == "Hi"
-    for wrong in ("localhost:11434/v1", "example.com", "ftp://localhost/v1", "http:///v1", "/v1"):
+    for wrong in (
+        "localhost:11434/v1",
+        "example.com",
+        "ftp://localhost/v1",
+        "http:///v1",
+        "/v1",
+        "http://[::1/v1",
+        "http://h:x/v1",
+    ):
         with pytest.raises(memws.UsageError, match="like http://localhost:11434/v1"):
             memws.Models("m", wrong, KEY)
 
