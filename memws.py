@@ -2731,7 +2731,7 @@ def reason_of(body: Any) -> str:
 
 _LACKS = "missing|required|must be (?:passed|sent|provided|included|present)"
 _LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
-    r"alternat|interleav|successive|consecutive|after role\W*tool|after a user turn": "alternate",
+    r"\balternat(e|ing)\b|(successive|consecutive) (user|mess|role)|after role\W*tool|after a user turn": "alternate",
     r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
     r"(call.?ids?|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
     r"content or tool_calls, but not both": "calls alone",
@@ -4133,7 +4133,7 @@ class Agent:
                         if reply.full:
                             break
             except ModelError as error:
-                if request.shape == self.model.shape and "alternate" in request.shape and "alternat" in str(error):
+                if request.shape == self.model.shape and "alternate" in request.shape and "alternate" in str(error):
                     self.model.shape = list(dict.fromkeys([*request.shape, "tools as text"]))
                 if (now := self.model.shape) != request.shape:  # by what was learned here, or in another agent's turn
                     error.learned = True

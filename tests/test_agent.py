@@ -1172,6 +1172,7 @@ REFUSALS = {
     "The field `reasoning_content` has no place in the input of this model": "without reasoning_content",
     "Field required: messages.2.assistant.reasoning_content": "with reasoning_content",
     "this model's reasoning is mandatory": None,
+    "after 5 consecutive failures: use an alternative model": None,
 }
 
 
