@@ -33,7 +33,7 @@ VARYING = {
     r"\b\d\d:\d\d(:\d\d)?\b": "TIME",
     r"\b\d+(\.\d+)? (ms|s)\b": "SECONDS",
     r'"duration_ms": \d+': '"duration_ms": N',
-    r"\b(memws-static-|call_)[0-9a-f]+": r"\1ID",
+    r"(memws-static-|\"tool_call_id\": \")[0-9a-f]+": r"\1ID",
     r"\b[0-9a-f]{32}\b": "ID",
     r"(delta +\{.*\n)+": "delta\n",
 }
