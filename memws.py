@@ -2214,15 +2214,16 @@ _CHAT_TOKENS = r"""  # what another's turn would say is made up
         (?:(?:assistant|model)\b(?!\ to=) | (?:user|system|tool)\b.*)
     | <[|｜](?:im_(?!start)|end|eo|begin|assistant|user|observation|return|chatbot|start_response)[^<>|｜\s]*[|｜]>
     | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
-    | <\|channel\|>(?:final|commentary)<\|message\|> | </[^<>\s]{0,20}(?:tool|function)_?calls?>
+    | <\|channel\|>(?:final|commentary)<\|message\|> | </[^<>\s]{0,20}(?:tool|function)(?:_?call)?s?>
+    | </?answer>
 """
 _THOUGHT_TAG = r"(?:seed:)?(?:think|thinking|thought|reasoning)"
 _THOUGHT_END = rf"</{_THOUGHT_TAG}> | \[/THINK\] | <\|END_THINKING\|> | ◁/think▷ | (?<=\S)assistantfinal(?=\S)"
 _CALL_MARKS = r"""
-    <[|｜][^<>|｜\s]{1,60}[|｜]?> | <start_function_call> | <[^<>\s]{0,20}(?:tool|function)_?calls?> | \[TOOL_CALLS\]
-    | ✿\w+✿:? | \bfunctools(?=\[) | assistantcommentary(?=\ to=) | ^>>>(?=\w+\n) | ^```tool_\w+ | ^Action\ Input:
-    | ^Action:\s*(?:```\w* | (?=[\[{] | [\w.]+\s*^Action\ Input:))
-    | <[^<>\s=]{0,20}?(?:function=|invoke\s+name=)["']?(?P<name>[\w.-]+)
+    <[|｜][^<>|｜\s]{1,60}[|｜]?> | <start_function_call> | <[^<>\s]{0,20}(?:tool|function)(?:_?calls?|s)>
+    | \[TOOL_CALLS\] | ✿\w+✿:? | \bfunctools(?=\[) | assistantcommentary(?=\ to=) | ^>>>(?=\w+\n) | ^```tool_\w+
+    | ^Action\ Input: | ^Action:\s*(?:```\w* | (?=[\[{] | [\w.]+\s*^Action\ Input:))
+    | <[^<>\s=]{0,20}?(?:function=|(?:invoke|function|tool)(?:_call)?\s+name=)["']?(?P<name>[\w.-]+)
 """
 _VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
 _IN_PROSE = re.compile(
@@ -2240,8 +2241,9 @@ _IN_MARKUP = re.compile(
     rf"""
     "(?:[^"\\]|\\.)*+(?:"|\Z) | [=(,\[:{{]\s*'(?:[^'\\]|\\.)*+' | <arg_value>.*?</arg_value>  # whatever it holds
     | (?P<mark>
-        (?:{_CALL_MARKS})(?(name)["']?\s*>(?P<body>.*?)(?:</[^<>\s]{{0,20}}?(?:function|invoke)>|(?P<cut>\Z)))
-        | {_CHAT_TOKENS} | <\w{{1,40}}\|> | <end_function_call> | \[/?(?:TOOL_CALLS|ARGS|CALL_ID)\] | ^[ ]*```\w*)
+        {_CHAT_TOKENS}
+        | (?:{_CALL_MARKS})(?(name)["']?\s*>(?P<body>.*?)(?:</[^<>\s]{{0,20}}?(?:function|invoke)>|(?P<cut>\Z)))
+        | <\w{{1,40}}\|> | <end_function_call> | \[/?(?:TOOL_CALLS|ARGS|CALL_ID)\] | ^[ ]*```\w*)
     """,
     _VERBOSE,
 )
@@ -2250,15 +2252,22 @@ _PARAMETER = re.compile(
     </[^<>\s]{0,20}?(?:parameter|arg_value)>""",
     _VERBOSE,
 )
-_NAMED = re.compile(r"(?:.*\bto=|call:)?(?:functions?\.)?([\w.-]+?)(?::\d+)?(?:\s+json)?\s*(\{.*)?", re.DOTALL)
+_NAMED = re.compile(
+    r"(?:.*\bto=|call:)?(?:functions?\.)?([\w.-]+?)(?::\d+)?:?(?:\s+(?:json|code))?\s*(\{.*)?", re.DOTALL
+)
+_JSON_PARTS = re.compile(
+    r""""(?:[^"\\]|\\.)*+" | '(?:[^'\\]|\\.)*' | [][{}:,;\d.+-] | \b(?:true|false|null|none)\b""", _VERBOSE
+)
 _CALL_KEYS = ("tool_calls", "function", "name", "tool_name", "tool", "action")  # of calls, or of their tools' names
 _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_input")
 _MAYBE_MARK = re.compile(  # its beginning, at the end of a text
-    r"""(?:<[^<>\s]{0,80} | <\S{0,20}invoke\s[^<>]{0,80} | \[/?\w{0,12} | [✿◁]\S{0,12} | ^>{1,3}\w*\n?
-    | ^`{1,3}\w*\s* | ^Action:[\w\s.`]{0,80} | \b[af]\w{0,20} | \bassistantcommentary[ to]*)\Z""",
+    r"""(?:<[^<>\s]{0,80} | <\S{0,20}(?:invoke|function|tool|call)\s[^<>]{0,80} | \[/?\w{0,12} | [✿◁]\S{0,12}
+    | ^>{1,3}\w*\n? | ^`{1,3}\w*\s* | ^Action:[\w\s.`]{0,80} | \b[af]\w{0,20} | \bassistantcommentary[ to]*)\Z""",
     _VERBOSE,
 )
-_MAYBE_CALL = re.compile(r"\s*(?:\{|\[(?!/?[A-Z])|[a-zA-Z0-9_.]{0,64}(?:\(|\Z))")  # how JSON and Python begin
+_MAYBE_CALL = re.compile(
+    r"\s*(?:\{|\[(?!/?[A-Z])|[a-zA-Z0-9_.]{0,64}(?::\d*)?\s*(?:[({]|\Z))"
+)  # how JSON and Python begin
 
 
 # ---- what a model answers --------------------------------------------------------------------------------------------
@@ -2539,7 +2548,7 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
             reply.reasoning = f"{reply.reasoning}\n{thought}".strip()
     plain, markup = plain + text[start : mark and mark.start()], text[mark.start() :] if mark else ""
     names = "|".join(map(re.escape, tools))
-    if re.match(rf"\s*(?:[\[{{]|(?:print\()?(?:\w+\.)*(?:{names})(?:\.call)?\()", plain):
+    if re.match(rf"\s*(?:[\[{{]|(?:print\()?(?:\w+\.)*(?:{names})(?:\.call|:\d*)?\s*[({{])", plain):
         plain, markup = "", plain + markup
     found = _calls_in(markup, tools) if markup and not reply.calls else []
     rest = "\n".join(filter(None, [plain.strip(), *(words for name, words in found if not name)]))
@@ -2578,7 +2587,9 @@ def _calls_in(markup: str, tools: Collection[str]) -> list[tuple[str, Any]]:
             found.append(("send_message" if '"send_message"' in piece else "", piece))
         elif piece:
             value = read_json(piece)[0] if piece[0] in "{[" else None
-            found += [*_calls_of(value, tools)] or [("", piece)]
+            calls = [*_calls_of(value, tools)]
+            words = " ".join(_JSON_PARTS.sub(" ", piece).split()) if calls else piece
+            found += [*calls, ("", words)]
         if mark and mark["name"]:
             found.append((mark["name"], _xml_arguments(mark["body"].strip() or "<" * (mark["cut"] is not None))))
         start = mark.end() if mark else 0

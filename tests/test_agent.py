@@ -337,6 +337,41 @@ async def test_a_model_that_only_thinks_is_told_of(lab: Lab, answer: Reply, most
     assert re.search(f"^the model .*{words}.*; raise max_tokens or lower reasoning_effort$", turn.end["message"])
 
 
+TAGGED = '<tool_call>{"name": "send_message", "arguments": {"message": "Hello!"}}</tool_call>'
+COUNT = '<tool_call>{"name": "count", "arguments": {"number": 3}}</tool_call>'
+PASTES = {
+    "all of it is markup": (f"<think>Count.</think>{COUNT}<|im_end|>", [3], []),
+    "after words": (f"You wrote {COUNT}", [], ["bad_output"]),
+    "before words": (f"{COUNT}\nThat is what you wrote.", [], ["bad_output"]),
+    "JSON before words": (f"{COUNT[11:-12]} is what you wrote.", [], ["bad_output"]),
+    "beside a memory tool after words": (f"Look: {TAGGED}{COUNT}", [], ["bad_output"]),
+    "quoted": (f"You wrote `{COUNT}`.", [], []),
+    "in an argument": (TAGGED.replace("Hello!", f"See {memws.encode_json(COUNT)[1:-1]}"), [], []),
+    "in a block with words after it": (f"```\n{COUNT}\n```\nis what you wrote.", [], []),
+}
+
+
+@pytest.mark.parametrize(("text", "numbers", "retries"), PASTES.values(), ids=PASTES)
+async def test_a_users_tool_is_called_only_by_what_is_all_markup(
+    endpoint: Endpoint, text: str, numbers: list[int], retries: list[str]
+) -> None:
+    """What somebody pasted and the model repeats among words runs nothing; the turn ends with a reply all the same."""
+    ran: list[int] = []
+
+    def count(number: int) -> None:
+        """Count."""
+        ran.append(number)
+
+    async with Lab(endpoint, tools=[count]) as lab:
+        agent = await lab.create()
+        endpoint.script(Reply(text))
+        turn = await lab.say(agent, "Hi")
+        assert (ran, [frame["code"] for frame in turn.of("retry")]) == (numbers, retries)
+        assert (len(turn.replies), turn.stop_reason) == (1, "done")
+        deltas = "".join(frame["message"] for frame in turn.of("delta"))
+        assert ("<tool_call>" in deltas) == ("`" in text and not retries)
+
+
 UNREADABLE: dict[str, Reply] = {
     "nothing": Reply(),
     "an edit that would delete": Reply(calls=[("core_memory_replace", CUT)]),

@@ -739,6 +739,8 @@ MARKUP = {
     "Nemotron": f"<TOOLCALL>[{WRITTEN}]</TOOLCALL>", "Functionary": f">>>send_message\n{ARGUMENTS}",
     "Apertus": '<|tools_prefix|>[{"send_message": {"message": "Hello!"}}]<|tools_suffix|>',
     "Qwen Agent": f"✿FUNCTION✿: send_message\n✿ARGS✿: {ARGUMENTS}\n✿RETURN✿",
+    "Mistral 11, its token lost": f"send_message{ARGUMENTS}", "Qwen2.5, its tools": f"<tools>\n{WRITTEN}\n</tools>",
+    "a name as attribute": f'<tool_call name="send_message">{ARGUMENTS}</tool_call>',
     "ReAct": f"Action: send_message\nAction Input: {ARGUMENTS}",
     "LangChain": '{"action": "send_message", "action_input": "{}"}',
 }  # fmt: skip
