@@ -2652,22 +2652,32 @@ _SECRET = re.compile(
 _OPTIONS = {  # those that a request may do without, and how endpoints name them
     "stream_options": "stream_options|include_usage",
     "reasoning_effort": "reasoning[_. ]effort|think value|thinking(?! mode)",
-    **{name: name for name in ("max_tokens", "max_completion_tokens", "seed", "temperature", "top_p")},
+    "max_tokens": "max_tokens|max_?output_?tokens|maximum tokens you",
+    "top_p": "top_?p",
+    **{name: name for name in ("max_completion_tokens", "seed", "temperature")},
     "stream": "stream(?:ing)?",
 }
 _EFFORT = re.compile(r"reasoning_effort\W{0,3}(?:(?:must|should) be )?(?:to|=|as)?\W{0,3}\b(none|low|medium)\b")
 _NO = (  # how they say that they do not take something
     r"(?:un|not |n't )support|not .{0,8}(?:valid|permitted|allowed|available|accept|recogni|compatible)|unknown|must "
     r"|unrecogni|unexpected|invalid|deprecated|extra |can ?not|can't|should be|too (?:large|big|high|small|low)"
-    r"|\bonly\b|range|out of|at most|between"
+    r"|\bonly\b|range|out of|at most|between|exceeds the model"
 )
-_OF_TOOLS = r"schema|properties|(?:tools|messages|functions?)[\[.]+\d|(?:function|tool) ['\"`]"
-_LOADING = r"^(?:5|409|425|429).*(?:(?<!error )(?<!failed )\bloading|warming up|starting up|(?:not|n't) (?:yet )?ready)"
+_OF_OTHERS = (  # what such words may be about instead
+    r"schema|properties|parameters[\[.]|(?:tools|messages|functions?)[\[.]+\d|(?:function|tool) ['\"`]|polic|\bprompt\b"
+    r"|(?:function|tool) (?:parameter|argument|definition|input)"
+)
+_LOADING = (
+    r"^(?:5|404|409|425|429).*(?:(?<!error )(?<!failed )\bloading|being loaded|initiali[sz]ing|cold.?start|warming up"
+    r"|starting up|(?:not|n't) (?:yet )?ready)"
+)
 _UNREAD = r"tool_use_failed|output_parse_failed|failed to (?:call a function|parse (?:tool|input))|parsing tool call"
+_NO_TOOLS = r"support.{0,9} tool|(?:tools?|function)\b.{0,12} (?:not (?:supp|enab)|requires)"
 _NO_KEY = (
     r"^401|^403(?!.*(?:quota|limit|country|region|page)).*(?:\bkey\b|\btoken\b|credential|authenticat|unauthori|permission"
     r"|: forbidden\W*$)|invalid_api_key|(?:invalid|incorrect|expired).{0,12}api.?key|api.?key.{0,30}(?:valid|expired)"
 )
+_OPTION = ("model_refused", "the endpoint refused an option", "")
 _OVERFLOW = ("context_overflow", "the endpoint finds the prompt too long", "")
 _REFUSALS = {  # what the first pattern found in "STATUS CODES: reason" means: our code, a sentence, what may help
     _LOADING: ("model_unavailable", "the endpoint is loading the model", "wait"),
@@ -2675,7 +2685,7 @@ _REFUSALS = {  # what the first pattern found in "STATUS CODES: reason" means: o
     r"^402|insufficient_quota|insufficient.balance": ("model_rate_limit", "the account at the endpoint is used up", ""),
     _NO_KEY: ("model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
     r"^429|rate_limit": ("model_rate_limit", "the endpoint limits the rate", "retry"),
-    r"support.{0,9} tool|tools.{0,9} not supp": ("model_refused", "memws needs a model that takes tools", ""),
+    _NO_TOOLS: ("model_refused", "memws needs a model and an endpoint that take tools", ""),
     r"^(?:[23]|40[45]).*HTML page": ("model_unavailable", "check --base-url, does it end with /v1?", "retry"),
     r"^404": ("model_unavailable", "the endpoint does not know the model or the address", ""),
     r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", ""),
@@ -2718,7 +2728,7 @@ def overflow_in(said: str) -> int | None:
 def refuses(said: str, words: str) -> bool:
     """Whether an endpoint says of an option that it does not take it: not where its name merely occurs."""
     named = rf"(?:body\.)?(?:{words})\b[\w.]*: |(?:{_NO}).{{0,60}}\b(?:{words})\b|\b(?:{words})\b.{{0,60}}(?:{_NO})"
-    pieces = [each for each in said.split("; ") if not re.search(_OF_TOOLS, each, re.IGNORECASE)]
+    pieces = [each for each in said.split("; ") if not re.search(_OF_OTHERS, each, re.IGNORECASE)]
     return any(re.search(named, each, re.IGNORECASE | re.DOTALL) for each in pieces)
 
 
@@ -2961,8 +2971,9 @@ class OpenAIModel:
         said = f"{status or ''} {' '.join(codes)}: {reason}"
         learned = bool(re.match(r" |4(?!0[123]|29)", said)) and self._learn(f"{fields.get('param')}: {reason}", body)
         window = None if learned else overflow_in(f"{said} n_ctx {fields.get('n_ctx')}")
-        rows = (row for pattern, row in _REFUSALS.items() if re.search(pattern, said, re.IGNORECASE | re.DOTALL))
-        kind, text, remedy = next(rows) if window is None else _OVERFLOW
+        rows = (row for pattern, row in _REFUSALS.items() if re.search(f"(?is){pattern}", said))
+        row = _OPTION if learned else _OVERFLOW
+        kind, text, remedy = row if learned or window is not None else next(rows)
         if window and window >= 2 * MIN_REPLY_TOKENS:
             self.limit = min(self.limit, window)
         with contextlib.suppress(ValueError, LookupError):

@@ -309,6 +309,7 @@ NOT_TOO_LONG = {  # and what looks alike
     "Failed to call a function. See 'failed_generation' for more.": "bad_output",
     "gemma3:latest does not support tools": "model_refused",
     "404 No endpoints found that support tool use": "model_refused",
+    "500 tools param requires --jinja flag": "model_refused",
     "401 token expired": "model_auth",
     "API key not valid. Please pass a valid API key.": "model_auth",
 }
@@ -349,7 +350,14 @@ async def test_what_a_refusal_advises(endpoint: Endpoint, model: memws.Model) ->
         assert ("end with /v1?" in str(error), "Sign in & go" in str(error)) == (True, True)
 
 
-LOADING = ["Loading model", "Model x is currently loading", "The model is warming up", "model not ready, try later"]
+LOADING = [
+    "Model x is being loaded",
+    "The worker is still initializing",
+    "Loading model",
+    "Model x is currently loading",
+    "The model is warming up",
+    "model not ready, try later",
+]
 
 
 async def test_a_model_that_loads(endpoint: Endpoint, model: memws.Model) -> None:
@@ -370,6 +378,11 @@ OPTIONS: list[tuple[Body, str | Body, Body | None]] = [  # settings; what the en
     ({"temperature": 0.3}, SCHEMA, None),
     ({"seed": 3}, {"param": "tools[3].function", "message": "Invalid value: seed is unknown"}, None),
     ({"seed": 3}, "tools[3].function.parameters.seed: Extra inputs are not permitted", None),
+    ({"seed": 3}, "Invalid value for tool parameter seed", None),
+    ({"seed": 3}, "Your message has a seed phrase, which is not allowed by our policy", None),
+    ({"top_p": 0.5}, "it has a topP value of 0.5 but the supported range is from 0.9 to 1", {}),
+    ({"max_tokens": 99}, "The maximum tokens you requested exceeds the model limit of 64. Try a lower value", {}),
+    ({"max_tokens": 99}, "max_tokens: 99 > 64, which is the maximum allowed number of output tokens", {}),
     ({"seed": 3}, "the word seed stands in the text of a message", None),
     ({"seed": 3}, "does not support parameters: ['seed'], for model=x. To drop these, set `drop_params=True`", {}),
     ({"seed": 3}, 'Invalid JSON payload received. Unknown name "seed": Cannot find field.', {}),
