@@ -953,11 +953,11 @@ def seconds_between(earlier: str, later: str) -> float:
 
 
 # ---- what an endpoint takes ------------------------------------------------------------------------------------------
-# An assistant's message with EXTRAS begins with a mark of its maker: {"by":"model at endpoint". Rules are learned of a
-# maker: alternate, systemless, and for messages alone "tools as text" (where a template knows none), "calls alone",
-# "short ids", "without FIELD", "with FIELD".
+# An assistant's message with fields that only its maker, a model at an endpoint, needs back begins with {"by":"MAKER".
+# What an endpoint wants of a history is learned as rules: alternate, systemless, and for messages alone "tools as text"
+# (where a template knows none), "calls alone", "short ids", "without FIELD", "with FIELD".
 
-EXTRAS = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "extra_content")
+OWN_FIELDS = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "extra_content")
 _UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}  # as Google's manual says
 _USER = '{"role":"user","content":"'
 _BETWEEN = {  # (role, next role), their first letters: what stands between them where roles alternate
@@ -971,7 +971,7 @@ def adapt(body: str, maker: str, rules: Collection[str]) -> str:
     message = decode_json(body)
     is_own, calls = message.pop("by", maker) == maker, message.get("tool_calls", [])
     for part in (message, *calls):
-        for name in EXTRAS:
+        for name in OWN_FIELDS:
             if not is_own or f"without {name}" in rules:
                 part.pop(name, None)
         for key in {"id", "tool_call_id"} & part.keys() if "short ids" in rules else ():
@@ -2298,7 +2298,7 @@ class ToolCall:
     text: str = ""  # the arguments: JSON that may be cut anywhere
     arguments: JSON = field(default_factory=dict)
     problem: str = ""  # why it cannot run, as advice for the model
-    extras: JSON = field(default_factory=dict)  # what its maker needs back with it
+    own: JSON = field(default_factory=dict)  # fields that its maker needs back
 
     @property
     def spoken(self) -> str:
@@ -2329,7 +2329,7 @@ class Reply:
         self.corrections: list[tuple[str, str]] = []  # (what, how) of all that had to be mended to read it
         self.partial = ""  # what send_message said in a call that was cut
         self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
-        self.extras: JSON = {}  # what its maker needs back with it
+        self.own: JSON = {}  # fields that its maker needs back
         self._size = 0
         self._shown, self._seen, self._begin = "", 0, 0  # the text without markup, where it ends, where it began
         self._choice: Any = None  # the index of the choice that is read, of several
@@ -2382,7 +2382,7 @@ class Reply:
         self.text += self._take([part for part in parts if part not in thoughts])
         self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
         self.refusal += self._take(delta.get("refusal"))
-        self._keep(self.extras, delta)
+        self._keep(self.own, delta)
         function = delta.get("function_call")  # as before there were tools
         for place, piece in enumerate(delta.get("tool_calls") or ([{"function": function}] if function else ())):
             self._feed_call(piece, place if is_whole else piece.get("index"))
@@ -2399,7 +2399,7 @@ class Reply:
             self._size += CALL_WEIGHT
         self._latest[index] = self._latest[None] = call
         call.id = call.id or self._take(call_id)
-        self._keep(call.extras, piece)
+        self._keep(call.own, piece)
         if name.startswith(call.name):  # once more, or all that has come with it
             call.name = ""
         if text and (call.text == "{}" or (call.text[:1] == "{" and text.startswith(call.text))):
@@ -2408,12 +2408,12 @@ class Reply:
         call.name += self._take(name)
         call.text += self._take(text)
 
-    def _keep(self, extras: JSON, part: JSON) -> None:
+    def _keep(self, own: JSON, part: JSON) -> None:
         """Keep what a maker needs back; texts and lists come in pieces."""
-        for name in EXTRAS if not self.full else ():
+        for name in OWN_FIELDS if not self.full else ():
             if (piece := part.get(name)) is not None:
-                before = extras.get(name)
-                extras[name] = before + piece if isinstance(before, (str, list)) else piece
+                before = own.get(name)
+                own[name] = before + piece if isinstance(before, (str, list)) else piece
                 self._size += 0 if isinstance(piece, str) else len(encode_json(piece))
 
     def _take(self, value: Any) -> str:
@@ -2982,8 +2982,8 @@ class OpenAIModel:
         text += f"; it asks to wait {wait:g} s" if wait else ""
         retry = bool(remedy) and (wait or 0) <= MAX_RETRY_AFTER
         if not learned and kind in ("model_refused", "model_unavailable"):  # maybe of the history; the agent sees it
-            found = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
-            self.shape = list(dict.fromkeys([*self.shape, *(match.expand(rule) for match, rule in found if match)]))
+            matches = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
+            self.shape = list(dict.fromkeys([*self.shape, *(match.expand(rule) for match, rule in matches if match)]))
         wait = wait or LOADING_PAUSE if remedy == "wait" else wait
         error = ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
         written = fields.get("failed_generation") or ""
@@ -4227,13 +4227,13 @@ class Agent:
     def _add_assistant(self, change: Transaction, reply: Reply, calls: list[ToolCall], text: str, said: str) -> None:
         """The chat message of what an agent said and called, with what its maker needs back."""
         maker, *rules = self.model.shape
-        extras = {name: value for name, value in clean_value(reply.extras).items() if f"without {name}" not in rules}
-        body: JSON = {"role": "assistant", "content": reply.text or None, **extras}
+        own = {name: value for name, value in clean_value(reply.own).items() if f"without {name}" not in rules}
+        body: JSON = {"role": "assistant", "content": reply.text or None, **own}
         for call in calls:
             function = {"name": call.name, "arguments": encode_json(call.arguments)}
-            whole = {"id": call.id, "type": "function", "function": function, **clean_value(call.extras)}
+            whole = {"id": call.id, "type": "function", "function": function, **clean_value(call.own)}
             body.setdefault("tool_calls", []).append(whole)
-        mark = {"by": maker} if extras or any(call.extras for call in calls) else {}
+        mark = {"by": maker} if own or any(call.own for call in calls) else {}
         change.add_message("assistant", text, mark | body, said=said)
 
     def _add_partial(self, change: Transaction, reply: Reply, reason: str) -> None:
