@@ -957,7 +957,7 @@ def seconds_between(earlier: str, later: str) -> float:
 # What an endpoint wants of a history is learned as rules: alternate, systemless, and for messages alone "tools as text"
 # (where a template knows none), "calls alone", "short ids", "without FIELD", "with FIELD".
 
-OWN_FIELDS = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "extra_content")
+OWN_FIELDS = ("reasoning_content", "reasoning", "reasoning_details", "extra_content")
 _UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}  # as Google's manual says
 _USER = '{"role":"user","content":"'
 _BETWEEN = {  # (role, next role), their first letters: what stands between them where roles alternate
@@ -2756,8 +2756,7 @@ _LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
     r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
     r"(call.?ids?|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
     r"content or tool_calls, but not both": "calls alone",
-    rf"\A(?!.*(?:{_LACKS})).*?\b(reasoning_content|reasoning_details|thinking_blocks|extra_content"
-    r"|(?<=['\"`.])reasoning)\b": r"without \1",
+    rf"\A(?!.*(?:{_LACKS})).*?\b(reasoning_(?:content|details)|extra_content|(?<=['\"`.])reasoning)\b": r"without \1",
     rf"(?=.*({_LACKS})).*reasoning_content": "with reasoning_content",
     rf"(?=.*({_LACKS})).*thought.?signature": "with extra_content",
 }

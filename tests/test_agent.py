@@ -1225,7 +1225,7 @@ THOUGHT = Reply(
     call_ids=["x" * 3_000, "b"],
     reasoning="I think it over, twice.",
     signature="c2lnbmVk",
-    more={"reasoning_details": [{"type": "reasoning.encrypted", "data": "walrus"}], "thinking_blocks": None},
+    more={"reasoning_details": [{"type": "reasoning.encrypted", "data": "walrus"}], "extra_content": None},
 )
 
 
