@@ -1268,3 +1268,16 @@ async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_pat
         assert agent.model.ratio == ratio, "a summary calibrates nothing"
     (summary,) = filter(is_summary, endpoint.requests)
     assert not re.search("I think it over|walrus|c2lnbmVk", str(summary))
+
+
+async def test_turns_at_once_learn_together(endpoint: Endpoint, lab: Lab) -> None:
+    """A turn that was refused for what another one learned meanwhile goes on by that, and nothing more is learned."""
+    agents = [await lab.create(name) for name in ("ada", "bob", "eve", "joe")]
+    for wants in ((), ("user after tool",), ("user after tool",)):
+        endpoint.quirks = wants
+        turns = await asyncio.gather(*(lab.say(agent, "Hi") for agent in agents))
+        assert [turn.replies for turn in turns] == [["Hello!"]] * len(agents)
+    assert (agents[0].model.shape[1:], len(endpoint.requests)) == (
+        ["alternate"],
+        3 * len(agents) + len(endpoint.lessons),
+    )
