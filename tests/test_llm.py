@@ -134,6 +134,10 @@ PIECES: dict[str, tuple[list[Body], str]] = {
     "the same, not numbered": ([piece(None, "x", "a", "{"), piece(None, "x", "a", "}")], "a{}"),
     "a name in pieces": ([piece(0, "x", "send_"), piece(0, None, "message{"), *END], "send_message{}"),
     "numbered from 3": ([piece(3, "x", "a", "{"), piece(3, None, None, "}")], "a{}"),
+    "all numbered 0, the same name": (
+        [piece(0, "x", "a", "{}"), piece(0, "y", "a", ""), piece(0, text="{}")],
+        "a{} a{}",
+    ),
     "a name that grows": ([piece(0, "x", "send_"), piece(0, "x", "send_message"), *END], "send_message}"),
     "not numbered, a name in pieces": (
         [piece(None, "x", "send_"), piece(None, None, "message", "{}")],
@@ -755,7 +759,7 @@ MARKUP = {
     "Mistral 11, its token lost": f"send_message{ARGUMENTS}", "Qwen2.5, its tools": f"<tools>\n{WRITTEN}\n</tools>",
     "a name as attribute": f'<tool_call name="send_message">{ARGUMENTS}</tool_call>',
     "ReAct": f"Action: send_message\nAction Input: {ARGUMENTS}",
-    "LangChain": '{"action": "send_message", "action_input": "{}"}',
+    "LangChain": '{"action": "send_message", "action_input": {"message": "Hello!"}}',
 }  # fmt: skip
 
 
@@ -778,7 +782,7 @@ def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
             continue  # bare JSON or Python is a whole text
         memws.read_reply(reply, TOOLS)
         assert ([call.name for call in reply.calls], reply.text) == (["send_message"], before[:8] * ("I" in before))
-        assert reply.calls[0].arguments.get("message", "Hello!") == "Hello!"
+        assert reply.calls[0].arguments["message"] == "Hello!"
         assert heard(before + markup, 3).replace("Hm.", "").strip() in ("", "I greet.")
         theirs = reply_of(before + markup)
         with pytest.raises(memws.ModelError, match="among") if "I" in before else contextlib.nullcontext():
@@ -789,7 +793,7 @@ def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
         with contextlib.suppress(memws.ModelError):
             memws.read_reply(reply, TOOLS)
             assert "Hello" not in reply.text
-            assert {call.arguments.get("message", "Hello!") for call in reply.calls} <= {"Hello!"}
+            assert {call.arguments.get("message") for call in reply.calls} <= {"Hello!"}
 
 
 QUOTED = {
