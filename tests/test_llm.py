@@ -383,6 +383,8 @@ OPTIONS: list[tuple[Body, str | Body, Body | None]] = [  # settings; what the en
     ({"seed": 3}, {"param": "tools[3].function", "message": "Invalid value: seed is unknown"}, None),
     ({"seed": 3}, "tools[3].function.parameters.seed: Extra inputs are not permitted", None),
     ({"seed": 3}, "Invalid value for tool parameter seed", None),
+    ({"seed": 3}, {"detail": [{"loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}, {}),
+    ({"seed": 3}, {"detail": [{"loc": ["body", "tools", 3, "seed"], "msg": "Extra inputs are not permitted"}]}, None),
     ({"seed": 3}, "Your message has a seed phrase, which is not allowed by our policy", None),
     ({"top_p": 0.5}, "it has a topP value of 0.5 but the supported range is from 0.9 to 1", {}),
     ({"max_tokens": 99}, "The maximum tokens you requested exceeds the model limit of 64. Try a lower value", {}),
