@@ -2576,7 +2576,7 @@ def _calls_in(markup: str, tools: Collection[str]) -> list[tuple[str, Any]]:
             found.append((tool, piece))
             tool = ""
         elif "<arg_key>" in piece:
-            found.append((piece.partition("<")[0].strip(), _xml_arguments(piece)))
+            found.append((piece.partition("<")[0].strip() or tool or "unknown", _xml_arguments(piece)))
         elif named and named[2]:
             found.append((named[1], named[2]))
         elif named:
