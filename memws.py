@@ -332,11 +332,11 @@ def quote(value: object) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
-def short_sentence(text: str) -> str:
-    """`text` as an error may tell it: printable, and at most MAX_ERROR bytes of JSON."""
-    text = "".join(char if char.isprintable() else " " for char in text[: MAX_ERROR + 1])
+def short_sentence(text: str, most: int = MAX_ERROR) -> str:
+    """`text` as an error may tell it: printable, and at most so many bytes of JSON."""
+    text = "".join(char if char.isprintable() else " " for char in text[: most + 1])
     sizes = [*itertools.accumulate(len(char.encode()) + (char in '"\\') for char in text)]
-    fitting = sum(size <= MAX_ERROR for size in sizes)
+    fitting = sum(size <= most for size in sizes)
     return text if fitting == len(text) else text[:fitting] + "…"
 
 
@@ -358,10 +358,10 @@ class MemwsError(Exception):
     `code` is the stable name on the wire, `details` go beside it; the text is one sentence for people.
     """
 
-    code = "internal"
+    code, most = "internal", MAX_ERROR
 
     def __init__(self, message: str, code: str | None = None, **details: Any) -> None:
-        super().__init__(short_sentence(message))
+        super().__init__(short_sentence(message, self.most))
         self.code, self.details = code or self.code, details
 
 
@@ -399,6 +399,7 @@ class ModelError(MemwsError):
     Codes: context_overflow, model_auth, model_rate_limit, model_timeout, model_unavailable, model_refused, bad_output.
     """
 
+    most = 3_300  # its event holds it once
     loading = False  # whether the endpoint loads its model
     generation = ""  # what the model wrote, where its endpoint could not read it
 
