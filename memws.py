@@ -2624,10 +2624,7 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[tuple[str, Any]]:
 def _python_calls(text: str, tools: Collection[str]) -> list[tuple[str, Any]]:
     """The calls in Python's syntax, which is parsed and never evaluated."""
     calls: list[tuple[str, Any]] = []
-    with (
-        contextlib.suppress(SyntaxError, ValueError, TypeError, RecursionError, MemoryError),
-        warnings.catch_warnings(),
-    ):
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # of the parser, of values that are no literals
         warnings.simplefilter("ignore")  # of escapes that Python does not know
         tree = ast.parse(text if re.match(r"\[?\s*[\w.]+\(", text) else "")
         nodes = ast.walk(tree) if all(isinstance(node, ast.Expr) for node in tree.body) else ()
