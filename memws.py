@@ -2644,7 +2644,7 @@ _ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(
 _DONE: JSON = {"done": True}  # the last chunk: [DONE]
 _SECRET = re.compile(
     r"\b(?:sk[-_]|Bearer )[\w*.~+/=-]{6,}|\bAIza[\w-]{9,}"
-    r"|\b(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}",
+    r"|(?<![a-z])(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}",
     re.IGNORECASE,
 )
 _OPTIONS = {  # those that a request may do without, and how endpoints name them
@@ -2666,8 +2666,8 @@ _OF_OTHERS = (  # what such words may be about instead
     r"|(?:function|tool) (?:parameter|argument|definition|input)"
 )
 _LOADING = (
-    r"^(?:5|404|409|425|429).*(?:(?<!error )(?<!failed )\bloading|being loaded|initiali[sz]ing|cold.?start|warming up"
-    r"|starting up|(?:not|n't) (?:yet )?ready)"
+    r"^(?:5|404|409|425|429).*(?:(?<!error )(?<!failed )(?<!while )\bloading|being loaded|initiali[sz]ing|cold.?start"
+    r"|warming up|starting up|(?:not|n't) (?:yet )?ready)"
 )
 _UNREAD = r"tool_use_failed|output_parse_failed|failed to (?:call a function|parse (?:tool|input))|parsing tool call"
 _NO_TOOLS = r"support.{0,9} tool|(?:tools?|function)\b.{0,12} (?:not (?:supp|enab)|requires)"

@@ -573,7 +573,7 @@ LEAKS = [
     Reply(status=500, body=f"<html>Bearer {KEY}</html>"),
     refusal("another key: sk-proj-SECRET0123456789 and Bearer SECRETtoken"), refusal(f"unsupported seed\nfor {KEY}"),
     refusal("x" * 70 + KEY + "x" * 900), Reply(status=422, body={"detail": KEY}), in_stream(f"key {KEY} expired", KEY),
-    Reply(body=f"<html>{KEY}</html>"),
+    Reply(body=f"<html>{KEY}</html>"), refusal("bad api_key: SECRET9f8e7d6c and token='SECRET.9f8e7d'"),
 ]  # fmt: skip
 
 
