@@ -120,9 +120,12 @@ async def test_what_shares_no_word_is_found(start: Serve, endpoint: Endpoint) ->
         assert (" ".join(asked.split()), name) == ("What did tell about felines?", "Zoe"), "names are off the query"
 
 
-async def test_a_search_waits_beside_its_session(start: Serve, endpoint: Endpoint) -> None:
+async def test_a_search_waits_beside_its_session(
+    start: Serve, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a query's vector is awaited other commands are answered, turns go on, and edits wait for no network; a turn
     that waits for one is stopped at once, and what the user has seen of it is kept."""
+    monkeypatch.setattr(memws, "EMBEDDING_PATIENCE", 60.0)
     server = start()
     async with wire(server) as client:
         await client.ok("create_agent", config={"name": "sam"})
