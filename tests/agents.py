@@ -97,16 +97,14 @@ class Lab:
         own = [tool for tool in self.tools if tool not in memws.MEMORY_TOOLS]
         config = {**({"tools": own} if own else {}), **config}
         blocks = [asdict(block) for block in memws.apply(memws.core_memory, config)]
-        await self.store.write(
-            memws.create_agent, memws.AgentRecord(name, memws.read_config(config, self.tools)[0], blocks)
-        )
+        record = memws.AgentRecord(name, memws.read_config(config, self.tools)[0], blocks)
+        await self.store.write(memws.create_agent, record)
         return await self.open(name)
 
     async def open(self, name: str = "sam") -> memws.Agent:
         """The agent as its database has it."""
-        return await memws.Agent(
-            self.store, await self.store.read(memws.find_agent, name), self.models, self.tools
-        ).open()
+        record = await self.store.read(memws.find_agent, name)
+        return await memws.Agent(self.store, record, self.models, self.tools).open()
 
     def turn(self, message: str | None, **options: Any) -> memws.Turn:
         return memws.Turn(f"turn-{next(self._numbers)}", message, **options)
@@ -149,9 +147,8 @@ class Lab:
     async def events(self, agent: memws.Agent, turn_id: str | None = None) -> list[Body]:
         """The stored events of an agent, or of one of its turns."""
         found: list[Body] = []
-        while page := await self.store.read(
-            memws.read_events, agent.record.id, found[-1]["seq"] if found else 0, 1_000, turn_id
-        ):
+        reading = memws.read_events, agent.record.id
+        while page := await self.store.read(*reading, found[-1]["seq"] if found else 0, 1_000, turn_id):
             found += [json.loads(event.text) for event in page]
         return found
 
@@ -167,9 +164,8 @@ def sent(body: Body) -> list[Body]:
 
 def packed(body: Body, kind: str) -> list[Body]:
     """The events of one type that a request packs as user messages."""
-    return [
-        message["content"] for message in sent(body) if message["role"] == "user" and message["content"]["type"] == kind
-    ]
+    said = [message["content"] for message in sent(body) if message["role"] == "user"]
+    return [event for event in said if event["type"] == kind]
 
 
 def results(body: Body) -> list[str]:

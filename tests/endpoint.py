@@ -369,6 +369,19 @@ def _is_signed(messages: list[Body]) -> bool:
     return all(text in ("c2lnbmVk", "skip_thought_signature_validator") for text in texts)
 
 
+def _takes_turns(messages: list[Body]) -> bool:
+    turns = " ".join(["user assistant"] * (len(messages) // 2))
+    return _roles(messages[1:]) == turns.removesuffix(" assistant")
+
+
+def _has_pauses(messages: list[Body]) -> bool:
+    return "tool user" not in _roles(messages)
+
+
+def _has_text_or_calls(messages: list[Body]) -> bool:
+    return not any(message.get("content") for message in messages if "tool_calls" in message)
+
+
 def _has_short_ids(messages: list[Body]) -> bool:
     ids = [call["id"] for message in messages for call in message.get("tool_calls", ())]
     return all(re.fullmatch("[a-zA-Z0-9]{9}", each) for each in ids)
@@ -379,54 +392,23 @@ def _has_known_fields(messages: list[Body]) -> bool:
     return fields <= {"role", "content", "tool_calls", "tool_call_id", "id", "type", "function"}
 
 
+EITHER = "Assistant message must have either content or tool_calls, but not both."
+NINE = "Tool call id was x but must be a-z, A-Z, 0-9, with a length of 9."
+BACK = "The `reasoning_content` in the thinking mode must be passed back to the API."
+SIGNED = "Function call is missing a thought_signature in functionCall parts."
+KNOWN = "for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning' is unsupported)]"
+THINKS: Body = {"reasoning": "I think it over."}
 QUIRKS: dict[str, tuple[Callable[[list[Body]], bool], int, str, Body]] = {
     # name: whether a history is right, the status and words of a refusal, and what its own replies have
     "alternation": (_alternates, 500, "After the optional system message, conversation roles must alternate", {}),
-    "no tool role": (
-        lambda messages: (
-            _roles(messages[1:]) == " ".join(["user assistant"] * (len(messages) // 2))[: -len(" assistant")]
-        ),
-        500,
-        "Conversation roles must alternate user/assistant/user/assistant/...",
-        {},
-    ),
-    "user after tool": (
-        lambda messages: "tool user" not in _roles(messages),
-        400,
-        "Unexpected role 'user' after role 'tool'",
-        {},
-    ),
-    "no system role": (lambda messages: "system" not in _roles(messages), 500, "System role not supported", {}),
-    "content or calls": (
-        lambda messages: not any(message.get("content") for message in messages if "tool_calls" in message),
-        400,
-        "Assistant message must have either content or tool_calls, but not both.",
-        {},
-    ),
-    "nine-character ids": (
-        _has_short_ids,
-        400,
-        "Tool call id was x but must be a-z, A-Z, 0-9, with a length of 9.",
-        {},
-    ),
-    "reasoning": (
-        _has_reasoning,
-        400,
-        "The `reasoning_content` in the thinking mode must be passed back to the API.",
-        {"reasoning": "I think it over."},
-    ),
-    "signatures": (
-        _is_signed,
-        400,
-        "Function call is missing a thought_signature in functionCall parts.",
-        {"signature": "c2lnbmVk"},
-    ),
-    "known fields": (
-        _has_known_fields,
-        400,
-        "for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning' is unsupported)]",
-        {"reasoning": "I think it over.", "reasoning_field": "reasoning"},
-    ),
+    "no tool role": (_takes_turns, 500, "Conversation roles must alternate user/assistant/user/assistant/...", {}),
+    "user after tool": (_has_pauses, 400, "Unexpected role 'user' after role 'tool'", {}),
+    "no system role": (lambda chat: "system" not in _roles(chat), 500, "System role not supported", {}),
+    "content or calls": (_has_text_or_calls, 400, EITHER, {}),
+    "nine-character ids": (_has_short_ids, 400, NINE, {}),
+    "reasoning": (_has_reasoning, 400, BACK, THINKS),
+    "signatures": (_is_signed, 400, SIGNED, {"signature": "c2lnbmVk"}),
+    "known fields": (_has_known_fields, 400, KNOWN, THINKS | {"reasoning_field": "reasoning"}),
 }
 
 
