@@ -30,7 +30,7 @@ HELD = "Please wait"
 
 def answer(body: Body) -> Reply:
     """Greet; where it is asked to wait, only once released."""
-    if "tools" in body and HELD in json.dumps(body["messages"][-1]):
+    if "tools" in body and HELD in str(body["messages"][-1]["content"]).rpartition("\n")[2]:
         return Reply("I wait.", calls=[("send_message", {"message": "Here I am."})], hold=True)
     return greet(body)
 
