@@ -497,8 +497,7 @@ async def test_a_reply_without_end_is_cut(
 
 
 def test_a_first_message_has_to_be_sent(online: Callable[..., Any], endpoint: Endpoint) -> None:
-    """run_step's first_message asks again, once, where send_message is not called, and goes on with what comes then;
-    no_verify skips that, and no other turn verifies."""
+    """run_step's first_message asks again once where send_message is not called; no_verify and other turns do not."""
     server, first, text, plain = online(), {"first_message": True}, Reply("Hello?"), ["plain_text"]
     server.create_new_agent({"name": "sam"})
     for answers, options, replies, calls, corrections in (
@@ -544,8 +543,7 @@ LIMITS: dict[str, tuple[Answer, Body, int]] = {
 async def test_a_turn_has_limits(
     endpoint: Endpoint, lab: Lab, answer: Answer, config: Body, steps: int, request: pytest.FixtureRequest
 ) -> None:
-    """The same call three times, the step limit and the token budget end a turn, each with its stop reason; words of
-    the last step without a reply are the reply, told as a correction."""
+    """Repeated calls, steps and tokens end a turn with their reason; the last step's words are told as the reply."""
     endpoint.refuse = {"stream_options", "temperature", "top_p", "seed"}
     agent = await lab.create(settings={"temperature": 0.5, "top_p": 0.5, "seed": 1}, **config)
     assert (await lab.say(agent, "Hi")).replies == ["Hello!"], "what an endpoint refuses is learned within the turn"
@@ -655,8 +653,7 @@ async def test_a_long_conversation_in_a_small_window(endpoint: Endpoint, lab: La
 
 
 async def test_a_compaction_by_request(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """It makes the prompt smaller, or is context_overflow, and splits no call from its result; a summary is bounded;
-    where the model gives none the last words of what is hidden stand in."""
+    """It makes the prompt smaller or is context_overflow; a summary is bounded, the last words stand in for none."""
     with pytest.raises(memws.ModelError) as caught:
         await compact(agent)
     assert caught.value.code == "context_overflow"
@@ -743,8 +740,7 @@ async def test_a_model_that_loads_is_waited_for(
 
 
 async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
-    """A message longer than the window is shown in part and kept whole; results of one step leave with their calls; the
-    summary quotes the message that waits."""
+    """What is longer than the window is shown in part, kept whole, and quoted by the summary where it waits."""
 
     def flood(number: int) -> str:
         """Return much."""
@@ -777,8 +773,7 @@ async def test_an_endpoint_that_cuts_prompts_silently_is_noticed(endpoint: Endpo
 
 
 async def test_estimates_are_calibrated_within_bounds(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """The sections of a context event add up to what is used, roughly what the endpoint counts; its counts pull the
-    estimate towards them, but never below half or above twice."""
+    """Sections add up to what is used; the endpoint's counts pull the estimate, from half to twice at most."""
     for _ in range(3):
         (frame,) = (await lab.say(agent, "Hi")).of("context")
     names = ["system", "tools", "core_memory", "summary", "messages"]
@@ -1170,8 +1165,7 @@ THOUGHT = Reply(
 
 @pytest.mark.parametrize("whole", [False, True], ids=["in pieces", "whole"])
 async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_path: Path, whole: bool) -> None:
-    """What came with an answer is counted, goes back to its model as it came, also after an import, to no other, and
-    into no summary."""
+    """What came with an answer goes back to its model as it came, to no other, and into no summary; it is counted."""
     details = THOUGHT.more["reasoning_details"]
     made = {"reasoning_content": THOUGHT.reasoning, "reasoning_details": details if whole else details * 2}
     signed = {"google": {"thought_signature": THOUGHT.signature}}

@@ -135,8 +135,7 @@ def test_slash_commands(terminal: Callable[..., Terminal], proxy: Proxy, endpoin
 
 
 def test_interrupts_of_turns(terminal: Callable[..., Terminal], endpoint: Endpoint, proxy: Proxy) -> None:
-    """Ctrl-C cancels a running turn, and the conversation goes on; where cancelling does not help, a second one
-    leaves."""
+    """Ctrl-C cancels a running turn, and talk goes on; where cancelling does not help, a second one leaves."""
     endpoint.script(say("a long story", hold=True), say("hello"), say("a longer story", hold=True))
     chat = terminal(proxy.url, "--agent", "sam")
     chat.line("tell")

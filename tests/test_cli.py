@@ -112,8 +112,7 @@ def test_help(tmp_path: Path, main: Callable[..., Done]) -> None:
 
 @pytest.mark.parametrize("way", ["flags", "variables"])
 def test_flags_and_variables(way: str, tmp_path: Path) -> None:
-    """Every flag of serve has a variable MEMWS_<FLAG>, does what it says, and wins over its variable; --allow-origin
-    may be given several times, in the environment with commas."""
+    """Each flag of serve does what it says, has a variable MEMWS_<FLAG>, which may be a list, and wins over it."""
     flags = {flag: values for flag, values in FLAGS.items() if flag != "--embedding-model"}  # needs an endpoint
     if way == "flags":
         words = [word for flag, (value, _) in flags.items() for each in value.split(", ") for word in (flag, each)]
@@ -159,8 +158,7 @@ def test_bad_values(main: Callable[..., Done]) -> None:
 
 
 def test_serving(tmp_path: Path) -> None:
-    """The first lines name the address really bound, model and database; both families of localhost answer on it, and
-    so does /healthz; database, journal and lock are their owner's only; a variable that is set to nothing is none."""
+    """The first lines tell address, model and database; localhost and /healthz answer; files are their owner's only."""
     addresses = ["127.0.0.1"]
     with socket.socket(socket.AF_INET6) as probe:
         try:
@@ -279,8 +277,7 @@ def test_missing_package(flags: str, tmp_path: Path) -> None:
 def test_endpoint_without_a_choice(
     models: Any, text: str, tmp_path: Path, main: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A base URL and no model: where the endpoint does not serve exactly one, the sentence has the list or the way, and
-    one that says nothing is given up."""
+    """Where a base URL does not serve exactly one model, or nothing, the sentence has the list or the way."""
     monkeypatch.setattr(memws, "CONNECT_TIMEOUT", 0.3 if text == "--base-url" else 5.0)
     with Endpoint(models=() if isinstance(models, Reply) else models) as endpoint:
         if isinstance(models, Reply):

@@ -152,8 +152,7 @@ async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None
 
 
 async def test_cancel(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
-    """A message that waits tells its place; taken back, it ends with a refusal, which a subscription does not have; a
-    running turn that is cancelled ends with its terminal frame."""
+    """A message that waits tells its place; taken back, it alone is refused; a running turn ends as cancelled."""
     endpoint.script(say("a long story", stall_after=2))
     async with memws.Client(server.url) as client:
         await client.hello(["*"])
@@ -289,8 +288,7 @@ async def test_message_without_a_connection(proxy: Proxy) -> None:
 
 @pytest.mark.parametrize(("reconnect", "status"), [(False, 503), (0.1, 503), (True, 401)])
 async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | float, status: int) -> None:
-    """When the client gives up, also because it is refused for good, commands, turns and subscriptions all fail; it
-    can be connected once more."""
+    """When the client gives up, commands, turns and subscriptions all fail; it can be connected once more."""
     endpoint.script(say("slow", hold=True))
     states = States()
     client = memws.Client(proxy.url, reconnect=reconnect, on_state=states.put_nowait)
@@ -321,8 +319,7 @@ async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | 
 
 
 async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
-    """After kill -9 the running turn ends once as interrupted, no event is missing or double, and the message that
-    waited behind it is answered."""
+    """After kill -9 the turn ends once as interrupted, each event comes once, and what waited is answered."""
     endpoint.default = echo
     endpoint.script(Reply("a thought", calls=[remember(1)]), say("never heard", hold=True))
     flags = ("--base-url", endpoint.url, "--context-window", "30000")

@@ -96,8 +96,7 @@ UNNEEDED = {"multiprocessing", "unittest", "xml", "tkinter", "http.server", "rea
 
 
 def test_importing_and_serving_needs_websockets_alone(tmp_path: Path) -> None:
-    """`import memws` and the offline model bring in websockets and the standard library; an import prints,
-    opens and starts nothing."""
+    """`import memws` and the offline model need websockets alone; an import prints, opens and starts nothing."""
     variables = environment({"PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": "1"})
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", SERVE],

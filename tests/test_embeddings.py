@@ -123,8 +123,7 @@ async def test_what_shares_no_word_is_found(start: Serve, endpoint: Endpoint) ->
 async def test_a_search_waits_beside_its_session(
     start: Serve, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a query's vector is awaited other commands are answered, turns go on, and edits wait for no network; a turn
-    that waits for one is stopped at once, and what the user has seen of it is kept."""
+    """While a query's vector is awaited commands, turns and edits go on; a turn that waits for one can be stopped."""
     monkeypatch.setattr(memws, "EMBEDDING_PATIENCE", 60.0)
     server = start()
     async with wire(server) as client:

@@ -56,8 +56,7 @@ def test_the_docstring_draws_the_tree() -> None:
 
 
 def test_codes_and_sentences_are_those_of_the_contract() -> None:
-    """Every code that an error is made with is one that the contract lists for what it answers, and each is used; its
-    sentence begins in lower case (or with a name) and ends without a full stop."""
+    """Errors have the contract's codes, each of which is used, and sentences in lower case without a full stop."""
     place = {"MemwsError": 0, "UsageError": 0, "StoreFailed": 0, "ToolError": 0}
     seen = 0
     for name, arguments in raised():

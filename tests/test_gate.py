@@ -131,8 +131,7 @@ def test_with_a_token_addresses_are_right(serve: Serve) -> None:
 
 
 def test_what_is_allowed_passes(serve: Serve) -> None:
-    """Names of allow_host, and origins and hosts of allow_origin pass, in any case and port; nothing like them does; so
-    do a server's own address and allowed ones, IPv6 with or without brackets."""
+    """Allowed names, hosts and origins, and the own address pass, in any case and port; nothing like them does."""
     origins = ["https://Lab.example:8443/", "chrome-extension://abcdef"]
     server = serve(allow_host=["mine.example", "Other.Example:80"], allow_origin=origins)
     hosts = ["mine.example", "MINE.example:7", "other.example", "other.example:81", "lab.example", "localhost"]
@@ -217,8 +216,7 @@ def test_other_methods_get_405(serve: Serve) -> None:
 
 
 def test_a_page_that_is_no_websocket_is_told_so(serve: Serve) -> None:
-    """A browser that opens the port as a page is told to upgrade; nothing is compressed for who offers it, and a token
-    that nobody asked for, or another subprotocol, is no fault."""
+    """A page is told to upgrade; nothing is compressed; needless tokens and other subprotocols are no fault."""
     server = serve()
     answer = ask(server, "Host: localhost", upgrade=False)
     assert (answer.status, b"WebSocket" in answer.body) == (426, True)
@@ -262,8 +260,7 @@ BREACHES: list[tuple[bytes, int]] = [
 
 
 def test_breaches_of_the_standard_close(serve: Serve) -> None:
-    """What RFC 6455 forbids closes the connection with its code; what is no HTTP (0), or far too much, is refused; the
-    server goes on."""
+    """What RFC 6455 forbids closes with its code; what is no HTTP (0) or too much is refused; the server goes on."""
     server = serve()
     for raw, code in BREACHES:
         with Tcp(server) as tcp:
@@ -285,8 +282,7 @@ BEYOND_LOOPBACK = words(
 
 @pytest.mark.parametrize("host", [*BEYOND_LOOPBACK, "", " 0.0.0.0 "])
 def test_beyond_loopback_needs_a_token(host: str) -> None:
-    """A host that lets other machines in, in any spelling, is refused without a token, with what to do about it, and
-    with one that a header could not carry; a loopback host needs none."""
+    """A host that lets others in, however spelled, needs a token that a header can carry; loopback needs none."""
     with pytest.raises(memws.MemwsError, match="--token"):
         memws.WebSocketServer(host=host)
     memws.WebSocketServer(host=host, token=TOKEN)

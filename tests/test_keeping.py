@@ -188,8 +188,7 @@ def test_an_imported_agent_goes_on(db: Path, tmp_path: Path, run: Run, serve: Se
 
 
 def test_names(db: Path, run: Run, serve: Serve) -> None:
-    """A name in use is refused; that of a deleted agent is free, its seq goes on above, and the deleted one comes
-    back under another."""
+    """A name in use is refused, a deleted agent's is free; its seq goes on above, and that agent can come back."""
     text = export(run, db, PLAIN)
     assert "there is an agent 'sam' already" in sentence(bring(run, text, db))
     assert export(run, db, PLAIN) == text
@@ -209,8 +208,7 @@ def test_names(db: Path, run: Run, serve: Serve) -> None:
 
 
 def test_files(db: Path, tmp_path: Path, run: Run) -> None:
-    """An export is a file in UTF-8, its owner's only, that takes no other's place, whatever the console's encoding; an
-    import takes UTF-8 with a BOM, UTF-16 and standard input too."""
+    """An export is its owner's and takes no file's place; an import takes a BOM, UTF-16 and a pipe, too."""
     file = tmp_path / "zoe.json"
     assert run("export", RICH, file, "--db", db) == (0, "", "")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -325,8 +323,7 @@ def test_what_an_import_takes_works(past: Path, tmp_path: Path, run: Run, serve:
 
 
 def test_healthy_agents_are_found_healthy(db: Path, run: Run, serve: Serve) -> None:
-    """Long lives, failures, renames, deletions, a killed process: none is damage, and check changes nothing; it tells
-    what each agent takes."""
+    """No long life, failure, rename, deletion or kill is damage; check changes nothing and tells all sizes."""
     before = db.read_bytes()
     told = run("check", "--db", db).stdout.splitlines()
     assert told[0] == "no damage found"
@@ -364,8 +361,7 @@ FOUND: dict[str, tuple[str, str]] = {
 
 @pytest.mark.parametrize("what", FOUND)
 def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
-    """check tells it in a line, with exit status 1, and changes nothing; the agent answers or says store_failed, never
-    internal, and others go on as before."""
+    """check tells it in a line, exit status 1, and changes nothing; no answer is internal, and others go on."""
     sql, told = FOUND[what]
     with contextlib.closing(sqlite3.connect(db)) as connection, connection:
         if sql:

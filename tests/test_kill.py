@@ -146,10 +146,7 @@ ENDINGS += [(TOOL, "INT"), (ASYNC, "INT"), (BETWEEN, "INT")]
 async def test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice(
     stage: Stage, name: str, endpoint: Endpoint, tmp_path: Path
 ) -> None:
-    """After kill -9 or a signal all that was told is there once, the turn has its end, and sent again is replayed.
-
-    A signal ends turns and connections cleanly, and leaves nothing to repair.
-    """
+    """All that was told is there once, the turn has its end, and sent again is replayed; a signal leaves no repair."""
     async with at(stage, endpoint, tmp_path) as (place, serving, client, desk):
         serving.process.send_signal(signal.Signals[f"SIG{name}"])
         code = await client.closed()

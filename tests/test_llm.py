@@ -95,8 +95,7 @@ CALL_MANNERS: dict[str, Body] = {
 
 @pytest.mark.parametrize("manner", CALL_MANNERS.values(), ids=CALL_MANNERS.keys())
 async def test_an_answer_is_read_whole(endpoint: Endpoint, model: memws.Model, manner: Body) -> None:
-    """The text of an answer arrives to the letter, the reasoning apart from it, and two tool calls in order with their
-    arguments, each with an id of its own, whatever ids came."""
+    """Text arrives to the letter, reasoning apart, calls in order, each with its arguments and an id of its own."""
     if manner in MANNERS.values():
         endpoint.script(Reply(TEXT, **manner))
         reply = await ask(model)
@@ -322,8 +321,7 @@ NOT_TOO_LONG = {  # and what looks alike
 
 
 async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, model: memws.Model) -> None:
-    """However it says so, refusing at once or in mid-stream, it is context_overflow, and the window that stands
-    there is learned, only downwards; what only looks alike is not."""
+    """In whatever words, it is context_overflow, and a window in them is learned, only downwards; the like is not."""
     for words, window in TOO_LONG.items():
         status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
         for answer in (refusal(words, status=status), in_stream(words, status)):
@@ -550,8 +548,7 @@ async def test_silence(
 
 
 async def test_connections(endpoint: Endpoint) -> None:
-    """Requests at once are spread over clients with CLIENT_REQUESTS each at most, later ones take those again; where
-    nobody listens, the sentence names the option that is probably wrong."""
+    """Requests at once are spread over clients, which later ones take again; where nobody listens, that is told."""
     async with closing(memws.Models("test-model", endpoint.url, KEY)) as models, contextlib.AsyncExitStack() as stack:
         for most in (memws.CLIENT_REQUESTS, memws.CLIENT_REQUESTS):
             used = [await stack.enter_async_context(models.endpoint.client()) for _ in range(most)]
@@ -580,8 +577,7 @@ LEAKS = [
 async def test_no_key_is_in_any_message(
     endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An endpoint that repeats the key in its errors does not get it into ours, nor into the log, wherever it is from:
-    OPENAI_API_KEY and OPENAI_BASE_URL work as the openai package has them."""
+    """A key that an endpoint repeats, also one of the environment's, is in no error and in no log."""
     caplog.set_level(logging.DEBUG, "memws")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
@@ -630,8 +626,7 @@ def test_the_default_model(endpoint: Endpoint) -> None:
 
 @pytest.mark.usefixtures("_no_environment")
 def test_one_model_object_per_name_and_endpoint() -> None:
-    """What is learned of a model is shared by all agents that use it at the same endpoint, and by no other; known model
-    families have their window, any other has the one of MemGPT 0.2.7."""
+    """What is learned is shared by all agents with that model at that endpoint; model families have their window."""
     models = memws.Models("a", "http://127.0.0.1:9/v1", KEY)
     own = {"base_url": "http://127.0.0.1:8/v1", "api_key": "other"}
     assert models.get("a")[0] is models.get(None)[0] is not models.get("b")[0]
@@ -778,8 +773,7 @@ def heard(text: str, size: int) -> str:
 
 @pytest.mark.parametrize("markup", MARKUP.values(), ids=MARKUP)
 def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
-    """It is read as a call, after words only where the tool is no user's; cut anywhere it never runs or is shown as a
-    text, and nothing of it is told while it arrives."""
+    """It is a call, after words only where the tool is no user's; cut anywhere it is never run, shown or told."""
     for before in ("", "<think>Hm.</think>\n", "I greet.\n"):
         reply = reply_of(before + markup)
         if before and markup[:1] in "{[s" and not markup.startswith("[TOOL") and "I" in before:

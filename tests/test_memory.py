@@ -76,8 +76,7 @@ def test_split_terms(text: str, terms: list[str]) -> None:
     ],
 )  # fmt: skip
 def test_every_script_is_found(text: str, query: str) -> None:
-    """A text is found by its words in every script, and by parts of them as they stand; in another normal form it has
-    the same terms."""
+    """A text is found by its words in every script, and by parts of them; its normal forms have the same terms."""
     assert said("something else entirely", text, "1234").search(query)[:1] == [1]
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC", "NFKD")]
     assert [split_terms(form) for form in forms] == [split_terms(text)] * 4
@@ -85,8 +84,7 @@ def test_every_script_is_found(text: str, query: str) -> None:
 
 @pytest.mark.parametrize("kind", ["recall", "archival"])
 def test_hostile_queries_over_hostile_texts(kind: str) -> None:
-    """No text fails to be indexed, its terms hold no spaces, quotes and halves of characters, no query fails, and a
-    text with words is found by them."""
+    """Any text is indexed, in terms without spaces, quotes and half characters, no query fails, and words find it."""
     index = said(*HOSTILE, kind=kind)
     for position, text in enumerate(HOSTILE):
         terms, found = split_terms(text), index.search(text, 100)
@@ -110,8 +108,7 @@ def test_hostile_queries_cost_no_more_than_a_plain_one() -> None:
 
 
 def test_a_bounded_number_of_postings_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a query's words stand in more texts than are read, the rarest words are read first, then the newest; an
-    empty query, and one of stop words alone, gives the newest first."""
+    """The rarest words are read first, then the newest texts, up to a bound; without words the newest come first."""
     monkeypatch.setattr(memws, "POSTINGS", 50)
     words = ["zebra" if number == 10 else "dog" if number % 3 == 0 else "cat" for number in range(500)]
     dogs = [position for position, word in enumerate(words) if word == "dog"]
@@ -176,8 +173,7 @@ def test_fused_rankings() -> None:
 
 @pytest.mark.parametrize("kind", ["recall", "archival"])
 def test_positions_are_the_turns(kind: str) -> None:
-    """A search gives positions of the turns that were handed in, best first, at most as many as asked; a long text is
-    found once, by words of its beginning, middle and end."""
+    """A search gives positions of turns, best first, at most as many as asked; any part finds a long text once."""
     index = memory_index((("ann", f"day {number}", f"thing{number} and cake") for number in range(50)), kind)
     for number in (0, 7, 49):
         assert index.search(f"thing{number}")[0] == number

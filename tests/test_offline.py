@@ -224,8 +224,7 @@ def test_it_says_what_it_is(text: str) -> None:
 
 
 def test_a_tool_is_called_by_name() -> None:
-    """A tool is called by /call NAME with JSON, and its result told; what fails is said with its reason, and is not
-    called again."""
+    """A tool is called by /call NAME with JSON, and its result told; what fails is told why, and not called again."""
     harness = Harness(tools=[*TOOLS, "roll_dice"])
     harness.results = {"roll_dice": (True, "4")}
     assert harness.say('/call roll_dice {"sides": 6}') == "roll_dice returned: 4"
@@ -246,8 +245,7 @@ def test_a_tool_that_is_not_offered_is_not_called(missing: str) -> None:
 
 
 def test_what_may_stand_before_a_reply() -> None:
-    """A timed heartbeat and a login get a monologue and no call, whatever was said before; a heartbeat within the turn,
-    a login in the same message and a summary with what waits lead to the reply."""
+    """Timed heartbeats and logins get a monologue and no call; heartbeats in a turn and summaries lead to the reply."""
     harness = Harness()
     harness.say("I like tea")
     for reason in (HEARTBEAT_TIMER, HEARTBEAT_WAKE):

@@ -462,8 +462,7 @@ async def test_close_on_ones_own_loop(make: Serve) -> None:
 async def test_run_inside_a_running_loop(
     make: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """run in a notebook cell starts the thread form, says so in one line and returns; run(block=True) needs a package
-    there, which it names."""
+    """In a cell run starts the thread form and says so in a line; run(block=True) names the package that it needs."""
     server = make()
     server.run()
     out = capsys.readouterr().out

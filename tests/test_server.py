@@ -301,8 +301,7 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
 
 
 async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, server: Server) -> None:
-    """Subscribers and current agents follow a rename; a delete frees the name and leaves no current agent, and
-    restore_agent brings all back (test_machine.py has every order and refusal)."""
+    """Subscribers follow a rename, a delete frees the name, a restore brings all back (test_machine.py has more)."""
     async with wire(server, "*") as other:
         await other.ok("load_agent", name="sam")
         await other.ok("subscribe")
@@ -685,8 +684,7 @@ async def test_a_message_that_cannot_be_stored_is_refused(
 
 
 async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
-    """when_busy rejects as busy, waits and tells the place, or ends the running turn as superseded and goes before
-    those that wait (test_machine.py has every order)."""
+    """when_busy rejects, waits and tells the place, or supersedes and goes first (test_machine.py has every order)."""
     await hold(client, endpoint, id="runs", when_busy="reject")
     refusal = (await client.turn("rejected", when_busy="reject", turn_id="t"))[-1]
     assert (refusal["code"], refusal["turn_id"]) == ("busy", "t")

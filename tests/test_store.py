@@ -255,8 +255,7 @@ TEXTS = ["", " ", "ä\u0301\r\n\t\x1b\x7f", "日本 العربية 😀\U0010fff
 
 
 async def test_messages_come_in_pages(store: Store) -> None:
-    """The newest messages come first, or those before one of them, each page oldest first, every text as it was; a load
-    leaves out and counts what no endpoint would take; bytes that are no UTF-8 are U+FFFD."""
+    """The newest messages come first, in pages, as they were; a load leaves out what no endpoint would take."""
     agent = await new_agent(store)
     texts = (TEXTS * 5)[:30]
     passages = [passage(number, text) for number, text in enumerate(TEXTS, 1)]
@@ -316,8 +315,7 @@ async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None
 
 @pytest.mark.parametrize("text", ["cake", "", "ake "])
 async def test_search_is_filtered(store: Store, text: str) -> None:
-    """Store, time, page and the newest that may be found narrow a search by words, by none and by parts of words; how
-    much another agent has changes neither hits nor scores."""
+    """Store, time, page and the newest narrow any search; what another agent has changes neither hits nor scores."""
     agent, other = await new_agent(store), await new_agent(store, "ada")
     days = [f"2026-11-{day:02}T12:00:00.000Z" for day in range(1, 21)]
     spoken = [words(n, f"cake {n}", day, "user" if n % 2 else "assistant") for n, day in enumerate(days, 1)]
@@ -344,8 +342,7 @@ async def test_search_is_filtered(store: Store, text: str) -> None:
 
 
 async def test_times_of_turns(store: Store) -> None:
-    """Messages between two times are found although the clock was set back between them; a turn more than an hour
-    after another takes no words from it."""
+    """Times are found although the clock was set back; a turn over an hour after another takes no words from it."""
     agent = await new_agent(store)
     times = [f"2026-11-24T{at}:00.000Z" for at in ("10:00", "10:30", "09:50", "10:10", "11:00", "12:30")]
     texts = ["cake 1", "cake 2", "cake 3", "cake 4", "pancakes", "later"]
@@ -418,8 +415,7 @@ HINDRANCES = {
 
 @pytest.mark.parametrize("what", HINDRANCES)
 async def test_a_store_that_cannot_write_reads_on(tmp_path: Path, what: str) -> None:
-    """While the disk is full, or the file read-only or locked for too long by another program, every write is refused
-    whole and reads go on; then the store does; a lock that is given up in time delays a step only."""
+    """While a file is full, read-only or locked, writes are refused whole, reads go on; a short lock only delays."""
     path, (hinder, let) = tmp_path / "memws.db", HINDRANCES[what]
     async with opened(path) as store:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -441,8 +437,7 @@ async def test_a_store_that_cannot_write_reads_on(tmp_path: Path, what: str) -> 
 
 
 async def test_what_was_handed_over_is_stored(store: Store) -> None:
-    """A step is stored also when nobody waits for it any more or the store is closed, and is read at once, by several
-    readers and on any loop; closing may be done twice, and after it every call is refused."""
+    """A step that nobody awaits, or before a close, is stored, and read at once on any loop; later ones are refused."""
     agent = await new_agent(store)
     async with held_writer(store):
         (task,) = await queued(store.write(commit, agent.id, Changes([tell()])))
@@ -482,8 +477,7 @@ def open_and_fail(path: object) -> str:
 
 @pytest.mark.parametrize(("sync", "level"), [("full", 2), ("normal", 1)])
 async def test_a_store_survives_being_opened_again(tmp_path: Path, sync: str, level: int) -> None:
-    """Everything is read from the file as it was stored, with the durability that was asked for; every file can be
-    read by its owner only, whatever the process's mask."""
+    """All is read from the file as it was stored, as durable as asked for; every file is its owner's only."""
     path, mask = tmp_path / "memws.db", os.umask(0)
     try:
         async with opened(path, sync) as store:
@@ -533,8 +527,7 @@ def test_what_is_no_database_of_ours_is_left_alone(tmp_path: Path, start: str) -
 
 
 async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names that SQLite or a shell would read as something else are files like any other, also empty ones; a path that
-    cannot be, a database that another program holds, and one that is open, by any path to it, are refused."""
+    """Any name is a file; what cannot be, is open by any path, or is held by another program is refused."""
     monkeypatch.chdir(tmp_path)
     names = ["file:x.db?mode=memory", "a b'c\"d.db", "日本.db", "-x.db", ":memory:.db", "empty.db"]
     await asyncio.to_thread(Path("empty.db").touch)
@@ -603,8 +596,7 @@ def take(path: Path, name: str = "sam") -> Any:
 
 
 async def test_an_imported_agent_is_the_exported_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that can be read of it is the same, its index as well; it goes on where it was, or above what was seen
-    under its name (test_keeping.py has the commands)."""
+    """All of it is the same, its index too; it goes on where it was, or above what was seen under its name."""
     monkeypatch.setattr(memws, "POSTINGS_BLOCK", 5)
     path, other = tmp_path / "memws.db", tmp_path / "other.db"
     async with opened(path) as store:

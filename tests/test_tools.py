@@ -47,8 +47,7 @@ USAGES = [
 
 
 def test_a_tool_is_its_function() -> None:
-    """A tool's schema is its signature and docstring with request_heartbeat; bound methods and partials are tools; what
-    no model could call is refused (test_wire.py has every hint). The memory tools have MemGPT 0.2.7's names."""
+    """A tool's schema is its signature and docstring; what no model could call is refused (more in test_wire.py)."""
     tool = make_tool(book)
     assert (tool.name, tool.builtin, tool.timeout) == ("book", False, memws.TOOL_TIMEOUT)
     properties = {
@@ -130,8 +129,7 @@ RESULTS: list[tuple[Any, str | None]] = [
 
 @pytest.mark.parametrize(("result", "text"), RESULTS, ids=range(len(RESULTS)))
 async def test_results_become_text(result: object, text: str | None) -> None:
-    """A text is the result as it is, anything else its JSON or repr, without what cannot be stored, and with at most
-    8,000 characters and a note of what is left out; what has no text is the tool's failure."""
+    """A text stays, anything else is JSON or repr, up to 8,000 characters and a note; what has no text has failed."""
 
     async def later(flag: bool = True) -> object:
         return result
@@ -364,8 +362,7 @@ async def test_archival_memory(lab: Lab, agent: Agent) -> None:
 
 
 async def test_conversation_search_pages_through_the_past(lab: Lab, agent: Agent) -> None:
-    """Recall memory finds the user's and the agent's words page by page from 0, but not what this turn says, and
-    nothing of another agent, whose memory no tool changes either."""
+    """Recall memory finds what both said, page by page, but nothing of this turn or of another agent."""
     other = await lab.create("ada", human="Name: Ada")
     lab.endpoint.script(Reply(calls=[("archival_memory_insert", {"content": "The secret is 42"})]))
     await lab.say(other, "My secret locker is 42")

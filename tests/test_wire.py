@@ -189,8 +189,7 @@ def test_schema_and_check_agree_on_every_field(kind: str) -> None:
     ],
 )  # fmt: skip
 def test_what_no_text_can_hold_is_read_as_u_fffd(sent: str, read_as: str, escape: bool) -> None:
-    """Lone surrogates and NUL become U+FFFD wherever they stand in a frame, also in names and nested values; any other
-    text comes as it was sent, escaped or not: every plane, controls, no normalization."""
+    """Lone surrogates and NUL become U+FFFD wherever they stand; any other text comes as it was, escaped or not."""
     text = "a\u0301 Å ñ 日本 العربية עברית हिन्दी ไทย 😀👨‍👩‍👧 \U0010ffff \ufffe \u2028\x01\x7f \\u0000 \\ud800 \r\n\t"
     text += "[" * 500 + '{"' * 500
     written = json.dumps(text, ensure_ascii=escape)
@@ -309,8 +308,7 @@ LISTED_REASONS = "done cancelled superseded interrupted max_steps budget repeate
 
 
 def test_the_protocol_is_that_of_the_contract() -> None:
-    """Commands, message types and stop reasons are those of the contract that are not for later, and no others; a valid
-    JSON Schema describes every one of them."""
+    """Commands, types and stop reasons are exactly the contract's, and a valid JSON Schema describes each of them."""
     assert sorted(COMMANDS) == sorted(LISTED_COMMANDS.split())
     assert sorted(memws.EVENTS) == sorted(LISTED_TYPES.split())
     assert memws.CLASSIC_TYPES == ("internal_monologue", "assistant_message", "function_message")
@@ -331,8 +329,7 @@ def test_the_protocol_is_that_of_the_contract() -> None:
 
 @pytest.mark.parametrize("message_type", memws.EVENTS)
 def test_an_event_is_its_frame(message_type: str) -> None:
-    """An event holds type, message type and fields, and each copy only gets what differs; a reply of MAX_REPLY
-    characters fits a frame, however many bytes its characters need, in the names of all."""
+    """An event holds its fields, each copy what differs; a reply of MAX_REPLY fits a frame in any characters."""
     event = memws.response(message_type, "hi", "t1", 2)
     expected = {"type": "agent_response", "message_type": message_type, "message": "hi", "turn_id": "t1", "step": 2}
     assert (event, memws.kind_of(event)) == (expected, message_type)
