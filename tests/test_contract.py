@@ -149,14 +149,8 @@ bad_output: agent test_three_failed_calls_in_a_row_end_the_turn
 """
 TABLES = (COMMAND_LINE, PYTHON, WIRE, BAD_INPUT, EVENTS, AGENT, CODES)
 LINES = [line for line in "".join(TABLES).replace("\n  ", " ").splitlines() if line]
-NAMED = sorted(
-    {
-        (part.split()[0], test)
-        for line in LINES
-        for part in line.rpartition(": ")[2].split("; ")
-        for test in part.split()[1:]
-    }
-)
+PARTS = [part.split() for line in LINES for part in line.rpartition(": ")[2].split("; ")]
+NAMED = sorted({(file, test) for file, *tests in PARTS for test in tests})
 
 
 @functools.cache

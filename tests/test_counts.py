@@ -28,9 +28,8 @@ pytestmark = pytest.mark.anyio
 
 FACTS: list[Any] = [("core_memory_append", {"name": "human", "content": f"fact {number}"}) for number in range(3)]
 FACTS += [("archival_memory_insert", {"content": f"passage {number}"}) for number in range(3)]
-SEARCHES = [
-    (f"{memory}_search", {"query": "tea", "request_heartbeat": True}) for memory in ("conversation", "archival_memory")
-]
+TEA = {"query": "tea", "request_heartbeat": True}
+SEARCHES = [("conversation_search", TEA), ("archival_memory_search", TEA)]
 TURNS: list[tuple[list[Reply], int]] = [
     ([SAY_HELLO], 2),  # one for the user's message, one for the step with the turn's end
     ([Reply(calls=[*FACTS, *SAY_HELLO.calls])], 2),  # however many memory tools a step calls

@@ -120,12 +120,8 @@ def test_javascript_block(tmp_path: Path) -> None:
 
 INSTALL = ["pip", "install", "-r", "requirements.txt"]
 # .ci/run does the first two; the browser tests open the notebook of the last.
-OTHER_COMMANDS = [
-    INSTALL,
-    ["python", "-m", "pytest"],
-    [*INSTALL, "jupyterlab"],
-    ["jupyter", "lab", "notebooks/01_quickstart.ipynb"],
-]
+OTHER_COMMANDS = [INSTALL, ["python", "-m", "pytest"], [*INSTALL, "jupyterlab"]]
+OTHER_COMMANDS += [["jupyter", "lab", "notebooks/01_quickstart.ipynb"]]
 
 
 def commands() -> Iterator[tuple[dict[str, str], list[str]]]:
@@ -310,9 +306,7 @@ def test_script_metadata() -> None:
 def test_packages_are_installed_apart() -> None:
     """What only checks need is not in requirements.txt."""
     names = [re.match(r"[\w-]+", line)[0] for line in requirements("requirements.txt")]  # type: ignore[index]
-    assert sorted(names) == [
-        *("ipywidgets", "json-repair", "nest-asyncio", "nest-asyncio2", "openai", "pytest", "websockets")
-    ]
+    assert " ".join(sorted(names)) == "ipywidgets json-repair nest-asyncio nest-asyncio2 openai pytest websockets"
 
 
 def test_docstring_commands(tmp_path: Path) -> None:

@@ -141,9 +141,8 @@ async def test_a_search_waits_beside_its_session(
         assert (await client.ok("set_block", label="human", value="Name: Zoe"))["version"] == 2
         await client.ok("cancel")
         assert (await client.ended())["stop_reason"] == "cancelled"
-        assert [(frame["message"], frame["partial"]) for frame in of_kind(client.frames, "assistant_message")] == [
-            ("Let me see.", True)
-        ]
+        (shown,) = of_kind(client.frames, "assistant_message")
+        assert (shown["message"], shown["partial"]) == ("Let me see.", True)
         await client.say("And now?")
         await asyncio.to_thread(endpoint.wait_embeddings, count + 3)
         assert [frame for frame in client.frames if frame.get("id") == request_id] == []
@@ -258,10 +257,8 @@ async def test_a_text_that_the_endpoint_refuses_stops_no_other(
         await fill(client, ["Tea is cold"])
         await embedded(server.options.db)
     assert kept(server.options.db).keys() == {*PASSAGES, "Tea is ready", "Tea is hot", "Tea is cold"}
-    assert (
-        endpoint.embedded.count(poison),
-        [record.getMessage() for record in caplog.records if record.levelno > logging.INFO],
-    ) == (asked, [])
+    warned = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert (endpoint.embedded.count(poison), warned) == (asked, [])
 
 
 async def test_any_query_can_be_embedded(start: Serve, endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,12 +16,8 @@ import memws
 Serve = Callable[..., memws.WebSocketServer]
 TOKEN = "Secret-token_1~"
 BEARER = f"Authorization: Bearer {TOKEN}"
-UPGRADE = (
-    "Upgrade: websocket",
-    "Connection: Upgrade",
-    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-    "Sec-WebSocket-Version: 13",
-)
+UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+UPGRADE += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
 
 
 def words(text: str) -> list[str]:

@@ -440,11 +440,8 @@ async def test_a_generation_that_the_endpoint_could_not_read(endpoint: Endpoint,
                        {"error_in_stream": {**FAILED, "failed_generation": written}}):  # fmt: skip
             endpoint.script(Reply("", **answer))
             assert (await ask(model)).text == (written if isinstance(written, str) else memws.encode_json(written))
-    for words in (
-        "tool_use_failed",
-        "error parsing tool call: raw='{' err=unexpected end",
-        "Failed to parse input at 0",
-    ):
+    raw = "error parsing tool call: raw='{' err=unexpected end"
+    for words in ("tool_use_failed", raw, "Failed to parse input at 0"):
         endpoint.script(refusal(words, status=500))
         assert (await fail(model)).code == "bad_output"
 
@@ -638,10 +635,7 @@ def test_one_model_object_per_name_and_endpoint() -> None:
 
 
 MESSAGES = [("", ""), (json.dumps('quotes " and \\ and \\" and / and \t\r\n\b\f')[1:-1], None), ("emoji 👋🏽 🎉", None)]
-MESSAGES += [
-    (json.dumps("emoji 👋🏽 and 👩‍👩‍👧 🎉")[1:-1], None),
-    (json.dumps('the word "message": "inside" it')[1:-1], None),
-]
+MESSAGES += [(json.dumps(text)[1:-1], None) for text in ("emoji 👋🏽 and 👩‍👩‍👧 🎉", 'the word "message": "inside" it')]
 MESSAGES += [(f"a{half}b", "a\ufffdb") for half in (r"\ud83d", "\ud83d", r"\udc4b", "\udc4b")]
 MESSAGES += [(r"a\n\\( \(x^2\) \"b", 'a\n\\( \\(x^2\\) "b')]
 "What stands in the JSON, and what is told of it, where that is not what JSON says."
@@ -891,11 +885,8 @@ def test_a_finish_reason_says_whether_the_answer_is_whole(fault: str) -> None:
     for finish in FINISHES[fault].split():
         reply = reply_of("Hel", finish=finish)
         memws.read_reply(reply, TOOLS)
-        assert (reply.text, reply.fault, [what for what, _ in reply.corrections]) == (
-            "Hel",
-            fault,
-            [fault] * bool(fault),
-        )
+        corrections = [what for what, _ in reply.corrections]
+        assert (reply.text, reply.fault, corrections) == ("Hel", fault, [fault] * bool(fault))
 
 
 CUT = '{"name": "human", "old_content": "Ada", "new_content": "'

@@ -184,9 +184,8 @@ class Bench:
     async def stopped(self, agent: memws.Agent, turn: memws.Turn, after: int | None) -> Told:
         """Run a turn, which is stopped after so many events."""
         loop, count = asyncio.get_running_loop(), itertools.count()
-        return await self.lab.run(
-            agent, turn, lambda _: loop.call_soon(turn.stop, "cancelled") if next(count) == after else None
-        )
+        stop = lambda _: loop.call_soon(turn.stop, "cancelled") if next(count) == after else None  # noqa: E731
+        return await self.lab.run(agent, turn, stop)
 
     def check_end(self, told: Told) -> None:
         """The turn did not end by a fault of ours, and each call of a tool ran once."""

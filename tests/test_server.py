@@ -87,16 +87,14 @@ async def test_create_agent(server: Server) -> None:
     async with wire(server) as client:
         response = await client.command("create_agent", config={})
         name = response["result"]["agent_name"]
-        assert (response["status"], response["result"]) == (
-            "OK: Agent initialized", {"agent_name": name, "warnings": []},
-        )  # fmt: skip
+        assert response["status"] == "OK: Agent initialized"
+        assert response["result"] == {"agent_name": name, "warnings": []}
         assert (await client.ok("get_agent"))["agent_name"] == name
         assert (await client.ok("create_agent", config=config))["agent_name"] == "sam"
         agent = await client.ok("get_agent", agent_name="sam")
     blocks = {"persona": (memws.PERSONAS["sam_pov"], 2000), "human": ("Likes tea.", 2000), "plan": ("rest", 100)}
-    assert agent["blocks"] == [
-        {"label": label, "value": value, "limit": limit, "version": 1} for label, (value, limit) in blocks.items()
-    ]
+    told = [(block["label"], block["value"], block["limit"], block["version"]) for block in agent["blocks"]]
+    assert told == [(label, *values, 1) for label, values in blocks.items()]
     chosen = config.keys() - {"name", "persona", "human", "blocks"}
     assert {key: agent["settings"][key] for key in chosen} == {key: config[key] for key in chosen}
     assert agent["counts"] == {"messages": 0, "passages": 0, "in_context": 0}
@@ -265,9 +263,8 @@ async def test_list_agents_and_get_agent_tell_what_runs(server: Server, endpoint
             await client.ok("create_agent", config={"name": name})
         await hold(client, endpoint, agent_name="bee", turn_id="t")
         listed = (await client.ok("list_agents"))["agents"]
-        assert [(agent["agent_name"], agent["state"], agent["last_seq"]) for agent in listed] == [
-            ("ant", "idle", 0), ("bee", "running", 2), ("cat", "idle", 0),
-        ]  # fmt: skip
+        states = [(agent["agent_name"], agent["state"], agent["last_seq"]) for agent in listed]
+        assert states == [("ant", "idle", 0), ("bee", "running", 2), ("cat", "idle", 0)]
         assert {agent["model"] for agent in listed} == {"test-model"}
         page = await client.ok("list_agents", after="ant", limit=1)
         assert ([agent["agent_name"] for agent in page["agents"]], page["total"]) == (["bee"], 3)
@@ -952,10 +949,11 @@ async def test_a_long_reply_is_cut(online: Serve, endpoint: Endpoint, character:
     """Of a reply of over 100,000 characters as much is told, as partial, with a correction; every frame fits."""
     server = online(context_window=10_000_000)
     shown = character.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    calls = [("send_message", {"message": character * 150_000})]
-    endpoint.script(
-        Reply("Well.", calls=[*calls, ("core_memory_append", {"name": "human", "content": "x"})], chunk=9_000)
-    )
+    calls = [
+        ("send_message", {"message": character * 150_000}),
+        ("core_memory_append", {"name": "human", "content": "x"}),
+    ]
+    endpoint.script(Reply("Well.", calls=calls, chunk=9_000))
     async with wire(server, "*") as client:
         await client.ok("create_agent", config={})
         await client.ok("subscribe")

@@ -5,7 +5,6 @@ Every test of what a store keeps runs on a file and in memory.
 
 import asyncio
 import hashlib
-import itertools
 import json
 import os
 import random
@@ -20,30 +19,7 @@ from typing import Any
 import pytest
 
 import memws
-from memws import (
-    AgentRecord,
-    Changes,
-    ChatMessage,
-    Document,
-    Query,
-    Refused,
-    Sqlite,
-    Store,
-    StoreFailed,
-    commit,
-    create_agent,
-    delete_agent,
-    find_agent,
-    find_passage,
-    find_request,
-    find_turn,
-    list_agents,
-    load_messages,
-    read_events,
-    read_messages,
-    restore_agent,
-    search,
-)
+from memws import AgentRecord, Changes, Query, Store, commit, create_agent, find_agent, read_events, read_messages
 
 pytestmark = pytest.mark.anyio
 LIMIT = 20.0
@@ -56,7 +32,7 @@ FORMER = Path(__file__).with_name("former_agent.json")
 
 @asynccontextmanager
 async def opened(path: str | Path, sync: str = "full") -> AsyncIterator[Store]:
-    store = Store(Sqlite(str(path), sync))
+    store = Store(memws.Sqlite(str(path), sync))
     try:
         async with asyncio.timeout(LIMIT):
             yield store
@@ -83,17 +59,17 @@ def tell(text: str = "x", turn_id: str = "t1", **fields: Any) -> dict[str, Any]:
     return memws.response("internal_monologue", text, turn_id, 1, **fields)
 
 
-def say(number: int, text: str, role: str = "user", turn_id: str = "t1") -> ChatMessage:
+def say(number: int, text: str, role: str = "user", turn_id: str = "t1") -> memws.ChatMessage:
     body = memws.encode_json({"role": "user", "content": text})
-    return ChatMessage(number, role, NOW, text, body, turn_id, 1)
+    return memws.ChatMessage(number, role, NOW, text, body, turn_id, 1)
 
 
-def words(number: int, text: str, time: str = NOW, role: str = "user") -> Document:
-    return Document(number, "recall", role, time, text)
+def words(number: int, text: str, time: str = NOW, role: str = "user") -> memws.Document:
+    return memws.Document(number, "recall", role, time, text)
 
 
-def passage(number: int, text: str, time: str = NOW) -> Document:
-    return Document(number, "archival", "", time, text)
+def passage(number: int, text: str, time: str = NOW) -> memws.Document:
+    return memws.Document(number, "archival", "", time, text)
 
 
 def asked(turn_id: str = "t1", step: int = 1, first: int = 1, last: int = 1, **texts: str) -> memws.RequestRecord:
@@ -121,25 +97,25 @@ def step(number: int = 1, turn_id: str = "t1") -> Changes:
 
 async def everything(store: Store, agent: int) -> list[Any]:
     """All that can be read of an agent."""
-    listed, total = await store.read(list_agents, "", 100)
+    listed, total = await store.read(memws.list_agents, "", 100)
     return [
         [record for record in listed if record.id == agent],
         total,
-        await store.read(load_messages, agent, 0),
+        await store.read(memws.load_messages, agent, 0),
         await store.read(read_messages, agent),
         await store.read(read_events, agent, 0, 1000),
-        [await store.read(find_passage, agent, number) for number in range(1, 20)],
-        [await store.read(find_turn, agent, turn_id) for turn_id in ("t1", "t2", "t3")],
-        [await store.read(find_request, agent, turn_id, 1) for turn_id in ("t1", "t2", "t3")],
-        await store.read(search, agent, Query("", limit=50)),
-        await store.read(search, agent, Query("said kept broken", limit=50)),
+        [await store.read(memws.find_passage, agent, number) for number in range(1, 20)],
+        [await store.read(memws.find_turn, agent, turn_id) for turn_id in ("t1", "t2", "t3")],
+        [await store.read(memws.find_request, agent, turn_id, 1) for turn_id in ("t1", "t2", "t3")],
+        await store.read(memws.search, agent, Query("", limit=50)),
+        await store.read(memws.search, agent, Query("said kept broken", limit=50)),
     ]
 
 
 async def find(store: Store, agent: AgentRecord, text: str = "", *stores: str, **by: Any) -> list[str]:
     """The texts that are found, in order."""
     query = Query(text, stores or ("recall", "archival"), **({"limit": 50} | by))
-    return [document.text for document in (await store.read(search, agent.id, query))[0]]
+    return [document.text for document in (await store.read(memws.search, agent.id, query))[0]]
 
 
 @asynccontextmanager
@@ -163,17 +139,15 @@ async def queued(*jobs: Any) -> list[asyncio.Future[Any]]:
 
 
 async def fails(job: Any, words: str = "the database refused") -> None:
-    with pytest.raises(StoreFailed) as caught:
+    with pytest.raises(memws.StoreFailed) as caught:
         await job
     assert words in str(caught.value)
 
 
 async def test_a_commit_stores_everything(store: Store) -> None:
     """A transaction holds events, messages, documents, a request, state, config and blocks, and gives the seqs."""
-    agent, changes = (
-        await store.write(create_agent, AgentRecord("sam", {"model": None}, BLOCKS[::-1], "http://localhost:1/v1")),
-        step(),
-    )
+    record, changes = AgentRecord("sam", {"model": None}, BLOCKS[::-1], "http://localhost:1/v1"), step()
+    agent = await store.write(create_agent, record)
     assert await store.read(find_agent, "sam") == agent
     assert (agent.config, agent.state, agent.blocks, agent.last_seq) == ({"model": None}, {}, BLOCKS[::-1], 0)
     stored = await store.write(commit, agent.id, changes)
@@ -185,10 +159,10 @@ async def test_a_commit_stores_everything(store: Store) -> None:
     record = await store.read(find_agent, "sam")
     assert (record.config, record.state, record.last_seq) == ({"model": "model 1"}, {"cut": 1}, 2)
     assert (record.blocks, record.base_url) == (changes.blocks, "http://localhost:1/v1")
-    messages, counts = await store.read(load_messages, agent.id, 0)
+    messages, counts = await store.read(memws.load_messages, agent.id, 0)
     assert [(message.text, message.said, message.seq) for message in messages] == [("said 1", "said 1", 2)]
     assert (counts["passages"], counts["last_message"], counts["last_passage"], counts["unreadable"]) == (1, 1, 1, 0)
-    assert await store.read(find_passage, agent.id, 1) == passage(1, "kept 1")
+    assert await store.read(memws.find_passage, agent.id, 1) == passage(1, "kept 1")
     assert sorted(await find(store, agent, "said kept")) == ["kept 1", "said 1"]
 
 
@@ -238,14 +212,12 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
     before = await everything(store, agents[1].id)
     async with held_writer(store):
         jobs: list[Any] = [store.write(commit, agents[0].id, step()), new_agent(store, "agent2")]
-        jobs += [
-            store.write(commit, agents[1].id, BROKEN["a state that is no JSON"]),
-            store.write(commit, 10**6, step()),
-        ]
-        tasks = await queued(*jobs, store.write(commit, agents[2].id, step()))
+        wrong = [(agents[1].id, BROKEN["a state that is no JSON"]), (10**6, step())]
+        jobs += [store.write(commit, *each) for each in (*wrong, (agents[2].id, step()))]
+        tasks = await queued(*jobs)
         ran.clear()
     told = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(outcome) for outcome in told] == [list, Refused, StoreFailed, StoreFailed, list]
+    assert [type(outcome) for outcome in told] == [list, memws.Refused, memws.StoreFailed, memws.StoreFailed, list]
     assert ran.count("BEGIN IMMEDIATE") == 1
     assert await everything(store, agents[1].id) == before
     assert [len(await store.read(read_messages, agent.id)) for agent in agents] == [1, 0, 1, 0]
@@ -263,18 +235,14 @@ async def test_messages_come_in_pages(store: Store) -> None:
     messages[24].body, messages[25].body, messages[27].body = "{", "[]", '{"role":"assistant","content":"x"}'
     await store.write(commit, agent.id, Changes([], messages, passages))
     assert [message.text for message in await store.read(read_messages, agent.id)] == texts
-    assert [await store.read(find_passage, agent.id, document.id) for document in passages] == passages
+    assert [await store.read(memws.find_passage, agent.id, document.id) for document in passages] == passages
     pages = [await store.read(read_messages, agent.id, before, 10) for before in (None, 21, 11, 1, 5)]
     ids = [list(range(21, 31)), list(range(11, 21)), list(range(1, 11)), [], [1, 2, 3, 4]]
     assert [[message.id for message in page] for page in pages] == ids
-    assert [message.id for message in await store.read(read_messages, agent.id, first=25, before=29)] == [
-        25,
-        26,
-        27,
-        28,
-    ]
+    page = await store.read(read_messages, agent.id, first=25, before=29)
+    assert [message.id for message in page] == [25, 26, 27, 28]
     store._connection.execute("UPDATE messages SET text = CAST(x'41ff' AS TEXT) WHERE id = 29")
-    loaded, counts = await store.read(load_messages, agent.id, 25)
+    loaded, counts = await store.read(memws.load_messages, agent.id, 25)
     assert [(message.id, message.text) for message in loaded] == [(27, texts[26]), (29, "A\ufffd"), (30, texts[29])]
     assert (counts["unreadable"], counts["last_message"]) == (3, 30)
 
@@ -283,9 +251,8 @@ async def test_events_are_read_by_seq_and_turn(store: Store, monkeypatch: pytest
     """Events come in order, above a seq, of one turn, so many at a time, with so many characters, but at least one."""
     agent = await new_agent(store)
     for number in range(1, 21):
-        await store.write(
-            commit, agent.id, Changes([tell(f"event {number}", "" if number % 5 == 0 else f"t{number % 3}")])
-        )
+        turn_id = "" if number % 5 == 0 else f"t{number % 3}"
+        await store.write(commit, agent.id, Changes([tell(f"event {number}", turn_id)]))
     every = await store.read(read_events, agent.id, 0, 100)
     assert [event.seq for event in every] == list(range(1, 21))
     assert await store.read(read_events, agent.id, 7, 5) == every[7:12]
@@ -310,7 +277,7 @@ async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None
         frame = memws.decode_json(event.text)
         assert (frame["seq"], frame["turn_id"]) == event[::2][:2]
         assert frame["message"] == "this event is damaged on disk"
-    assert await store.read(find_turn, agent.id, "t1") == (None, True)
+    assert await store.read(memws.find_turn, agent.id, "t1") == (None, True)
 
 
 @pytest.mark.parametrize("text", ["cake", "", "ake "])
@@ -321,9 +288,9 @@ async def test_search_is_filtered(store: Store, text: str) -> None:
     spoken = [words(n, f"cake {n}", day, "user" if n % 2 else "assistant") for n, day in enumerate(days, 1)]
     passages = [passage(n, f"cake passage {n}", "2026-12-01T00:00:00.000Z") for n in (1, 2, 3)]
     await store.write(commit, agent.id, Changes(documents=[*spoken, *passages]))
-    before = await store.read(search, agent.id, Query(text, limit=50))
+    before = await store.read(memws.search, agent.id, Query(text, limit=50))
     await store.write(commit, other.id, Changes(documents=[words(n, f"cake of another {n}") for n in range(1, 99)]))
-    assert await store.read(search, agent.id, Query(text, limit=50)) == before
+    assert await store.read(memws.search, agent.id, Query(text, limit=50)) == before
     every = [hit.text for hit in before[0]]
     assert sorted(every) == sorted([document.text for document in (*spoken, *passages)])
     assert sorted(await find(store, agent, text, "archival")) == [document.text for document in passages]
@@ -333,11 +300,12 @@ async def test_search_is_filtered(store: Store, text: str) -> None:
         assert await find(store, agent, text, **by) == [], by
     assert sorted(await find(store, agent, text, "recall", newest=3)) == ["cake 1", "cake 2", "cake 3"]
     assert await find(store, agent, text, "recall", newest=0) == []
-    pages = [await store.read(search, agent.id, Query(text, limit=7, offset=offset)) for offset in range(0, 30, 7)]
+    queries = [Query(text, limit=7, offset=offset) for offset in range(0, 30, 7)]
+    pages = [await store.read(memws.search, agent.id, query) for query in queries]
     assert ([hit.text for page, _ in pages for hit in page], {total for _, total in pages}) == (every, {23})
     await store.write(commit, agent.id, Changes(removed=[2, 99]))
     assert sorted(await find(store, agent, text, "archival")) == ["cake passage 1", "cake passage 3"]
-    assert await store.read(find_passage, agent.id, 2) is None
+    assert await store.read(memws.find_passage, agent.id, 2) is None
     assert await find(store, agent, "zeppelin") == []
 
 
@@ -360,17 +328,17 @@ async def test_deleted_agents_are_kept_aside(store: Store) -> None:
     agent = await new_agent(store)
     await store.write(commit, agent.id, step())
     before = await everything(store, agent.id)
-    (farewell,) = await store.write(delete_agent, agent.id, CHANGE, purge=False)
+    (farewell,) = await store.write(memws.delete_agent, agent.id, CHANGE, purge=False)
     await fails(store.write(commit, agent.id, Changes([tell()])), "the agent was deleted meanwhile")
     second = await new_agent(store)
     assert (farewell.seq, second.id != agent.id, second.last_seq) == (3, True, 3)
-    await store.write(delete_agent, second.id, None, purge=False)
+    await store.write(memws.delete_agent, second.id, None, purge=False)
     for number, expected in enumerate((second, agent)):
         assert (await store.read(find_agent, "sam", deleted=True)).id == expected.id
-        back = await store.write(restore_agent, "sam", f"sam{number}")
+        back = await store.write(memws.restore_agent, "sam", f"sam{number}")
         assert (back.id, back.name, back.last_seq) == (expected.id, f"sam{number}", 3)
     for job in (
-        store.write(restore_agent, "sam", "sam9"),
+        store.write(memws.restore_agent, "sam", "sam9"),
         store.read(find_agent, "sam", deleted=True),
         store.read(find_agent, "sam"),
     ):
@@ -392,8 +360,8 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
     postings = "SELECT count(*) FROM postings"
     held = store._connection.execute(postings).fetchone()[0]
     if aside:
-        await store.write(delete_agent, agent.id, CHANGE, purge=False)
-    await store.write(delete_agent, agent.id, None if aside else CHANGE, purge=True)
+        await store.write(memws.delete_agent, agent.id, CHANGE, purge=False)
+    await store.write(memws.delete_agent, agent.id, None if aside else CHANGE, purge=True)
     for table in ("messages", "memory", "events", "requests"):
         sql = f"SELECT count(*) FROM {table} WHERE agent = ?"  # noqa: S608
         assert store._connection.execute(sql, (agent.id,)).fetchone() == (0,), table
@@ -401,7 +369,7 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
     sql = "SELECT name, last_seq, config, blocks FROM agents WHERE id <> ?"
     assert store._connection.execute(sql, (other.id,)).fetchall() == [("sam", 3, "{}", "[]")]
     with pytest.raises(memws.UnknownAgent):
-        await store.write(restore_agent, "sam", "sam")
+        await store.write(memws.restore_agent, "sam", "sam")
     assert await everything(store, other.id) == [before[0], 1, *before[2:]]
     assert (await new_agent(store)).last_seq == 3
 
@@ -459,7 +427,7 @@ async def test_what_was_handed_over_is_stored(store: Store) -> None:
         await store.close()
     assert [event.seq for (event,) in await asyncio.gather(*tasks)] == list(range(22, 72))
     jobs: list[Any] = [store.write(commit, agent.id, Changes([tell()])), store.read(find_agent, "sam")]
-    for job in [*jobs, store.read(search, agent.id, Query("x"))]:
+    for job in [*jobs, store.read(memws.search, agent.id, Query("x"))]:
         await fails(job, "the database is closed")
 
 
@@ -471,7 +439,7 @@ def modes_in(folder: Path) -> dict[str, int]:
 def open_and_fail(path: object) -> str:
     """The sentence of a database that cannot be opened."""
     with pytest.raises(memws.UsageError) as caught:
-        Store(Sqlite(str(path)))
+        Store(memws.Sqlite(str(path)))
     return str(caught.value)
 
 
@@ -540,7 +508,7 @@ async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder").symlink_to(tmp_path)
     paths: list[Any] = ["link.db", "./memws.db", tmp_path / "memws.db", "folder/memws.db"]
     for first in ("memws.db", "link.db"):
-        with closing(Sqlite(first)) as base:
+        with closing(memws.Sqlite(first)) as base:
             base.open()
             for path, start in (refused | dict.fromkeys(paths, "(database is locked); stop the memws server ")).items():
                 sentence = open_and_fail(path)
@@ -569,14 +537,12 @@ async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
         with suppress(memws.UsageError):
             async with opened(path, "normal") as store:
                 changes = Changes([tell()], [say(10_000, "new words")], [words(10_000, "new words")])
-                jobs: list[Any] = [
-                    (store.read(find_agent, name), store.write(commit, n, changes)) for n, name in enumerate(names, 1)
-                ]
-                jobs += [
-                    [everything(store, number), store.write(delete_agent, number, None, purge=True)]
-                    for number in (1, 2)
-                ]
-                told += await asyncio.gather(*itertools.chain(*jobs), return_exceptions=True)
+                jobs: list[Any] = []
+                for number, name in enumerate(names, 1):
+                    jobs += [store.read(find_agent, name), store.write(commit, number, changes)]
+                for number in (1, 2):
+                    jobs += [everything(store, number), store.write(memws.delete_agent, number, None, purge=True)]
+                told += await asyncio.gather(*jobs, return_exceptions=True)
             memws.check_database(str(path), memws.check_record)
         faults = [fault for fault in told if isinstance(fault, BaseException)]
         assert all(isinstance(fault, memws.MemwsError) for fault in faults)
@@ -586,7 +552,7 @@ async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
 
 
 def bring(path: Path, data: Any) -> str:
-    with closing(Sqlite(str(path), "normal")) as base:
+    with closing(memws.Sqlite(str(path), "normal")) as base:
         return memws.import_agent(base.open(), data, memws.check_record)
 
 
@@ -606,7 +572,7 @@ async def test_an_imported_agent_is_the_exported_one(tmp_path: Path, monkeypatch
         await store.write(commit, agent.id, Changes(removed=[3]))
         before, data = await everything(store, agent.id), take(path)
         await store.write(commit, agent.id, Changes([tell()] * 7))
-        await store.write(delete_agent, agent.id, None, purge=False)
+        await store.write(memws.delete_agent, agent.id, None, purge=False)
     assert "canary" not in json.dumps(data)
     async with opened(other) as store:
         await new_agent(store, "first")  # so that its number is another one
@@ -632,18 +598,17 @@ async def test_a_former_export_is_read(tmp_path: Path) -> None:
         assert agent.state.items() >= (data["agent"]["state"] | {"turn": "open"}).items()
         assert agent.config == {key: value for key, value in data["agent"]["config"].items() if key != "embedding"}
         assert [block["value"] for block in agent.blocks] == [block["value"] for block in data["blocks"]]
-        messages, counts = await store.read(load_messages, agent.id, 0)
+        messages, counts = await store.read(memws.load_messages, agent.id, 0)
         read = [{"id": message.id, "body": message.body} for message in messages]
         assert read == [{key: row[key] for key in ("id", "body")} for row in data["messages"]]
         assert (counts["unreadable"], counts["passages"], memws.history_faults(messages)) == (0, 1, ([], []))
-        assert [event.text for event in await store.read(read_events, agent.id, 0, 100)] == [
-            row["text"] for row in data["events"]
-        ]
+        events = await store.read(read_events, agent.id, 0, 100)
+        assert [event.text for event in events] == [row["text"] for row in data["events"]]
         turn_id = data["turns"][0]["turn_id"]
-        assert await store.read(find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", True)
+        assert await store.read(memws.find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", True)
         assert len(await find(store, agent, "otters")) == 3
         for number in (1, 2):
-            found, bodies = await store.read(find_request, agent.id, turn_id, number) or pytest.fail("lost")
+            found, bodies = await store.read(memws.find_request, agent.id, turn_id, number) or pytest.fail("lost")
             pieces = [found.system, *([found.summary] if found.summary else []), *bodies]
             body = f'{found.head[:-1]},"messages":[{",".join(pieces)}],"tools":{found.tools}}}'
             assert hashlib.sha256(body.encode()).digest() == found.digest
@@ -660,10 +625,10 @@ async def test_an_import_is_whole_and_text(tmp_path: Path) -> None:
         await store.write(commit, (await new_agent(store)).id, step())
     data = take(path)
     row = data["messages"][0]
-    with closing(Sqlite(str(other), "normal")) as base:
+    with closing(memws.Sqlite(str(other), "normal")) as base:
         connection = base.open()
         connection.execute(f"PRAGMA max_page_count = {connection.execute('PRAGMA page_count').fetchone()[0]}")
-        with pytest.raises(StoreFailed, match="the database refused: database or disk is full"):
+        with pytest.raises(memws.StoreFailed, match="the database refused: database or disk is full"):
             memws.import_agent(connection, data | {"messages": [row | {"text": "x" * 99_999}]}, memws.check_record)
         assert connection.execute("SELECT count(*) FROM agents").fetchone() == (0,)
     odd = data["agent"] | {"name": "\u0065\u0301mile", "config": '{"model":"\\ud800"}'}

@@ -21,10 +21,8 @@ CODES = {"not_json", "not_object", "bad_type", "bad_field", "missing_field", "to
 SETTINGS = hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
 
-VALIDATORS = {
-    name: jsonschema.Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": SCHEMA["$defs"]})
-    for name in SCHEMA["$defs"]
-}
+SCHEMAS = {name: {"$ref": f"#/$defs/{name}", "$defs": SCHEMA["$defs"]} for name in SCHEMA["$defs"]}
+VALIDATORS = {name: jsonschema.Draft202012Validator(schema) for name, schema in SCHEMAS.items()}
 
 
 def read(frame: str | bytes) -> tuple[str, JSON]:
@@ -194,9 +192,8 @@ def test_what_no_text_can_hold_is_read_as_u_fffd(sent: str, read_as: str, escape
     text += "[" * 500 + '{"' * 500
     written = json.dumps(text, ensure_ascii=escape)
     for more in ("", f', "{sent}": {{"x": ["{sent}"]}}', f', "turn_id": "{sent}"'):
-        request = memws.decode_request(
-            f'{{"type": "user_message", "message": "{sent}", "agent_name": {written}{more}}}'
-        )
+        frame = f'{{"type": "user_message", "message": "{sent}", "agent_name": {written}{more}}}'
+        request = memws.decode_request(frame)
         assert (request["message"], request["agent_name"]) == (read_as, text)
         assert "\x00" not in str(request)
         json.dumps(request, ensure_ascii=False).encode()
@@ -263,12 +260,9 @@ QUOTING = [
     f'{{"type": "user_message", "message": "a", "agent_id": "{MARK}", "agent_name": "a{MARK}"}}',
     f'{{"type": "user_message", "x": 1{"0" * 400}e{"9" * 300}, "y": "{MARK}"}}', f'{{"message": "\\{MARK}"}}',
 ]  # fmt: skip
-QUOTING += [
-    json.dumps(frame_of(kind, **needed(kind)) | {name: value})
-    for kind, command in COMMANDS.items()
-    for name in command.parameters["properties"]
-    for value in (MARK, [MARK], {MARK: MARK}, {"x": [MARK] * 50})
-]
+LONG: list[Any] = [MARK, [MARK], {MARK: MARK}, {"x": [MARK] * 50}]
+FIELDS = [(kind, name) for kind, command in COMMANDS.items() for name in command.parameters["properties"]]
+QUOTING += [json.dumps(frame_of(kind, **needed(kind)) | {name: value}) for kind, name in FIELDS for value in LONG]
 
 
 def test_no_error_quotes_more_than_80_characters() -> None:

@@ -430,11 +430,9 @@ def search(bench: Bench) -> Iterator[str]:
     random.Random(4).shuffle(queries)
     files = {"memws": str(PROGRAM)} | ({"baseline": bench.given.baseline} if bench.given.baseline else {})
     with contextlib.ExitStack() as stack:
-        peers = {
-            name: stack.enter_context(Peer("search", file, *data, folder=bench.folder)) for name, file in files.items()
-        }
+        peers = {name: Peer("search", file, *data, folder=bench.folder) for name, file in files.items()}
         for name, peer in peers.items():
-            peer.ask(path=str(bench.folder / f"{name}.db"), query=[])
+            stack.enter_context(peer).ask(path=str(bench.folder / f"{name}.db"), query=[])
         for size in bench.given.rows:
             for name, peer in peers.items():
                 peer.ask(rows=size)
@@ -445,21 +443,14 @@ def search(bench: Bench) -> Iterator[str]:
                     costs[name]["insert"] += peer.ask(insert=SINGLES // 10)
                     costs[name]["query"] += peer.ask(query=queries[:QUERIES][tenth::10])
             for part, goal, goal_beside in (("insert", 2.5, None), ("query", None, 1.2)):
-                compare(
-                    bench, f"{part} with {size:,} rows", {name: costs[name][part] for name in costs}, goal, goal_beside
-                )
-
-
-def compare(
-    bench: Bench, what: str, costs: dict[str, list[float]], goal: float | None, goal_beside: float | None
-) -> None:
-    """The lines of what an insert or a query costs, by itself and beside the baseline."""
-    p95 = {name: 1000 * percentile(seconds, 0.95) for name, seconds in costs.items()}
-    told = f"p95 {p95['memws']:.2f} ms, p50 {1000 * percentile(costs['memws'], 0.5):.2f} ms"
-    floor = f"baseline: p95 {p95['baseline']:.2f} ms" if "baseline" in p95 else ""
-    bench.add(f"{what}, p95", told, floor, [p95["memws"]], goal, unit=" ms")
-    if floor:
-        bench.add(f"{what}, p95 / the baseline's", told, floor, [p95["memws"] / p95["baseline"]], goal_beside)
+                p95 = {name: 1000 * percentile(cost[part], 0.95) for name, cost in costs.items()}
+                told = f"p95 {p95['memws']:.2f} ms, p50 {1000 * percentile(costs['memws'][part], 0.5):.2f} ms"
+                floor = f"baseline: p95 {p95['baseline']:.2f} ms" if "baseline" in p95 else ""
+                what = f"{part} with {size:,} rows, p95"
+                bench.add(what, told, floor, [p95["memws"]], goal, unit=" ms")
+                if floor:
+                    share = [p95["memws"] / p95["baseline"]]
+                    bench.add(f"{what} / the baseline's", told, floor, share, goal_beside)
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------

@@ -306,9 +306,8 @@ class Rounds:
             turns = dict(connection.execute(sql).fetchall())
             sql = "SELECT text, count(*) FROM memory WHERE store = 'archival' AND text LIKE 'passage%' GROUP BY 1"
             passages = dict(connection.execute(sql).fetchall())
-        starts = [
-            event for log in self.logs for event in log.events.values() if event["type"] == "agent_response_start"
-        ]
+        events = [event for log in self.logs for event in log.events.values()]
+        starts = [event for event in events if event["type"] == "agent_response_start"]
         kept = {text for each in self.clients for text, is_acknowledged in each.passages.items() if is_acknowledged}
         for what in ({start["turn_id"] for start in starts} - turns.keys()) | (kept - passages.keys()):
             self.soak.fault("acknowledged, and lost by a kill", what)
@@ -334,10 +333,8 @@ class Rounds:
 async def main(soak: Soak) -> None:
     count = soak.count + soak.count // 2
     soak.total(count + sum(map(soak.part, CASES.values())))
-    soak.none(
-        "acknowledged, and lost by a kill", "agents that do not load", "agents left to be repaired after a signal"
-    )
-    soak.none("turns that end for no reason", "connections that break off", "cancels not understood")
+    soak.none("acknowledged, and lost by a kill", "agents that do not load", "turns that end for no reason")
+    soak.none("agents left to be repaired after a signal", "connections that break off", "cancels not understood")
     soak.none("senders without an answer, or without its id")
     model = Model(soak.seed)
     async with site(soak, model) as place:
@@ -355,10 +352,8 @@ async def main(soak: Soak) -> None:
     soak.least("kills in mid-stream", rounds.hit["stream"], soak.count // 10)
     soak.least("kills in mid-tool", rounds.hit["tool"], soak.count // 2)
     events = [event for log in rounds.logs for event in log.events.values()]
-    cut, again = (
-        sum(event.get("stop_reason") == "interrupted" for event in events),
-        sum(c.again for c in rounds.clients),
-    )
+    cut = sum(event.get("stop_reason") == "interrupted" for event in events)
+    again = sum(each.again for each in rounds.clients)
     turns = sum(len(log.sent) for log in rounds.logs)
     soak.told("turns", f"{turns:,}, interrupted {cut:,}, again {again:,}; tool calls {len(place.desk.calls):,}")
     soak.told("cancels that came in time", f"{len(cancels):,}, half within {1000 * percentile(cancels, 0.5):.0f} ms")

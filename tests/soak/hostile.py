@@ -358,9 +358,8 @@ async def wave(attack: Attack, name: str, cases: int) -> None:
     async with asyncio.TaskGroup() as group:
         for number in range(WORKERS):
             share = cases // WORKERS + (number < cases % WORKERS)
-            group.create_task(
-                attack.work(random.Random(f"{attack.soak.seed} {name} {number}"), f"{name}{number}", share)
-            )
+            rng = random.Random(f"{attack.soak.seed} {name} {number}")
+            group.create_task(attack.work(rng, f"{name}{number}", share))
 
 
 def entries(pid: int, folder: str) -> int:

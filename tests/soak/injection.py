@@ -71,9 +71,8 @@ def order(rng: random.Random, agent: str, number: int) -> Reply:
         ("send_message", {"message": json.dumps(frame), **whose}),
         ("send_message", {"message": f"{{token}} {{0.__class__}} ${{OPENAI_API_KEY}} %(key)s {path}"}),
     ]
-    calls = [
-        (name, arguments | {"request_heartbeat": True}) for name, arguments in rng.sample(whole, rng.randrange(1, 4))
-    ]
+    chosen = rng.sample(whole, rng.randrange(1, 4))
+    calls = [(name, arguments | {"request_heartbeat": True}) for name, arguments in chosen]
     told = {"message": f"{KEY} is not right", "code": rng.choice(["invalid_api_key", None, "rate_limit", 500])}
     echoes = [
         Reply(status=rng.choice([400, 401, 403, 404, 422, 429, 500]), body={"error": told}),

@@ -81,9 +81,8 @@ class Slow:
         """Follow the agent, half of them from its first event on, and ask more and more; it never reads."""
         asked: JSON = {"type": "command", "agent_name": "long", "message_types": ["*"]}
         asked |= {"query": "", "store": "archival"} | ({"after": 0} if self.rng.random() < 0.5 else {})
-        hello, subscribe, ask = (
-            frame(json.dumps({**asked, "command": command})) for command in ("hello", "subscribe", "search_memory")
-        )
+        commands = ("hello", "subscribe", "search_memory")
+        hello, subscribe, ask = (frame(json.dumps({**asked, "command": command})) for command in commands)
         return hello + subscribe + ask * ASKED, ask
 
     def _half_frame(self) -> tuple[bytes, bytes]:

@@ -32,6 +32,7 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 from commandline import Serving
 from endpoint import Answer, Endpoint
 from measure import Progress, machine, percentile
+from test_gate import UPGRADE
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from wire import JSON, Wire, bare, events_of, is_terminal, messages_of, wire
 
@@ -284,10 +285,6 @@ async def narrow_socket(port: int) -> socket.socket:
     line.setblocking(False)
     await asyncio.get_running_loop().sock_connect(line, ("127.0.0.1", port))
     return line
-
-
-UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
-UPGRADE += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
 
 
 def handshake(*headers: str, line: str = "GET / HTTP/1.1") -> bytes:
