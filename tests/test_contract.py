@@ -120,7 +120,7 @@ AGENT = """
   test_a_login_precedes_a_message_after_an_hour_of_silence
 8 token counts: agent test_estimates_are_calibrated_within_bounds
 9 roles and ids that endpoints take: llm test_names_and_ids_that_no_api_takes_are_changed
-  test_an_unknown_option_is_learned_once; agent test_what_an_endpoint_wants_is_learned_once test_what_a_refusal_teaches
+  test_an_option_that_is_refused; agent test_what_an_endpoint_wants_is_learned_once test_what_a_refusal_teaches
   test_only_its_maker_gets_back_what_it_made
 one search for every script and any query: memory test_every_script_is_found test_hostile_queries_over_hostile_texts
 embeddings: embeddings test_what_shares_no_word_is_found test_without_a_model_nothing_is_embedded
