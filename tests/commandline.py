@@ -110,7 +110,8 @@ class Process:
         """Wait for its end and give the exit status."""
         status = self.process.wait(timeout)
         if not self._log.closed:
-            self.out += self.process.communicate()[0].splitlines()
+            self.out += self.process.stdout.read().splitlines()  # type: ignore[union-attr]
+            self.process.communicate()  # closes the pipes; what was read ahead it does not have
             self._log.seek(0)
             self.log = self._log.read()
             self._log.close()
