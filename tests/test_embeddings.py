@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import queue
 import sqlite3
 import threading
 import time
@@ -130,21 +131,29 @@ async def test_a_search_waits_beside_its_session(
         await client.ok("create_agent", config={"name": "sam"})
         await fill(client)
         await embedded(server.options.db)
-        count, hold = len(endpoint.embedding_requests), Reply(hold=True)
-        endpoint.overrides[ROUTE] = lambda body: hold if QUERY in body["input"] else None
+        held = queue.SimpleQueue[Body]()
+
+        def hold(body: Body) -> Reply | None:
+            if QUERY not in body["input"]:  # of the background
+                return None
+            held.put(body)
+            return Reply(hold=True)
+
+        endpoint.overrides[ROUTE] = hold
         request_id = await client.request("search_memory", query=QUERY)
         said = ("send_message", {"message": "Let me see."})
         search = ("archival_memory_search", {"query": QUERY, "request_heartbeat": True})
         endpoint.script(Reply(calls=[said, search]), Reply(calls=[search]))
         await client.say("Where is it?")
-        await asyncio.to_thread(endpoint.wait_embeddings, count + 2)
+        for _ in range(2):
+            await asyncio.to_thread(held.get, timeout=20)
         assert (await client.ok("set_block", label="human", value="Name: Zoe"))["version"] == 2
         await client.ok("cancel")
         assert (await client.ended())["stop_reason"] == "cancelled"
         (shown,) = of_kind(client.frames, "assistant_message")
         assert (shown["message"], shown["partial"]) == ("Let me see.", True)
         await client.say("And now?")
-        await asyncio.to_thread(endpoint.wait_embeddings, count + 3)
+        await asyncio.to_thread(held.get, timeout=20)
         assert [frame for frame in client.frames if frame.get("id") == request_id] == []
         endpoint.release()
         assert (await client.ended())["stop_reason"] == "done"
