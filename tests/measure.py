@@ -64,7 +64,7 @@ def machine() -> str:
     facts += [f"{platform.system()} {platform.machine()}", f"{cores} cores"]
     facts += [f"load {os.getloadavg()[0]:.1f}"] if hasattr(os, "getloadavg") else []
     facts += [f"Python {platform.python_version()}", f"SQLite {sqlite3.sqlite_version}"]
-    for package in ("websockets", "openai", "aiohttp"):
+    for package in ("websockets", "openai"):
         with contextlib.suppress(PackageNotFoundError):
             facts.append(f"{package} {version(package)}")
     return ", ".join(facts)
