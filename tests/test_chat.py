@@ -6,6 +6,7 @@ import re
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -216,27 +217,16 @@ def test_others_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy, t
     chat.expect("you said half a line")
 
 
-MONOLOGUE, REPLY = {"of": "internal_monologue"}, {"of": "assistant_message"}
+MONOLOGUE = {"of": "internal_monologue"}
 THOUGHT = frame("internal_monologue", "hm")
-
-
-def said(text: str) -> dict[str, Any]:
-    return frame("assistant_message", text)
-
-
+said, delta = partial(frame, "assistant_message"), partial(frame, "delta", of="assistant_message")
 VIEWS: list[tuple[list[dict[str, Any]], str]] = [
-    ([frame("delta", "Hel", **REPLY), frame("delta", "lo", **REPLY), said("Hello")], "sam: Hello\n"),
-    ([frame("delta", "Hel", **REPLY), said("Hello")], "sam: Hel\nsam: Hello\n"),
-    ([frame("delta", "HelloBye", **REPLY), said("Hello"), said("Bye")], "sam: HelloBye\n"),
-    ([frame("delta", "Hexx", **REPLY), said("Hello")], "sam: Hexx\nsam: Hello\n"),
-    (
-        [frame("delta", "Hel", **REPLY), frame("retry", "cut"), frame("delta", "Hello", **REPLY), said("Hello")],
-        "sam: Hel\n[retry: cut]\nsam: Hello\n",
-    ),
-    (
-        [frame("delta", "hm", **MONOLOGUE), frame("delta", "Hello", **REPLY), THOUGHT, said("Hello")],
-        "~ hm\nsam: Hello\n",
-    ),
+    ([delta("Hel"), delta("lo"), said("Hello")], "sam: Hello\n"),
+    ([delta("Hel"), said("Hello")], "sam: Hel\nsam: Hello\n"),
+    ([delta("HelloBye"), said("Hello"), said("Bye")], "sam: HelloBye\n"),
+    ([delta("Hexx"), said("Hello")], "sam: Hexx\nsam: Hello\n"),
+    ([delta("Hel"), frame("retry", "cut"), delta("Hello"), said("Hello")], "sam: Hel\n[retry: cut]\nsam: Hello\n"),
+    ([frame("delta", "hm", **MONOLOGUE), delta("Hello"), THOUGHT, said("Hello")], "~ hm\nsam: Hello\n"),
     ([said("Hello"), frame("unheard_of", "?"), said("\x1b]0;x\x07\u202e")], "sam: Hello\nsam: \\x1b]0;x\\x07\\u202e\n"),
     ([frame("user_message", "hi"), frame("context", "full"), frame("queue", "second")], "[queue: second]\n"),
     ([frame("tool_return", "no such tool", name="x", status="Failed")], "< no such tool\n"),

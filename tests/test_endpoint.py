@@ -1,6 +1,5 @@
 """The endpoint is as strict as the API it stands for, and openai's own client reads what it sends."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -102,20 +101,3 @@ async def test_refuses(client: Any, endpoint: Endpoint, route: str, body: Body, 
     (refusal,) = endpoint.refusals
     assert reason in refusal
     endpoint.refusals.clear()
-
-
-WAITS = [Reply(hold=True), Reply("", stall_after=1), Reply(delay=60), Reply("Hi", endless=True)]
-
-
-@pytest.mark.parametrize("reply", WAITS, ids=["held", "stalled", "delayed", "endless"])
-async def test_client_leaves(client: Any, endpoint: Endpoint, reply: Reply) -> None:
-    """A client that goes away while it waits, or while words come without end, ends the exchange; others are served."""
-    endpoint.script(reply)
-    with pytest.raises(TimeoutError, match=r"^0 of 1 requests arrived in 0 s$"):
-        endpoint.wait_requests(1, timeout=0)
-    task = asyncio.create_task(stream(client))
-    await asyncio.to_thread(endpoint.wait_requests, 1)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert content(await stream(client)) == "Hello!"

@@ -120,37 +120,18 @@ def test_a_bounded_number_of_postings_is_read(monkeypatch: pytest.MonkeyPatch) -
 
 
 ANSWER = "Marathon training in May: run well, rest well. " * 40
+KITES = [f"{n} u: {'zeppelin' if n == 3 else 'kite'} over the hill" for n in range(6)]
+LIKED = ["1 Ann: I like sushi with ginger.", "2 Ann: Do you like sushi with ginger?"]
+ASKED = ["1 Ann: Where do you ski, Bob?", "1 Bob: In Davos!", "1 Ann: I ski in Zermatt."]
+FOOD = ["1 A: What is your favourite food?", "1 B: Lasagna!", "2 A: Nice", "2 B: Hm"]
+LONG = ["1 user: I want to run a marathon in May", f"2 assistant: {ANSWER}"]
 RANKED = {  # turns as "date speaker: text", the query, the positions in order
-    "the answer to a question is found by the question's words, within a session": (
-        ["1 A: What is your favourite food?", "1 B: Lasagna!", "2 A: Nice", "2 B: Hm"],
-        "favourite food",
-        [1, 0],
-    ),
-    "a brief statement comes before a long answer": (
-        ["1 user: I want to run a marathon in May", f"2 assistant: {ANSWER}"],
-        "When do I run a marathon?",
-        [0, 1],
-    ),
-    "a statement comes before a question": (
-        ["1 Ann: I like sushi with ginger.", "2 Ann: Do you like sushi with ginger?"],
-        "sushi ginger",
-        [0, 1],
-    ),
-    "what a named speaker said comes before what was asked": (
-        ["1 Ann: Where do you ski, Bob?", "1 Bob: In Davos!", "1 Ann: I ski in Zermatt."],
-        "Where does Bob ski?",
-        [1, 0, 2],
-    ),
-    "a named speaker's turns come before another's": (
-        ["1 Ann: I ski in Zermatt", "2 Bob: I ski in Zermatt"],
-        "Where does Ann ski?",
-        [0, 1],
-    ),
-    "rare words weigh more than common ones": (
-        [f"{n} u: {'zeppelin' if n == 3 else 'kite'} over the hill" for n in range(6)],
-        "kite zeppelin",
-        [3, 5, 4, 2, 1, 0],
-    ),
+    "an answer is found by its question's words, within a session": (FOOD, "favourite food", [1, 0]),
+    "a brief statement comes before a long answer": (LONG, "When do I run a marathon?", [0, 1]),
+    "a statement comes before a question": (LIKED, "sushi ginger", [0, 1]),
+    "what a named speaker said comes before what was asked": (ASKED, "Where does Bob ski?", [1, 0, 2]),
+    "a named speaker's turns come first": (["1 Ann: I ski", "2 Bob: I ski"], "Where does Ann ski?", [0, 1]),
+    "rare words weigh more than common ones": (KITES, "kite zeppelin", [3, 5, 4, 2, 1, 0]),
     "long turns lend nothing": (["1 u: cake " + "word " * 90, "1 u: tea"], "cake", [0]),
     "of equals the newest comes first": ([f"{n} u: the same" for n in range(4)], "same", [3, 2, 1, 0]),
 }
