@@ -1055,9 +1055,6 @@ async def test_a_store_that_fails_around_a_tool(
         assert sum(event["turn_id"] == "turn-1" and event["type"] in memws.TERMINAL_TYPES for event in stored) == 1
 
 
-# ---- what endpoints want of a history --------------------------------------------------------------------------------
-
-
 WRONG = beat("core_memory_replace", name="human", old_content="x", new_content="y")
 SCENES: dict[str, tuple[Answer, str]] = {  # what the model answers, and what happens
     "a turn": (greet, "turn"),

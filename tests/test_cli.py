@@ -68,8 +68,6 @@ def refused(url: str, **options: Any) -> int:
     return caught.value.response.status_code
 
 
-# ---- help and flags --------------------------------------------------------------------------------------------------
-
 FLAGS = {
     "--host": ("127.0.0.1", "0.0.0.0"),  # noqa: S104
     "--port": ("0", "70000"),
@@ -154,9 +152,6 @@ def test_bad_values(main: Callable[..., Done]) -> None:
             assert flag != "--port" or "MEMWS_PORT" in text
 
 
-# ---- serving ---------------------------------------------------------------------------------------------------------
-
-
 def test_serving(tmp_path: Path) -> None:
     """The first lines tell address, model and database; localhost and /healthz answer; files are their owner's only."""
     addresses = ["127.0.0.1"]
@@ -193,8 +188,6 @@ def test_remembered_after_kill(tmp_path: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert "Ada" in done.stdout
 
-
-# ---- what cannot be --------------------------------------------------------------------------------------------------
 
 REFUSALS = [
     (["--frobnicate"], "--frobnicate"),
@@ -288,9 +281,6 @@ def test_endpoint_without_a_choice(
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- the file alone --------------------------------------------------------------------------------------------------
-
-
 def python(code: str, cwd: Path, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return run(code, program=Path("-c"), cwd=cwd, variables=variables, timeout=60)
 
@@ -343,9 +333,6 @@ second.stop()
     assert done.stdout.splitlines() == ["['ada']", "['bob']", "True"], done.stderr
 
 
-# ---- protocol and logs -----------------------------------------------------------------------------------------------
-
-
 def test_protocol(main: Callable[..., Done]) -> None:
     """protocol prints the JSON Schema that all frames of these tests are checked by (wire.py)."""
     done = main("protocol")
@@ -393,9 +380,6 @@ def test_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "canary" not in text
     assert re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text) is None
     assert re.findall(r"^(?:\d{4}-|forged).*", text, re.MULTILINE) == [text.splitlines()[0]]
-
-
-# ---- chat in a pipe --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

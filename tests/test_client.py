@@ -93,9 +93,6 @@ async def whole(subscription: memws.Stream) -> list[Frame]:
     return events
 
 
-# ---- a conversation --------------------------------------------------------------------------------------------------
-
-
 async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """The answer to a message is the text of its assistant messages, a line each; a closed client leaves no task."""
     client, before = memws.Client(server.url), asyncio.all_tasks()
@@ -200,9 +197,6 @@ async def test_rename_and_delete(server: memws.WebSocketServer) -> None:
         assert await client.ask("hi") == "you said hi"
         await client.command("delete_agent")
         assert client.agent_name is None
-
-
-# ---- what a network and later servers do -----------------------------------------------------------------------------
 
 
 async def test_unknown_frames(proxy: Proxy, caplog: pytest.LogCaptureFixture) -> None:
@@ -315,9 +309,6 @@ async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | 
     await client.close()
 
 
-# ---- a server that restarts ------------------------------------------------------------------------------------------
-
-
 async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
     """After kill -9 the turn ends once as interrupted, each event comes once, and what waited is answered."""
     endpoint.default = echo
@@ -342,9 +333,6 @@ async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
                 assert seqs(later)[0] == seqs(events)[-1] + 1
                 followed = await whole(subscription) + await whole(subscription)
                 assert seqs(followed) == seqs(events) + seqs(later)
-
-
-# ---- no connection ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -393,9 +381,6 @@ def test_token_that_is_no_header(token: str) -> None:
     """A token that cannot be a header's value is refused before anything is sent."""
     with pytest.raises(memws.UsageError, match="printable ASCII"):
         memws.Client(token=token)
-
-
-# ---- blocking --------------------------------------------------------------------------------------------------------
 
 
 def client_threads() -> list[threading.Thread]:

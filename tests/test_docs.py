@@ -48,9 +48,6 @@ def free_port() -> int:
         return int(holder.getsockname()[1])
 
 
-# ---- code and commands -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.anyio
 async def test_python_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -171,9 +168,6 @@ def test_commands_are_complete() -> None:
     assert {"OPENAI_API_KEY"} == {name for variables, _ in SERVES for name in variables}
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
-
-
 def test_events_table() -> None:
     """README's table of events names each message type, which are live, and the fields of each."""
     table = rows("message_type", "tells", "fields of its own")
@@ -251,8 +245,6 @@ def test_config_keys() -> None:
     assert set(code(text)) == keys | bundled
 
 
-# ---- the crosswalk ---------------------------------------------------------------------------------------------------
-
 ANCESTOR = set(
     """
     WebSocketServer run_step handle_client create_new_agent load_agent initialize_server start_server run
@@ -281,9 +273,6 @@ def test_crosswalk() -> None:
             assert hasattr(memws.Client, name)
         for name in re.findall(r"`server\.(\w+)", right):
             assert re.search(rf"self\.{name}\b", server) or hasattr(memws.WebSocketServer, name)
-
-
-# ---- the file itself -------------------------------------------------------------------------------------------------
 
 
 def requirements(name: str) -> list[str]:

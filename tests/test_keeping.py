@@ -27,9 +27,6 @@ RICH, PLAIN, CUT = "Zoë-日本", "sam", "cut"
 ODD = "Zażółć 🦊‍🔥 שלום \u202e \x7f \t\r\n 日本 \U0010ffff <b>&amp;</b> '); DROP TABLE agents; --"
 
 
-# ---- agents with a past ----------------------------------------------------------------------------------------------
-
-
 def live(client: memws.BlockingClient, endpoint: Endpoint) -> None:
     """An agent that has been through much of what an agent can go through."""
     blocks = [{"label": "plans", "value": ODD, "limit": 400}]
@@ -99,9 +96,6 @@ def rows(path: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return connection.execute(sql, values).fetchall()
 
 
-# ---- the command line, in this process -------------------------------------------------------------------------------
-
-
 Run = Callable[..., Done]
 Serve = Callable[..., memws.WebSocketServer]
 
@@ -148,9 +142,6 @@ def everything(server: memws.WebSocketServer, name: str) -> JSON:
             with contextlib.suppress(memws.RemoteError):  # a turn that made no request
                 told[f"request {turn_id}"] = client.command("get_request", turn_id=turn_id, step=1)
     return json.loads(json.dumps(told))  # type: ignore[no-any-return]
-
-
-# ---- export and import -----------------------------------------------------------------------------------------------
 
 
 def test_an_imported_agent_is_the_exported_one(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
@@ -319,9 +310,6 @@ def test_what_an_import_takes_works(past: Path, tmp_path: Path, run: Run, serve:
             client.command("get_messages", agent_name=name)
 
 
-# ---- check -----------------------------------------------------------------------------------------------------------
-
-
 def test_healthy_agents_are_found_healthy(db: Path, run: Run, serve: Serve) -> None:
     """No long life, failure, rename, deletion or kill is damage; check changes nothing and tells all sizes."""
     before = db.read_bytes()
@@ -389,9 +377,6 @@ def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
         codes.add(list(client.send("Do you remember me?", PLAIN))[-1].get("code"))
         assert codes <= {None, "store_failed", "unknown_agent"}
         assert client.ask("And you?", RICH)
-
-
-# ---- beside a running server -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.anyio

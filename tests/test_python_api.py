@@ -72,9 +72,6 @@ def make(tmp_path: Path) -> Iterator[Serve]:
     assert left_behind() == before
 
 
-# ---- start and stop --------------------------------------------------------------------------------------------------
-
-
 async def test_start_and_stop(make: Serve) -> None:
     """start returns with the real port and url; stop frees them, and both may be called again."""
     server = make()
@@ -176,9 +173,6 @@ def test_wrong_options_are_named(wrong: JSON) -> None:
     """An option that cannot be, or that there is not, is refused by its name when the server is made."""
     with pytest.raises((memws.MemwsError, TypeError), match=next(iter(wrong))):
         memws.WebSocketServer(**wrong)
-
-
-# ---- agents and steps ------------------------------------------------------------------------------------------------
 
 
 async def test_run_step_gives_the_turns_events(serve: Serve) -> None:
@@ -305,9 +299,6 @@ def test_only_python_names_an_endpoint(serve: Serve, endpoint: Endpoint, tmp_pat
     assert "secret-key" not in endpoint.headers[-1]["authorization"]
 
 
-# ---- cells that run again --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("blocking", [False, True])
 async def test_a_cell_that_runs_again_takes_over(make: Serve, port: int, blocking: bool) -> None:
     """A new object for the same address, at its first call, stops the old server; clients find the same agents."""
@@ -347,9 +338,6 @@ async def test_a_reloaded_module_takes_over(
     first.stop()
     async with wire(second) as client:
         assert (await client.ok("list_agents"))["total"] == 1
-
-
-# ---- loops of one's own ----------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
@@ -474,9 +462,6 @@ async def test_run_inside_a_running_loop(
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(memws.MemwsError, match=r"nest_asyncio.*start\(\)"):
         server.run(block=True)
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 SERVING = 'import asyncio, memws, socket, threading\nserver = memws.WebSocketServer("127.0.0.1", 0, db=":memory:")\n'

@@ -73,9 +73,6 @@ def ends_of(frames: list[JSON]) -> dict[Any, str]:
     return {frame.get("id"): frame.get("code") or frame["stop_reason"] for frame in ends}
 
 
-# ---- agents ----------------------------------------------------------------------------------------------------------
-
-
 async def test_create_agent(server: Server) -> None:
     """create_agent makes up what the config leaves out, get_agent tells it all, and the agent is the current one."""
     config = {
@@ -325,9 +322,6 @@ async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, serve
         assert [await messages_of(client, name) for name in ("ada", "new")] == [["My name is Ada"] * 2, ["hi"]]
 
 
-# ---- memory and history ----------------------------------------------------------------------------------------------
-
-
 async def test_get_messages_pages_backwards(client: Wire) -> None:
     """get_messages gives the newest messages, oldest first, and with `before` those before a message."""
     starts = [(await client.turn(f"note {number}", turn_id=f"t{number}"))[0]["seq"] for number in range(3)]
@@ -496,9 +490,6 @@ async def test_timed_heartbeats(server: Server, endpoint: Endpoint, monkeypatch:
         assert timer is None or timer.cancelled()  # it rests until a user speaks
 
 
-# ---- frames ----------------------------------------------------------------------------------------------------------
-
-
 async def test_bad_frames_get_one_answer_and_the_connection_stays(server: Server) -> None:
     """Each frame that is no request gets exactly one server_error, and the connection goes on."""
     frames: list[tuple[Any, str]] = [
@@ -580,9 +571,6 @@ async def test_frames_in_fragments_and_of_the_largest_size(client: Wire) -> None
     assert (await client.receive())["code"] == "text_too_long"
     await client.send_raw(frame[:-2] + "x" * (1024 * 1024 - len(frame) + 1) + '"}')
     assert await client.closed() == 1009
-
-
-# ---- turns -----------------------------------------------------------------------------------------------------------
 
 
 async def test_the_flow_of_memgpt_0_2_7(server: Server, endpoint: Endpoint) -> None:
@@ -735,9 +723,6 @@ async def test_thirty_two_messages_wait_for_an_agent(client: Wire, server: Serve
         assert (await client.turn("now"))[-1]["stop_reason"] == "done"
 
 
-# ---- a turn_id sent again --------------------------------------------------------------------------------------------
-
-
 async def test_a_waiting_turn_sent_again(server: Server, endpoint: Endpoint) -> None:
     """A message sent again while it waits, from another connection too, runs once and answers both."""
     async with wire(server) as client, wire(server) as other:
@@ -784,9 +769,6 @@ async def test_a_running_turn_sent_again(server: Server, endpoint: Endpoint, sub
         assert [again[0].get("id"), again[-1].get("id")] == ["two", "two"]
         assert [mine[0].get("id"), mine[-1].get("id")] == ["one", "three"]
         assert (len(endpoint.requests), await messages_of(client, "sam")) == (2, ["hi"])
-
-
-# ---- who gets what ---------------------------------------------------------------------------------------------------
 
 
 LEAVING: list[tuple[str, JSON, Any]] = [  # command, arguments, what is seen of it
@@ -866,9 +848,6 @@ async def test_a_blocking_tool_stops_nobody(server: Server, endpoint: Endpoint) 
         assert frames[-1]["stop_reason"] == "done"
 
 
-# ---- subscriptions ---------------------------------------------------------------------------------------------------
-
-
 async def test_an_unknown_seq_subscribes_nothing(client: Wire, server: Server) -> None:
     """An `after` above the last seq, negative or no integer is unknown_seq with the last seq; nothing is subscribed."""
     async with wire(server, "*") as other:
@@ -939,9 +918,6 @@ async def test_a_replay_that_cannot_be_read_ends_alone(client: Wire, server: Ser
     assert (await client.turn("Hello again"))[-1]["stop_reason"] == "done"
     await client.ok("subscribe", after=0)
     assert (await client.receive())["seq"] == 1
-
-
-# ---- long texts ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("character", ["\U0001f600", "\x01", '"', "\\", "\ud83d"])
