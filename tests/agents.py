@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from endpoint import Body, Endpoint
+from endpoint import Answer, Body, Endpoint
 
 import memws
 
@@ -109,8 +109,9 @@ class Lab:
     def turn(self, message: str | None, **options: Any) -> memws.Turn:
         return memws.Turn(f"turn-{next(self._numbers)}", message, **options)
 
-    async def say(self, agent: memws.Agent, message: str | None, **options: Any) -> Told:
-        """Run a turn to its end."""
+    async def say(self, agent: memws.Agent, message: str | None, *answers: Answer, **options: Any) -> Told:
+        """Run a turn, to which the model answers so, to its end."""
+        self.endpoint.script(*answers)
         return await self.run(agent, self.turn(message, **options))
 
     async def run(self, agent: memws.Agent, turn: memws.Turn, on_event: OnEvent | None = None) -> Told:

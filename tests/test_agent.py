@@ -217,8 +217,7 @@ HEARTBEATS: dict[str, tuple[list[Any], str]] = {
 @pytest.mark.parametrize(("calls", "reason"), HEARTBEATS.values(), ids=HEARTBEATS)
 async def test_why_a_step_follows(endpoint: Endpoint, lab: Lab, agent: Agent, calls: list[Any], reason: str) -> None:
     """A heartbeat that was asked for, a failed call and a missing reply wake the agent again, with the reason."""
-    endpoint.script(Reply(calls=calls))
-    turn = await lab.say(agent, "I am Zoe")
+    turn = await lab.say(agent, "I am Zoe", Reply(calls=calls))
     assert (turn.stop_reason, turn.texts("heartbeat")) == ("done", [reason] if reason else [])
     assert len(endpoint.requests) == 1 + bool(reason)
     assert [beat["reason"] for beat in packed(endpoint.requests[-1], "heartbeat")] == turn.texts("heartbeat")
@@ -228,8 +227,7 @@ async def test_why_a_step_follows(endpoint: Endpoint, lab: Lab, agent: Agent, ca
 @pytest.mark.parametrize("reason", [memws.HEARTBEAT_TIMER, memws.HEARTBEAT_WAKE])
 async def test_a_turn_without_a_message(endpoint: Endpoint, lab: Lab, agent: Agent, reason: str) -> None:
     """A timed heartbeat and a wake start with a heartbeat; nobody waits for a reply, so plain text is monologue."""
-    endpoint.script(Reply("Nothing to do."))
-    turn = await lab.say(agent, None, reason=reason)
+    turn = await lab.say(agent, None, Reply("Nothing to do."), reason=reason)
     assert [content["reason"] for content in packed(endpoint.requests[0], "heartbeat")] == [reason]
     assert turn.kinds == ["heartbeat", "internal_monologue", "context"]
     assert (turn.stop_reason, len(endpoint.requests), packed(endpoint.requests[0], "login")) == ("done", 1, [])
@@ -258,8 +256,7 @@ async def test_a_reply_that_can_be_read_reaches_the_user(
     endpoint: Endpoint, lab: Lab, agent: Agent, answer: Reply, corrections: list[str]
 ) -> None:
     """Whatever rung of the ladder reads an answer, the user gets it once, each correction is told, and all goes on."""
-    endpoint.script(answer)
-    turn = await lab.say(agent, "Hi")
+    turn = await lab.say(agent, "Hi", answer)
     assert (turn.replies, turn.corrections) == (["Hello!"], corrections)
     assert (turn.stop_reason, len(endpoint.requests)) == ("done", 1)
     assert not any("Hello!" in text or "think>" in text for text in turn.texts("internal_monologue"))
@@ -299,13 +296,11 @@ async def test_half_an_answer_is_never_told_as_a_whole_one(
     """It is asked for again; where no try brings more, what was said is told as partial, and why; then talk goes on."""
     monkeypatch.setattr(memws, "RETRY_PAUSE", 0.0)
     lab.models.endpoint.idle_timeout = 0.05 if answer.stall_after else 30.0
-    lab.endpoint.script(answer)
-    turn = await lab.say(agent, "Tell me a story")
+    turn = await lab.say(agent, "Tell me a story", answer)
     assert (turn.replies, turn.corrections, turn.stop_reason) == (["Hello!"], [], "done")
     assert (len(turn.of("retry")), len(packed(lab.endpoint.requests[-1], "system_alert"))) == (1, fault == "length")
     assert ONCE not in lab.endpoint.bodies[-1].decode(), "what was broken leaves no trace"
-    lab.endpoint.script(*[answer] * (2 if fault == "length" else 3))
-    turn = await lab.say(agent, "Tell me another")
+    turn = await lab.say(agent, "Tell me another", *[answer] * (2 if fault == "length" else 3))
     (said,) = turn.of("assistant_message")
     assert (said["message"], said["partial"], turn.corrections[0]) == (ONCE, True, fault)
     broken = "model_timeout" if answer.stall_after else "model_unavailable"
@@ -341,8 +336,7 @@ SILENCES: dict[str, tuple[Reply, int | None, str]] = {
 async def test_a_model_that_only_thinks_is_told_of(lab: Lab, answer: Reply, most: int | None, words: str) -> None:
     """It is asked once more; the error says that it thought, until which limit, and what to change."""
     agent = await lab.create(settings={"max_tokens": most})
-    lab.endpoint.script(answer, answer)
-    turn = await lab.say(agent, "Hi")
+    turn = await lab.say(agent, "Hi", answer, answer)
     assert (turn.end["code"], turn.replies, len(turn.of("retry"))) == ("bad_output", [], 1)
     assert re.search(f"^the model .*{words}.*; raise max_tokens or lower reasoning_effort$", turn.end["message"])
 
@@ -369,8 +363,7 @@ async def test_a_users_tool_is_called_only_by_what_is_all_markup(
     ran.clear()
     async with Lab(endpoint, tools=[count]) as lab:
         agent = await lab.create()
-        endpoint.script(Reply(text))
-        turn = await lab.say(agent, "Hi")
+        turn = await lab.say(agent, "Hi", Reply(text))
         assert (ran, [frame["code"] for frame in turn.of("retry")]) == (numbers, retries)
         assert (len(turn.replies), turn.stop_reason) == (1, "done")
         deltas = "".join(frame["message"] for frame in turn.of("delta"))
@@ -391,8 +384,7 @@ async def test_what_no_rung_reads_or_is_cut_is_asked_for_again_once(endpoint: En
     ran.clear()
     async with Lab(endpoint, tools=[count]) as lab:
         agent = await lab.create(human="Zoe")
-        endpoint.script(answer)
-        turn = await lab.say(agent, "Hi")
+        turn = await lab.say(agent, "Hi", answer)
         assert (turn.replies, turn.stop_reason) == (["Hello!"], "done")
         (retry,) = turn.of("retry")
         assert (retry["code"], retry["attempt"], retry["of"], retry["delay_ms"]) == ("bad_output", 1, 1, 0)
@@ -401,8 +393,7 @@ async def test_what_no_rung_reads_or_is_cut_is_asked_for_again_once(endpoint: En
         assert [frame["name"] for frame in turn.of("tool_call")] == ["send_message"]
         await lab.say(agent, "Again")
         assert packed(endpoint.requests[2], "system_alert") == []
-        endpoint.script(answer, answer)
-        turn = await lab.say(agent, "Once more")
+        turn = await lab.say(agent, "Once more", answer, answer)
         assert (turn.end["type"], turn.end["code"]) == ("agent_response_error", "bad_output")
         assert (turn.stop_reason, turn.replies, len(endpoint.requests)) == ("error", [], 5)
         assert (agent.blocks["human"].value, agent.memory.archival, ran) == ("Zoe", 0, [])
@@ -430,8 +421,7 @@ async def test_a_failure_that_is_final(
     """A failure that no second attempt can mend ends the turn with its code after one call, and with the endpoint's
     words, which stand in the request's response and in the log, too; the next turn works."""
     endpoint, words = lab.endpoint, str(answer.body["error"]) if isinstance(answer.body, dict) else ""
-    endpoint.script(answer)
-    turn = await lab.say(agent, "Hi")
+    turn = await lab.say(agent, "Hi", answer)
     assert (turn.end["type"], turn.end["code"], turn.stop_reason) == ("agent_response_error", code, "error")
     assert turn.end["usage"]["model_calls"] == len(endpoint.requests) == 1
     assert turn.of("retry") == []
@@ -474,8 +464,7 @@ async def test_a_reply_without_end_is_cut(
     for window in (200_000, 8_192):
         agent = await lab.create(f"sam{window}", context_window=window)
         endpoint.context_window, count = window, len(endpoint.requests)
-        endpoint.script(endless)
-        turn = await lab.say(agent, "Tell me everything")
+        turn = await lab.say(agent, "Tell me everything", endless)
         (said,) = turn.of("assistant_message")[:1]
         assert (said["partial"], turn.stop_reason) == (True, "done")
         assert least <= len(said["message"]) <= 100_000
@@ -490,8 +479,7 @@ async def test_a_reply_without_end_is_cut(
             assert results(endpoint.requests[-1])[-1].startswith(cut)
     agent, endpoint.context_window = await lab.create("ada", context_window=200_000), None
     for thought in (Reply(FLOOD, endless=True, chunk=5_000), Reply(reasoning=FLOOD, endless=True, chunk=5_000)):
-        endpoint.script(Reply(calls=[HELLO, beat("conversation_search", query="x")]), thought)
-        turn = await lab.say(agent, "Hi")
+        turn = await lab.say(agent, "Hi", Reply(calls=[HELLO, beat("conversation_search", query="x")]), thought)
         assert (turn.replies, turn.corrections, turn.stop_reason) == (["Hello!"], ["cut"], "done")
         assert len(turn.texts("internal_monologue")[-1]) == 100_000
 
@@ -519,13 +507,11 @@ async def test_three_failed_calls_in_a_row_end_the_turn(endpoint: Endpoint, lab:
     unknown, others = "unknown tool 'no_such_tool'", "not run: the calls before it failed"
     for steps, last in (([[call] for call in wrong[:3]], unknown), ([[*wrong[:3], APPEND, HELLO]], others)):
         count = len(endpoint.requests)
-        endpoint.script(*(Reply(calls=calls) for calls in steps))
-        turn = await lab.say(agent, "Hi")
+        turn = await lab.say(agent, "Hi", *(Reply(calls=calls) for calls in steps))
         assert (turn.end["code"], turn.stop_reason, turn.replies) == ("bad_output", "error", [])
         assert (last in turn.end["message"], len(endpoint.requests) - count) == (True, len(steps))
         assert (await lab.say(agent, "Again")).replies == ["Hello!"]
-    endpoint.script(*(Reply(calls=[call]) for call in (*wrong[:2], NOTE, *wrong[2:])))
-    turn = await lab.say(agent, "Hi")
+    turn = await lab.say(agent, "Hi", *(Reply(calls=[call]) for call in (*wrong[:2], NOTE, *wrong[2:])))
     assert (turn.replies, turn.stop_reason, agent.blocks["human"].value) == (["Hello!"], "done", "Name: Zoe")
 
 
@@ -560,15 +546,13 @@ async def test_a_turn_has_limits(
 async def test_a_failed_call_is_made_again_twice(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """A transport failure is told and tried again, twice, after the pause asked for; the third ends the turn."""
     first, second = {"Retry-After": "0.03"}, {"Retry-After": "0.02"}
-    endpoint.script(Reply(status=429, headers=first), Reply(status=503, headers=second))
-    turn = await lab.say(agent, "Hi")
+    turn = await lab.say(agent, "Hi", Reply(status=429, headers=first), Reply(status=503, headers=second))
     assert turn.replies == ["Hello!"]
     keys = ("code", "attempt", "of", "delay_ms", "seq")
     retries = [tuple(frame.get(key) for key in keys) for frame in turn.of("retry")]
     assert retries == [("model_rate_limit", 1, 2, 30, None), ("model_unavailable", 2, 2, 20, None)]
     assert (turn.end["usage"]["model_calls"], len(endpoint.requests)) == (3, 3)
-    endpoint.script(BUSY, BUSY, BUSY)
-    turn = await lab.say(agent, "Hi")
+    turn = await lab.say(agent, "Hi", BUSY, BUSY, BUSY)
     assert (turn.end["code"], len(endpoint.requests)) == ("model_unavailable", 6)
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
@@ -642,8 +626,7 @@ async def test_a_long_conversation_in_a_small_window(endpoint: Endpoint, lab: La
         assert f"Summary of what came before: Summary {number}" in body["messages"][1]["content"]
     assert max(sum(prompt_tokens(body)) for body in endpoint.requests) <= 3_000
     agent = await lab.open()
-    endpoint.script(Reply(calls=[("conversation_search", {"query": "code of locker 3"})]))
-    await lab.say(agent, "What was it?")
+    await lab.say(agent, "What was it?", Reply(calls=[("conversation_search", {"query": "code of locker 3"})]))
     assert "The code of locker 3 is 3757." in results(endpoint.requests[-1])[-1]
     (alert, *_) = packed(endpoint.requests[-1], "system_alert")
     told = r"prior messages \((\d+) of (\d+)\).*conversation_search finds them.*Summary (\d+)$"
@@ -703,13 +686,11 @@ async def test_a_window_that_the_endpoint_tells(endpoint: Endpoint, lab: Lab) ->
     for number in range(4):
         await lab.say(agents[0], f"{number} " + "word " * 99)
     answer = Reply(error_in_stream={"code": 400, "message": "This model's maximum context length is 4096 tokens."})
-    endpoint.script(answer, Reply("They talked."))
-    turn = await lab.say(agents[0], "Hi")
+    turn = await lab.say(agents[0], "Hi", answer, Reply("They talked."))
     assert (turn.replies, len(turn.of("compaction")), turn.of("context")[-1]["window"]) == (["Hello!"], 1, 4_096)
     assert len(set(endpoint.bodies)) == len(endpoint.bodies)
     assert [each.window for each in agents] == [4_096, 3_900, 4_096]
-    endpoint.script(Reply(status=400, body={"error": "prompt is too long: 5 tokens > 1500 maximum"}))
-    await lab.say(agents[1], "Hi")
+    await lab.say(agents[1], "Hi", Reply(status=400, body={"error": "prompt is too long: 5 tokens > 1500 maximum"}))
     assert [each.window for each in agents] == [16_000, 3_900, 8_192], "what the prompt does not fit into is no window"
 
 
@@ -766,8 +747,7 @@ async def test_an_endpoint_that_cuts_prompts_silently_is_noticed(endpoint: Endpo
     cut = {"prompt_tokens": 300, "completion_tokens": 5}
     warnings = []
     for usage in (cut, cut, cut, "auto"):
-        endpoint.script(Reply(calls=[HELLO], usage=usage))
-        (frame,) = (await lab.say(agent, "Hi")).of("context")
+        (frame,) = (await lab.say(agent, "Hi", Reply(calls=[HELLO], usage=usage))).of("context")
         warnings.append("--context-window" in frame.get("warning", ""))
     assert warnings == [False, True, True, False]
 
@@ -1181,8 +1161,7 @@ async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_pat
 
     async with Lab(endpoint, tmp_path / "memws.db") as lab:
         agent = await lab.create()
-        endpoint.script(replace(THOUGHT, whole=whole))
-        await lab.say(agent, "Hi")
+        await lab.say(agent, "Hi", replace(THOUGHT, whole=whole))
         assert agent.used() - (await lab.create("eve")).used() > 1_000
         await check(lab, agent, is_maker=True)
         await agent.update(agent.record.config | {"model": "other"})

@@ -44,8 +44,7 @@ async def test_commits_of_a_turn(endpoint: Endpoint, tmp_path: Path) -> None:
         agent = await lab.create()
         lab.store._connection.set_trace_callback(ran.append)
         for script, commits in TURNS:
-            endpoint.script(*script)
-            assert (await lab.say(agent, "Hello")).stop_reason == "done"
+            assert (await lab.say(agent, "Hello", *script)).stop_reason == "done"
             assert ran.count("COMMIT") == commits
             ran.clear()
         opened = await lab.open()

@@ -277,8 +277,7 @@ def test_the_decorator_registers_and_replaces(online: Callable[..., Any], endpoi
 
 async def call(lab: Lab, agent: Agent, name: str, /, **arguments: Any) -> tuple[Told, str]:
     """A turn in which the model makes one call, and what the model then reads as its result."""
-    lab.endpoint.script(Reply(calls=[(name, arguments)]))
-    turn = await lab.say(agent, "Go on")
+    turn = await lab.say(agent, "Go on", Reply(calls=[(name, arguments)]))
     return turn, results(lab.endpoint.requests[-1])[-1]
 
 
@@ -331,8 +330,7 @@ async def test_a_wrong_call_gets_advice_and_changes_nothing(lab: Lab, name: str,
     """Each wrong call of a memory tool fails with a sentence that tells how to call right; the user gets a reply."""
     agent = await lab.create(context_window=200_000)
     blocks = dict(agent.blocks)
-    lab.endpoint.script(Reply(calls=[(name, arguments)]))
-    turn = await lab.say(agent, "Go on")
+    turn = await lab.say(agent, "Go on", Reply(calls=[(name, arguments)]))
     result = results(lab.endpoint.requests[-1])[-1]
     assert re.match("Failed: .*" + advice, result), result
     assert turn.of("tool_return")[0]["status"] == "Failed"
@@ -417,8 +415,7 @@ async def test_any_page_can_be_asked_for(lab: Lab) -> None:
     words, days = {"query": "locker"}, {"start_date": "2020-01-01", "end_date": "2099-01-01"}
     asked = {"conversation_search": words, "archival_memory_search": words, "conversation_search_date": days}
     calls = [(name, each | {"page": page}) for name, each in asked.items() for page in (-1, 99, 10**9, 2**63, 10**30)]
-    lab.endpoint.script(Reply(calls=calls))
-    turn = await lab.say(agent, "Look it up")
+    turn = await lab.say(agent, "Look it up", Reply(calls=calls))
     assert turn.stop_reason == "done"
     assert all(text.startswith(("Showing", "No results found")) for text in turn.texts("tool_return")[: len(calls)])
 
