@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import os
 import pty
-import re
 import struct
 import subprocess
 import sys
@@ -60,26 +59,19 @@ class Terminal:
         self.wait()
         os.close(self._master)
 
-    def expect(self, *texts: str, timeout: float = 15) -> str:
-        """Wait until the program writes one of these, behind what was waited for last, and give it."""
-        pattern = re.compile("|".join(map(re.escape, texts)))
-        found: re.Match[str] | None = None
+    def expect(self, *texts: str, timeout: float = 15) -> None:
+        """Wait until the program has written each of these, one behind the other."""
+        for text in texts:
+            with self._news:
+                self._news.wait_for(lambda text=text: self._over or text in self.seen[self._read_to :], timeout)
+                place = self.seen.find(text, self._read_to)
+                assert place >= 0, f"expected {text!r}, but got {self.seen[self._read_to :]!r}"
+                self._read_to = place + len(text)
 
-        def look() -> bool:
-            nonlocal found
-            found = pattern.search(self.seen, self._read_to)
-            return found is not None or self._over
-
-        with self._news:
-            self._news.wait_for(look, timeout)
-            if found is None:
-                raise AssertionError(f"expected one of {texts}, but got {self.seen[self._read_to :]!r}")
-            self._read_to = found.end()
-            return found[0]
-
-    def line(self, text: str = "") -> None:
-        """Type a line."""
+    def line(self, text: str = "", *answers: str) -> None:
+        """Type a line, and wait for what the program writes then."""
         self.type(text + "\r")
+        self.expect(*answers)
 
     def type(self, keys: str) -> None:
         """Press keys; \\x03 is Ctrl-C, \\x04 is Ctrl-D."""

@@ -40,8 +40,7 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
             chat = stack.enter_context(Terminal(words, cwd=tmp_path, variables=settings))
             if "sam" in flags:
                 chat.expect("there is no agent 'sam'; create it? [Y/n] ")
-                chat.line("y")
-                chat.expect("sam> ")
+                chat.line("y", "sam> ")
             return chat
 
         yield start
@@ -57,18 +56,11 @@ def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint:
     remember = {"name": "human", "content": "Name: Ana\x1b[2J", "request_heartbeat": True}
     endpoint.script(Reply("I think\x1b[2J", calls=[("core_memory_append", remember)]), say("Hello, Ana"))
     chat = terminal(proxy.url)
-    chat.expect(f"memws {memws.__version__} at ws://127.0.0.1:")
-    chat.expect("model test-model; /help lists the commands")
+    chat.expect(f"memws {memws.__version__} at ws://127.0.0.1:", "model test-model; /help lists the commands")
     chat.expect("there is no agent 'sam'; create it? [Y/n] ")
-    chat.line()
-    chat.expect("sam> ")
-    chat.line("hi")
-    chat.expect("\x1b[1m~ \x1b[0m\x1b[2mI think\\x1b")
-    chat.expect("\x1b[2m> core_memory_append(")
-    chat.expect("human, changed by the agent")
-    chat.expect("\x1b[32m+ Name: Ana\\x1b[2J")
-    chat.expect("\x1b[1msam: \x1b[0mHello, ")
-    chat.expect("sam> ")
+    chat.line("", "sam> ")
+    chat.line("hi", "\x1b[1m~ \x1b[0m\x1b[2mI think\\x1b", "\x1b[2m> core_memory_append(")
+    chat.expect("human, changed by the agent", "\x1b[32m+ Name: Ana\\x1b[2J", "\x1b[1msam: \x1b[0mHello, ", "sam> ")
     chat.line("/quit")
     assert chat.wait() == 0
     assert "\x1b[2J" not in chat.seen
@@ -80,12 +72,9 @@ def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint:
 def test_offline_is_said(terminal: Callable[..., Terminal], serve: Callable[..., memws.WebSocketServer]) -> None:
     """The banner says that the offline model is no language model; without an agent nothing is sent."""
     chat = terminal(serve().url)
-    chat.expect("the model is offline: a rule-based stand-in, not a language model")
-    chat.expect("[Y/n] ")
-    chat.line("n")
-    chat.expect("> ")
-    chat.line("hi")
-    chat.expect("no agent yet: /new NAME creates one, /load NAME loads one")
+    chat.expect("the model is offline: a rule-based stand-in, not a language model", "[Y/n] ")
+    chat.line("n", "> ")
+    chat.line("hi", "no agent yet: /new NAME creates one, /load NAME loads one")
     chat.expect("> ")  # a Ctrl-D before readline waits would be lost
     chat.type(CTRL_D)
     assert chat.wait() == 0
@@ -95,9 +84,7 @@ def test_offline_is_said(terminal: Callable[..., Terminal], serve: Callable[...,
 def test_no_colour(variables: dict[str, str], mark: str, terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     """NO_COLOR takes the colours, and so does a dumb terminal."""
     chat = terminal(proxy.url, "--agent", "sam", **variables)
-    chat.line("hi")
-    chat.expect("sam: you said hi")
-    chat.expect("sam> ")
+    chat.line("hi", "sam: you said hi", "sam> ")
     chat.type(CTRL_D)
     assert chat.wait() == 0
     assert mark not in chat.seen
@@ -125,8 +112,7 @@ def test_slash_commands(terminal: Callable[..., Terminal], proxy: Proxy, endpoin
         ("/new bob", "bob> "),
         ("/load sam", "sam> "),
     ]:
-        chat.line(line)
-        chat.expect(answer)
+        chat.line(line, answer)
         if not answer.endswith("> "):
             chat.expect("sam> ")
     helped = re.findall(r"^/(\w+) +\S", chat.seen, re.MULTILINE)
@@ -142,11 +128,8 @@ def test_interrupts_of_turns(terminal: Callable[..., Terminal], endpoint: Endpoi
     chat.line("tell")
     endpoint.wait_requests(1)
     chat.type(CTRL_C)
-    chat.expect("[cancelled]")
-    chat.expect("sam> ")
-    chat.line("hi")
-    chat.expect("hello")
-    chat.expect("sam> ")
+    chat.expect("[cancelled]", "sam> ")
+    chat.line("hi", "hello", "sam> ")
     proxy.on_sent = lambda sent: sent.get("command") != "cancel"  # it never arrives
     proxy.sent.clear()
     chat.line("tell")
@@ -174,9 +157,7 @@ def test_interrupts_at_the_prompt(terminal: Callable[..., Terminal], proxy: Prox
     chat.expect("half a line")
     interrupt(chat, "[Ctrl-C again, or Ctrl-D, leaves]")
     chat.expect("sam> ")
-    chat.line("hi")
-    chat.expect("you said hi")
-    chat.expect("sam> ")
+    chat.line("hi", "you said hi", "sam> ")
     interrupt(chat, "[Ctrl-C again, or Ctrl-D, leaves]")
     chat.expect("sam> ")
     chat.type(CTRL_C)
@@ -192,16 +173,12 @@ def test_reconnect(terminal: Callable[..., Terminal], endpoint: Endpoint, proxy:
     """A lost connection is shown, and the whole reply follows."""
     endpoint.script(say("a reply that is cut in its middle", stall_after=7))
     chat = terminal(proxy.url, "--agent", "sam")
-    chat.line("go on")
-    chat.expect("sam: \x1b[0ma ")
+    chat.line("go on", "sam: \x1b[0ma ")
     proxy.cut()
-    chat.expect("[connection lost]")
-    chat.expect("[connection restored]")
+    chat.expect("[connection lost]", "[connection restored]")
     endpoint.release()
-    chat.expect("middle\r\n")
-    chat.expect("sam> ")
-    chat.line("again")
-    chat.expect("you said again")
+    chat.expect("middle\r\n", "sam> ")
+    chat.line("again", "you said again")
 
 
 def test_others_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
@@ -210,11 +187,8 @@ def test_others_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy, t
     chat.type("half a li")
     chat.expect("half a li")
     assert run("chat", "--url", proxy.url, "--agent", "sam", cwd=tmp_path, text="from afar").returncode == 0
-    chat.expect("someone: from afar")
-    chat.expect("you said from afar")
-    chat.expect("sam> half a li")
-    chat.line("ne")
-    chat.expect("you said half a line")
+    chat.expect("someone: from afar", "you said from afar", "sam> half a li")
+    chat.line("ne", "you said half a line")
 
 
 MONOLOGUE = {"of": "internal_monologue"}

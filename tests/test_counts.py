@@ -56,8 +56,7 @@ async def test_commits_of_a_turn(endpoint: Endpoint, tmp_path: Path) -> None:
 async def test_frames_and_model_calls(endpoint: Endpoint, serve: Serve) -> None:
     """A turn of one step is six frames to a classic client, ten stored events in all, few deltas; one call a step."""
     server = serve(base_url=endpoint.url, model="test-model", db=":memory:")
-    async with wire(server) as client, wire(server, "*") as watcher:
-        await client.ok("create_agent", config={"name": "sam"})
+    async with wire(server, agent={"name": "sam"}) as client, wire(server, "*") as watcher:
         for command in ("load_agent", "get_agent", "get_context"):
             await client.ok(command, agent_name="sam")
         await client.ok("search_memory", query="tea")
@@ -155,8 +154,7 @@ async def tasks_of(server: Callable[[], Any]) -> int:
 async def test_an_idle_connection_has_no_task_of_ours() -> None:
     """Twenty idle connections have as many tasks as on bare websockets, and leave neither a task nor a session."""
     assert await tasks_of(memws_server) == await tasks_of(bare_server)
-    async with memws_server() as server, wire(server) as client:
-        await client.ok("create_agent", config={"name": "sam"})
+    async with memws_server() as server, wire(server, agent={"name": "sam"}) as client:
         before = len(asyncio.all_tasks())
         await client.turn("Hello")
         await client.ok("subscribe", after=0)

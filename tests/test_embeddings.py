@@ -87,8 +87,7 @@ async def found(client: Wire, text: str = QUERY, **more: Any) -> list[str]:
 async def test_what_shares_no_word_is_found(start: Serve, endpoint: Endpoint) -> None:
     """Clients and the agent's own tools find what shares no word, in both memories, within the filters; all once."""
     server = start()
-    async with wire(server) as client:
-        await client.ok("create_agent", config={})
+    async with wire(server, agent={}) as client:
         await fill(client)
         await client.turn("Yesterday my cat caught a mouse")
         await embedded(server.options.db)
@@ -127,8 +126,7 @@ async def test_a_search_waits_beside_its_session(
     """While a query's vector is awaited commands, turns and edits go on; a turn that waits for one can be stopped."""
     monkeypatch.setattr(memws, "EMBEDDING_PATIENCE", 60.0)
     server = start()
-    async with wire(server) as client:
-        await client.ok("create_agent", config={"name": "sam"})
+    async with wire(server, agent={"name": "sam"}) as client:
         await fill(client)
         await embedded(server.options.db)
         held = queue.SimpleQueue[Body]()
@@ -170,8 +168,7 @@ async def test_a_restart_embeds_nothing_twice_and_another_model_all(start: Serve
         return Reply(hold=True) if len(body["input"]) > 1 else None
 
     server = start()
-    async with wire(server) as client:
-        await client.ok("create_agent", config={"name": "sam"})
+    async with wire(server, agent={"name": "sam"}) as client:
         await fill(client)
         await embedded(server.options.db)
     await asyncio.to_thread(server.stop)
@@ -212,8 +209,7 @@ async def test_turns_and_searches_go_on_without_vectors(
     caplog.set_level("INFO", "memws")
     endpoint.overrides[ROUTE] = fault
     server = start(idle_timeout=1.0)
-    async with wire(server, "*") as client:
-        await client.ok("create_agent", config={})
+    async with wire(server, "*", agent={}) as client:
         await fill(client)
         endpoint.script(Reply(calls=[("archival_memory_search", {"query": "cat", "request_heartbeat": True})]))
         for message in ("Where is it?", "And now?"):
@@ -233,8 +229,7 @@ async def test_stop_while_embeddings_hang(start: Serve, endpoint: Endpoint) -> N
     """stop() waits for no embedding, of the background or of a search, and leaves nothing behind."""
     endpoint.overrides[ROUTE] = Reply(hold=True)
     server = start()
-    async with wire(server) as client:
-        await client.ok("create_agent", config={})
+    async with wire(server, agent={}) as client:
         await fill(client)
         await asyncio.to_thread(endpoint.wait_embeddings, 1)
         await client.request("search_memory", query="cat")
@@ -252,8 +247,7 @@ async def test_a_text_that_the_endpoint_refuses_stops_no_other(
     refusal = Reply(status=400, body={"error": {"message": "input is too large to process", "code": None}})
     endpoint.overrides[ROUTE] = lambda body: refusal if any("poison" in text for text in body["input"]) else None
     server = start()
-    async with wire(server) as client:
-        await client.ok("create_agent", config={"name": "sam"})
+    async with wire(server, agent={"name": "sam"}) as client:
         for texts in (PASSAGES, [poison], ["Tea is ready", poison, "Tea is hot"]):  # alone, and beside others
             await fill(client, texts)
             await embedded(server.options.db)
@@ -272,8 +266,7 @@ async def test_a_text_that_the_endpoint_refuses_stops_no_other(
 
 async def test_any_query_can_be_embedded(start: Serve, endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
     """What a model may ask its search for, half characters and endless texts, is no fault of the endpoint."""
-    async with wire(start(context_window=1_000_000)) as client:
-        await client.ok("create_agent", config={})
+    async with wire(start(context_window=1_000_000), agent={}) as client:
         await fill(client)
         texts = ("\ud800 feline", "a\0b", "x" * 90_000, " ".join(["cat"] * 20_000), "\u200b", "'\"%_")
         for text in texts:

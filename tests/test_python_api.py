@@ -101,8 +101,7 @@ async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpo
         await asyncio.get_running_loop().create_future()
         return ""
 
-    async with wire(server) as client, wire(server) as other:
-        await client.ok("create_agent", config={"name": "held"})
+    async with wire(server, agent={"name": "held"}) as client, wire(server) as other:
         await other.ok("create_agent", config={"name": "tool", "tools": ["wait"]})
         await other.ok("subscribe")
         await client.say("hi")
@@ -251,8 +250,7 @@ async def test_the_agent_of_the_object_is_its_own(serve: Serve) -> None:
     with pytest.raises(memws.MemwsError, match=r"1 known: 'sam'") as caught:
         server.load_agent("sammy")
     assert (caught.value.code, server.agent_name) == ("unknown_agent", "sam")
-    async with wire(server) as client:
-        await client.ok("create_agent", config={"name": "ada"})
+    async with wire(server, agent={"name": "ada"}) as client:
         assert server.agent_name == "sam"
         server.load_agent("ada")
         await client.ok("load_agent", name="sam")
@@ -364,8 +362,7 @@ async def test_start_server_serves_until_cancelled(make: Serve, capsys: pytest.C
         async with running(server):
             port = server.port
             assert capsys.readouterr().out.startswith(f"memws {memws.__version__} listening on {server.url}\n")
-            async with wire(server, "*") as client:
-                await client.ok("create_agent", config={})
+            async with wire(server, "*", agent={}) as client:
                 assert (await client.turn("hi"))[-1]["stop_reason"] == "done"
                 assert len(server.interface.clients) == 1  # the one before is gone
                 assert [thread for thread in left_behind()[0] if thread.name == "memws"] == []
@@ -425,8 +422,7 @@ async def test_handle_client_of_a_websockets_server_of_ones_own(make: Serve, pat
     server = make()
     async with serve_websockets(lambda websocket: server.handle_client(websocket, *path), "127.0.0.1", 0) as own:
         server.port = own.sockets[0].getsockname()[1]
-        async with wire(server) as client:
-            await client.ok("create_agent", config={"name": "sam"})
+        async with wire(server, agent={"name": "sam"}) as client:
             assert (await client.turn("hi"))[-1]["stop_reason"] == "done"
             assert len(server.interface.clients) == 1
             await server.close()
@@ -491,8 +487,7 @@ async def test_run_blocks_until_interrupted(tmp_path: Path, form: str) -> None:
     with Serving(cwd=tmp_path, program=program, variables={"PYTHONPATH": str(MODULE.parent)}) as process:
         assert process.out[0].startswith(f"memws {memws.__version__} listening on ws://127.0.0.1:")
         process.url = process.out[0].split("listening on ")[1].split()[0]
-        async with wire(process) as client:
-            await client.ok("create_agent", config={})
+        async with wire(process, agent={}) as client:
             await client.turn("hi")
             process.process.send_signal(signal.SIGINT)
             assert await client.closed() == 1001

@@ -33,8 +33,7 @@ def server(request: pytest.FixtureRequest, serve: Serve) -> Server:
 @pytest.fixture
 async def client(server: Server) -> AsyncIterator[Wire]:
     """A connection that gets messages of all types and has made the agent sam."""
-    async with wire(server, "*") as opened:
-        await opened.ok("create_agent", config={"name": "sam"})
+    async with wire(server, "*", agent={"name": "sam"}) as opened:
         yield opened
 
 
@@ -276,8 +275,7 @@ async def test_list_agents_and_get_agent_tell_what_runs(server: Server, endpoint
 
 async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
     """update_agent changes the next model call, merges settings, tells subscribers, and refuses what create refuses."""
-    async with wire(server, "*") as client:
-        await client.ok("create_agent", config={"max_steps": 5, "settings": {"seed": 1, "top_p": 1}})
+    async with wire(server, "*", agent={"max_steps": 5, "settings": {"seed": 1, "top_p": 1}}) as client:
         await client.ok("subscribe")
         config = {"settings": {"temperature": 0.5, "seed": None}, "system": "Be brief.", "smell": 1}
         updated, change = await client.edit("update_agent", config=config)
@@ -375,8 +373,7 @@ async def test_search_memory(client: Wire) -> None:
 
 async def test_edits_of_memory(server: Server) -> None:
     """Blocks are set by a version, or refused with the value stored; passages come and go; subscribers are told."""
-    async with wire(server, "*") as client:
-        await client.ok("create_agent", config={"blocks": [{"label": "plan", "limit": 5}]})
+    async with wire(server, "*", agent={"blocks": [{"label": "plan", "limit": 5}]}) as client:
         await client.ok("subscribe")
         result, change = await client.edit("set_block", label="plan", value="rest", version=1)
         assert result == {"label": "plan", "version": 2}
@@ -405,8 +402,7 @@ async def test_get_context_and_get_request_page_their_messages(server: Server, e
     """get_context shows the next request, get_request what was really sent and received, page by page of messages."""
     search = ("conversation_search", {"query": "tea", "request_heartbeat": True})
     endpoint.script(say("Noted."), Reply("I look it up", calls=[search]), say("Nothing."))
-    async with wire(server) as client:
-        await client.ok("create_agent", config={"human": "Likes tea."})
+    async with wire(server, agent={"human": "Likes tea."}) as client:
         await client.turn("My cat is called Tom")
         await client.turn("Do I like tea?", turn_id="t")
         context = await client.ok("get_context")
@@ -478,8 +474,7 @@ async def test_timed_heartbeats(server: Server, endpoint: Endpoint, monkeypatch:
     monkeypatch.setitem(schemas, "heartbeat_interval", {"type": "integer"})
     monkeypatch.setattr(memws, "IDLE_HEARTBEATS", 1)
     endpoint.default = Reply("nothing to do")
-    async with wire(server, "*") as owner, wire(server, "*") as watcher:
-        await owner.ok("create_agent", config={"name": "sam", "heartbeat_interval": 1})
+    async with wire(server, "*", agent={"name": "sam", "heartbeat_interval": 1}) as owner, wire(server, "*") as watcher:
         await watcher.ok("subscribe", agent_name="sam")
         frames = await watcher.until(is_terminal)
         assert [event["reason"] for event in of_kind(frames, "heartbeat")] == [memws.HEARTBEAT_TIMER]
@@ -554,8 +549,7 @@ async def test_answers_come_in_the_order_sent(server: Server) -> None:
 
 async def test_a_flood_is_answered_and_others_are_served_in_between(server: Server) -> None:
     """Thousands of requests sent at once are all answered in order, and another client gets its answers meanwhile."""
-    async with wire(server) as client, wire(server) as other:
-        await other.ok("create_agent", config={})
+    async with wire(server) as client, wire(server, agent={}) as other:
         for number in range(2_000):
             await client.send_raw({"type": "command", "command": "hello", "id": number})
         assert (await other.turn("hi"))[-1]["stop_reason"] == "done"
@@ -686,8 +680,7 @@ async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
 async def test_eight_messages_of_a_connection_wait(server: Server, endpoint: Endpoint) -> None:
     """One message of a connection runs and eight wait, over all its agents; a cancelled one makes room."""
     endpoint.script(HELD, HELD)
-    async with wire(server) as client:
-        await client.ok("create_agent", config={"name": "idle"})
+    async with wire(server, agent={"name": "idle"}) as client:
         await client.ok("create_agent", config={"name": "sam"})
         for number in range(10):
             await client.say(f"{number}", id=number, turn_id=f"t{number}")
@@ -725,8 +718,7 @@ async def test_thirty_two_messages_wait_for_an_agent(client: Wire, server: Serve
 
 async def test_a_waiting_turn_sent_again(server: Server, endpoint: Endpoint) -> None:
     """A message sent again while it waits, from another connection too, runs once and answers both."""
-    async with wire(server) as client, wire(server) as other:
-        await client.ok("create_agent", config={"name": "sam"})
+    async with wire(server, agent={"name": "sam"}) as client, wire(server) as other:
         await hold(client, endpoint)
         await client.say("again", turn_id="t", id="one")
         await other.say("again", turn_id="t", id="two", agent_name="sam")
@@ -930,8 +922,7 @@ async def test_a_long_reply_is_cut(online: Serve, endpoint: Endpoint, character:
         ("core_memory_append", {"name": "human", "content": "x"}),
     ]
     endpoint.script(Reply("Well.", calls=calls, chunk=9_000))
-    async with wire(server, "*") as client:
-        await client.ok("create_agent", config={})
+    async with wire(server, "*", agent={}) as client:
         await client.ok("subscribe")
         frames = await client.turn("hi" + shown * 65_534, turn_id="t")
         (said,) = of_kind(frames, "assistant_message")
@@ -954,8 +945,7 @@ async def test_lists_hold_what_a_frame_can_hold(online: Serve, endpoint: Endpoin
     """Lists, contexts and requests of long messages come in pages that fit a frame and lead to the next."""
     server = online(context_window=10_000_000)
     endpoint.default = say("\u20ac" * 20_000, chunk=20_000)
-    async with wire(server) as client:
-        await client.ok("create_agent", config={})
+    async with wire(server, agent={}) as client:
         for number in range(20):
             await client.turn(f"{number}" + "\u20ac" * 20_000, turn_id=f"t{number}")
         seen, before, pages = 0, None, 0
@@ -978,8 +968,7 @@ async def test_lists_hold_what_a_frame_can_hold(online: Serve, endpoint: Endpoin
 async def test_an_answer_over_a_frame_is_too_large(online: Serve, endpoint: Endpoint) -> None:
     """An answer that no paging makes small enough for a frame is the error too_large, and the connection stays."""
     blocks = [{"label": f"b{size}", "value": "\x01" * size, "limit": size} for size in range(18_996, 19_001)]
-    async with wire(online(context_window=10_000_000)) as client:
-        await client.ok("create_agent", config={"blocks": blocks, "system": "\x01" * 20_000})
+    async with wire(online(context_window=10_000_000), agent={"blocks": blocks, "system": "\x01" * 20_000}) as client:
         await client.turn("\x01" * 65_536)
         user = next(m for m in (await client.ok("get_messages"))["messages"] if m["role"] == "user")
         assert (await client.ok("get_context"))["more"] is True

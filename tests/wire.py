@@ -184,8 +184,10 @@ class Wire:
 
 
 @contextlib.asynccontextmanager
-async def wire(server: Any, *types: str, checks: bool = True, **options: Any) -> AsyncIterator[Wire]:
-    """A connection to what has a `url`, which asks for `types` of messages where any are named, and always reads.
+async def wire(
+    server: Any, *types: str, checks: bool = True, agent: JSON | None = None, **options: Any
+) -> AsyncIterator[Wire]:
+    """A connection to what has a `url`, which asks for `types` of messages, makes an agent, and always reads.
 
     Without `checks` frames are not compared with the schema: that costs more than the server.
     """
@@ -194,6 +196,8 @@ async def wire(server: Any, *types: str, checks: bool = True, **options: Any) ->
         opened = Wire(websocket, checks)
         if types:
             await opened.ok("hello", message_types=list(types))
+        if agent is not None:
+            await opened.ok("create_agent", config=agent)
         yield opened
 
 

@@ -125,8 +125,7 @@ ENDS, TWICE = "messages without exactly one terminal frame", "events twice, miss
 async def lagging(place: Site, server: Serving, subscribed: bool) -> AsyncIterator[tuple[Lag, socket.socket]]:
     """Two clients and the agent to which one of them talks, which may have subscribed; and the socket of that one."""
     line = await narrow_socket(server.port)
-    async with client(server, "*", sock=line, max_queue=1) as late, client(server, "*") as other:
-        await other.ok("create_agent", config={"name": "sam"})
+    async with client(server, "*", sock=line, max_queue=1) as late, client(server, "*", agent={"name": "sam"}) as other:
         await other.ok("subscribe", agent_name="sam")
         if subscribed:
             await late.ok("subscribe", agent_name="sam", after=0)

@@ -129,8 +129,7 @@ class Faults:
         """One agent, which takes cases while there are any."""
         rng, agent = random.Random(f"{self.soak.seed} {number}"), f"agent{number}"
         table = kinds(rng, self.fresh)
-        async with client(server, "*") as wire:
-            await wire.ok("create_agent", config={"name": agent, "tools": ["ask", "ask_later"]})
+        async with client(server, "*", agent={"name": agent, "tools": ["ask", "ask_later"]}) as wire:
             for case_number in self.cases:
                 kind = self.names[case_number % len(self.names)]
                 case = f"case {case_number}: {kind}"

@@ -240,8 +240,7 @@ async def main(soak: Soak) -> None:
     text = story(soak.rng)
     async with site(soak, write_on(text)) as place:
         with place.serve(constants=constants(soak), context_window=200_000) as server:
-            async with client(server, "*") as wire:
-                await wire.ok("create_agent", config={"name": "long"})
+            async with client(server, "*", agent={"name": "long"}) as wire:
                 for _ in range(5):
                     await wire.ok("insert_passage", text="x" * 20_000)
                 await wire.turn("Hello")
