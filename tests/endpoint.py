@@ -67,8 +67,8 @@ class Reply:
 
     status: int = 200  # the HTTP status; any other than 200 answers with `body` alone
     headers: Mapping[str, str] = field(default_factory=dict)  # more response headers, such as Retry-After
-    # the whole body: a dict as JSON, a str as HTML; None: the reply, or OpenAI's error JSON
-    body: str | Body | None = None
+    # the whole body: a dict as JSON, a str or bytes as they are; None: the reply, or OpenAI's error JSON
+    body: str | bytes | Body | None = None
     delay: float = 0  # seconds before the first byte; for benchmarks only
     hold: bool = False  # wait before the first byte until `Endpoint.release()`, or until the client leaves
     stall_after: int | None = None  # send so many chunks, then nothing until `release()`, or until the client leaves
@@ -750,7 +750,8 @@ def _plain_response(reply: Reply, answer: Body | list[Body]) -> bytes:
     elif content is None:
         content = {"error": {"message": _phrase(reply.status), "type": "server_error", "param": None, "code": None}}
     kind = "text/html" if isinstance(reply.body, str) else "application/json"
-    raw = (content if isinstance(content, str) else _encode(content)).encode("utf-8", "backslashreplace")
+    text = content if isinstance(content, str | bytes) else _encode(content)
+    raw = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
     return _head(reply, kind, f"Content-Length: {len(raw)}") + raw
 
 

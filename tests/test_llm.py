@@ -1,6 +1,5 @@
 """Whatever way an endpoint answers or fails, its reply is read whole, or its failure has a code and a sentence."""
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -222,26 +221,16 @@ async def test_a_failure_has_its_code(
     assert (await ask(model)).calls
 
 
-@pytest.mark.parametrize(
-    "raw", [b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b"5", b'{"choices": 5}', b'{"choices": [{"delta": [[]]}]}']
-)
-@pytest.mark.parametrize("kind", ["text/event-stream", "application/json"])
-async def test_an_answer_that_is_no_chunk_is_an_error(raw: bytes, kind: str) -> None:
+CHUNKS = [b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, b"5", b'{"choices": 5}', b'{"choices": [{"delta": [[]]}]}']
+
+
+@pytest.mark.parametrize("raw", CHUNKS, ids=lambda raw: ascii(raw[:9]))
+async def test_an_answer_that_is_no_chunk_is_an_error(endpoint: Endpoint, model: memws.Model, raw: bytes) -> None:
     """What is no JSON object, streamed or whole, is a failed call that may be tried again, not a crash."""
-    body = raw if kind == "application/json" else b"data: " + raw + b"\n\n"
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
-        answer = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-        writer.write(answer.encode() + body)
-        writer.close()
-
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        async with closing(memws.Models("test-model", url, KEY)) as models:
-            error = await fail(models.get(None)[0])
-    assert (error.code, error.retry) == ("model_unavailable", True)
+    for body in (raw, b"data: " + raw + b"\n\n"):
+        endpoint.script(Reply(body=body))
+        error = await fail(model)
+        assert (error.code, error.retry) == ("model_unavailable", True)
 
 
 OWN = "messages[3].content: expected a string, but got null (code 17)"
