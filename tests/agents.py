@@ -21,8 +21,7 @@ from endpoint import Answer, Body, Endpoint
 
 import memws
 
-LIMIT = 20
-"""Seconds after which a turn that does not end fails its test."""
+LIMIT = 20  # seconds after which a turn that does not end fails its test
 OnEvent = Callable[[Body], object]
 
 

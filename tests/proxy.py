@@ -17,8 +17,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 Frame = dict[str, Any]
-Pass = list[str | bytes] | None
-"""What a hook makes of a frame: None lets it pass, a list takes its place."""
+Pass = list[str | bytes] | None  # what a hook makes of a frame: None lets it pass, a list takes its place
 
 
 class Proxy(Loopback):

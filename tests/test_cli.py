@@ -68,7 +68,7 @@ def refused(url: str, **options: Any) -> int:
     return caught.value.response.status_code
 
 
-FLAGS = {
+FLAGS = {  # for each flag of serve a value that shows, and one that is bad or would show as well
     "--host": ("127.0.0.1", "0.0.0.0"),  # noqa: S104
     "--port": ("0", "70000"),
     "--db": (":memory:", "missing/x.db"),
@@ -85,7 +85,6 @@ FLAGS = {
     "--idle-timeout": ("3.5", "-1"),
     "--log-level": ("error", "loud"),
 }
-"""For each flag of serve a value that shows, and one that is bad or would show as well."""
 COMMANDS: dict[str, list[str]] = {"serve": list(FLAGS), "chat": ["--url", "--agent", "--token"], "protocol": []}
 COMMANDS |= {name: ["--db"] for name in ("check", "export", "import", "backup")}
 

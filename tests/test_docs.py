@@ -245,7 +245,7 @@ def test_config_keys() -> None:
     assert set(code(text)) == keys | bundled
 
 
-ANCESTOR = set(
+ANCESTOR = set(  # the names of MemGPT 0.2.7's websocket server, interface, protocol and constants
     """
     WebSocketServer run_step handle_client create_new_agent load_agent initialize_server start_server run
     host port interface agent agent_name DEFAULT_PORT CLIENT_TIMEOUT
@@ -256,7 +256,6 @@ ANCESTOR = set(
     server_agent_function_message client_user_message client_command_create client_command_load
     """.split()  # noqa: SIM905 (a list of words reads better as words)
 )
-"""The names of MemGPT 0.2.7's websocket server, interface, protocol and constants."""
 
 
 def test_crosswalk() -> None:

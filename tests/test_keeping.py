@@ -333,7 +333,7 @@ def test_healthy_agents_are_found_healthy(db: Path, run: Run, serve: Serve) -> N
 
 
 SAM = "UPDATE agents SET {} WHERE id = :sam"
-FOUND: dict[str, tuple[str, str]] = {
+FOUND: dict[str, tuple[str, str]] = {  # what is broken, by which SQL, and what check says of it
     "a config of wrong types": (SAM.format("config = json_set(config, '$.max_steps', 'x')"), "max_steps"),
     "a config of later keys": (SAM.format("config = json_set(config, '$.later', 'x')"), "later"),
     "a config that is no JSON": (SAM.format("config = '{'"), "agent.config: unknown 'damaged'"),
@@ -344,7 +344,6 @@ FOUND: dict[str, tuple[str, str]] = {
     "rows of no agent": ("DELETE FROM agents WHERE id = :sam", "messages"),
     "a page of the file": ("", "the file"),
 }
-"What is broken, by which SQL, and what check says of it."
 
 
 @pytest.mark.parametrize("what", FOUND)

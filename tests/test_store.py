@@ -22,8 +22,7 @@ import memws
 from memws import AgentRecord, Changes, Query, Store, commit, create_agent, find_agent, read_events, read_messages
 
 pytestmark = pytest.mark.anyio
-LIMIT = 20.0
-"""Seconds after which a store that does not answer fails its test."""
+LIMIT = 20.0  # seconds after which a store that does not answer fails its test
 NOW = "2026-11-24T10:00:00.000Z"
 BLOCKS = [{"label": label, "value": "", "limit": 200, "version": 1} for label in ("persona", "human")]
 FORMER = Path(__file__).with_name("former_agent.json")

@@ -15,8 +15,7 @@ from websockets.exceptions import ConnectionClosed
 import memws
 
 JSON = dict[str, Any]
-LIMIT = 10.0
-"""Seconds after which a frame that does not come has failed the test."""
+LIMIT = 10.0  # seconds after which a frame that does not come has failed the test
 MAX_ERROR_BYTES = 4096
 TERMINALS = ("agent_response_end", "agent_response_error")
 

@@ -285,14 +285,13 @@ async def compute(server: Peer, number: int) -> None:
         await turn(connection, f"computes-{number}", "Compute it, please. <<now>>")
 
 
-SCENES = {
+SCENES = {  # what others do meanwhile, and the p99 to be reached, in ms
     "32 turns at once": (many_turns, 10),
     "a very common word searched in 1,000,000 rows": (common_word, 10),
     "an endpoint that never answers": (never, 10),
     "a compaction of 500 messages": (compact, 10),
     "a tool that computes for 5 s": (compute, 15),
 }
-"""What others do meanwhile, and the p99 to be reached, in ms."""
 
 
 def bystanders(bench: Bench) -> Iterator[str]:
@@ -410,10 +409,9 @@ def start(bench: Bench) -> Iterator[str]:
 
 
 SINGLES, QUERIES = 300, 200  # rows that are inserted with a commit each, and queries that are timed, for each size
-DEVELOPMENT = {
+DEVELOPMENT = {  # recall@10 and MRR of commit cd96516 in the development sets
     "locomo": (0.810, 0.599), "madial-en": (0.573, 0.461), "madial-zh": (0.533, 0.452), "xquad-es": (0.990, 0.927),
 }  # fmt: skip
-"""Recall@10 and MRR of commit cd96516 in the development sets."""
 
 
 def search(bench: Bench) -> Iterator[str]:
