@@ -189,11 +189,8 @@ def test_remembered_after_kill(tmp_path: Path) -> None:
 
 
 REFUSALS = [
-    (["--frobnicate"], "--frobnicate"),
-    (["serve", "--frobnicate"], "--frobnicate"),
-    (["chat", "--frobnicate"], "--frobnicate"),
-    (["frobnicate"], "frobnicate"),
-    (["protocol", "frobnicate"], "frobnicate"),
+    *(([*words, "--frobnicate"], "--frobnicate") for words in ([], ["serve"], ["chat"])),
+    *(([*words, "frobnicate"], "frobnicate") for words in ([], ["protocol"])),
     (["--port"], "--port"),
     (["--port", "http"], "http"),
     (["--port", "0", "--db", "."], "--db"),
@@ -202,6 +199,20 @@ REFUSALS = [
     (["--port", "0", "--db", "text.db/x"], "--db"),
     (["--port", "0", "--host", "nowhere.invalid", "--token", "x"], "choose another host or port"),
     (["--port", "0", "--host", "192.0.2.1", "--token", "x"], "choose another host or port"),
+    (["export", "nobody"], "unknown agent 'nobody'"),
+    (["export"], "name"),
+    (["export", "sam", "missing/x"], "missing"),
+    (["export", "sam", "--db", "missing.db"], "missing.db"),
+    (["check", "--db", "missing.db"], "missing.db"),
+    (["check", "--db", "text.db"], "text.db"),
+    (["backup", "copy.db", "--db", "missing.db"], "missing.db"),
+    (["backup", "missing/copy.db"], "missing"),
+    (["backup", "memws.db"], "memws.db"),
+    (["import", "missing.json"], "missing.json"),
+    (["import", "text.db"], "text.db"),
+    (["import", "list.json"], "exported"),
+    (["import", "deep.json"], "deep.json"),
+    (["import", "cut.json"], "cut.json"),
     *((["--host", host, "--port", "0"], "--token") for host in ("0.0.0.0", "::", "[::]", "0", "00.0.0.0", "")),  # noqa: S104
     *((["--host", host, "--port", "0"], "--token") for host in ("*", "::ffff:0.0.0.0", "lab.example")),
     *(
@@ -213,7 +224,11 @@ REFUSALS = [
 
 def test_refusals(tmp_path: Path, main: Callable[..., Done]) -> None:
     """What cannot be is one sentence that says what to do next, with exit status 2, and nothing is made or changed."""
-    (tmp_path / "text.db").write_text("this is a diary and no database\n" * 40, "utf-8")
+    texts = {"text.db": "this is a diary and no database\n" * 40, "list.json": "[1]", "deep.json": "[" * 100_000}
+    for name, text in (texts | {"cut.json": '{"agent": {"name": "sam"'}).items():
+        (tmp_path / name).write_text(text, "utf-8")
+    with closing(memws.Sqlite("memws.db")) as database:
+        memws.create_agent(database.open(), memws.AgentRecord("sam", {}, []))
 
     def content() -> dict[str, bytes]:
         paths = [path for path in tmp_path.iterdir() if not re.search(r"-wal$|-shm$|\.lock$", path.name)]

@@ -17,6 +17,7 @@ import pytest
 from commandline import Serving
 from endpoint import Body, Endpoint, Reply, echo, say
 from proxy import Proxy
+from wire import seqs
 
 import memws
 
@@ -66,10 +67,6 @@ async def within(work: Awaitable[Any]) -> Any:
 
 async def until(proxy: Proxy, condition: Callable[[], object]) -> None:
     await asyncio.to_thread(proxy.wait, condition)
-
-
-def seqs(events: list[Frame]) -> list[int]:
-    return [event["seq"] for event in events if "seq" in event]
 
 
 def texts(events: list[Frame], kind: str) -> str:

@@ -191,22 +191,14 @@ def test_requests_table() -> None:
             assert re.search(rf"\b{key}\b", result), (name, key)
 
 
-def test_message_fields() -> None:
-    """README names the fields of a user message and the answers that a busy agent can be asked for."""
+def test_fields_and_codes() -> None:
+    """README names the fields of a message, what a busy agent does, all codes (test_errors.py) and all corrections."""
     about = README[README.index("A message is `") : README.index("| command | arguments")]
     properties = memws.COMMANDS["user_message"].parameters["properties"]
     assert set(properties) <= set(re.findall(r"\w+", about))
     assert set(properties["when_busy"]["enum"]) <= set(code(about))
-
-
-def test_codes_table() -> None:
-    """README's table of codes names exactly those of the contract, which are those of the module (test_errors.py)."""
     listed = [set(code(cells)) for _, cells in rows("where", "codes")]
     assert listed == [REQUEST_CODES, {*COMMAND_CODES, "cancelled"}, set(TURN_CODES)]
-
-
-def test_corrections_table() -> None:
-    """README's table of corrections names each that the module makes, and the error that one more try precedes."""
     listed = {name for cells in rows("`what`", "an answer with", "becomes") for name in code(cells[0])}
     made = set(re.findall(r'corrections[^\n]*?\("(\w+)",|"correction", .*what="(\w+)"', SOURCE))
     assert listed == {*map("".join, made), *memws._FAULTS, "cut", "bad_output"}
@@ -234,10 +226,6 @@ def test_numbers() -> None:
     assert f"`DEFAULT_PORT` | the same, {memws.DEFAULT_PORT} |" in README
     assert f"Python {'.'.join(re.findall(r'requires-python = .>=([0-9.]+)', SOURCE))} or newer" in README
     assert f"### {memws.__version__}\n" in README
-
-
-def test_config_keys() -> None:
-    """README names every key of an agent's config, every setting and every bundled text."""
     (text,) = re.findall(r"^`config`, all of it optional: (.*?)\n\n", README, re.MULTILINE | re.DOTALL)
     bundled = set(memws.PERSONAS) | set(memws.HUMANS)
     functions = [memws.function_of(each) for each in (memws.Config, memws.core_memory, memws.Settings)]

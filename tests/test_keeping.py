@@ -434,38 +434,3 @@ async def test_beside_turns(tmp_path: Path, run: Run, serve: Serve, endpoint: En
         for name in names:
             await client.load_agent(name)
             assert await client.ask("Do you remember me?")
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["export", "nobody"], "unknown agent 'nobody'"),
-        (["export"], "name"),
-        (["export", "sam", "missing/sam.json"], "missing"),
-        (["export", "sam", "--db", "missing.db"], "missing.db"),
-        (["check", "--db", "missing.db"], "missing.db"),
-        (["check", "--db", "text.db"], "text.db"),
-        (["backup", "copy.db", "--db", "missing.db"], "missing.db"),
-        (["backup", "missing/copy.db"], "missing"),
-        (["backup", "memws.db"], "memws.db"),
-        (["import", "missing.json"], "missing.json"),
-        (["import", "text.db"], "text.db"),
-        (["import", "list.json"], "exported"),
-        (["import", "deep.json"], "deep.json"),
-        (["import", "cut.json"], "cut.json"),
-    ],
-)
-def test_refused(words: list[str], said: str, db: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What these commands cannot do is one sentence, and no file is made or changed."""
-    monkeypatch.chdir(db.parent)
-    texts = {"text.db": "this is a diary and no database\n" * 40, "list.json": "[1]", "deep.json": "[" * 100_000}
-    for name, text in (texts | {"cut.json": '{"agent": {"name": "sam"'}).items():
-        Path(name).write_text(text, "utf-8")
-
-    def content() -> dict[str, bytes]:
-        left = (".lock", "-shm", "-wal")
-        return {path.name: path.read_bytes() for path in Path().iterdir() if not path.name.endswith(left)}
-
-    before = content()
-    assert said in sentence(run(*words))
-    assert content() == before

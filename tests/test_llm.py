@@ -747,6 +747,7 @@ QUOTED = {
     "a block at the end": "So:\n```python\nprint(1)\n```",
     "a tool's name": "send_message is a tool that I have.",
     "another call": 'print("Hello!")',
+    "JSON that is no call": '{"a": 1}',
 }
 
 
@@ -756,7 +757,7 @@ def test_quoted_markup_is_prose(text: str) -> None:
     reply = reply_of(text)
     memws.read_reply(reply, TOOLS)
     assert (reply.text, reply.calls, reply.corrections) == (text, [], [])
-    if "```json" not in text and not text.startswith("print") and "```\n<" not in text:
+    if "```json" not in text and not text.startswith(("print", "{")) and "```\n<" not in text:
         assert text.startswith(heard(text, 2).rstrip())
         assert len(heard(text, 2)) > len(text) - 12
 
@@ -781,6 +782,7 @@ def test_markup_inside_an_argument_is_only_text(text: str) -> None:
 
 
 TOKENS = (
+    " Hello! ",
     "<|im_start|>assistant\nHello!<|im_end|>", "Hello!</s>", "Hello!<|eot_id|>", "Hello!<end_of_turn>\n",
     "<|start_header_id|>assistant<|end_header_id|>\n\nHello!", "Hello!<｜end▁of▁sentence｜>", "Hello!</tool_call>",
     "<|channel|>final<|message|>Hello!<|return|>", "<|START_RESPONSE|>Hello!<|END_RESPONSE|>",
@@ -800,23 +802,19 @@ def test_thoughts_and_special_tokens_are_no_reply(thought: str, text: str) -> No
     reply = reply_of(thought + text)
     memws.read_reply(reply, TOOLS)
     assert (reply.text, reply.reasoning, reply.calls) == ("Hello!", "Hm." * bool(thought), [])
+    assert (reply.monologue, reply.corrections) == ("Hm.\n" * bool(thought) + "Hello!", [])
 
 
-TEXTS: dict[str, tuple[memws.Reply, str, str]] = {
-    "Functionary's plain channel": (reply_of(">>>all\nHello!"), "Hello!", "Hello!"),
-    "plain text": (reply_of(" Hello! "), "Hello!", "Hello!"),
-    "text after thoughts in tags": (reply_of("<think>Hm.</think>\n\nHello!"), "Hello!", "Hm.\nHello!"),
-    "thoughts without their end": (reply_of("<think>Hm. I"), "", "Hm. I"),
-    "JSON that is no call": (reply_of('{"a": 1}'), '{"a": 1}', '{"a": 1}'),
-    "lone surrogates and NUL": (reply_of("a\ud800\x00"), "a\ufffd\ufffd", "a\ufffd\ufffd"),
-}
-
-
-@pytest.mark.parametrize(("reply", "text", "monologue"), TEXTS.values(), ids=TEXTS)
-def test_a_text_without_calls_is_kept(reply: memws.Reply, text: str, monologue: str) -> None:
-    """A reply without calls has its text and its monologue."""
-    memws.read_reply(reply, TOOLS)
-    assert (reply.text, reply.monologue, reply.calls, reply.corrections) == (text, monologue, [], [])
+def test_a_text_without_calls_is_kept() -> None:
+    """Thoughts without an end are the monologue, Functionary has a channel, and what no text can hold is U+FFFD."""
+    texts = [
+        ("<think>Hm. I", "", "Hm. I"),
+        ("a\ud800\x00", *["a\ufffd\ufffd"] * 2),
+        (">>>all\nHello!", *["Hello!"] * 2),
+    ]
+    for text, told, monologue in texts:
+        memws.read_reply(reply := reply_of(text), TOOLS)
+        assert (reply.text, reply.monologue, reply.calls, reply.corrections) == (told, monologue, [], [])
 
 
 FINISHES = {
