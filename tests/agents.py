@@ -22,7 +22,7 @@ from endpoint import Answer, Body, Endpoint
 import memws
 
 LIMIT = 20  # seconds after which a turn that does not end fails its test
-OnEvent = Callable[[Body], object]
+OnEvent, Tools = Callable[[Body], object], Iterable[Callable[..., Any]]
 
 
 class Told:
@@ -67,23 +67,15 @@ class Lab:
     """A database and the models of one endpoint, while the `async with` block lasts."""
 
     def __init__(
-        self,
-        endpoint: Endpoint,
-        path: Path | str = ":memory:",
-        *,
-        tools: Iterable[Callable[..., Any]] = (),
-        timeout: float = memws.TOOL_TIMEOUT,
-        **models: Any,
+        self, endpoint: Endpoint, path: Path | str = ":memory:", tools: Tools = (), timeout: float = memws.TOOL_TIMEOUT
     ) -> None:
-        self.endpoint = endpoint
-        self.path = str(path)
+        self.endpoint, self.path = endpoint, str(path)
         own = [memws.make_tool(tool, timeout=timeout) for tool in tools]
         self.tools = memws.MEMORY_TOOLS | {tool.name: tool for tool in own}
-        self._models_options = {"model": "test-model", "base_url": endpoint.url, "api_key": "sk-lab", **models}
         self._numbers = itertools.count(1)
 
     async def __aenter__(self) -> Self:
-        self.models = memws.Models(**self._models_options)
+        self.models = memws.Models("test-model", self.endpoint.url, "sk-lab")
         self.store = memws.Store(memws.Sqlite(self.path, "normal"))
         return self
 

@@ -14,9 +14,10 @@ import pytest
 import memws
 
 PROGRAM = Path(memws.__file__)
+Variables = Mapping[str, str] | None
 
 
-def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+def environment(variables: Variables = None) -> dict[str, str]:
     """This process's environment without settings of memws, OpenAI and proxies, and with `variables`."""
     rest = {name: value for name, value in os.environ.items() if not name.startswith(("MEMWS_", "OPENAI_"))}
     rest = {name: value for name, value in rest.items() if not name.lower().endswith("_proxy") and name != "NO_COLOR"}
@@ -28,24 +29,11 @@ def command(*flags: str, program: Path = PROGRAM) -> list[str]:
 
 
 def run(
-    *flags: str,
-    cwd: Path,
-    variables: Mapping[str, str] | None = None,
-    text: str = "",
-    program: Path = PROGRAM,
-    timeout: float = 30,
+    *flags: str, cwd: Path, variables: Variables = None, text: str = "", program: Path = PROGRAM, timeout: float = 30
 ) -> subprocess.CompletedProcess[str]:
     """Run `python memws.py FLAGS…` with `text` as its standard input, to its end."""
-    return subprocess.run(
-        command(*flags, program=program),
-        cwd=cwd,
-        env=environment(variables),
-        input=text,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=timeout,
-        check=False,
-    )
+    options: dict[str, Any] = {"cwd": cwd, "env": environment(variables), "encoding": "utf-8", "timeout": timeout}
+    return subprocess.run(command(*flags, program=program), input=text, capture_output=True, check=False, **options)
 
 
 class Done(NamedTuple):
@@ -56,7 +44,7 @@ class Done(NamedTuple):
     stderr: str
 
 
-def call(capsys: pytest.CaptureFixture[str], *words: object, variables: Mapping[str, str] | None = None) -> Done:
+def call(capsys: pytest.CaptureFixture[str], *words: object, variables: Variables = None) -> Done:
     """Call memws.main in this process, where no process needs to be seen; its logging is taken back."""
     logger, handlers, level = memws.logger, list(memws.logger.handlers), memws.logger.level
     capsys.readouterr()
@@ -121,9 +109,7 @@ class Process:
 class Serving(Process):
     """A server process, on a free port unless the flags name one."""
 
-    def __init__(
-        self, *flags: str, cwd: Path, variables: Mapping[str, str] | None = None, program: Path = PROGRAM
-    ) -> None:
+    def __init__(self, *flags: str, cwd: Path, variables: Variables = None, program: Path = PROGRAM) -> None:
         is_named = "--port" in flags or "MEMWS_PORT" in (variables or {})
         words = command("serve", *flags, *([] if is_named else ["--port", "0"]), program=program)
         super().__init__(*words, cwd=cwd, variables=environment(variables))

@@ -348,67 +348,48 @@ def _check_pairs(messages: list[Body]) -> None:
 # What particular endpoints want of a history, for `Endpoint.quirks`.
 
 
-def _roles(messages: list[Body]) -> str:
-    return " ".join(message["role"] for message in messages)
+def suits(messages: list[Body]) -> dict[str, bool]:
+    """For each quirk whether a history is right."""
+    roles = [message["role"] for message in messages]
+    called = [message for message in messages if "tool_calls" in message]
+    calls = [call for message in called for call in message["tool_calls"]]
+    said = [role for role, each in zip(roles, messages, strict=True) if role in "user assistant" and each not in called]
+    firsts = [message["tool_calls"][0].get("extra_content", {}).get("google", {}) for message in called]
+    signatures = [first.get("thought_signature") for first in firsts]
+    fields = {name for part in (*messages, *calls) for name in part}
+    return {
+        "alternation": _takes_turns(said),  # as the template of Mistral 7B counts: without tool calls and results
+        "no tool role": _takes_turns(roles[1:]) and roles[-1] == "user",
+        "user after tool": ("tool", "user") not in itertools.pairwise(roles),
+        "no system role": "system" not in roles,
+        "content or calls": not any(message.get("content") for message in called),
+        "nine-character ids": all(re.fullmatch("[a-zA-Z0-9]{9}", call["id"]) for call in calls),
+        "reasoning": {message.get("reasoning_content") for message in called} <= {"", "I think it over."},
+        "signatures": set(signatures) <= {"c2lnbmVk", "skip_thought_signature_validator"},
+        "known fields": fields <= {"role", "content", "tool_calls", "tool_call_id", "id", "type", "function"},
+    }
 
 
-def _alternates(messages: list[Body]) -> bool:
-    """As the template of Mistral 7B counts: without tool calls and results."""
-    said = [message for message in messages if message["role"] in "user assistant" and "tool_calls" not in message]
-    return _roles(said).removesuffix(" user") == " ".join(["user assistant"] * (len(said) // 2) or ["user"])
+def _takes_turns(roles: list[str]) -> bool:
+    return roles != [] and roles == (["user", "assistant"] * len(roles))[: len(roles)]
 
 
-def _has_reasoning(messages: list[Body]) -> bool:
-    texts = [message.get("reasoning_content") for message in messages if "tool_calls" in message]
-    return all(text in ("", "I think it over.") for text in texts)
-
-
-def _is_signed(messages: list[Body]) -> bool:
-    calls = [message["tool_calls"][0] for message in messages if "tool_calls" in message]
-    texts = [call.get("extra_content", {}).get("google", {}).get("thought_signature") for call in calls]
-    return all(text in ("c2lnbmVk", "skip_thought_signature_validator") for text in texts)
-
-
-def _takes_turns(messages: list[Body]) -> bool:
-    turns = " ".join(["user assistant"] * (len(messages) // 2))
-    return _roles(messages[1:]) == turns.removesuffix(" assistant")
-
-
-def _has_pauses(messages: list[Body]) -> bool:
-    return "tool user" not in _roles(messages)
-
-
-def _has_text_or_calls(messages: list[Body]) -> bool:
-    return not any(message.get("content") for message in messages if "tool_calls" in message)
-
-
-def _has_short_ids(messages: list[Body]) -> bool:
-    ids = [call["id"] for message in messages for call in message.get("tool_calls", ())]
-    return all(re.fullmatch("[a-zA-Z0-9]{9}", each) for each in ids)
-
-
-def _has_known_fields(messages: list[Body]) -> bool:
-    fields = {name for message in messages for part in (message, *message.get("tool_calls", ())) for name in part}
-    return fields <= {"role", "content", "tool_calls", "tool_call_id", "id", "type", "function"}
-
-
-EITHER = "Assistant message must have either content or tool_calls, but not both."
-NINE = "Tool call id was x but must be a-z, A-Z, 0-9, with a length of 9."
-BACK = "The `reasoning_content` in the thinking mode must be passed back to the API."
-SIGNED = "Function call is missing a thought_signature in functionCall parts."
 KNOWN = "for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning' is unsupported)]"
 THINKS: Body = {"reasoning": "I think it over."}
-QUIRKS: dict[str, tuple[Callable[[list[Body]], bool], int, str, Body]] = {
-    # name: whether a history is right, the status and words of a refusal, and what its own replies have
-    "alternation": (_alternates, 500, "After the optional system message, conversation roles must alternate", {}),
-    "no tool role": (_takes_turns, 500, "Conversation roles must alternate user/assistant/user/assistant/...", {}),
-    "user after tool": (_has_pauses, 400, "Unexpected role 'user' after role 'tool'", {}),
-    "no system role": (lambda chat: "system" not in _roles(chat), 500, "System role not supported", {}),
-    "content or calls": (_has_text_or_calls, 400, EITHER, {}),
-    "nine-character ids": (_has_short_ids, 400, NINE, {}),
-    "reasoning": (_has_reasoning, 400, BACK, THINKS),
-    "signatures": (_is_signed, 400, SIGNED, {"signature": "c2lnbmVk"}),
-    "known fields": (_has_known_fields, 400, KNOWN, THINKS | {"reasoning_field": "reasoning"}),
+QUIRKS: dict[str, tuple[int, str, Body]] = {  # the status and words of a refusal, and what its own replies have
+    "alternation": (500, "After the optional system message, conversation roles must alternate", {}),
+    "no tool role": (500, "Conversation roles must alternate user/assistant/user/assistant/...", {}),
+    "user after tool": (400, "Unexpected role 'user' after role 'tool'", {}),
+    "no system role": (500, "System role not supported", {}),
+    "content or calls": (400, "Assistant message must have either content or tool_calls, but not both.", {}),
+    "nine-character ids": (400, "Tool call id was x but must be a-z, A-Z, 0-9, with a length of 9.", {}),
+    "reasoning": (400, "The `reasoning_content` in the thinking mode must be passed back to the API.", THINKS),
+    "signatures": (
+        400,
+        "Function call is missing a thought_signature in functionCall parts.",
+        {"signature": "c2lnbmVk"},
+    ),
+    "known fields": (400, KNOWN, THINKS | {"reasoning_field": "reasoning"}),
 }
 
 
@@ -635,7 +616,7 @@ class Endpoint(Loopback):
             self.refusals.append(f"the script raised {error!r}")
             raise Refusal(f"the script raised {error!r}", status=500) from error
         for name in self.quirks:
-            reply = replace(reply, **QUIRKS[name][3])
+            reply = replace(reply, **QUIRKS[name][2])
         return reply, _answer(reply, body, self._fresh_ids)
 
     def _check_limits(self, body: Body) -> None:
@@ -647,8 +628,8 @@ class Endpoint(Loopback):
             text = f"Unsupported parameter: '{name}' is not supported with this model.{instead}"
             raise Refusal(text, "unsupported_parameter")
         for name in self.quirks:
-            is_right, status, text, _ = QUIRKS[name]
-            if not is_right(body["messages"]):
+            status, text, _ = QUIRKS[name]
+            if not suits(body["messages"])[name]:
                 self.lessons.append(name)
                 raise Refusal(text, status=status)
         tokens = sum(prompt_tokens(body))

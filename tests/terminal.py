@@ -39,15 +39,8 @@ class Terminal:
     def __enter__(self) -> Self:
         self._master, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _LEAD, *self.words],
-            cwd=self.cwd,
-            env=self.variables,
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            start_new_session=True,
-        )
+        words, ends = [sys.executable, "-c", _LEAD, *self.words], dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+        self.process = subprocess.Popen(words, cwd=self.cwd, env=self.variables, start_new_session=True, **ends)
         os.close(terminal)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

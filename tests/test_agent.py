@@ -243,7 +243,7 @@ LADDER: dict[str, tuple[Reply, list[str]]] = {
     "a comma too many": (Reply(calls=[("send_message", '{"message": "Hello!",}')]), ["arguments"]),
     "a name with a prefix": (Reply(calls=[("functions.send_message", {"message": "Hello!"})]), ["tool_name"]),
     "arguments too many": (
-        Reply(calls=[("send_message", {"inner_thoughts": "Hm.", "message": "Hello!", "mood": 1})]),
+        Reply(calls=[("send_message", {**HELLO[1], "mood": 1, "inner_thoughts": "Hm."})]),
         ["arguments"],
     ),
     "a long id": (Reply(calls=[HELLO], call_ids=["x" * 2_000]), []),
@@ -400,10 +400,7 @@ async def test_what_no_rung_reads_or_is_cut_is_asked_for_again_once(endpoint: En
         assert (await lab.say(agent, "And now?")).replies == ["Hello!"]
 
 
-WORDS = [
-    "Jinja Exception: roles must not be like this; see line 25 of the template",
-    "prompt is too long: 9 > 8 maximum",
-]
+WORDS = ["Jinja Exception: roles must not be like this; see line 25 of it", "prompt is too long: 9000 > 8000 maximum"]
 FINAL = {
     "a refusal": (Reply(refusal="I can't help with that."), "model_refused"),
     "the words of an endpoint": (Reply(status=400, body={"error": WORDS[0]}), "model_refused"),

@@ -177,17 +177,6 @@ def test_serving(tmp_path: Path) -> None:
     assert server.log.count("Traceback") == 0
 
 
-def test_remembered_after_kill(tmp_path: Path) -> None:
-    """The main job, without a key: talk, kill -9 the server, start it again, and the agent still knows you."""
-    with Serving(cwd=tmp_path) as server:
-        assert run("chat", "--url", server.url, "--agent", "sam", cwd=tmp_path, text="My name is Ada\n").returncode == 0
-        server.end(signal.SIGKILL)
-    with Serving(cwd=tmp_path) as server:
-        done = run("chat", "--url", server.url, cwd=tmp_path, text="What is my name?\n")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "Ada" in done.stdout
-
-
 REFUSALS = [
     *(([*words, "--frobnicate"], "--frobnicate") for words in ([], ["serve"], ["chat"])),
     *(([*words, "frobnicate"], "frobnicate") for words in ([], ["protocol"])),

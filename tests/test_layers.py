@@ -137,11 +137,9 @@ def heavy_imports(module: Module) -> list[str]:
     """At the top only websockets and the standard library are imported, all of it in the header."""
     functions = [node for _, node in module.nodes() if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {inner for function in functions for inner in ast.walk(function)}
-    return [
-        f"{TABLE[section][0]}: {ast.unparse(node)}"
-        for section, node in module.nodes()
-        if node not in inside and imported(node) and (section != 0 or not imported(node) <= RUN_TIME)
-    ]
+    outside = [(section, node) for section, node in module.nodes() if node not in inside and imported(node)]
+    wrong = [(section, node) for section, node in outside if section != 0 or not imported(node) <= RUN_TIME]
+    return [f"{TABLE[section][0]}: {ast.unparse(node)}" for section, node in wrong]
 
 
 def imported(node: ast.AST) -> set[str]:
@@ -190,11 +188,8 @@ def map_and_banners(module: Module) -> list[str]:
 
 def too_long(module: Module) -> list[str]:
     """Functions fit in the eye: the longest, nine in ten and the median; and so does the file, but for the panel."""
-    functions = {
-        f"{node.name} in line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1
-        for _, node in module.nodes()
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    }
+    nodes = [node for _, node in module.nodes() if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    functions = {f"{node.name} in line {node.lineno}": (node.end_lineno or 0) - node.lineno + 1 for node in nodes}
     sizes = sorted(functions.values()) or [0]
     faults = [f"{size} lines: {name}" for name, size in functions.items() if size > LONGEST]
     for share, tenths, most in (("nine in ten", 9, NINE_IN_TEN), ("half", 5, MEDIAN)):

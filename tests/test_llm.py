@@ -328,13 +328,8 @@ async def test_what_a_refusal_advises(endpoint: Endpoint, model: memws.Model) ->
         assert ("end with /v1?" in str(error), "Sign in & go" in str(error)) == (True, True)
 
 
-LOADING = [
-    "Model x is being loaded",
-    "The worker is still initializing",
-    "Loading model",
-    "Model x is currently loading",
-]
-LOADING += ["The model is warming up", "model not ready, try later"]
+LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
+LOADING += ["Model x is currently loading", "model not ready, try later"]
 
 
 async def test_a_model_that_loads(endpoint: Endpoint, model: memws.Model) -> None:
@@ -807,11 +802,8 @@ def test_thoughts_and_special_tokens_are_no_reply(thought: str, text: str) -> No
 
 def test_a_text_without_calls_is_kept() -> None:
     """Thoughts without an end are the monologue, Functionary has a channel, and what no text can hold is U+FFFD."""
-    texts = [
-        ("<think>Hm. I", "", "Hm. I"),
-        ("a\ud800\x00", *["a\ufffd\ufffd"] * 2),
-        (">>>all\nHello!", *["Hello!"] * 2),
-    ]
+    texts = [("<think>Hm. I", "", "Hm. I"), ("a\ud800\x00", *["a\ufffd\ufffd"] * 2)]
+    texts += [(">>>all\nHello!", "Hello!", "Hello!")]
     for text, told, monologue in texts:
         memws.read_reply(reply := reply_of(text), TOOLS)
         assert (reply.text, reply.monologue, reply.calls, reply.corrections) == (told, monologue, [], [])
@@ -917,26 +909,22 @@ SPOILS: dict[str, Any] = {
 
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 async def test_an_endpoint_without_vectors_is_left_alone(
-    endpoint: Endpoint,
-    embedder: memws.Embedder,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-    spoil: Any,
+    endpoint: Endpoint, embedder: memws.Embedder, caplog: pytest.LogCaptureFixture, spoil: Any
 ) -> None:
     """Whatever fails is logged once, nothing is asked for the length of the pause, and then vectors come again."""
     caplog.set_level(logging.INFO, "memws")
     endpoint.overrides["/v1/embeddings"] = spoil if isinstance(spoil, Reply) else Reply()
     endpoint.spoil = None if isinstance(spoil, Reply) else spoil
-    monkeypatch.setattr(embedder, "_paused_until", 0.0)
+    embedder._paused_until = 0.0
     assert await embedder.vectors(["a", "b"], 0.2) is None
     count = len(endpoint.embedding_requests)
     assert [await embedder.vectors(["a"]), await embedder.vector("a")] == [None, None]
     assert (len(endpoint.embedding_requests), embedder.pause > 50) == (count, True)
     for _ in range(2):
-        monkeypatch.setattr(embedder, "_paused_until", 0.001)  # the pause is over
+        embedder._paused_until = 0.001  # the pause is over
         assert (await embedder.vectors(["a", "b"], 0.2)) is None
     endpoint.overrides.clear()
     endpoint.spoil = None
-    monkeypatch.setattr(embedder, "_paused_until", 0.001)
+    embedder._paused_until = 0.001
     assert len(await embedder.vectors(["a", "b"]) or ()) == 2
     assert [record.levelname for record in caplog.records if "embeddings" in record.message] == ["WARNING"]

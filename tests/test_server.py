@@ -529,19 +529,17 @@ async def test_answers_come_in_the_order_sent(server: Server) -> None:
     """Commands, messages that are refused, and frames that are no requests are all answered in the order sent."""
     async with wire(server) as client:
         sent: list[JSON] = [
-            {"type": "command", "command": "create_agent", "config": {"name": "sam"}, "colour": "red"},
-            {"type": "command", "command": "sudo"},
-            {"type": "command", "command": "insert_passage", "text": "x"},
-            {"type": "user_message", "message": "hi", "agent_name": "nobody"},
-            {"type": "command", "command": "get_context"},
-            {"type": "command", "command": "cancel"},
-            {"type": "command", "command": "set_block", "label": "human"},
-            {"type": "command", "command": "delete_agent"},
-            {"type": "user_message", "message": "hi"},
-            {"type": "command", "command": "list_agents"},
+            {"command": "create_agent", "config": {"name": "sam"}, "colour": "red"},
+            {"command": "sudo"},
         ]
+        sent += [
+            {"command": "insert_passage", "text": "x"},
+            {"type": "user_message", "message": "hi", "agent_name": "no"},
+        ]
+        sent += [{"command": "get_context"}, {"command": "cancel"}, {"command": "set_block", "label": "human"}]
+        sent += [{"command": "delete_agent"}, {"type": "user_message", "message": "hi"}, {"command": "list_agents"}]
         for number, frame in enumerate(sent):
-            await client.send_raw({**frame, "id": number})
+            await client.send_raw({"type": "command", **frame, "id": number})
         answers = [await client.receive() for _ in sent]
         assert [answer["id"] for answer in answers] == list(range(len(sent)))
         assert answers[-1]["result"]["total"] == 0
@@ -917,10 +915,8 @@ async def test_a_long_reply_is_cut(online: Serve, endpoint: Endpoint, character:
     """Of a reply of over 100,000 characters as much is told, as partial, with a correction; every frame fits."""
     server = online(context_window=10_000_000)
     shown = character.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    calls = [
-        ("send_message", {"message": character * 150_000}),
-        ("core_memory_append", {"name": "human", "content": "x"}),
-    ]
+    edit = ("core_memory_append", {"name": "human", "content": "x"})
+    calls = [("send_message", {"message": character * 150_000}), edit]
     endpoint.script(Reply("Well.", calls=calls, chunk=9_000))
     async with wire(server, "*", agent={}) as client:
         await client.ok("subscribe")

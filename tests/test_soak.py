@@ -9,16 +9,8 @@ import pytest
 SCRIPTS = Path(__file__).with_name("soak")
 sys.path.append(str(SCRIPTS))
 
-COUNTS = {
-    "hostile": 2_000,
-    "gate": 300,
-    "clients": 4,
-    "model_faults": 33,
-    "readers": 4,
-    "lagging": 40,
-    "disk_faults": 20,
-    "injection": 40,
-}
+COUNTS = {"hostile": 2_000, "gate": 300, "clients": 4, "model_faults": 33, "readers": 4, "lagging": 40}
+COUNTS |= {"disk_faults": 20, "injection": 40}
 
 
 @pytest.mark.anyio

@@ -12,7 +12,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing, suppress
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -336,11 +336,8 @@ async def test_deleted_agents_are_kept_aside(store: Store) -> None:
         assert (await store.read(find_agent, "sam", deleted=True)).id == expected.id
         back = await store.write(memws.restore_agent, "sam", f"sam{number}")
         assert (back.id, back.name, back.last_seq) == (expected.id, f"sam{number}", 3)
-    for job in (
-        store.write(memws.restore_agent, "sam", "sam9"),
-        store.read(find_agent, "sam", deleted=True),
-        store.read(find_agent, "sam"),
-    ):
+    reads = store.read(find_agent, "sam", deleted=True), store.read(find_agent, "sam")
+    for job in (store.write(memws.restore_agent, "sam", "sam9"), *reads):
         with pytest.raises(memws.UnknownAgent):
             await job
     assert (await new_agent(store)).last_seq == 3
@@ -517,37 +514,6 @@ async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
         assert "(database is locked); name another file with --db" in open_and_fail("empty.db")
-
-
-async def test_a_damaged_file_is_refused_or_read(tmp_path: Path) -> None:
-    """A file with flipped bytes never hangs or crashes the store: each call is answered or refused by our errors."""
-    names, rng, refused = ["sam", "ada", "bob"], random.Random(20261124), 0
-    async with opened(tmp_path / "whole.db", "normal") as store:
-        for name in names:
-            agent = await new_agent(store, name)
-            for number in range(1, 8):
-                await store.write(commit, agent.id, step(number, f"t{number}"))
-    for case in range(120):
-        damaged, path = bytearray((tmp_path / "whole.db").read_bytes()), tmp_path / f"{case}.db"
-        for _ in range(rng.choice([1, 8, 200]) if case else 0):
-            damaged[rng.randrange(100 if case % 10 == 0 else len(damaged))] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged[: rng.randrange(len(damaged)) if case % 15 == 14 else None])
-        told: list[Any] = []
-        with suppress(memws.UsageError):
-            async with opened(path, "normal") as store:
-                changes = Changes([tell()], [say(10_000, "new words")], [words(10_000, "new words")])
-                jobs: list[Any] = []
-                for number, name in enumerate(names, 1):
-                    jobs += [store.read(find_agent, name), store.write(commit, number, changes)]
-                for number in (1, 2):
-                    jobs += [everything(store, number), store.write(memws.delete_agent, number, None, purge=True)]
-                told += await asyncio.gather(*jobs, return_exceptions=True)
-            memws.check_database(str(path), memws.check_record)
-        faults = [fault for fault in told if isinstance(fault, BaseException)]
-        assert all(isinstance(fault, memws.MemwsError) for fault in faults)
-        assert case or not faults
-        refused += bool(faults) or not told
-    assert refused > 20
 
 
 def bring(path: Path, data: Any) -> str:

@@ -228,16 +228,8 @@ def crowd() -> None:
     answer_requests(lambda request: loop.run_until_complete(fill(**request) if request else leave()))
 
 
-PARTS: dict[str, Callable[..., None]] = {
-    "model": serve_model,
-    "echo": serve_echo,
-    "serve": serve_memws,
-    "serve-tool": serve_with_tool,
-    "bare": bare,
-    "bystander": bystander,
-    "crowd": crowd,
-    "search": serve_search,
-}
+PARTS: dict[str, Callable[..., None]] = {"model": serve_model, "echo": serve_echo, "serve": serve_memws, "bare": bare}
+PARTS |= {"serve-tool": serve_with_tool, "bystander": bystander, "crowd": crowd, "search": serve_search}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*sys.argv[2:])

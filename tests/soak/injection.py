@@ -158,15 +158,13 @@ def rows(path: Path) -> dict[str, dict[str, Any]]:
     """All rows of each agent, by table."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.create_function("unpacked", 1, lambda data: zlib.decompress(data).decode(), deterministic=True)
-        agents = connection.execute("SELECT * FROM agents ORDER BY id").fetchall()
-        return {
-            row[1]: {"agents": row}
-            | {
-                table: connection.execute(f"SELECT {columns} FROM {table} WHERE agent = ?", row[:1]).fetchall()  # noqa: S608
-                for table, columns in TABLES.items()
-            }
-            for row in agents
-        }
+        found: dict[str, dict[str, Any]] = {}
+        for row in connection.execute("SELECT * FROM agents ORDER BY id").fetchall():
+            found[row[1]] = {"agents": row}
+            for table, columns in TABLES.items():
+                sql = f"SELECT {columns} FROM {table} WHERE agent = ?"  # noqa: S608
+                found[row[1]][table] = connection.execute(sql, row[:1]).fetchall()
+        return found
 
 
 async def attack(soak: Soak, server: Serving, model: Model, agent: str, numbers: range) -> None:

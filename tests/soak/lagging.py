@@ -108,16 +108,10 @@ async def fail_to_store(lag: Lag) -> None:
 
 
 Kind = Callable[[Lag], Coroutine[Any, Any, None]]
-KINDS: dict[str, tuple[int, Kind]] = {
-    "start": (1, go_on),
-    "refusal": (11, go_on),
-    "cancel": (1, cancel),
-    "delete": (1, delete),
-    "purge": (1, functools.partial(delete, purge=True)),
-    "stop": (1, stop),
-    "failed store": (1, fail_to_store),
-}
-"""How many messages wait behind the turn that runs, of which eight may, and what happens then."""
+# How many messages wait behind the turn that runs, of which eight may, and what happens then.
+KINDS: dict[str, tuple[int, Kind]] = {"start": (1, go_on), "refusal": (11, go_on), "cancel": (1, cancel)}
+KINDS |= {"delete": (1, delete), "purge": (1, functools.partial(delete, purge=True))}
+KINDS |= {"stop": (1, stop), "failed store": (1, fail_to_store)}
 ENDS, TWICE = "messages without exactly one terminal frame", "events twice, missing, or not in order"
 
 

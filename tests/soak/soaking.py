@@ -148,7 +148,7 @@ def soak_server(
     where: Path,
     *,
     constants: JSON | None = None,
-    desk: int | None = None,
+    desk: int = 0,
     fail: bool = False,
     debug: bool = False,
     **options: Any,
