@@ -2283,6 +2283,7 @@ _SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrog
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
 
 
+_THOUGHT_PARTS = ("thinking", "reasoning")  # types of parts of a content that are none of it
 _FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
     "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexp|other", "model_unavailable", "broke off"),
     "filtered": (r"filter|safe|sensitive|guard|block|prohibit|recit|refus|spii", "model_refused", "was filtered"),
@@ -2377,10 +2378,11 @@ class Reply:
             raise ModelError("model_unavailable", text, retry=True) from None
 
     def _feed_delta(self, delta: JSON, is_whole: bool) -> None:
-        content = delta.get("content")
-        parts = content if isinstance(content, list) else [content]
-        thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")]
-        self.text += self._take([part for part in parts if part not in thoughts])
+        content, thoughts = delta.get("content"), []
+        if isinstance(content, list):
+            thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS]
+            content = [part for part in content if part not in thoughts]
+        self.text += self._take(content)
         self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
         self.refusal += self._take(delta.get("refusal"))
         self._keep(self.own, delta)
@@ -2413,12 +2415,15 @@ class Reply:
         """Keep what a maker needs back; texts and lists come in pieces."""
         for name in OWN_FIELDS if not self.full else ():
             if (piece := part.get(name)) is not None:
-                before = own.get(name)
-                own[name] = before + piece if isinstance(before, (str, list)) else piece
+                before: Any = own.get(name)
+                goes_on = isinstance(before, (str, list)) and type(before) is type(piece)
+                own[name] = before + piece if goes_on else piece
                 self._size += 0 if isinstance(piece, str) else len(encode_json(piece))
 
     def _take(self, value: Any) -> str:
         """A text of a chunk, which may come in parts: as much of it as there is room for."""
+        if not value:
+            return ""
         text, room = _text_of(value), max(0, MAX_REPLY - self._size)
         self._size += len(text)
         return text[:room]
