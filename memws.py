@@ -2227,7 +2227,9 @@ _CALL_MARKS = r"""
     | <[^<>\s=]{0,20}?(?:function=|(?:invoke|function|tool)(?:_call)?\s+name=)["']?(?P<name>[\w.-]+)
 """
 _VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
-_IN_PROSE = re.compile(
+# Compiled when they are first needed: they would be 4 ms of every import.
+_IN_PROSE = functools.partial(
+    re.compile,
     rf"""
     `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^”\n]*” | ^>\ [^\n]*  # quoted
     | ^```(?:(?!^```).)*+^```(?!\s*(?:```|\Z|{_CHAT_TOKENS}))
@@ -2238,7 +2240,8 @@ _IN_PROSE = re.compile(
     """,
     _VERBOSE,
 )
-_IN_MARKUP = re.compile(
+_IN_MARKUP = functools.partial(
+    re.compile,
     rf"""
     "(?:[^"\\]|\\.)*+(?:"|\Z) | [=(,\[:{{]\s*'(?:[^'\\]|\\.)*+' | <arg_value>.*?</arg_value>  # whatever it holds
     | (?P<mark>
@@ -2432,7 +2435,7 @@ class Reply:
         """Show what has come of the text, as far as it is no markup nor the beginning of any."""
         text, start = self.text, max(self._seen - 300, self.text.rfind("\n", 0, self._seen) + 1)
         while not (begins := _MAYBE_CALL.match(text, self._begin)) or (self.finish and begins.end() == len(text)):
-            match = _IN_PROSE.search(text, start)
+            match = _IN_PROSE().search(text, start)
             if match is None or match.lastgroup in ("mark", "fence"):
                 tail = match or _MAYBE_MARK.search(text, max(self._seen, len(text) - 100))
                 is_held = tail and (match or not self.finish or tail[0][0] in "<[`")
@@ -2543,7 +2546,7 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
     `others` are not called where more stands beside the call: it may be quoted from anywhere.
     """
     text, plain, start, mark = reply.text, "", 0, None
-    for match in _IN_PROSE.finditer(text):
+    for match in _IN_PROSE().finditer(text):
         if match.lastgroup in ("mark", "fence"):
             mark = match
             break
@@ -2575,7 +2578,7 @@ def _calls_in(markup: str, tools: Collection[str]) -> list[tuple[str, Any]]:
     if "call:" in markup[:40]:  # Gemma's quotes
         markup = re.sub(r'(<escape>|<\|"\|>)(.*?)\1', lambda match: encode_json(match[2]), markup, flags=re.DOTALL)
     start, tool = 0, ""
-    for mark in (match for match in (*_IN_MARKUP.finditer(markup), None) if match is None or match["mark"]):
+    for mark in (match for match in (*_IN_MARKUP().finditer(markup), None) if match is None or match["mark"]):
         piece = markup[start : mark and mark.start()].strip()
         named = _NAMED.fullmatch(piece)
         if tool and piece[:1] == "{":
@@ -2694,7 +2697,8 @@ _REFUSALS = {  # what the first pattern found in "STATUS CODES: reason" means: o
     r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", ""),
     r"": ("model_unavailable", "the endpoint failed", "retry"),
 }
-_TOO_LONG = re.compile(  # what is, and what it is; not what looks alike: tools, ids, requests at once
+_TOO_LONG = functools.partial(
+    re.compile,  # what is, and what it is; not what looks alike: tools, ids, requests at once
     r"""
     ^(?!40[123]) (?: 413 | .* context .{0,20} (?:length|window|size|limit)
     | (?! .* (?: too\ many\ (?:\w+\ )?(?:requests|connections|tools?|functions)\b | timed?.?(?:out|limit) | call.?ids?\b
@@ -2722,7 +2726,7 @@ def overflow_in(said: str) -> int | None:
     found = (re.search(each, said.partition(": ")[2], re.IGNORECASE) for each in _WINDOWS)
     window, *_ = [int(re.sub(r"\D", "", match[1])) for match in found if match] or [0]
     if not re.match(r"429|.*rate_limit", said):
-        return window if _TOO_LONG.search(said) else None
+        return window if _TOO_LONG().search(said) else None
     requested = re.search(r"requested:?\s+([\d,]+)", said, re.IGNORECASE)
     too_large = int(requested[1].replace(",", "")) > window if requested else re.search("too (?:large|long)", said)
     return window if too_large else None
