@@ -2697,8 +2697,9 @@ _REFUSALS = {  # what the first pattern found in "STATUS CODES: reason" means: o
     r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", ""),
     r"": ("model_unavailable", "the endpoint failed", "retry"),
 }
+# What is, and what it is; not what looks alike: tools, ids, requests at once.
 _TOO_LONG = functools.partial(
-    re.compile,  # what is, and what it is; not what looks alike: tools, ids, requests at once
+    re.compile,
     r"""
     ^(?!40[123]) (?: 413 | .* context .{0,20} (?:length|window|size|limit)
     | (?! .* (?: too\ many\ (?:\w+\ )?(?:requests|connections|tools?|functions)\b | timed?.?(?:out|limit) | call.?ids?\b
