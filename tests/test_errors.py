@@ -4,7 +4,6 @@ import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -74,37 +73,6 @@ def test_codes_and_sentences_are_those_of_the_contract() -> None:
     assert own - {"cannot_connect", "connection_lost"} <= REFUSALS  # these two are the client's
     everywhere = {node.value for node in ast.walk(SOURCE) if isinstance(node, ast.Constant) and node.value}
     assert {*REQUEST_CODES, *REFUSALS, *MODEL_CODES} <= everywhere
-
-
-SENTENCES: list[tuple[memws.MemwsError, str, str, dict[str, Any]]] = [
-    (memws.MemwsError("x"), "internal", "x", {}),
-    (memws.UsageError("x"), "internal", "x", {}),
-    (memws.InvalidRequest("bad_field", "x"), "bad_field", "x", {"details": {}}),
-    (memws.Refused("conflict", "x", version=3), "conflict", "x", {"details": {"version": 3}}),
-    (memws.StoreFailed("x"), "store_failed", "x", {}),
-    (memws.ModelError("model_auth", "x", retry=True, retry_after=1.5), "model_auth", "x",
-     {"retry": True, "retry_after": 1.5}),
-    (memws.RemoteError("busy", "x" * 2_000, last_seq=7), "busy", "x" * 1_400 + "…", {"details": {"last_seq": 7}}),
-    (memws.UnknownAgent("sam", [], 0), "unknown_agent",
-     "unknown agent 'sam'; there are none yet; send create_agent first", {}),
-    (memws.UnknownAgent("sam", ["ada"], 1), "unknown_agent",
-     "unknown agent 'sam'; 1 known: 'ada'; send create_agent first", {}),
-    (memws.UnknownAgent("sam", ["ada", "bob"], 200), "unknown_agent",
-     "unknown agent 'sam'; 200 known: 'ada', 'bob', …; send create_agent first", {}),
-    (memws.ConnectFailed("ws://localhost:1", "start one with: python memws.py", 401), "cannot_connect",
-     "cannot connect to ws://localhost:1: start one with: python memws.py", {"status": 401}),
-    (memws.ConnectionLost("ws://localhost:1"), "connection_lost",
-     "no connection to ws://localhost:1; connect again, and send a message again with its turn_id", {}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("error", "code", "sentence", "data"), SENTENCES)
-def test_errors_have_a_code_and_write_their_own_sentence(
-    error: memws.MemwsError, code: str, sentence: str, data: dict[str, Any]
-) -> None:
-    """Each error has the code of its kind or the one it was made with, the whole sentence of its data, and its data."""
-    assert (error.code, str(error), {name: getattr(error, name) for name in data}) == (code, sentence, data)
-    assert [kind.code for kind in (memws.MemwsError, memws.Refused)] == ["internal", "internal"]
 
 
 @pytest.mark.parametrize("letter", ["x", "é", "日", "\U0001f600", "\U0001d4b3", "\x1b", '"', "\\", "\u2028"])

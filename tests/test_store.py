@@ -143,28 +143,6 @@ async def fails(job: Any, words: str = "the database refused") -> None:
     assert words in str(caught.value)
 
 
-async def test_a_commit_stores_everything(store: Store) -> None:
-    """A transaction holds events, messages, documents, a request, state, config and blocks, and gives the seqs."""
-    record, changes = AgentRecord("sam", {"model": None}, BLOCKS[::-1], "http://localhost:1/v1"), step()
-    agent = await store.write(create_agent, record)
-    assert await store.read(find_agent, "sam") == agent
-    assert (agent.config, agent.state, agent.blocks, agent.last_seq) == ({"model": None}, {}, BLOCKS[::-1], 0)
-    stored = await store.write(commit, agent.id, changes)
-    assert [event[:3] for event in stored] == [(1, "agent_response_start", "t1"), (2, "internal_monologue", "t1")]
-    for event, frame in zip(stored, changes.events, strict=True):
-        text = memws.decode_json(event.text)
-        assert text == frame | {"seq": event.seq, "time": text["time"]}
-    assert await store.read(read_events, agent.id, 0, 10) == stored
-    record = await store.read(find_agent, "sam")
-    assert (record.config, record.state, record.last_seq) == ({"model": "model 1"}, {"cut": 1}, 2)
-    assert (record.blocks, record.base_url) == (changes.blocks, "http://localhost:1/v1")
-    messages, counts = await store.read(memws.load_messages, agent.id, 0)
-    assert [(message.text, message.said, message.seq) for message in messages] == [("said 1", "said 1", 2)]
-    assert (counts["passages"], counts["last_message"], counts["last_passage"], counts["unreadable"]) == (1, 1, 1, 0)
-    assert await store.read(memws.find_passage, agent.id, 1) == passage(1, "kept 1")
-    assert sorted(await find(store, agent, "said kept")) == ["kept 1", "said 1"]
-
-
 BROKEN = {
     "an event that is no JSON": Changes(events=[tell("first"), tell("x", odd=float("nan"))]),
     "an event that is no text": Changes(events=[tell("first"), tell("\ud800")]),
@@ -220,47 +198,6 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
     assert ran.count("BEGIN IMMEDIATE") == 1
     assert await everything(store, agents[1].id) == before
     assert [len(await store.read(read_messages, agent.id)) for agent in agents] == [1, 0, 1, 0]
-
-
-TEXTS = ["", " ", "ä\u0301\r\n\t\x1b\x7f", "日本 العربية 😀\U0010ffff\ufffd", "'; DROP TABLE agents;--", "x" * 65_536]
-
-
-async def test_messages_come_in_pages(store: Store) -> None:
-    """The newest messages come first, in pages, as they were; a load leaves out what no endpoint would take."""
-    agent = await new_agent(store)
-    texts = (TEXTS * 5)[:30]
-    passages = [passage(number, text) for number, text in enumerate(TEXTS, 1)]
-    messages = [say(n, text) for n, text in enumerate(texts, 1)]
-    messages[24].body, messages[25].body, messages[27].body = "{", "[]", '{"role":"assistant","content":"x"}'
-    await store.write(commit, agent.id, Changes([], messages, passages))
-    assert [message.text for message in await store.read(read_messages, agent.id)] == texts
-    assert [await store.read(memws.find_passage, agent.id, document.id) for document in passages] == passages
-    pages = [await store.read(read_messages, agent.id, before, 10) for before in (None, 21, 11, 1, 5)]
-    ids = [list(range(21, 31)), list(range(11, 21)), list(range(1, 11)), [], [1, 2, 3, 4]]
-    assert [[message.id for message in page] for page in pages] == ids
-    page = await store.read(read_messages, agent.id, first=25, before=29)
-    assert [message.id for message in page] == [25, 26, 27, 28]
-    store._connection.execute("UPDATE messages SET text = CAST(x'41ff' AS TEXT) WHERE id = 29")
-    loaded, counts = await store.read(memws.load_messages, agent.id, 25)
-    assert [(message.id, message.text) for message in loaded] == [(27, texts[26]), (29, "A\ufffd"), (30, texts[29])]
-    assert (counts["unreadable"], counts["last_message"]) == (3, 30)
-
-
-async def test_events_are_read_by_seq_and_turn(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events come in order, above a seq, of one turn, so many at a time, with so many characters, but at least one."""
-    agent = await new_agent(store)
-    for number in range(1, 21):
-        turn_id = "" if number % 5 == 0 else f"t{number % 3}"
-        await store.write(commit, agent.id, Changes([tell(f"event {number}", turn_id)]))
-    every = await store.read(read_events, agent.id, 0, 100)
-    assert [event.seq for event in every] == list(range(1, 21))
-    assert await store.read(read_events, agent.id, 7, 5) == every[7:12]
-    assert [event.seq for event in await store.read(read_events, agent.id, 4, 100, "t1")] == [7, 13, 16, 19]
-    for query in ((agent.id, 20, 100), (agent.id, 0, 100, "t9"), (agent.id + 1, 0, 100)):
-        assert await store.read(read_events, *query) == []
-    for characters, count in ((2 * len(every[0].text), 2), (1, 1)):
-        monkeypatch.setattr(memws, "EVENT_PAGE", characters)
-        assert await store.read(read_events, agent.id, 0, 100) == every[:count]
 
 
 @pytest.mark.parametrize("text", ["", "{", "5", '{"type":"agent', '"x"}'])
@@ -400,33 +337,6 @@ async def test_a_store_that_cannot_write_reads_on(tmp_path: Path, what: str) -> 
             assert sql("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-async def test_what_was_handed_over_is_stored(store: Store) -> None:
-    """A step that nobody awaits, or before a close, is stored, and read at once on any loop; later ones are refused."""
-    agent = await new_agent(store)
-    async with held_writer(store):
-        (task,) = await queued(store.write(commit, agent.id, Changes([tell()])))
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    for number in range(1, 20):
-        await store.write(commit, agent.id, Changes([tell()], [say(number, f"message {number}")]))
-        reads = await asyncio.gather(*(store.read(read_messages, agent.id, limit=1) for _ in range(6)))
-        assert {messages[0].id for messages in reads} == {number}
-
-    async def elsewhere() -> int:
-        await store.write(commit, agent.id, Changes([tell()]))
-        return len(await store.read(read_events, agent.id, 0, 100))
-
-    assert await asyncio.to_thread(asyncio.run, elsewhere()) == 21
-    tasks = await queued(*(store.write(commit, agent.id, Changes([tell()])) for _ in range(50)))
-    for _ in range(2):
-        await store.close()
-    assert [event.seq for (event,) in await asyncio.gather(*tasks)] == list(range(22, 72))
-    jobs: list[Any] = [store.write(commit, agent.id, Changes([tell()])), store.read(find_agent, "sam")]
-    for job in [*jobs, store.read(memws.search, agent.id, Query("x"))]:
-        await fails(job, "the database is closed")
-
-
 def modes_in(folder: Path) -> dict[str, int]:
     """The files of a folder, in order of their names, with their modes."""
     return {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in sorted(folder.iterdir())}
@@ -524,33 +434,6 @@ def bring(path: Path, data: Any) -> str:
 def take(path: Path, name: str = "sam") -> Any:
     with memws.read_database(str(path)) as connection:
         return json.loads(json.dumps(memws.export_agent(connection, name)))
-
-
-async def test_an_imported_agent_is_the_exported_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it is the same, its index too; it goes on where it was, or above what was seen under its name."""
-    monkeypatch.setattr(memws, "POSTINGS_BLOCK", 5)
-    path, other = tmp_path / "memws.db", tmp_path / "other.db"
-    async with opened(path) as store:
-        agent = await store.write(create_agent, AgentRecord("sam", {}, BLOCKS, "http://localhost:1/canary"))
-        for number in range(1, 12):
-            await store.write(commit, agent.id, step(number, f"t{number}"))
-        await store.write(commit, agent.id, Changes(removed=[3]))
-        before, data = await everything(store, agent.id), take(path)
-        await store.write(commit, agent.id, Changes([tell()] * 7))
-        await store.write(memws.delete_agent, agent.id, None, purge=False)
-    assert "canary" not in json.dumps(data)
-    async with opened(other) as store:
-        await new_agent(store, "first")  # so that its number is another one
-    assert [bring(each, data) for each in (other, path)] == ["sam", "sam"]
-    async with opened(path) as store:
-        again = await store.read(find_agent, "sam")
-        assert [event.seq for event in await store.write(commit, again.id, Changes([tell()]))] == [30]
-    async with opened(other) as store:
-        after = await everything(store, 2)
-        assert after[2:] == before[2:]
-        index = "SELECT count(*) FROM memory JOIN postings USING (doc) WHERE agent = 2"
-        assert store._connection.execute(index).fetchone()[0] == sum(len({"said", f"{n}"}) for n in range(21))
-        assert [event.seq for event in await store.write(commit, 2, step(12, "t12"))] == [23, 24]
 
 
 async def test_a_former_export_is_read(tmp_path: Path) -> None:

@@ -78,26 +78,6 @@ def test_a_tool_is_its_function() -> None:
 def größe() -> None: ...
 
 
-def test_arguments_are_bound_by_name() -> None:
-    """Numbers as text are read, request_heartbeat is the turn's, and what does not fit is told with the call."""
-    tool = make_tool(book)
-    for wish in (True, "true", None, 3):
-        assert tool.bind({"city": "Rome", "nights": "3", "request_heartbeat": wish}) == {"city": "Rome", "nights": 3}
-    usage = "book(city, nights, room?, guests?)"
-    for arguments, problem in (
-        ({}, "book needs 'city'"),
-        ({"city": "Rome", "nights": 1, "town": "Rome"}, "unknown argument 'town'"),
-        ({"city": 5, "nights": 1}, "city: expected a string, but got 5"),
-        ({"city": "Rome", "nights": 31}, "nights: expected an integer from 1 to 30, but got 31"),
-        ({"city": "Rome", "nights": True}, "nights: expected an integer from 1 to 30, but got True"),
-        ({"city": "Rome", "nights": 1, "room": "x" * 999}, "room: expected one of 'single', 'double', but got 'xxx"),
-    ):
-        with pytest.raises(memws.InvalidRequest) as caught:
-            tool.bind(arguments)
-        text = str(caught.value)
-        assert (text.startswith(problem), text.endswith(usage), len(text) < 250) == (True, True, True), text
-
-
 async def outcome(function: Callable[..., Any], timeout: float = LIMIT, **arguments: Any) -> str:
     """What the model is told of a call, within a limit that only a fault reaches."""
     async with asyncio.timeout(2 * LIMIT):

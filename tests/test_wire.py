@@ -1,6 +1,5 @@
 """The wire: signatures as schemas and checks, what a frame is read as, what bad ones get, how events are written."""
 
-import inspect
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -101,29 +100,6 @@ def test_what_a_model_wrote_as_text_is_read_as_meant(hint: Any, value: Any, mean
     if value != meant:
         with pytest.raises(ValueError, match="expected"):
             memws.check(value, memws.schema_of(hint))
-
-
-def look_up(first: object, word: str, day: Annotated[int, 1, 31] = 1, *, from_: str | None = None) -> None:
-    """Look a word up.
-
-    Args:
-        word: what to look for
-    """
-
-
-def test_a_function_is_its_signature() -> None:
-    """Name, docstring, parameters with bounds and defaults come from the function itself."""
-    function = memws.function_of(look_up, skip=1)
-    assert (function.name, function.doc, function.call) == ("look_up", inspect.getdoc(look_up), look_up)
-    properties = function.parameters["properties"]
-    assert list(properties) == ["word", "day", "from"]
-    assert properties["word"] == {"type": "string"}
-    assert properties["day"] == {"type": "integer", "minimum": 1, "maximum": 31, "default": 1}
-    assert function.parameters["required"] == ["word"]
-    assert function.bind({"word": "x", "from": "y", "more": 1}) == {"word": "x", "from_": "y"}
-    assert function.bind({"word": "x", "day": "31"}, lenient=True) == {"word": "x", "day": 31}
-    with pytest.raises(memws.InvalidRequest, match=r"^look_up needs 'word': look_up\(word, day\?, from\?\)"):
-        function.bind({})
 
 
 def frame_of(kind: str, **fields: Any) -> JSON:
