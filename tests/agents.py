@@ -5,8 +5,7 @@
         turn = await lab.say(agent, "Hello")
         assert turn.texts("assistant_message") == ["Hello!"]
 
-Each turn is checked as a client would: its start comes first, exactly one terminal event last, stored events count on
-without gaps, and what the agent holds in memory is what its database holds.
+Each turn is checked: its start comes first, one terminal event last, seqs have no gap, memory is what is on disk.
 """
 
 import asyncio

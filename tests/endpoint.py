@@ -1,15 +1,11 @@
 """A strict stand-in for an OpenAI-compatible endpoint: real HTTP/1.1 on loopback, scripted replies, no sleeps.
 
-It refuses with HTTP 400 what the real API refuses (unpaired tool calls, broken arguments, unknown parameters), and
-misbehaves on demand in the ways that real endpoints do:
+It refuses with HTTP 400 what the real API refuses, and misbehaves on demand as real endpoints do:
 
     with Endpoint() as endpoint:
         endpoint.script(Reply("Hello", cut_after=2), Reply(status=429, headers={"Retry-After": "1"}), Reply("Hello"))
-        ...  # point a client at endpoint.url
-        assert endpoint.refusals == []
 
-It runs on the loop of its own daemon thread, so a test may block on it. Not covered: TLS, HTTP/2, chunked and pipelined
-requests.
+It runs on a daemon thread of its own, so a test may block on it. Not covered: TLS, HTTP/2, chunked requests.
 """
 
 import asyncio

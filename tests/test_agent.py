@@ -21,6 +21,8 @@ from memws import Agent
 
 pytestmark = pytest.mark.anyio
 
+Log = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (AM|PM) UTC\+0000"
 RFC_3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
 APPEND: tuple[str, Body] = ("core_memory_append", {"name": "human", "content": "Name: Zoe"})
@@ -240,12 +242,8 @@ LADDER: dict[str, tuple[Reply, list[str]]] = {
     "plain text after thoughts in tags": (Reply("<think>A greeting.</think>\n\nHello!"), ["plain_text"]),
     "plain text after reasoning": (Reply("Hello!", reasoning="A greeting."), ["plain_text"]),
     "a call as text": (Reply("I greet.\n", calls=[HELLO], calls_as_text=True), ["text_call"]),
-    "a comma too many": (Reply(calls=[("send_message", '{"message": "Hello!",}')]), ["arguments"]),
     "a name with a prefix": (Reply(calls=[("functions.send_message", {"message": "Hello!"})]), ["tool_name"]),
-    "arguments too many": (
-        Reply(calls=[("send_message", {**HELLO[1], "mood": 1, "inner_thoughts": "Hm."})]),
-        ["arguments"],
-    ),
+    "too many": (Reply(calls=[("send_message", {**HELLO[1], "mood": 1, "inner_thoughts": "Hm."})]), ["arguments"]),
     "a long id": (Reply(calls=[HELLO], call_ids=["x" * 2_000]), []),
     "no id": (Reply(calls=[HELLO], call_ids=[None]), []),
 }
@@ -276,13 +274,10 @@ HALVES: dict[str, tuple[Reply, str]] = {
     "text, length": (Reply(ONCE, finish="length"), "length"),
     "text, content_filter": (Reply(ONCE, finish="content_filter"), "filtered"),
     "text, error": (Reply(ONCE, finish="error"), "broken"),
-    "text, not streamed, network_error": (Reply(ONCE, finish="network_error", whole=True), "broken"),
     "text, a reset": (Reply("<think>Hm.</think>" + ONCE + " time", chunk=29, cut_after=2), "broken"),
     "text, an error": (Reply(ONCE + " time", chunk=11, error_in_stream={"message": "oh"}), "broken"),
     "text, a stall": (Reply(ONCE + " time", chunk=11, stall_after=2), "broken"),
     "a call, MAX_TOKENS": (Reply(calls=[HALF_CALL], finish="MAX_TOKENS"), "length"),
-    "a call, SAFETY": (Reply(calls=[HALF_CALL], finish="SAFETY"), "filtered"),
-    "a call, error": (Reply(calls=[HALF_CALL], finish="error"), "broken"),
     "a call, a reset": (Reply(calls=[HALF_CALL], chunk=99, cut_after=3), "broken"),
     "a call as text, length": (Reply(HALF_TEXT, finish="length"), "length"),
     "a call after a whole one, length": (Reply(calls=[APPEND, HALF_CALL], finish="length"), "length"),
@@ -291,7 +286,7 @@ HALVES: dict[str, tuple[Reply, str]] = {
 
 @pytest.mark.parametrize(("answer", "fault"), HALVES.values(), ids=HALVES)
 async def test_half_an_answer_is_never_told_as_a_whole_one(
-    lab: Lab, agent: Agent, monkeypatch: pytest.MonkeyPatch, answer: Reply, fault: str
+    lab: Lab, agent: Agent, monkeypatch: Patch, answer: Reply, fault: str
 ) -> None:
     """It is asked for again; where no try brings more, what was said is told as partial, and why; then talk goes on."""
     monkeypatch.setattr(memws, "RETRY_PAUSE", 0.0)
@@ -350,8 +345,6 @@ PASTES = {
     "JSON before words": (f"{COUNT[11:-12]} is what you wrote.", [], ["bad_output"]),
     "beside a memory tool after words": (f"Look: {TAGGED}{COUNT}", [], ["bad_output"]),
     "quoted": (f"You wrote `{COUNT}`.", [], []),
-    "in an argument": (TAGGED.replace("Hello!", f"See {memws.encode_json(COUNT)[1:-1]}"), [], []),
-    "in a block with words after it": (f"```\n{COUNT}\n```\nis what you wrote.", [], []),
 }
 
 
@@ -412,9 +405,7 @@ FINAL = {
 
 
 @pytest.mark.parametrize(("answer", "code"), FINAL.values(), ids=FINAL)
-async def test_a_failure_that_is_final(
-    lab: Lab, agent: Agent, caplog: pytest.LogCaptureFixture, answer: Reply, code: str
-) -> None:
+async def test_a_failure_that_is_final(lab: Lab, agent: Agent, caplog: Log, answer: Reply, code: str) -> None:
     """A failure that no second attempt can mend ends the turn with its code after one call, and with the endpoint's
     words, which stand in the request's response and in the log, too; the next turn works."""
     endpoint, words = lab.endpoint, str(answer.body["error"]) if isinstance(answer.body, dict) else ""
@@ -429,9 +420,7 @@ async def test_a_failure_that_is_final(
     assert [message["message"] for message in packed(endpoint.requests[-1], "user_message")] == ["Hi", "Again"]
 
 
-async def test_a_fault_of_ours_ends_its_turn_alone(
-    lab: Lab, agent: Agent, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_fault_of_ours_ends_its_turn_alone(lab: Lab, agent: Agent, monkeypatch: Patch, caplog: Log) -> None:
     """What nobody foresaw is logged with its traceback and ends the turn as internal; the next turn works."""
     with monkeypatch.context() as patch:
         patch.setattr(agent.model, "stream", lambda body: {}["a fault"])
@@ -451,10 +440,8 @@ FLOODS: dict[str, tuple[Reply, int, int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("answer", "least", "appended"), FLOODS.values(), ids=FLOODS)
-async def test_a_reply_without_end_is_cut(
-    endpoint: Endpoint, lab: Lab, answer: Reply, least: int, appended: int
-) -> None:
+@pytest.mark.parametrize(("answer", "least", "edits"), FLOODS.values(), ids=FLOODS)
+async def test_a_reply_without_end_is_cut(endpoint: Endpoint, lab: Lab, answer: Reply, least: int, edits: int) -> None:
     """At 100,000 characters the stream is closed, what was said is told as partial, a cut call never runs, and done;
     after a reply an endless thought is monologue; more than a small window holds is told, and talk goes on."""
     endless = Reply(**vars(answer) | {"endless": True, "chunk": 5_000})
@@ -466,9 +453,9 @@ async def test_a_reply_without_end_is_cut(
         assert (said["partial"], turn.stop_reason) == (True, "done")
         assert least <= len(said["message"]) <= 100_000
         assert "cut" in turn.corrections
-        assert (agent.blocks["human"].value, turn.texts("retry")) == ("Name: Zoe" * appended, [])
+        assert (agent.blocks["human"].value, turn.texts("retry")) == ("Name: Zoe" * edits, [])
         asked = len(endpoint.requests) - count, [frame["name"] for frame in turn.of("tool_call")]
-        assert window == 8_192 or asked == (1, ["core_memory_append"] * appended)
+        assert window == 8_192 or asked == (1, ["core_memory_append"] * edits)
         assert all(len(memws.encode_json(frame).encode()) < memws.MAX_FRAME for frame in turn.events)
         assert (await lab.say(agent, "Go on")).replies[:1] == ["Hello!"]
         if "send_message" in dict(answer.calls) and window == 200_000:
@@ -693,7 +680,7 @@ async def test_a_window_that_the_endpoint_tells(endpoint: Endpoint, lab: Lab) ->
 
 @pytest.mark.parametrize("seconds", [6.0, 60.0, 70.0])
 async def test_a_model_that_loads_is_waited_for(
-    endpoint: Endpoint, lab: Lab, agent: Agent, monkeypatch: pytest.MonkeyPatch, seconds: float
+    endpoint: Endpoint, lab: Lab, agent: Agent, monkeypatch: Patch, seconds: float
 ) -> None:
     """Up to a minute, each pause told as a retry; that counts as no call; then the endpoint's words end the turn."""
     pauses: list[float] = []

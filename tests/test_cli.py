@@ -27,6 +27,7 @@ from websockets.sync.client import connect
 
 import memws
 
+Patch = pytest.MonkeyPatch
 BLOCK = """
 import sys
 for name in {names}:
@@ -43,7 +44,7 @@ def without(folder: Path, *names: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def main(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+def main(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Patch) -> Callable[..., Done]:
     """Call the command line in this process, in the test's folder."""
     monkeypatch.chdir(tmp_path)
     return partial(call, capsys)
@@ -191,17 +192,15 @@ REFUSALS = [
     (["export", "nobody"], "unknown agent 'nobody'"),
     (["export"], "name"),
     (["export", "sam", "missing/x"], "missing"),
-    (["export", "sam", "--db", "missing.db"], "missing.db"),
-    (["check", "--db", "missing.db"], "missing.db"),
+    *(
+        ([*words, "--db", "missing.db"], "missing.db")
+        for words in (["export", "sam"], ["check"], ["backup", "copy.db"])
+    ),
     (["check", "--db", "text.db"], "text.db"),
-    (["backup", "copy.db", "--db", "missing.db"], "missing.db"),
     (["backup", "missing/copy.db"], "missing"),
     (["backup", "memws.db"], "memws.db"),
-    (["import", "missing.json"], "missing.json"),
-    (["import", "text.db"], "text.db"),
     (["import", "list.json"], "exported"),
-    (["import", "deep.json"], "deep.json"),
-    (["import", "cut.json"], "cut.json"),
+    *((["import", name], name) for name in ("missing.json", "text.db", "deep.json", "cut.json")),
     *((["--host", host, "--port", "0"], "--token") for host in ("0.0.0.0", "::", "[::]", "0", "00.0.0.0", "")),  # noqa: S104
     *((["--host", host, "--port", "0"], "--token") for host in ("*", "::ffff:0.0.0.0", "lab.example")),
     *(
@@ -230,7 +229,7 @@ def test_refusals(tmp_path: Path, main: Callable[..., Done]) -> None:
     assert "--frobnicate" in sentence(run("--frobnicate", cwd=tmp_path))  # so does a process
 
 
-def test_taken(tmp_path: Path, main: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taken(tmp_path: Path, main: Callable[..., Done], monkeypatch: Patch) -> None:
     """A port of another program, and a database of another server, or held locked, are refused."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = str(holder.getsockname()[1])
@@ -271,7 +270,7 @@ def test_missing_package(flags: str, tmp_path: Path) -> None:
     ],
 )
 def test_endpoint_without_a_choice(
-    models: Any, text: str, tmp_path: Path, main: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+    models: Any, text: str, tmp_path: Path, main: Callable[..., Done], monkeypatch: Patch
 ) -> None:
     """Where a base URL does not serve exactly one model, or nothing, the sentence has the list or the way."""
     monkeypatch.setattr(memws, "CONNECT_TIMEOUT", 0.3 if text == "--base-url" else 5.0)
@@ -370,7 +369,7 @@ def test_logs(tmp_path: Path) -> None:
         assert secret not in server.log + "".join(frames) + "\n".join(server.out)
 
 
-def test_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_lines(monkeypatch: Patch) -> None:
     """Token, key, what looks like one, and control characters are kept out of messages and of tracebacks alike."""
     monkeypatch.setenv("OPENAI_API_KEY", "canary-key")
     words = "canary-token canary-key sk-canary-0123456789 \x1b[2J\u202e\x9b2J\rforged"

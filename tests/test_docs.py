@@ -20,6 +20,7 @@ from test_errors import COMMAND_CODES, REQUEST_CODES, TURN_CODES
 
 import memws
 
+Patch = pytest.MonkeyPatch
 ROOT = PROGRAM.parent
 README = (ROOT / "README.md").read_text("utf-8")
 SOURCE = PROGRAM.read_text("utf-8")
@@ -49,9 +50,7 @@ def free_port() -> int:
 
 
 @pytest.mark.anyio
-async def test_python_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_python_blocks(tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     """README's Python blocks run one after the other, as cells of a notebook, and print what stands below them."""
     monkeypatch.chdir(tmp_path)
     port = str(free_port())

@@ -25,6 +25,7 @@ numpy = pytest.importorskip("numpy")
 pytestmark = pytest.mark.anyio
 
 Serve = Callable[..., memws.WebSocketServer]
+Log = pytest.LogCaptureFixture
 KEY = "sk-no-log-and-no-frame-holds-this"
 MODEL = "test-embedding"
 ROUTE = "/v1/embeddings"
@@ -202,7 +203,7 @@ WRONG_KEY = Reply(status=401, body={"error": {"message": f"Incorrect API key pro
 
 @pytest.mark.parametrize("fault", [Reply(hold=True), WRONG_KEY], ids=["a hang", "a wrong key"])
 async def test_turns_and_searches_go_on_without_vectors(
-    start: Serve, endpoint: Endpoint, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, fault: Reply
+    start: Serve, endpoint: Endpoint, caplog: Log, monkeypatch: pytest.MonkeyPatch, fault: Reply
 ) -> None:
     """Where embeddings fail, words answer clients and tools, it is logged once, and once well they are used again."""
     monkeypatch.setattr(memws, "EMBEDDING_PATIENCE", 0.05)
@@ -239,9 +240,7 @@ async def test_stop_while_embeddings_hang(start: Serve, endpoint: Endpoint) -> N
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("memws")]
 
 
-async def test_a_text_that_the_endpoint_refuses_stops_no_other(
-    start: Serve, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_text_that_the_endpoint_refuses_stops_no_other(start: Serve, endpoint: Endpoint, caplog: Log) -> None:
     """A text that is too long for the endpoint is found by words, and not asked for again, also after a restart."""
     poison = "poison " * 100
     refusal = Reply(status=400, body={"error": {"message": "input is too large to process", "code": None}})
@@ -264,7 +263,7 @@ async def test_a_text_that_the_endpoint_refuses_stops_no_other(
     assert (endpoint.embedded.count(poison), warned) == (asked, [])
 
 
-async def test_any_query_can_be_embedded(start: Serve, endpoint: Endpoint, caplog: pytest.LogCaptureFixture) -> None:
+async def test_any_query_can_be_embedded(start: Serve, endpoint: Endpoint, caplog: Log) -> None:
     """What a model may ask its search for, half characters and endless texts, is no fault of the endpoint."""
     async with wire(start(context_window=1_000_000), agent={}) as client:
         await fill(client)

@@ -15,6 +15,8 @@ import memws
 
 pytestmark = pytest.mark.anyio
 
+Log = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
 KEY = "canary-0123456789abcdef"
 TEXT = 'Grüße, 世界 👋! It is "1,5 °C"\nin Oslo \\ today.'
 CALLS = [("send_message", {"message": TEXT}), ("core_memory_append", {"name": "human", "content": "Name: Zoë"})]
@@ -481,7 +483,7 @@ SILENCES: dict[str, tuple[Reply, dict[str, float], str]] = {
 
 @pytest.mark.parametrize(("answer", "times", "words"), SILENCES.values(), ids=SILENCES)
 async def test_silence(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, answer: Reply, times: dict[str, float], words: str
+    endpoint: Endpoint, monkeypatch: Patch, answer: Reply, times: dict[str, float], words: str
 ) -> None:
     """A model that goes silent is model_timeout with its seconds; inside an answer that may be tried again."""
     for name in times.keys() - {"idle_timeout"}:
@@ -524,9 +526,7 @@ LEAKS = [
 ]  # fmt: skip
 
 
-async def test_no_key_is_in_any_message(
-    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_no_key_is_in_any_message(endpoint: Endpoint, monkeypatch: Patch, caplog: Log) -> None:
     """A key that an endpoint repeats, also one of the environment's, is in no error and in no log."""
     caplog.set_level(logging.DEBUG, "memws")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -545,7 +545,7 @@ async def test_no_key_is_in_any_message(
 
 
 @pytest.fixture
-def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_environment(monkeypatch: Patch) -> None:
     """No key and no endpoint in the environment."""
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -618,13 +618,11 @@ WRITTEN = '{"name": "send_message", "arguments": {"message": "Hello!"}}'
 TAGGED = f"<tool_call>\n{WRITTEN}\n</tool_call>"
 
 
-def reply_of(
-    text: str = "", *arguments: str, name: str = "send_message", finish: str = "stop", **more: Any
-) -> memws.Reply:
+def reply_of(text: str = "", *calls: str, name: str = "send_message", finish: str = "stop", **more: Any) -> memws.Reply:
     """A reply with a text and a call of a tool for each of the arguments."""
     reply = memws.Reply()
     reply.feed({"choices": [{"delta": {"content": text, **more}, "finish_reason": finish}]})
-    for index, each in enumerate(arguments):
+    for index, each in enumerate(calls):
         reply.feed(piece(index, f"id-{index}", name, each))
     return reply
 
@@ -909,7 +907,7 @@ SPOILS: dict[str, Any] = {
 
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
 async def test_an_endpoint_without_vectors_is_left_alone(
-    endpoint: Endpoint, embedder: memws.Embedder, caplog: pytest.LogCaptureFixture, spoil: Any
+    endpoint: Endpoint, embedder: memws.Embedder, caplog: Log, spoil: Any
 ) -> None:
     """Whatever fails is logged once, nothing is asked for the length of the pause, and then vectors come again."""
     caplog.set_level(logging.INFO, "memws")

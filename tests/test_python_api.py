@@ -29,6 +29,9 @@ import memws
 pytestmark = pytest.mark.anyio
 Server = memws.WebSocketServer
 Serve = Callable[..., Server]
+Log = pytest.LogCaptureFixture
+Patch = pytest.MonkeyPatch
+Capsys = pytest.CaptureFixture[str]
 MODULE = Path(memws.__file__)
 
 
@@ -114,9 +117,7 @@ async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpo
         assert [await client.closed(), await other.closed()] == [1001, 1001]
 
 
-def test_stop_names_a_tool_that_will_not_end(
-    online: Serve, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_stop_names_a_tool_that_will_not_end(online: Serve, endpoint: Endpoint, caplog: Log) -> None:
     """stop does not wait for a sync tool that blocks: it names it in a warning, and its result is dropped."""
     server = online()
     entered, leave = threading.Event(), threading.Event()
@@ -319,9 +320,7 @@ async def test_a_cell_that_runs_again_takes_over(make: Serve, port: int, blockin
     assert is_free(port)
 
 
-async def test_a_reloaded_module_takes_over(
-    make: Serve, port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+async def test_a_reloaded_module_takes_over(make: Serve, port: int, monkeypatch: Patch, tmp_path: Path) -> None:
     """After importlib.reload a new object for the same address ends the old server and serves the same agents."""
     shutil.copy(MODULE, tmp_path / "memws_reloaded.py")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -443,9 +442,7 @@ async def test_close_on_ones_own_loop(make: Serve) -> None:
         await asyncio.wait_for(task, LIMIT)
 
 
-async def test_run_inside_a_running_loop(
-    make: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_run_inside_a_running_loop(make: Serve, capsys: pytest.CaptureFixture[str], monkeypatch: Patch) -> None:
     """In a cell run starts the thread form and says so in a line; run(block=True) names the package that it needs."""
     server = make()
     server.run()
@@ -495,7 +492,7 @@ async def test_run_blocks_until_interrupted(tmp_path: Path, form: str) -> None:
         assert ("freed []" in process.out, is_free(process.port)) == (True, True)
 
 
-async def test_on_a_jupyterhub_a_token_is_made(monkeypatch: pytest.MonkeyPatch, make: Serve, port: int) -> None:
+async def test_on_a_jupyterhub_a_token_is_made(monkeypatch: Patch, make: Serve, port: int) -> None:
     """On a JupyterHub, where others reach the port, a server makes a token, and keeps it when its cell re-runs."""
     monkeypatch.setenv("JUPYTERHUB_API_TOKEN", "hub")
     first = make(port=port).start()

@@ -200,6 +200,17 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
     assert [len(await store.read(read_messages, agent.id)) for agent in agents] == [1, 0, 1, 0]
 
 
+async def test_a_load_leaves_out_what_no_endpoint_would_take(store: Store) -> None:
+    """It counts what it leaves out; bytes that are no UTF-8 are U+FFFD."""
+    agent, messages = await new_agent(store), [say(number, f"text {number}") for number in range(1, 6)]
+    messages[0].body, messages[1].body, messages[3].body = "{", "[]", '{"role":"assistant","content":"x"}'
+    await store.write(commit, agent.id, Changes([], messages))
+    store._connection.execute("UPDATE messages SET text = CAST(x'41ff' AS TEXT) WHERE id = 5")
+    loaded, counts = await store.read(memws.load_messages, agent.id, 0)
+    assert [(message.id, message.text) for message in loaded] == [(3, "text 3"), (5, "A\ufffd")]
+    assert (counts["unreadable"], counts["last_message"]) == (3, 5)
+
+
 @pytest.mark.parametrize("text", ["", "{", "5", '{"type":"agent', '"x"}'])
 async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None:
     """In the place of an event that cannot be read stands a correction, of a turn's end an end that says so."""
@@ -305,36 +316,6 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
         await store.write(memws.restore_agent, "sam", "sam")
     assert await everything(store, other.id) == [before[0], 1, *before[2:]]
     assert (await new_agent(store)).last_seq == 3
-
-
-HINDRANCES = {
-    "full": ("PRAGMA max_page_count = 1", "PRAGMA max_page_count = 1000000"),
-    "readonly": ("PRAGMA query_only = ON", "PRAGMA query_only = OFF"),
-    "locked": ("PRAGMA busy_timeout = 10", "PRAGMA busy_timeout = 20000"),
-}
-
-
-@pytest.mark.parametrize("what", HINDRANCES)
-async def test_a_store_that_cannot_write_reads_on(tmp_path: Path, what: str) -> None:
-    """While a file is full, read-only or locked, writes are refused whole, reads go on; a short lock only delays."""
-    path, (hinder, let) = tmp_path / "memws.db", HINDRANCES[what]
-    async with opened(path) as store:
-        with closing(sqlite3.connect(path, isolation_level=None)) as other:
-            agent, sql = await new_agent(store), store._connection.execute
-            await store.write(commit, agent.id, step())
-            before, huge = await everything(store, agent.id), Changes([tell(), start("t2")], [say(2, "x" * 60_000)])
-            sql(hinder)
-            other.execute("BEGIN IMMEDIATE" if what == "locked" else "SELECT 1")
-            for task in await queued(*(store.write(commit, agent.id, huge) for _ in range(2))):
-                await fails(task, what)
-            assert await everything(store, agent.id) == before
-            sql(let)
-            (task,) = await queued(store.write(commit, agent.id, step(2, "t2")))
-            if what == "locked":
-                assert await everything(store, agent.id) == before
-                other.execute("ROLLBACK")
-            assert [event.seq for event in await task] == [3, 4]
-            assert sql("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def modes_in(folder: Path) -> dict[str, int]:

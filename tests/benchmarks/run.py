@@ -72,11 +72,10 @@ class Bench:
     def add(
         self,
         what: str,
-        measured: str,
+        told: str,
         floor: str,
         samples: Sequence[float],
         goal: float | None,
-        *,
         higher: bool = False,
         unit: str = "",
     ) -> None:
@@ -85,7 +84,7 @@ class Bench:
         if goal is not None:
             is_reached = figure >= goal if higher else figure <= goal
             wanted = f"{'≥' if higher else '≤'} {goal:g}{unit} {'✓' if is_reached else '✗'}"
-        self.rows.append([what, measured, floor, f"{figure:.3g}{unit}", wanted])
+        self.rows.append([what, told, floor, f"{figure:.3g}{unit}", wanted])
 
     def database(self) -> str:
         return str(self.folder / f"bench-{next(self._databases)}.db")
