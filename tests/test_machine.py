@@ -177,8 +177,6 @@ class World:
             mended = (await self.auditor.wire.ok("load_agent", name=agent.name))["repaired"]
             assert mended == [] or self.crashed
 
-    # -- what must be true --
-
     async def replay(self, agent: Someone, after: int) -> list[JSON]:
         """The stored events of an agent above a seq, through a subscription."""
         wire = self.auditor.wire
@@ -261,8 +259,6 @@ class World:
         agent.running = None
         agent.waiting.clear()
 
-    # -- what is drawn --
-
     def chance(self, share: float = 0.5) -> bool:
         return self.rng.random() < share
 
@@ -275,8 +271,6 @@ class World:
         busy = waited_for or [agent.name for agent in self.live.values() if agent.running]
         known = (busy if self.chance() else None) or sorted(self.live)
         return self.rng.choice(known if known and self.chance(0.8) else NAMES)
-
-    # -- coming and going, agents --
 
     async def connect(self) -> None:
         if len(self.present) < 4:
@@ -399,8 +393,6 @@ class World:
         await self.named_anew(agent, new_name)
         return await person.refused("get_agent", "unknown_agent", agent_name=name)
 
-    # -- talk --
-
     async def say(self) -> None:
         name = None if self.chance(0.2) else self.named()
         waits = name in self.live and self.live[str(name)].waiting
@@ -485,8 +477,6 @@ class World:
                 assert [(end["code"], end["id"]) for end in ends] == [("cancelled", item.request_id)]
         return None
 
-    # -- following, memory --
-
     async def subscribe(self) -> None:
         person, name = self.somebody(), self.named()
         agent = self.live.get(name)
@@ -534,8 +524,6 @@ class World:
         else:
             answer = await person.wire.command("compact", agent_name=agent.name)
             assert answer["ok"] or answer["error"]["code"] == "not_found", answer
-
-    # -- the server --
 
     async def restart(self) -> None:
         """The server stops and starts, or is replaced by one on the file as a crash would leave it in this moment."""

@@ -68,8 +68,6 @@ class Wire:
         self.ids: set[Any] = set()  # of the requests sent
         self._ids = itertools.count(1)
 
-    # -- frames --
-
     async def send(self, **frame: Any) -> None:
         if self.checks:
             check_request(frame)
@@ -99,8 +97,6 @@ class Wire:
         """Fail if any frame comes before the answer to a command that is sent now: answers keep their order."""
         await self.ok("list_agents", limit=1)
         assert self.before_answer == []
-
-    # -- commands --
 
     def new_id(self, what: str) -> str:
         """An id that no request of this connection has had."""
@@ -152,8 +148,6 @@ class Wire:
         answer = await self.receive()
         assert answer["type"] == "server_error", answer
         return answer
-
-    # -- turns --
 
     async def say(self, message: str, **fields: Any) -> Any:
         """Send a user's message; its id."""

@@ -47,9 +47,6 @@ def look_inside(request: JSON) -> JSON:
     return {"cpu": time.process_time(), "memory": memory()}
 
 
-# ---- servers ---------------------------------------------------------------------------------------------------------
-
-
 def serve_part(listen: Callable[[], Awaitable[Any]], address: str, answer: Callable[[JSON], object]) -> None:
     """Serve what `listen` gives, say where, and answer requests."""
 
@@ -136,9 +133,6 @@ def serve_search(file: str, *data: str) -> None:
 
     say()
     answer_requests(answer)
-
-
-# ---- clients ---------------------------------------------------------------------------------------------------------
 
 
 def bare(url: str) -> None:

@@ -37,9 +37,6 @@ from wire import JSON, TERMINALS, Wire, wire  # noqa: E402
 WINDOW = 200_000  # tokens of the context window of the agents here: none of them compacts by itself
 
 
-# ---- Processes -------------------------------------------------------------------------------------------------------
-
-
 def clean_environment(**variables: str) -> dict[str, str]:
     """An environment without settings of memws, in which imported modules keep their bytecode, as they usually do."""
     return {name: value for name, value in environment(variables).items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -134,9 +131,6 @@ async def seed(server: Peer, agents: dict[str, int]) -> None:
 def milliseconds(seconds: float) -> str:
     value = seconds * 1000
     return f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
-
-
-# ---- Rows ------------------------------------------------------------------------------------------------------------
 
 
 def size(bench: Bench) -> Iterator[str]:
@@ -449,8 +443,6 @@ def search(bench: Bench) -> Iterator[str]:
                     share = [p95["memws"] / p95["baseline"]]
                     bench.add(f"{what} / the baseline's", told, floor, share, goal_beside)
 
-
-# ---- The command -----------------------------------------------------------------------------------------------------
 
 BENCHES: dict[str, tuple[Callable[[Bench], Iterator[str]], int, int]] = {
     "size": (size, 1, 0),

@@ -142,8 +142,6 @@ class Client:
             await asyncio.sleep(self.rng.random() * 0.2)
         return frames
 
-    # -- what it does --
-
     async def finish(self, server: Serving) -> None:
         """Send again what is not known to be done."""
         for turn_id in list(self.open):

@@ -41,9 +41,6 @@ import memws
 GONE = (ConnectionClosed, InvalidHandshake, OSError)  # what a client meets when its server has died
 
 
-# ---- a run -----------------------------------------------------------------------------------------------------------
-
-
 class Soak:
     """One run: its seed and count, its progress on standard error, its figures on standard output."""
 
@@ -139,9 +136,6 @@ async def until(holds: Callable[[], bool], seconds: float) -> bool:
             return False
         await asyncio.sleep(0.02)
     return True
-
-
-# ---- servers and what they ask ---------------------------------------------------------------------------------------
 
 
 def soak_server(
@@ -270,9 +264,6 @@ async def site(soak: Soak, model: Answer | None = None, **options: Any) -> Async
             place.check()
 
 
-# ---- clients ---------------------------------------------------------------------------------------------------------
-
-
 def client(server: Any, *types: str, **options: Any) -> contextlib.AbstractAsyncContextManager[Wire]:
     """A connection whose frames are not checked."""
     return wire(server, *types, checks=False, **({"ping_interval": None} | options))
@@ -368,9 +359,6 @@ class Log:
         return events
 
 
-# ---- the healthy client ----------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def healthy_client(soak: Soak, url: str, token: str = "") -> Iterator[None]:
     """A healthy client in a process of its own, which asks all the time; how long its answers took are figures."""
@@ -412,9 +400,6 @@ async def probe(url: str, token: str) -> None:
     except Exception as failure:  # what happened to a healthy client is the result
         error = repr(failure)
     print(json.dumps([times, error]))
-
-
-# ---- the server ------------------------------------------------------------------------------------------------------
 
 
 WRITES = ("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE", "COMMIT")
