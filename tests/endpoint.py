@@ -40,9 +40,6 @@ ROLES = ("system", "assistant", "user", "tool", "developer")
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
-# ---- replies ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Reply:
     """One answer of the model, and the ways in which its endpoint departs from OpenAI's."""
@@ -218,9 +215,6 @@ def _encode(value: object) -> str:
 
 def _pieces(text: str, size: int) -> list[str]:
     return [text[start : start + size] for start in range(0, len(text), size)]
-
-
-# ---- strictness ------------------------------------------------------------------------------------------------------
 
 
 class Refusal(Exception):
@@ -406,9 +400,6 @@ def prompt_tokens(body: Body) -> tuple[int, int]:
         for call in message.get("tool_calls", ()):
             characters += len(call["function"]["name"]) + len(call["function"]["arguments"])
     return characters // 4, len(_encode(body["tools"])) // 4 if "tools" in body else 0
-
-
-# ---- http ------------------------------------------------------------------------------------------------------------
 
 
 class Request(NamedTuple):

@@ -406,8 +406,7 @@ FINAL = {
 
 @pytest.mark.parametrize(("answer", "code"), FINAL.values(), ids=FINAL)
 async def test_a_failure_that_is_final(lab: Lab, agent: Agent, caplog: Log, answer: Reply, code: str) -> None:
-    """A failure that no second attempt can mend ends the turn with its code after one call, and with the endpoint's
-    words, which stand in the request's response and in the log, too; the next turn works."""
+    """What no second attempt can mend ends the turn with its code after one call; the endpoint's words are kept."""
     endpoint, words = lab.endpoint, str(answer.body["error"]) if isinstance(answer.body, dict) else ""
     turn = await lab.say(agent, "Hi", answer)
     assert (turn.end["type"], turn.end["code"], turn.stop_reason) == ("agent_response_error", code, "error")
@@ -442,8 +441,7 @@ FLOODS: dict[str, tuple[Reply, int, int]] = {
 
 @pytest.mark.parametrize(("answer", "least", "edits"), FLOODS.values(), ids=FLOODS)
 async def test_a_reply_without_end_is_cut(endpoint: Endpoint, lab: Lab, answer: Reply, least: int, edits: int) -> None:
-    """At 100,000 characters the stream is closed, what was said is told as partial, a cut call never runs, and done;
-    after a reply an endless thought is monologue; more than a small window holds is told, and talk goes on."""
+    """At 100,000 characters the stream is closed, what was said is partial, a cut call never runs, talk goes on."""
     endless = Reply(**vars(answer) | {"endless": True, "chunk": 5_000})
     for window in (200_000, 8_192):
         agent = await lab.create(f"sam{window}", context_window=window)
@@ -558,8 +556,7 @@ async def test_a_failing_turn_makes_at_most_eight_calls(endpoint: Endpoint, lab:
 
 @pytest.mark.parametrize("size", [0, 2_000])
 async def test_the_agent_is_warned_once_before_the_window_is_full(endpoint: Endpoint, lab: Lab, size: int) -> None:
-    """At 75 % of the window the model is told once to save what matters, gets a step to do so, and clients see it;
-    3,000 tokens are enough beside full default blocks, and a window that is too small is refused with both numbers."""
+    """At 75 % of the window the model is told once to save what matters; a window that is too small is refused."""
     endpoint.context_window = 3_000
     agent = await lab.create(context_window=3_000, persona="p" * size, human="h" * size)
     config, tools = agent.record.config, agent.tools
@@ -995,10 +992,7 @@ FAILURES: dict[str, tuple[str, int, bool]] = {
 async def test_a_store_that_fails_around_a_tool(
     endpoint: Endpoint, tmp_path: Path, rows: str, runs: int, ends: bool
 ) -> None:
-    """A user's tool runs once at most, never before its call is stored; what could not be stored has not happened.
-
-    The turn's end is store_failed; where that cannot be stored either it is raised, and the next opening ends the turn.
-    """
+    """A tool runs once at most, never before its call is stored; what could not be stored has not happened."""
     path = tmp_path / "memws.db"
     ran.clear()
     async with Lab(endpoint, path, tools=[count]) as lab:
@@ -1057,8 +1051,7 @@ async def play(lab: Lab, agent: Agent, scene: str) -> None:
 async def test_what_an_endpoint_wants_is_learned_once(
     endpoint: Endpoint, tmp_path: Path, wanted: str, scene: str
 ) -> None:
-    """Whatever an endpoint wants of a history, each turn ends well and the next works, also another agent's and after
-    a restart; it refuses once at most for each thing that it wants; what was really sent is told."""
+    """Whatever an endpoint wants of a history, it refuses once at most for each, and all turns end well, for ever."""
     wants = tuple(wanted.split(" and "))
     endpoint.quirks = () if scene == "another endpoint's history" else wants
     async with Lab(endpoint, tmp_path / "memws.db") as lab:

@@ -56,6 +56,12 @@ def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint:
     remember = {"name": "human", "content": "Name: Ana\x1b[2J", "request_heartbeat": True}
     endpoint.script(Reply("I think\x1b[2J", calls=[("core_memory_append", remember)]), say("Hello, Ana"))
     chat = terminal(proxy.url)
+    chat.expect("[Y/n] ")
+    chat.line("n", "> ")
+    chat.line("hi", "no agent yet: /new NAME creates one, /load NAME loads one", "> ")
+    chat.type(CTRL_D)
+    assert chat.wait() == 0
+    chat = terminal(proxy.url)
     chat.expect(f"memws {memws.__version__} at ws://127.0.0.1:", "model test-model; /help lists the commands")
     chat.expect("there is no agent 'sam'; create it? [Y/n] ")
     chat.line("", "sam> ")
@@ -67,17 +73,6 @@ def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint:
     history = tmp_path / ".memws_history"
     assert "hi\n" in history.read_text("utf-8")
     assert stat.S_IMODE(history.stat().st_mode) == 0o600
-
-
-def test_offline_is_said(terminal: Callable[..., Terminal], serve: Callable[..., memws.WebSocketServer]) -> None:
-    """The banner says that the offline model is no language model; without an agent nothing is sent."""
-    chat = terminal(serve().url)
-    chat.expect("the model is offline: a rule-based stand-in, not a language model", "[Y/n] ")
-    chat.line("n", "> ")
-    chat.line("hi", "no agent yet: /new NAME creates one, /load NAME loads one")
-    chat.expect("> ")  # a Ctrl-D before readline waits would be lost
-    chat.type(CTRL_D)
-    assert chat.wait() == 0
 
 
 @pytest.mark.parametrize(("variables", "mark"), [({"NO_COLOR": "1"}, "\x1b[2m"), ({"TERM": "dumb"}, "\x1b[2")])

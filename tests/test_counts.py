@@ -14,6 +14,7 @@ import pytest
 from agents import Lab, packed
 from commandline import PROGRAM, environment
 from endpoint import Endpoint, Reply
+from test_python_api import running
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as websocket_serve
@@ -123,13 +124,8 @@ async def bare_server() -> AsyncIterator[Any]:
 async def memws_server() -> AsyncIterator[memws.WebSocketServer]:
     """A server on this very loop."""
     server = memws.WebSocketServer(host="127.0.0.1", port=0, db=":memory:", model="offline")
-    server.initialize_server()
-    serving = asyncio.create_task(server.start_server())
-    try:
+    async with running(server):
         yield server
-    finally:
-        serving.cancel()
-        await asyncio.wait([serving])
 
 
 @contextlib.asynccontextmanager

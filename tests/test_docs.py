@@ -276,10 +276,6 @@ def test_script_metadata() -> None:
     assert "# /// script\n" in head
     assert head.rstrip().endswith("# ///")
     assert f"memws {memws.__version__}" in head
-
-
-def test_packages_are_installed_apart() -> None:
-    """What only checks need is not in requirements.txt."""
     names = [re.match(r"[\w-]+", line)[0] for line in requirements("requirements.txt")]  # type: ignore[index]
     assert " ".join(sorted(names)) == "ipywidgets json-repair nest-asyncio nest-asyncio2 openai pytest websockets"
 

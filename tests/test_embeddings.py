@@ -25,7 +25,7 @@ numpy = pytest.importorskip("numpy")
 pytestmark = pytest.mark.anyio
 
 Serve = Callable[..., memws.WebSocketServer]
-Log = pytest.LogCaptureFixture
+Log, Patch = pytest.LogCaptureFixture, pytest.MonkeyPatch
 KEY = "sk-no-log-and-no-frame-holds-this"
 MODEL = "test-embedding"
 ROUTE = "/v1/embeddings"
@@ -43,7 +43,7 @@ def endpoint(endpoint: Endpoint) -> Endpoint:
 
 
 @pytest.fixture
-def start(serve: Serve, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> Serve:
+def start(serve: Serve, endpoint: Endpoint, monkeypatch: Patch) -> Serve:
     """Starts a server of the endpoint with an embedding model; what failed is asked for again soon."""
     monkeypatch.setattr(memws, "EMBEDDING_PAUSE", 0.01)
     defaults = {"base_url": endpoint.url, "model": "test-model", "api_key": KEY, "embedding_model": MODEL}
@@ -121,9 +121,7 @@ async def test_what_shares_no_word_is_found(start: Serve, endpoint: Endpoint) ->
         assert (" ".join(asked.split()), name) == ("What did tell about felines?", "Zoe"), "names are off the query"
 
 
-async def test_a_search_waits_beside_its_session(
-    start: Serve, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_search_waits_beside_its_session(start: Serve, endpoint: Endpoint, monkeypatch: Patch) -> None:
     """While a query's vector is awaited commands, turns and edits go on; a turn that waits for one can be stopped."""
     monkeypatch.setattr(memws, "EMBEDDING_PATIENCE", 60.0)
     server = start()
@@ -203,7 +201,7 @@ WRONG_KEY = Reply(status=401, body={"error": {"message": f"Incorrect API key pro
 
 @pytest.mark.parametrize("fault", [Reply(hold=True), WRONG_KEY], ids=["a hang", "a wrong key"])
 async def test_turns_and_searches_go_on_without_vectors(
-    start: Serve, endpoint: Endpoint, caplog: Log, monkeypatch: pytest.MonkeyPatch, fault: Reply
+    start: Serve, endpoint: Endpoint, caplog: Log, monkeypatch: Patch, fault: Reply
 ) -> None:
     """Where embeddings fail, words answer clients and tools, it is logged once, and once well they are used again."""
     monkeypatch.setattr(memws, "EMBEDDING_PATIENCE", 0.05)

@@ -380,8 +380,7 @@ def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
 
 @pytest.mark.anyio
 async def test_beside_turns(tmp_path: Path, run: Run, serve: Serve, endpoint: Endpoint) -> None:
-    """Copies and exports made under eight agents that talk are of one moment and hold all that was acknowledged before,
-    and nothing of it is taken for damage; the agents of a copy go on; an import says that the server has to stop."""
+    """Copies and exports under turns are of one moment, hold all that was acknowledged, and are no damage."""
     names = [f"agent{number}" for number in range(8)]
 
     def model(body: Body) -> Reply:

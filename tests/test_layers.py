@@ -110,8 +110,7 @@ def upward_names(module: Module) -> list[str]:
 
 
 def tricks(module: Module) -> list[str]:
-    """No way to reach upward without naming (quoted annotations, TYPE_CHECKING, globals(), importing itself), nothing
-    that turns data into code, and raw JSON in Wire only, whose encode_json and decode_json others use."""
+    """No reaching upward without naming, nothing that turns data into code, and raw JSON in Wire only."""
     faults = [f"{name}: {line}" for _, line, name in module.uses if name in NEVER]
     faults += [f"json: {line}" for section, line, name in module.uses if name == "json" and section != 3]
     for _, node in module.nodes():

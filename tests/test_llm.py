@@ -314,12 +314,14 @@ async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, mo
         assert ((await fail(model)).code, model.limit) == (code, 2_000), words
 
 
+LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
+LOADING += ["Model x is currently loading", "model not ready, try later"]
 KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (total limit)", "Quota exceeded"]
 KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
 
 
 async def test_what_a_refusal_advises(endpoint: Endpoint, model: memws.Model) -> None:
-    """A 403 that is not about the key does not say it is; a page in place of an answer says what to check."""
+    """A 403 that is not about the key does not say it is, a page says what to check, a model that loads is known."""
     for words in KEYLESS:
         endpoint.script(Reply(status=403, body=words))
         error = await fail(model)
@@ -328,14 +330,6 @@ async def test_what_a_refusal_advises(endpoint: Endpoint, model: memws.Model) ->
         endpoint.script(Reply(status=status, body="<html><head><title>Sign in &amp; go</title></head></html>"))
         error = await fail(model)
         assert ("end with /v1?" in str(error), "Sign in & go" in str(error)) == (True, True)
-
-
-LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
-LOADING += ["Model x is currently loading", "model not ready, try later"]
-
-
-async def test_a_model_that_loads(endpoint: Endpoint, model: memws.Model) -> None:
-    """An endpoint that loads its model says so in the error; one that failed to is no such one."""
     for words in [*LOADING, "error loading model: no such file"]:
         endpoint.script(refusal(words, status=503))
         error = await fail(model)
@@ -384,8 +378,7 @@ OPTIONS += [({name: NAMES[name]}, f"Unsupported parameter: '{name}' is not suppo
 async def test_an_option_that_is_refused(
     endpoint: Endpoint, model: memws.Model, settings: Body, words: str | Body, then: Body | None
 ) -> None:
-    """It is left out, or set as the endpoint says, where the words are of that option, for the value that was refused;
-    a second request that was under way learns the same, another value is tried anew."""
+    """It is left out, or set as the endpoint says, for the value that was refused, once, also by who was under way."""
     answer = Reply(status=400, body={"error": {"message": words} if isinstance(words, str) else words})
     bodies = [memws.request_body(model.head(settings), [USER], SPECS)] * 2
     for body in bodies:
@@ -482,9 +475,7 @@ SILENCES: dict[str, tuple[Reply, dict[str, float], str]] = {
 
 
 @pytest.mark.parametrize(("answer", "times", "words"), SILENCES.values(), ids=SILENCES)
-async def test_silence(
-    endpoint: Endpoint, monkeypatch: Patch, answer: Reply, times: dict[str, float], words: str
-) -> None:
+async def test_silence(endpoint: Endpoint, monkeypatch: Patch, answer: Reply, times: Body, words: str) -> None:
     """A model that goes silent is model_timeout with its seconds; inside an answer that may be tried again."""
     for name in times.keys() - {"idle_timeout"}:
         monkeypatch.setattr(memws, name, times[name])
@@ -553,8 +544,7 @@ def _no_environment(monkeypatch: Patch) -> None:
 
 @pytest.mark.usefixtures("_no_environment")
 def test_the_default_model(endpoint: Endpoint) -> None:
-    """What is named, else DEFAULT_MODEL with a key, the only one that an endpoint serves (test_cli.py has what happens
-    where there is not one), or offline, which answers for an agent's model without an endpoint, with a warning."""
+    """What is named, else DEFAULT_MODEL with a key, an endpoint's only one, or offline, with a warning for others."""
     url = endpoint.url
     chosen: list[tuple[Body, str]] = [({}, "offline"), ({"model": "m"}, "m"), ({"api_key": KEY}, memws.DEFAULT_MODEL)]
     chosen += [({"base_url": url}, "test-model"), ({"model": "m", "base_url": url, "api_key": KEY}, "m")]
@@ -599,8 +589,7 @@ MESSAGES += [(r"a\n\\( \(x^2\) \"b", 'a\n\\( \\(x^2\\) "b')]
 )
 @pytest.mark.parametrize(("written", "told"), MESSAGES, ids=ascii)
 def test_the_reply_is_heard_while_it_arrives(written: str, told: str | None, form: str) -> None:
-    """What has come of a reply is always its beginning, joined it is the reply, and no escape is told in halves; half a
-    pair becomes U+FFFD, and a backslash that begins no escape, as in formulas, is told as it stands."""
+    """What has come is always the reply's beginning, no escape is told in halves, and what is no escape stands."""
     arguments, message = form % written, json.loads(f'"{written}"') if told is None else told
     for size in (1, 2, 7):
         reply, heard = memws.Reply(), ""
@@ -864,8 +853,7 @@ def test_arguments_that_are_no_object_are_advice(arguments: str) -> None:
 
 
 def test_names_and_ids_that_no_api_takes_are_changed() -> None:
-    """A tool name with spaces, too long or empty becomes one that endpoints accept in the history; an id that came
-    before is replaced by nine letters or digits, and that is a correction; any other stays, however long."""
+    """Tool names become such as endpoints take; an id that came before becomes nine letters, any other stays."""
     reply = memws.Reply()
     names, ids = ("send a message!", "x" * 300, "", "send_message"), ("a", "a", "x" * 2_000, "b")
     for index, (name, call_id) in enumerate(zip(names, ids, strict=True)):

@@ -198,8 +198,7 @@ async def test_without_an_agent_nothing_is_current(client: Wire, server: Server)
 
 
 async def test_naming_an_agent_does_not_switch(client: Wire) -> None:
-    """A command or message to another agent leaves the current one; MemGPT 0.3.25's agent_id names it as well, and
-    is a bad field where it differs from agent_name or is no text."""
+    """Naming another agent leaves the current one; agent_id names it as well, and must be a text that agrees."""
     await client.ok("create_agent", config={"name": "ada"})
     await client.ok("load_agent", name="sam")
     assert (await client.ok("get_agent", agent_name="ada"))["agent_name"] == "ada"
@@ -529,16 +528,11 @@ async def test_an_id_is_on_answers_starts_terminals_and_refusals(server: Server,
 async def test_answers_come_in_the_order_sent(server: Server) -> None:
     """Commands, messages that are refused, and frames that are no requests are all answered in the order sent."""
     async with wire(server) as client:
-        sent: list[JSON] = [
-            {"command": "create_agent", "config": {"name": "sam"}, "colour": "red"},
-            {"command": "sudo"},
-        ]
-        sent += [
-            {"command": "insert_passage", "text": "x"},
-            {"type": "user_message", "message": "hi", "agent_name": "no"},
-        ]
-        sent += [{"command": "get_context"}, {"command": "cancel"}, {"command": "set_block", "label": "human"}]
-        sent += [{"command": "delete_agent"}, {"type": "user_message", "message": "hi"}, {"command": "list_agents"}]
+        sent: list[JSON] = [{"command": "create_agent", "config": {}, "colour": "red"}, {"command": "sudo"}]
+        sent += [{"type": "user_message", "message": "hi", "agent_name": "nobody"}, {"command": "get_context"}]
+        sent += [{"command": "insert_passage", "text": "x"}, {"command": "set_block", "label": "human"}]
+        sent += [{"command": "cancel"}, {"command": "delete_agent"}, {"type": "user_message", "message": "hi"}]
+        sent += [{"command": "list_agents"}]
         for number, frame in enumerate(sent):
             await client.send_raw({"type": "command", **frame, "id": number})
         answers = [await client.receive() for _ in sent]

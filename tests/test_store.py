@@ -170,8 +170,7 @@ async def test_a_commit_that_fails_stores_nothing(store: Store, what: str) -> No
 
 
 async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
-    """All that waits for the writer, up to a bounded number, is stored by one transaction, and so by one fsync, without
-    a gap in any agent's seqs; a job that fails leaves no trace, and the others are stored."""
+    """All that waits is stored by one transaction, up to a bound, without gaps; a job that fails leaves no trace."""
     agents = [await new_agent(store, f"agent{number}") for number in range(4)]
     steps = [(agent, [tell(f"{n} {m}") for m in range(n % 4 + 1)]) for n in range(150) for agent in agents]
     ran: list[str] = []

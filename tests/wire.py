@@ -180,10 +180,7 @@ class Wire:
 async def wire(
     server: Any, *types: str, checks: bool = True, agent: JSON | None = None, **options: Any
 ) -> AsyncIterator[Wire]:
-    """A connection to what has a `url`, which asks for `types` of messages, makes an agent, and always reads.
-
-    Without `checks` frames are not compared with the schema: that costs more than the server.
-    """
+    """A connection that asks for `types` of messages, makes an agent, and reads; checks cost more than the server."""
     settings: JSON = {"compression": None, "max_size": memws.MAX_FRAME, "max_queue": None}
     async with connect(server.url, **(settings | options)) as websocket:
         opened = Wire(websocket, checks)
