@@ -1108,13 +1108,9 @@ async def test_what_a_refusal_teaches(endpoint: Endpoint, lab: Lab, agent: Agent
     assert len(endpoint.requests) == 1 + bool(rule)
 
 
-THOUGHT = Reply(
-    calls=[NOTE, APPEND],
-    call_ids=["x" * 3_000, "b"],
-    reasoning="I think it over, twice.",
-    signature="c2lnbmVk",
-    more={"reasoning_details": [{"type": "reasoning.encrypted", "data": "walrus"}], "extra_content": None},
-)
+MORE: Body = {"reasoning_details": [{"type": "reasoning.encrypted", "data": "walrus"}], "extra_content": None}
+MADE: Body = {"reasoning": "I think it over, twice.", "signature": "c2lnbmVk", "more": MORE}
+THOUGHT = Reply(calls=[NOTE, APPEND], call_ids=["x" * 3_000, "b"], **MADE)
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["in pieces", "whole"])

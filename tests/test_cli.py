@@ -283,10 +283,6 @@ def test_endpoint_without_a_choice(
     assert list(tmp_path.iterdir()) == []
 
 
-def python(code: str, cwd: Path, variables: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return run(code, program=Path("-c"), cwd=cwd, variables=variables, timeout=60)
-
-
 def test_copied_alone(tmp_path: Path) -> None:
     """The file alone, renamed, in an empty folder, without any package but websockets: serves, chats and imports."""
     folder = tmp_path / "empty"
@@ -307,7 +303,7 @@ with agentd.connect(server.url) as client:
     print(client.ask('What do I love?'))
 server.stop()
 """
-    done = python(code, folder, bare)
+    done = run(code, program=Path("-c"), cwd=folder, variables=bare, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "otters" in done.stdout
 
@@ -331,7 +327,7 @@ with one.connect(second.url) as client:
     print(bool(client.ask('hi')))
 second.stop()
 """
-    done = python(code, tmp_path)
+    done = run(code, program=Path("-c"), cwd=tmp_path, timeout=60)
     assert done.stdout.splitlines() == ["['ada']", "['bob']", "True"], done.stderr
 
 

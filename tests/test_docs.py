@@ -44,16 +44,12 @@ def code(cell: str) -> list[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        return int(holder.getsockname()[1])
-
-
 @pytest.mark.anyio
 async def test_python_blocks(tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     """README's Python blocks run one after the other, as cells of a notebook, and print what stands below them."""
     monkeypatch.chdir(tmp_path)
-    port = str(free_port())
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = str(holder.getsockname()[1])
     namespace: dict[str, Any] = {"__name__": "__main__"}
     found = re.findall(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", README, re.MULTILINE | re.DOTALL)
     assert len(found) == len(blocks("python"))
@@ -267,7 +263,7 @@ def requirements(name: str) -> list[str]:
 
 
 def test_script_metadata() -> None:
-    """The file's own list of packages is requirements.txt less pytest, and its first lines say what it is."""
+    """The file's packages are requirements.txt less pytest, its public names are told of, README names no machine."""
     head = SOURCE.partition('"""')[0]
     listed = re.search(r"^# dependencies = \[\n(.*?)^# \]$", head, re.MULTILINE | re.DOTALL)
     assert listed is not None
@@ -278,18 +274,10 @@ def test_script_metadata() -> None:
     assert f"memws {memws.__version__}" in head
     names = [re.match(r"[\w-]+", line)[0] for line in requirements("requirements.txt")]  # type: ignore[index]
     assert " ".join(sorted(names)) == "ipywidgets json-repair nest-asyncio nest-asyncio2 openai pytest websockets"
-
-
-def test_docstring_commands(tmp_path: Path) -> None:
-    """The commands in the module's docstring are real, and the public names exist and are told of."""
     assert memws.__doc__ is not None
     shown = re.findall(r"^    python memws\.py(.*?)  ", memws.__doc__, re.MULTILINE)
     words = [word for line in shown for word in line.split()]
     assert words == ["chat", "--help"]
     assert [name for name in memws.__all__ if inspect.getdoc(getattr(memws, name)) is None] == []
-
-
-def test_no_local_paths() -> None:
-    """README names no path and no address of one machine, of others only those of endpoints that its commands use."""
     addresses = re.findall(r"https?://(?!localhost)\S+", README)
     assert [*re.findall(r"/(?:home|root|work|tmp|Users)/", README), *addresses] == ADDRESSES

@@ -22,8 +22,7 @@ from endpoint import Body, Endpoint, Reply, greet
 import memws
 
 JSON = dict[str, Any]
-RICH, PLAIN, CUT = "Zoë-日本", "sam", "cut"
-"An agent with a long life, one that talks a little, and one whose process was killed in mid-tool."
+RICH, PLAIN, CUT = "Zoë-日本", "sam", "cut"  # a long life, a little talk, a process that was killed in mid-tool
 ODD = "Zażółć 🦊‍🔥 שלום \u202e \x7f \t\r\n 日本 \U0010ffff <b>&amp;</b> '); DROP TABLE agents; --"
 
 

@@ -94,7 +94,6 @@ def global_names(scope: symtable.SymbolTable) -> set[str]:
     return names.union(*map(global_names, scope.get_children()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The rules: each gives the faults that it finds.
 
 
@@ -216,7 +215,6 @@ def test_memws(whole: Module, rule: Rule) -> None:
     assert rule(whole) == []
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # A rule that sees nothing would pass for ever, so each is shown its faults in a small module.
 
 PLANTED: dict[str, tuple[Rule, str]] = {

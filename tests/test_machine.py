@@ -26,8 +26,7 @@ import memws
 SEEDS = int(os.environ.get("MEMWS_TEST_SEEDS", "8"))
 MOVES = 150
 NAMES = ("ada", "sam", "Zoë", "日本")
-WATCHED: tuple[tuple[str, ...], ...] = ((), ("*",), ("queue", "memory_change"))
-"What clients ask for in hello; nothing is the classic types."
+WATCHED: tuple[tuple[str, ...], ...] = ((), ("*",), ("queue", "memory_change"))  # in hello; none: the classic types
 HELD, REFUSED, TOOLS, PLAIN = "held", "refused", "tools", "plain"
 KINDS = (HELD, HELD, HELD, HELD, PLAIN, PLAIN, TOOLS, REFUSED)
 OFTEN = {

@@ -2,8 +2,7 @@
 
 The model's name says what it does: `now` answers at once, `ms-200` after 200 ms, `never` not at all, `tool-compute`
 first calls that tool. Each answer goes through send_message and repeats the last mark <<…>> of the request, so that a
-delivery to the wrong client can be seen; after a tool's result that follows the mark `tool-compute` says so too. A
-request without tools is answered in plain text. `Model.last` is the body of the last request.
+delivery to the wrong client can be seen; without tools it is plain text. `Model.last` is the body of the last request.
 """
 
 import asyncio

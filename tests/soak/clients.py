@@ -1,9 +1,7 @@
 """Clients cancel, leave and send again, servers are killed: python tests/soak/clients.py [--seed N] [--count N]
 
-Ten clients talk to five agents, keep passages, cancel, disconnect and send the same again, while replies stream and
-tools work, and go on with the next server where the one before has left them. The count is that of kill -9, at random
-points and, every other time, while a tool is at work. Half as often it is SIGTERM or SIGINT, to the command line and to
-a program with tools: those servers end cleanly and in time. What clients were told is compared with what is stored.
+Ten clients talk to five agents, cancel, disconnect and send the same again, and go on with the next server. The count
+is that of kill -9, at random points or while a tool is at work; half as often a signal ends a server cleanly.
 """
 
 import asyncio

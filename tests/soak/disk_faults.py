@@ -1,8 +1,7 @@
 """Disks that fail and files that are damaged: python tests/soak/disk_faults.py [--seed N] [--count N]
 
 The count is that of byte flips, each in a fresh copy of a database, which is then served, talked to and checked. Before
-them each of the first 200 writes of a server fails once, with the file full, locked or read-only meanwhile. What a load
-does not mend, `check` has to find; a backup is the way back.
+them each of the first 200 writes of a server fails once. What a load does not mend, `check` has to find.
 """
 
 import asyncio

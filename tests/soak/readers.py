@@ -1,8 +1,7 @@
 """Peers that are slow: python tests/soak/readers.py [--seed N] [--count N]
 
-While a model streams without end, turn after turn, peers follow it that never read, that read late, that never finish
-their handshake, and that never finish a frame. Every answer is cut, late readers get all that is stored, those that
-take no byte are closed. The count is that of each kind of readers; there are four times as many of each other kind.
+While a model streams without end, peers follow it that never read, read late, never finish their handshake or a frame.
+The count is that of each kind of readers; there are four times as many of each other kind.
 """
 
 import asyncio
