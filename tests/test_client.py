@@ -90,6 +90,15 @@ async def whole(subscription: memws.Stream) -> list[Frame]:
     return events
 
 
+@contextlib.asynccontextmanager
+async def talking(url: str, **options: Any) -> AsyncIterator[memws.Client]:
+    """A client that gets messages of all types and has made the agent sam."""
+    async with memws.Client(url, **options) as client:
+        await client.hello(["*"])
+        await client.create_agent("sam")
+        yield client
+
+
 async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """The answer to a message is the text of its assistant messages, a line each; a closed client leaves no task."""
     client, before = memws.Client(server.url), asyncio.all_tasks()
@@ -104,9 +113,7 @@ async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
 
 async def test_turn_and_subscription(server: memws.WebSocketServer) -> None:
     """A turn goes from its start to its terminal frame, each event once, also beside a subscription of its agent."""
-    async with memws.Client(server.url) as client:
-        await client.hello(["*"])
-        await client.create_agent("sam")
+    async with talking(server.url) as client:
         subscription = client.subscribe()
         await client.hello()  # it is confirmed
         events = await collected(client.send("hi"))
@@ -148,9 +155,7 @@ async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None
 async def test_cancel(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """A message that waits tells its place; taken back, it alone is refused; a running turn ends as cancelled."""
     endpoint.script(say("a long story", stall_after=2))
-    async with memws.Client(server.url) as client:
-        await client.hello(["*"])
-        await client.create_agent("sam")
+    async with talking(server.url) as client:
         subscription = client.subscribe()
         running = client.send("hi")
         await within(anext(running))
@@ -203,8 +208,7 @@ async def test_unknown_frames(proxy: Proxy, caplog: pytest.LogCaptureFixture) ->
     odd.append('{"type":"agent_response","message_type":"from_the_future","message":"?"}')
     odd.append('{"type":"command_response","id":{"a":1}}')
     proxy.on_received = lambda frame: [*odd, json.dumps(frame)]
-    async with memws.Client(proxy.url) as client:
-        await client.create_agent("sam")
+    async with talking(proxy.url) as client:
         assert await within(client.ask("hi")) == "you said hi"
     assert proxy.connected == 1
 
@@ -213,9 +217,7 @@ async def test_reconnect_resumes(proxy: Proxy, endpoint: Endpoint) -> None:
     """After a loss, turn and subscription go on where they were: each stored event once, no text twice, none lost."""
     endpoint.script(say("a reply that is cut in its middle", stall_after=7))
     states = States()
-    async with memws.Client(proxy.url, on_state=states.put_nowait) as client:
-        await client.hello(["*"])
-        await client.create_agent("sam")
+    async with talking(proxy.url, on_state=states.put_nowait) as client:
         subscription = client.subscribe()
         await client.hello()  # it is confirmed
         turn = client.send("hi")
@@ -250,9 +252,7 @@ async def test_many_cuts(proxy: Proxy, endpoint: Endpoint) -> None:
         return []
 
     proxy.on_received = cut
-    async with memws.Client(proxy.url) as client:
-        await client.hello(["*"])
-        await client.create_agent("sam")
+    async with talking(proxy.url) as client:
         events = [event for event in await collected(client.send("hi")) if "seq" in event]
         assert seqs(events) == list(range(1, len(events) + 1))
         assert events[-1]["stop_reason"] == "done"
@@ -265,8 +265,7 @@ async def test_many_cuts(proxy: Proxy, endpoint: Endpoint) -> None:
 async def test_message_without_a_connection(proxy: Proxy) -> None:
     """A message sent while there is no connection goes out after the reconnect; a command fails at once."""
     states = States()
-    async with memws.Client(proxy.url, on_state=states.put_nowait) as client:
-        await client.create_agent("sam")
+    async with talking(proxy.url, on_state=states.put_nowait) as client:
         proxy.refuses = 503
         await asyncio.to_thread(proxy.cut)
         await states.reach("lost")
@@ -313,9 +312,7 @@ async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
     flags = ("--base-url", endpoint.url, "--context-window", "30000")
     key = {"OPENAI_API_KEY": "k"}
     with Serving(*flags, cwd=tmp_path, variables=key) as first:
-        async with memws.Client(first.url) as client:
-            await client.hello(["*"])
-            await client.create_agent("sam")
+        async with talking(first.url) as client:
             subscription = client.subscribe(after=0)
             running, waiting = client.send("hi"), client.send("ho")
             await asyncio.to_thread(endpoint.wait_requests, 2)
