@@ -4577,16 +4577,29 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._request = {"id": next(client._ids), **request}
         self._cursor = after  # the highest seq taken in; None: the agent's present end
         self._has_begun = False  # since the server was last asked
-        self._events: asyncio.Queue[Frame | Exception] = asyncio.Queue()  # the last one is what ends the iteration
+        self._events: collections.deque[Frame | Exception] = collections.deque()  # the last one ends the iteration
+        self._news = asyncio.Event()
         self._ask()
         client._streams.append(self)
 
     async def __anext__(self) -> Frame:
-        event = await self._events.get()
+        event = await self._first()
+        self._events.popleft()
+        return event
+
+    async def _first(self) -> Frame:
+        """The next event, which stays where it is."""
+        while not self._events:
+            self._news.clear()
+            await self._news.wait()
+        event = self._events[0]
         if isinstance(event, Exception):
-            self._events.put_nowait(event)  # for whoever asks once more
             raise event
         return event
+
+    def _add(self, event: Frame | Exception) -> None:
+        self._events.append(event)
+        self._news.set()
 
     async def text(self) -> str:
         """Read to the end; the reply: the assistant messages, a line each. Raises RemoteError where the turn fails."""
@@ -4634,7 +4647,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         is_new = self._has_begun and (seq is None or seq > (self._cursor or 0))
         if is_early or is_new:
             self._cursor = seq or self._cursor
-            self._events.put_nowait(event)
+            self._add(event)
             if self.turn_id and kind in TERMINAL_TYPES:
                 self._end()
 
@@ -4643,7 +4656,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         if self in self._client._streams:
             self._client._streams.remove(self)
             self._client._pending.pop(self._request["id"], None)
-            self._events.put_nowait(error or StopAsyncIteration())
+            self._add(error or StopAsyncIteration())
 
 
 class Client:
@@ -4982,9 +4995,11 @@ class BlockingStream(Iterator[Frame]):
 
     def __next__(self) -> Frame:
         try:
-            return self._wait(self._stream.__anext__)
+            event = self._wait(self._stream._first)
         except StopAsyncIteration:
             raise StopIteration from None
+        self._stream._events.popleft()  # only now: an interrupt before has taken nothing
+        return event
 
     def text(self) -> str:
         return self._wait(self._stream.text)
