@@ -7028,10 +7028,10 @@ class Agents:
             cleared = await self.store.write(clear_vectors, embedder.name, cleared)
         embedder.ready = True
         while True:
+            self.memory_growth.clear()  # before the look: what comes beside it is looked for again
             rows = await self.store.read(without_vector, EMBEDDING_BATCH)
             vectors = await embedder.vectors([text for _, text in rows]) if rows else []
             if not rows:
-                self.memory_growth.clear()
                 await self.memory_growth.wait()
             elif vectors is None:
                 await asyncio.sleep(embedder.pause)
