@@ -1802,10 +1802,12 @@ def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentReco
     raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0), len(names))
 
 
-def list_agents(db: SqlConnection, after: str, limit: int) -> tuple[list[AgentRecord], int]:
-    """Agents with names above `after`, in order, and how many there are in all."""
-    sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {_LIVE} AND name > ? ORDER BY name LIMIT ?"
-    total = db.execute(f"SELECT count(*) FROM agents WHERE {_LIVE}").fetchone()[0]
+def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False) -> tuple[list[AgentRecord], int]:
+    """Agents with names above `after`, in order, and how many in all; deleted ones: the last of each name."""
+    where = _DELETED if deleted else _LIVE
+    last = f"SELECT id FROM agents AS other WHERE name = agents.name AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
+    sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {where} AND name > ? AND id = ({last}) ORDER BY name LIMIT ?"
+    total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
     return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
 
 
@@ -3746,6 +3748,8 @@ class State:
     warned: bool = False  # whether the model was told that its window is nearly full
     paused_until: float = 0.0  # timed heartbeats rest until then
     turn: str | None = None  # the turn that runs
+    input_tokens: int = 0  # of all model calls, also those of failed turns and compactions
+    output_tokens: int = 0
 
 
 def check_record(record: AgentRecord) -> None:
@@ -3826,6 +3830,7 @@ class Turn:
     compactions: int = 0
     calls: collections.Counter[str] = field(default_factory=collections.Counter)  # in how many steps each call came
     usage: JSON = field(default_factory=_NO_USAGE.copy)
+    earlier: JSON | None = None  # the agent's state before its first tokens were counted there
     request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
     reply: Reply | None = None
     _task: asyncio.Task[Any] | None = None
@@ -4304,6 +4309,7 @@ class Agent:
     def _finish(self, change: Transaction, turn: Turn, reply: Reply, succeeded: bool) -> None:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
         change.changes.request = turn.request
+        self._add_usage(change, turn)
         turn.calls.update({call.line for call in reply.calls})
         sizes = self._sizes([*self.memory.messages, *change.changes.messages])
         is_full = sum(sizes.values()) > WARNING_FRACTION * self.window
@@ -4381,7 +4387,14 @@ class Agent:
             end = {"type": "agent_response_error", "stop_reason": "error", **problem}
         change.changes.events.append({**end, "turn_id": turn.turn_id, "usage": turn.usage})
         change.changes.request, change.state["turn"] = turn.request, None
+        self._add_usage(change, turn)
         turn.over = True
+
+    def _add_usage(self, change: Transaction, turn: Turn) -> None:
+        """Add what the turn has used so far to the agent's totals."""
+        turn.earlier = turn.earlier or self.record.state
+        for name in ("input_tokens", "output_tokens"):
+            change.state[name] = turn.earlier[name] + turn.usage[name]
 
     # -- the context window --
 
@@ -4437,6 +4450,7 @@ class Agent:
         async with self._change(turn) as change:
             gist, summary, after = self._fitting_summary(gist, kept, before)
             change.state |= {"cut": kept[0].id, "warned": False, "summary": summary, "gist": gist}
+            self._add_usage(change, turn)
             sizes = {"tokens_before": before, "tokens_after": after}
             counts = {"messages_before": cut + len(kept), "messages_after": len(kept)}
             change.add_event("compaction", f"{cut} messages became a summary", **counts, **sizes, summary=gist)
@@ -7395,14 +7409,17 @@ class Session:
             "unknown": [name[:MAX_NAME] for name in message_types or () if name != "*" and name not in EVENTS][:100],
         }
 
-    async def list_agents(self, after: AgentName = None, limit: Annotated[int, 1, 100] = 100) -> JSON:
-        """List the agents by name, those above `after`.
+    async def list_agents(
+        self, after: AgentName = None, limit: Annotated[int, 1, 100] = 100, deleted: bool = False
+    ) -> JSON:
+        """List the agents by name, those above `after`; with `deleted` those that restore_agent can bring back.
         Result: {agents: [{agent_name, model, last_active, last_seq, state}], total}."""
-        records, total = await self._agents.store.read(list_agents, after or "", limit)
+        records, total = await self._agents.store.read(list_agents, after or "", limit, deleted)
         live, default, agents = self._agents.live, self._agents.models.default, []
         for record in records:
             state = "running" if record.name in live and live[record.name].busy else "idle"
-            about = {"agent_name": record.name, "model": record.config.get("model") or default, "state": state}
+            about = {"agent_name": record.name, "model": record.config.get("model") or default}
+            about["state"] = "deleted" if deleted else state
             agents.append(about | {"last_active": record.last_active, "last_seq": record.last_seq})
         return {"agents": agents, "total": total}
 
@@ -7411,6 +7428,7 @@ class Session:
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
         agent, memory, running = live.agent, live.agent.memory, live.current
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
+        counts |= {name: memory.record.state[name] for name in ("input_tokens", "output_tokens")}
         return {
             "agent_name": live.name,
             "settings": agent.settings(),

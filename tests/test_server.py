@@ -93,7 +93,8 @@ async def test_create_agent(server: Server) -> None:
     assert told == [(label, *values, 1) for label, values in blocks.items()]
     chosen = config.keys() - {"name", "persona", "human", "blocks"}
     assert {key: agent["settings"][key] for key in chosen} == {key: config[key] for key in chosen}
-    assert agent["counts"] == {"messages": 0, "passages": 0, "in_context": 0}
+    names = ("messages", "passages", "in_context", "input_tokens", "output_tokens")
+    assert agent["counts"] == dict.fromkeys(names, 0)
     assert (agent["agent_name"], agent["last_seq"], agent["turn"]) == ("sam", 0, None)
 
 
@@ -273,6 +274,37 @@ async def test_list_agents_and_get_agent_tell_what_runs(server: Server, endpoint
         assert agent["counts"]["messages"] == agent["counts"]["in_context"] > 0
 
 
+async def test_get_agent_counts_the_tokens_of_all_turns(serve: Serve, server: Server, endpoint: Endpoint) -> None:
+    """Counted are steps once they are stored, failed and cancelled turns, compactions; a restart keeps the sums."""
+
+    async def totals(client: Wire) -> list[int]:
+        counts = (await client.ok("get_agent", agent_name="sam"))["counts"]
+        return [counts["input_tokens"], counts["output_tokens"]]
+
+    usage = {"usage": {"prompt_tokens": 5_000, "completion_tokens": 7}}
+    note = Reply(calls=[("core_memory_append", {"name": "human", "content": "x", "request_heartbeat": True})], **usage)
+    expected = [0, 0]
+    async with wire(server, "*", agent={"name": "sam"}) as client:
+        for answers in ([note, say("Yes.", **usage)], [Reply(status=401)], [note, HELD]):
+            endpoint.script(*answers)
+            before, count = await totals(client), len(endpoint.requests)
+            await client.say("tell me a story " * 100, id=0)
+            if HELD in answers:
+                await asked(endpoint, count + 2)
+                assert await totals(client) == [before[0] + 5_000, before[1] + 7]
+                await client.request("cancel")
+            end = await client.ended()
+            expected = [before[0] + end["usage"]["input_tokens"], before[1] + end["usage"]["output_tokens"]]
+            assert (await totals(client), expected[0] > before[0]) == (expected, True)
+        endpoint.script(Reply("A summary.", **usage))
+        await client.ok("compact")
+        expected = [expected[0] + 5_000, expected[1] + 7]
+        assert await totals(client) == expected
+    server.stop()
+    async with wire(serve()) as client:
+        assert await totals(client) == expected
+
+
 async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
     """update_agent changes the next model call, merges settings, tells subscribers, and refuses what create refuses."""
     async with wire(server, "*", agent={"max_steps": 5, "settings": {"seed": 1, "top_p": 1}}) as client:
@@ -318,6 +350,32 @@ async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, serve
         restored = await client.ok("restore_agent", agent_name="new", new_name="ada")
         assert restored == {"agent_name": "ada", "last_seq": change["seq"]}
         assert [await messages_of(client, name) for name in ("ada", "new")] == [["My name is Ada"] * 2, ["hi"]]
+
+
+async def test_list_agents_tells_what_can_be_restored(server: Server) -> None:
+    """Of each name the agent deleted last is listed, page by page, as live ones are; no purged and no living one."""
+    async with wire(server) as client:
+        for name in ("cat", "ant", "bee", "ant", "gone", "dog", "ant"):
+            await client.ok("create_agent", config={"name": name})
+            await client.turn("hi")
+            last_seq = (await client.ok("get_agent"))["last_seq"]
+            if name != "dog":
+                await client.ok("delete_agent", purge=name == "gone")
+        await client.ok("create_agent", config={"name": "cat"})
+        names = [""]
+        while page := (await client.ok("list_agents", deleted=True, limit=1, after=names[-1]))["agents"]:
+            names += [agent["agent_name"] for agent in page]
+        assert names == ["", "ant", "bee", "cat"]
+        listed = await client.ok("list_agents", deleted=True)
+        assert (listed["total"], {agent["state"] for agent in listed["agents"]}) == (3, {"deleted"})
+        living = (await client.ok("list_agents"))["agents"]
+        assert [agent["agent_name"] for agent in living] == ["cat", "dog"]
+        assert listed["agents"][0].keys() == living[0].keys()
+        assert listed["agents"][0]["last_seq"] == last_seq + 1
+        for name in names[1:]:
+            await client.ok("restore_agent", agent_name=name, new_name=f"{name}-back")
+        left = (await client.ok("list_agents", deleted=True))["agents"]
+        assert [agent["agent_name"] for agent in left] == ["ant"]  # two more were deleted under this name
 
 
 async def test_get_messages_pages_backwards(client: Wire) -> None:
