@@ -261,6 +261,7 @@ CORRECTIVE = _ALERT + "Your last answer could not be used ({problem}). Answer ag
 # The client.
 RECONNECT_DELAY, RECONNECT_DELAY_MAX = 0.5, 8.0  # seconds before the first attempt, and, doubled each time, at most
 CLOSE_TIMEOUT = 2.0  # seconds that closing a client may take
+PROGRESS_DELAY = 2.0  # seconds until a command line at work says so on a terminal
 
 
 # ---- what all sections share -----------------------------------------------------------------------------------------
@@ -289,9 +290,10 @@ def clean_value(value: Any) -> Any:
     return value
 
 
-def now_text() -> str:
-    """The time as the wire has it: RFC 3339, UTC, milliseconds."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def now_text(seconds: float = 0) -> str:
+    """The time, or that in so many seconds, as the wire has it: RFC 3339, UTC, milliseconds."""
+    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def process_wide(name: str, default: Any) -> Any:
@@ -462,8 +464,9 @@ def encode_json(value: Any) -> str:
 
 def decode_json(text: str | bytes, strict: bool = True) -> Any:
     """The value of JSON; not strict: with line breaks inside strings, as models write. Raises ValueError."""
+    decoder = _STRICT if strict else _LOOSE
     try:
-        return (_STRICT if strict else _LOOSE).decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
+        return decoder.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
 
@@ -1755,12 +1758,15 @@ def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, 
 
 
 def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
-    """A model call and the encoded chat messages it held."""
+    """A model call and the encoded chat messages it held. Raises Refused (not_found) where it was dropped."""
     sql = """SELECT pieces, first, last, digest, response, usage, first_token_ms, total_ms FROM requests
         WHERE agent = ? AND turn_id = ? AND step = ?"""
     row = db.execute(sql, (agent, turn_id, step)).fetchone()
     if row is None:
         return None
+    if not row[0]:
+        text = f"what was sent in step {step} of turn {quote(turn_id)} was dropped by vacuum --keep-requests"
+        raise Refused("not_found", text)
     pieces = decode_json(zlib.decompress(row[0]))
     record = RequestRecord(turn_id, step, *pieces[:5], *row[1:], *pieces[5:])
     record.response, record.usage = decode_json(row[4]), decode_json(row[5])
@@ -2042,9 +2048,26 @@ def backup_database(path: str, target: str) -> None:
         source.backup(copy)  # in one step: no write of others can begin it anew
 
 
+def vacuum_database(path: str, keep_requests: float | None) -> tuple[int, int]:
+    """Give back the space of what was purged, and of exact requests older than so many days (None: keep all); their
+    usage stays. (requests dropped, bytes given back). Raises UsageError, also where a server uses the database."""
+    with read_database(path):
+        pass  # it is there, and ours
+    with usable(path), contextlib.closing(Sqlite(path)) as database:
+        db, dropped = database.open(), 0
+        if keep_requests is not None:
+            sql = "UPDATE requests SET pieces = ?, response = '{}' WHERE pieces <> ? AND time <= ?"
+            dropped = db.execute(sql, (b"", b"", now_text(-86_400 * keep_requests))).rowcount
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute("VACUUM")
+        pages -= db.execute("PRAGMA page_count").fetchone()[0]
+        return dropped, pages * db.execute("PRAGMA page_size").fetchone()[0]
+
+
 def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[int, int]]]]:
     """Each agent's name, whether it is deleted, and by table its rows and the bytes of their values."""
-    for agent, name, deleted in db.execute("SELECT id, name, deleted FROM agents ORDER BY name, id").fetchall():
+    sql = f"SELECT id, name, deleted FROM agents WHERE {_LIVE} OR {_DELETED} ORDER BY name, id"
+    for agent, name, deleted in db.execute(sql).fetchall():
         sizes = {}
         for table in _TABLES:
             columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
@@ -2161,8 +2184,8 @@ def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
     insert_postings(db, postings)
 
 
-def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str:
-    """Store what export_agent gave, also that of an earlier memws, under its name; the name.
+def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: str | None = None) -> str:
+    """Store what export_agent gave, also that of an earlier memws, under its name or another one; the name.
 
     Raises UsageError with the place of what is damaged, Refused; then nothing is stored.
     """
@@ -2176,7 +2199,7 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord) -> str
         with damage_at("agent"):
             record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
             record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
-            record.name = check_name(record.name)
+            record.name = check_name(name or record.name)
             check_record(record)
             agent = create_agent(db, record).id
         _import_rows(db, agent, data)
@@ -4673,6 +4696,11 @@ class Stream(collections.abc.AsyncIterator[Frame]):
             self._add(error or StopAsyncIteration())
 
 
+def agent_config(config: str | Mapping[str, Any] | None, more: Mapping[str, Any]) -> JSON:
+    """The config of create_agent, made of a name or a config, and of keywords, which win."""
+    return {**(config if isinstance(config, Mapping) else {"name": config}), **more}
+
+
 class Client:
     """An async client of one server; use it with `async with`, or `connect` and `close`.
 
@@ -4748,9 +4776,9 @@ class Client:
         """Ask what the server is, and, with message_types, for these instead of the classic three ("*": all)."""
         return await self.command("hello", message_types=None if message_types is None else list(message_types))
 
-    async def create_agent(self, name: str | None = None, **config: Any) -> Frame:
-        """Create an agent, which becomes the current one; config as in the contract."""
-        return await self.command("create_agent", config={"name": name, **config})
+    async def create_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Frame:
+        """Create an agent, which becomes the current one: from its name or its config, or keywords of the config."""
+        return await self.command("create_agent", config=agent_config(config, more))
 
     async def load_agent(self, name: str) -> Frame:
         """Load an agent, which becomes the current one."""
@@ -4966,8 +4994,8 @@ class BlockingClient:
     def hello(self, message_types: Iterable[str] | None = None) -> Frame:
         return self._call(self.client.hello, message_types)
 
-    def create_agent(self, name: str | None = None, **config: Any) -> Frame:
-        return self._call(self.client.create_agent, name, **config)
+    def create_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Frame:
+        return self._call(self.client.create_agent, config, **more)
 
     def load_agent(self, name: str) -> Frame:
         return self._call(self.client.load_agent, name)
@@ -7894,12 +7922,13 @@ class WebSocketServer:
 
     # -- for Python: each call in its blocking form, and the awaitable one --
 
-    def create_new_agent(self, config: Mapping[str, Any] | None = None) -> Agent:
-        """A new agent; config as in the create_agent command, plus base_url and api_key. Raises Refused."""
-        return self._call(self.create_new_agent_async, config)
+    def create_new_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Agent:
+        """A new agent, from its name or its config, or keywords of the config: as in the create_agent command, plus
+        base_url and api_key. Raises Refused."""
+        return self._call(self.create_new_agent_async, config, **more)
 
-    async def create_new_agent_async(self, config: Mapping[str, Any] | None = None) -> Agent:
-        values = dict(config or {})
+    async def create_new_agent_async(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Agent:
+        values = agent_config(config, more)
         live, warnings = await self.open().create(values, values.pop("base_url", None), values.pop("api_key", None))
         for warning in warnings:
             logger.warning("agent %s: %s", live.name, warning)
@@ -8330,6 +8359,12 @@ def check_command(flags: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
+def vacuum_command(flags: argparse.Namespace) -> None:
+    """Give disk space back and say how much. Raises UsageError."""
+    dropped, size = vacuum_database(flags.db, flags.keep_requests)
+    print(f"{flags.db}: {size / 1000:,.1f} kB given back; {dropped:,} exact requests dropped")
+
+
 def export_command(flags: argparse.Namespace) -> None:
     """Write an agent as JSON in UTF-8, whatever the console's encoding. Raises UsageError, UnknownAgent."""
     with read_database(flags.db) as database:
@@ -8337,38 +8372,63 @@ def export_command(flags: argparse.Namespace) -> None:
     if flags.file is None:
         sys.stdout.buffer.write(data)
     else:
-        with new_file(flags.file):
-            pathlib.Path(flags.file).write_bytes(data)
+        with new_file(flags.file) as part:
+            pathlib.Path(part).write_bytes(data)
 
 
 def import_command(flags: argparse.Namespace) -> None:
     """Store an exported agent, also from UTF-16 or standard input. Raises UsageError, Refused."""
     try:
         raw = sys.stdin.buffer.read() if flags.file == "-" else pathlib.Path(flags.file).read_bytes()
-        data = decode_json(raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"))
+        data = decode_json(raw)
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
     with contextlib.closing(Sqlite(flags.db)) as database:
-        name = import_agent(database.open(), data, check_record)
+        name = import_agent(database.open(), data, check_record, flags.name)
     print(f"agent {name!r} is in {flags.db}")
 
 
 def backup_command(flags: argparse.Namespace) -> None:
     """Copy the database as of one moment, also while a server writes. Raises UsageError."""
-    with new_file(flags.file):
-        backup_database(flags.db, flags.file)
+    with new_file(flags.file) as part:
+        backup_database(flags.db, part)
     print(f"{flags.db} is copied to {flags.file}", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def new_file(path: str) -> Iterator[None]:
-    """A new file to be filled, for its owner only; it goes where that fails. Raises UsageError."""
+def progress(name: str) -> Iterator[None]:
+    """Tell a terminal what is still going on: after PROGRESS_DELAY, and whenever it has taken twice as long again."""
+    over, start = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        delay = PROGRESS_DELAY
+        while not over.wait(delay):
+            delay = time.monotonic() - start
+            print(f"{name}: at work for {delay:.0f} s", file=sys.stderr, flush=True)
+
+    if sys.stderr.isatty():
+        threading.Thread(target=tell, daemon=True).start()
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        yield
+    finally:
+        over.set()
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[str]:
+    """A file to be filled, for its owner only, which becomes `path` once it is whole. Raises UsageError."""
+    import tempfile
+
+    try:
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        place, part = tempfile.mkstemp(".part", dir=pathlib.Path(path).parent)
+        os.close(place)
         try:
-            yield
+            yield part
+            pathlib.Path(part).rename(path)
         except BaseException:
-            pathlib.Path(path).unlink()
+            pathlib.Path(part).unlink()
             raise
     except OSError as error:
         raise UsageError(f"cannot write {path!r} ({error.strerror}); name a file that does not exist yet") from error
@@ -8399,16 +8459,20 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def days(text: str) -> float:
+    """A number of days. Raises ValueError."""
+    return float(check(float(text), schema_of(Annotated[float, 0, 36_500])))
+
+
 def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any = None, **more: Any) -> None:
     """A flag --some-name; MEMWS_SOME_NAME is the same where it is not given."""
     variable = f"MEMWS_{name.upper()}"
     shown = "" if default in (None, ()) else f" (default {default})"
     parser.add_argument(
         f"--{name.replace('_', '-')}",
-        metavar=name.rpartition("_")[2].upper(),
         help=f"{meaning}{shown}; {variable}",
         default=os.environ.get(variable) or default,
-        **more,
+        **{"metavar": name.rpartition("_")[2].upper(), **more},
     )
 
 
@@ -8449,10 +8513,15 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("file", nargs="?")
     importing = add("import", "store an agent that export wrote; - is standard input", import_command)
     importing.add_argument("file")
+    add_flag(importing, "name", "another name for the agent, where its own is taken")
     backup = add("backup", "copy the database, also while a server runs", backup_command)
     backup.add_argument("file")
-    for command in (check, export, importing, backup):
+    vacuum = add("vacuum", "give disk space back: what was purged, and old exact requests", vacuum_command)
+    meaning = "drop what was exactly sent to models before so many days; without it all of that stays"
+    add_flag(vacuum, "keep_requests", meaning, type=days, metavar="DAYS")
+    for command in (check, vacuum, export, importing, backup):
         add_flag(command, "db", "the database", DEFAULT_DB)
+        command.set_defaults(run=progress(command.prog)(command.get_default("run")))
     add("protocol", "print the protocol as JSON Schema", lambda flags: print(encode_json(protocol_schema(COMMANDS))))
     return parser
 

@@ -87,7 +87,8 @@ FLAGS = {  # for each flag of serve a value that shows, and one that is bad or w
     "--log-level": ("error", "loud"),
 }
 COMMANDS: dict[str, list[str]] = {"serve": list(FLAGS), "chat": ["--url", "--agent", "--token"], "protocol": []}
-COMMANDS |= {name: ["--db"] for name in ("check", "export", "import", "backup")}
+COMMANDS |= {name: ["--db"] for name in ("check", "export", "backup")}
+COMMANDS |= {"import": ["--name", "--db"], "vacuum": ["--keep-requests", "--db"]}
 
 
 def variable(flag: str) -> str:
@@ -194,9 +195,10 @@ REFUSALS = [
     (["export", "sam", "missing/x"], "missing"),
     *(
         ([*words, "--db", "missing.db"], "missing.db")
-        for words in (["export", "sam"], ["check"], ["backup", "copy.db"])
+        for words in (["export", "sam"], ["check"], ["vacuum"], ["backup", "copy.db"])
     ),
-    (["check", "--db", "text.db"], "text.db"),
+    *(([command, "--db", "text.db"], "text.db") for command in ("check", "vacuum")),
+    *((["vacuum", "--keep-requests", days], "MEMWS_KEEP_REQUESTS") for days in ("-1", "nan", "1e9", "many", "")),
     (["backup", "missing/copy.db"], "missing"),
     (["backup", "memws.db"], "memws.db"),
     (["import", "list.json"], "exported"),

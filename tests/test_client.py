@@ -9,9 +9,10 @@ import os
 import signal
 import socket
 import threading
+import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from commandline import Serving
@@ -109,6 +110,31 @@ async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
         assert await client.ask("hi") == "one\ntwo"
         assert client.alive
     assert (client.alive, asyncio.all_tasks()) == (False, before)
+
+
+WAYS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [  # to say that an agent is to be called ada
+    (("ada",), {}),
+    (({"name": "ada"},), {}),
+    ((), {"name": "ada"}),
+    ((), {"config": {"name": "ada"}}),
+    (({"name": "bob", "max_steps": 9},), {"name": "ada"}),
+    ((types.MappingProxyType({"name": "ada"}),), {}),
+]
+
+
+async def test_ways_to_create_an_agent(server: memws.WebSocketServer) -> None:
+    """An agent is made from its name, its config or keywords, which win: by both clients and by the server alike."""
+    async with memws.Client(server.url) as client:
+        with memws.connect(server.url) as other:
+            for create in (client.create_agent, other.create_agent, server.create_new_agent):
+                for words, more in WAYS:
+                    made = create(*words, max_steps=3, **more)
+                    await made if asyncio.iscoroutine(made) else None
+                    about = await client.command("get_agent", agent_name="ada")
+                    assert about["settings"]["max_steps"] == 3, (create, words, more)
+                    await client.command("delete_agent", agent_name="ada", purge=True)
+        with pytest.raises(memws.RemoteError, match="name"):
+            await client.create_agent(cast(Any, 5))
 
 
 async def test_turn_and_subscription(server: memws.WebSocketServer) -> None:

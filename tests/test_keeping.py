@@ -4,12 +4,15 @@ import asyncio
 import contextlib
 import copy
 import functools
+import io
 import json
 import os
 import re
 import shutil
 import sqlite3
 import stat
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,10 @@ def test_names(db: Path, run: Run, serve: Serve) -> None:
     text = export(run, db, PLAIN)
     assert "there is an agent 'sam' already" in sentence(bring(run, text, db))
     assert export(run, db, PLAIN) == text
+    file = db.with_name("exported.json")
+    assert run("import", file, "--name", "Ama\u0301", "--db", db).stdout == f"agent 'Amá' is in {db}\n"
+    assert json.loads(export(run, db, "Amá")) == put(json.loads(text), ("agent", "name"), "Amá")
+    assert "name" in sentence(run("import", file, "--name", "a/b", "--db", db))
     server = serve(db=str(db))
     with memws.connect(server.url) as client:
         client.load_agent(PLAIN)
@@ -206,15 +213,92 @@ def test_files(db: Path, tmp_path: Path, run: Run) -> None:
     assert json.loads(text)["agent"]["name"] == RICH
     assert "cannot write" in sentence(run("export", RICH, file, "--db", db))
     assert file.read_text("utf-8") == text
+    assert sorted(path.name for path in tmp_path.glob("*[!lmk]")) == ["memws.db", "zoe.json"]  # nothing half written
     latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
     done = run_process("export", RICH, cwd=tmp_path, variables=latin)
     assert (done.returncode, done.stdout) == (0, text)
-    for encoding in ("utf-8-sig", "utf-16"):
+    for encoding in ("utf-8-sig", "utf-16-le", "utf-16"):
         file.write_bytes(text.encode(encoding))
         assert run("import", file, "--db", tmp_path / f"{encoding}.db").returncode == 0
     assert run_process("import", "-", "--db", "piped.db", cwd=tmp_path, text=text).returncode == 0
     assert json.loads(export(run, tmp_path / "utf-16.db", RICH)) == json.loads(text)
     assert json.loads(export(run, tmp_path / "piped.db", RICH)) == json.loads(text)
+
+
+def test_a_killed_export_leaves_no_half_file(
+    db: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has its name only once it is whole; what fails in the middle leaves nothing."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+
+    def fail(path: Path, data: bytes) -> None:
+        with path.open("wb") as file:
+            file.write(data[:100])
+        assert not (folder / "zoe.json").exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    assert "No space left" in sentence(run("export", RICH, folder / "zoe.json", "--db", db))
+    assert list(folder.iterdir()) == []
+
+
+def test_vacuum(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
+    """What was purged and, where asked for, old exact requests give their space back; nothing else changes."""
+    server = serve(db=str(db))
+    with memws.connect(server.url) as client:
+        client.create_agent("gone")
+        for _ in range(40):
+            client.command("insert_passage", text="".join(map(str, range(9_000))))
+        client.command("delete_agent", purge=True)
+        ((turn_id, step),) = rows(
+            db, "SELECT turn_id, max(step) FROM requests JOIN agents ON id = agent AND name = 'sam'"
+        )
+        before = client.command("get_request", agent_name=PLAIN, turn_id=turn_id, step=step)
+        assert "stop the memws server" in sentence(run("vacuum", "--db", db))
+    server.stop()
+    text, size = export(run, db, PLAIN), db.stat().st_size
+    done = run("vacuum", "--db", db)
+    freed = size - db.stat().st_size
+    assert freed > 1_000_000
+    assert done == (0, f"{db}: {freed / 1000:,.1f} kB given back; 0 exact requests dropped\n", "")
+    assert run("vacuum", "--db", db, "--keep-requests", "1").stdout.endswith("; 0 exact requests dropped\n")
+    assert export(run, db, PLAIN) == text
+    count = rows(db, "SELECT count(*) FROM requests")[0][0]
+    size = db.stat().st_size
+    assert run("vacuum", "--db", db, "--keep-requests", "0").stdout.endswith(f"; {count} exact requests dropped\n")
+    assert db.stat().st_size < size
+    assert bring(run, export(run, db, PLAIN), tmp_path / "other.db").returncode == 0
+    for path in (db, tmp_path / "other.db"):
+        assert healthy(run, path)
+        with memws.connect(serve(db=str(path)).url) as client:
+            with pytest.raises(memws.RemoteError, match="dropped by vacuum --keep-requests") as caught:
+                client.command("get_request", agent_name=PLAIN, turn_id=turn_id, step=step)
+            assert caught.value.code == "not_found"
+            assert client.ask("Do you remember me?", PLAIN)
+            assert [event["stop_reason"] for event in client.send("Thanks!", PLAIN) if "stop_reason" in event] == [
+                "done"
+            ]
+    assert before["request"]
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long says so, on a terminal alone."""
+    shown = threading.Event()
+
+    class Tty(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            shown.set()
+            return super().write(text)
+
+    monkeypatch.setattr(memws, "PROGRESS_DELAY", 0.001)
+    monkeypatch.setattr(sys, "stderr", Tty())
+    with memws.progress("memws.py check"):
+        assert shown.wait(10)
+    assert re.match(r"memws\.py check: at work for \d+ s", sys.stderr.getvalue())  # type: ignore[attr-defined]
 
 
 def test_an_export_holds_no_secret(tmp_path: Path, run: Run, serve: Serve, endpoint: Endpoint) -> None:

@@ -30,7 +30,7 @@ TABLE: dict[int, tuple[str, set[int]]] = {
 }
 # JSON and events are everybody's: sections without the rest of Wire may name these.
 CODEC = {"encode_json", "decode_json", "Event"}
-LINES, LONGEST, NINE_IN_TEN, MEDIAN = 6_950, 60, 30, 8
+LINES, LONGEST, NINE_IN_TEN, MEDIAN = 6_980, 60, 30, 8
 """Lines of the file without the panel's section, and of its functions."""
 NEVER = {"TYPE_CHECKING", "globals", "eval", "exec", "compile", "__import__"}
 CODE_PACKAGES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code"}
@@ -236,7 +236,7 @@ PLANTED: dict[str, tuple[Rule, str]] = {
     "def f():\n" + " pass\n" * 60: (too_long, "61 lines: f in line 23"),
     ("def f():\n" + " pass\n" * 8) * 9: (too_long, "half of the functions have up to 9 lines, more than 8"),
     "def f():\n" + " pass\n" * 30: (too_long, "nine in ten of the functions have up to 31 lines, more than 30"),
-    "\n" * 6_950: (too_long, "7026 lines, more than 6950"),
+    "\n" * LINES: (too_long, f"{LINES + 76} lines, more than {LINES}"),
 }
 ALLOWED = ["", "def f(Server): return Server", "def f(mode: Literal['off'] = 'off'): 'Run SELECT a FROM b.'"]
 
