@@ -9,6 +9,7 @@
 #     "json-repair>=0.40",
 #     "nest-asyncio>=1.5.6; python_version < '3.14'",
 #     "nest-asyncio2>=1.7; python_version >= '3.14'",
+#     "tzdata; sys_platform == 'win32'",
 # ]
 # ///
 """A WebSocket server for AI agents with memory: copy this file, run it, talk to an agent that remembers.
@@ -3435,6 +3436,9 @@ def result_text(result: Any) -> str:
 # ---- memory and its transactions -------------------------------------------------------------------------------------
 
 
+MINUTES = "%Y-%m-%d %H:%M"  # times in lists that a model reads
+
+
 @dataclass(eq=False)
 class Memory:
     """An agent's memory as it is on disk; only a transaction changes it."""
@@ -3448,6 +3452,7 @@ class Memory:
     last_message: int = 0  # the id of the last chat message
     archival: int = 0  # the number of passages
     stale: bool = False  # a transaction failed: what is here may differ from what is on disk
+    zone: datetime.tzinfo | None = None  # of the times that the model sees, and of its days; None: the machine's
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -3459,6 +3464,17 @@ class Memory:
         self.archival, self.last_message = counts["passages"], counts["last_message"]
         state["last_passage"] = max(counts["last_passage"], state["last_passage"])
         return counts["unreadable"]
+
+    def clock(self, moment: str = "", style: str = "%Y-%m-%d %I:%M:%S %p %Z%z") -> str:
+        """A stored time, or now, as a model reads it; by default in the style of MemGPT 0.2.7 (utils.py)."""
+        try:
+            return datetime.datetime.fromisoformat(moment or now_text()).astimezone(self.zone).strftime(style)
+        except (ValueError, OverflowError):  # a time of an imported agent
+            return moment
+
+    def pack(self, kind: str, **fields: Any) -> str:
+        """An event for the model, as MemGPT 0.2.7 (system.py) packs it: user-role JSON with the time."""
+        return encode_json({"type": kind, **fields, "time": self.clock()})
 
 
 class Transaction:
@@ -3538,7 +3554,7 @@ class Transaction:
 
     def add_notice(self, kind: str, text: str, **fields: Any) -> None:
         """A chat message by which the model hears of something, packed as a user's message."""
-        self.add_message("system", text, {"role": "user", "content": pack(kind, **fields)})
+        self.add_message("system", text, {"role": "user", "content": self.memory.pack(kind, **fields)})
 
     # -- what memory tools do --
 
@@ -3600,27 +3616,39 @@ class Transaction:
         for item in documents:
             role = {"role": item.role} if item.role else {}
             text = excerpt(item.text, SEARCH_TEXT_LIMIT)
-            items.append({"time": item.time[:16].replace("T", " "), **role, "text": text})
+            items.append({"time": memory.clock(item.time, MINUTES), **role, "text": text})
         pages = (total - 1) // SEARCH_PAGE
         return f"Showing {len(items)} of {total} results (page {page} of {pages}): {encode_json(items)}"
 
 
-def pack(kind: str, **fields: Any) -> str:
-    """An event for the model, as MemGPT 0.2.7 (system.py) packs it: user-role JSON with the time."""
-    return encode_json({"type": kind, **fields, "time": model_time()})
+def find_zone(name: str | None) -> datetime.tzinfo | None:
+    """The timezone of an IANA name; None for None, the machine's. Raises Refused (bad_config)."""
+    import zoneinfo  # 3 ms of every import
+
+    try:
+        return name if name is None else zoneinfo.ZoneInfo(name)
+    except (LookupError, ValueError, OSError):
+        text = f"timezone: expected an IANA name like Europe/Berlin, but got {quote(name)}"
+        raise Refused("bad_config", f"{text}; where no name is known, pip install tzdata") from None
 
 
-def model_time() -> str:
-    """The time as a model reads it (MemGPT 0.2.7, utils.py)."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %I:%M:%S %p UTC+0000")
+def machine_timezone() -> str | None:
+    """The IANA name of the machine's timezone; None where none is known, as on Windows: there its clock decides."""
+    place = os.environ.get("TZ", "/etc/localtime").removeprefix(":")
+    name = os.path.realpath(place).rpartition("zoneinfo/")[2] if place.startswith("/") else place
+    with contextlib.suppress(Refused):
+        find_zone(name)
+        return name
+    return None
 
 
-def date_range(start: str, end: str) -> tuple[str, str]:
-    """From `start` up to `end` inclusive, days or times: (first time, time after the last). Raises InvalidRequest."""
-    return _moment(start, 0), _moment(end, 1) or "~"
+def date_range(start: str, end: str, zone: datetime.tzinfo | None) -> tuple[str, str]:
+    """From `start` up to `end` inclusive, days or times in a timezone: (first time, time after the last), in UTC.
+    Raises InvalidRequest."""
+    return _moment(start, 0, zone), _moment(end, 1, zone) or "~"
 
 
-def _moment(text: str, days: int) -> str:
+def _moment(text: str, days: int, zone: datetime.tzinfo | None) -> str:
     """The UTC time that a day or time names; a whole day later for the end of a day; "" for an empty text."""
     text = text.strip()
     if not text:
@@ -3628,8 +3656,11 @@ def _moment(text: str, days: int) -> str:
     try:
         when = datetime.datetime.fromisoformat(text)
         late = datetime.timedelta(days=1) if len(text) <= 10 else datetime.timedelta(milliseconds=1)
-        when = when.replace(tzinfo=datetime.UTC) if when.tzinfo is None else when.astimezone(datetime.UTC)
-        return (when + days * late).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=zone if 1970 < when.year < 9999 else datetime.UTC)  # no clock goes farther
+        seconds = (when + days * late).timestamp()  # by the clock: a day may have 23 hours, and no midnight
+        when = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=seconds)
+        return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     except (ValueError, OverflowError):
         text = f"from, to: expected a day like 2026-01-31, but got {quote(text)}"
         raise InvalidRequest("bad_field", text) from None
@@ -3678,7 +3709,7 @@ async def conversation_search_date(memory: Transaction, start_date: str, end_dat
         start_date: YYYY-MM-DD
         end_date: YYYY-MM-DD, inclusive
     """
-    return await memory.search("recall", "", page, *date_range(start_date, end_date))
+    return await memory.search("recall", "", page, *date_range(start_date, end_date, memory.memory.zone))
 
 
 def archival_memory_insert(memory: Transaction, content: str) -> None:
@@ -3752,6 +3783,7 @@ class Config:
     system: Annotated[str, 1, 20_000] | None = None
     max_steps: Annotated[int, 1, 1_000] | None = None
     heartbeat_interval: Annotated[int, MIN_HEARTBEAT_INTERVAL, 10_000_000] | Literal[0] = 0  # seconds; 0: none
+    timezone: Annotated[str, 1, MAX_NAME] | None = None  # an IANA name
     settings: dict[str, Any] = field(default_factory=dict)  # those of Settings that are not None
 
     def __post_init__(self) -> None:
@@ -3807,6 +3839,7 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     if isinstance(values.get("settings"), dict):
         values = values | {"settings": {**stored.get("settings", {}), **values["settings"]}}
     config = vars(apply(Config, {**stored, **values}))
+    find_zone(values.get("timezone"))
     names = config["tools"] or ()
     if unknown := [name for name in names if name not in tools and name in values.get("tools", ())]:
         raise Refused("bad_config", f"unknown tool {quote(unknown[0])}; known: {', '.join(sorted(tools))}")
@@ -3901,8 +3934,9 @@ class Agent:
         max_steps: int = MAX_STEPS,
         api_key: str | None = None,
         emit: Callable[[StoredEvent], None] = lambda event: None,
+        timezone: str | None = None,  # where the config has none
     ) -> None:
-        self.memory, self.record = Memory(store, record, emit, self.configure), record
+        self.memory, self.record, self._timezone = Memory(store, record, emit, self.configure), record, timezone
         self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
         self.repairs: list[str] = []  # what the opening had to mend
         # What a request holds beside chat messages, as text.
@@ -3962,6 +3996,11 @@ class Agent:
         memory, config, summary = self.memory, self.record.config, self.record.state["summary"]
         self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
         self._counts = self._models.corrections[self.model.name]
+        try:
+            memory.zone = find_zone(config["timezone"] or self._timezone)
+        except Refused as error:  # the agent comes from a machine that knows more of them
+            memory.zone = find_zone(self._timezone)
+            self.warnings.append(f"{error}; the server's timezone is used")
         self.max_steps: int = config["max_steps"] or self._max_steps
         if missing := [name for name in config["tools"] or () if name not in self._all_tools]:
             self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
@@ -4008,6 +4047,7 @@ class Agent:
     def settings(self) -> JSON:
         """The config with what the defaults make of it."""
         effective = {"context_window": self.window, "max_steps": self.max_steps, "tools": list(self.tools)}
+        effective["timezone"] = self.record.config["timezone"] or self._timezone
         return {**self.record.config, "model": self.record.config["model"] or self.model.name, **effective}
 
     # -- a turn --
@@ -4045,9 +4085,10 @@ class Agent:
                 change.add_notice("heartbeat", turn.reason, reason=turn.reason)
                 return
             last, now = change.state["last_user"], now_text()
-            content = pack("user_message", message=self._fitting(turn.message))
+            content = self.memory.pack("user_message", message=self._fitting(turn.message))
             if last is None or seconds_between(last, now) > LOGIN_SILENCE:
-                content = f"{pack('login', last_login=last or 'Never (first login)')}\n{content}"
+                login = self.memory.clock(last) if last else "Never (first login)"
+                content = f"{self.memory.pack('login', last_login=login)}\n{content}"
             change.state["last_user"] = now
             change.add_message("user", turn.message, {"role": "user", "content": content}, said=turn.message)
             change.add_event("user_message", turn.message)
@@ -4106,7 +4147,7 @@ class Agent:
                         raise ModelError(error.code, f"{error}; {problem}") from None
                 elif error.code == "bad_output" and not extra:
                     self._counts["bad_output"] += 1
-                    alert = pack("system_alert", message=CORRECTIVE.format(problem=error))
+                    alert = self.memory.pack("system_alert", message=CORRECTIVE.format(problem=error))
                     extra = encode_json({"role": "user", "content": alert})
                     await self._retry(turn, error, 1, 1)
                 elif error.learned:
@@ -4324,7 +4365,7 @@ class Agent:
         about = {"tool_call_id": call.id, "name": call.name, "status": status, "duration_ms": duration_ms}
         change.add_event("tool_return", text, **about)
         change.add_event("function_message", f"{'Success' if ok else 'Error'}: {text}")
-        content = encode_json({"status": status, "message": text, "time": model_time()})
+        content = encode_json({"status": status, "message": text, "time": self.memory.clock()})
         change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
 
     # -- ends --
@@ -4497,11 +4538,11 @@ class Agent:
 
     async def _summarize(self, turn: Turn, hidden: Sequence[ChatMessage]) -> str:
         """A summary of the messages by the model; without one, their last words, so that a compaction never waits."""
-        lines = []
+        lines, memory = [], self.memory
         for message in hidden:  # without what a model thought
             whole = message.role != "assistant"
             text = message.said or (message.text if whole else decode_json(message.body)["content"])
-            lines += [f"{message.role} ({message.time[:16].replace('T', ' ')}): {excerpt(text, 1_000)}"] if text else []
+            lines += [f"{message.role} ({memory.clock(message.time, MINUTES)}): {excerpt(text, 1_000)}"] if text else []
         transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
         if gist := self.record.state["gist"]:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
@@ -4522,7 +4563,7 @@ class Agent:
         hidden = f"Note: prior messages ({kept[0].id - 1} of {self.memory.last_message}) have left your view"
         for words in (gist, excerpt(gist, 200), ""):
             note = f"{hidden} to make room; conversation_search finds them. Summary of them:\n{words}"
-            summary = pack("system_alert", message=note)
+            summary = self.memory.pack("system_alert", message=note)
             sizes = self._sizes(kept, summary=encode_json({"role": "user", "content": summary}))
             if (after := sum(sizes.values())) < before:
                 return words, summary, after
@@ -6646,6 +6687,7 @@ class Options:
     embedding_model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model for search by vectors; needs numpy")
     context_window: Annotated[int, 1, 100_000_000] | None = option(None, "tokens that the model's context window holds")
     max_steps: Annotated[int, 1, 1_000] = option(MAX_STEPS, "steps of one turn at most")
+    timezone: str | None = option(None, "timezone of new agents' days, like Europe/Berlin (default the machine's)")
     token: str | None = option(None, "secret that clients have to show")
     allow_origin: tuple[str, ...] = option((), "web origin whose pages may connect: https://lab.example (repeatable)")
     allow_host: tuple[str, ...] = option((), "further host name under which clients reach the server (repeatable)")
@@ -6669,6 +6711,7 @@ class Options:
         if not is_loopback(self.host) and self.token is None:
             text = f"listening on {self.host!r} lets other machines in"
             raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
+        find_zone(self.timezone)
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
             blocks = [Block("persona", ""), Block("human", "")]
             check_window(vars(Config()), self.context_window, MEMORY_TOOLS, blocks)
@@ -6796,7 +6839,7 @@ class LiveAgent:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
         agents = self.agents
         common = (agents.models, agents.tools, agents.options.max_steps, agents.api_keys.get(record.id))
-        self.agent = await Agent(agents.store, record, *common, emit=self.publish).open()
+        self.agent = await Agent(agents.store, record, *common, self.publish, agents.timezone).open()
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
@@ -6963,6 +7006,7 @@ class Agents:
 
     def __init__(self, options: Options, tools: dict[str, Tool]) -> None:
         self.options, self.tools, self.stopping = options, tools, False
+        self.timezone = options.timezone or machine_timezone()
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
         self.models = Models(*(getattr(options, name) for name in names))
         self.store = Store(Sqlite(options.db, options.sync))
@@ -7008,6 +7052,7 @@ class Agents:
         """A new agent, and what of its config is ignored. Raises Refused."""
         values = clean_value(values)
         config, warnings = read_config(values, self.tools)
+        config["timezone"] = config["timezone"] or self.timezone
         blocks: list[Block] = apply(core_memory, values)
         name = f"agent_{secrets.token_hex(4)}" if values.get("name") is None else check_name(values["name"])
         model, _ = self.models.get(config["model"], base_url, api_key)
@@ -7526,10 +7571,10 @@ class Session:
         Result: {items: [{id, store, role, time, text, score}], total, page, pages}.
 
         Args:
-            from: a day or time, inclusive
-            to: a day or time, inclusive
+            from: a day or time of the agent's timezone, inclusive
+            to: a day or time of the agent's timezone, inclusive
         """
-        since, until = date_range(from_ or "", to or "")
+        since, until = date_range(from_ or "", to or "", live.agent.memory.zone)
         stores = ("recall", "archival") if store == "all" else (store,)
         vector = await live.agent.query_vector(query)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)

@@ -126,7 +126,7 @@ async def test_a_login_precedes_a_message_after_an_hour_of_silence(endpoint: End
         logins.append([login["last_login"] for login in packed(endpoint.requests[-1], "login")])
         contents = [message["content"] for message in sent(endpoint.requests[-1]) if message["role"] == "user"]
         assert contents[-1]["type"] == "user_message"
-    first, later = ["Never (first login)"], ["2020-01-02T03:04:05.678Z"]
+    first, later = ["Never (first login)"], ["2020-01-02 03:04:05 AM UTC+0000"]
     assert logins == [first, first, first + later, first + later]
 
 
@@ -921,7 +921,7 @@ async def test_a_broken_history_is_mended_and_told(endpoint: Endpoint, lab: Lab,
     unpaired = {"id": "a", "type": "function", "function": {"name": "x", "arguments": "{}"}}
     bodies: list[Body] = [
         {"role": "assistant", "content": None, "tool_calls": [unpaired]},
-        {"role": "user", "content": memws.pack("user_message", message="Rex barks")},
+        {"role": "user", "content": agent.memory.pack("user_message", message="Rex barks")},
         {"role": "tool", "tool_call_id": "b", "content": '{"status": "OK", "message": "x", "time": ""}'},
     ]
     first, message = agent.memory.last_message + 1, memws.ChatMessage

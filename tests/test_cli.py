@@ -78,6 +78,7 @@ FLAGS = {  # for each flag of serve a value that shows, and one that is bad or w
     "--embedding-model": ("test-embedding", "x" * 201),
     "--context-window": ("9000", "-1"),
     "--max-steps": ("7", "0"),
+    "--timezone": ("Asia/Tokyo", "Mars"),
     "--token": ("right", "a b"),
     "--allow-origin": ("https://a.example, https://b.example", "https://other.example"),
     "--allow-host": ("lab.example", "other.example"),
@@ -135,6 +136,7 @@ def test_flags_and_variables(way: str, tmp_path: Path) -> None:
         with memws.connect(server.url, "right") as client:
             client.create_agent()
             assert client.command("get_context")["window"] == 9000
+            assert client.command("get_agent")["settings"]["timezone"] == "Asia/Tokyo"
         assert list(tmp_path.glob("*.db*")) == []  # :memory: keeps nothing
         assert server.end() == 0
     assert server.log == ""

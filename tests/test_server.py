@@ -8,7 +8,9 @@ import threading
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from datetime import datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import openai  # noqa: F401 (half a second, once, and not in the turn of some test)
 import pytest
@@ -77,7 +79,7 @@ async def test_create_agent(server: Server) -> None:
     config = {
         "name": "sam", "persona": "sam_pov", "human": "Likes tea.", "model": "offline", "context_window": 9_000,
         "blocks": [{"label": "plan", "value": "rest", "limit": 100}], "tools": ["send_message"], "system": "Be brief.",
-        "max_steps": 3, "heartbeat_interval": 60,
+        "max_steps": 3, "heartbeat_interval": 60, "timezone": "Asia/Tokyo",
         "settings": {"temperature": 0, "top_p": 1, "max_tokens": 9, "seed": -1, "reasoning_effort": "low"},
     }  # fmt: skip
     async with wire(server) as client:
@@ -123,11 +125,27 @@ async def test_names_are_words(server: Server) -> None:
         assert (await client.ok("list_agents"))["total"] == 6
 
 
+async def test_an_agent_keeps_its_timezone(serve: Serve) -> None:
+    """An agent is made with the server's timezone and keeps it under a server with another, until it gets null."""
+    found = []
+    for zone in ("Asia/Tokyo", "Europe/Berlin"):
+        server = serve(timezone=zone)
+        async with wire(server) as client:
+            await client.ok("create_agent", config={"name": zone.partition("/")[2]})
+            found.append((await client.ok("get_agent", agent_name="Tokyo"))["settings"]["timezone"])
+            if zone == "Europe/Berlin":
+                updated = await client.ok("update_agent", agent_name="Tokyo", config={"timezone": None})
+                found.append(updated["settings"]["timezone"])
+        server.stop()
+    assert found == ["Asia/Tokyo", "Asia/Tokyo", "Europe/Berlin"]
+
+
 BAD_CONFIGS: list[JSON] = [{"name": name} for name in ("", "_x", ".x", "a b", "../x", "a\n", "x" * 65, 7)]
 BAD_CONFIGS += [
     {"model": 5}, {"model": ""}, {"model": "m" * 201}, {"context_window": 700}, {"context_window": "9000"},
     {"context_window": True}, {"tools": ["nope"]}, {"tools": "send_message"}, {"system": "x" * 20_001},
-    {"max_steps": 0}, {"heartbeat_interval": 59}, {"settings": []}, {"settings": {"temperature": 2.1}},
+    {"max_steps": 0}, {"heartbeat_interval": 59}, {"timezone": "Mars"}, {"timezone": "../UTC"},
+    {"settings": []}, {"settings": {"temperature": 2.1}},
     {"settings": {"temperature": True}}, {"settings": {"seed": 0.5}}, {"settings": {"reasoning_effort": 5}},
     {"persona": 5}, {"blocks": {}}, {"blocks": [{"label": "1"}]}, {"blocks": [{"label": "a", "value": 5}]},
     {"blocks": [{"label": "a", "limit": 0}]}, {"blocks": [{"label": f"b{number}"} for number in range(21)]},
@@ -423,6 +441,11 @@ async def test_search_memory(client: Wire) -> None:
     spans: list[JSON] = [{"from": day, "to": day}, {"from": moment, "to": moment}, {"to": "1999-12-31"}]
     totals = [(await search(store="archival", **when))["total"] for when in spans]
     assert [min(2, total) for total in totals] in ([2, 1, 0], [2, 2, 0])
+    for zone in ("Pacific/Kiritimati", "Pacific/Pago_Pago"):  # the day of one of them is not UTC's
+        await client.ok("update_agent", config={"timezone": zone})
+        local = datetime.fromisoformat(moment).astimezone(ZoneInfo(zone)).date()
+        days = [str(local + timedelta(days=days)) for days in (-1, 0, 1)]
+        assert [bool((await search(**{"from": day, "to": day}))["total"]) for day in days] == [False, True, False]
     for wrong in ({"from": "today"}, {"to": "2026-02-30"}, {"store": "core"}, {"limit": 51}, {"page": 0}):
         answer = await client.misread({"type": "command", "command": "search_memory", "query": "x", **wrong})
         assert (answer["code"], next(iter(wrong)) in answer["message"]) == ("bad_field", True)

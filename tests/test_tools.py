@@ -7,8 +7,10 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
+from zoneinfo import ZoneInfo
 
 import pytest
 from agents import Lab, Told, results
@@ -388,6 +390,53 @@ async def test_conversation_search_date_lists_days(lab: Lab, agent: Agent) -> No
         assert result == f"OK: Pausing timed heartbeats for {paused} min"
         until = (await lab.open()).record.state["paused_until"]
         assert before + 60 * paused <= until <= time.time() + 60 * paused
+
+
+DAYS = {  # timezone: a day, its first minute and its last in UTC
+    "America/Los_Angeles": ("2026-03-08", "2026-03-08T08:00", "2026-03-09T06:59"),  # of 23 hours
+    "Europe/Berlin": ("2026-10-25", "2026-10-24T22:00", "2026-10-25T22:59"),  # of 25 hours
+    "America/Havana": ("2026-11-01", "2026-11-01T04:00", "2026-11-02T04:59"),  # which has midnight twice
+    "Africa/Cairo": ("2026-04-24", "2026-04-23T22:00", "2026-04-24T20:59"),  # which has no midnight
+    "Pacific/Kiritimati": ("2026-01-02", "2026-01-01T10:00", "2026-01-02T09:59"),
+    "Pacific/Pago_Pago": ("2026-01-02", "2026-01-02T11:00", "2026-01-03T10:59"),
+    "Asia/Kathmandu": ("2026-01-02", "2026-01-01T18:15", "2026-01-02T18:14"),
+}
+
+
+@pytest.fixture
+def move(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Puts the machine into another timezone, until the test has ended."""
+
+    def set_zone(zone: str) -> None:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    yield set_zone
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("zone", DAYS)
+async def test_days_are_the_agents(lab: Lab, zone: str, own: bool, move: Callable[[str], None]) -> None:
+    """A day begins and ends by the clock of the agent's timezone, or the machine's; the model reads that clock."""
+    if not own:
+        move(zone)
+    agent = await lab.create(timezone=zone if own else None)
+    day, first, last = DAYS[zone]
+    edges = [datetime.fromisoformat(f"{edge}Z") + timedelta(minutes=add) for edge, add in ((first, -1), (last, 1))]
+    times = [edges[0], *(datetime.fromisoformat(f"{edge}Z") for edge in (first, last)), edges[1]]
+    stored = [f"{when:%Y-%m-%dT%H:%M:00.000Z}" for when in times]
+    documents = [memws.Document(number, "recall", "user", when, when) for number, when in enumerate(stored, -9)]
+    event = memws.response("context", "")
+    await lab.store.write(memws.commit, agent.record.id, memws.Changes([event], documents=documents))
+    _, result = await call(lab, await lab.open(), "conversation_search_date", start_date=day, end_date=day)
+    local = [f"{when.astimezone(ZoneInfo(zone)):%Y-%m-%d %H:%M}" for when in times]
+    assert [(item["time"], item["text"]) for item in listed(result)] == list(zip(local, stored, strict=True))[2:0:-1]
+    now = json.loads(lab.endpoint.requests[-1]["messages"][-1]["content"])["time"]
+    told = datetime.strptime(re.sub(" [^ ]+([+-]....)$", r"\1", now), "%Y-%m-%d %I:%M:%S %p%z")
+    assert told.utcoffset() == datetime.now(ZoneInfo(zone)).utcoffset()
+    assert abs(told - datetime.now(UTC)) < timedelta(minutes=1)
 
 
 async def test_any_page_can_be_asked_for(lab: Lab) -> None:
