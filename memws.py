@@ -965,9 +965,9 @@ def seconds_between(earlier: str, later: str) -> float:
 OWN_FIELDS = ("reasoning_content", "reasoning", "reasoning_details", "extra_content")
 _UNSIGNED = {"google": {"thought_signature": "skip_thought_signature_validator"}}  # as Google's manual says
 _USER = '{"role":"user","content":"'
-_BETWEEN = {  # (role, next role), their first letters: what stands between them where roles alternate
+_BETWEEN = {  # (role, next role): what stands between them where roles alternate
     ("tool", "user"): ['{"role":"assistant","content":"(waiting)"}'],
-    ("syst", "assi"): [_USER + r'{\"type\":\"system_alert\",\"message\":\"(go on)\"}"}'],
+    ("system", "assistant"): [_USER + r'{\"type\":\"system_alert\",\"message\":\"(go on)\"}"}'],
 }
 
 
@@ -996,18 +996,19 @@ def adapt(body: str, maker: str, rules: Collection[str]) -> str:
 
 def shape(bodies: Iterable[str], maker: str, *rules: str) -> list[str]:
     """Encoded chat messages as a model takes them; consecutive user messages become one."""
-    alone, shaped = [rule for rule in rules if " " in rule], [""]
+    alone, shaped = [rule for rule in rules if " " in rule], list[str]()
     for body in filter(None, bodies):
         if alone or body.startswith('{"by":'):
             body = adapt(body, maker, alone)
         if "systemless" in rules:
             body = body.replace('{"role":"system"', '{"role":"user"', 1)
-        if body.startswith(_USER) and shaped[-1].startswith(_USER):
+        if body.startswith(_USER) and shaped and shaped[-1].startswith(_USER):
             body = f"{shaped.pop()[:-2]}\\n{body[len(_USER) :]}"
-        elif "alternate" in rules:
-            shaped += _BETWEEN.get((shaped[-1][9:13], body[9:13]), [])
+        elif "alternate" in rules and shaped:
+            _, _, _, role, _ = shaped[-1].split('"', 4)  # a body begins with {"role":"ROLE"
+            shaped += _BETWEEN.get((role, body.split('"', 4)[3]), ())
         shaped.append(body)
-    return shaped[1:]
+    return shaped
 
 
 # ---- how texts are split for search ----------------------------------------------------------------------------------
@@ -2217,14 +2218,23 @@ CLIENT_REQUESTS = 8  # requests at once that share an openai client: its pool lo
 CALL_WEIGHT = 100  # characters of MAX_REPLY that a tool call counts beside its own
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What an endpoint has taught of a model, as it is stored; where more is learned, another takes its place."""
+
+    rules: list[str] = field(default_factory=list)  # what it wants of a history, see shape
+    options: list[list[Any]] = field(default_factory=list)  # a name, a value that it refuses, what is sent instead
+    window: int = 0  # tokens of its context window; 0: it has not said
+
+
 class Model(Protocol):
     """Something that answers chat-completions requests."""
 
     name: str
     window: int  # the context window in tokens, where nobody says otherwise
-    limit: int  # what the endpoint has said it is
     ratio: float  # calibrates estimated tokens: the endpoint's count over ours, within 0.5 to 2
-    shape: list[str]  # its name and endpoint, then the rules of shape that were learned
+    maker: str  # its name and endpoint
+    learned: Learned
 
     def head(self, settings: JSON) -> str:
         """The JSON of a request without messages and tools."""
@@ -2895,11 +2905,8 @@ class OpenAIModel:
         sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
         self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)
         url = urllib.parse.urlsplit(endpoint.base_url or "//api.openai.com/v1")
-        self.shape = [re.sub(r'[",\\]', "_", f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}")]
-        self.limit = sys.maxsize
-        self._learned: list[
-            tuple[str, Any, str, Any]
-        ] = []  # an option, its value that is refused; what is sent instead
+        self.maker = re.sub(r'[",\\]', "_", f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}")
+        self.learned = Learned()
 
     def head(self, settings: JSON) -> str:
         options: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
@@ -2907,9 +2914,9 @@ class OpenAIModel:
 
     def _adapted(self, options: JSON) -> JSON:
         """The options of a request as the endpoint takes them."""
-        for name, refused, other, value in self._learned:
+        for name, refused, instead in self.learned.options:
             if options.get(name) == refused:
-                options = {**options, name: None, other: value}
+                options = {**options, name: None, **instead}
         unwanted = None if options.get("stream") else "stream_options"
         return {name: value for name, value in options.items() if value is not None and name != unwanted}
 
@@ -2927,6 +2934,9 @@ class OpenAIModel:
                     if not has_words:
                         await self.endpoint.step_aside()
                     choices, has_words = chunk.get("choices") or (), True
+                    for failed in (each for each in choices if each.get("error")):
+                        yield chunk
+                        raise self._refusal(failed, body)
                     has_choices = has_choices or bool(choices)
                     ends = (each.get("finish_reason") or "message" in each for each in choices)
                     is_over = is_over or any(ends) or (chunk is _DONE and has_choices)
@@ -3007,8 +3017,8 @@ class OpenAIModel:
         rows = (row for pattern, row in _REFUSALS.items() if re.search(f"(?is){pattern}", said))
         row = _OPTION if learned else _OVERFLOW
         kind, text, remedy = row if learned or window is not None else next(rows)
-        if window and window >= 2 * MIN_REPLY_TOKENS:
-            self.limit = min(self.limit, window)
+        if window and 2 * MIN_REPLY_TOKENS <= window < (self.learned.window or sys.maxsize):
+            self.learned = replace(self.learned, window=window)
         with contextlib.suppress(ValueError, LookupError):
             wait = max(0.0, float((headers or {})["retry-after"]))
         text = f"{text} ({status or 'in its answer'}): {reason[:MAX_REASON]}"
@@ -3016,7 +3026,8 @@ class OpenAIModel:
         retry = bool(remedy) and (wait or 0) <= MAX_RETRY_AFTER
         if not learned and kind in ("model_refused", "model_unavailable"):  # maybe of the history; the agent sees it
             matches = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
-            self.shape = list(dict.fromkeys([*self.shape, *(match.expand(rule) for match, rule in matches if match)]))
+            rules = dict.fromkeys([*self.learned.rules, *(match.expand(rule) for match, rule in matches if match)])
+            self.learned = replace(self.learned, rules=list(rules))
         wait = wait or LOADING_PAUSE if remedy == "wait" else wait
         error = ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
         written = fields.get("failed_generation") or ""
@@ -3029,14 +3040,14 @@ class OpenAIModel:
         sent, effort = decode_json(body), _EFFORT.search(said)
         names = [name for name in _OPTIONS if name in sent or (effort and name == "reasoning_effort")]
         name = next((name for name in names if refuses(said, _OPTIONS[name])), "")
-        rule: tuple[str, Any, str, Any] = (name, sent.get(name), name, None)
+        option: list[Any] = [name, sent.get(name), {}]
         if effort and name == "reasoning_effort" and effort[1] != sent.get(name):
-            rule = (name, sent.get(name), name, effort[1])
+            option[2] = {name: effort[1]}
         if name == "max_tokens" and "max_completion_tokens" in said:
-            rule = (name, sent[name], "max_completion_tokens", sent[name])
-        if name and rule not in self._learned:
-            self._learned.append(rule)
-            logger.info("%s does not take %s = %r; from now on %s = %r", self.name, *rule)
+            option[2] = {"max_completion_tokens": sent[name]}
+        if name and option not in self.learned.options:
+            self.learned = replace(self.learned, options=[*self.learned.options, option])
+            logger.info("%s does not take %s = %r; from now on it gets %s instead", self.name, *option)
         return bool(name and self._adapted(sent) != sent)
 
 
@@ -3255,7 +3266,7 @@ def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]
 class OfflineModel:
     """The embedded model: rules, no network, the real agent loop. It says that it is no language model."""
 
-    name, window, limit, ratio, shape = OFFLINE, CONTEXT_WINDOWS[OFFLINE], sys.maxsize, 1.0, [OFFLINE]
+    name, window, ratio, maker, learned = OFFLINE, CONTEXT_WINDOWS[OFFLINE], 1.0, OFFLINE, Learned()
 
     def head(self, settings: JSON) -> str:
         return encode_json({"model": OFFLINE, "stream": True})
@@ -3319,9 +3330,8 @@ class Models:
         if (embedding_model or not self.offline) and importlib.util.find_spec("openai") is None:
             raise UsageError(MISSING_OPENAI)
         self.embedder = Embedder(embedding_model, self.endpoint) if embedding_model else None
-        self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {
-            (None, None): self.endpoint
-        }  # and agents' own
+        # By address and key: the server's, and agents' own.
+        self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
         self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)  # by name
 
@@ -3960,7 +3970,7 @@ class Agent:
             check_record(self.record)
             unreadable = await self.memory.load()
             self.configure()
-            await self._recall_rules()
+            await self._recall()
             await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
@@ -4014,18 +4024,30 @@ class Agent:
         self._sections |= {"system": prompt, "core_memory": core, "summary": summary}
         self._system_body = encode_json({"role": "system", "content": prompt + core})
 
-    async def _recall_rules(self) -> None:
-        """Read what was learned of the model's endpoint before."""
-        text = await self.memory.store.read(read_setting, f"shape {self.model.shape[0]}") or "[]"
-        self.model.shape = max(self.model.shape, decode_json(text), key=len)
+    async def _recall(self) -> None:
+        """Read what was learned of the model's endpoint before the server started."""
+        text = await self.memory.store.read(read_setting, f"learned {self.model.maker}")
+        if text and self.model.learned == Learned():
+            self.model.learned = Learned(**decode_json(text))
+
+    async def _learn(self, before: Learned) -> None:
+        """Store what is known of the model's endpoint, if it is more or less than before."""
+        if self.model.learned != before:
+            text = encode_json(vars(self.model.learned))
+            await self.memory.store.write(write_setting, f"learned {self.model.maker}", text)
 
     @property
     def window(self) -> int:
         """The context window in tokens; less where the endpoint has said so, if the prompt leaves room in that."""
         window: int = self.record.config["context_window"] or self._models.context_window or self.model.window
-        limit = self.model.limit
-        fits = limit < window and limit >= sum(self._sizes([]).values()) + 2 * MIN_REPLY_TOKENS
-        return limit if fits else window
+        told = self.model.learned.window
+        fits = told < window and told >= sum(self._sizes([]).values()) + 2 * MIN_REPLY_TOKENS
+        return told if fits else window
+
+    @property
+    def shape(self) -> list[str]:
+        """Who made its model's own fields, and the rules by which requests are shaped."""
+        return [self.model.maker, *self.model.learned.rules]
 
     def take_tools(self) -> None:
         """Offer what is registered by now; the system message stays as it is."""
@@ -4035,14 +4057,17 @@ class Agent:
         self._sections["tools"] = f"[{specs}]" if specs else ""
 
     async def update(self, config: JSON) -> None:
-        """Take another config. Raises Refused where the window is too small for it."""
+        """Take another config; what was refused is tried anew. Raises Refused where the window is too small for it."""
         model, _ = self._models.get(config["model"], self.record.base_url, self._api_key)
         window = self._models.context_window or model.window
         check_window(config, window, self._all_tools, self.blocks.values())
         async with Transaction(self.memory) as change:
             change.config = config
             change.add_event("agent_change", "the agent's settings changed", change="updated")
-        await self._recall_rules()
+        await self._recall()
+        learned = self.model.learned
+        self.model.learned = replace(learned, options=[], window=0)
+        await self._learn(learned)
 
     def settings(self) -> JSON:
         """The config with what the defaults make of it."""
@@ -4209,13 +4234,13 @@ class Agent:
         messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
         first, last = (messages[0].id, messages[-1].id) if messages else (1, 0)
         texts = (head, self._system_body, self._sections["summary"], self._sections["tools"], extra)
-        return RequestRecord(turn.turn_id, turn.step, *texts, first, last, shape=self.model.shape)
+        return RequestRecord(turn.turn_id, turn.step, *texts, first, last, shape=self.shape)
 
     async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
         body = request.body(message.body for message in messages)
         request.digest = hashlib.sha256(body.encode()).digest()
-        loop, timer = asyncio.get_running_loop(), None
+        loop, timer, learned = asyncio.get_running_loop(), None, self.model.learned
         with turn.interruptible():
             turn.usage["model_calls"] += 1
             self._counts["calls"] += 1
@@ -4231,11 +4256,11 @@ class Agent:
                         if reply.full:
                             break
             except ModelError as error:
-                if request.shape == self.model.shape and "alternate" in request.shape and "alternate" in str(error):
-                    self.model.shape = list(dict.fromkeys([*request.shape, "tools as text"]))
-                if (now := self.model.shape) != request.shape:  # by what was learned here, or in another agent's turn
-                    error.learned = True
-                    await self.memory.store.write(write_setting, f"shape {now[0]}", encode_json(now))
+                if request.shape == self.shape and "alternate" in request.shape and "alternate" in str(error):
+                    rules = [*learned.rules, "tools as text"]
+                    self.model.learned = replace(self.model.learned, rules=list(dict.fromkeys(rules)))
+                error.learned |= self.shape != request.shape  # by what was learned here, or in another agent's turn
+                await self._learn(learned)
                 raise
             finally:
                 if timer is not None:
@@ -4302,7 +4327,7 @@ class Agent:
 
     def _add_assistant(self, change: Transaction, reply: Reply, calls: list[ToolCall], text: str, said: str) -> None:
         """The chat message of what an agent said and called, with what its maker needs back."""
-        maker, *rules = self.model.shape
+        maker, *rules = self.shape
         own = {name: value for name, value in clean_value(reply.own).items() if f"without {name}" not in rules}
         body: JSON = {"role": "assistant", "content": reply.text or None, **own}
         for call in calls:
@@ -4475,7 +4500,7 @@ class Agent:
 
     def context(self, messages: Iterable[ChatMessage]) -> list[JSON]:
         """The sections of the next request with their estimated tokens and texts, of the chat messages only these."""
-        texts = self._sections | {"messages": "\n".join(shape([each.body for each in messages], *self.model.shape))}
+        texts = self._sections | {"messages": "\n".join(shape([each.body for each in messages], *self.shape))}
         tokens = self._sizes(self.memory.messages)
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
@@ -4548,7 +4573,7 @@ class Agent:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
         system = encode_json({"role": "system", "content": SUMMARY_SYSTEM})
         user = encode_json({"role": "user", "content": transcript})
-        request = RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0, shape=self.model.shape)
+        request = RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0, shape=self.shape)
         reply = Reply()
         try:
             await self._call_model(turn, request, reply, [])

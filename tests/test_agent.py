@@ -525,6 +525,24 @@ async def test_a_turn_has_limits(
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
 
+async def test_what_is_learned_outlives_a_restart(endpoint: Endpoint, tmp_path: Path) -> None:
+    """Options that are refused and the window are known after a restart; update_agent has them tried anew."""
+    endpoint.refuse, settings = {"stream_options", "top_p", "seed"}, {"top_p": 0.5, "seed": 1, "temperature": 0.5}
+    tried: list[set[str]] = []
+    for start in range(3):
+        async with Lab(endpoint, tmp_path / "memws.db") as lab:
+            agent = await (lab.open() if start else lab.create(settings=settings))
+            if start == 2:
+                endpoint.refuse = set()
+                await agent.update(agent.record.config)
+            elif not start:
+                await lab.say(agent, "Hi", Reply(status=400, body={"error": "prompt is too long: 9999 > 7000 maximum"}))
+            turn = await lab.run(agent, memws.Turn(f"start {start}", "Hi"))
+            tried.append(settings.keys() & endpoint.requests[-1].keys())
+            assert (turn.replies, turn.of("retry"), agent.window) == (["Hello!"], [], 8_192 if start == 2 else 7_000)
+    assert tried == [{"temperature"}, {"temperature"}, settings.keys()]
+
+
 async def test_a_failed_call_is_made_again_twice(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """A transport failure is told and tried again, twice, after the pause asked for; the third ends the turn."""
     first, second = {"Retry-After": "0.03"}, {"Retry-After": "0.02"}
@@ -1072,7 +1090,7 @@ async def test_what_an_endpoint_wants_is_learned_once(
         got = await agent.request(turn.turn_id, 1)
         assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
         assert ("reasoning" in agent.memory.messages[-2].body) == ("reasoning" in wants), "what is refused is not kept"
-    assert len(endpoint.lessons) == len(agent.model.shape) - 1, "each refusal teaches"
+    assert len(endpoint.lessons) == len(agent.model.learned.rules), "each refusal teaches"
     assert not endpoint.lessons or scene == "another endpoint's history" or wants != ("nine-character ids",)
     roles = [message["role"] for message in endpoint.requests[-1]["messages"]]
     assert ("user", "user") not in itertools.pairwise(roles)
@@ -1104,7 +1122,7 @@ async def test_what_a_refusal_teaches(endpoint: Endpoint, lab: Lab, agent: Agent
     """A refusal of the history is understood in the words of many endpoints, of any status; others teach nothing."""
     endpoint.script(Reply(status=500 if rule and len(rule) < 15 else 400, body={"error": {"message": words}}))
     turn = await lab.say(agent, "Hi")
-    assert (agent.model.shape[1:], bool(turn.replies)) == ([rule] if rule else [], bool(rule))
+    assert (agent.model.learned.rules, bool(turn.replies)) == ([rule] if rule else [], bool(rule))
     assert len(endpoint.requests) == 1 + bool(rule)
 
 
@@ -1159,5 +1177,5 @@ async def test_turns_at_once_learn_together(endpoint: Endpoint, lab: Lab) -> Non
         endpoint.quirks = wants
         turns = await asyncio.gather(*(lab.say(agent, "Hi") for agent in agents))
         assert [turn.replies for turn in turns] == [["Hello!"]] * len(agents)
-    learned, calls = agents[0].model.shape[1:], len(endpoint.requests)
+    learned, calls = agents[0].model.learned.rules, len(endpoint.requests)
     assert (learned, calls) == (["alternate"], 3 * len(agents) + len(endpoint.lessons))

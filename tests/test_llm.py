@@ -245,6 +245,7 @@ BODIES: list[str | Body | list[Any]] = [
     {"type": "error", "error": {"type": "x", "message": OWN}}, {"error": "invalid", "error_description": OWN},
     f"<!DOCTYPE html><html><head><title>{OWN}</title></head></html>",
     {"error": {"message": f"{OWN} {'超x' * 450}end"}},
+    {"choices": [{"delta": {"content": ""}, "error": {"message": OWN}, "finish_reason": "error"}]},
     {"message": json.dumps([{"error": {"message": OWN}}])}, {"error": {"message": f"{OWN}\n{'x ' * 400}end"}},
 ]  # fmt: skip
 
@@ -301,17 +302,16 @@ async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, mo
     for words, window in TOO_LONG.items():
         status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
         for answer in (refusal(words, status=status), in_stream(words, status)):
-            model.limit = 10_000_000
-            endpoint.script(answer)
-            error = await fail(model)
-            assert (error.code, model.limit, words in str(error)) == ("context_overflow", window or 10_000_000, True)
-            model.limit = 2_000
-            endpoint.script(answer)
-            assert ((await fail(model)).code, model.limit) == ("context_overflow", 2_000)
+            for known, told in ((0, window), (10_000_000, window or 10_000_000), (2_000, 2_000)):
+                model.learned = memws.Learned(window=known)
+                endpoint.script(answer)
+                error = await fail(model)
+                assert (error.code, model.learned.window) == ("context_overflow", told)
+                assert words in str(error)
     for words, code in NOT_TOO_LONG.items():
         status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
         endpoint.script(refusal(words, status=status))
-        assert ((await fail(model)).code, model.limit) == (code, 2_000), words
+        assert ((await fail(model)).code, model.learned.window) == (code, 2_000), words
 
 
 LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
