@@ -62,6 +62,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import difflib
+import enum
 import errno
 import functools
 import hashlib
@@ -96,7 +97,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 import websockets.asyncio.server
@@ -173,6 +174,7 @@ FIRST_TOKEN_TIMEOUT = 120.0  # local models read a long prompt slowly
 IDLE_TIMEOUT = 30.0  # the longest silence inside a model's answer
 END_PATIENCE = 1.0  # from an answer's last chunk to the end of its stream
 TOOL_TIMEOUT = 60.0
+TOOL_STEP = 0.25  # an async tool that keeps the loop from running for longer is named in the log
 RETRY_PAUSE = 0.5  # before the first retry of a failed model call; doubled for the next
 LOADING_PATIENCE, LOADING_PAUSE = 60.0, 2.0  # how long an endpoint may load its model, and before it is asked again
 MAX_RETRY_AFTER = 30.0  # the longest Retry-After that is waited for; a longer one ends the turn
@@ -935,12 +937,12 @@ def estimate_tokens(text: str) -> int:
     return 4 + (len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))) // 4
 
 
-def excerpt(text: str, most: int) -> str:
+def excerpt(text: str, most: int, advice: str = "search finds them") -> str:
     """`text`, or its beginning and end with a note between them where it has more than `most` characters."""
     if len(text) <= most:
         return text
     head, tail = most * 2 // 3, most // 3
-    return f"{text[:head]} […{len(text) - head - tail:,} characters left out here; search finds them…] {text[-tail:]}"
+    return f"{text[:head]} […{len(text) - head - tail:,} characters left out here; {advice}…] {text[-tail:]}"
 
 
 def difference(before: str, after: str) -> str:
@@ -3406,18 +3408,24 @@ def make_tool(
     return Tool(function, encode_json({"type": "function", "function": about}), builtin, timeout)
 
 
+# ---- tools of users: calls and results -------------------------------------------------------------------------------
+
+NOT_KEPT = "they are not kept, ask for less"  # what a result leaves out
+_PENDING = (collections.abc.Awaitable, collections.abc.AsyncIterable, concurrent.futures.Future)
+# How objects of pydantic, collections, datetime, NumPy, pandas and polars say what they hold.
+_EXPORTS = ("model_dump", "_asdict", "isoformat", "tolist", "to_list", "to_dicts", "to_dict")
+
+
 async def call_tool(tool: Tool, arguments: JSON) -> str:
     """The result of a user's tool as text. Raises ToolError when it fails, or takes longer than its timeout.
 
     An async tool runs on the loop and ends with a cancel; any other runs in a daemon thread that goes on alone after a
-    cancel or timeout, its result dropped.
+    cancel or timeout, its result dropped. What either returns is awaited, or collected, until it is a result.
     """
-    call, limit = tool.function.call, asyncio.timeout(tool.timeout)
+    limit = asyncio.timeout(tool.timeout)
     try:
         async with limit:
-            if inspect.iscoroutinefunction(call):
-                return result_text(await call(**arguments))
-            return await in_thread(f"memws-tool-{tool.name}", lambda: result_text(call(**arguments)))
+            return await _watched(tool.name, _run_tool(tool, arguments))
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is None or task.cancelling():
@@ -3433,14 +3441,86 @@ async def call_tool(tool: Tool, arguments: JSON) -> str:
         raise ToolError(reason) from error
 
 
-def result_text(result: Any) -> str:
-    """A tool's result as text: a string as it is, anything else as JSON; at most TOOL_RESULT_LIMIT characters."""
-    if not isinstance(result, str):
+async def _run_tool(tool: Tool, arguments: JSON) -> str:
+    call, thread = tool.function.call, functools.partial(in_thread, f"memws-tool-{tool.name}")
+    is_async = inspect.iscoroutinefunction(call)  # nothing else is sure to run none of its code when it is called
+    text = call(**arguments) if is_async else await thread(lambda: result_text(call(**arguments)))
+    while not isinstance(text, str):
+        if isinstance(text, concurrent.futures.Future):
+            text = asyncio.wrap_future(text)
+        result = await (_collected(text) if isinstance(text, collections.abc.AsyncIterable) else text)
+        is_lazy = isinstance(result, Iterator)  # and its code not to be run on the loop
+        text = await thread(functools.partial(result_text, result)) if is_lazy else result_text(result)
+    return text
+
+
+@types.coroutine
+def _watched(name: str, coroutine: Coroutine[Any, Any, T]) -> collections.abc.Generator[Any, Any, T]:
+    """Run a coroutine; warn where one of its steps keeps everything else on the loop from running."""
+    step: Any = coroutine.send
+    value: Any = None
+    while True:
+        started = time.monotonic()
         try:
-            result = "None" if result is None else encode_json(result)
-        except (TypeError, ValueError, RecursionError):
-            result = repr(result)
-    return excerpt(clean_text(result), TOOL_RESULT_LIMIT)
+            awaited = step(value)
+        except StopIteration as end:
+            return cast(T, end.value)
+        finally:
+            if (seconds := time.monotonic() - started) > TOOL_STEP:
+                logger.warning("tool %s blocked the server for %.1f s: let it await, or not be async", name, seconds)
+        try:
+            step, value = coroutine.send, (yield awaited)
+        except BaseException as error:  # a cancel too is the tool's to see
+            step, value = coroutine.throw, error
+
+
+async def _collected(results: collections.abc.AsyncIterable[Any]) -> Iterator[Any]:
+    pieces: list[Any] = []
+    async for piece in results:
+        pieces.append(piece)
+        if len(pieces) > TOOL_RESULT_LIMIT:
+            break
+    return iter(pieces)
+
+
+def result_text(result: Any) -> Any:
+    """A tool's result as text: a text as it is, anything else as JSON; at most TOOL_RESULT_LIMIT characters of it. What
+    has to be awaited first comes back as it is."""
+    if isinstance(result, _PENDING):
+        return result
+    text = "None" if result is None else plain(result)
+    return excerpt(clean_text(text if isinstance(text, str) else encode_json(text)), TOOL_RESULT_LIMIT, NOT_KEPT)
+
+
+def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """`value` as JSON has it: records as objects, collections and generators as lists, all else as a text."""
+    kind: Any = type(value)
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, (bytes, bytearray)):
+        return value.decode(errors="backslashreplace")
+    if isinstance(value, _PENDING):
+        if inspect.iscoroutine(value):
+            value.close()
+        raise ToolError(f"the result holds a {kind.__name__} that was never awaited; await it inside the tool")
+    if id(value) in inside or len(inside) > MAX_DEPTH:
+        return "…"  # it holds itself, or there is no end to it
+    below = functools.partial(plain, inside=(*inside, id(value)))
+    if export := next((name for name in _EXPORTS if hasattr(kind, name)), None):
+        return below(getattr(value, export)())
+    if is_dataclass(kind):
+        return {each.name: below(getattr(value, each.name)) for each in fields(kind)}
+    if hasattr(kind, "keys"):
+        return {result_text(key): below(item) for key, item in dict(value).items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [below(item) for item in value]
+    if isinstance(value, Iterable):
+        pieces = [below(piece) for piece in itertools.islice(value, TOOL_RESULT_LIMIT)]
+        return [*pieces, "… and more"] if len(pieces) == TOOL_RESULT_LIMIT else pieces
+    own = {name: item for name, item in getattr(value, "__dict__", {}).items() if name[0] != "_"}
+    return str(value) if callable(value) or not own or kind.__str__ is not object.__str__ else below(own)
 
 
 # ---- memory and its transactions -------------------------------------------------------------------------------------
@@ -4379,13 +4459,13 @@ class Agent:
                     return await call_tool(tool, arguments)
         try:
             result = tool.function.call(change, **arguments)
-            return result_text(await result if inspect.isawaitable(result) else result)
+            return str(await result if inspect.isawaitable(result) else result)
         except StoreFailed as error:  # of a search, which changes nothing
             raise ToolError(str(error)) from error
 
     def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
         """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
-        ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)))
+        ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)), NOT_KEPT)
         status = "OK" if ok else "Failed"
         about = {"tool_call_id": call.id, "name": call.name, "status": status, "duration_ms": duration_ms}
         change.add_event("tool_return", text, **about)
@@ -4519,10 +4599,10 @@ class Agent:
         """Tokens that the window leaves for chat messages."""
         return self.window - sum(self._sizes([]).values())
 
-    def _fitting(self, text: str) -> str:
+    def _fitting(self, text: str, advice: str = "search finds them") -> str:
         """`text`, or an excerpt of it that leaves two thirds of the room for messages to others."""
         tokens, most = estimate_tokens(text) * self.model.ratio, max(128, (self._room - MIN_REPLY_TOKENS) // 3)
-        return text if tokens <= most else excerpt(text, int(len(text) * most / tokens))
+        return text if tokens <= most else excerpt(text, int(len(text) * most / tokens), advice)
 
     async def compact(self, turn: Turn) -> JSON:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""

@@ -3,18 +3,28 @@
 import asyncio
 import functools
 import inspect
+import itertools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal
+from array import array
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal, NamedTuple
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
 from agents import Lab, Told, results
 from endpoint import Body, Endpoint, Reply, check
+from pydantic import BaseModel
 
 import memws
 from memws import MEMORY_TOOLS, Agent, ToolError, make_tool
@@ -92,6 +102,31 @@ async def failure(function: Callable[..., Any], timeout: float = LIMIT) -> str:
     return str(caught.value)
 
 
+DAY = date(2026, 1, 31)
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+
+class Room(Enum):
+    SMALL = "small"
+    LARGE = "large"
+
+
+@dataclass(slots=True)
+class Guest:
+    name: str
+    born: date | None = None
+
+
+class Stay(BaseModel):
+    rooms: set[Room]
+
+
+class Place(NamedTuple):
+    x: int
+    y: str
+
+
 class Unprintable(Exception):
     def __str__(self) -> str:
         raise ValueError("no text")
@@ -100,12 +135,16 @@ class Unprintable(Exception):
 
 
 RESULTS: list[tuple[Any, str | None]] = [
-    ("sunny", "sunny"), ("", ""), (None, "None"), (5, "5"), (True, "true"), ((1, 2), "[1,2]"), (b"raw", "b'raw'"),
-    ({"a": [1, None], "é": "日"}, '{"a":[1,null],"é":"日"}'), ({1}, "{1}"), (float("nan"), "nan"),
-    ({"x": float("inf")}, "{'x': inf}"), ({(1, 2): 3}, "{(1, 2): 3}"), ("a\x00b\ud800", "a\ufffdb\ufffd"),
+    ("sunny", "sunny"), ("", ""), (None, "None"), (5, "5"), (True, "true"), ((1, 2), "[1,2]"), (b"raw\xff", "raw\\xff"),
+    ({"a": [1, None], "é": "日"}, '{"a":[1,null],"é":"日"}'), ({1}, "[1]"), (float("nan"), "nan"),
+    ({"x": float("inf")}, '{"x":"inf"}'), ({(1, 2): 3, 4: 5}, '{"[1,2]":3,"4":5}'), ("a\x00b\ud800", "a\ufffdb\ufffd"),
     (["\ud83d\ude00"], '["\U0001f600"]'), ("x" * 8_000, "x" * 8_000),
-    (functools.reduce(lambda inner, _: [inner], range(100_000), list[Any]()), None), ({Unprintable()}, None),
-    ([Unprintable()], None),
+    (functools.reduce(lambda inner, _: [inner], range(100_000), list[Any]()), "[" * 65 + '"…"' + "]" * 65),
+    (CYCLE, '["…"]'), ({Unprintable()}, None), ([Unprintable()], None), (DAY, "2026-01-31"), (Room.LARGE, "large"),
+    ({"a": [Decimal("1.10"), UUID(int=1), Path("a/b"), Room.LARGE]}, f'{{"a":["1.10","{UUID(int=1)}","a/b","large"]}}'),
+    ({DAY: {DAY}, "by": Guest("Zoe", DAY)}, '{"2026-01-31":["2026-01-31"],"by":{"name":"Zoe","born":"2026-01-31"}}'),
+    ([Stay(rooms={Room.LARGE}), Place(1, "x")], '[{"rooms":["large"]},{"x":1,"y":"x"}]'), (range(3), "[0,1,2]"),
+    (array("d", [1.5]), "[1.5]"), (SimpleNamespace(a={1: b"x"}), '{"a":{"1":"x"}}'), (ValueError("no"), "no"),
 ]  # fmt: skip
 
 
@@ -122,7 +161,82 @@ async def test_results_become_text(result: object, text: str | None) -> None:
         assert await outcome(lambda: result) == await outcome(later, flag=False) == text
     for long in ("x" * 1_000_000, ["word"] * 200_000, "日" * 8_001):
         told = await outcome(lambda long=long: long)
-        assert (8_000 <= len(told) <= 8_100, "characters left out here" in told) == (True, True)
+        assert (8_000 <= len(told) <= 8_100, "characters left out here; they are not kept" in told) == (True, True)
+
+
+async def one() -> Any:
+    await asyncio.sleep(0)
+    return 1
+
+
+@functools.wraps(one)
+def decorated() -> Any:
+    return one()
+
+
+def promised() -> Any:
+    promise: Future[int] = Future()
+    promise.set_result(1)
+    return promise
+
+
+def pieces() -> Iterator[Any]:
+    yield from (1, DAY)
+
+
+async def slow_pieces() -> AsyncIterator[Any]:
+    for piece in pieces():
+        await asyncio.sleep(0)
+        yield piece
+
+
+async def endless() -> AsyncIterator[str]:
+    while True:
+        yield "word"
+
+
+class Waiting:
+    def __await__(self) -> Iterator[None]:
+        yield
+        return 1  # type: ignore[return-value]
+
+    async def __call__(self) -> Any:
+        return Waiting()
+
+
+async def late() -> Any:
+    return pieces()
+
+
+PIECES = '[1,"2026-01-31"]'
+PENDING: list[tuple[Callable[..., Any], str]] = [
+    (decorated, "1"), (lambda: one(), "1"), (functools.partial(decorated), "1"), (promised, "1"), (Waiting, "1"),
+    (Waiting().__call__, "1"), (lambda: asyncio.sleep(0, one()), "1"), (pieces, PIECES), (slow_pieces, PIECES),
+    (lambda: {"all": map(str, range(2))}, '{"all":["0","1"]}'), (late, PIECES), (lambda: slow_pieces(), PIECES),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_result_that_has_yet_to_run_is_run() -> None:
+    """Whatever is to be awaited or iterated is, as far as a result holds it; what hides in a list fails."""
+    for function, text in PENDING:
+        assert await outcome(function) == text, function
+    for function in (itertools.count, endless):
+        told = await outcome(lambda function=function: function())
+        assert (told.endswith('"… and more"]'), len(told) < 8_200) == (True, True)
+    assert "the result holds a coroutine that was never awaited" in await failure(lambda: [one()])
+
+
+async def test_a_tool_that_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """An async tool that keeps the loop from running is named in the log with the seconds; one that waits is not."""
+
+    async def blocks() -> None:
+        await asyncio.sleep(0)
+        time.sleep(memws.TOOL_STEP)  # noqa: ASYNC251
+
+    await asyncio.gather(outcome(blocks), outcome(lambda: time.sleep(memws.TOOL_STEP)))
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert re.match(r"tool tool blocked the server for \d+\.\d s", warning)
 
 
 ERRORS: list[tuple[BaseException, str]] = [
