@@ -710,7 +710,7 @@ EVENTS: dict[str, tuple[str, dict[str, Any]]] = {  # message type: what it tells
     "internal_monologue": ("the model's private text beside its calls", {}),
     "assistant_message": ("what the agent says to the user; partial: it was cut", {"partial": bool}),
     "function_message": ("'Running name(args)', 'Success: result' or 'Error: reason'", {}),
-    "user_message": ("what a client wrote", {}),
+    "user_message": ("what a client wrote; from: who spoke", {"from": str}),
     "delta": ("the next piece of a text that is being made", {"of": Literal[CLASSIC_TYPES[:2]]}),
     "tool_call": ("a call as the model asked for it; message: its arguments as JSON", _CALL | {"arguments": dict}),
     "tool_return": ("the answer to a call", _CALL | {"status": Literal["OK", "Failed"], "duration_ms": int}),
@@ -857,6 +857,7 @@ class ChatMessage:
     turn_id: str = ""
     step: int = 0
     said: str = ""  # what recall memory has of it: the user's words, or what the agent said with send_message
+    speaker: str = ""  # "user Ada" where a user gave a name, else the role
     seq: int = 0  # of the last event that was stored with it
 
     tokens: int = field(init=False, compare=False)  # estimated
@@ -870,7 +871,7 @@ class Document(NamedTuple):
 
     id: int
     store: str
-    role: str
+    role: str  # "user Ada" where a user gave a name; of a passage empty
     time: str
     text: str
     score: float = 0.0
@@ -1703,9 +1704,10 @@ def read_messages(
     db: SqlConnection, agent: int, before: int | None = None, limit: int = 2**53, first: int = 0
 ) -> list[ChatMessage]:
     """The newest `limit` chat messages from id `first` on and before another, oldest first."""
-    said = "SELECT text FROM memory WHERE agent = messages.agent AND store = 'recall' AND item = messages.id"
-    sql = f"""SELECT id, role, time, text, body, turn_id, step, coalesce(({said}), ''), seq FROM messages
-        WHERE agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"""
+    names = "id, messages.role, messages.time, messages.text, body, turn_id, step"
+    sql = f"""SELECT {names}, coalesce(memory.text, ''), coalesce(memory.role, messages.role), seq FROM messages
+        LEFT JOIN memory ON memory.agent = messages.agent AND store = 'recall' AND item = messages.id
+        WHERE messages.agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"""
     rows = db.execute(sql, (agent, first, 2**53 if before is None else before, limit))
     return [ChatMessage(*row) for row in rows][::-1]
 
@@ -1750,15 +1752,15 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     return page
 
 
-def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, bool] | None:
-    """(the user's message, None for a turn without one; whether the turn is over); None: never begun."""
+def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, str | None, bool] | None:
+    """(the user's message, None for a turn without one; who spoke; whether the turn is over); None: never begun."""
     sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ? AND kind IN
         ('agent_response_start', 'user_message', 'agent_response_end', 'agent_response_error') ORDER BY seq DESC"""
     texts = dict(db.execute(sql, (agent, turn_id)).fetchall())  # of several user_messages the first
     if "agent_response_start" not in texts:
         return None
-    message = decode_json(texts["user_message"])["message"] if "user_message" in texts else None
-    return message, not texts.keys().isdisjoint(TERMINAL_TYPES)
+    event = decode_json(texts["user_message"]) if "user_message" in texts else {}
+    return event.get("message"), event.get("from"), not texts.keys().isdisjoint(TERMINAL_TYPES)
 
 
 def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
@@ -3634,13 +3636,13 @@ class Transaction:
     def add_event(self, message_type: str, message: str, **fields: Any) -> None:
         self.changes.events.append(response(message_type, message, self.turn_id, self.step, **fields))
 
-    def add_message(self, role: str, text: str, body: JSON, said: str = "") -> None:
-        """One more chat message, searchable by what was `said`."""
+    def add_message(self, role: str, text: str, body: JSON, said: str = "", name: str | None = None) -> None:
+        """One more chat message, searchable by what was `said`, and by the name of who said it."""
         number, now = self.memory.last_message + len(self.changes.messages) + 1, now_text()
-        body_text, step = encode_json(body), self.step or 1
-        self.changes.messages.append(ChatMessage(number, role, now, text, body_text, self.turn_id, step, said))
+        packed, step, speaker = encode_json(body), self.step or 1, f"{role} {name}" if name else role
+        self.changes.messages.append(ChatMessage(number, role, now, text, packed, self.turn_id, step, said, speaker))
         if said:
-            self.changes.documents.append(Document(number, "recall", role, now, said))
+            self.changes.documents.append(Document(number, "recall", speaker, now, said))
 
     def add_notice(self, kind: str, text: str, **fields: Any) -> None:
         """A chat message by which the model hears of something, packed as a user's message."""
@@ -3965,6 +3967,7 @@ class Turn:
     turn_id: str
     message: str | None  # the user's; None: a heartbeat turn, for this reason
     reason: str = HEARTBEAT_WAKE
+    speaker: str | None = None  # who says the message, where several people share the agent
     verify: bool = False  # whether the first reply has to go through send_message
     step: int = 0  # counts from 1, once the start is stored
     before: int = 0  # the id of the last chat message before the turn
@@ -4190,13 +4193,14 @@ class Agent:
                 change.add_notice("heartbeat", turn.reason, reason=turn.reason)
                 return
             last, now = change.state["last_user"], now_text()
-            content = self.memory.pack("user_message", message=self._fitting(turn.message))
+            speaker = {"from": turn.speaker} if turn.speaker else {}
+            content = self.memory.pack("user_message", **speaker, message=self._fitting(turn.message))
             if last is None or seconds_between(last, now) > LOGIN_SILENCE:
                 login = self.memory.clock(last) if last else "Never (first login)"
                 content = f"{self.memory.pack('login', last_login=login)}\n{content}"
             change.state["last_user"] = now
-            change.add_message("user", turn.message, {"role": "user", "content": content}, said=turn.message)
-            change.add_event("user_message", turn.message)
+            change.add_message("user", turn.message, {"role": "user", "content": content}, turn.message, turn.speaker)
+            change.add_event("user_message", turn.message, **speaker)
 
     async def _step(self, turn: Turn) -> None:
         """One model call and the tool calls it asks for.
@@ -4615,7 +4619,8 @@ class Agent:
         hidden, kept = memory.messages[:cut], memory.messages[cut:]
         gist = await self._summarize(turn, hidden)
         if turn.message is not None and hidden[-1].id > turn.before:
-            gist += f"\n{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
+            speaker = f"{turn.speaker} speaks. " if turn.speaker else ""
+            gist += f"\n{speaker}{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self._change(turn) as change:
             gist, summary, after = self._fitting_summary(gist, kept, before)
             change.state |= {"cut": kept[0].id, "warned": False, "summary": summary, "gist": gist}
@@ -4647,7 +4652,8 @@ class Agent:
         for message in hidden:  # without what a model thought
             whole = message.role != "assistant"
             text = message.said or (message.text if whole else decode_json(message.body)["content"])
-            lines += [f"{message.role} ({memory.clock(message.time, MINUTES)}): {excerpt(text, 1_000)}"] if text else []
+            when = memory.clock(message.time, MINUTES)
+            lines += [f"{message.speaker} ({when}): {excerpt(text, 1_000)}"] if text else []
         transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
         if gist := self.record.state["gist"]:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
@@ -4931,16 +4937,22 @@ class Client:
         return await self.command("load_agent", name=name)
 
     def send(
-        self, message: str, agent_name: str | None = None, turn_id: str | None = None, when_busy: str = "queue"
+        self,
+        message: str,
+        agent_name: str | None = None,
+        turn_id: str | None = None,
+        when_busy: str = "queue",
+        from_: str | None = None,
     ) -> Stream:
         """Send a user message, to the current agent if none is named, and give its turn, to be iterated once.
-        Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn."""
-        about = {"turn_id": turn_id or secrets.token_hex(16), "agent_name": self._named(agent_name)}
+        Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn.
+        from_: who speaks, where several people share the agent."""
+        about = {"turn_id": turn_id or secrets.token_hex(16), "agent_name": self._named(agent_name), "from": from_}
         return Stream(self, {"type": "user_message", "message": message, "when_busy": when_busy, **about}, 0)
 
-    async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue") -> str:
-        """Send a user message and give the text of the reply; raises as `Stream.text` does."""
-        return await self.send(message, agent_name, when_busy=when_busy).text()
+    async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue", **more: Any) -> str:
+        """Send a user message and give the text of the reply; arguments as of `send`. Raises as `Stream.text` does."""
+        return await self.send(message, agent_name, when_busy=when_busy, **more).text()
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Stream:
         """Follow an agent (None: the current one): events stored above `after` (0: all, None: none), then live ones.
@@ -7378,7 +7390,8 @@ def answer_page(items: list[Any], limit: int, beside: Any = None) -> list[Any]:
 
 def search_item(document: Document) -> JSON:
     """What search_memory finds, long texts as excerpts."""
-    texts = {"role": document.role or None, "text": excerpt(document.text, LISTED_TEXT)}
+    role, _, name = document.role.partition(" ")
+    texts = {"role": role or None, "from": name or None, "text": excerpt(document.text, LISTED_TEXT)}
     return document._asdict() | texts | {"score": round(document.score, 4)}
 
 
@@ -7391,6 +7404,7 @@ def message_item(message: ChatMessage, first: int) -> JSON:
         texts = {key: excerpt(value, LISTED_TEXT) for key, value in arguments.items() if isinstance(value, str)}
         calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments | texts})
     about = {"id": message.id, "seq": message.seq, "role": message.role, "time": message.time}
+    about |= {"from": message.speaker.partition(" ")[2] or None}
     about |= {"text": excerpt(message.text, LISTED_TEXT), "tool_calls": calls}
     return about | {"turn_id": message.turn_id or None, "step": message.step, "in_context": message.id >= first}
 
@@ -7483,19 +7497,25 @@ class Session:
     # -- messages --
 
     async def user_message(
-        self, live: LiveAgent, message: Text, turn_id: TurnId | None = None, when_busy: WhenBusy = "queue"
+        self,
+        live: LiveAgent,
+        message: Text,
+        turn_id: TurnId | None = None,
+        when_busy: WhenBusy = "queue",
+        from_: Annotated[str, 1, MAX_NAME] | None = None,
     ) -> None:
-        """Say something to an agent; its receipt is agent_response_start, its end exactly one terminal frame."""
-        if turn_id is not None and await self._follow_again(live, turn_id, message):
+        """Say something to an agent; its receipt is agent_response_start, its end exactly one terminal frame.
+        from: who speaks, where several people share the agent."""
+        if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
             return
-        item = QueuedTurn(turn_id or new_turn_id(), message, sender=self)
+        item = QueuedTurn(turn_id or new_turn_id(), message, speaker=from_, sender=self)
         live.enqueue(item, when_busy)
         self._reader(live).follow(item.turn_id, self._request_id, item)
         if item in live.waiting and when_busy == "queue" and self.wants("queue"):
             event = response("queue", "waits for its turn", item.turn_id, position=len(live.waiting))
             await self._send(encode_json(event | {"agent_name": live.name, "time": now_text()}))
 
-    async def _follow_again(self, live: LiveAgent, turn_id: str, message: str) -> bool:
+    async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
         if not live.gone:
             await live.fresh()  # the end of a turn could not be stored then; it can be by now
@@ -7503,7 +7523,7 @@ class Session:
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
         if item is None and record is None:
             return False
-        if message != (item.message if item else record and record[0]):
+        if (message, speaker) != ((item.message, item.speaker) if item else record and record[:2]):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
         self._reader(live).follow(turn_id, self._request_id, item, replay=True)
         return True
@@ -8138,7 +8158,7 @@ STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "
 FORMS = {
     "internal_monologue": ("~ {message}", "dim"),
     "assistant_message": ("{agent_name}: {message}", ""),
-    "user_message": ("someone: {message}", "cyan"),
+    "user_message": ("{from}: {message}", "cyan"),
     "tool_call": ("> {name}({message})", "dim"),
     "tool_return": ("< {message}", "dim"),
     "memory_change": ("[{label}, changed by the {by}]", "dim"),
@@ -8241,7 +8261,8 @@ class Screen:
             event = {**event, "message": encode_json(arguments)}
         form, style = FORMS[kind]
         render = printable if kind in WHOLE_TEXTS else clipped
-        texts = {"kind": kind, "label": "archival memory", **{key: render(value) for key, value in event.items()}}
+        texts = {"kind": kind, "label": "archival memory", "from": "someone"}
+        texts |= {key: render(value) for key, value in event.items()}
         self.line(form.format_map(collections.defaultdict(str, texts)), "red" if has_failed else style)
         for line in str(event.get("diff") or "").splitlines()[:8]:
             self.line(f"{line[:1]} {clipped(line[1:])}", "red" if line.startswith("-") else "green")

@@ -648,13 +648,15 @@ async def test_a_compaction_by_request(endpoint: Endpoint, lab: Lab, agent: Agen
     for answer, summary in answers:
         for number in range(3):
             endpoint.script(*[Reply(calls=searches)] * (number > 1))
-            await lab.say(agent, f"Message {number}. " + "word " * 100)
+            await lab.say(agent, f"Message {number}. " + "word " * 100, speaker="Ada")
         before, seq = agent.used(), agent.record.last_seq
         endpoint.script(answer)
         event = await compact(agent)
         assert (event["message_type"], event["seq"], event.get("turn_id")) == ("compaction", seq + 1, None)
         assert event["tokens_before"] == before > event["tokens_after"] == agent.used()
         assert (summary in event["summary"], len(event["summary"]) < 2 * memws.SUMMARY_LIMIT) == (True, True)
+        asked = [body["messages"][1]["content"] for body in endpoint.requests if is_summary(body)]
+        assert re.search(r"user Ada \(\S+ \S+\): Message 2\.", asked[-1])
         await lab.check_stored(agent)
     assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
 
@@ -735,10 +737,12 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
         assert [message.text for message in stored if message.role == "user"] == [text] * 2
         shown = packed(endpoint.requests[-1], "user_message")[-1]["message"]
         assert (shown[:6], shown[-3:], "characters left out here" in shown) == ("start ", "end", True)
-        endpoint.script(Reply(calls=[("flood", {"number": number}) for number in range(8)]))
-        turn = await lab.say(agent, "What is the magic word?")
+        endpoint.script(
+            *(Reply(calls=[("flood", {"number": number + step}) for number in range(8)]) for step in (0, 9))
+        )
+        turn = await lab.say(agent, "What is the magic word?", speaker="Ada")
         assert (turn.replies[:1], turn.stop_reason, bool(turn.of("compaction"))) == (["Hello!"], "done", True)
-        assert "What is the magic word?" in endpoint.bodies[-1].decode()
+        assert f"Ada speaks. {memws.WAITING_NOTE}What is the magic word?" in endpoint.bodies[-1].decode()
 
 
 async def test_an_endpoint_that_cuts_prompts_silently_is_noticed(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from agents import packed
 from commandline import Serving
 from endpoint import Body, Endpoint, Reply, echo, say
 from proxy import Proxy
@@ -107,7 +108,8 @@ async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
         assert (await client.create_agent("sam"))["agent_name"] == "sam"
         assert await client.ask("hi") == "you said hi"
         endpoint.script(say("one", "two"))
-        assert await client.ask("hi") == "one\ntwo"
+        assert await client.ask("hi", from_="Ada") == "one\ntwo"
+        assert packed(endpoint.requests[-1], "user_message")[-1]["from"] == "Ada"
         assert client.alive
     assert (client.alive, asyncio.all_tasks()) == (False, before)
 

@@ -42,7 +42,7 @@ def live(client: memws.BlockingClient, endpoint: Endpoint) -> None:
         ("send_message", {"message": "Noted, 日本."}),
     ]
     endpoint.script(Reply(ODD, calls=calls, reasoning="Hm."), Reply(calls=[("send_message", {"message": "Done."})]))
-    client.ask("Remember the walrus. " + ODD)
+    client.ask("Remember the walrus. " + ODD, from_=ODD[:64])
     client.command("delete_passage", passage_id=2)
     client.command("set_block", label="plans", value="Sail. " + ODD)
     endpoint.script(Reply(status=401))

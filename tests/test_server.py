@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 
 import openai  # noqa: F401 (half a second, once, and not in the turn of some test)
 import pytest
+from agents import packed, results
 from endpoint import Endpoint, Reply, say
 from wire import JSON, LIMIT, Wire, bare, is_terminal, messages_of, of_kind, seqs, shape, wire
 
@@ -414,6 +415,41 @@ async def test_get_messages_pages_backwards(client: Wire) -> None:
     assert said == [(f"note {number}", f"t{number}", 1, starts[number] + 1) for number in range(3)]
     assert all(message["in_context"] for message in messages)
     assert "send_message" in {call["name"] for message in messages for call in message["tool_calls"]}
+
+
+async def test_a_message_says_who_speaks(server: Server, endpoint: Endpoint) -> None:
+    """`from` is on the event, also of a message that waited, and in what model and clients read of the past."""
+    async with wire(server, "*", agent={"name": "sam"}) as client:
+        await hold(client, endpoint, "The night train is late", **{"from": "Ada"})
+        for when_busy, name in (("queue", "Zoë 日本"), ("queue", None), ("interrupt", "Bob")):
+            await client.say(f"The night train of {when_busy}", when_busy=when_busy, **({"from": name} if name else {}))
+        while len([frame for frame in client.frames if is_terminal(frame)]) < 4:
+            await client.receive()
+        events = of_kind(client.frames, "user_message")
+        assert [event.get("from", "-") for event in events] == ["Ada", "Bob", "Zoë 日本", "-"]
+        seen = packed(endpoint.requests[-1], "user_message")
+        assert [message.get("from", "-") for message in seen] == ["Ada", "Bob", "Zoë 日本", "-"]
+        assert [*seen[-1]] == ["type", "message", "time"]
+        messages = (await client.ok("get_messages"))["messages"]
+        said = [(message["role"], message["from"]) for message in messages if message["text"].startswith("The night")]
+        assert said == [("user", name) for name in ("Ada", "Bob", "Zoë 日本", None)]
+        for name in ("Ada", "Bob"):
+            found = (await client.ok("search_memory", query=f"What did {name} say about the night train?"))["items"]
+            assert (found[0]["from"], found[0]["role"]) == (name, "user")
+        call = ("conversation_search", {"query": "night train", "request_heartbeat": True})
+        endpoint.script(Reply(calls=[call]))
+        await client.turn("Who knows?")
+        assert '"role":"user Ada"' in results(endpoint.requests[-1])[-1]
+        await client.say("Mine", turn_id="t", **{"from": "Ada"})
+        await client.ended()
+        for name in ("Bob", None):
+            again = (await client.turn("Mine", turn_id="t", **({"from": name} if name else {})))[-1]
+            assert again["code"] == "turn_id_reused"
+        assert (await client.turn("Mine", turn_id="t", **{"from": "Ada"}))[-1]["stop_reason"] == "done"
+        for wrong in ("", "x" * 65, 5, ["Ada"]):
+            error = await client.misread({"type": "user_message", "message": "hi", "from": wrong})
+            assert (error["code"], "from" in error["message"]) == ("bad_field", True)
+        assert (await client.turn("hi", **{"from": "x" * 64}))[-1]["stop_reason"] == "done"
 
 
 async def test_search_memory(client: Wire) -> None:

@@ -223,7 +223,7 @@ async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None
         frame = memws.decode_json(event.text)
         assert (frame["seq"], frame["turn_id"]) == event[::2][:2]
         assert frame["message"] == "this event is damaged on disk"
-    assert await store.read(memws.find_turn, agent.id, "t1") == (None, True)
+    assert await store.read(memws.find_turn, agent.id, "t1") == (None, None, True)
 
 
 @pytest.mark.parametrize("text", ["cake", "", "ake "])
@@ -433,7 +433,7 @@ async def test_a_former_export_is_read(tmp_path: Path) -> None:
         events = await store.read(read_events, agent.id, 0, 100)
         assert [event.text for event in events] == [row["text"] for row in data["events"]]
         turn_id = data["turns"][0]["turn_id"]
-        assert await store.read(memws.find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", True)
+        assert await store.read(memws.find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", None, True)
         assert len(await find(store, agent, "otters")) == 3
         for number in (1, 2):
             found, bodies = await store.read(memws.find_request, agent.id, turn_id, number) or pytest.fail("lost")
