@@ -82,11 +82,13 @@ import queue
 import random
 import re
 import secrets
+import shutil
 import signal
 import socket
 import sqlite3
 import struct
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -177,6 +179,7 @@ TOOL_TIMEOUT = 60.0
 TOOL_STEP = 0.25  # an async tool that keeps the loop from running for longer is named in the log
 RETRY_PAUSE = 0.5  # before the first retry of a failed model call; doubled for the next
 LOADING_PATIENCE, LOADING_PAUSE = 60.0, 2.0  # how long an endpoint may load its model, and before it is asked again
+CENTURY = 36_525  # days
 MAX_RETRY_AFTER = 30.0  # the longest Retry-After that is waited for; a longer one ends the turn
 LOGIN_SILENCE = 3600.0  # a message after so long a silence is preceded by a login event
 MIN_HEARTBEAT_INTERVAL = 60
@@ -293,10 +296,9 @@ def clean_value(value: Any) -> Any:
     return value
 
 
-def now_text(seconds: float = 0) -> str:
-    """The time, or that in so many seconds, as the wire has it: RFC 3339, UTC, milliseconds."""
-    moment = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def now_text() -> str:
+    """The time as the wire has it: RFC 3339, UTC, milliseconds."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def process_wide(name: str, default: Any) -> Any:
@@ -1764,15 +1766,12 @@ def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, 
 
 
 def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
-    """A model call and the encoded chat messages it held. Raises Refused (not_found) where it was dropped."""
+    """A model call and the encoded chat messages it held."""
     sql = """SELECT pieces, first, last, digest, response, usage, first_token_ms, total_ms FROM requests
         WHERE agent = ? AND turn_id = ? AND step = ?"""
     row = db.execute(sql, (agent, turn_id, step)).fetchone()
     if row is None:
         return None
-    if not row[0]:
-        text = f"what was sent in step {step} of turn {quote(turn_id)} was dropped by vacuum --keep-requests"
-        raise Refused("not_found", text)
     pieces = decode_json(zlib.decompress(row[0]))
     record = RequestRecord(turn_id, step, *pieces[:5], *row[1:], *pieces[5:])
     record.response, record.usage = decode_json(row[4]), decode_json(row[5])
@@ -2054,20 +2053,18 @@ def backup_database(path: str, target: str) -> None:
         source.backup(copy)  # in one step: no write of others can begin it anew
 
 
-def vacuum_database(path: str, keep_requests: float | None) -> tuple[int, int]:
-    """Give back the space of what was purged, and of exact requests older than so many days (None: keep all); their
-    usage stays. (requests dropped, bytes given back). Raises UsageError, also where a server uses the database."""
+def vacuum_database(path: str, keep_requests: float) -> tuple[int, int]:
+    """Give back the space of what was purged, and of exact requests older than so many days: (requests dropped, bytes
+    given back). Raises UsageError, also where a server uses the database."""
     with read_database(path):
         pass  # it is there, and ours
     with usable(path), contextlib.closing(Sqlite(path)) as database:
-        db, dropped = database.open(), 0
-        if keep_requests is not None:
-            sql = "UPDATE requests SET pieces = ?, response = '{}' WHERE pieces <> ? AND time <= ?"
-            dropped = db.execute(sql, (b"", b"", now_text(-86_400 * keep_requests))).rowcount
-        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db, sql = database.open(), "DELETE FROM requests WHERE time <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?)"
+        dropped = db.execute(sql, (f"-{keep_requests} days",)).rowcount
+        sql = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+        before = db.execute(sql).fetchone()[0]
         db.execute("VACUUM")
-        pages -= db.execute("PRAGMA page_count").fetchone()[0]
-        return dropped, pages * db.execute("PRAGMA page_size").fetchone()[0]
+        return dropped, before - db.execute(sql).fetchone()[0]
 
 
 def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[int, int]]]]:
@@ -2831,7 +2828,10 @@ class Endpoint:
         self.options: JSON = {"api_key": self.key or "none", "max_retries": 0}
         if base_url:
             if not _ADDRESS.fullmatch(base_url.strip()):
-                raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(base_url)}")
+                example = "http://localhost:11434/v1"
+                raise UsageError(
+                    f"--base-url or OPENAI_BASE_URL: expected one like {example}, but got {quote(base_url)}"
+                )
             parts = urllib.parse.urlsplit(base_url.strip())
             path = parts.path.rstrip("/").removesuffix("/chat/completions")
             query = dict(urllib.parse.parse_qsl(parts.query))
@@ -3907,7 +3907,7 @@ def check_record(record: AgentRecord) -> None:
 
 
 def core_memory(
-    persona: str = "sam_pov", human: str = "basic", blocks: Annotated[list[JSON], 0, MAX_BLOCKS] | None = None
+    persona: str = "sam_pov", human: str = "basic", blocks: Annotated[list[JSON], 1, MAX_BLOCKS] | None = None
 ) -> list[Block]:
     """A new agent's core memory: persona and human (texts, or bundled names) and further blocks. Raises Refused."""
     items = {"persona": {"value": PERSONAS.get(persona, persona)}, "human": {"value": HUMANS.get(human, human)}}
@@ -3928,6 +3928,8 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     others = [key for key in values if key not in known][:20]
     warnings = [f"{quote(key)} is ignored; known: {', '.join(known)}" for key in others]
     stored = base or {}
+    if values.get("tools") == []:
+        raise Refused("bad_config", "tools: expected at least one name, but got []; null is the memory tools")
     if isinstance(values.get("settings"), dict):
         values = values | {"settings": {**stored.get("settings", {}), **values["settings"]}}
     config = vars(apply(Config, {**stored, **values}))
@@ -4686,7 +4688,8 @@ class Agent:
         """What was sent for a step, rebuilt byte by byte, and what came back. Raises Refused (not_found)."""
         request, messages = await self.memory.store.read(find_request, self.record.id, turn_id, step) or (None, [])
         if request is None:
-            raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step}")
+            reason = "there was none, or vacuum --keep-requests has dropped it"
+            raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step} is kept: {reason}")
         body = request.body(messages)
         if hashlib.sha256(body.encode()).digest() != request.digest:
             raise StoreFailed("the stored request does not match the digest of what was sent; run memws.py check")
@@ -4848,11 +4851,6 @@ class Stream(collections.abc.AsyncIterator[Frame]):
             self._add(error or StopAsyncIteration())
 
 
-def agent_config(config: str | Mapping[str, Any] | None, more: Mapping[str, Any]) -> JSON:
-    """The config of create_agent, made of a name or a config, and of keywords, which win."""
-    return {**(config if isinstance(config, Mapping) else {"name": config}), **more}
-
-
 class Client:
     """An async client of one server; use it with `async with`, or `connect` and `close`.
 
@@ -4930,7 +4928,8 @@ class Client:
 
     async def create_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Frame:
         """Create an agent, which becomes the current one: from its name or its config, or keywords of the config."""
-        return await self.command("create_agent", config=agent_config(config, more))
+        named = config if isinstance(config, Mapping) else {"name": config}
+        return await self.command("create_agent", config={**named, **more})
 
     async def load_agent(self, name: str) -> Frame:
         """Load an agent, which becomes the current one."""
@@ -6798,8 +6797,12 @@ class Options:
     host: str = option(DEFAULT_HOST, "address to listen on; anything but loopback needs a token")
     port: Annotated[int, 0, 65_535] = option(DEFAULT_PORT, "port to listen on; 0 picks a free one")
     db: str = option(DEFAULT_DB, "SQLite file with the agents; :memory: keeps nothing")
-    model: str | None = option(None, "model of agents that name none; offline: the stand-in, no language model")
-    base_url: str | None = option(None, "OpenAI-compatible endpoint, like http://localhost:11434/v1 for Ollama")
+    model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(
+        None, "model of agents that name none; offline: the stand-in, no language model"
+    )
+    base_url: Annotated[str, 1, 2_000] | None = option(
+        None, "OpenAI-compatible endpoint, like http://localhost:11434/v1 for Ollama"
+    )
     api_key: str | None = option(None, "the endpoint's key: only from Python, or as OPENAI_API_KEY")
     embedding_model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model for search by vectors; needs numpy")
     context_window: Annotated[int, 1, 100_000_000] | None = option(None, "tokens that the model's context window holds")
@@ -6836,7 +6839,7 @@ class Options:
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
 
-_HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[^\s:/?#@\[\]\\]{1,255})(?::(\d{1,5}))?")
+_HOST = re.compile(r"(\[[0-9a-f:.]{2,45}\]|[^\s:/?#@*\[\]\\]{1,255})(?::(\d{1,5}))?")
 
 
 def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
@@ -6872,8 +6875,15 @@ class Gate:
     def __init__(self, options: Options) -> None:
         self._token = None if options.token is None else options.token.encode()
         self._origins = {origin.strip().rstrip("/").lower() for origin in options.allow_origin}
-        names = (options.host, *options.allow_host, *(name.rpartition("//")[2] for name in self._origins))
-        self._hosts = {"localhost", "127.0.0.1", "[::1]", *(_host_of(url_host(name.strip())) for name in names)} - {""}
+        names = {name: name.partition("://")[2] for name in self._origins - {"null"}}
+        names |= {name: url_host(name.strip()) for name in options.allow_host}
+        for name, host in names.items():
+            if not _host_of(host):
+                raise UsageError(
+                    f"expected --allow-host lab.example, --allow-origin https://lab.example; got {quote(name)}"
+                )
+        own = _host_of(url_host(options.host))
+        self._hosts = {"localhost", "127.0.0.1", "[::1]", own, *map(_host_of, names.values())} - {""}
 
     def problem(self, request: http11.Request, *, public: bool) -> tuple[int, str] | None:
         """(HTTP status, reason) for a request that may not pass; what is public needs no token and no known Origin."""
@@ -7125,7 +7135,10 @@ class Agents:
         self.options, self.tools, self.stopping = options, tools, False
         self.timezone = options.timezone or machine_timezone()
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
-        self.models = Models(*(getattr(options, name) for name in names))
+        models = self.models = Models(*(getattr(options, name) for name in names))
+        if (models.embedder or not models.offline) and not (models.endpoint.base_url or models.endpoint.key):
+            advice = "set OPENAI_API_KEY, or name its server with --base-url; --model offline needs none"
+            raise UsageError(f"{quote(options.embedding_model or models.default)} needs an endpoint: {advice}")
         self.store = Store(Sqlite(options.db, options.sync))
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
@@ -8098,7 +8111,7 @@ class WebSocketServer:
         return self._call(self.create_new_agent_async, config, **more)
 
     async def create_new_agent_async(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Agent:
-        values = agent_config(config, more)
+        values = {**(config if isinstance(config, Mapping) else {"name": config}), **more}
         live, warnings = await self.open().create(values, values.pop("base_url", None), values.pop("api_key", None))
         for warning in warnings:
             logger.warning("agent %s: %s", live.name, warning)
@@ -8185,6 +8198,9 @@ def clipped(text: object, length: int = 160) -> str:
     return printable(line if len(line) <= length else line[: length - 1] + "…")
 
 
+PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
+
+
 class Screen:
     """The terminal: streamed text, whole lines, and the prompt, which comes again below what others make an agent do.
 
@@ -8193,6 +8209,8 @@ class Screen:
 
     def __init__(self, out: typing.TextIO) -> None:
         self._colour = out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+        if self._colour and os.name == "nt":
+            os.system("")  # noqa: S605, S607 (a classic console shows colours once cmd.exe has run in it)
         self._out = out
         self._prompt = ""
         self._mid_line = False
@@ -8219,15 +8237,17 @@ class Screen:
             self.write(self._prompt + typed)
 
     def ask(self, prompt: str) -> str:
-        """Read a line from the user. Raises EOFError and KeyboardInterrupt."""
+        """Read a line from the user; what is pasted is one line. Raises EOFError and KeyboardInterrupt."""
         self.end_line()
         self._prompt, self._mid_line = prompt, True
         try:
             text = input(prompt)
+            while text.count(PASTE[0]) > text.count(PASTE[1]):
+                text += f"\n{input()}"
         finally:
             self._prompt = ""
         self._mid_line = False
-        return text
+        return text.replace(PASTE[0], "").replace(PASTE[1], "")
 
     def show(self, event: Frame) -> None:
         """Show an event of the user's own turn as it comes: text while it is being made, all else a line each."""
@@ -8308,13 +8328,13 @@ class Chat:
         try:
             text = self.screen.ask(f"{self.client.agent_name or ''}> ").strip()
             self._leaves = False
-            if text.startswith("/") and not text.startswith("//"):
+            if re.fullmatch("/(?!/).*", text):  # one line
                 name, _, rest = text[1:].partition(" ")
                 getattr(self, f"do_{name}", self.do_help)(rest.strip())
             elif text and self.client.agent_name is None:
                 self.screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
             elif text:
-                self._talk(text.removeprefix("/"))
+                self._talk(re.sub("^//(?=.*$)", "/", text))
         except KeyboardInterrupt:
             if self._leaves:
                 raise EOFError from None
@@ -8361,13 +8381,20 @@ class Chat:
                 if event.get("turn_id") not in self._own_turns:
                     self.screen.show_line(event)
 
+    def _block(self, label: str) -> Frame:
+        """A block of core memory. Raises MemwsError with the labels."""
+        blocks: dict[str, Frame] = {each["label"]: each for each in self.client.command("get_agent")["blocks"]}
+        if label not in blocks:
+            raise MemwsError(f"there is no block {quote(label)}; name one of {', '.join(blocks)}")
+        return blocks[label]
+
     # -- the slash commands --
 
     def do_agents(self, rest: str) -> None:
         """the agents of this server"""
         for agent in all_agents(self.client):
             mark = "*" if agent["agent_name"] == self.client.agent_name else "-"
-            about = f"{agent['model']}, {agent['state']}, last active {agent['last_active'] or 'never'}"
+            about = f"{agent['model']}, {agent['state']}, last active {local_time(agent['last_active'])}"
             self.screen.line(clipped(f"{mark} {agent['agent_name']}  {about}"))
 
     def do_load(self, name: str) -> None:
@@ -8378,12 +8405,43 @@ class Chat:
         """[NAME]: create an agent and talk to it"""
         self._switch("create_agent", config={"name": name or None})
 
-    def do_memory(self, rest: str) -> None:
-        """what the agent keeps in core memory"""
-        for block in self.client.command("get_agent")["blocks"]:
+    def do_rename(self, name: str) -> None:
+        """NAME: give the agent another name"""
+        self.client.command("rename_agent", new_name=name)
+
+    def do_delete(self, name: str) -> None:
+        """[NAME]: delete an agent, once you have said yes"""
+        name = name or str(self.client.agent_name)
+        if self.screen.ask(f"delete {printable(name)}? [y/N] ").strip().lower() in ("y", "yes"):
+            self.client.command("delete_agent", agent_name=name)
+            self.screen.line(f"[/restore {printable(name)} brings it back]", "yellow")
+
+    def do_restore(self, name: str) -> None:
+        """NAME: bring back a deleted agent and talk to it"""
+        self.do_load(self.client.command("restore_agent", agent_name=name)["agent_name"])
+
+    def do_memory(self, label: str) -> None:
+        """[LABEL]: what the agent keeps in core memory, or in one block of it"""
+        for block in [self._block(label)] if label else self.client.command("get_agent")["blocks"]:
             used = f"{len(block['value'])} of {block['limit']} characters"
             self.screen.line(f"{clipped(block['label'])} ({used})", "bold")
             self.screen.line(printable(block["value"]))
+
+    def do_edit(self, label: str) -> None:
+        """LABEL: change a block of core memory in your editor ($VISUAL, $EDITOR)"""
+        block = self._block(label)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt", delete=False) as file:
+            file.write(f"{block['value']}\n")
+        found = filter(shutil.which, ("sensible-editor", "nano", "vi", "notepad"))
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(found, "vi")
+        try:
+            if os.system(f'{editor} "{file.name}"'):  # noqa: S605 (the user's own command, and a path of ours)
+                raise MemwsError(f"{editor} failed; set EDITOR to another one")
+            text = pathlib.Path(file.name).read_text("utf-8-sig").removesuffix("\n")
+            self.client.command("set_block", label=label, value=text, version=block["version"])
+        except (MemwsError, OSError, ValueError) as error:
+            raise MemwsError(f"{error}; what you wrote is in {file.name}") from error
+        pathlib.Path(file.name).unlink()
 
     def do_context(self, rest: str) -> None:
         """what fills its context window"""
@@ -8394,10 +8452,11 @@ class Chat:
 
     def do_search(self, words: str) -> None:
         """WORDS: search recall and archival memory"""
+        zone = find_zone(self.client.command("get_agent")["settings"]["timezone"])
         result = self.client.command("search_memory", query=words)
         for item in result["items"]:
-            origin = " ".join(clipped(item[key]) for key in ("store", "role", "time") if item.get(key))
-            self.screen.line(f"[{origin}] {clipped(item['text'], 400)}")
+            origin = " ".join(filter(None, (item["store"], item["role"], local_time(item["time"], zone))))
+            self.screen.line(f"[{clipped(origin)}] {clipped(item['text'], 400)}")
         self.screen.line(f"[{len(result['items'])} of {result['total']}]", "dim")
 
     def do_help(self, rest: str) -> None:
@@ -8409,6 +8468,11 @@ class Chat:
     def do_quit(self, rest: str) -> None:
         """leave (also Ctrl-D)"""
         raise EOFError
+
+
+def local_time(moment: str, zone: datetime.tzinfo | None = None) -> str:
+    """A time of the wire as a person reads it, where none is named in the machine's zone."""
+    return datetime.datetime.fromisoformat(moment).astimezone(zone).strftime(MINUTES)
 
 
 def all_agents(client: BlockingClient) -> list[Frame]:
@@ -8433,6 +8497,12 @@ def edit_lines() -> None:
 
         path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises RuntimeError)
         path.touch(0o600)
+        readline.parse_and_bind("set enable-bracketed-paste on")  # which Python has switched off
+        if "libedit" in str(readline.__doc__):  # as on macOS: it takes the marks for keys, now for keys that type them
+            for mark in PASTE:
+                readline.parse_and_bind(f'bind -s "{mark}" "\x16{mark}"')
+            print("\x1b[?2004h", end="", flush=True)
+            atexit.register(print, "\x1b[?2004l", end="", flush=True)
         readline.set_history_length(1_000)
         atexit.register(readline.write_history_file, path)
         readline.read_history_file(path)
@@ -8463,7 +8533,7 @@ def chat_command(flags: argparse.Namespace) -> None:
 
     options: JSON = {"on_state": lambda state: screen.line(f"[connection {state}]", "dim")}
     with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, **options) as client:
-        agent_name = flags.agent or latest_agent(client)
+        agent_name = latest_agent(client) if flags.agent is None else flags.agent
         if is_terminal:
             Chat(client, screen).run(agent_name)
         else:
@@ -8510,7 +8580,8 @@ def serve_command(flags: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(flags).items() if name not in ("log_level", "run")}
     server = WebSocketServer(**options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for name in {"SIGTERM", "SIGBREAK"} & vars(signal).keys():  # Windows: Ctrl-Break, with which programs stop others
+        signal.signal(getattr(signal, name), lambda *_: signal.raise_signal(signal.SIGINT))
     server.run()
 
 
@@ -8532,6 +8603,8 @@ def check_command(flags: argparse.Namespace) -> int:
 
 def vacuum_command(flags: argparse.Namespace) -> None:
     """Give disk space back and say how much. Raises UsageError."""
+    if not 0 <= flags.keep_requests <= CENTURY:
+        raise UsageError(f"--keep-requests: expected from 0 to {CENTURY:,} days, but got {flags.keep_requests}")
     dropped, size = vacuum_database(flags.db, flags.keep_requests)
     print(f"{flags.db}: {size / 1000:,.1f} kB given back; {dropped:,} exact requests dropped")
 
@@ -8543,8 +8616,8 @@ def export_command(flags: argparse.Namespace) -> None:
     if flags.file is None:
         sys.stdout.buffer.write(data)
     else:
-        with new_file(flags.file) as part:
-            pathlib.Path(part).write_bytes(data)
+        with new_file(flags.file) as file:
+            file.write_bytes(data)
 
 
 def import_command(flags: argparse.Namespace) -> None:
@@ -8561,21 +8634,19 @@ def import_command(flags: argparse.Namespace) -> None:
 
 def backup_command(flags: argparse.Namespace) -> None:
     """Copy the database as of one moment, also while a server writes. Raises UsageError."""
-    with new_file(flags.file) as part:
-        backup_database(flags.db, part)
+    with new_file(flags.file) as file:
+        backup_database(flags.db, str(file))
     print(f"{flags.db} is copied to {flags.file}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def progress(name: str) -> Iterator[None]:
-    """Tell a terminal what is still going on: after PROGRESS_DELAY, and whenever it has taken twice as long again."""
+    """Tell a terminal every PROGRESS_DELAY how long something has been going on."""
     over, start = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        delay = PROGRESS_DELAY
-        while not over.wait(delay):
-            delay = time.monotonic() - start
-            print(f"{name}: at work for {delay:.0f} s", file=sys.stderr, flush=True)
+        while not over.wait(PROGRESS_DELAY):
+            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
     if sys.stderr.isatty():
         threading.Thread(target=tell, daemon=True).start()
@@ -8586,21 +8657,17 @@ def progress(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def new_file(path: str) -> Iterator[str]:
+def new_file(path: str) -> Iterator[pathlib.Path]:
     """A file to be filled, for its owner only, which becomes `path` once it is whole. Raises UsageError."""
-    import tempfile
-
+    target = pathlib.Path(path)
     try:
-        if os.path.lexists(path):
+        if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        place, part = tempfile.mkstemp(".part", dir=pathlib.Path(path).parent)
-        os.close(place)
-        try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            part = pathlib.Path(folder, "part")
+            part.touch(0o600)
             yield part
-            pathlib.Path(part).rename(path)
-        except BaseException:
-            pathlib.Path(part).unlink()
-            raise
+            part.rename(target)
     except OSError as error:
         raise UsageError(f"cannot write {path!r} ({error.strerror}); name a file that does not exist yet") from error
 
@@ -8626,13 +8693,8 @@ class Repeatable(argparse.Action):
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def days(text: str) -> float:
-    """A number of days. Raises ValueError."""
-    return float(check(float(text), schema_of(Annotated[float, 0, 36_500])))
+    """The parts between commas; of a text without any, the text."""
+    return [part.strip() for part in text.split(",") if part.strip()] or [text]
 
 
 def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any = None, **more: Any) -> None:
@@ -8688,8 +8750,8 @@ def make_parser() -> argparse.ArgumentParser:
     backup = add("backup", "copy the database, also while a server runs", backup_command)
     backup.add_argument("file")
     vacuum = add("vacuum", "give disk space back: what was purged, and old exact requests", vacuum_command)
-    meaning = "drop what was exactly sent to models before so many days; without it all of that stays"
-    add_flag(vacuum, "keep_requests", meaning, type=days, metavar="DAYS")
+    meaning = "days for which what was exactly sent to models is kept"
+    add_flag(vacuum, "keep_requests", meaning, CENTURY, type=float, metavar="DAYS")
     for command in (check, vacuum, export, importing, backup):
         add_flag(command, "db", "the database", DEFAULT_DB)
         command.set_defaults(run=progress(command.prog)(command.get_default("run")))

@@ -1,14 +1,18 @@
 """Section 12, CLI: the terminal client on a real terminal, with the real server behind a proxy that can break."""
 
 import contextlib
+import datetime
 import io
 import re
+import shlex
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from commandline import command, environment, run
@@ -19,6 +23,8 @@ from terminal import Terminal
 import memws
 
 CTRL_C, CTRL_D = "\x03", "\x04"
+PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"  # what a terminal sets around a paste
+PASTES, PASTES_NO_MORE = "\x1b[?2004h", "\x1b[?2004l"  # by which a program asks for it
 
 
 @pytest.fixture
@@ -94,6 +100,8 @@ def test_slash_commands(terminal: Callable[..., Terminal], proxy: Proxy, endpoin
         ("hi", "error: "),
         ("/agents", "* sam test-model, idle"),
         ("/memory", "human (0 of 2000 characters)"),
+        ("/memory human", "human (0 of 2000 characters)"),
+        ("/memory nothing", "there is no block 'nothing'; name one of persona, human"),
         ("/context", " of 30000 tokens"),
         ("/search otters", "otters are fine"),
         ("/zzz", "/quit"),
@@ -110,7 +118,7 @@ def test_slash_commands(terminal: Callable[..., Terminal], proxy: Proxy, endpoin
         chat.line(line, answer)
         if not answer.endswith("> "):
             chat.expect("sam> ")
-    helped = re.findall(r"^/(\w+) +\S", chat.seen, re.MULTILINE)
+    helped = re.findall(r"^/(\w+) +\S", chat.seen.replace(f"{PASTES_NO_MORE}\r", ""), re.MULTILINE)
     assert sorted(set(helped)) == sorted(name[3:] for name in dir(memws.Chat) if name.startswith("do_"))
     chat.type(CTRL_D)
     assert chat.wait() == 0
@@ -133,6 +141,106 @@ def test_interrupts_of_turns(terminal: Callable[..., Terminal], endpoint: Endpoi
     proxy.wait(lambda: [sent for sent in proxy.sent if sent.get("command") == "cancel"])
     chat.type(CTRL_C)
     assert chat.wait() == 0
+
+
+LIBEDIT = '''"""An input editor that takes no pastes, like libedit."""
+def parse_and_bind(text): pass
+set_history_length = write_history_file = read_history_file = parse_and_bind
+def get_line_buffer(): return ""
+'''
+
+
+@pytest.mark.parametrize("library", ["GNU readline", "libedit"])
+def test_paste(library: str, terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
+    """Pasted lines are one message, sent with the Enter that follows, also where they look like commands."""
+    (tmp_path / "stand-in").mkdir()
+    if library == "libedit":
+        (tmp_path / "stand-in" / "readline.py").write_text(LIBEDIT)
+    chat = terminal(proxy.url, "--agent", "sam", PYTHONPATH=str(tmp_path / "stand-in"))
+    assert PASTES in chat.seen
+    pastes = ["one\rtwo\rthree", "/quit\r/memory", "//x\ny", "one line"]
+    for text in pastes:
+        chat.line(f"{PASTE}{text}{PASTE_END}", f"you said {text[:3]}", "sam> ")
+    chat.line(f"So: {PASTE}a\rb{PASTE_END} and {PASTE}c\rd{PASTE_END}.", "you said So: a", "sam> ")
+    chat.line("//typed", "you said /typed", "sam> ")
+    chat.type(CTRL_D)
+    assert chat.wait() == 0
+    assert chat.seen.rindex(PASTES_NO_MORE) > chat.seen.rindex(PASTES)
+    told = [sent["message"] for sent in proxy.sent if sent["type"] == "user_message"]
+    assert told == [*(text.replace("\r", "\n") for text in pastes), "So: a\nb and c\nd.", "/typed"]
+
+
+EDITORS = {  # what $EDITOR does to the file of a block: what becomes of the block
+    "sed -i s/Ada/Eve/": ("Name: Eve\nZo\u00eb", "+ Name: Eve"),
+    "true": ("Name: Ada\nZo\u00eb", ""),
+    "false": ("Name: Ada\nZo\u00eb", "set EDITOR to another one; what you wrote is in "),
+    "no-such-editor": ("Name: Ada\nZo\u00eb", "set EDITOR to another one"),
+    "truncate -s 0": ("", "- Name: Ada"),
+    "truncate -s 9000": ("Name: Ada\nZo\u00eb", "2,000"),
+    "cp latin": ("Name: Ada\nZo\u00eb", "what you wrote is in "),
+}
+
+
+@pytest.mark.parametrize("editor", EDITORS)
+def test_edit(editor: str, terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
+    """/edit opens a block in an editor and stores what it left; where that cannot be, nothing is lost."""
+    (tmp_path / "latin").write_bytes(b"Zo\xeb")
+    value, shown = EDITORS[editor]
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    chat = terminal(proxy.url, "--agent", "sam", EDITOR=editor, TMPDIR=str(folder))
+    with memws.connect(proxy.url) as other:
+        other.command("set_block", agent_name="sam", label="human", value="Name: Ada\nZo\u00eb")
+        chat.expect("human, changed by the client", "sam> ")
+        chat.line("/edit nothing", "there is no block 'nothing'; name one of persona, human", "sam> ")
+        chat.line("/edit human", shown, "sam> ")
+        blocks = {each["label"]: each["value"] for each in other.command("get_agent", agent_name="sam")["blocks"]}
+    assert blocks["human"] == value
+    assert len(list(folder.iterdir())) == ("in " in shown or "an" in shown or "2" in shown)
+
+
+def test_edit_of_a_changed_block(terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
+    """What somebody else changed meanwhile is not overwritten; the own text is kept in its file."""
+    editor = tmp_path / "editor"
+    change = f"memws.connect({proxy.url!r}).command('set_block', agent_name='sam', label='human', value='Theirs')"
+    code = f"import pathlib, sys, memws; {change}; pathlib.Path(sys.argv[1]).write_text('Mine')"
+    editor.write_text(f"PYTHONPATH={Path(memws.__file__).parent} {sys.executable} -c {shlex.quote(code)} $1")
+    chat = terminal(proxy.url, "--agent", "sam", VISUAL=f"sh {editor}", EDITOR="false", TMPDIR=str(tmp_path))
+    chat.line("/edit human", "Theirs", "what you wrote is in ", "sam> ")
+    (kept,) = tmp_path.glob("tmp*.txt")
+    assert kept.read_text() == "Mine"
+    chat.line("/memory human", "human (6 of 2000 characters)", "Theirs", "sam> ")
+    assert chat.seen.count("persona (") == 0
+
+
+def test_names(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+    """/rename and /delete ask what they must and say how to go back; /restore goes back."""
+    chat = terminal(proxy.url, "--agent", "sam")
+    chat.line("/rename bob", "bob> ")
+    chat.line("/rename a/b", "name", "bob> ")
+    chat.line("/delete", "delete bob? [y/N] ")
+    chat.line("", "bob> ")
+    chat.line("hi", "you said hi", "bob> ")
+    chat.line("/delete", "delete bob? [y/N] ")
+    chat.line("y", "[/restore bob brings it back]", "> ")
+    chat.line("hi", "no agent yet", "> ")
+    chat.line("/restore", "bob", "> ")
+    chat.line("/restore bob", "[bob, model test-model]", "bob> ")
+    chat.line("hi", "you said hi", "bob> ")
+
+
+def test_local_times(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+    """Times are those of the agent's zone, those of no agent the machine's."""
+    chat = terminal(proxy.url, TZ="Asia/Kolkata")
+    chat.line("n", "> ")
+    with memws.connect(proxy.url) as other:
+        other.create_agent("sam", timezone="Pacific/Kiritimati")
+        other.command("insert_passage", text="Otters")
+        (item,) = other.command("search_memory", query="Otters")["items"]
+        moment = datetime.datetime.fromisoformat(item["time"])
+    chat.line("/load sam", "sam> ")
+    chat.line("/search Otters", f"[archival {moment.astimezone(ZoneInfo('Pacific/Kiritimati')):%Y-%m-%d %H:%M}] Otters")
+    chat.line("/agents", f"{moment.astimezone(ZoneInfo('Asia/Kolkata')):%Y-%m-%d %H}:")
 
 
 def interrupt(chat: Terminal, answer: str) -> None:

@@ -192,6 +192,19 @@ REFUSALS = [
     (["--port", "0", "--db", "text.db/x"], "--db"),
     (["--port", "0", "--host", "nowhere.invalid", "--token", "x"], "choose another host or port"),
     (["--port", "0", "--host", "192.0.2.1", "--token", "x"], "choose another host or port"),
+    *(
+        (["--port", "0", "--allow-origin", origin], "--allow-origin")
+        for origin in ("nonsense", "", ",", "*", "https://", "https://*", "https://lab.example/app", "lab.example")
+    ),
+    *(
+        (["--port", "0", "--allow-host", host], "--allow-host")
+        for host in ("", "http://lab.example", "*", "a b", "a/b")
+    ),
+    *((["--port", "0", "--model", name], "--base-url") for name in ("gpt-5.4-mini", "claude-opus-5-5", "qwen3:8b")),
+    (["--port", "0", "--embedding-model", "x"], "--base-url"),
+    *((["--port", "0", flag, ""], f"{flag[2:]}: expected") for flag in ("--model", "--token")),
+    (["--port", "0", "--base-url", ""], "base_url: expected"),
+    (["--port", "0", "--db", ""], "--db"),
     (["export", "nobody"], "unknown agent 'nobody'"),
     (["export"], "name"),
     (["export", "sam", "missing/x"], "missing"),
@@ -200,7 +213,7 @@ REFUSALS = [
         for words in (["export", "sam"], ["check"], ["vacuum"], ["backup", "copy.db"])
     ),
     *(([command, "--db", "text.db"], "text.db") for command in ("check", "vacuum")),
-    *((["vacuum", "--keep-requests", days], "MEMWS_KEEP_REQUESTS") for days in ("-1", "nan", "1e9", "many", "")),
+    *((["vacuum", "--keep-requests", days], "--keep-requests") for days in ("-1", "nan", "1e9", "inf", "many", "")),
     (["backup", "missing/copy.db"], "missing"),
     (["backup", "memws.db"], "memws.db"),
     (["import", "list.json"], "exported"),
@@ -209,7 +222,15 @@ REFUSALS = [
     *((["--host", host, "--port", "0"], "--token") for host in ("*", "::ffff:0.0.0.0", "lab.example")),
     *(
         (["--port", "0", "--base-url", url], "--base-url")
-        for url in ("nonsense", "file:///etc/passwd", "http://", "http://127.0.0.1:1/v1", "http://[::1", "http://x y/")
+        for url in (
+            "nonsense",
+            "localhost:1234/v1",
+            "file:///etc/passwd",
+            "http://",
+            "http://127.0.0.1:1/v1",
+            "http://[::1",
+            "http://x y/",
+        )
     ),
 ]
 

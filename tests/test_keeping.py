@@ -272,7 +272,7 @@ def test_vacuum(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
     for path in (db, tmp_path / "other.db"):
         assert healthy(run, path)
         with memws.connect(serve(db=str(path)).url) as client:
-            with pytest.raises(memws.RemoteError, match="dropped by vacuum --keep-requests") as caught:
+            with pytest.raises(memws.RemoteError, match="vacuum --keep-requests has dropped it") as caught:
                 client.command("get_request", agent_name=PLAIN, turn_id=turn_id, step=step)
             assert caught.value.code == "not_found"
             assert client.ask("Do you remember me?", PLAIN)
@@ -298,7 +298,7 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Tty())
     with memws.progress("memws.py check"):
         assert shown.wait(10)
-    assert re.match(r"memws\.py check: at work for \d+ s", sys.stderr.getvalue())  # type: ignore[attr-defined]
+    assert re.match(r"memws\.py check: \d+ s\n", sys.stderr.getvalue())  # type: ignore[attr-defined]
 
 
 def test_an_export_holds_no_secret(tmp_path: Path, run: Run, serve: Serve, endpoint: Endpoint) -> None:
