@@ -114,6 +114,7 @@ def test_javascript_block(tmp_path: Path) -> None:
 INSTALL = ["pip", "install", "-r", "requirements.txt"]
 # .ci/run does the first two; the browser tests open the notebook of the last.
 OTHER_COMMANDS = [INSTALL, ["python", "-m", "pytest"], [*INSTALL, "jupyterlab"]]
+OTHER_COMMANDS += [["python3", "-m", "venv", ".venv"], [".", ".venv/bin/activate"]]  # the suite runs in such a one
 OTHER_COMMANDS += [["jupyter", "lab", "notebooks/01_quickstart.ipynb"]]
 
 
@@ -158,8 +159,15 @@ def test_commands_are_complete() -> None:
     for port in (11434, 8000, 8080, 1234, 4000):
         assert any(f"http://localhost:{port}" in word for _, words in SERVES for word in words), port
     text = "".join(blocks("sh"))
-    for line in ("pip install -r requirements.txt && python memws.py", "python memws.py chat"):
-        assert f"{line}\n" in text
+    venv, activate = "python3 -m venv .venv", ". .venv/bin/activate"  # Debian has no `python`, and its pip refuses
+    install = f"{venv} && {activate} && pip install -r requirements.txt && python memws.py\n"
+    assert text.startswith(f"{install}# and in another terminal:\n{activate} && python memws.py chat\n")
+    for words in (
+        "py -m venv .venv",
+        ".venv\\Scripts\\pip install -r requirements.txt",
+        ".venv\\Scripts\\python memws.py",
+    ):
+        assert f"`{words}`" in README[: README.index("```python")]
     assert "pip install -r requirements.txt && python -m pytest\n" in text
     assert {"OPENAI_API_KEY"} == {name for variables, _ in SERVES for name in variables}
 
