@@ -38,7 +38,7 @@ Glossary:
 
     agent             a named, persistent memory and a model that take turns
     core memory       labelled blocks of limited size that are always in the prompt (persona, human)
-    recall memory     every past chat message, searchable
+    recall memory     every past chat message; what was said is searchable
     archival memory   passages the agent chose to keep, searchable
     context window    what the model sees in one call, in tokens
     step              one model call and the tool calls it asks for
@@ -197,6 +197,7 @@ IDLE_HEARTBEATS = 10  # timed heartbeats without a user's message before they pa
 WARNING_FRACTION = 0.75  # of the context window: above it the agent is warned once (MemGPT 0.2.7, constants.py)
 KEEP_FRACTION = 0.3  # of the room for messages: what a compaction keeps of the newest ones
 MIN_REPLY_TOKENS = 512  # a context window must leave this much beside the prompt and full blocks
+MINUTES = "%Y-%m-%d %H:%M"  # how lists that a model reads tell a time
 SEARCH_PAGE = 10  # results of one page; MemGPT's five lose a tenth of the evidence
 
 # Embeddings.
@@ -233,8 +234,8 @@ answer or act after a call.
 How you remember:
 - Core memory is the blocks below, always in view and limited in size. Keep the essentials about yourself and the user
   there with core_memory_append and core_memory_replace, as soon as you learn them and without announcing it.
-- Recall memory is every past message, also those that have left this window: conversation_search and
-  conversation_search_date find them.
+- Recall memory is all that the user and you have said, also what has left this window: conversation_search and
+  conversation_search_date find it. What tools returned is not in it: keep what matters of that.
 - Archival memory is for everything else worth keeping: archival_memory_insert and archival_memory_search.
 Before you say that you do not know something about the user or the past, search. Do not invent memories.
 
@@ -3528,9 +3529,6 @@ def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
 # ---- memory and its transactions -------------------------------------------------------------------------------------
 
 
-MINUTES = "%Y-%m-%d %H:%M"  # times in lists that a model reads
-
-
 @dataclass(eq=False)
 class Memory:
     """An agent's memory as it is on disk; only a transaction changes it."""
@@ -3657,15 +3655,24 @@ class Transaction:
             raise Refused("not_found", f"there is no core memory block {quote(label)}; blocks: {names}")
         return self.blocks[label]
 
-    def write(self, label: str, value: str, version: int | None = None) -> None:
+    def write(self, label: str, value: str, version: int | None = None, limit: int | None = None) -> None:
         """Give a block another text, with `version` only if that is its. Raises Refused (block_limit, conflict)."""
-        block = self.block(label)
-        if version not in (None, block.version):
-            text = f"block {label} has version {block.version} by now; read its value, then send that version"
-            raise Refused("conflict", text, version=block.version, value=block.value)
-        if value != block.value:
-            self.blocks[label] = replace(block, value=value, version=block.version + 1)
-            self._add_change("core", label, block.value, value, label=label)
+        old = self.block(label)
+        if version not in (None, old.version):
+            text = f"block {label} has version {old.version} by now; read its value, then send that version"
+            raise Refused("conflict", text, version=old.version, value=old.value)
+        block = replace(old, value=value, limit=limit or old.limit, version=old.version + (value != old.value))
+        self.put_blocks({**self.blocks, label: block})
+        if block.limit != old.limit and value == old.value:
+            self.add_event("agent_change", f"block {label} has another limit", change="updated")
+
+    def put_blocks(self, blocks: dict[str, Block]) -> None:
+        """Take other blocks, and tell of texts that come, change or go."""
+        for label in {**self.blocks, **blocks}:
+            before, after = (each[label].value if label in each else None for each in (self.blocks, blocks))
+            if (before or "") != (after or ""):
+                self._add_change("core", label, before, after, label=label)
+        self.blocks = blocks
 
     def insert(self, text: str) -> int:
         """Keep a passage; its id. Raises Refused (text_too_long)."""
@@ -3758,6 +3765,51 @@ def _moment(text: str, days: int, zone: datetime.tzinfo | None) -> str:
         raise InvalidRequest("bad_field", text) from None
 
 
+_ALIKE = str.maketrans(
+    "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2010\u2011\u2012\u2013\u2014\u2212", "''''\"\"\"\"------"
+)
+_SIGN = re.compile(" *\n| +|[^\u00ad\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")  # no soft hyphens, joiners and the like
+
+
+def _signs(text: str) -> tuple[str, list[int]]:
+    """`text` as people see it, whatever its spaces, line ends, quotes and dashes are; the place of each sign in it."""
+    signs = list(_SIGN.finditer(re.sub(r"[^\S\n]", " ", text.translate(_ALIKE))))
+    return "".join(sign[0][-1] for sign in signs), [sign.end() - 1 for sign in signs]
+
+
+def _in_word(text: str, place: int) -> bool:
+    """Whether a word or a number goes on over a place; in scripts without spaces none does."""
+    pair, around = text[max(0, place - 1) : place + 1], text[max(0, place - 2) : place + 2]
+    joined = len(pair) == 2 and f"a{pair}".isidentifier() and not re.search(f"[{_PAIRED}{_TRIPLED}]", pair)
+    return joined or re.search(r"\d[.,]\d", around) is not None
+
+
+def edit_text(text: str, old: str, new: str) -> str:
+    """`text` with `new` where `old` stands: to the letter, or else as people see it. Raises ToolError where that is
+    nowhere, more than once, or in the middle of a word or number."""
+    if old != old.strip("\n"):
+        old, new = old.strip("\n"), new.strip("\n")
+    seen, places = text, list(range(len(text)))
+    if old not in text:
+        text, old = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", old).strip()
+        (seen, places), (old, _) = _signs(text), _signs(old)
+    count, start = seen.count(old) if old else 0, seen.find(old)
+    end = start + len(old)
+    if count == 0:
+        wanted = next((line for line in old.split("\n") if line not in seen), "")[:300]
+        lines = [line[:300] for line in text.split("\n") if wanted and line.strip()]
+        near = "".join(f"; the nearest line is: {line}" for line in difflib.get_close_matches(wanted, lines, 1, 0.0))
+        raise ToolError(f"old_content is not in the block; copy it to the letter from what the block holds{near}")
+    if count > 1:
+        raise ToolError(f"old_content stands in the block {count} times; give more of the line, or the lines beside it")
+    if _in_word(seen, start) or _in_word(seen, end):
+        raise ToolError("old_content is only part of a word or number in the block; give more of the line")
+    head, tail = text[: places[start]], text[places[end - 1] + 1 :]
+    if not (new or head.rpartition("\n")[2].strip() or tail.partition("\n")[0].strip()):
+        head, tail = head.rpartition("\n")[0], "\n" + tail.partition("\n")[2]  # no blank line is left
+    return (head + new + tail).strip("\n")
+
+
 # ---- the memory tools (names and parameters are MemGPT 0.2.7's, functions/function_sets) -----------------------------
 
 
@@ -3780,22 +3832,19 @@ def core_memory_replace(memory: Transaction, name: str, old_content: str, new_co
     """Replace text in a block of core memory.
 
     Args:
-        old_content: what stands there, to the letter
+        old_content: what stands there, to the letter and only once
         new_content: empty to delete
     """
-    block = memory.block(name)
-    if not old_content or old_content not in block.value:
-        raise ToolError(f"old_content is not in the {name} block; copy it to the letter from what the block holds")
-    memory.write(name, block.value.replace(old_content, new_content, 1).strip("\n"))
+    memory.write(name, edit_text(memory.block(name).value, old_content, new_content))
 
 
 async def conversation_search(memory: Transaction, query: str, page: int = 0) -> str:
-    """Search all past messages by words."""
+    """Search all that the user and you have said, by words."""
     return await memory.search("recall", query, page)
 
 
 async def conversation_search_date(memory: Transaction, start_date: str, end_date: str, page: int = 0) -> str:
-    """List past messages between two days, the newest first.
+    """List what the user and you said between two days, the newest first.
 
     Args:
         start_date: YYYY-MM-DD
@@ -3906,17 +3955,40 @@ def check_record(record: AgentRecord) -> None:
     record.blocks = [asdict(apply(Block, values, "agent.blocks")) for values in record.blocks]
 
 
-def core_memory(
-    persona: str = "sam_pov", human: str = "basic", blocks: Annotated[list[JSON], 1, MAX_BLOCKS] | None = None
-) -> list[Block]:
+Limit = Annotated[int, 1, MAX_BLOCK_LIMIT] | None
+BlockItems = Annotated[list[JSON], 1, MAX_BLOCKS] | None
+
+
+def by_label(blocks: BlockItems = None) -> dict[str, JSON]:
+    """Blocks as somebody sent them, by label. Raises Refused (bad_config) where one comes twice."""
+    items = {str(item.get("label")): item for item in blocks or ()}
+    if len(items) < len(blocks or ()):
+        raise Refused("bad_config", "blocks: a label comes twice; name each block once")
+    return items
+
+
+def core_memory(persona: str = "sam_pov", human: str = "basic", blocks: BlockItems = None) -> list[Block]:
     """A new agent's core memory: persona and human (texts, or bundled names) and further blocks. Raises Refused."""
-    items = {"persona": {"value": PERSONAS.get(persona, persona)}, "human": {"value": HUMANS.get(human, human)}}
-    for item in blocks or ():
-        label = str(item.get("label"))
+    texts = {"persona": PERSONAS.get(persona, persona), "human": HUMANS.get(human, human)}
+    items: dict[str, JSON] = {label: {"label": label, "value": text} for label, text in texts.items()}
+    for label, item in by_label(blocks).items():
         items[label] = items.get(label, {}) | item
-    made = [apply(Block, {"label": label, **item, "version": 1}, "blocks") for label, item in items.items()]
-    if sum(block.limit for block in made) > MAX_BLOCKS_TOTAL:
-        raise Refused("bad_config", f"blocks: expected limits of at most {MAX_BLOCKS_TOTAL:,} characters together")
+    return list(reshape({}, items).values())
+
+
+def reshape(blocks: dict[str, Block], items: dict[str, JSON]) -> dict[str, Block]:
+    """Core memory with blocks added, with other limits, and without those to delete. Raises Refused."""
+    made = dict(blocks)
+    for label, item in items.items():
+        old, delete = made.get(label), item.pop("delete", False)
+        former = asdict(old) if old else {"version": 1}
+        if delete is True and old:
+            del made[label]
+        elif delete or (old and item.get("value") not in (None, old.value)):
+            text = "only a block that is there can be deleted, and only set_block changes its value"
+            raise Refused("bad_config", f"blocks: {text}; got {quote(item)}")
+        else:
+            made[label] = apply(Block, {**former, **item, "version": former["version"]}, "blocks")
     return made
 
 
@@ -3924,7 +3996,7 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     """A config to be stored, and warnings of what is ignored. `base`: what is stored by now; None for a new agent.
     Raises Refused (bad_config)."""
     known = [*_function_of(Config).parameters["properties"]]
-    known += ["name", *_function_of(core_memory).parameters["properties"]] if base is None else []
+    known += ["name", *_function_of(core_memory).parameters["properties"]] if base is None else ["blocks"]
     others = [key for key in values if key not in known][:20]
     warnings = [f"{quote(key)} is ignored; known: {', '.join(known)}" for key in others]
     stored = base or {}
@@ -3942,8 +4014,11 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     return config, warnings
 
 
-def check_window(config: JSON, default: int, tools: Mapping[str, Tool], blocks: Iterable[Block]) -> None:
-    """Raises Refused where the context window has no room for prompt, full blocks and a reply."""
+def check_window(config: JSON, default: int, tools: Mapping[str, Tool], blocks: Collection[Block]) -> None:
+    """Raises Refused where there is too much of blocks, or no room for prompt, full blocks and a reply."""
+    if len(blocks) > MAX_BLOCKS + 2 or sum(block.limit for block in blocks) > MAX_BLOCKS_TOTAL:
+        text = f"at most {MAX_BLOCKS} beside persona and human, with limits of {MAX_BLOCKS_TOTAL:,} characters together"
+        raise Refused("bad_config", f"blocks: expected {text}")
     window = config["context_window"] or default
     specs = ",".join(tools[name].spec for name in config["tools"] or MEMORY_TOOLS if name in tools)
     needed = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(specs) + MIN_REPLY_TOKENS
@@ -4141,18 +4216,24 @@ class Agent:
         specs = ",".join(tool.spec for tool in self.tools.values())
         self._sections["tools"] = f"[{specs}]" if specs else ""
 
-    async def update(self, config: JSON) -> None:
-        """Take another config; what was refused is tried anew. Raises Refused where the window is too small for it."""
-        model, _ = self._models.get(config["model"], self.record.base_url, self._api_key)
-        window = self._models.context_window or model.window
-        check_window(config, window, self._all_tools, self.blocks.values())
+    async def update(self, values: JSON) -> list[str]:
+        """Take other settings and blocks; what was refused is tried anew. What is ignored. Raises Refused."""
         async with Transaction(self.memory) as change:
-            change.config = config
+            change.config, warnings = read_config(values, self._all_tools, change.config)
+            change.put_blocks(reshape(change.blocks, apply(by_label, values)))
+            self.check_room(change)
             change.add_event("agent_change", "the agent's settings changed", change="updated")
         await self._recall()
         learned = self.model.learned
         self.model.learned = replace(learned, options=[], window=0)
         await self._learn(learned)
+        return warnings
+
+    def check_room(self, change: Transaction) -> None:
+        """Raises Refused where the context window is too small for what a transaction makes of the agent."""
+        model, _ = self._models.get(change.config["model"], self.record.base_url, self._api_key)
+        window = self._models.context_window or model.window
+        check_window(change.config, window, self._all_tools, change.blocks.values())
 
     def settings(self) -> JSON:
         """The config with what the defaults make of it."""
@@ -4675,7 +4756,7 @@ class Agent:
         """(words, the summary as packed, tokens with it): words are left out until it saves something."""
         hidden = f"Note: prior messages ({kept[0].id - 1} of {self.memory.last_message}) have left your view"
         for words in (gist, excerpt(gist, 200), ""):
-            note = f"{hidden} to make room; conversation_search finds them. Summary of them:\n{words}"
+            note = f"{hidden} to make room; conversation_search finds what was said in them. Summary:\n{words}"
             summary = self.memory.pack("system_alert", message=note)
             sizes = self._sizes(kept, summary=encode_json({"role": "user", "content": summary}))
             if (after := sum(sizes.values())) < before:
@@ -7384,6 +7465,7 @@ class Reader:
 
 AgentName = Annotated[str, 0, 1_000] | None
 Text = Annotated[str, 0, MAX_FRAME]
+Label = Annotated[str, 1, MAX_NAME]
 TurnId = Annotated[str, 1, MAX_ID]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
@@ -7650,10 +7732,10 @@ class Session:
         }
 
     async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
-        """Change an agent's settings. Result: {settings, warnings}."""
+        """Change an agent's settings; its `blocks` add blocks and change limits, {label, delete: true} takes one away.
+        Result: {settings, warnings}."""
         agent = await live.fresh()
-        values, warnings = read_config(config, self._agents.tools, agent.record.config)
-        await agent.update(values)
+        warnings = await agent.update(config)
         live.rest()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
@@ -7746,11 +7828,15 @@ class Session:
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
 
     async def set_block(
-        self, live: LiveAgent, label: Annotated[str, 1, MAX_NAME], value: Text, version: int | None = None
+        self, live: LiveAgent, label: Label, value: Text, limit: Limit = None, version: int | None = None
     ) -> JSON:
-        """Give a block of core memory another text, with `version` only if that is stored. Result: {label, version}."""
-        async with Transaction((await live.fresh()).memory) as change:
-            change.write(label, value, version)
+        """Give a block of core memory another text, with `version` only if that is stored, and another limit.
+        Result: {label, version}."""
+        agent = await live.fresh()
+        async with Transaction(agent.memory) as change:
+            change.write(label, value, version, limit)
+            if limit is not None:
+                agent.check_room(change)
             return {"label": label, "version": change.block(label).version}
 
     async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:

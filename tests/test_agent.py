@@ -628,7 +628,7 @@ async def test_a_long_conversation_in_a_small_window(endpoint: Endpoint, lab: La
     await lab.say(agent, "What was it?", Reply(calls=[("conversation_search", {"query": "code of locker 3"})]))
     assert "The code of locker 3 is 3757." in results(endpoint.requests[-1])[-1]
     (alert, *_) = packed(endpoint.requests[-1], "system_alert")
-    told = r"prior messages \((\d+) of (\d+)\).*conversation_search finds them.*Summary (\d+)$"
+    told = r"prior messages \((\d+) of (\d+)\).*conversation_search finds what was said in them.*Summary (\d+)$"
     found = re.search(told, alert["message"], re.DOTALL)
     assert found
     assert (int(found[1]), int(found[3])) == (agent.memory.messages[0].id - 1, len(compactions))

@@ -148,7 +148,8 @@ BAD_CONFIGS += [
     {"max_steps": 0}, {"heartbeat_interval": 59}, {"timezone": "Mars"}, {"timezone": "../UTC"},
     {"settings": []}, {"settings": {"temperature": 2.1}},
     {"settings": {"temperature": True}}, {"settings": {"seed": 0.5}}, {"settings": {"reasoning_effort": 5}},
-    {"persona": 5}, {"blocks": {}}, {"blocks": [{"label": "1"}]}, {"blocks": [{"label": "a", "value": 5}]},
+    {"persona": 5}, {"blocks": {}}, {"blocks": [{"label": "1"}]}, {"blocks": [{"value": "x"}]},
+    {"blocks": [{"label": "a"}, {"label": "a"}]}, {"blocks": [{"label": "a", "value": 5}]},
     {"blocks": [{"label": "a", "limit": 0}]}, {"blocks": [{"label": f"b{number}"} for number in range(21)]},
     {"blocks": [{"label": f"b{number}", "limit": 20_000} for number in range(5)]},
 ]  # fmt: skip
@@ -341,6 +342,54 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
         for wrong in ({"max_steps": 0}, {"context_window": 99}, {"tools": ["x"]}, {"settings": {"top_p": 2}}):
             assert (await client.refused("update_agent", config=wrong))["code"] == "bad_config"
         assert (await client.ok("get_agent"))["settings"] == updated["settings"]
+
+
+async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
+    """update_agent adds blocks, changes limits and takes blocks away, all or nothing, told and in the next prompt."""
+    async with wire(
+        server, "*", agent={"human": "Likes tea", "blocks": [{"label": "plan", "value": "rest"}]}
+    ) as client:
+        await client.ok("subscribe")
+        items: list[JSON] = [
+            {"label": "human", "limit": 9}, {"label": "plan", "delete": True},
+            {"label": "pets", "value": "Rex", "limit": 99}, {"label": "mood", "delete": False},
+        ]  # fmt: skip
+        await client.ok("update_agent", config={"blocks": items, "max_steps": 7})
+        told = client.before_answer or await client.until(lambda frame: frame.get("change") == "updated")
+        edits = [(event["label"], event["before"], event["after"]) for event in of_kind(told, "memory_change")]
+        assert edits == [("plan", "rest", None), ("pets", None, "Rex")]
+        assert [event["message_type"] for event in told] == ["memory_change", "memory_change", "agent_change"]
+        agent = await client.ok("get_agent")
+        shapes = [tuple(block.values()) for block in agent["blocks"][1:]]
+        assert shapes == [("human", "Likes tea", 9, 1), ("pets", "Rex", 99, 1), ("mood", "", 2000, 1)]
+        assert agent["settings"]["max_steps"] == 7
+        for code, *wrong in (
+            ("bad_config", {"label": "new"}, {"label": "new"}),
+            ("bad_config", {"label": "human", "value": "Likes cake"}),
+            ("bad_config", {"label": "plan", "delete": True}), ("bad_config", {"label": "pets", "delete": "yes"}),
+            ("bad_config", {"limit": 9}), ("bad_config", {"label": "pets", "size": 9}), ("bad_config", 5),
+            ("block_limit", {"label": "pets", "delete": True}, {"label": "human", "limit": 8}),
+            ("bad_config", *({"label": f"b{number}"} for number in range(19))),
+            ("bad_config", *({"label": f"b{number}", "limit": 20_000} for number in range(5))),
+        ):  # fmt: skip
+            assert (await client.refused("update_agent", config={"blocks": wrong}))["code"] == code, wrong
+        error = await client.refused(
+            "update_agent", config={"context_window": 3_000, "blocks": [{"label": "b", "limit": 9_000}]}
+        )
+        assert "context_window" in error["message"]
+        assert (await client.ok("get_agent"))["blocks"] == agent["blocks"]
+        _, change = await client.edit("set_block", label="human", value="Likes tea", limit=50)
+        assert change["change"] == "updated"
+        result, change = await client.edit("set_block", label="human", value="Likes green tea", limit=60, version=1)
+        assert (result["version"], change["after"]) == (2, "Likes green tea")
+        for limit, code in ((5, "block_limit"), (20_000, "bad_config")):
+            await client.command("update_agent", config={"context_window": 4_000})
+            error = await client.refused("set_block", label="human", value="Likes green tea", limit=limit)
+            assert error["code"] == code
+        await client.turn("hi")
+        prompt = endpoint.requests[-1]["messages"][0]["content"]
+        assert '<human characters="15/60">\nLikes green tea\n</human>\n<pets characters="3/99">' in prompt
+        assert "plan" not in prompt
 
 
 async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, server: Server) -> None:

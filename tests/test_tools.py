@@ -402,6 +402,43 @@ async def test_core_memory_is_edited(lab: Lab, agent: Agent) -> None:
     assert ((await lab.say(agent, "Hi")).of("memory_change"), agent.blocks["human"].version) == ([], 5)
 
 
+LINES = "Name: Zoe\nWife: Anna\nTown: Oslo"
+EDITS: list[tuple[str, str, str, str]] = [  # a block, old_content, new_content, the block then, or what is advised
+    (LINES, "Wife: Anna", "", "Name: Zoe\nTown: Oslo"), (LINES, "Wife: Anna\n", "", "Name: Zoe\nTown: Oslo"),
+    (LINES, "\nTown: Oslo", "", "Name: Zoe\nWife: Anna"), (LINES, "Name: Zoe\n", "", "Wife: Anna\nTown: Oslo"),
+    ("A\n\nB\nC", "B", "", "A\n\nC"), ("A  \n  B\nC", "B", "", "A  \nC"), ("tea, cake", ", cake", "", "tea"),
+    (LINES, "Zoe\n", "Ada", "Name: Ada\nWife: Anna\nTown: Oslo"), ("a b", " b", "\nb", "a\nb"),
+    ("It\u2019s\u00a0me  \r\nOslo\u2019s", "It's me\nOslo", "x", "x\u2019s"),
+    ("Oslo \u2014 \u201chome\u201d", 'Oslo - "home"', "y", "y"),
+    ("Caf\u00e9 X", "Cafe\u0301", "Bar", "Bar X"), ("Cafe\u0301 X", "Caf\u00e9", "Bar", "Bar X"),
+    ("\ufeffze\u200bro cups\u3000of tea", "zero cups of", "a cup of", "\ufeffa cup of tea"),
+    ("A\tB", " A  B \n", "C", "C"),
+    ("\u6211\u4f4f\u5728\u5317\u4eac", "\u5317\u4eac", "\u4e0a\u6d77", "\u6211\u4f4f\u5728\u4e0a\u6d77"),
+    ("Zoe's cat", "Zoe", "Ada", "Ada's cat"),
+    ("Sister: Anna\nWife: Anna", "Anna", "Eva", "stands in the block 2 times; give more of the line"),
+    ("Born 1993, 3 cats", "3", "4", "2 times"), ("Anna\u00a0B\nAnna B", "Anna  B", "C", "2 times"),
+    ("Born 1993", "3", "4", "part of a word or number"), ("1,500 m", "500", "9", "part of"),
+    ("3.5 m", "3", "4", "part of"),
+    ("Anna", "Ann", "Eve", "part of"), ("Bikes", "ikes", "x", "part of"), ("Cafe\u0301", "Cafe", "Bar", "part of"),
+    ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u093f\u0928", "x", "part of"),
+    (LINES, "City: Oslo", "x", "not in the block; .* the nearest line is: Town: Oslo"),
+    (LINES, "Name: Zoe\nWife: Ana", "x", "the nearest line is: Wife: Anna"),
+    (LINES, "\n", "x", "holds$"), ("", "x", "y", "holds$"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "old", "new", "expected"), EDITS, ids=range(len(EDITS)))
+async def test_the_one_place_is_edited_or_none(lab: Lab, block: str, old: str, new: str, expected: str) -> None:
+    """What old_content means is edited where it is in one place, as it looks to people; else nothing is."""
+    agent = await lab.create(human=block)
+    _, result = await call(lab, agent, "core_memory_replace", name="human", old_content=old, new_content=new)
+    if result == "OK: None":
+        assert agent.blocks["human"].value == expected
+    else:
+        assert re.search(expected, result), result
+        assert agent.blocks["human"].value == block
+
+
 WRONG_CALLS = [
     ("core_memory_append", {"name": "dog", "content": "x"}, "no core memory block 'dog'; blocks: persona, human"),
     ("core_memory_append", {"name": "human", "content": "x" * 2_001}, "limited to 2,000 characters.* 2,001.*shorten"),
