@@ -3805,8 +3805,8 @@ def edit_text(text: str, old: str, new: str) -> str:
     if _in_word(seen, start) or _in_word(seen, end):
         raise ToolError("old_content is only part of a word or number in the block; give more of the line")
     head, tail = text[: places[start]], text[places[end - 1] + 1 :]
-    if not (new or head.rpartition("\n")[2].strip() or tail.partition("\n")[0].strip()):
-        head, tail = head.rpartition("\n")[0], "\n" + tail.partition("\n")[2]  # no blank line is left
+    if not (head.rpartition("\n")[2] + new + tail.partition("\n")[0]).strip():
+        head, new, tail = head.rpartition("\n")[0], "", "\n" + tail.partition("\n")[2]  # no blank line is left
     return (head + new + tail).strip("\n")
 
 

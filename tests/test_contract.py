@@ -59,7 +59,7 @@ hello, list, get, update: server test_hello_and_the_message_types test_hello_cou
 rename, delete, restore, purge: server test_an_agent_that_is_renamed_deleted_and_restored; machine
   test_whatever_clients_do; store test_a_purged_agent_is_gone
 messages and search: server test_get_messages_pages_backwards test_search_memory; store test_search_is_filtered
-blocks and passages: server test_edits_of_memory
+blocks and passages: server test_edits_of_memory test_blocks_are_reshaped; tools test_the_one_place_is_edited_or_none
 wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_message
 """
 BAD_INPUT = """
@@ -117,7 +117,9 @@ AGENT = """
 6 nothing sent is executed: layers test_memws; tools test_conversation_search_pages_through_the_past
 7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
   test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them
-  test_a_login_precedes_a_message_after_an_hour_of_silence
+  test_a_login_precedes_a_message_after_an_hour_of_silence; tools test_what_tools_returned_is_no_recall_memory
+days and times of the agent's timezone: tools test_days_are_the_agents; server test_an_agent_keeps_its_timezone
+  test_search_memory; cli test_flags_and_variables
 8 token counts: agent test_estimates_are_calibrated_within_bounds
 9 roles and ids that endpoints take: llm test_names_and_ids_that_no_api_takes_are_changed
   test_an_option_that_is_refused; agent test_what_an_endpoint_wants_is_learned_once test_what_a_refusal_teaches

@@ -406,7 +406,7 @@ LINES = "Name: Zoe\nWife: Anna\nTown: Oslo"
 EDITS: list[tuple[str, str, str, str]] = [  # a block, old_content, new_content, the block then, or what is advised
     (LINES, "Wife: Anna", "", "Name: Zoe\nTown: Oslo"), (LINES, "Wife: Anna\n", "", "Name: Zoe\nTown: Oslo"),
     (LINES, "\nTown: Oslo", "", "Name: Zoe\nWife: Anna"), (LINES, "Name: Zoe\n", "", "Wife: Anna\nTown: Oslo"),
-    ("A\n\nB\nC", "B", "", "A\n\nC"), ("A  \n  B\nC", "B", "", "A  \nC"), ("tea, cake", ", cake", "", "tea"),
+    ("A\n\nB\nC", "B", "", "A\n\nC"), ("A  \n  B\nC", "B", " \n", "A  \nC"), ("tea, cake", ", cake", "", "tea"),
     (LINES, "Zoe\n", "Ada", "Name: Ada\nWife: Anna\nTown: Oslo"), ("a b", " b", "\nb", "a\nb"),
     ("It\u2019s\u00a0me  \r\nOslo\u2019s", "It's me\nOslo", "x", "x\u2019s"),
     ("Oslo \u2014 \u201chome\u201d", 'Oslo - "home"', "y", "y"),
@@ -491,6 +491,18 @@ async def test_archival_memory(lab: Lab, agent: Agent) -> None:
     assert result == "OK: No results found in archival memory for 'bicycle'."
     _, result = await call(lab, agent, "archival_memory_search", query="")
     assert max(len(item["text"]) for item in listed(result)) < memws.SEARCH_TEXT_LIMIT + 100
+
+
+async def test_what_tools_returned_is_no_recall_memory(endpoint: Endpoint) -> None:
+    """A search finds what was said, as the prompt says, and what a tool returned only where somebody said it."""
+    async with Lab(endpoint, tools=[book]) as lab:
+        agent = await lab.create()
+        await lab.say(agent, "Book it", Reply(calls=[("book", {"city": "Bergen", "nights": 2})]), Reply("Done!"))
+        await lab.say(agent, "Where?", Reply("In Bergen."))
+        _, result = await call(lab, agent, "conversation_search", query="Bergen")
+        assert (listed(result)[0]["role"], listed(result)[0]["text"]) == ("assistant", "In Bergen.")
+        assert {item["role"] for item in listed(result)} == {"assistant", "user"}
+    assert "Recall memory is all that the user and you have said" in memws.SYSTEM_PROMPT
 
 
 async def test_conversation_search_pages_through_the_past(lab: Lab, agent: Agent) -> None:
