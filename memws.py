@@ -179,7 +179,6 @@ TOOL_TIMEOUT = 60.0
 TOOL_STEP = 0.25  # an async tool that keeps the loop from running for longer is named in the log
 RETRY_PAUSE = 0.5  # before the first retry of a failed model call; doubled for the next
 LOADING_PATIENCE, LOADING_PAUSE = 60.0, 2.0  # how long an endpoint may load its model, and before it is asked again
-CENTURY = 36_525  # days
 MAX_RETRY_AFTER = 30.0  # the longest Retry-After that is waited for; a longer one ends the turn
 LOGIN_SILENCE = 3600.0  # a message after so long a silence is preceded by a login event
 MIN_HEARTBEAT_INTERVAL = 60
@@ -300,6 +299,14 @@ def clean_value(value: Any) -> Any:
 def now_text() -> str:
     """The time as the wire has it: RFC 3339, UTC, milliseconds."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def local_time(moment: str, zone: datetime.tzinfo | None = None, style: str = MINUTES) -> str:
+    """A stored time as a clock in that zone shows it, by default as this machine's."""
+    try:
+        return datetime.datetime.fromisoformat(moment).astimezone(zone).strftime(style)
+    except (ValueError, OverflowError):  # a time of an imported agent
+        return moment
 
 
 def process_wide(name: str, default: Any) -> Any:
@@ -2829,10 +2836,7 @@ class Endpoint:
         self.options: JSON = {"api_key": self.key or "none", "max_retries": 0}
         if base_url:
             if not _ADDRESS.fullmatch(base_url.strip()):
-                example = "http://localhost:11434/v1"
-                raise UsageError(
-                    f"--base-url or OPENAI_BASE_URL: expected one like {example}, but got {quote(base_url)}"
-                )
+                raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(base_url)}")
             parts = urllib.parse.urlsplit(base_url.strip())
             path = parts.path.rstrip("/").removesuffix("/chat/completions")
             query = dict(urllib.parse.parse_qsl(parts.query))
@@ -3557,10 +3561,7 @@ class Memory:
 
     def clock(self, moment: str = "", style: str = "%Y-%m-%d %I:%M:%S %p %Z%z") -> str:
         """A stored time, or now, as a model reads it; by default in the style of MemGPT 0.2.7 (utils.py)."""
-        try:
-            return datetime.datetime.fromisoformat(moment or now_text()).astimezone(self.zone).strftime(style)
-        except (ValueError, OverflowError):  # a time of an imported agent
-            return moment
+        return local_time(moment or now_text(), self.zone, style)
 
     def pack(self, kind: str, **fields: Any) -> str:
         """An event for the model, as MemGPT 0.2.7 (system.py) packs it: user-role JSON with the time."""
@@ -6879,11 +6880,9 @@ class Options:
     port: Annotated[int, 0, 65_535] = option(DEFAULT_PORT, "port to listen on; 0 picks a free one")
     db: str = option(DEFAULT_DB, "SQLite file with the agents; :memory: keeps nothing")
     model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(
-        None, "model of agents that name none; offline: the stand-in, no language model"
+        None, "model of agents that name none; offline: a stand-in"
     )
-    base_url: Annotated[str, 1, 2_000] | None = option(
-        None, "OpenAI-compatible endpoint, like http://localhost:11434/v1 for Ollama"
-    )
+    base_url: Annotated[str, 1, 2_000] | None = option(None, "OpenAI-compatible endpoint: http://localhost:11434/v1")
     api_key: str | None = option(None, "the endpoint's key: only from Python, or as OPENAI_API_KEY")
     embedding_model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model for search by vectors; needs numpy")
     context_window: Annotated[int, 1, 100_000_000] | None = option(None, "tokens that the model's context window holds")
@@ -6900,7 +6899,7 @@ class Options:
         object.__setattr__(self, "db", os.fspath(self.db))
         for name in ("allow_origin", "allow_host"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else value)
+            object.__setattr__(self, name, value.split(",") if isinstance(value, str) else value)
         for name, hint in typing.get_type_hints(Options, include_extras=True).items():
             value = getattr(self, name)
             try:
@@ -6960,9 +6959,7 @@ class Gate:
         names |= {name: url_host(name.strip()) for name in options.allow_host}
         for name, host in names.items():
             if not _host_of(host):
-                raise UsageError(
-                    f"expected --allow-host lab.example, --allow-origin https://lab.example; got {quote(name)}"
-                )
+                raise UsageError(f"expected --allow-host HOST or --allow-origin https://HOST, but got {quote(name)}")
         own = _host_of(url_host(options.host))
         self._hosts = {"localhost", "127.0.0.1", "[::1]", own, *map(_host_of, names.values())} - {""}
 
@@ -8192,8 +8189,7 @@ class WebSocketServer:
     # -- for Python: each call in its blocking form, and the awaitable one --
 
     def create_new_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Agent:
-        """A new agent, from its name or its config, or keywords of the config: as in the create_agent command, plus
-        base_url and api_key. Raises Refused."""
+        """A new agent: a name, config or keywords as in create_agent, plus base_url and api_key. Raises Refused."""
         return self._call(self.create_new_agent_async, config, **more)
 
     async def create_new_agent_async(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Agent:
@@ -8253,6 +8249,7 @@ class WebSocketServer:
 
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
+PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
 STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 FORMS = {
     "internal_monologue": ("~ {message}", "dim"),
@@ -8282,9 +8279,6 @@ def clipped(text: object, length: int = 160) -> str:
     """The beginning of a text, printable and on one line."""
     line = " ".join(str(text).split())
     return printable(line if len(line) <= length else line[: length - 1] + "…")
-
-
-PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
 
 
 class Screen:
@@ -8556,11 +8550,6 @@ class Chat:
         raise EOFError
 
 
-def local_time(moment: str, zone: datetime.tzinfo | None = None) -> str:
-    """A time of the wire as a person reads it, where none is named in the machine's zone."""
-    return datetime.datetime.fromisoformat(moment).astimezone(zone).strftime(MINUTES)
-
-
 def all_agents(client: BlockingClient) -> list[Frame]:
     """The agents of the server, in its order."""
     agents: list[Frame] = []
@@ -8664,6 +8653,9 @@ def serve_command(flags: argparse.Namespace) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
     options = {name: value for name, value in vars(flags).items() if name not in ("log_level", "run")}
+    for name in ("allow_origin", "allow_host"):
+        hosts = options[name]
+        options[name] = (os.environ.get(f"MEMWS_{name.upper()}") or ()) if hosts is None else ",".join(hosts)
     server = WebSocketServer(**options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
     for name in {"SIGTERM", "SIGBREAK"} & vars(signal).keys():  # Windows: Ctrl-Break, with which programs stop others
@@ -8689,8 +8681,8 @@ def check_command(flags: argparse.Namespace) -> int:
 
 def vacuum_command(flags: argparse.Namespace) -> None:
     """Give disk space back and say how much. Raises UsageError."""
-    if not 0 <= flags.keep_requests <= CENTURY:
-        raise UsageError(f"--keep-requests: expected from 0 to {CENTURY:,} days, but got {flags.keep_requests}")
+    if not 0 <= flags.keep_requests <= 36_500:
+        raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {flags.keep_requests}")
     dropped, size = vacuum_database(flags.db, flags.keep_requests)
     print(f"{flags.db}: {size / 1000:,.1f} kB given back; {dropped:,} exact requests dropped")
 
@@ -8725,21 +8717,10 @@ def backup_command(flags: argparse.Namespace) -> None:
     print(f"{flags.db} is copied to {flags.file}", file=sys.stderr)
 
 
-@contextlib.contextmanager
-def progress(name: str) -> Iterator[None]:
-    """Tell a terminal every PROGRESS_DELAY how long something has been going on."""
-    over, start = threading.Event(), time.monotonic()
-
-    def tell() -> None:
-        while not over.wait(PROGRESS_DELAY):
-            print(f"{name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-
-    if sys.stderr.isatty():
-        threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        over.set()
+def tell_progress(name: str, over: threading.Event) -> None:
+    """Say every PROGRESS_DELAY that something is still going on."""
+    while not over.wait(PROGRESS_DELAY):
+        print(f"memws: {name} is at work", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -8770,35 +8751,21 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help tells what there is")
 
 
-class Repeatable(argparse.Action):
-    """A flag that may come several times; the first takes the place of the default."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        previous = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if previous is self.default else previous + values)
-
-
-def split(text: str) -> list[str]:
-    """The parts between commas; of a text without any, the text."""
-    return [part.strip() for part in text.split(",") if part.strip()] or [text]
-
-
-def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any = None, **more: Any) -> None:
+def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any = None, /, **more: Any) -> None:
     """A flag --some-name; MEMWS_SOME_NAME is the same where it is not given."""
     variable = f"MEMWS_{name.upper()}"
     shown = "" if default in (None, ()) else f" (default {default})"
     parser.add_argument(
         f"--{name.replace('_', '-')}",
         help=f"{meaning}{shown}; {variable}",
-        default=os.environ.get(variable) or default,
-        **{"metavar": name.rpartition("_")[2].upper(), **more},
+        **{"metavar": name.rpartition("_")[2].upper(), "default": os.environ.get(variable) or default, **more},
     )
 
 
 FLAG_TYPES: dict[str, Any] = {
     "int": {"type": int},
     "float": {"type": float},
-    "tuple": {"type": split, "action": Repeatable},
+    "tuple": {"action": "append", "default": None},  # else it would add to what the variable says
 }
 "How a flag's text is read, by a word in the annotation of its option; of all others it is the value."
 
@@ -8837,10 +8804,9 @@ def make_parser() -> argparse.ArgumentParser:
     backup.add_argument("file")
     vacuum = add("vacuum", "give disk space back: what was purged, and old exact requests", vacuum_command)
     meaning = "days for which what was exactly sent to models is kept"
-    add_flag(vacuum, "keep_requests", meaning, CENTURY, type=float, metavar="DAYS")
+    add_flag(vacuum, "keep_requests", meaning, 36_500, type=float, metavar="DAYS")
     for command in (check, vacuum, export, importing, backup):
         add_flag(command, "db", "the database", DEFAULT_DB)
-        command.set_defaults(run=progress(command.prog)(command.get_default("run")))
     add("protocol", "print the protocol as JSON Schema", lambda flags: print(encode_json(protocol_schema(COMMANDS))))
     return parser
 
@@ -8850,6 +8816,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "serve")
+    over = threading.Event()
+    if words[0] not in ("serve", "chat") and sys.stderr.isatty():
+        threading.Thread(target=tell_progress, args=[words[0], over], daemon=True).start()
     try:
         flags = make_parser().parse_args(words)
         status: int | None = flags.run(flags)
@@ -8864,6 +8833,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is to be flushed at exit
         print(f"memws: cannot write to standard output ({error.strerror}); send it elsewhere", file=sys.stderr)
         return 2
+    finally:
+        over.set()
 
 
 if __name__ == "__main__":
