@@ -529,19 +529,21 @@ _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(
 
 def schema_of(hint: Any) -> JSON:
     """The JSON Schema of a type hint; {} where anything goes. Annotated[int, 1, 9] is from 1 to 9, Annotated[str, 1, 9]
-    of so many characters."""
+    of so many characters, Annotated[str, "a city"] is described so. Raises LookupError for any other hint."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin is Annotated:
+    if origin is Annotated and isinstance(arguments[-1], (str, int, float)):
         schema = schema_of(arguments[0])
+        if isinstance(arguments[1], str):
+            return schema | {"description": arguments[1]}
         _, _, low, high, _ = _KINDS[schema["type"]]
         return schema | {low: arguments[1], high: arguments[2]}
-    if origin is Literal:
+    if origin is Literal and all(type(each) in _NAMES for each in arguments):
         return {"enum": list(arguments)}
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [schema_of(argument) for argument in arguments]}
-    if origin in (list, tuple, Sequence, Iterable):
+    if origin in (list, Sequence, Iterable):
         return {"type": "array"} | ({"items": schema_of(arguments[0])} if arguments else {})
-    return {"type": _NAMES[origin]} if origin in _NAMES else {}
+    return {"type": _NAMES[hint if origin is dict and hint != JSON else origin]} if hint is not Any else {}
 
 
 def describe(schema: JSON) -> str:
@@ -556,9 +558,9 @@ def describe(schema: JSON) -> str:
 
 def check(value: Any, schema: JSON, lenient: bool = False) -> Any:
     """`value`, if it fits. lenient: what a model wrote as text may be JSON. Raises ValueError: "expected …"."""
-    for alternative in schema.get("anyOf", ()):
+    for as_text, alternative in itertools.product(sorted({False, lenient}), schema.get("anyOf", ())):
         with contextlib.suppress(ValueError):
-            return check(value, alternative, lenient)
+            return check(value, alternative, as_text)
     if lenient:
         value = _convert(value, schema.get("type", "string"))
     if not _fits(value, schema):
@@ -591,12 +593,15 @@ class Function:
     call: Callable[..., Any]
     doc: str  # the docstring
     parameters: JSON  # JSON Schema of the arguments
+    readers: Mapping[str, Callable[[Any], Any]]  # those that make arguments of JSON for which `check` is not enough
+    filled: Collection[str]  # the parameters that whoever calls it fills in
 
     def bind(self, arguments: JSON, lenient: bool = False) -> JSON:
         """The arguments that the function takes, checked, without others. Raises InvalidRequest naming the field."""
         bound = {}
-        for name in self.parameters["properties"]:
-            if name in arguments or name in self.parameters["required"]:
+        for name, schema in self.parameters["properties"].items():
+            is_default = lenient and arguments.get(name) in (None, "null", "None") and "'null'" not in str(schema)
+            if name in self.parameters["required"] or (name in arguments and not is_default):
                 bound[f"{name}_" if name == "from" else name] = self.argument(arguments, name, lenient)
         return bound
 
@@ -605,6 +610,8 @@ class Function:
         if name not in arguments:
             raise InvalidRequest("missing_field", f"{self.name} needs {name!r}: {self.usage}")
         try:
+            if name in self.readers:
+                return self.readers[name](arguments[name])
             return check(arguments[name], self.parameters["properties"][name], lenient)
         except ValueError as error:
             text = f"{name}: {error}, but got {quote(arguments[name])}; {self.usage}"
@@ -617,36 +624,61 @@ class Function:
         return f"{self.name}({', '.join(names)})"
 
 
-def function_of(call: Callable[..., Any], name: str | None = None, skip: int = 0) -> Function:
-    """The Function of a callable without its first `skip` parameters. Raises UsageError where nobody could call it."""
-    name = str(name or getattr(call, "__name__", ""))
+def function_of(
+    call: Callable[..., Any],
+    name: str | None = None,
+    skip: Collection[str] = (),
+    other: Callable[[Any, str], Any] | None = None,
+) -> Function:
+    """The Function of a callable without the parameters to `skip`. `other` gives schema and reader for hints that
+    schema_of does not know, or None for one to be filled in. Raises UsageError where nobody could call it."""
+    written = getattr(call, "func", call)  # what a partial is made of
+    name = str(name or getattr(written, "__name__", type(written).__name__))
     if not callable(call) or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
         raise UsageError(f"expected a function with a name of 1 to 64 letters, digits, _ and -, but got {quote(name)}")
-    written = getattr(call, "func", call)  # what a partial is made of
+    doc = inspect.getdoc(written)
+    if not inspect.isroutine(written) and not isinstance(written, type):
+        written = type(written).__call__
+        doc = written.__doc__ or doc
     try:
         hints = typing.get_type_hints(written, include_extras=True)
-        signature = list(inspect.signature(call).parameters.values())[skip:]
-    except (NameError, TypeError, ValueError) as error:
+        signature = inspect.signature(call).parameters.values()
+    except (NameError, TypeError, ValueError, AttributeError, SyntaxError) as error:
         raise UsageError(f"cannot read the signature of {name!r}: {error}") from error
-    properties, required = {}, []
-    for parameter in signature:
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise UsageError(f"{name!r}: the parameter {parameter.name!r} cannot be passed by name")
-        key = parameter.name.rstrip("_")  # from_ is `from` outside
-        properties[key] = schema_of(hints.get(parameter.name, Any))
-        if parameter.default is parameter.empty:
+    properties, required, readers, filled = {}, [], {}, []
+    for parameter in (each for each in signature if each.name not in skip):
+        is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if not is_named or parameter.name == "self" or hasattr(parameter.default, "is_required"):
+            text = (
+                "it needs a name (functools.wraps keeps it), a method its object, pydantic's Field to be in Annotated"
+            )
+            raise UsageError(f"{name!r}: no model can fill in '{parameter}': {text}")
+        key = "from" if parameter.name == "from_" else parameter.name  # as it is called outside
+        hint = hints.get(parameter.name, Any)
+        try:
+            properties[key] = schema_of(hint)
+        except (LookupError, TypeError):
+            found = other(hint, f"{name!r}: {parameter.name}") if other else None
+            if not found:
+                filled.append(parameter.name)
+                continue
+            properties[key], readers[key] = found
+        default = parameter.default
+        if default is parameter.empty:
             required.append(key)
-        elif isinstance(parameter.default, (str, int, float)):
-            properties[key]["default"] = parameter.default
+        elif isinstance(default, (str, int)) or (isinstance(default, float) and math.isfinite(default)):
+            properties[key]["default"] = default
     parameters = {"type": "object", "properties": properties, "required": required}
-    return Function(name, call, inspect.getdoc(written) or "", parameters)
+    return Function(name, call, inspect.cleandoc(doc or ""), parameters, readers, filled)
 
 
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 Id = Annotated[str, 0, MAX_ID] | Annotated[int, -(2**53), 2**53] | None
 _HEAD = {"type": schema_of(str), "command": schema_of(str), "id": schema_of(Id)}
-_REQUEST = Function("request", dict, "what requests have in common", {"properties": _HEAD, "required": ["type"]})
+_REQUEST = Function(
+    "request", dict, "what requests have in common", {"properties": _HEAD, "required": ["type"]}, {}, ()
+)
 
 
 def check_name(name: Any) -> str:
@@ -3389,16 +3421,66 @@ class Tool:
     def name(self) -> str:
         return self.function.name
 
-    def surplus(self, arguments: JSON) -> list[str]:
-        """The arguments that the function does not take."""
-        known = (*self.function.parameters["properties"], REQUEST_HEARTBEAT)
-        return [name for name in arguments if name not in known]
 
-    def bind(self, arguments: JSON) -> JSON:
-        """`arguments` as the function takes them, without request_heartbeat. Raises InvalidRequest with advice."""
-        if unknown := self.surplus(arguments):
-            raise InvalidRequest("bad_field", f"unknown argument {quote(unknown[0])}; call {self.function.usage}")
-        return self.function.bind(arguments, lenient=True)
+class Caller:
+    """The agent that calls a tool, for a parameter of that type, which no model sees; section 8 has the agent."""
+
+
+_TYPES = [{"type": name} for name in ("string", "number", "boolean", "object")]
+ANYTHING: JSON = {"anyOf": [*_TYPES, {"type": "array", "items": {"type": "string"}}]}  # some endpoints refuse {}
+
+
+def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any], Any]] | None:
+    """Schema and reader by pydantic of a hint that schema_of does not know; None for a Caller. Raises UsageError."""
+    if any(isinstance(each, type) and issubclass(each, Caller) for each in (hint, *typing.get_args(hint))):
+        return None
+    if importlib.util.find_spec("pydantic") is None:
+        raise UsageError(f"{place}: {hint} needs pydantic: pip install pydantic")
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        adapter = TypeAdapter[Any](hint)
+        schema = adapter.json_schema()
+        for value in schema.get("enum", ()):
+            adapter.validate_json(encode_json(value))  # those of some enumerations can only be read in Python
+    except Exception as error:  # pydantic's, or of the type itself
+        raise UsageError(f"{place}: no model can write a {hint}: {str(error).splitlines()[0]}") from error
+    schema = _portable(schema, schema.pop("$defs", {}))
+    if texts := [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, str)]:
+        schema["description"] = texts[0]
+
+    def read(value: Any) -> Any:
+        try:
+            return adapter.validate_json(encode_json(value))
+        except Exception as error:  # pydantic's, or of the type itself
+            if (meant := _convert(value, "")) is not value:
+                return read(meant)
+            problem: Any = {"loc": (), "ctx": {"error": error}}
+            if isinstance(error, ValidationError):
+                problem = error.errors()[0]
+            part, reason = schema, problem.get("ctx", {}).get("error")
+            for step in problem["loc"]:
+                part = part.get("properties", {}).get(step) or part.get("items") or part
+            said = reason if isinstance(reason, Exception) else f"expected {encode_json(part)}"  # texts are pydantic's
+            raise ValueError("".join(f"{step}: " for step in problem["loc"]) + str(said)) from None
+
+    return schema, read
+
+
+def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
+    """A schema as any endpoint takes it: without references and titles, with `items` in every array."""
+    if isinstance(schema, list):
+        return [_portable(each, models, inside) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if name := schema.pop("$ref", "").rpartition("/")[2]:
+        return ANYTHING if name in inside else _portable({**models[name], **schema}, models, (*inside, name))
+    whole = {key: _portable(value, models, inside) for key, value in schema.items()}
+    if isinstance(whole.get("title"), str):
+        del whole["title"]
+    if whole.get("type") == "array" and not whole.get("items"):
+        whole["items"] = {"anyOf": whole.pop("prefixItems")} if "prefixItems" in whole else ANYTHING
+    return whole
 
 
 def make_tool(
@@ -3406,8 +3488,10 @@ def make_tool(
 ) -> Tool:
     """The Tool of a function: schema from the signature, description from the docstring. Raises UsageError for one that
     no model could call."""
-    function = function_of(call, name, skip=1 if builtin else 0)
-    properties = dict(function.parameters["properties"])
+    if isinstance(call, type):
+        raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
+    function = function_of(call, name, ["memory"] if builtin else [], _reader_of)
+    properties = {name: _portable(schema, {}) or ANYTHING for name, schema in function.parameters["properties"].items()}
     if function.name not in ("send_message", "pause_heartbeats"):
         properties[REQUEST_HEARTBEAT] = {"type": "boolean", "description": "run again right after this call"}
     parameters = function.parameters | {"properties": properties}
@@ -3449,16 +3533,24 @@ async def call_tool(tool: Tool, arguments: JSON) -> str:
 
 
 async def _run_tool(tool: Tool, arguments: JSON) -> str:
-    call, thread = tool.function.call, functools.partial(in_thread, f"memws-tool-{tool.name}")
+    call = functools.partial(tool.function.call, **arguments)
     is_async = inspect.iscoroutinefunction(call)  # nothing else is sure to run none of its code when it is called
-    text = call(**arguments) if is_async else await thread(lambda: result_text(call(**arguments)))
-    while not isinstance(text, str):
-        if isinstance(text, concurrent.futures.Future):
-            text = asyncio.wrap_future(text)
-        result = await (_collected(text) if isinstance(text, collections.abc.AsyncIterable) else text)
-        is_lazy = isinstance(result, Iterator)  # and its code not to be run on the loop
-        text = await thread(functools.partial(result_text, result)) if is_lazy else result_text(result)
-    return text
+    result = call() if is_async else await in_thread(f"memws-tool-{tool.name}", lambda: result_text(call()))
+    while not isinstance(result, str):
+        if isinstance(result, concurrent.futures.Future):
+            result = asyncio.wrap_future(result)
+        is_stream = isinstance(result, collections.abc.AsyncIterable)
+        result = result_text(await (_collected(result) if is_stream else result))
+    return result
+
+
+async def _collected(stream: collections.abc.AsyncIterable[Any]) -> Iterator[Any]:
+    pieces = []
+    async for piece in stream:
+        pieces.append(piece)
+        if len(pieces) > TOOL_RESULT_LIMIT:
+            break
+    return iter(pieces)
 
 
 @types.coroutine
@@ -3479,15 +3571,6 @@ def _watched(name: str, coroutine: Coroutine[Any, Any, T]) -> collections.abc.Ge
             step, value = coroutine.send, (yield awaited)
         except BaseException as error:  # a cancel too is the tool's to see
             step, value = coroutine.throw, error
-
-
-async def _collected(results: collections.abc.AsyncIterable[Any]) -> Iterator[Any]:
-    pieces: list[Any] = []
-    async for piece in results:
-        pieces.append(piece)
-        if len(pieces) > TOOL_RESULT_LIMIT:
-            break
-    return iter(pieces)
 
 
 def result_text(result: Any) -> Any:
@@ -4089,7 +4172,7 @@ class Turn:
 _USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
-class Agent:
+class Agent(Caller):
     """A named, persistent memory and a model that take turns (MemGPT: Packer et al. 2023, arXiv 2310.08560).
 
     The agent knows a store and a model, never a socket: what happens is stored, then given to `emit`. One turn at a
@@ -4120,8 +4203,8 @@ class Agent:
 
     @property
     def blocks(self) -> dict[str, Block]:
-        """Core memory by label."""
-        return self.memory.blocks
+        """Core memory by label: a copy, so that a tool may read it from its thread."""
+        return dict(self.memory.blocks)
 
     # -- opening, configuring --
 
@@ -4364,8 +4447,9 @@ class Agent:
     def _drop_surplus(self, reply: Reply) -> None:
         """Take out of calls what their tools do not take, where these have all that they need."""
         for call in (call for call in reply.calls if call.name in self.tools):
-            tool, keys = self.tools[call.name], call.arguments.keys()
-            if keys >= set(tool.function.parameters["required"]) and (names := tool.surplus(call.arguments)):
+            parameters, keys = self.tools[call.name].function.parameters, call.arguments.keys()
+            names = sorted(keys - {*parameters["properties"], REQUEST_HEARTBEAT})
+            if names and keys >= set(parameters["required"]):
                 call.arguments = {name: call.arguments[name] for name in keys if name not in names}
                 text = f"{call.name} was called without {quote(', '.join(names))}, which it does not take"
                 reply.corrections.append(("arguments", text))
@@ -4540,11 +4624,11 @@ class Agent:
             raise ToolError(call.problem)
         if (tool := self.tools.get(call.name)) is None:
             raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
-        arguments = tool.bind(call.arguments)
+        arguments = tool.function.bind(call.arguments, lenient=True)
         if not tool.builtin:
             async with change.apart():
                 with turn.interruptible():
-                    return await call_tool(tool, arguments)
+                    return await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
         try:
             result = tool.function.call(change, **arguments)
             return str(await result if inspect.isawaitable(result) else result)
@@ -6889,8 +6973,8 @@ class Options:
     max_steps: Annotated[int, 1, 1_000] = option(MAX_STEPS, "steps of one turn at most")
     timezone: str | None = option(None, "timezone of new agents' days, like Europe/Berlin (default the machine's)")
     token: str | None = option(None, "secret that clients have to show")
-    allow_origin: tuple[str, ...] = option((), "web origin whose pages may connect: https://lab.example (repeatable)")
-    allow_host: tuple[str, ...] = option((), "further host name under which clients reach the server (repeatable)")
+    allow_origin: Sequence[str] = option((), "web origin whose pages may connect: https://lab.example (repeatable)")
+    allow_host: Sequence[str] = option((), "further host name under which clients reach the server (repeatable)")
     max_connections: Annotated[int, 1, 1_000_000] = option(4_096, "connections at once")
     sync: Literal["full", "normal"] = option("full", "full: survives a power cut; normal: a killed process")
     idle_timeout: Annotated[float, 0.001, 86_400] = option(IDLE_TIMEOUT, "seconds of silence inside a model's answer")
@@ -7859,7 +7943,7 @@ class Session:
 def command_of(call: Callable[..., Any]) -> Function:
     """A command. What it calls `live` is an agent, which a request names as agent_name."""
     takes_agent = "live" in call.__annotations__
-    command = function_of(call, skip=1 + takes_agent)
+    command = function_of(call, skip=["self", "live"])
     if takes_agent:
         command.parameters["properties"]["agent_name"] = schema_of(AgentName)
     return command
@@ -7980,6 +8064,15 @@ class WebSocketServer:
         """Register a function as a tool, for agents whose config names it; also as a decorator with arguments.
 
         A sync function runs in a daemon thread of its own, an async one on the server's loop; `timeout` in seconds.
+        Its whole docstring is the description, Annotated[str, "…"] that of a parameter; one annotated memws.Agent is
+        the agent that calls. Hints beyond Python's own types and Literal need pydantic. Models are read loosely:
+
+            "3", "True", '["tea"]', where no text is expected       3, True, ["tea"]
+            3.0, where an integer is expected                       3
+            null, "null", "None", where there is a default          the default, if there can be no null
+            a text, list, object or number, where a class is        what pydantic makes of it
+
+        Raises UsageError for a function that no model could call, and says why.
         """
         if function is None:
             return lambda decorated: self.tool(decorated, name=name, timeout=timeout)

@@ -290,6 +290,22 @@ def _check_tool(tool: Any, path: str) -> None:
     text = f"Invalid schema for function '{tool['function']['name']}': expected a JSON Schema of type 'object', "
     whole = right and set(schema.get("required", ())) <= schema["properties"].keys()
     demand(whole, f"{text}with its required properties.", "invalid_function_parameters")
+    for name, part in schema["properties"].items():
+        text = f"Invalid schema for function '{tool['function']['name']}': In context=('properties', '{name}'), "
+        demand(_is_typed(part), f"{text}array schema missing items.", "invalid_function_parameters")
+
+
+def _is_typed(schema: Any) -> bool:
+    """Whether a type is known at every place: no array lacks its items, and nothing is empty or a reference."""
+    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())] + [schema.get("items")] * (
+        "items" in schema
+    )
+    is_array = schema.get("type") == "array"
+    return (
+        not schema.keys().isdisjoint({"type", "anyOf", "enum"})
+        and is_array == ("items" in schema)
+        and all(map(_is_typed, inner))
+    )
 
 
 def _check_message(message: Any, path: str) -> None:

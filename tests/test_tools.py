@@ -1,11 +1,13 @@
 """Tools: schemas from signatures and docstrings, arguments checked and mended, results bounded, failures as advice."""
 
 import asyncio
+import collections
 import functools
 import inspect
 import itertools
 import json
 import re
+import sys
 import threading
 import time
 from array import array
@@ -17,14 +19,14 @@ from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
 from agents import Lab, Told, results
 from endpoint import Body, Endpoint, Reply, check
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, field_validator
 
 import memws
 from memws import MEMORY_TOOLS, Agent, ToolError, make_tool
@@ -59,7 +61,7 @@ USAGES = [
 
 
 def test_a_tool_is_its_function() -> None:
-    """A tool's schema is its signature and docstring; what no model could call is refused (more in test_wire.py)."""
+    """A tool's schema is its signature and docstring."""
     tool = make_tool(book)
     assert (tool.name, tool.builtin, tool.timeout) == ("book", False, memws.TOOL_TIMEOUT)
     properties = {
@@ -81,13 +83,182 @@ def test_a_tool_is_its_function() -> None:
     for about in (spec["function"] for spec in specs[3:]):
         asks = "request_heartbeat" in about["parameters"]["properties"]
         assert (asks, bool(about["description"])) == (about["name"] not in ("send_message", "pause_heartbeats"), True)
-    refused: list[Any] = [(größe, "'größe'"), (lambda *names: None, "lambda")]
-    for function, words in [*refused, (3, "a function")]:
-        with pytest.raises(memws.UsageError, match=words):
-            make_tool(function)
 
 
 def größe() -> None: ...
+
+
+class Room(Enum):
+    SMALL = "small"
+    LARGE = "large"
+
+
+class Size(Enum):
+    """Its values are no JSON that could be read again."""
+
+    KING = (180, 200)
+
+
+@dataclass(slots=True)
+class Guest:
+    name: str
+    born: date | None = None
+
+
+class Address(TypedDict):
+    street: Annotated[str, "with its number"]
+
+
+class Place(NamedTuple):
+    x: int
+    y: str = "y"
+
+
+class Stay(BaseModel):
+    """A stay."""
+
+    rooms: set[Room]
+    nights: Annotated[int, Field(ge=1, description="how long")] = 1
+    next: "Stay | None" = None
+
+    @field_validator("nights")
+    @classmethod
+    def check_nights(cls, nights: int) -> int:
+        if nights == 13:
+            raise ValueError("13 brings bad luck")
+        return nights
+
+
+DAY, NULL, TEXT = date(2026, 1, 31), {"type": "null"}, {"type": "string"}
+GUEST = {"name": TEXT, "born": {"anyOf": [TEXT | {"format": "date"}, NULL], "default": None}}
+READ: list[tuple[Any, Body | None, list[tuple[Any, Any]]]] = [  # hint, schema, what a model sends and a tool gets
+    (Room, TEXT | {"enum": ["small", "large"]}, [("large", Room.LARGE), ('"small"', Room.SMALL)]),
+    (Annotated[Room, "which"], TEXT | {"enum": ["small", "large"], "description": "which"}, [("large", Room.LARGE)]),
+    (date, TEXT | {"format": "date"}, [("2026-01-31", DAY)]), (Decimal, None, [("1.10", Decimal("1.10"))]),
+    (datetime, TEXT | {"format": "date-time"}, [("2026-01-31T10:00:00Z", datetime(2026, 1, 31, 10, tzinfo=UTC))]),
+    (list[Guest], {"type": "array", "items": {"type": "object", "properties": GUEST, "required": ["name"]}},
+     [([{"name": "Zoe", "born": "2026-01-31"}], [Guest("Zoe", DAY)]), ('[{"name": "Zoe"}]', [Guest("Zoe")])]),
+    (Stay, None, [({"rooms": ["small"], "next": {"rooms": []}}, Stay(rooms={Room.SMALL}, next=Stay(rooms=set())))]),
+    (Place, None, [([1], Place(1)), ({"x": 1, "y": "z"}, Place(1, "z"))]),
+    (UUID, None, [(str(UUID(int=5)), UUID(int=5))]),
+    (set[int], None, [([1, "2", 2], {1, 2}), ("[1]", {1})]), (tuple[int, str], None, [([1, "x"], (1, "x"))]),
+    (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}, [("[1, 2]", (1, 2))]),
+    (Path, None, [("a", Path("a"))]),
+    (dict[int, str], None, [({"1": "x"}, {1: "x"})]),
+    (list[Room] | None, None, [(None, None), (["small"], [Room.SMALL])]),
+    (Annotated[int, Field(gt=3, description="more")],
+     {"type": "integer", "exclusiveMinimum": 3, "description": "more"}, [("4", 4)]),
+    (Annotated[str, "a city"], TEXT | {"description": "a city"}, [("Oslo", "Oslo")]),
+    (list, None, [(["x", 1], ["x", 1])]),
+    (Any, memws.ANYTHING, [("x", "x"), ([1], [1]), (None, None)]), (dict, {"type": "object"}, [('{"a": 1}', {"a": 1})]),
+    (list[str], None, [('["tea"]', ["tea"])]), (bool, {"type": "boolean"}, [("True", True)]),
+    (int, None, [("3", 3), (3.0, 3)]),
+    (int | str, None, [("5", "5"), (5, 5)]), (list[list[Any]], None, [([[1]], [[1]])]), (Literal[1, 2], None, [(2, 2)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hint", "schema", "pairs"), READ, ids=lambda value: str(value)[:40])
+def test_any_hint_is_a_schema_and_a_value(hint: Any, schema: Body | None, pairs: list[tuple[Any, Any]]) -> None:
+    """A parameter's schema is one that endpoints take, and what a model sends becomes what the hint says."""
+
+    def tool(value: Any) -> None: ...
+
+    tool.__annotations__["value"] = hint
+    made = make_tool(tool)
+    spec = json.loads(made.spec)
+    check({"model": "m", "tools": [spec], "messages": [{"role": "user", "content": "x"}]})
+    assert spec["function"]["parameters"]["properties"]["value"] == schema or schema is None
+    for sent, meant in pairs:
+        (value,) = made.function.bind({"value": sent}, lenient=True).values()
+        assert (value, type(value)) == (meant, type(meant))
+
+
+WRONG: list[tuple[Any, Any, str]] = [
+    (Room, "huge", 'value: expected {"enum":["small","large"],"type":"string"}, but got \'huge\'; tool(value)'),
+    (list[Guest], [{"name": "Zoe", "born": "soon"}], 'value: 0: born: expected {"anyOf":[{"format":"date",'),
+    (list[Guest], [{}], 'value: 0: name: expected {"type":"string"}, but got [{}]; tool(value)'),
+    (Stay, {"rooms": [], "nights": 13}, "value: nights: 13 brings bad luck, but got {"),
+    (date, "tomorrow", 'value: expected {"format":"date","type":"string"}, but got \'tomorrow\''),
+    (Annotated[int, Field(gt=3)], 3, 'value: expected {"exclusiveMinimum":3,"type":"integer"}, but got 3'),
+    (list[int], ["x"], "value: expected an integer, but got ['x']"),
+    (list[int], None, "value: expected a list, but got None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hint", "sent", "words"), WRONG, ids=range(len(WRONG)))
+def test_a_wrong_argument_is_told_in_words(hint: Any, sent: Any, words: str) -> None:
+    """A model reads which argument is wrong, what was expected there and what came, and nothing of pydantic's."""
+
+    def tool(value: Any) -> None: ...
+
+    tool.__annotations__["value"] = hint
+    with pytest.raises(memws.InvalidRequest) as caught:
+        make_tool(tool).function.bind({"value": sent}, lenient=True)
+    assert str(caught.value).startswith(words)
+    assert not re.search("http|pydantic|validation|Input should", str(caught.value))
+
+
+def test_null_is_the_default() -> None:
+    """null, also as text, is the default of a parameter that cannot be null, and null where it can."""
+
+    def tool(a: int = 5, b: str = "x", c: int | None = 3, d: Room = Room.SMALL) -> None: ...
+
+    bind = make_tool(tool).function.bind
+    for sent in (None, "null", "None"):
+        assert bind(dict.fromkeys("abd", sent), lenient=True) == {}
+    assert bind({"c": None}, lenient=True) == bind({"c": "null"}, lenient=True) == {"c": None}
+
+
+class Desk:
+    """A desk that is called."""
+
+    def __call__(self, guest: Guest) -> str:
+        return guest.name
+
+    def ring(self, times: int = 1) -> str:
+        """Ring
+        the bell.
+
+        Rules: never at night.
+
+        :param times: how often
+        """
+        return "ring" * times
+
+
+def positional(a: int, /) -> None: ...
+def many(*names: str) -> None: ...
+def field(city: str = Field(description="a city")) -> None: ...
+def lost(a: "Nowhere") -> None: ...  # type: ignore[name-defined] # noqa: F821
+def sized(size: Size) -> None: ...
+def odd(call: Callable[[], None], agent: int = 5) -> None: ...
+
+
+REFUSED: list[tuple[Any, str]] = [
+    (Desk.ring, "'ring': no model can fill in 'self'"), (Desk, "Desk is a class; register a function, or an object"),
+    (positional, "no model can fill in 'a: int'"), (many, r"no model can fill in '\*names: str'"),
+    (len, "'len': no model can fill in"),
+    (field, "pydantic's Field to be in Annotated"), (lost, "cannot read the signature of 'lost': name 'Nowhere'"),
+    (sized, "'sized': size: no model can write"), (odd, "'odd': call: no model can write"), (größe, "'größe'"),
+    (lambda city: city, "lambda"), (3, "expected a function"), (max, "cannot read the signature of 'max'"),
+]  # fmt: skip
+
+
+def test_objects_are_tools_and_what_no_model_can_call_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods of objects and objects that are called work, with all that their authors wrote; the rest says why not."""
+    tools = [make_tool(each) for each in (Desk(), Desk().ring, functools.partial(Desk().ring, times=2))]
+    assert [(tool.name, tool.function.usage) for tool in tools] == [
+        ("Desk", "Desk(guest)"),
+        *[("ring", "ring(times?)")] * 2,
+    ]
+    assert [tool.function.doc for tool in tools] == ["A desk that is called.", *[inspect.getdoc(Desk.ring)] * 2]
+    for function, words in REFUSED:
+        with pytest.raises(memws.UsageError, match=words):
+            make_tool(function)
+    monkeypatch.setitem(sys.modules, "pydantic", None)
+    assert make_tool(book).function.parameters["required"] == ["city", "nights"]
+    with pytest.raises(memws.UsageError, match=r"'sized': size: .*Size.* needs pydantic: pip install pydantic"):
+        make_tool(sized)
 
 
 async def outcome(function: Callable[..., Any], timeout: float = LIMIT, **arguments: Any) -> str:
@@ -102,29 +273,8 @@ async def failure(function: Callable[..., Any], timeout: float = LIMIT) -> str:
     return str(caught.value)
 
 
-DAY = date(2026, 1, 31)
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
-
-
-class Room(Enum):
-    SMALL = "small"
-    LARGE = "large"
-
-
-@dataclass(slots=True)
-class Guest:
-    name: str
-    born: date | None = None
-
-
-class Stay(BaseModel):
-    rooms: set[Room]
-
-
-class Place(NamedTuple):
-    x: int
-    y: str
 
 
 class Unprintable(Exception):
@@ -143,7 +293,8 @@ RESULTS: list[tuple[Any, str | None]] = [
     (CYCLE, '["…"]'), ({Unprintable()}, None), ([Unprintable()], None), (DAY, "2026-01-31"), (Room.LARGE, "large"),
     ({"a": [Decimal("1.10"), UUID(int=1), Path("a/b"), Room.LARGE]}, f'{{"a":["1.10","{UUID(int=1)}","a/b","large"]}}'),
     ({DAY: {DAY}, "by": Guest("Zoe", DAY)}, '{"2026-01-31":["2026-01-31"],"by":{"name":"Zoe","born":"2026-01-31"}}'),
-    ([Stay(rooms={Room.LARGE}), Place(1, "x")], '[{"rooms":["large"]},{"x":1,"y":"x"}]'), (range(3), "[0,1,2]"),
+    ([Stay(rooms={Room.LARGE}), Place(1, "x")], '[{"rooms":["large"],"nights":1,"next":null},{"x":1,"y":"x"}]'),
+    (range(3), "[0,1,2]"),
     (array("d", [1.5]), "[1.5]"), (SimpleNamespace(a={1: b"x"}), '{"a":{"1":"x"}}'), (ValueError("no"), "no"),
 ]  # fmt: skip
 
@@ -210,8 +361,10 @@ async def late() -> Any:
 
 PIECES = '[1,"2026-01-31"]'
 PENDING: list[tuple[Callable[..., Any], str]] = [
-    (decorated, "1"), (lambda: one(), "1"), (functools.partial(decorated), "1"), (promised, "1"), (Waiting, "1"),
-    (Waiting().__call__, "1"), (lambda: asyncio.sleep(0, one()), "1"), (pieces, PIECES), (slow_pieces, PIECES),
+    (decorated, "1"), (lambda: one(), "1"), (functools.partial(decorated), "1"), (promised, "1"),
+    (lambda: Waiting(), "1"),
+    (Waiting(), "1"), (Waiting().__call__, "1"), (lambda: asyncio.sleep(0, one()), "1"), (pieces, PIECES),
+    (slow_pieces, PIECES),
     (lambda: {"all": map(str, range(2))}, '{"all":["0","1"]}'), (late, PIECES), (lambda: slow_pieces(), PIECES),
 ]  # fmt: skip
 
@@ -371,6 +524,28 @@ def test_the_decorator_registers_and_replaces(online: Callable[..., Any], endpoi
     assert results(endpoint.requests[3])[-2:] == ["OK: 8", "OK: new"]
 
 
+def test_a_tool_knows_its_agent(online: Callable[..., Any], endpoint: Endpoint) -> None:
+    """A parameter for the agent is filled in and no model sees it: the to-do lists of two agents are two."""
+    server, todo = online(), collections.defaultdict[str, list[str]](list)
+
+    @server.tool
+    def add(item: str, agent: memws.Agent) -> str:
+        todo[agent.name].append(item)
+        return f"{agent.name}: {todo[agent.name]}, {agent.blocks['human'].value}"
+
+    @server.tool
+    async def count(agent: "memws.Agent | None" = None) -> int:
+        return len(todo[agent.name]) if agent else -1
+
+    for name in ("ada", "bob"):
+        server.create_new_agent({"name": name, "human": f"I am {name}", "tools": ["add", "count"]})
+        endpoint.script(Reply(calls=[("add", {"item": "tea", "agent": "eve"}), ("count", {})]))
+        server.run_step("Go")
+        assert results(endpoint.requests[-1]) == [f"OK: {name}: ['tea'], I am {name}", "OK: 1"]
+    specs = {tool["function"]["name"]: tool["function"]["parameters"] for tool in endpoint.requests[0]["tools"]}
+    assert (specs["add"]["required"], list(specs["count"]["properties"])) == (["item"], ["request_heartbeat"])
+
+
 async def call(lab: Lab, agent: Agent, name: str, /, **arguments: Any) -> tuple[Told, str]:
     """A turn in which the model makes one call, and what the model then reads as its result."""
     turn = await lab.say(agent, "Go on", Reply(calls=[(name, arguments)]))
@@ -450,7 +625,7 @@ WRONG_CALLS = [
     ("conversation_search_date", {"start_date": "", "end_date": "9999-12-31"}, "a day like 2026-01-31.*'9999-12-31'"),
     ("conversation_search", {}, r"conversation_search needs 'query': conversation_search\(query, page\?\)"),
     ("conversation_search", {"query": "x", "page": "one"}, "page: expected an integer, but got 'one'; conversation_"),
-    ("conversation_search", {"q": "x", "limit": 5}, "unknown argument 'q'; call conversation_search"),
+    ("conversation_search", {"q": "x", "limit": 5}, r"conversation_search needs 'query': conversation_search\("),
     ("send_message", {"message": 5}, "message: expected a string, but got 5; send_message"),
     ("pause_heartbeats", {"minutes": 1.5}, "minutes: expected an integer, but got 1.5"),
     ("archival_memory_insert", "no JSON", "the arguments are no JSON object: 'no JSON'"),
