@@ -3873,20 +3873,19 @@ def edit_text(text: str, old: str, new: str) -> str:
     nowhere, more than once, or in the middle of a word or number."""
     if old != old.strip("\n"):
         old, new = old.strip("\n"), new.strip("\n")
-    seen, places = text, list(range(len(text)))
+    signs, places = text, list(range(len(text)))
     if old not in text:
         text, old = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", old).strip()
-        (seen, places), (old, _) = _signs(text), _signs(old)
-    count, start = seen.count(old) if old else 0, seen.find(old)
-    end = start + len(old)
-    if count == 0:
-        wanted = next((line for line in old.split("\n") if line not in seen), "")[:300]
-        lines = [line[:300] for line in text.split("\n") if wanted and line.strip()]
-        near = "".join(f"; the nearest line is: {line}" for line in difflib.get_close_matches(wanted, lines, 1, 0.0))
-        raise ToolError(f"old_content is not in the block; copy it to the letter from what the block holds{near}")
+        (signs, places), (old, _) = _signs(text), _signs(old)
+    count, start, end = signs.count(old), signs.find(old), signs.find(old) + len(old)
+    if not old or count == 0:
+        line = next((line for line in old.split("\n") if line not in signs), "")[:300]
+        near = difflib.get_close_matches(line, [each[:300] for each in text.split("\n")], 1, 0.0)
+        hint = f"; the nearest line is: {near[0]}" if old and text else ", from what the block holds"
+        raise ToolError(f"old_content is not in the block; copy it to the letter{hint}")
     if count > 1:
         raise ToolError(f"old_content stands in the block {count} times; give more of the line, or the lines beside it")
-    if _in_word(seen, start) or _in_word(seen, end):
+    if _in_word(signs, start) or _in_word(signs, end):
         raise ToolError("old_content is only part of a word or number in the block; give more of the line")
     head, tail = text[: places[start]], text[places[end - 1] + 1 :]
     if not (head.rpartition("\n")[2] + new + tail.partition("\n")[0]).strip():
@@ -4065,14 +4064,14 @@ def reshape(blocks: dict[str, Block], items: dict[str, JSON]) -> dict[str, Block
     made = dict(blocks)
     for label, item in items.items():
         old, delete = made.get(label), item.pop("delete", False)
-        former = asdict(old) if old else {"version": 1}
+        previous = asdict(old) if old else {"version": 1}
         if delete is True and old:
             del made[label]
         elif delete or (old and item.get("value") not in (None, old.value)):
-            text = "only a block that is there can be deleted, and only set_block changes its value"
+            text = "set_block changes a value, {label, delete: true} takes a block away that is there"
             raise Refused("bad_config", f"blocks: {text}; got {quote(item)}")
         else:
-            made[label] = apply(Block, {**former, **item, "version": former["version"]}, "blocks")
+            made[label] = apply(Block, {**previous, **item, "version": previous["version"]}, "blocks")
     return made
 
 
@@ -4101,8 +4100,8 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
 def check_window(config: JSON, default: int, tools: Mapping[str, Tool], blocks: Collection[Block]) -> None:
     """Raises Refused where there is too much of blocks, or no room for prompt, full blocks and a reply."""
     if len(blocks) > MAX_BLOCKS + 2 or sum(block.limit for block in blocks) > MAX_BLOCKS_TOTAL:
-        text = f"at most {MAX_BLOCKS} beside persona and human, with limits of {MAX_BLOCKS_TOTAL:,} characters together"
-        raise Refused("bad_config", f"blocks: expected {text}")
+        text = f"blocks: expected at most {MAX_BLOCKS + 2}, with limits of {MAX_BLOCKS_TOTAL:,} characters together"
+        raise Refused("bad_config", text)
     window = config["context_window"] or default
     specs = ",".join(tools[name].spec for name in config["tools"] or MEMORY_TOOLS if name in tools)
     needed = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(specs) + MIN_REPLY_TOKENS

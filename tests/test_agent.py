@@ -130,6 +130,15 @@ async def test_a_login_precedes_a_message_after_an_hour_of_silence(endpoint: End
     assert logins == [first, first, first + later, first + later]
 
 
+async def test_a_timezone_that_this_machine_does_not_know(lab: Lab, agent: Agent) -> None:
+    """An agent from a machine that knows more timezones opens, says so, and reads the server's clock."""
+    config = agent.record.config | {"timezone": "Mars/Base"}
+    await lab.store.write(memws.commit, agent.record.id, memws.Changes([memws.response("context", "")], config=config))
+    agent = await lab.open()
+    assert ["Mars/Base" in warning for warning in agent.warnings] == [True]
+    assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
+
+
 async def test_the_prompt_only_grows_at_its_end(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """Between edits each request begins, byte for byte, with the whole of the one before it."""
     endpoint.script(
