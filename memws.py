@@ -649,9 +649,7 @@ def function_of(
     for parameter in (each for each in signature if each.name not in skip):
         is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if not is_named or parameter.name == "self" or hasattr(parameter.default, "is_required"):
-            text = (
-                "it needs a name (functools.wraps keeps it), a method its object, pydantic's Field to be in Annotated"
-            )
+            text = "give it a name (functools.wraps keeps it), a method its object; put pydantic's Field into Annotated"
             raise UsageError(f"{name!r}: no model can fill in '{parameter}': {text}")
         key = "from" if parameter.name == "from_" else parameter.name  # as it is called outside
         hint = hints.get(parameter.name, Any)
@@ -3422,17 +3420,13 @@ class Tool:
         return self.function.name
 
 
-class Caller:
-    """The agent that calls a tool, for a parameter of that type, which no model sees; section 8 has the agent."""
-
-
 _TYPES = [{"type": name} for name in ("string", "number", "boolean", "object")]
 ANYTHING: JSON = {"anyOf": [*_TYPES, {"type": "array", "items": {"type": "string"}}]}  # some endpoints refuse {}
 
 
 def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any], Any]] | None:
-    """Schema and reader by pydantic of a hint that schema_of does not know; None for a Caller. Raises UsageError."""
-    if any(isinstance(each, type) and issubclass(each, Caller) for each in (hint, *typing.get_args(hint))):
+    """Schema and reader by pydantic of a hint that schema_of does not know; None for the agent. Raises UsageError."""
+    if any(getattr(each, "calls_tools", False) for each in (hint, *typing.get_args(hint))):
         return None
     if importlib.util.find_spec("pydantic") is None:
         raise UsageError(f"{place}: {hint} needs pydantic: pip install pydantic")
@@ -3453,7 +3447,8 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any], Any]] | Non
         try:
             return adapter.validate_json(encode_json(value))
         except Exception as error:  # pydantic's, or of the type itself
-            if (meant := _convert(value, "")) is not value:
+            meant = [_convert(each, "") for each in value] if isinstance(value, list) else _convert(value, "")
+            if meant != value:
                 return read(meant)
             problem: Any = {"loc": (), "ctx": {"error": error}}
             if isinstance(error, ValidationError):
@@ -3473,9 +3468,10 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
         return [_portable(each, models, inside) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    if name := schema.pop("$ref", "").rpartition("/")[2]:
-        return ANYTHING if name in inside else _portable({**models[name], **schema}, models, (*inside, name))
-    whole = {key: _portable(value, models, inside) for key, value in schema.items()}
+    if name := schema.get("$ref", "").rpartition("/")[2]:
+        within = {**models[name], **schema, "$ref": ""}
+        return ANYTHING if name in inside else _portable(within, models, (*inside, name))
+    whole = {key: _portable(value, models, inside) for key, value in schema.items() if key != "$ref"}
     if isinstance(whole.get("title"), str):
         del whole["title"]
     if whole.get("type") == "array" and not whole.get("items"):
@@ -4171,12 +4167,14 @@ class Turn:
 _USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
-class Agent(Caller):
+class Agent:
     """A named, persistent memory and a model that take turns (MemGPT: Packer et al. 2023, arXiv 2310.08560).
 
     The agent knows a store and a model, never a socket: what happens is stored, then given to `emit`. One turn at a
     time; edits from outside may come between.
     """
+
+    calls_tools = True  # a tool's parameter of this type is filled in
 
     def __init__(
         self,

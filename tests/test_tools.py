@@ -19,7 +19,7 @@ from decimal import Decimal
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -105,8 +105,10 @@ class Guest:
     born: date | None = None
 
 
-class Address(TypedDict):
-    street: Annotated[str, "with its number"]
+@dataclass
+class Party:
+    room: Room
+    guests: list[Guest]
 
 
 class Place(NamedTuple):
@@ -137,7 +139,9 @@ READ: list[tuple[Any, Body | None, list[tuple[Any, Any]]]] = [  # hint, schema, 
     (date, TEXT | {"format": "date"}, [("2026-01-31", DAY)]), (Decimal, None, [("1.10", Decimal("1.10"))]),
     (datetime, TEXT | {"format": "date-time"}, [("2026-01-31T10:00:00Z", datetime(2026, 1, 31, 10, tzinfo=UTC))]),
     (list[Guest], {"type": "array", "items": {"type": "object", "properties": GUEST, "required": ["name"]}},
-     [([{"name": "Zoe", "born": "2026-01-31"}], [Guest("Zoe", DAY)]), ('[{"name": "Zoe"}]', [Guest("Zoe")])]),
+     [([{"name": "Zoe", "born": "2026-01-31"}], [Guest("Zoe", DAY)]), ('[{"name": "Zoe"}]', [Guest("Zoe")]),
+      (['{"name": "Zoe"}'], [Guest("Zoe")])]),
+    (tuple[Party, Party], None, [([{"room": "small", "guests": []}] * 2, (Party(Room.SMALL, []),) * 2)]),
     (Stay, None, [({"rooms": ["small"], "next": {"rooms": []}}, Stay(rooms={Room.SMALL}, next=Stay(rooms=set())))]),
     (Place, None, [([1], Place(1)), ({"x": 1, "y": "z"}, Place(1, "z"))]),
     (UUID, None, [(str(UUID(int=5)), UUID(int=5))]),
@@ -238,7 +242,7 @@ REFUSED: list[tuple[Any, str]] = [
     (Desk.ring, "'ring': no model can fill in 'self'"), (Desk, "Desk is a class; register a function, or an object"),
     (positional, "no model can fill in 'a: int'"), (many, r"no model can fill in '\*names: str'"),
     (len, "'len': no model can fill in"),
-    (field, "pydantic's Field to be in Annotated"), (lost, "cannot read the signature of 'lost': name 'Nowhere'"),
+    (field, "put pydantic's Field into Annotated"), (lost, "cannot read the signature of 'lost': name 'Nowhere'"),
     (sized, "'sized': size: no model can write"), (odd, "'odd': call: no model can write"), (größe, "'größe'"),
     (lambda city: city, "lambda"), (3, "expected a function"), (max, "cannot read the signature of 'max'"),
 ]  # fmt: skip
