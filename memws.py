@@ -3736,7 +3736,7 @@ class Transaction:
         return self.blocks[label]
 
     def write(self, label: str, value: str, version: int | None = None, limit: int | None = None) -> None:
-        """Give a block another text, with `version` only if that is its. Raises Refused (block_limit, conflict)."""
+        """Give a block another text, with `version` only if that is its, and maybe another limit. Raises Refused."""
         old = self.block(label)
         if version not in (None, old.version):
             text = f"block {label} has version {old.version} by now; read its value, then send that version"
@@ -3813,8 +3813,8 @@ def find_zone(name: str | None) -> datetime.tzinfo | None:
 
 def machine_timezone() -> str | None:
     """The IANA name of the machine's timezone; None where none is known, as on Windows: there its clock decides."""
-    place = os.environ.get("TZ", "/etc/localtime").removeprefix(":")
-    name = os.path.realpath(place).rpartition("zoneinfo/")[2] if place.startswith("/") else place
+    file = os.path.realpath("/etc/localtime")
+    name = os.environ.get("TZ", file).removeprefix(":").rpartition("zoneinfo/")[2]
     with contextlib.suppress(Refused):
         find_zone(name)
         return name
