@@ -8855,7 +8855,7 @@ def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: 
 FLAG_TYPES: dict[str, Any] = {
     "int": {"type": int},
     "float": {"type": float},
-    "tuple": {"action": "append", "default": None},  # else it would add to what the variable says
+    "Sequence": {"action": "append", "default": None},  # else it would add to what the variable says
 }
 "How a flag's text is read, by a word in the annotation of its option; of all others it is the value."
 
