@@ -409,20 +409,19 @@ class StoreFailed(MemwsError):
 class ModelError(MemwsError):
     """A model call failed.
 
-    `retry`: the same call may succeed later, `retry_after` seconds from now where the endpoint said so; `learned`: the
-    next call will differ, by what the endpoint has said of an option or of the history.
     Codes: context_overflow, model_auth, model_rate_limit, model_timeout, model_unavailable, model_refused, bad_output.
     """
 
     most = 3_300  # its event holds it once
+    retry = False  # whether the same call may succeed later
+    retry_after: float | None = None  # seconds from now, where the endpoint said so
+    learned = False  # whether the next call will differ, by what the endpoint has said of an option or of the history
     loading = False  # whether the endpoint loads its model
     generation = ""  # what the model wrote, where its endpoint could not read it
 
-    def __init__(
-        self, code: str, message: str, *, retry: bool = False, retry_after: float | None = None, learned: bool = False
-    ) -> None:
+    def __init__(self, code: str, message: str, **more: Any) -> None:
         super().__init__(message, code)
-        self.retry, self.retry_after, self.learned = retry, retry_after, learned
+        vars(self).update(more)
 
 
 class ToolError(MemwsError):
@@ -2261,7 +2260,7 @@ CALL_WEIGHT = 100  # characters of MAX_REPLY that a tool call counts beside its 
 class Learned:
     """What an endpoint has taught of a model, as it is stored; where more is learned, another takes its place."""
 
-    rules: list[str] = field(default_factory=list)  # what it wants of a history, see shape
+    shape: list[str]  # the model and its endpoint, who make its own fields; the rules of a history that they want
     options: list[list[Any]] = field(default_factory=list)  # a name, a value that it refuses, what is sent instead
     window: int = 0  # tokens of its context window; 0: it has not said
 
@@ -2272,7 +2271,6 @@ class Model(Protocol):
     name: str
     window: int  # the context window in tokens, where nobody says otherwise
     ratio: float  # calibrates estimated tokens: the endpoint's count over ours, within 0.5 to 2
-    maker: str  # its name and endpoint
     learned: Learned
 
     def head(self, settings: JSON) -> str:
@@ -2719,6 +2717,158 @@ def _python_calls(text: str, tools: Collection[str]) -> list[tuple[str, Any]]:
     return []
 
 
+# ---- what an endpoint says when it refuses ---------------------------------------------------------------------------
+# Each says the same in its own words. They are made plain, and phrases, divided by |, are looked for in them.
+
+_REASON_KEYS = ("error", "errors", "message", "detail", "msg", "error_description", "title", "cause", "metadata", "raw")
+_LOADING = "loading|being loaded|initiali[sz]ing|cold start|warm(?:ing)? up|starting up|not (?:yet )?ready"
+_UNREAD = "(?:tool use|output parse|tool call validation) failed|failed to (?:call a|parse tool|parse inp)|parsing tool"
+_USED_UP = "^402|insufficient (?:quota|balance|credits)|credit balance is too low"
+_ACCESS = "key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given"
+_NO_KEY = "^401|(?:invalid|incorrect|expired) .{0,12}api key|api key .{0,30}(?:valid|expired)"
+_NO_TOOLS = r"support .{0,9}tool|(?:tools?|function)\b.{0,12} (?:not (?:support|enabl)|requires)"
+_MEANINGS = (  # a status, phrases; our code, a sentence, what may help: of the rows that fit the first
+    ("", "(?:error|failed|while) loading", "model_unavailable", "the endpoint cannot load the model", "retry"),
+    ("5..|404|409|425|429", _LOADING, "model_unavailable", "the endpoint is loading the model", "wait"),
+    ("", _UNREAD, "bad_output", "the endpoint could not read the model's tool call", ""),
+    ("", _USED_UP, "model_rate_limit", "the account at the endpoint is used up", ""),
+    ("403", "quota|limit|country|region|location|page", "model_refused", "the endpoint refused the request", ""),
+    ("403", _ACCESS, "model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
+    ("", _NO_KEY, "model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
+    ("", "^429|rate limit", "model_rate_limit", "the endpoint limits the rate", "retry"),
+    ("", _NO_TOOLS, "model_refused", "memws needs a model and an endpoint that take tools", ""),
+    ("(?!5|40[13])", "an html page", "model_unavailable", "check --base-url, does it end with /v1?", "retry"),
+    ("404", "", "model_unavailable", "the endpoint does not know the model or the address", ""),
+    ("4(?!08|09)..", "", "model_refused", "the endpoint refused the request", ""),
+    ("", "", "model_unavailable", "the endpoint failed", "retry"),
+)
+
+_PROMPT = "context|prompt|input|message|sequence|(?<!max )(?<!completion )tokens?|conversation|string"
+_TOO_LONG = (
+    r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than \d|more than max|maximum"
+    "|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be"
+)
+_SURELY_TOO_LONG = r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)|超(?!时)|过长"
+_NOT_THE_PROMPT = r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?|\d (?:id|name|description)"
+_COUNT = r"(?<![\w.-])(\d++(?:[,._]\d++)*+)(?![\w>]|\s*(?:k\b|char|byte|[KM]B))"
+_WINDOWS = (  # where the number of tokens stands that a prompt may have
+    rf"(?:>|<=?|≤|\[\s*\d+\s*,)\s*{_COUNT}",
+    rf"\b(?:maximum|max|at most|less than|up to|available|allowed|n_ctx|(?:can)?not exceed)\b[^\d>]{{0,50}}{_COUNT}",
+    rf"\b(?:limit|context (?:length|size|window)|max\w*)\b(?:(?!\b(?:by|exceeded)\b)[^\d>(]){{0,30}}\(?{_COUNT}(?!\))",
+    rf"{_COUNT}(?: tokens?)? (?:maximum|max|limit|context|allowed)",
+)
+
+_NOT_TAKEN = (
+    r"unsupport|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|one of)|unknown|extra"
+    "|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only|range|at most|between|out of"
+    "|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a"
+)
+_OPTIONS = {  # those that a request may do without, and what endpoints call them
+    "stream_options": "stream options|include usage",
+    "reasoning_effort": "reasoning effort|think value|thinking(?! mode)|reasoning is|support reasoning",
+    "max_tokens": "max tokens|max output tokens|maximum tokens you",
+    **{name: name.replace("_", " ") for name in ("max_completion_tokens", "seed", "temperature", "top_p", "stream")},
+}
+_OTHERS = (
+    r"schema|properties['\".[]|(?:tools|messages|functions?)[.[]+\d|(?:tool|function) (?:['\"`]|par|arg|def|inp)|polic"
+)
+_EFFORT = r"reasoning effort (?:(?:must|should) be )?(?:to |= |as )?(none|low|medium)\b"
+
+_LACKS = "missing|required|must be (?:passed|sent|provided|included|present)|need"
+_LESSONS = (  # phrases, others near them; the rule of shape that they ask for
+    (r"alternat(?:e|ing)\b|(?:successive|consecutive) (?:user|mess|role)", "", "alternate"),
+    ("(?:after|follow) (?:a |role )?(?:tool|user turn)", "", "alternate"),
+    ("not support (?:the )?system|only user and assistant roles", "", "systemless"),
+    ("(?:system|developer) (?:role|message|instruction|prompt)", "not (?:support|enabl|allow)|unsupport", "systemless"),
+    (r"call ids?\b|calls \d+ id\b|tool use id\b", "length|too long|a z|pattern|alphanumeric", "short ids"),
+    ("content or tool calls but not both", "", "calls alone"),
+    ("reasoning content", _LACKS, "with reasoning_content"),
+    ("thought ?signature", _LACKS, "with extra_content"),
+)
+_OWN_FIELD = r"\b(reasoning_(?:content|details)|extra_content|(?<=['\"`.])reasoning)\b"
+
+
+def words_of(text: str) -> str:
+    """A text as lower-case words with one space between them, without what joins or quotes them; "not" in full."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text.replace("n't", " not"))
+    return " ".join(re.sub(r"[^\w<>=]|_", " ", apart).lower().split())
+
+
+def says(text: str, phrases: str, others: str = "") -> bool:
+    """Whether a plain text has one of the phrases; with `others`, one of these within 60 characters of it as well."""
+    first, second = (rf"(?<![a-z0-9])(?:{each})" for each in (phrases, others))
+    return bool(re.search(rf"{first}.{{0,60}}{second}|{second}.{{0,60}}{first}" if others else first, text))
+
+
+def reason_of(body: Any) -> str:
+    """The endpoint's own words in an error body of any shape: JSON, JSON inside JSON, a page, plain text."""
+    if isinstance(body, list):
+        return "; ".join(dict.fromkeys(filter(None, map(reason_of, body))))
+    if isinstance(body, dict):
+        place = ".".join(map(str, body["loc"])) if isinstance(body.get("loc"), list) else ""
+        return ": ".join(dict.fromkeys(filter(None, (place, *(reason_of(body.get(key)) for key in _REASON_KEYS)))))
+    text = body.strip() if isinstance(body, str) else ""
+    if text[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            return reason_of(decode_json(text)) or text
+    if re.match(r"<(?:!|html|head|body)", text, re.IGNORECASE):
+        title = re.search(r"<title[^>]*>([^<]*)", text[:5_000], re.IGNORECASE)
+        return f"an HTML page {html.unescape(title[1]).strip() if title else ''!r}"
+    return text
+
+
+class Refusal:
+    """What an endpoint answers where it refuses a request, or says inside an answer that it failed."""
+
+    def __init__(self, answer: Any, status: int, hide: Callable[[Any, int], str]) -> None:
+        with contextlib.suppress(ValueError, AttributeError):
+            answer = decode_json(answer)
+        self.reason = hide(reason_of(answer) or str(answer or "no reason given"), 2 * MAX_REASON)
+        body = answer[0] if answer and isinstance(answer, list) else answer
+        body = body if isinstance(body, dict) else {}
+        self.fields: JSON = body | (body["error"] if isinstance(body.get("error"), dict) else {})
+        codes = [str(self.fields[key]) for key in ("status_code", "status", "code", "type") if self.fields.get(key)]
+        self.status = status or next((int(code) for code in codes if re.fullmatch(r"[45]\d\d", code)), 0)
+        self.words = words_of(f"{self.status or ''} {' '.join(codes)} = {self.reason}")
+
+    def window(self) -> int | None:
+        """The window that it tells, or 0, where it finds the prompt too long; not: too much for now."""
+        text, words = f"{self.reason} n_ctx {self.fields.get('n_ctx')}", self.words
+        counts = [match[1] for each in _WINDOWS if (match := re.search(each, text, re.IGNORECASE))]
+        window = int(re.sub(r"\D", "", counts[0])) if counts else 0
+        if self.status == 429 or says(words, "rate limit"):
+            requested = re.search(r"requested:? ([\d,]+)", text, re.IGNORECASE)
+            is_long = int(requested[1].replace(",", "")) > window if requested else says(words, "too (?:large|long)")
+        else:
+            is_other = says(words, _NOT_THE_PROMPT) or says(words, "tool|function", "too|exceed|maximum")
+            is_long = (says(words, _PROMPT, _TOO_LONG) and not is_other) or says(words, _SURELY_TOO_LONG)
+        return window if is_long and self.status not in (401, 402, 403) else None
+
+    def option(self, sent: JSON) -> list[Any]:
+        """Which option that was sent it does not take: its name, its value, what is sent instead; none: []."""
+        reason = f"{self.fields.get('param')}: {self.reason}"
+        pieces = [words_of(each) for each in reason.split("; ") if not re.search(_OTHERS, each, re.IGNORECASE)]
+        effort = re.search(_EFFORT, words_of(reason))
+        for name, names in _OPTIONS.items() if re.fullmatch("0|4(?!0[123]|29)..", str(self.status)) else ():
+            value, instead = sent.get(name), dict[str, Any]()
+            if name == "reasoning_effort" and effort and effort[1] != value:
+                instead = {name: effort[1]}
+            elif name == "max_tokens" and value and "max_completion_tokens" in reason:
+                instead = {"max_completion_tokens": value}
+            if (name in sent or instead) and any(says(each, names, _NOT_TAKEN) for each in pieces):
+                return [name, value, instead]
+        return []
+
+    def rules(self, sent: JSON) -> list[str]:
+        """The rules of shape that it asks for; where roles have to alternate that which the request lacks."""
+        words, roles = words_of(self.reason), [message["role"] for message in sent["messages"]]
+        rules = [rule for phrases, others, rule in _LESSONS if says(words, phrases, others)]
+        rules += [] if says(words, _LACKS) else [f"without {name}" for name in re.findall(_OWN_FIELD, self.reason)]
+        if "alternate" in rules and _BETWEEN.keys().isdisjoint(itertools.pairwise(roles)):
+            rules[0] = "tools as text" if "tool" in roles else "systemless"
+        return rules
+
+
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
 
 MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
@@ -2730,119 +2880,6 @@ _SECRET = re.compile(
     r"|(?<![a-z])(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}",
     re.IGNORECASE,
 )
-_OPTIONS = {  # those that a request may do without, and how endpoints name them
-    "stream_options": "stream_options|include_usage",
-    "reasoning_effort": "reasoning[_. ]effort|think value|thinking(?! mode)",
-    "max_tokens": "max_tokens|max_?output_?tokens|maximum tokens you",
-    "top_p": "top_?p",
-    **{name: name for name in ("max_completion_tokens", "seed", "temperature")},
-    "stream": "stream(?:ing)?",
-}
-_EFFORT = re.compile(r"reasoning_effort\W{0,3}(?:(?:must|should) be )?(?:to|=|as)?\W{0,3}\b(none|low|medium)\b")
-_NO = (  # how they say that they do not take something
-    r"(?:un|not |n't )support|not .{0,8}(?:valid|permitted|allowed|available|accept|recogni|compatible)|unknown|must "
-    r"|unrecogni|unexpected|invalid|deprecated|extra |can ?not|can't|should be|too (?:large|big|high|small|low)"
-    r"|\bonly\b|range|out of|at most|between|exceeds the model"
-)
-_OF_OTHERS = (  # what such words may be about instead
-    r"schema|properties|parameters[\[.]|(?:tools|messages|functions?)[\[.]+\d|(?:function|tool) ['\"`]|polic|\bprompt\b"
-    r"|(?:function|tool) (?:parameter|argument|definition|input)"
-)
-_LOADING = (
-    r"^(?:5|404|409|425|429).*(?:(?<!error )(?<!failed )(?<!while )\bloading|being loaded|initiali[sz]ing|cold.?start"
-    r"|warming up|starting up|(?:not|n't) (?:yet )?ready)"
-)
-_UNREAD = r"tool_use_failed|output_parse_failed|failed to (?:call a function|parse (?:tool|input))|parsing tool call"
-_NO_TOOLS = r"support.{0,9} tool|(?:tools?|function)\b.{0,12} (?:not (?:supp|enab)|requires)"
-_NO_KEY = (
-    r"^401|^403(?!.*(?:quota|limit|country|region|page)).*(?:\bkey\b|\btoken\b|credential|authenticat|unauthori|permission"
-    r"|: forbidden\W*$)|invalid_api_key|(?:invalid|incorrect|expired).{0,12}api.?key|api.?key.{0,30}(?:valid|expired)"
-)
-_OPTION = ("model_refused", "the endpoint refused an option", "")
-_OVERFLOW = ("context_overflow", "the endpoint finds the prompt too long", "")
-_REFUSALS = {  # what the first pattern found in "STATUS CODES: reason" means: our code, a sentence, what may help
-    _LOADING: ("model_unavailable", "the endpoint is loading the model", "wait"),
-    _UNREAD: ("bad_output", "the endpoint could not read the model's tool call", ""),
-    r"^402|insufficient_quota|insufficient.balance": ("model_rate_limit", "the account at the endpoint is used up", ""),
-    _NO_KEY: ("model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
-    r"^429|rate_limit": ("model_rate_limit", "the endpoint limits the rate", "retry"),
-    _NO_TOOLS: ("model_refused", "memws needs a model and an endpoint that take tools", ""),
-    r"^(?:[23]|40[45]).*HTML page": ("model_unavailable", "check --base-url, does it end with /v1?", "retry"),
-    r"^404": ("model_unavailable", "the endpoint does not know the model or the address", ""),
-    r"^4(?!08|09)": ("model_refused", "the endpoint refused the request", ""),
-    r"": ("model_unavailable", "the endpoint failed", "retry"),
-}
-# What is, and what it is; not what looks alike: tools, ids, requests at once.
-_TOO_LONG = functools.partial(
-    re.compile,
-    r"""
-    ^(?!40[123]) (?: 413 | .* context .{0,20} (?:length|window|size|limit)
-    | (?! .* (?: too\ many\ (?:\w+\ )?(?:requests|connections|tools?|functions)\b | timed?.?(?:out|limit) | call.?ids?\b
-        | \b(?:tools?|functions)\b .{0,60} (?:too\ |exceed|maximum) | \.(?:id|name|description)\b ) )
-      .* (?: \b (?:context|prompts?|inputs?|messages?|sequence|(?:(?:input|prompt)_)?tokens?|conversation)\b .{0,80}
-          (?: too\ (?:long|large|many|big) | exceed | overflow | (?:longer|larger|greater)\ than | less\ than\ \d
-          | must\ be\ <= | over\ the | only\ supports\ up\ to )
-        | (?: too\ (?:long|large|many|big) | exceed | overflow | maximum | reduce | shorter) .{0,40}
-          \b (?:context|prompt|input|messages?\b|token|sequence)
-        | request\b .{0,20}\ too\ (?:large|long|big) | tokens_(?:exceeded|limit) | range\ of\ input | 超 | 过长 ) )
-    """,
-    re.IGNORECASE | re.VERBOSE | re.DOTALL,
-)
-_COUNT = r"(?<![\w.-])(\d++(?:[,._]\d++)*+)(?!\w|\s*(?:k\b|char|byte|[KM]B))"
-_WINDOWS = (  # where the number of tokens stands that a prompt may have
-    rf"(?:>|<=?|≤|\[\s*\d+\s*,)\s*{_COUNT}",
-    rf"\b(?:maximum|max|at most|less than|up to|available|allowed|n_ctx|cannot exceed)\b[^\d>]{{0,50}}{_COUNT}",
-    rf"\b(?:limit|context (?:length|size|window)|max\w*)\b(?:(?!\bby\b)[^\d>(]){{0,30}}\(?{_COUNT}(?!\))",
-    rf"{_COUNT}(?: tokens?)? (?:maximum|max|limit|context|allowed)",
-)
-
-
-def overflow_in(said: str) -> int | None:
-    """Where an endpoint says that the prompt is too long: the window it tells, or 0. Too much for now is None."""
-    found = (re.search(each, said.partition(": ")[2], re.IGNORECASE) for each in _WINDOWS)
-    window, *_ = [int(re.sub(r"\D", "", match[1])) for match in found if match] or [0]
-    if not re.match(r"429|.*rate_limit", said):
-        return window if _TOO_LONG().search(said) else None
-    requested = re.search(r"requested:?\s+([\d,]+)", said, re.IGNORECASE)
-    too_large = int(requested[1].replace(",", "")) > window if requested else re.search("too (?:large|long)", said)
-    return window if too_large else None
-
-
-def refuses(said: str, words: str) -> bool:
-    """Whether an endpoint says of an option that it does not take it: not where its name merely occurs."""
-    named = rf"(?:body\.)?(?:{words})\b[\w.]*: |(?:{_NO}).{{0,60}}\b(?:{words})\b|\b(?:{words})\b.{{0,60}}(?:{_NO})"
-    pieces = [each for each in said.split("; ") if not re.search(_OF_OTHERS, each, re.IGNORECASE)]
-    return any(re.search(named, each, re.IGNORECASE | re.DOTALL) for each in pieces)
-
-
-def reason_of(body: Any) -> str:
-    """The endpoint's own words in an error body of any shape: JSON, JSON inside JSON, a page, plain text."""
-    if isinstance(body, list):
-        return "; ".join(dict.fromkeys(filter(None, map(reason_of, body))))
-    if isinstance(body, dict):
-        place = ".".join(map(str, body["loc"])) if isinstance(body.get("loc"), list) else ""
-        keys = ("error", "errors", "message", "detail", "msg", "error_description", "title", "metadata", "raw")
-        return ": ".join(dict.fromkeys(filter(None, (place, *(reason_of(body.get(key)) for key in keys)))))
-    text = body.strip() if isinstance(body, str) else ""
-    if text[:1] in ("{", "["):
-        with contextlib.suppress(ValueError):
-            return reason_of(decode_json(text)) or text
-    if re.match(r"(?:<!--.*?-->\s*)?<(?:!doctype html|html|head|body)\b", text[:5_000], re.IGNORECASE | re.DOTALL):
-        title = re.search(r"<title[^>]*>(.*?)</title", text[:5_000], re.IGNORECASE | re.DOTALL)
-        return f"an HTML page {html.unescape(title[1]).strip() if title else ''!r}"
-    return text
-
-
-_LACKS = "missing|required|must be (?:passed|sent|provided|included|present)"
-_LESSONS = {  # what a pattern found in a refusal asks for: a rule of shape
-    r"\balternat(e|ing)\b|(successive|consecutive) (user|mess|role)|after role\W*tool|after a user turn": "alternate",
-    r"(system|developer) (role|message|instruction)s? .{0,20}not (supported|enabled|allowed)": "systemless",
-    r"(call.?ids?|calls\W+\d+\W+id|tool_use.id)\b.{0,99}(length|too long|a-z)": "short ids",
-    r"content or tool_calls, but not both": "calls alone",
-    rf"\A(?!.*(?:{_LACKS})).*?\b(reasoning_(?:content|details)|extra_content|(?<=['\"`.])reasoning)\b": r"without \1",
-    rf"(?=.*({_LACKS})).*reasoning_content": "with reasoning_content",
-    rf"(?=.*({_LACKS})).*thought.?signature": "with extra_content",
-}
 
 
 def import_openai() -> Any:
@@ -2871,8 +2908,8 @@ class Endpoint:
             path = parts.path.rstrip("/").removesuffix("/chat/completions")
             query = dict(urllib.parse.parse_qsl(parts.query))
             headers = {"api-key": self.key} if "api-version" in query else {}  # as Azure has it
-            self.options |= {"base_url": f"{parts.scheme}://{parts.netloc}{path}"}
-            self.options |= {"default_query": query, "default_headers": headers}
+            address = f"{parts.scheme}://{parts.netloc}{path}"
+            self.options |= {"base_url": address, "default_query": query, "default_headers": headers}
         self._clients: list[Any] = []
         self._free: list[Any] = []  # each client as often as it may take another request
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
@@ -2910,16 +2947,15 @@ class Endpoint:
         except Exception as error:  # of the client, of its transport, of an answer that is no list
             advice = "check --base-url, or name one with --model"
             raise UsageError(f"cannot list the models of the endpoint ({self.hide(error)}); {advice}") from None
-        if len(models) != 1:
-            names = ", ".join(models[:20]) or "none"
-            raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {names}")
-        return models[0]
+        if len(models) == 1:
+            return models[0]
+        names = ", ".join(models[:20]) or "none"
+        raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {names}")
 
     def hide(self, reason: Any, most: int = MAX_REASON) -> str:
         """A text or an error on one line, cut short, without the key or what looks like one."""
-        text = str(reason)[:MAX_TEXT] or type(reason).__name__
-        text = _SECRET.sub("…", text.replace(self.key or "\0", "…"))
-        return " ".join(clean_text(text).split())[:most]
+        text = (str(reason)[:MAX_TEXT] or type(reason).__name__).replace(self.key or "\0", "…")
+        return " ".join(clean_text(_SECRET.sub("…", text)).split())[:most]
 
     async def close(self) -> None:
         """Close the clients; an import that is under way is waited for, as threads outlive their loop."""
@@ -2944,8 +2980,8 @@ class OpenAIModel:
         sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
         self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)
         url = urllib.parse.urlsplit(endpoint.base_url or "//api.openai.com/v1")
-        self.maker = re.sub(r'[",\\]', "_", f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}")
-        self.learned = Learned()
+        maker = f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}"
+        self.learned = Learned([re.sub(r'[",\\]', "_", maker)])
 
     def head(self, settings: JSON) -> str:
         options: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
@@ -2993,15 +3029,12 @@ class OpenAIModel:
                 raise failure from None
             yield {"choices": [{"delta": {"content": failure.generation}, "finish_reason": "stop"}]}
 
-    async def _chunks(self, client: Any, body: str) -> AsyncGenerator[JSON, None]:
-        """The chunks of the answer to a request, of which there is one where the endpoint does not stream.
-
-        It is read to its end: openai's reader stops at [DONE], and the four generators that it leaves behind cost the
-        loop a task each, together a tenth of a turn's time.
-        """
+    async def _chunks(self, client: Any, body: str) -> AsyncGenerator[Any, None]:
+        """The chunks of the answer to a request, of which there is one where the endpoint does not stream."""
         await self.endpoint.step_aside()
         options: JSON = {"cast_to": object, "stream": True, "stream_cls": import_openai().AsyncStream[object]}
         options["options"] = {"headers": {"Content-Type": "application/json"}}
+        # openai's reader stops at [DONE]; the four generators that it leaves behind cost a tenth of a turn's time.
         async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
             pieces, text, rest, data = stream.response.aiter_bytes(), b"", b"", b"\n"
             page: list[bytes] | None = []  # what comes before the first event; None: there was one
@@ -3017,11 +3050,8 @@ class OpenAIModel:
                         text, page = b"", None
                     elif page is not None:
                         page.append(line)
-            answer = b"".join(page or ()).strip()
-            if answer.startswith(b"{"):
-                yield decode_json(answer)
-            elif answer:
-                raise self._refusal(answer.decode(errors="replace"), body, 200)
+            if answer := b"".join(page or ()).strip():
+                yield decode_json(answer) if answer.startswith(b"{") else answer.decode(errors="replace")
 
     def _failure(self, error: Any, has_words: bool, body: str) -> ModelError:
         """What an error of the transport or of the endpoint means for the turn."""
@@ -3034,60 +3064,42 @@ class OpenAIModel:
         if hasattr(error, "status_code"):
             with contextlib.suppress(RecursionError):  # a body that is nested too deep
                 return self._refusal(error.response.text, body, error.status_code, error.response.headers)
-        reason = self.endpoint.hide(error.__cause__ or error)
-        if has_words:
-            return ModelError("model_unavailable", f"the model's answer broke off ({reason})", retry=True)
-        text = f"no answer from the model's endpoint ({reason}); is it running, and is --base-url right?"
-        return ModelError("model_unavailable", text, retry=True)
+        text = "the model's answer broke off ({})"
+        if not has_words:
+            text = "no answer from the model's endpoint ({}); is it running, and is --base-url right?"
+        return ModelError("model_unavailable", text.format(self.endpoint.hide(error.__cause__ or error)), retry=True)
 
     def _refusal(self, answer: Any, body: str, status: int = 0, headers: Mapping[str, str] | None = None) -> ModelError:
         """The ModelError for what the endpoint answered to a request; an error inside an answer has no status."""
-        with contextlib.suppress(ValueError, AttributeError):
-            answer = decode_json(answer)
-        reason = self.endpoint.hide(reason_of(answer) or str(answer or "no reason given"), 2 * MAX_REASON)
-        fields, wait = answer[0] if answer and isinstance(answer, list) else answer, None
-        fields = fields if isinstance(fields, dict) else {}
-        fields |= fields["error"] if isinstance(fields.get("error"), dict) else {}
-        codes = [str(fields[key]) for key in ("status_code", "status", "code", "type") if fields.get(key)]
-        status = status or next((int(code) for code in codes if re.fullmatch(r"[45]\d\d", code)), 0)
-        said = f"{status or ''} {' '.join(codes)}: {reason}"
-        learned = bool(re.match(r" |4(?!0[123]|29)", said)) and self._learn(f"{fields.get('param')}: {reason}", body)
-        window = None if learned else overflow_in(f"{said} n_ctx {fields.get('n_ctx')}")
-        rows = (row for pattern, row in _REFUSALS.items() if re.search(f"(?is){pattern}", said))
-        row = _OPTION if learned else _OVERFLOW
-        kind, text, remedy = row if learned or window is not None else next(rows)
-        if window and 2 * MIN_REPLY_TOKENS <= window < (self.learned.window or sys.maxsize):
-            self.learned = replace(self.learned, window=window)
+        refusal, sent, wait = Refusal(answer, status, self.endpoint.hide), decode_json(body), None
+        code, text, remedy = self._learn(refusal, sent)
         with contextlib.suppress(ValueError, LookupError):
             wait = max(0.0, float((headers or {})["retry-after"]))
-        text = f"{text} ({status or 'in its answer'}): {reason[:MAX_REASON]}"
+        text = f"{text} ({refusal.status or 'in its answer'}): {refusal.reason[:MAX_REASON]}"
         text += f"; it asks to wait {wait:g} s" if wait else ""
         retry = bool(remedy) and (wait or 0) <= MAX_RETRY_AFTER
-        if not learned and kind in ("model_refused", "model_unavailable"):  # maybe of the history; the agent sees it
-            matches = ((re.search(f"(?is){pattern}", reason), rule) for pattern, rule in _LESSONS.items())
-            rules = dict.fromkeys([*self.learned.rules, *(match.expand(rule) for match, rule in matches if match)])
-            self.learned = replace(self.learned, rules=list(rules))
         wait = wait or LOADING_PAUSE if remedy == "wait" else wait
-        error = ModelError(kind, text, retry=retry, retry_after=wait, learned=learned)
-        written = fields.get("failed_generation") or ""
+        error = ModelError(code, text, retry=retry, retry_after=wait, learned=self._adapted(sent) != sent)
+        written = refusal.fields.get("failed_generation") or ""
         error.generation = written if isinstance(written, str) else encode_json(written)
         error.loading = retry and remedy == "wait"
         return error
 
-    def _learn(self, said: str, body: str) -> bool:
-        """Learn which option, as it is set, the endpoint refuses; whether the next request will differ."""
-        sent, effort = decode_json(body), _EFFORT.search(said)
-        names = [name for name in _OPTIONS if name in sent or (effort and name == "reasoning_effort")]
-        name = next((name for name in names if refuses(said, _OPTIONS[name])), "")
-        option: list[Any] = [name, sent.get(name), {}]
-        if effort and name == "reasoning_effort" and effort[1] != sent.get(name):
-            option[2] = {name: effort[1]}
-        if name == "max_tokens" and "max_completion_tokens" in said:
-            option[2] = {"max_completion_tokens": sent[name]}
-        if name and option not in self.learned.options:
-            self.learned = replace(self.learned, options=[*self.learned.options, option])
+    def _learn(self, refusal: Refusal, sent: JSON) -> tuple[str, str, str]:
+        """Learn by a refusal; what it means: our code, a sentence, what may help."""
+        learned, option, window = self.learned, refusal.option(sent), refusal.window()
+        if option and option not in learned.options:
+            self.learned = replace(learned, options=[*learned.options, option])
             logger.info("%s does not take %s = %r; from now on it gets %s instead", self.name, *option)
-        return bool(name and self._adapted(sent) != sent)
+            return "model_refused", "the endpoint refused an option", ""
+        if window is not None:
+            if 2 * MIN_REPLY_TOKENS <= window < (learned.window or sys.maxsize):
+                self.learned = replace(learned, window=window)
+            return "context_overflow", "the endpoint finds the prompt too long", ""
+        meaning = next(row[2:] for row in _MEANINGS if re.match(row[0], refusal.words) and says(refusal.words, row[1]))
+        if meaning[0] in ("model_refused", "model_unavailable"):  # maybe of the history
+            self.learned = replace(learned, shape=list(dict.fromkeys([*learned.shape, *refusal.rules(sent)])))
+        return meaning
 
 
 class Embedder:
@@ -3126,8 +3138,7 @@ class Embedder:
                 vectors = await self._ask([text[:EMBEDDING_TEXT] or " " for text in texts])
         except Exception as error:  # of the client, of the transport, of vectors that are none
             if not self._paused_until:
-                reason = self._endpoint.hide(error)
-                logger.warning("embeddings of %s fail (%s): searches go by words until they work", self.name, reason)
+                logger.warning("embeddings of %s fail (%s): words alone decide", self.name, self._endpoint.hide(error))
             self._paused_until = time.monotonic() + EMBEDDING_PAUSE
             return None
         self._paused_until = 0.0
@@ -3305,7 +3316,7 @@ def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]
 class OfflineModel:
     """The embedded model: rules, no network, the real agent loop. It says that it is no language model."""
 
-    name, window, ratio, maker, learned = OFFLINE, CONTEXT_WINDOWS[OFFLINE], 1.0, OFFLINE, Learned()
+    name, window, ratio, learned = OFFLINE, CONTEXT_WINDOWS[OFFLINE], 1.0, Learned([OFFLINE])
 
     def head(self, settings: JSON) -> str:
         return encode_json({"model": OFFLINE, "stream": True})
@@ -3369,7 +3380,6 @@ class Models:
         if (embedding_model or not self.offline) and importlib.util.find_spec("openai") is None:
             raise UsageError(MISSING_OPENAI)
         self.embedder = Embedder(embedding_model, self.endpoint) if embedding_model else None
-        # By address and key: the server's, and agents' own.
         self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
         self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)  # by name
@@ -4267,15 +4277,14 @@ class Agent:
 
     async def _recall(self) -> None:
         """Read what was learned of the model's endpoint before the server started."""
-        text = await self.memory.store.read(read_setting, f"learned {self.model.maker}")
-        if text and self.model.learned == Learned():
+        maker = self.model.learned.shape[0]
+        text = await self.memory.store.read(read_setting, f"learned {maker}")
+        if text and self.model.learned == Learned([maker]):
             self.model.learned = Learned(**decode_json(text))
 
-    async def _learn(self, before: Learned) -> None:
-        """Store what is known of the model's endpoint, if it is more or less than before."""
-        if self.model.learned != before:
-            text = encode_json(vars(self.model.learned))
-            await self.memory.store.write(write_setting, f"learned {self.model.maker}", text)
+    async def _store_learned(self) -> None:
+        learned = self.model.learned
+        await self.memory.store.write(write_setting, f"learned {learned.shape[0]}", encode_json(vars(learned)))
 
     @property
     def window(self) -> int:
@@ -4284,11 +4293,6 @@ class Agent:
         told = self.model.learned.window
         fits = told < window and told >= sum(self._sizes([]).values()) + 2 * MIN_REPLY_TOKENS
         return told if fits else window
-
-    @property
-    def shape(self) -> list[str]:
-        """Who made its model's own fields, and the rules by which requests are shaped."""
-        return [self.model.maker, *self.model.learned.rules]
 
     def take_tools(self) -> None:
         """Offer what is registered by now; the system message stays as it is."""
@@ -4305,9 +4309,8 @@ class Agent:
             self.check_room(change)
             change.add_event("agent_change", "the agent's settings changed", change="updated")
         await self._recall()
-        learned = self.model.learned
-        self.model.learned = replace(learned, options=[], window=0)
-        await self._learn(learned)
+        self.model.learned = Learned(self.model.learned.shape)
+        await self._store_learned()
         return warnings
 
     def check_room(self, change: Transaction) -> None:
@@ -4483,7 +4486,7 @@ class Agent:
         messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
         first, last = (messages[0].id, messages[-1].id) if messages else (1, 0)
         texts = (head, self._system_body, self._sections["summary"], self._sections["tools"], extra)
-        return RequestRecord(turn.turn_id, turn.step, *texts, first, last, shape=self.shape)
+        return RequestRecord(turn.turn_id, turn.step, *texts, first, last, shape=self.model.learned.shape)
 
     async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
@@ -4505,11 +4508,9 @@ class Agent:
                         if reply.full:
                             break
             except ModelError as error:
-                if request.shape == self.shape and "alternate" in request.shape and "alternate" in str(error):
-                    rules = [*learned.rules, "tools as text"]
-                    self.model.learned = replace(self.model.learned, rules=list(dict.fromkeys(rules)))
-                error.learned |= self.shape != request.shape  # by what was learned here, or in another agent's turn
-                await self._learn(learned)
+                if self.model.learned != learned:  # by what was learned here, or in another agent's turn
+                    error.learned = True
+                    await self._store_learned()
                 raise
             finally:
                 if timer is not None:
@@ -4576,7 +4577,7 @@ class Agent:
 
     def _add_assistant(self, change: Transaction, reply: Reply, calls: list[ToolCall], text: str, said: str) -> None:
         """The chat message of what an agent said and called, with what its maker needs back."""
-        maker, *rules = self.shape
+        maker, *rules = self.model.learned.shape
         own = {name: value for name, value in clean_value(reply.own).items() if f"without {name}" not in rules}
         body: JSON = {"role": "assistant", "content": reply.text or None, **own}
         for call in calls:
@@ -4749,7 +4750,9 @@ class Agent:
 
     def context(self, messages: Iterable[ChatMessage]) -> list[JSON]:
         """The sections of the next request with their estimated tokens and texts, of the chat messages only these."""
-        texts = self._sections | {"messages": "\n".join(shape([each.body for each in messages], *self.shape))}
+        texts = self._sections | {
+            "messages": "\n".join(shape([each.body for each in messages], *self.model.learned.shape))
+        }
         tokens = self._sizes(self.memory.messages)
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
@@ -4824,7 +4827,7 @@ class Agent:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
         system = encode_json({"role": "system", "content": SUMMARY_SYSTEM})
         user = encode_json({"role": "user", "content": transcript})
-        request = RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0, shape=self.shape)
+        request = RequestRecord("", 0, self.model.head({}), system, "", "", user, 1, 0, shape=self.model.learned.shape)
         reply = Reply()
         try:
             await self._call_model(turn, request, reply, [])

@@ -366,6 +366,7 @@ def suits(messages: list[Body]) -> dict[str, bool]:
     return {
         "alternation": _takes_turns(said),  # as the template of Mistral 7B counts: without tool calls and results
         "no tool role": _takes_turns(roles[1:]) and roles[-1] == "user",
+        "two roles": _takes_turns(roles) and roles[-1] == "user",  # as the template of the first Mistral 7B has it
         "user after tool": ("tool", "user") not in itertools.pairwise(roles),
         "no system role": "system" not in roles,
         "content or calls": not any(message.get("content") for message in called),
@@ -385,6 +386,7 @@ THINKS: Body = {"reasoning": "I think it over."}
 QUIRKS: dict[str, tuple[int, str, Body]] = {  # the status and words of a refusal, and what its own replies have
     "alternation": (500, "After the optional system message, conversation roles must alternate", {}),
     "no tool role": (500, "Conversation roles must alternate user/assistant/user/assistant/...", {}),
+    "two roles": (400, "Conversation roles must alternate user/assistant/user/assistant/...", {}),
     "user after tool": (400, "Unexpected role 'user' after role 'tool'", {}),
     "no system role": (500, "System role not supported", {}),
     "content or calls": (400, "Assistant message must have either content or tool_calls, but not both.", {}),

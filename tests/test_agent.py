@@ -1057,7 +1057,13 @@ SCENES: dict[str, tuple[Answer, str]] = {  # what the model answers, and what ha
     "another endpoint's history": (Reply("I note it.", calls=[APPEND, NOTE]), "turn"),
 }
 WANTS = ["alternation", "no tool role", "user after tool", "no system role", "nine-character ids", "content or calls"]
-WANTS += ["reasoning", "signatures", "known fields", "user after tool and nine-character ids and known fields"]
+WANTS += [
+    "two roles",
+    "reasoning",
+    "signatures",
+    "known fields",
+    "user after tool and nine-character ids and known fields",
+]
 
 
 async def play(lab: Lab, agent: Agent, scene: str) -> None:
@@ -1103,7 +1109,7 @@ async def test_what_an_endpoint_wants_is_learned_once(
         got = await agent.request(turn.turn_id, 1)
         assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
         assert ("reasoning" in agent.memory.messages[-2].body) == ("reasoning" in wants), "what is refused is not kept"
-    assert len(endpoint.lessons) == len(agent.model.learned.rules), "each refusal teaches"
+    assert len(endpoint.lessons) == len(agent.model.learned.shape) - 1, "each refusal teaches"
     assert not endpoint.lessons or scene == "another endpoint's history" or wants != ("nine-character ids",)
     roles = [message["role"] for message in endpoint.requests[-1]["messages"]]
     assert ("user", "user") not in itertools.pairwise(roles)
@@ -1113,6 +1119,9 @@ REFUSALS = {
     'messages: roles must alternate between "user" and "assistant"': "alternate",
     "Please ensure that function call turn comes immediately after a user turn": "alternate",
     "does not support successive user or assistant messages": "alternate",
+    "Expected 'assistant' role after 'tool' role, got 'user'": "alternate",
+    "'messages[0].role' does not support 'system' with this model": "systemless",
+    "Only user and assistant roles are supported!": "systemless",
     "Developer instruction is not enabled for models/gemma-3-27b-it": "systemless",
     "Invalid 'messages[3].tool_calls[0].id': string too long. Expected a maximum length of 40": "short ids",
     "Unable to generate parser: Tool call IDs should be alphanumeric strings with length 9!": "short ids",
@@ -1133,10 +1142,11 @@ REFUSALS = {
 @pytest.mark.parametrize(("words", "rule"), REFUSALS.items(), ids=range(len(REFUSALS)))
 async def test_what_a_refusal_teaches(endpoint: Endpoint, lab: Lab, agent: Agent, words: str, rule: str | None) -> None:
     """A refusal of the history is understood in the words of many endpoints, of any status; others teach nothing."""
+    await lab.say(agent, "Hi")
     endpoint.script(Reply(status=500 if rule and len(rule) < 15 else 400, body={"error": {"message": words}}))
     turn = await lab.say(agent, "Hi")
-    assert (agent.model.learned.rules, bool(turn.replies)) == ([rule] if rule else [], bool(rule))
-    assert len(endpoint.requests) == 1 + bool(rule)
+    assert (agent.model.learned.shape[1:], bool(turn.replies)) == ([rule] if rule else [], bool(rule))
+    assert len(endpoint.requests) == 2 + bool(rule)
 
 
 MORE: Body = {"reasoning_details": [{"type": "reasoning.encrypted", "data": "walrus"}], "extra_content": None}
@@ -1190,5 +1200,5 @@ async def test_turns_at_once_learn_together(endpoint: Endpoint, lab: Lab) -> Non
         endpoint.quirks = wants
         turns = await asyncio.gather(*(lab.say(agent, "Hi") for agent in agents))
         assert [turn.replies for turn in turns] == [["Hello!"]] * len(agents)
-    learned, calls = agents[0].model.learned.rules, len(endpoint.requests)
+    learned, calls = agents[0].model.learned.shape[1:], len(endpoint.requests)
     assert (learned, calls) == (["alternate"], 3 * len(agents) + len(endpoint.lessons))

@@ -273,6 +273,10 @@ TOO_LONG = {  # what real endpoints say, and the window that stands there
     "The input (36000 tokens) is longer than the model's context length (32768 tokens).": 32_768,
     "invalid params, context window exceeds limit (2013)": 0,
     "输入长度超过限制": 0,
+    "Cannot truncate prompt with n_keep (11378) >= n_ctx (4096)": 4_096,
+    "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 131072]": 131_072,
+    "Token limit exceeded: the prompt has 5000 tokens, the limit is 4096": 4_096,
+    "prompt_too_long": 0,
     "413 Request Entity Too Large": 0,
     "413 Request body too large for gpt-4o model. Max size: 8000 tokens.": 8_000,
     "429 Request too large on tokens per min (TPM): Limit 30000, Requested 132819. It must be reduced.": 30_000,
@@ -287,6 +291,8 @@ NOT_TOO_LONG = {  # and what looks alike
     "tools: array too long. Expected an array with maximum length 128": "model_refused",
     "messages[3].tool_calls[0].id: string too long. Expected maximum length 40": "model_refused",
     "max_tokens is too large: 100000. This model supports at most 16384": "model_refused",
+    "tools[0].function.description: string too long. Expected maximum length 1024": "model_refused",
+    "400 Your credit balance is too low to access the API.": "model_rate_limit",
     "request timed out: exceeded 60s waiting for the first token": "model_refused",
     "Failed to call a function. See 'failed_generation' for more.": "bad_output",
     "gemma3:latest does not support tools": "model_refused",
@@ -303,7 +309,7 @@ async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, mo
         status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
         for answer in (refusal(words, status=status), in_stream(words, status)):
             for known, told in ((0, window), (10_000_000, window or 10_000_000), (2_000, 2_000)):
-                model.learned = memws.Learned(window=known)
+                model.learned = memws.Learned(["m"], window=known)
                 endpoint.script(answer)
                 error = await fail(model)
                 assert (error.code, model.learned.window) == ("context_overflow", told)
@@ -315,7 +321,7 @@ async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, mo
 
 
 LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
-LOADING += ["Model x is currently loading", "model not ready, try later"]
+LOADING += ["Model x is currently loading", "model not ready, try later", "model warm-up in progress"]
 KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (total limit)", "Quota exceeded"]
 KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
 
@@ -366,6 +372,10 @@ OPTIONS: list[tuple[Body, str | Body, Body | None]] = [  # settings; what the en
     ({}, "body.stream_options: Extra inputs are not permitted", {"stream_options": None}),
     ({}, "streaming is not supported with tools", {"stream": None, "stream_options": None}),
     ({}, "Tool use in streaming mode is unsupported", {"stream": None, "stream_options": None}),
+    ({}, "Stream options can only be defined when `stream=True`", {"stream_options": None}),
+    ({}, "Additional properties are not allowed ('stream_options' was unexpected)", {"stream_options": None}),
+    ({"reasoning_effort": "low"}, "Model grok does not support parameter reasoningEffort.", {}),
+    ({"temperature": 2}, "temperature is not one of the supported values", {}),
 ]  # fmt: skip
 
 
