@@ -3171,50 +3171,65 @@ class Embedder:
 # Rules, no language model: it keeps what people say of themselves, in their own words, and answers a question with what
 # shares most with it of what its searches find and of core memory. All is a function of the request.
 
-STAND_IN = (
-    "I am memws's offline stand-in: rules, not a language model. I keep what you tell me and search for it. "
-    "A real model is chosen with --model, --base-url or OPENAI_API_KEY."
-)
-_IDEAS = {  # what people ask for in other words than they state it, in English and Spanish
+_SENTENCES = {  # in English and Spanish
+    "stand-in": (
+        "I am memws's offline stand-in: rules, not a language model. For one see --model, --base-url, OPENAI_API_KEY.",
+        "Soy el suplente de memws: reglas, no un modelo de lenguaje. Para uno: --model, --base-url, OPENAI_API_KEY.",
+    ),
+    "core": ("I noted in core memory: {}.", "Anoté en la memoria central: {}."),
+    "archival": ("I noted in archival memory: {}.", "Anoté en la memoria de archivo: {}."),
+    "user": ('You told me on {}: "{}".', 'Me lo dijiste el {}: "{}".'),
+    "passage": ('In archival memory since {}: "{}".', 'En la memoria de archivo desde el {}: "{}".'),
+    "holds": ("In core memory: {}.", "En la memoria central: {}."),
+    "unknown": ("I found nothing about {}.", "No encontré nada sobre {}."),
+}
+_ENGLISH = r"\b(?:the|i|my|is|are|you|what|who|where|how|of|to|it|this|that|have|good|hi|hello|thanks)\b"
+_SPANISH = r"[¿ñ]|\b(?:el|los|las|yo|soy|mi|mis|es|y|qué|quién|tengo|vivo|mudé|llamo|nombre|gusta|trabajo|hola)\b"
+_IDEAS = {  # what people ask for in other words than they state it; "": no idea
     "name": "name named call called who nombre llamo llama quién",
-    "live": "live lives lived home house city address moved vivo vive casa ciudad",
+    "live": "live lives lived home house city address moved vivo vive casa ciudad mudé",
     "work": "work works job profession living occupation trabajo trabaja profesión",
     "age": "age old edad años",
-    "partner": "wife husband partner mujer esposa esposo marido",
-    "like": "like likes love loves enjoy prefer hobby hobbies gusta gustan encanta encantan",
-    "favorite": "favorite favourite favorito favorita",
+    "partner": "wife husband partner spouse married mujer esposa esposo marido pareja casado casada",
+    "like": "like likes love loves enjoy prefer hobby hobbies favorite favourite gusta gustan encanta favorito",
     "color": "color colour",
-    "": "tell know remember say said really also de el en la las los me mi mis es que qué cuál dónde cómo",  # no idea
+    "": "tell know remember say said also de el en la las los me mi mis es que qué cuál cuántos dónde cómo tengo",
 }
 _IDEA_OF = {word: idea for idea, words in _IDEAS.items() for word in words.split()}
+_JOB = r"(\w+ )?(\w+ologist|teacher|nurse|doctor|engineer|lawyer|pilot|profesora?|enfermer[oa]|médic[oa]|ingenier[oa])"
 _OWN = {  # how people state what they have one of: a newer statement replaces the older
-    "name": "my name|i'm called|(you can )?call me|me llamo|mi nombre",
-    "live": "i (now )?live|i'm (now )?living|i moved|(ahora )?vivo|me mudé",
-    "work": "i (now )?work (as|at|for)|(ahora )?trabajo",
-    "age": r"(i'm|i am|tengo) \d+",
-    "partner": "(my|mi) (wife|husband|partner|mujer|esposa|esposo|marido)('s name)? (is|es|se llama)(?! an? | una? )",
+    "name": r"(my|mi)( \w+)? (name is|nombre es)|i'm called|(you can )?call me(?= (?-i:[A-Z]))|me llamo",
+    "live": r"(i|we)('ve| have)?( now| just)* (live in|moved to)|i'm( now)? living in|vivo en|me (he )?mud(é|ado) a",
+    "work": rf"i( now)? work as|my( new)? job is|trabajo (de|como)|(i'm|i am|soy)( now)?( an?| una?)? {_JOB}",
+    "work at": r"i( now)? work (at|for|in)|trabajo (en|para)",
+    "age": r"(i'm|i am)( now)? \d+(?= years| now|$)|i( just)? turned \d+|tengo( ya)? \d+ años|cumplí \d+",
+    "partner": r"(my|mi) (wife|husband|partner|girlfriend|boyfriend|mujer|esposa|esposo|marido|pareja|novia|novio)"
+    r"('s name is| is called| se llama|( is| es)( now)?(?= (?-i:[A-Z])))|(i'm|i am|i|estoy)( now)? (married|casad[oa])",
 }
-_I = r"i|i'm|i've|my|mine|me|we|our|yo|mi|mis|soy|vivo|trabajo|tengo|nací|remember|recuerda"
+_I = r"i|i'm|i've|my|mine|me|we|our|yo|mi|mis|soy|estoy|vivo|trabajo|tengo|nací|cumplí|remember|recuerda"
 _ASK = r"who|what|where|when(?! i)|which|why|how|do|does|did|is|are|am|can|tell me|qué|quién|dónde|cuándo|cuál|cómo"
 _BREAK = re.compile(  # between sentences, unless one goes on about somebody, and before what somebody says or asks
     r"(?<=[.!?])\s+(?!(?:he|she|it|they|his|her|their|su)\b)|\n+|\s*(?=¿)"
     rf"|(?:[,;] | and | y |[,;] (?:and|but|y|pero) )(?=(?:{_I}|{_ASK})\b)",
     re.IGNORECASE,
 )
-_MINE = re.compile(rf"\b(?:{_I})\b", re.IGNORECASE)
-_QUESTION = re.compile(rf"[¿\s]*(?:{_ASK})\b|.*\?$", re.IGNORECASE)
+_MINE = re.compile(  # what people state of themselves; in other languages whatever they state in three words
+    rf"\b(?:{_I})\b|[我私]|^(?!.*(?:{_ENGLISH}|{_SPANISH}))\w+\W+\w+\W+\w", re.IGNORECASE
+)
+_QUESTION = re.compile(rf"[¿\s]*(?:{_ASK})\b|.*[?？؟]$", re.IGNORECASE)
 _ABOUT_ITSELF = re.compile(r"\b(?:are you|your name|eres|te llamas)\b|^forget", re.IGNORECASE)
 _ORDER = re.compile(r"\s*/call\s+([\w.-]+)\s*(.*)", re.DOTALL)
 
 
 def _own_idea(text: str) -> str:
     """What somebody states of which people have one, such as a name; "" for any other."""
-    return next((idea for idea, opening in _OWN.items() if re.match(rf"(?:{opening})\b", text, re.IGNORECASE)), "")
+    text = re.sub(r"(?i)^((actually|now|well|no|but|ahora|bueno|pero)\b,? )+", "", text.replace("\u2019", "'"))
+    return next((idea for idea, opening in _OWN.items() if re.match(rf"(?i:{opening})\b", text)), "")
 
 
 def _topic(text: str) -> set[str]:
     """What two texts about the same share: ideas, and terms of search for which there is none."""
-    topic = set[str]()
+    topic = {_own_idea(text)}
     for word in re.findall(r"\w+", text.lower()):
         topic.update([_IDEA_OF[word]] if word in _IDEA_OF else split_terms(word))
     return topic - {""}
@@ -3241,8 +3256,7 @@ def _offline_turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSO
         calls += [call["function"] for call in message.get("tool_calls") or ()]
         if message["role"] == "tool":
             results.append(decode_json(message["content"]))
-    pairs = zip(calls, results, strict=True)
-    done = [(call["name"], decode_json(call["arguments"]), result) for call, result in pairs]
+    done = [(call["name"], decode_json(call["arguments"]), result) for call, result in zip(calls, results, strict=True)]
     is_answered = any(name == "send_message" and result["status"] == "OK" for name, _, result in done)
     return None if is_answered else text, done
 
@@ -3272,45 +3286,47 @@ def _offline_calls(text: str, core: list[str], room: int) -> Iterator[tuple[str,
         yield "archival_memory_search", {"query": query}
 
 
-def _found(results: Iterable[JSON]) -> dict[str, str]:
-    """What searches found of the user's statements, the newest first, and where and when that was."""
-    hits = list[JSON]()
+def _quotes(core: list[str], results: Iterable[JSON], say: dict[str, str]) -> dict[str, str]:
+    """Statements, and sentences that quote them: of core memory, and what searches found, the newest first."""
+    quotes, hits = {line: say["holds"].format(f'"{line}"') for line in core}, list[JSON]()
     for result in results:
         if listed := re.search(r"\[\{.*", str(result["message"]), re.DOTALL):
             items = read_json(listed[0])[0] or ()
             hits += [item for item in items if isinstance(item, dict) and {"time", "text"} <= item.keys()]
-    found: dict[str, str] = {}
     for hit in sorted(hits, key=lambda hit: hit["time"], reverse=True):
-        where = {"user": "You told me on", None: "In archival memory since"}.get(hit.get("role"))
-        for statement in reversed(_split(hit["text"])[0]) if where else ():
-            found[statement] = f"{where} {hit['time'][:10]}"
-    return found
+        sentence = say.get(hit.get("role", "passage").partition(" ")[0], "")
+        for statement in reversed(_split(hit["text"])[0]) if sentence else ():
+            quotes[statement] = sentence.format(hit["time"][:10], statement)
+    return quotes
 
 
-def _answer(question: str, found: dict[str, str], core: list[str]) -> str:
-    """The statements that share most with a question, its own words among it, at most 3."""
+def _answer(question: str, quotes: dict[str, str], core: list[str]) -> list[str]:
+    """What shares most with a question, its own words among it; else what in core memory may be about it; at most 3."""
     aims = _topic(question)
-    own_words = aims - _IDEAS.keys() or aims
-    newest = {_own_idea(text) or text: text for text in reversed([*core, *found])}.values()
+    own_words = aims - _IDEAS.keys() or aims - {"name"} or aims
+    newest = {_own_idea(text) or text: text for text in reversed(quotes)}.values()
     hits = {text: len(aims & _topic(text)) + (_own_idea(text) in aims) for text in newest if own_words & _topic(text)}
-    if not hits:
-        return f"In core memory: {'; '.join(core) or 'nothing'}. I found nothing about {quote(question.strip('¿? '))}."
-    best = [text for text in reversed(hits) if hits[text] == max(hits.values())]
-    return " ".join(f'{found.get(text, "In core memory")}: "{text}".' for text in best[:3])
+    others = _IDEAS.keys() - aims
+    hits = hits or {line: 0 for line in reversed(core) if not (_own_idea(line) or _topic(line) & others)}
+    return [quotes[text] for text in reversed(hits) if hits[text] == max(hits.values())][:3]
 
 
 def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> str:
-    """What it says to the user at the end of its turn."""
-    parts = list[str]()
+    """What it says to the user at the end of its turn, in Spanish where that was spoken, else in English."""
+    counts, parts = [len(re.findall(words, text.lower())) for words in (_ENGLISH, _SPANISH)], list[str]()
+    say = {name: texts[counts[1] > counts[0]] for name, texts in _SENTENCES.items()}
     for name, arguments, result in done:
         fact = arguments.get("content") or arguments.get("new_content")
         if result["status"] != "OK" or _ORDER.match(text):
             parts.append(f"{name} {'returned' if result['status'] == 'OK' else 'failed'}: {result['message']}")
         elif fact:
-            parts.append(f"I noted in {name.partition('_')[0]} memory: {fact}.".replace("\n", "; "))
-    results = [result for _, _, result in done]
-    parts += [_answer(question, _found(results), core) for question in _split(text)[1]]
-    return " ".join(parts) or STAND_IN
+            parts.append(say[name.partition("_")[0]].format(fact.replace("\n", "; ")))
+    quotes = _quotes(core, (result for _, _, result in done), say)
+    for question in _split(text)[1]:
+        unknown = [say["holds"].format("; ".join(core))] if core else []
+        unknown.append(say["unknown"].format(quote(question.strip("¿? "))))
+        parts += _answer(question, quotes, core) or unknown
+    return " ".join(parts) or say["stand-in"]
 
 
 class OfflineModel:
@@ -3336,7 +3352,7 @@ class OfflineModel:
         """Its monologue and calls in answer to a request."""
         system = messages[0]["content"]
         if system.startswith(SUMMARY_SYSTEM):
-            told = re.findall(r"^(?:user(?: \([^)\n]*\))?: |- )(.*)", messages[-1]["content"], re.MULTILINE)
+            told = re.findall(r"^(?:user[^\n]*?(?: \([^)\n]*\))?: |- )(.*)", messages[-1]["content"], re.MULTILINE)
             statements = dict.fromkeys(f"- {statement}" for text in told for statement in _split(text)[0])
             return "The user stated:\n" + "\n".join(statements)[-SUMMARY_LIMIT // 2 :], []
         text, done = _offline_turn(messages)
@@ -3634,6 +3650,7 @@ class Memory:
     messages: list[ChatMessage] = field(default_factory=list)  # those in the context window
     last_message: int = 0  # the id of the last chat message
     archival: int = 0  # the number of passages
+    tokens: dict[str, int] = field(default_factory=dict)  # of all model calls; the next transaction stores them
     stale: bool = False  # a transaction failed: what is here may differ from what is on disk
     zone: datetime.tzinfo | None = None  # of the times that the model sees, and of its days; None: the machine's
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
@@ -3646,6 +3663,7 @@ class Memory:
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
         state["last_passage"] = max(counts["last_passage"], state["last_passage"])
+        self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
         return counts["unreadable"]
 
     def clock(self, moment: str = "", style: str = "%Y-%m-%d %I:%M:%S %p %Z%z") -> str:
@@ -3705,6 +3723,7 @@ class Transaction:
         if self.blocks != memory.blocks:
             changes.blocks = [asdict(block) for block in self.blocks.values()]
         changes.config = self.config if self.config != record.config else None
+        self.state |= memory.tokens
         changes.state = self.state if self.state != record.state else None
         events = await memory.store.write(commit, record.id, changes)
         record.config, record.state, memory.blocks = self.config, self.state, self.blocks
@@ -4145,7 +4164,6 @@ class Turn:
     compactions: int = 0
     calls: collections.Counter[str] = field(default_factory=collections.Counter)  # in how many steps each call came
     usage: JSON = field(default_factory=_NO_USAGE.copy)
-    earlier: JSON | None = None  # the agent's state before its first tokens were counted there
     request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
     reply: Reply | None = None
     _task: asyncio.Task[Any] | None = None
@@ -4398,7 +4416,7 @@ class Agent:
         """Call the model until its answer can be used, or half of one has to do. Raises ModelError, Stopped."""
         extra, failures, waited = "", 0, 0.0
         while True:
-            usage = turn.usage.copy()
+            usage, tokens = turn.usage.copy(), self.memory.tokens.copy()
             try:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
@@ -4410,6 +4428,7 @@ class Agent:
                 if error.loading and waited < LOADING_PATIENCE:
                     waited += error.retry_after or 0.0
                     turn.usage.update(usage)  # it counts as no call
+                    self.memory.tokens.update(tokens)
                     await self._retry(turn, error, round(waited), round(LOADING_PATIENCE))
                     continue
                 turn.failed_calls += 1
@@ -4537,8 +4556,9 @@ class Agent:
             self._cut_prompts = self._cut_prompts + 1 if ratio < 0.5 and estimated > 1000 else 0
             self.model.ratio += 0.3 * (min(2.0, max(0.5, ratio)) - self.model.ratio)
         request.usage = {**usage, "estimated": reply.usage is None}
-        turn.usage["input_tokens"] += usage["input_tokens"]
-        turn.usage["output_tokens"] += usage["output_tokens"]
+        for totals in (turn.usage, self.memory.tokens):
+            totals["input_tokens"] += usage["input_tokens"]
+            totals["output_tokens"] += usage["output_tokens"]
         turn.usage["estimated"] |= reply.usage is None
 
     # -- doing what it says --
@@ -4648,7 +4668,6 @@ class Agent:
     def _finish(self, change: Transaction, turn: Turn, reply: Reply, succeeded: bool) -> None:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
         change.changes.request = turn.request
-        self._add_usage(change, turn)
         turn.calls.update({call.line for call in reply.calls})
         sizes = self._sizes([*self.memory.messages, *change.changes.messages])
         is_full = sum(sizes.values()) > WARNING_FRACTION * self.window
@@ -4726,14 +4745,7 @@ class Agent:
             end = {"type": "agent_response_error", "stop_reason": "error", **problem}
         change.changes.events.append({**end, "turn_id": turn.turn_id, "usage": turn.usage})
         change.changes.request, change.state["turn"] = turn.request, None
-        self._add_usage(change, turn)
         turn.over = True
-
-    def _add_usage(self, change: Transaction, turn: Turn) -> None:
-        """Add what the turn has used so far to the agent's totals."""
-        turn.earlier = turn.earlier or self.record.state
-        for name in ("input_tokens", "output_tokens"):
-            change.state[name] = turn.earlier[name] + turn.usage[name]
 
     # -- the context window --
 
@@ -4792,7 +4804,6 @@ class Agent:
         async with self._change(turn) as change:
             gist, summary, after = self._fitting_summary(gist, kept, before)
             change.state |= {"cut": kept[0].id, "warned": False, "summary": summary, "gist": gist}
-            self._add_usage(change, turn)
             sizes = {"tokens_before": before, "tokens_after": after}
             counts = {"messages_before": cut + len(kept), "messages_after": len(kept)}
             change.add_event("compaction", f"{cut} messages became a summary", **counts, **sizes, summary=gist)
@@ -4820,8 +4831,8 @@ class Agent:
         for message in hidden:  # without what a model thought
             whole = message.role != "assistant"
             text = message.said or (message.text if whole else decode_json(message.body)["content"])
-            when = memory.clock(message.time, MINUTES)
-            lines += [f"{message.speaker} ({when}): {excerpt(text, 1_000)}"] if text else []
+            about = f"{message.speaker} ({memory.clock(message.time, MINUTES)})"
+            lines += [f"{about}: {excerpt(text, 1_000)}"] if text else []
         transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
         if gist := self.record.state["gist"]:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
@@ -7680,8 +7691,7 @@ class Session:
         when_busy: WhenBusy = "queue",
         from_: Annotated[str, 1, MAX_NAME] | None = None,
     ) -> None:
-        """Say something to an agent; its receipt is agent_response_start, its end exactly one terminal frame.
-        from: who speaks, where several people share the agent."""
+        """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
         if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
             return
         item = QueuedTurn(turn_id or new_turn_id(), message, speaker=from_, sender=self)
@@ -7802,12 +7812,11 @@ class Session:
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
         agent, memory, running = live.agent, live.agent.memory, live.current
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
-        counts |= {name: memory.record.state[name] for name in ("input_tokens", "output_tokens")}
         return {
             "agent_name": live.name,
             "settings": agent.settings(),
             "blocks": [asdict(block) for block in memory.blocks.values()],
-            "counts": counts,
+            "counts": counts | memory.tokens,
             "last_seq": live.last_seq,
             "turn": {"turn_id": running.turn_id, "step": running.step} if running and running.turn_id else None,
         }
