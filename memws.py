@@ -4915,6 +4915,8 @@ class LoopThread:
                 raise concurrent.futures.CancelledError
             future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self.loop)
         try:
+            while os.name == "nt" and not concurrent.futures.wait([future], 0.2).done:
+                pass  # Windows notices an interrupt only between two waits
             return future.result()
         finally:
             future.cancel()

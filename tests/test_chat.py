@@ -243,6 +243,31 @@ def test_local_times(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     chat.line("/agents", f"{moment.astimezone(ZoneInfo('Asia/Kolkata')):%Y-%m-%d %H}:")
 
 
+def test_classic_console(monkeypatch: pytest.MonkeyPatch, serve: Callable[..., memws.WebSocketServer]) -> None:
+    """On Windows colours are switched on in a console, and waits are short, as an interrupt waits for their end."""
+    server, calls = serve(), list[str]()
+
+    class Console(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(memws.os, "system", calls.append)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    memws.Screen(Console())
+    assert calls == []
+    monkeypatch.setattr(memws.os, "name", "nt")
+    memws.Screen(io.StringIO())
+    assert calls == []
+    memws.Screen(Console())
+    assert calls == [""]
+    with memws.connect(server.url) as client:
+        client.create_agent("sam")
+        assert client.ask("hi")
+        with pytest.raises(memws.RemoteError):
+            client.load_agent("nobody")
+
+
 def interrupt(chat: Terminal, answer: str) -> None:
     """Press Ctrl-C until it is noticed: one that comes as readline begins to wait is seen with the next key only."""
     for _ in range(5):

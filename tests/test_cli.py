@@ -475,6 +475,35 @@ def test_full_output(words: list[str], tmp_path: Path) -> None:
     assert re.fullmatch(r"memws: [^\n]+No space left on device[^\n]*\n", done.stderr), done.stderr
 
 
+# What Windows has not, and Ctrl-Break, with which programs stop others there.
+WINDOWS = """
+import asyncio.unix_events, signal, sys
+def refuse(*_): raise NotImplementedError
+asyncio.unix_events._UnixSelectorEventLoop.add_signal_handler = refuse
+signal.SIGBREAK = signal.SIGUSR1
+for name in ("fcntl", "readline", "resource", "termios"):
+    sys.modules[name] = None
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_stop_as_on_windows(number: int, tmp_path: Path, endpoint: Endpoint) -> None:
+    """Without Unix' modules and signal handlers a stop, too, interrupts turns, closes with 1001 and frees the files."""
+    (tmp_path / "windows").mkdir()
+    (tmp_path / "windows" / "sitecustomize.py").write_text(WINDOWS, "utf-8")
+    endpoint.script(Reply("never told", hold=True))
+    variables = {"PYTHONPATH": str(tmp_path / "windows")}
+    serving = Serving("--base-url", endpoint.url, cwd=tmp_path, variables=variables)
+    with serving as server, connect(server.url, proxy=None) as client:
+        client.send(json.dumps({"type": "command", "command": "create_agent", "config": {}}))
+        client.send(json.dumps({"type": "user_message", "message": "hi"}))
+        endpoint.wait_requests(1)
+        assert server.end(number) == 0
+        assert json.loads(list(client)[-1])["stop_reason"] == "interrupted"
+        assert client.close_code == 1001
+    memws.Sqlite(str(tmp_path / "memws.db")).open().close()  # nobody holds the lock
+
+
 # Runs started in the background of a shell ignore SIGINT, and so would their children.
 HEED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
 
