@@ -4889,6 +4889,16 @@ REFUSALS = {
 "What to do about the HTTP status that refuses a connection."
 
 
+def outcome(future: concurrent.futures.Future[T]) -> T:
+    """The result of a future; an interrupt of the wait cancels it."""
+    try:
+        while os.name == "nt" and not concurrent.futures.wait([future], 0.2).done:
+            pass  # Windows notices an interrupt only between two waits
+        return future.result()
+    finally:
+        future.cancel()
+
+
 class LoopThread:
     """An event loop in a daemon thread, and the blocking way into it."""
 
@@ -4914,12 +4924,7 @@ class LoopThread:
             if self._over:
                 raise concurrent.futures.CancelledError
             future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self.loop)
-        try:
-            while os.name == "nt" and not concurrent.futures.wait([future], 0.2).done:
-                pass  # Windows notices an interrupt only between two waits
-            return future.result()
-        finally:
-            future.cancel()
+        return outcome(future)
 
     def stop(self) -> None:
         """Cancel what runs there, and end loop and thread; nothing happens where they have ended."""
@@ -8340,11 +8345,7 @@ class WebSocketServer:
             self._loop = self._thread.loop
         elif running_loop() is self._loop:
             raise UsageError(f"this call would block the server's own loop; there, await {function.__name__}")
-        future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # where an interrupt ended the wait
+        return outcome(asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self._loop))
 
 
 # ======================================================================================================================
@@ -8353,6 +8354,7 @@ class WebSocketServer:
 
 # ---- the terminal ----------------------------------------------------------------------------------------------------
 
+EDITORS = "sensible-editor", "nano", "vi", "notepad"
 PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
 STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 FORMS = {
@@ -8616,8 +8618,7 @@ class Chat:
         block = self._block(label)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt", delete=False) as file:
             file.write(f"{block['value']}\n")
-        found = filter(shutil.which, ("sensible-editor", "nano", "vi", "notepad"))
-        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(found, "vi")
+        editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(filter(shutil.which, EDITORS), "vi")
         try:
             if os.system(f'{editor} "{file.name}"'):  # noqa: S605 (the user's own command, and a path of ours)
                 raise MemwsError(f"{editor} failed; set EDITOR to another one")
@@ -8676,8 +8677,9 @@ def edit_lines() -> None:
 
         path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises RuntimeError)
         path.touch(0o600)
-        readline.parse_and_bind("set enable-bracketed-paste on")  # which Python has switched off
-        if "libedit" in str(readline.__doc__):  # as on macOS: it takes the marks for keys, now for keys that type them
+        is_dumb = os.environ.get("TERM") == "dumb"
+        readline.parse_and_bind(f"set enable-bracketed-paste {'off' if is_dumb else 'on'}")  # Python's default is off
+        if "libedit" in str(readline.__doc__) and not is_dumb:  # of macOS: let the marks be keys that type themselves
             for mark in PASTE:
                 readline.parse_and_bind(f'bind -s "{mark}" "\x16{mark}"')
             print("\x1b[?2004h", end="", flush=True)
