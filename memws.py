@@ -2281,70 +2281,64 @@ class Model(Protocol):
 
 
 # ---- the markup of model families, which stays in the text where a server does not read it ---------------------------
-# Hermes, Qwen, Llama, Mistral, DeepSeek, Kimi, GLM, MiniMax, gpt-oss, Gemma, Granite, Phi, Command, Functionary, …
 
-_CHAT_TOKENS = r"""  # what another's turn would say is made up
-    <[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>
-        (?:(?:assistant|model)\b(?!\ to=) | (?:user|system|tool)\b.*)
-    | <[|｜](?:im_(?!start)|end|eo|begin|assistant|user|observation|return|chatbot|start_response)[^<>|｜\s]*[|｜]>
-    | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
-    | <\|channel\|>(?:final|commentary)<\|message\|> | </[^<>\s]{0,20}(?:tool|function)(?:_?call)?s?>
-    | </?answer>
-"""
-_THOUGHT_TAG = r"(?:seed:)?(?:think|thinking|thought|reasoning)"
-_THOUGHT_END = rf"</{_THOUGHT_TAG}> | \[/THINK\] | <\|END_THINKING\|> | ◁/think▷ | (?<=\S)assistantfinal(?=\S)"
-_CALL_MARKS = r"""
-    <[|｜][^<>|｜\s]{1,60}[|｜]?> | <start_function_call> | <[^<>\s]{0,20}(?:tool|function)(?:_?calls?|s)>
-    | \[TOOL_CALLS\] | ✿\w+✿:? | \bfunctools(?=\[) | assistantcommentary(?=\ to=) | ^>>>(?=\w+\n) | ^```tool_\w+
-    | ^Action\ Input: | ^Action:\s*(?:```\w* | (?=[\[{] | [\w.]+\s*^Action\ Input:))
-    | <[^<>\s=]{0,20}?(?:function=|(?:invoke|function|tool)(?:_call)?\s+name=)["']?(?P<name>[\w.-]+)
-"""
+_THOUGHT = r"(?:think|thinking|thought|reasoning)"
+_THOUGHT_END = rf"""[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOUGHT}_end\|> | (?-i:\[/THINK\]) | <channel\|>
+    | (?<=\S)assistantfinal(?=\S)"""
+_TURN = r"<[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>"
+_OTHERS = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
+_STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
+_PARAMETER = r"""
+    <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?
+    (.*?)\n?</[^<>\s]{0,20}?(?:parameter|arg_value)>"""
 _VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
-# Compiled when they are first needed: they would be 4 ms of every import.
-_IN_PROSE = functools.partial(
+_IN_PROSE = functools.partial(  # compiled when it is first needed: that would be 4 ms of every import
     re.compile,
     rf"""
-    `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^”\n]*” | ^>\ [^\n]*  # quoted
-    | ^```(?:(?!^```).)*+^```(?!\s*(?:```|\Z|{_CHAT_TOKENS}))
-    | (?P<thought>(?P<open><{_THOUGHT_TAG}>|\[THINK\]|<\|START_THINKING\|>|◁think▷|<\|channel\|>analysis<\|message\|>)
+    (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^”\n]*” | ^>\ [^\n]*
+        | ^```(?:(?!^```).)*+^```(?!\s*(?:```|<[|｜/]|\Z)))  # a block of code that other text follows
+    | (?P<thought> (?:[<◁]\|?(?:start_|seed:)?{_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\])
+        | <\|channel>thought | <\|channel\|>analysis<\|message\|>)
         (?P<inner>.*?)(?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
-    | (?P<end>{_THOUGHT_END}) | (?P<token>{_CHAT_TOKENS}) | (?P<mark>{_CALL_MARKS})
-    | (?P<fence>^```\w*\s*(?=[\[{{]|[\w.]+\())
+    | (?P<end> {_THOUGHT_END})  # alone: the beginning stood in the prompt
+    | (?P<call> (?<![`"'“])(?<!^>\ )(?:  # the beginning of one; what follows a quotation mark is no call
+        <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin)  # <|python_tag|>, <｜tool▁calls▁begin｜>
+        | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_code)?[\s=>]  # <tool_call>, <function=name>
+        | \[TOOL_\w+\] | ✿\w+✿ | \bfunctools(?=\[) | ^>>>(?!all\n)(?=\w+\n) | ^```tool_
+        | ^Action:\s*(?:```|[\[{{]|[\w.]+\s*^Action\ Input:) | ^Action\ Input:
+        | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary))  # harmony, with and without its tokens
+    | (?P<bare> (?:^|^```\w*\s*|(?<=[>▷\]]))[ ]*(?:\[\s*)?(?:print\()?  # JSON, a call in Python, a name before JSON
+        (?:\{{\s*["'}}] | [a-z_][\w.]*(?:(?<!print)\(\s*(?:\w+\s*=|["'{{]) | (?::\d+)?:?\s*\{{\s*["'}}])))
+    | (?P<token> {_OTHERS} | {_TURN}(?:assistant|model) | <\|channel\|>\w+<\|message\|> | <[|｜][^<>|｜\s]{{1,60}}[|｜]>
+        | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n | </?answer>
+        | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?[|｜\w:]*\Z)
     """,
     _VERBOSE,
 )
-_IN_MARKUP = functools.partial(
+_UNSURE = re.compile(  # what may become markup, at the end of a text: some lines, a quotation, the last word
+    r"(?:^Action:[\w\s.`]{0,80}[!-~]*|^```\w*\s*[!-~]*|^>.{0,300}|(?<![^\s(])`[^`\n]{0,300}(?:`[!-~]*)?|[!-~｜▁✿◁]*)\Z",
+    re.MULTILINE,
+)
+_IN_MARKUP = functools.partial(  # what stands there for a text, for arguments, for a name, or for nothing
     re.compile,
     rf"""
-    "(?:[^"\\]|\\.)*+(?:"|\Z) | [=(,\[:{{]\s*'(?:[^'\\]|\\.)*+' | <arg_value>.*?</arg_value>  # whatever it holds
-    | (?P<mark>
-        {_CHAT_TOKENS}
-        | (?:{_CALL_MARKS})(?(name)["']?\s*>(?P<body>.*?)(?:</[^<>\s]{{0,20}}?(?:function|invoke)>|(?P<cut>\Z)))
-        | <\w{{1,40}}\|> | <end_function_call> | \[/?(?:TOOL_CALLS|ARGS|CALL_ID)\] | ^[ ]*```\w*)
+    (?P<string>{_STRING}) | (?P<quoted>(?P<quote><escape>|<\|"\|>)(?P<inner>.*?)(?P=quote))  # Gemma's
+    | (?P<parameters> (?:{_PARAMETER}\s*)+) | (?P<python> (?<![\w.])[\w.]++\((?:{_STRING}|[^"'()]++){{0,300}}+\))
+    | (?P<cut> <[^<>\s=/]{{0,20}}(?:parameter(?:=|\s+name=)|arg_).* | <[^<>/]*\Z)
+    | (?P<close> </[^<>\s]*(?:function|invoke|tool_call)>)
+    | {_OTHERS} | <[^<>\s=]*(?:=|\s+name=)["']?(?P<name>[\w.-]+)[^<>]*> | </?[^<>]*(?:>|\Z)
+    | (?-i:\[CALL_ID\]\w+|\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | \bfunctools(?=\[)
+    | assistant(?=commentary)
     """,
     _VERBOSE,
 )
-_PARAMETER = re.compile(
-    r"""<[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?(.*?)\n?
-    </[^<>\s]{0,20}?(?:parameter|arg_value)>""",
-    _VERBOSE,
+_BRACES = re.compile(rf"{_STRING} | [{{}}]", re.DOTALL | re.VERBOSE)
+_NAMED = re.compile(  # the name of a tool before its arguments, and what may stand beside it
+    r"(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call)?(?::\d+)?:?(?:\s+(?:commentary|json|code))*",
+    re.DOTALL,
 )
-_NAMED = re.compile(
-    r"(?:.*\bto=|call:)?(?:functions?\.)?([\w.-]+?)(?::\d+)?:?(?:\s+(?:json|code))?\s*(\{.*)?", re.DOTALL
-)
-_JSON_PARTS = re.compile(
-    r""""(?:[^"\\]|\\.)*+" | '(?:[^'\\]|\\.)*' | [][{}:,;\d.+-] | \b(?:true|false|null|none)\b""", _VERBOSE
-)
-_CALL_KEYS = ("tool_calls", "function", "name", "tool_name", "tool", "action")  # of calls, or of their tools' names
+_NAME_KEYS = ("name", "function", "tool_name", "tool", "action")
 _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_input")
-_MAYBE_MARK = re.compile(  # its beginning, at the end of a text
-    r"""(?:<[^<>\s]{0,80} | <\S{0,20}(?:invoke|function|tool|call)\s[^<>]{0,80} | \[/?\w{0,12} | [✿◁]\S{0,12}
-    | ^>{1,3}\w*\n? | ^`{1,3}\w*\s* | ^Action:[\w\s.`]{0,80} | \b[af]\w{0,20} | \bassistantcommentary[ to]*)\Z""",
-    _VERBOSE,
-)
-_MAYBE_CALL = re.compile(
-    r"\s*(?:\{|\[(?!/?[A-Z])|[a-zA-Z0-9_.]{0,64}(?::\d*)?\s*(?:[({]|\Z))"
-)  # how JSON and Python begin
 
 
 # ---- what a model answers --------------------------------------------------------------------------------------------
@@ -2409,7 +2403,7 @@ class Reply:
         self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
         self.own: JSON = {}  # fields that its maker needs back
         self._size = 0
-        self._shown, self._seen, self._begin = "", 0, 0  # the text without markup, where it ends, where it began
+        self._shown, self._seen = "", 0  # what is shown of the text, and how much was looked at
         self._choice: Any = None  # the index of the choice that is read, of several
         self._streams = False  # whether any of it has come as a delta
         self._latest: dict[str | None, ToolCall] = {}  # the newest call of each index; None: the newest of all
@@ -2505,21 +2499,18 @@ class Reply:
         return text[:room]
 
     def _show(self) -> None:
-        """Show what has come of the text, as far as it is no markup nor the beginning of any."""
-        text, start = self.text, max(self._seen - 300, self.text.rfind("\n", 0, self._seen) + 1)
-        while not (begins := _MAYBE_CALL.match(text, self._begin)) or (self.finish and begins.end() == len(text)):
-            match = _IN_PROSE().search(text, start)
-            if match is None or match.lastgroup in ("mark", "fence"):
-                tail = match or _MAYBE_MARK.search(text, max(self._seen, len(text) - 100))
-                is_held = tail and (match or not self.finish or tail[0][0] in "<[`")
-                end = tail.start() if tail and is_held else len(text)
-                self._shown += text[self._seen : end]
-                self._seen = MAX_REPLY if match and match["fence"] else max(self._seen, end)
-                return
-            start = match.end("open") if match["open"] else match.end()
-            if match.lastgroup and match.start() >= self._seen:
-                self._shown += text[self._seen : match.start()]
-                self._seen = self._begin = start
+        """Show what has come of the text up to a call, but for what may still become one."""
+        unsure = None if self.finish else _UNSURE.search(self.text, max(self._seen, len(self.text) - 1_000))
+        end = unsure.start() if unsure else len(self.text)
+        for match in _IN_PROSE().finditer(self.text, self._seen, end):
+            if match.lastgroup != "quoted":
+                self._shown += self.text[self._seen : match.start()] + (match["inner"] or "")
+                self._seen = match.end()
+            if match.lastgroup in ("call", "bare"):
+                self._seen = MAX_REPLY
+                break
+        self._shown += self.text[self._seen : end]
+        self._seen = max(self._seen, end)
 
     def news(self) -> Iterator[tuple[str, str]]:
         """(message type, text) that has come since the last call, for whoever watches it arrive."""
@@ -2541,15 +2532,13 @@ def _text_of(value: Any) -> str:
 
 
 def _is_other(call: ToolCall, index: str | None, call_id: str, name: str, text: str) -> bool:
-    """Whether a piece with a name begins another call than the newest of its index."""
-    other_id = call_id not in ("", call.id or call_id)
-    if call.name not in ("", name) and (call.text or other_id or (index is None and not call.id)):
-        return True
+    """Whether a piece with a name begins another call: names come in pieces, and names and ids come again."""
+    has_other_name, has_other_id = call.name not in ("", name), call_id not in ("", call.id or call_id)
     if not call.text:
-        return other_id and index is None
-    if text.lstrip()[:1] not in ("", "{") or _is_cut(call.text):
-        return False
-    return other_id or (text != "" and (index is None or text != call.text))
+        return has_other_id and (has_other_name or index is None)
+    if has_other_name or call.text[-1] != "}" or _is_cut(call.text):
+        return has_other_name
+    return has_other_id or (text != "" and (index is None or text != call.text))
 
 
 # ---- the ladder: tool calls as such, tool calls written as text, plain text ------------------------------------------
@@ -2618,103 +2607,109 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
 
     `others` are not called where more stands beside the call: it may be quoted from anywhere.
     """
-    text, plain, start, mark = reply.text, "", 0, None
-    for match in _IN_PROSE().finditer(text):
-        if match.lastgroup in ("mark", "fence"):
-            mark = match
-            break
-        if match.lastgroup:
-            plain, start = plain + text[start : match.start()], match.end()
-        if match.lastgroup in ("thought", "end"):  # an end alone: the beginning stood in the prompt
-            thought, plain = (match["inner"], plain) if match["thought"] else (plain, "")
-            reply.reasoning = f"{reply.reasoning}\n{thought}".strip()
-    plain, markup = plain + text[start : mark and mark.start()], text[mark.start() :] if mark else ""
-    names = "|".join(map(re.escape, tools))
-    if re.match(rf"\s*(?:[\[{{]|(?:print\()?(?:\w+\.)*(?:{names})(?:\.call|:\d*)?\s*[({{])", plain):
-        plain, markup = "", plain + markup
-    found = _calls_in(markup, tools) if markup and not reply.calls else []
-    rest = "\n".join(filter(None, [plain.strip(), *(words for name, words in found if not name)]))
-    allowed = set(tools) - set(others)
-    calls = [(name, text) for name, text in found if name and (not rest or name.rpartition(".")[2] in allowed)]
-    is_call = (mark and mark["mark"]) or any(f'"{name}"' in markup or f"{name}(" in markup for name in tools)
-    if len(calls) < sum(bool(name) for name, _ in found) or (markup and is_call and not (calls or reply.calls)):
+    said, thoughts, markup, kind = _parts_of(reply.text)
+    calls, words = _calls_in(markup, tools, kind == "call")
+    rest, left = f"{said.strip()}\n{words}".strip(), words if calls else markup
+    own = set(tools) - set(others)
+    is_quoted = rest != "" and any(call.name.rpartition(".")[2] not in own for call in calls)
+    is_unread = (kind == "call" and not calls) or any(f'"{name}"' in left or f"{name}(" in left for name in tools)
+    if not reply.calls and (is_quoted or is_unread):
         raise reply.problem("the answer holds a tool call that cannot be read, or that stands among other text")
-    reply.calls += [ToolCall("", name, text if isinstance(text, str) else encode_json(text)) for name, text in calls]
-    if calls and not all(_is_cut(call.text) for call in reply.calls):
-        reply.corrections.append(("text_call", "a tool call written as text was read as a call"))
-    reply.text = rest if calls else (plain + markup).strip()
+    reply.reasoning = (reply.reasoning + thoughts).strip()
+    reply.text = rest if calls else (said + markup).strip()
+    if calls and not reply.calls:
+        reply.calls = calls
+        if not all(_is_cut(call.text) for call in calls):
+            reply.corrections.append(("text_call", "a tool call written as text was read as a call"))
 
 
-def _calls_in(markup: str, tools: Collection[str]) -> list[tuple[str, Any]]:
-    """(name, arguments) of the calls in markup, and ("", text) for what stands between them."""
-    found: list[tuple[str, Any]] = []
-    if "call:" in markup[:40]:  # Gemma's quotes
-        markup = re.sub(r'(<escape>|<\|"\|>)(.*?)\1', lambda match: encode_json(match[2]), markup, flags=re.DOTALL)
-    start, tool = 0, ""
-    for mark in (match for match in (*_IN_MARKUP().finditer(markup), None) if match is None or match["mark"]):
-        piece = markup[start : mark and mark.start()].strip()
-        named = _NAMED.fullmatch(piece)
-        if tool and piece[:1] == "{":
-            found.append((tool, piece))
-            tool = ""
-        elif "<arg_key>" in piece:
-            found.append((piece.partition("<")[0].strip() or tool or "unknown", _xml_arguments(piece)))
-        elif named and named[2]:
-            found.append((named[1], named[2]))
-        elif named:
-            tool = named[1] if named[1] in tools else tool
-        elif calls := _python_calls(piece, tools):
-            found += calls
-        elif piece[:1] in ("{", "[") and _is_cut(piece):
-            found.append(("send_message" if '"send_message"' in piece else "", piece))
-        elif piece:
-            value = read_json(piece)[0] if piece[0] in "{[" else None
-            calls = [*_calls_of(value, tools)]
-            words = " ".join(_JSON_PARTS.sub(" ", piece).split()) if calls else piece
-            found += [*calls, ("", words)]
-        if mark and mark["name"]:
-            found.append((mark["name"], _xml_arguments(mark["body"].strip() or "<" * (mark["cut"] is not None))))
-        start = mark.end() if mark else 0
-    return found
+def _parts_of(text: str) -> tuple[str, str, str, str]:
+    """What a text says, its thoughts, the markup at its end, and whether that begins with a mark or is bare."""
+    said, thoughts, start = "", "", 0
+    for match in _IN_PROSE().finditer(text):
+        if match.lastgroup != "quoted":
+            said, start = said + text[start : match.start()], match.end()
+        if match.lastgroup in ("call", "bare"):
+            return said, thoughts, text[match.start() :], match.lastgroup
+        if match.lastgroup == "thought":
+            thoughts += "\n" + match["inner"]
+        if match.lastgroup == "end":
+            said, thoughts = "", f"{thoughts}\n{said}"
+    return said + text[start:], thoughts, "", ""
 
 
-def _xml_arguments(text: str) -> JSON | str:
-    """Arguments as XML, or the JSON that stands in their place; of XML that is cut comes JSON that is."""
-    rest = _PARAMETER.sub("", text).strip()
-    if "<" in rest and rest[0] != "{":
-        return "{"
-    return dict(_PARAMETER.findall(text)) or rest
+def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[list[ToolCall], str]:
+    """The calls in markup, and the words that stand between them."""
+    text, start = _IN_MARKUP().sub(_plain, markup), 0
+    calls: list[ToolCall] = []
+    words: list[str] = []
+    while (begin := text.find("{", start)) >= 0:
+        before, start = text[start:begin].strip("[], \n"), _end_of(text, begin)
+        piece, named = text[begin:start], _NAMED.fullmatch(before)
+        name = named[1] if named and (is_marked or named[1] in tools) else ""
+        mentioned = name or next((tool for tool in tools if tool in piece), "")
+        if name in tools or (mentioned and _is_cut(piece)):
+            found = [ToolCall("", mentioned, piece)]
+        else:
+            found = [*_calls_of(read_json(piece)[0], tools)] or [ToolCall("", name, piece)] * bool(name)
+        calls += found
+        if not found:
+            words += [before, piece]
+        elif found[0].name != name:
+            words.append(before)
+    return calls, " ".join(word for word in (*words, text[start:].strip()) if re.search(r"\w", word))
 
 
-def _calls_of(value: Any, tools: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """(name, arguments) of the calls in a JSON value, in the forms that models write."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _calls_of(item, tools)
-    elif isinstance(value, dict):
-        call = next((value[key] for key in _CALL_KEYS if value.get(key)), None)
-        arguments = next((value[key] for key in _ARGUMENT_KEYS if key in value), None)
-        if isinstance(call, (list, dict)):
-            yield from _calls_of(call, tools)
-        elif isinstance(call, str) and isinstance(arguments, (dict, str)):
-            yield call, arguments
-        elif len(value) == 1 and value.keys() <= set(tools):
-            yield from value.items()
+def _plain(match: re.Match[str]) -> str:
+    """What a piece of markup stands for: a text, the name of a tool, arguments as JSON, or nothing."""
+    kind = match.lastgroup or ""
+    if kind == "quoted":
+        return encode_json(match["inner"])
+    if kind == "parameters":
+        return encode_json(dict(re.findall(_PARAMETER, match[0], _VERBOSE)))
+    if kind == "python":
+        return _python_call(match[0])
+    if kind == "name":
+        return f" to={match[kind]} "
+    return {"string": match[0], "cut": " to=unknown {", "close": " {} "}.get(kind, " ")
 
 
-def _python_calls(text: str, tools: Collection[str]) -> list[tuple[str, Any]]:
-    """The calls in Python's syntax, which is parsed and never evaluated."""
-    calls: list[tuple[str, Any]] = []
+def _python_call(text: str) -> str:
+    """A call in Python's syntax, as a name and JSON: it is parsed and never evaluated."""
     with contextlib.suppress(Exception), warnings.catch_warnings():  # of the parser, of values that are no literals
         warnings.simplefilter("ignore")  # of escapes that Python does not know
-        tree = ast.parse(text if re.match(r"\[?\s*[\w.]+\(", text) else "")
-        nodes = ast.walk(tree) if all(isinstance(node, ast.Expr) for node in tree.body) else ()
-        for node in (node for node in nodes if isinstance(node, ast.Call)):
-            name = next((part for part in ast.unparse(node.func).split(".") if part in tools), "")
-            given = [*enumerate(node.args), *((each.arg, each.value) for each in node.keywords)]
-            calls += [(name, encode_json({str(key): ast.literal_eval(each) for key, each in given}))] if name else []
-        return calls
-    return []
+        call: Any = ast.parse(text, mode="eval").body
+        given = [*enumerate(call.args), *((each.arg, each.value) for each in call.keywords)]
+        arguments = {str(key): ast.literal_eval(each) for key, each in given}
+        return f" to={ast.unparse(call.func)} {encode_json(arguments)}"
+    return text
+
+
+def _end_of(text: str, start: int) -> int:
+    """Where the brace closes that opens there: the end of the text, where it does not."""
+    depth = 0
+    for match in _BRACES.finditer(text, start):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0:
+            return match.end()
+    return len(text)
+
+
+def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
+    """The calls in a JSON value, in the forms that models write."""
+    fields = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(fields, dict):
+        return
+    name = next((fields[key] for key in _NAME_KEYS if isinstance(fields.get(key), str)), "")
+    arguments = next((fields[key] for key in _ARGUMENT_KEYS if isinstance(fields.get(key), (dict, str))), None)
+    if name and arguments is not None:
+        yield ToolCall("", name, arguments if isinstance(arguments, str) else encode_json(arguments))
+        return
+    for key, item in fields.items():
+        if key in tools and isinstance(item, dict):
+            yield ToolCall("", key, encode_json(item))
+        else:
+            yield from _calls_of(item, tools)
 
 
 # ---- what an endpoint says when it refuses ---------------------------------------------------------------------------
