@@ -3825,11 +3825,14 @@ class Transaction:
 
 
 def find_zone(name: str | None) -> datetime.tzinfo | None:
-    """The timezone of an IANA name; None for None, the machine's. Raises Refused (bad_config)."""
-    import zoneinfo  # 3 ms of every import
-
+    """The timezone of an IANA name; None: the machine's, by its own clock. Raises Refused (bad_config)."""
+    machine = "" if "TZ" in os.environ else os.path.realpath("/etc/localtime")
+    if name is None or machine.endswith(f"/zoneinfo/{name}"):
+        return None
     try:
-        return name if name is None else zoneinfo.ZoneInfo(name)
+        import zoneinfo  # 3 ms, which a server in its own timezone does without
+
+        return zoneinfo.ZoneInfo(name)
     except (LookupError, ValueError, OSError):
         text = f"timezone: expected an IANA name like Europe/Berlin, but got {quote(name)}"
         raise Refused("bad_config", f"{text}; where no name is known, pip install tzdata") from None
