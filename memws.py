@@ -571,7 +571,7 @@ def _convert(value: Any, kind: str) -> Any:
     """What a model meant: numbers, booleans, lists and objects may come as text, whole numbers with a point."""
     if isinstance(value, str) and kind != "string":
         with contextlib.suppress(ValueError):
-            value = decode_json({"True": "true", "False": "false"}.get(value, value))
+            value = decode_json({"True": "true", "False": "false", "None": "null"}.get(value, value))
     return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
 
 
@@ -3451,9 +3451,9 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any], Any]] | Non
         return None
     if importlib.util.find_spec("pydantic") is None:
         raise UsageError(f"{place}: {hint} needs pydantic: pip install pydantic")
-    from pydantic import TypeAdapter, ValidationError
-
     try:
+        from pydantic import TypeAdapter, ValidationError
+
         adapter = TypeAdapter[Any](hint)
         schema = adapter.json_schema()
         for value in schema.get("enum", ()):

@@ -88,7 +88,8 @@ def test_a_hint_is_a_schema_and_the_schema_is_the_check(
 LENIENT: list[tuple[Any, Any, Any]] = [
     (int, "5", 5), (int, 5.0, 5), (int, "5.0", 5), (float, "1.5", 1.5), (bool, "True", True), (bool, "false", False),
     (list[int], "[1, 2]", [1, 2]), (list[int], ["1"], [1]), (dict, '{"a": 1}', {"a": 1}), (int | None, "7", 7),
-    (str, "5", "5"), (str | int, "5", "5"), (int | None, None, None), (Annotated[int, 1, 9], "9", 9),
+    (str, "5", "5"), (str | int, "5", "5"), (int | str, "5", "5"), (int | None, None, None), (int | None, "None", None),
+    (Annotated[int, 1, 9], "9", 9),
 ]  # fmt: skip
 
 
