@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import json
+import math
 import re
 import sys
 import threading
@@ -207,6 +208,7 @@ def test_null_is_the_default() -> None:
 
     def tool(a: int = 5, b: str = "x", c: int | None = 3, d: Room = Room.SMALL) -> None: ...
 
+    assert make_tool(lambda a=math.inf: a, "endless").function.usage == "endless(a?)"  # and no JSON says that default
     bind = make_tool(tool).function.bind
     for sent in (None, "null", "None"):
         assert bind(dict.fromkeys("abd", sent), lenient=True) == {}
@@ -535,6 +537,7 @@ def test_a_tool_knows_its_agent(online: Callable[..., Any], endpoint: Endpoint) 
     @server.tool
     def add(item: str, agent: memws.Agent) -> str:
         todo[agent.name].append(item)
+        agent.blocks.clear()  # of a copy
         return f"{agent.name}: {todo[agent.name]}, {agent.blocks['human'].value}"
 
     @server.tool
