@@ -3204,13 +3204,11 @@ _OWN = {  # how people state what they have one of: a newer statement replaces t
 _I = r"i|i'm|i've|my|mine|me|we|our|yo|mi|mis|soy|estoy|vivo|trabajo|tengo|nací|cumplí|remember|recuerda"
 _ASK = r"who|what|where|when(?! i)|which|why|how|do|does|did|is|are|am|can|tell me|qué|quién|dónde|cuándo|cuál|cómo"
 _BREAK = re.compile(  # between sentences, unless one goes on about somebody, and before what somebody says or asks
-    r"(?<=[.!?])\s+(?!(?:he|she|it|they|his|her|their|su)\b)|\n+|\s*(?=¿)"
-    rf"|(?:[,;] | and | y |[,;] (?:and|but|y|pero) )(?=(?:{_I}|{_ASK})\b)",
-    re.IGNORECASE,
+    r"(?i)(?<=[.!?])\s+(?!(?:he|she|it|they|his|her|their|su)\b)|\n+|\s*(?=¿)"
+    rf"|(?:[,;] | and | y |[,;] (?:and|but|y|pero) )(?=(?:{_I}|{_ASK})\b)"
 )
-_MINE = re.compile(  # what people state of themselves; in other languages whatever they state in three words
-    rf"\b(?:{_I})\b|[我私]|^(?!.*(?:{_ENGLISH}|{_SPANISH}))\w+\W+\w+\W+\w", re.IGNORECASE
-)
+# A fact is what people state of themselves; in other languages whatever they state in three words.
+_FACT = re.compile(rf"(?i)\b(?:{_I})\b|[我私]|^(?!.*(?:{_ENGLISH}|{_SPANISH}))\w+\W+\w+\W+\w")
 _QUESTION = re.compile(rf"[¿\s]*(?:{_ASK})\b|.*[?？؟]$", re.IGNORECASE)
 _ABOUT_ITSELF = re.compile(r"\b(?:are you|your name|eres|te llamas)\b|^forget", re.IGNORECASE)
 _ORDER = re.compile(r"\s*/call\s+([\w.-]+)\s*(.*)", re.DOTALL)
@@ -3262,7 +3260,7 @@ def _offline_calls(text: str, core: list[str], room: int) -> Iterator[tuple[str,
         arguments = read_json(order[2])[0]
         yield order[1], arguments if isinstance(arguments, dict) else {}
     statements, questions = _split(text)
-    facts = [statement for statement in statements if _MINE.search(statement) and statement not in core]
+    facts = [statement for statement in statements if _FACT.search(statement) and statement not in core]
     lines = list[str]()
     for idea, fact in {_own_idea(fact) or fact: fact for fact in facts}.items():
         old = next((line for line in core if _own_idea(line) == idea), None)

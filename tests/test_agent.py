@@ -728,6 +728,7 @@ async def test_a_model_that_loads_is_waited_for(
         assert ("Loading model" in turn.end["message"], turn.end["code"]) == (True, "model_unavailable")
     else:
         assert (turn.replies, turn.end["usage"]["model_calls"]) == (["Hello!"], 1)
+        assert turn.end["usage"].items() >= agent.memory.tokens.items(), "nor in the agent's totals"
 
 
 async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:

@@ -163,6 +163,8 @@ def test_facts_are_kept_and_found_as_in_the_readme() -> None:
     assert all(arguments["request_heartbeat"] for _, arguments in harness.calls[:-1])
     assert "my name is Ada; I like green tea" in harness.say("What is my shoe size?")
     assert "noted" not in harness.say("What do I like?"), "its own words are no facts"
+    harness.say("My wife is Eva")
+    assert harness.say("What is my wife's name?") == 'You told me on 2026-11-25: "My wife is Eva".'
     harness.say("/call nope my shoe size is 40")
     assert "40" not in harness.say("What is my shoe size?")
 
