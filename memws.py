@@ -2762,7 +2762,8 @@ _OPTIONS = {  # those that a request may do without, and what endpoints call the
     "stream_options": "stream options|include usage",
     "reasoning_effort": "reasoning effort|think value|thinking(?! mode)|reasoning is|support reasoning",
     "max_tokens": "max tokens|max output tokens|maximum tokens you",
-    **{name: name.replace("_", " ") for name in ("max_completion_tokens", "seed", "temperature", "top_p", "stream")},
+    **{name: name.replace("_", " ") for name in ("max_completion_tokens", "seed", "temperature", "top_p")},
+    "stream": "stream(?! options)",
 }
 _OTHERS = (
     r"schema|properties['\".[]|(?:tools|messages|functions?)[.[]+\d|(?:tool|function) (?:['\"`]|par|arg|def|inp)|polic"
