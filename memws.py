@@ -592,8 +592,8 @@ class Function:
     call: Callable[..., Any]
     doc: str  # the docstring
     parameters: JSON  # JSON Schema of the arguments
-    readers: Mapping[str, Callable[[Any], Any]]  # those that make arguments of JSON for which `check` is not enough
-    filled: Collection[str]  # the parameters that whoever calls it fills in
+    readers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)  # of arguments that `check` cannot make
+    filled: Collection[str] = ()  # parameters that whoever calls it fills in
 
     def bind(self, arguments: JSON, lenient: bool = False) -> JSON:
         """The arguments that the function takes, checked, without others. Raises InvalidRequest naming the field."""
@@ -624,10 +624,7 @@ class Function:
 
 
 def function_of(
-    call: Callable[..., Any],
-    name: str | None = None,
-    skip: Collection[str] = (),
-    other: Callable[[Any, str], Any] | None = None,
+    call: Callable[..., Any], name: str = "", skip: Collection[str] = (), other: Callable[..., Any] | None = None
 ) -> Function:
     """The Function of a callable without the parameters to `skip`. `other` gives schema and reader for hints that
     schema_of does not know, or None for one to be filled in. Raises UsageError where nobody could call it."""
@@ -673,9 +670,7 @@ def function_of(
 
 Id = Annotated[str, 0, MAX_ID] | Annotated[int, -(2**53), 2**53] | None
 _HEAD = {"type": schema_of(str), "command": schema_of(str), "id": schema_of(Id)}
-_REQUEST = Function(
-    "request", dict, "what requests have in common", {"properties": _HEAD, "required": ["type"]}, {}, ()
-)
+_REQUEST = Function("request", dict, "what requests have in common", {"properties": _HEAD, "required": ["type"]})
 
 
 def check_name(name: Any) -> str:
@@ -3506,7 +3501,7 @@ def make_tool(
     no model could call."""
     if isinstance(call, type):
         raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
-    function = function_of(call, name, ["memory"] if builtin else [], _reader_of)
+    function = function_of(call, name or "", ["memory"] if builtin else [], _reader_of)
     properties = {name: _portable(schema, {}) or ANYTHING for name, schema in function.parameters["properties"].items()}
     if function.name not in ("send_message", "pause_heartbeats"):
         properties[REQUEST_HEARTBEAT] = {"type": "boolean", "description": "run again right after this call"}
@@ -3514,8 +3509,6 @@ def make_tool(
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
     return Tool(function, encode_json({"type": "function", "function": about}), builtin, timeout)
 
-
-# ---- tools of users: calls and results -------------------------------------------------------------------------------
 
 NOT_KEPT = "they are not kept, ask for less"  # what a result leaves out
 _PENDING = (collections.abc.Awaitable, collections.abc.AsyncIterable, concurrent.futures.Future)
@@ -3620,8 +3613,6 @@ def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
         return {each.name: below(getattr(value, each.name)) for each in fields(kind)}
     if hasattr(kind, "keys"):
         return {result_text(key): below(item) for key, item in dict(value).items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [below(item) for item in value]
     if isinstance(value, Iterable):
         pieces = [below(piece) for piece in itertools.islice(value, TOOL_RESULT_LIMIT)]
         return [*pieces, "… and more"] if len(pieces) == TOOL_RESULT_LIMIT else pieces
@@ -8077,15 +8068,13 @@ class WebSocketServer:
         """Register a function as a tool, for agents whose config names it; also as a decorator with arguments.
 
         A sync function runs in a daemon thread of its own, an async one on the server's loop; `timeout` in seconds.
-        Its whole docstring is the description, Annotated[str, "…"] that of a parameter; one annotated memws.Agent is
-        the agent that calls. Hints beyond Python's own types and Literal need pydantic. Models are read loosely:
+        The docstring is the description, Annotated[str, "…"] that of a parameter; one of type memws.Agent gets the
+        agent. What a model sends is read loosely; types but Python's own and Literal are pydantic's to read:
 
-            "3", "True", '["tea"]', where no text is expected       3, True, ["tea"]
-            3.0, where an integer is expected                       3
-            null, "null", "None", where there is a default          the default, if there can be no null
-            a text, list, object or number, where a class is        what pydantic makes of it
+            "3", "True", '["tea"]', 3.0      3, True, ["tea"], 3, where no text or fraction is expected
+            null, "null", "None"             the default, where there is one and no null is expected
 
-        Raises UsageError for a function that no model could call, and says why.
+        Raises UsageError for a function that no model could call.
         """
         if function is None:
             return lambda decorated: self.tool(decorated, name=name, timeout=timeout)
