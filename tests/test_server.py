@@ -312,6 +312,9 @@ async def test_get_agent_counts_the_tokens_of_all_turns(serve: Serve, server: Se
             if HELD in answers:
                 await asked(endpoint, count + 2)
                 assert await totals(client) == [before[0] + 5_000, before[1] + 7]
+                with database(server) as connection:  # where a crash leaves it
+                    state = json.loads(connection.execute("SELECT state FROM agents").fetchone()[0])
+                assert [state["input_tokens"], state["output_tokens"]] == await totals(client)
                 await client.request("cancel")
             end = await client.ended()
             expected = [before[0] + end["usage"]["input_tokens"], before[1] + end["usage"]["output_tokens"]]
