@@ -624,7 +624,7 @@ class Function:
 
 
 def function_of(
-    call: Callable[..., Any], name: str = "", skip: Collection[str] = (), other: Callable[..., Any] | None = None
+    call: Callable[..., Any], name: str = "", skip: Collection[str] = (), other: Callable[..., Any] = schema_of
 ) -> Function:
     """The Function of a callable without the parameters to `skip`. `other` gives schema and reader for hints that
     schema_of does not know, or None for one to be filled in. Raises UsageError where nobody could call it."""
@@ -652,8 +652,7 @@ def function_of(
         try:
             properties[key] = schema_of(hint)
         except (LookupError, TypeError):
-            found = other(hint, f"{name!r}: {parameter.name}") if other else None
-            if not found:
+            if not (found := other(hint, f"{name!r}: {parameter.name}")):
                 filled.append(parameter.name)
                 continue
             properties[key], readers[key] = found
