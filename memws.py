@@ -2711,7 +2711,7 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
 
 _REASON_KEYS = ("error", "errors", "message", "detail", "msg", "error_description", "title", "cause", "metadata", "raw")
 _LOADING = "loading|being loaded|initiali[sz]ing|cold start|warm(?:ing)? up|starting up|not (?:yet )?ready"
-_UNREAD = "(?:tool use|output parse|tool call validation) failed|failed to (?:call a|parse tool|parse inp)|parsing tool"
+_UNREAD = "(?:tool use|output parse|tool call validation) failed|failed to (?:call a|parse (?:tool|input))|parsing tool"
 _USED_UP = "^402|insufficient (?:quota|balance|credits)|credit balance is too low"
 _ACCESS = "key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given"
 _NO_KEY = "^401|(?:invalid|incorrect|expired) .{0,12}api key|api key .{0,30}(?:valid|expired)"
@@ -2732,10 +2732,10 @@ _MEANINGS = (  # a status, phrases; our code, a sentence, what may help: of the 
     ("", "", "model_unavailable", "the endpoint failed", "retry"),
 )
 
-_PROMPT = "context|prompt|input|message|sequence|(?<!max )(?<!completion )tokens?|conversation|string"
+_PROMPT = "context|prompt|input|message|sequence|(?<!max )(?<!completion )tokens?|conversation|string|current length"
 _TOO_LONG = (
     r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than \d|more than max|maximum"
-    "|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be"
+    "|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is"
 )
 _SURELY_TOO_LONG = r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)|超(?!时)|过长"
 _NOT_THE_PROMPT = r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?|\d (?:id|name|description)"
@@ -2747,7 +2747,7 @@ _WINDOWS = (  # where the number of tokens stands that a prompt may have
     rf"{_COUNT}(?: tokens?)? (?:maximum|max|limit|context|allowed)",
 )
 
-_NOT_TAKEN = (
+_NOT_TAKEN = (  # how they say that an option is not what they take
     r"unsupport|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|one of)|unknown|extra"
     "|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only|range|at most|between|out of"
     "|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a"
@@ -2759,8 +2759,9 @@ _OPTIONS = {  # those that a request may do without, and what endpoints call the
     **{name: name.replace("_", " ") for name in ("max_completion_tokens", "seed", "temperature", "top_p")},
     "stream": "stream(?! options)",
 }
-_OTHERS = (
-    r"schema|properties['\".[]|(?:tools|messages|functions?)[.[]+\d|(?:tool|function) (?:['\"`]|par|arg|def|inp)|polic"
+_OTHERS = (  # what else may have such names
+    r"schema|properties['\".[]|(?:tools|messages|functions?)[.[]+\d|polic"
+    r"|(?:tool|function) (?:['\"`]|parameter|argument|definition|input)"
 )
 _EFFORT = r"reasoning effort (?:(?:must|should) be )?(?:to |= |as )?(none|low|medium)\b"
 
@@ -2839,7 +2840,8 @@ class Refusal:
         reason = f"{self.fields.get('param')}: {self.reason}"
         pieces = [words_of(each) for each in reason.split("; ") if not re.search(_OTHERS, each, re.IGNORECASE)]
         effort = re.search(_EFFORT, words_of(reason))
-        for name, names in _OPTIONS.items() if re.fullmatch("0|4(?!0[123]|29)..", str(self.status)) else ():
+        is_about_it = self.status < 500 and self.status not in (401, 402, 403, 429)
+        for name, names in _OPTIONS.items() if is_about_it else ():
             value, instead = sent.get(name), dict[str, Any]()
             if name == "reasoning_effort" and effort and effort[1] != value:
                 instead = {name: effort[1]}
@@ -2855,7 +2857,7 @@ class Refusal:
         rules = [rule for phrases, others, rule in _LESSONS if says(words, phrases, others)]
         rules += [] if says(words, _LACKS) else [f"without {name}" for name in re.findall(_OWN_FIELD, self.reason)]
         if "alternate" in rules and _BETWEEN.keys().isdisjoint(itertools.pairwise(roles)):
-            rules[0] = "tools as text" if "tool" in roles else "systemless"
+            return ["tools as text" if "tool" in roles else "systemless"]
         return rules
 
 
@@ -3054,10 +3056,10 @@ class OpenAIModel:
         if hasattr(error, "status_code"):
             with contextlib.suppress(RecursionError):  # a body that is nested too deep
                 return self._refusal(error.response.text, body, error.status_code, error.response.headers)
-        text = "the model's answer broke off ({})"
-        if not has_words:
-            text = "no answer from the model's endpoint ({}); is it running, and is --base-url right?"
-        return ModelError("model_unavailable", text.format(self.endpoint.hide(error.__cause__ or error)), retry=True)
+        reason = self.endpoint.hide(error.__cause__ or error)
+        text = f"no answer from the model's endpoint ({reason}); is it running, and is --base-url right?"
+        text = f"the model's answer broke off ({reason})" if has_words else text
+        return ModelError("model_unavailable", text, retry=True)
 
     def _refusal(self, answer: Any, body: str, status: int = 0, headers: Mapping[str, str] | None = None) -> ModelError:
         """The ModelError for what the endpoint answered to a request; an error inside an answer has no status."""
