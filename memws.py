@@ -2084,18 +2084,17 @@ def backup_database(path: str, target: str) -> None:
         source.backup(copy)  # in one step: no write of others can begin it anew
 
 
-def vacuum_database(path: str, keep_requests: float) -> tuple[int, int]:
-    """Give back the space of what was purged, and of exact requests older than so many days: (requests dropped, bytes
-    given back). Raises UsageError, also where a server uses the database."""
-    with read_database(path):
-        pass  # it is there, and ours
+def vacuum_database(path: str, keep_requests: float) -> int:
+    """Give back the space of what was purged and of exact requests older than so many days; the bytes given back.
+    Raises UsageError, also where a server uses the database."""
+    size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+    with read_database(path) as db:
+        before = db.execute(size).fetchone()[0]
     with usable(path), contextlib.closing(Sqlite(path)) as database:
         db, sql = database.open(), "DELETE FROM requests WHERE time <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?)"
-        dropped = db.execute(sql, (f"-{keep_requests} days",)).rowcount
-        sql = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-        before = db.execute(sql).fetchone()[0]
+        db.execute(sql, (f"-{keep_requests} days",))
         db.execute("VACUUM")
-        return dropped, before - db.execute(sql).fetchone()[0]
+        return int(before - db.execute(size).fetchone()[0])
 
 
 def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[int, int]]]]:
@@ -2233,7 +2232,7 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
         with damage_at("agent"):
             record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
             record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
-            record.name = check_name(name or record.name)
+            record.name = check_name(record.name if name is None else name)
             check_record(record)
             agent = create_agent(db, record).id
         _import_rows(db, agent, data)
@@ -8482,7 +8481,8 @@ class Chat:
         self.screen.line(f"{clipped(server)}; /help lists the commands", "dim")
         if about.get("offline"):
             self.screen.line("the model is offline: a rule-based stand-in, not a language model", "yellow")
-        edit_lines()
+        if os.environ.get("TERM") != "dumb":
+            edit_lines()
         with contextlib.suppress(EOFError):
             try:
                 self.do_load(agent_name)
@@ -8664,9 +8664,8 @@ def edit_lines() -> None:
 
         path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises RuntimeError)
         path.touch(0o600)
-        is_dumb = os.environ.get("TERM") == "dumb"
-        readline.parse_and_bind(f"set enable-bracketed-paste {'off' if is_dumb else 'on'}")  # Python's default is off
-        if "libedit" in str(readline.__doc__) and not is_dumb:  # of macOS: let the marks be keys that type themselves
+        readline.parse_and_bind("set enable-bracketed-paste on")  # Python's default is off
+        if "libedit" in str(readline.__doc__):  # as on macOS: let the marks be keys that type themselves
             for mark in PASTE:
                 readline.parse_and_bind(f'bind -s "{mark}" "\x16{mark}"')
             print("\x1b[?2004h", end="", flush=True)
@@ -8692,9 +8691,6 @@ def answer_once(client: BlockingClient, agent_name: str, text: str) -> None:
 
 def chat_command(flags: argparse.Namespace) -> None:
     """The terminal client. Where standard input is no terminal, all of it is one message."""
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
     is_terminal = sys.stdin.isatty()
     screen = Screen(sys.stdout if is_terminal else sys.stderr)
     logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
@@ -8776,8 +8772,7 @@ def vacuum_command(flags: argparse.Namespace) -> None:
     """Give disk space back and say how much. Raises UsageError."""
     if not 0 <= flags.keep_requests <= 36_500:
         raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {flags.keep_requests}")
-    dropped, size = vacuum_database(flags.db, flags.keep_requests)
-    print(f"{flags.db}: {size / 1000:,.1f} kB given back; {dropped:,} exact requests dropped")
+    print(f"{flags.db}: {vacuum_database(flags.db, flags.keep_requests) / 1000:,.1f} kB given back")
 
 
 def export_command(flags: argparse.Namespace) -> None:
@@ -8811,9 +8806,10 @@ def backup_command(flags: argparse.Namespace) -> None:
 
 
 def tell_progress(name: str, over: threading.Event) -> None:
-    """Say every PROGRESS_DELAY that something is still going on."""
+    """Say every PROGRESS_DELAY how long something has been going on."""
+    start = time.monotonic()
     while not over.wait(PROGRESS_DELAY):
-        print(f"memws: {name} is at work", file=sys.stderr, flush=True)
+        print(f"memws: {name}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -8909,6 +8905,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help", "--version")):
         words.insert(0, "serve")
+    for stream in (sys.stdin, sys.stdout):  # a name or an answer may hold what the console's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     over = threading.Event()
     if words[0] not in ("serve", "chat") and sys.stderr.isatty():
         threading.Thread(target=tell_progress, args=[words[0], over], daemon=True).start()
