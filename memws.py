@@ -2274,51 +2274,60 @@ class Model(Protocol):
 
 
 # ---- the markup of model families, which stays in the text where a server does not read it ---------------------------
+# A text is read up to the first mark of a call (_IN_PROSE). From there on it becomes names and JSON, whatever the form:
+# strings stay, parameters in XML and calls in Python turn into JSON, all else that is markup goes (_IN_MARKUP).
 
+_VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
 _THOUGHT = r"(?:think|thinking|thought|reasoning)"
-_THOUGHT_END = rf"""[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOUGHT}_end\|> | (?-i:\[/THINK\]) | <channel\|>
-    | (?<=\S)assistantfinal(?=\S)"""
+_THOUGHT_END = rf"""(?:[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOUGHT}_end\|> | (?-i:\[/THINK\])
+    | <channel\|> | (?<=\S)assistantfinal(?=\S))"""
 _TURN = r"<[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>"
 _OTHERS = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
 _STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
 _PARAMETER = r"""
     <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?
     (.*?)\n?</[^<>\s]{0,20}?(?:parameter|arg_value)>"""
-_VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
 _IN_PROSE = functools.partial(  # compiled when it is first needed: that would be 4 ms of every import
     re.compile,
     rf"""
-    (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^”\n]*” | ^>\ [^\n]*
+    (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
         | ^```(?:(?!^```).)*+^```(?!\s*(?:```|<[|｜/]|\Z)))  # a block of code that other text follows
-    | (?P<thought> (?:[<◁]\|?(?:start_|seed:)?{_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\])
-        | <\|channel>thought | <\|channel\|>analysis<\|message\|>)
-        (?P<inner>.*?)(?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
+    | (?P<thought> (?:[<◁]\|?(?:start_|seed:)?{_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\]) | <\|channel>thought
+        | <\|channel\|>analysis<\|message\|>) (?P<inner>.*?) (?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
     | (?P<end> {_THOUGHT_END})  # alone: the beginning stood in the prompt
-    | (?P<call> (?<![`"'“])(?<!^>\ )(?:  # the beginning of one; what follows a quotation mark is no call
+    | (?P<call> (?<![`"'“])(?<!^>\ )(?:  # where one begins; what follows a quotation mark is quoted
         <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin)  # <|python_tag|>, <｜tool▁calls▁begin｜>
         | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_code)?[\s=>]  # <tool_call>, <function=name>
-        | \[TOOL_\w+\] | ✿\w+✿ | \bfunctools(?=\[) | ^>>>(?!all\n)(?=\w+\n) | ^```tool_
-        | ^Action:\s*(?:```|[\[{{]|[\w.]+\s*^Action\ Input:) | ^Action\ Input:
-        | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary))  # harmony, with and without its tokens
-    | (?P<bare> (?:^|^```\w*\s*|(?<=[>▷\]]))[ ]*(?:\[\s*)?(?:print\()?  # JSON, a call in Python, a name before JSON
-        (?:\{{\s*["'}}] | [a-z_][\w.]*(?:(?<!print)\(\s*(?:\w+\s*=|["'{{]) | (?::\d+)?:?\s*\{{\s*["'}}])))
+        | \[TOOL_\w+\]  # Mistral, LM Studio
+        | ^```tool_  # Gemma
+        | \bfunctools(?=\[)  # Phi
+        | ✿\w+✿  # Qwen Agent
+        | ^>>>(?!all\n)(?=\w+\n)  # Functionary
+        | ^Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
+        | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary))  # gpt-oss, also where its tokens are lost
+    | (?P<bare> (?:^|^```\w*\s*|(?<=[>▷\]]))[ ]*(?:\[\s*)?(?:print\()?(?:  # a call without a mark:
+        \{{\s*["'}}]  # JSON
+        | [a-z_][\w.]*(?<!print)\(\s*(?:\w+\s*=|["'{{])  # Python
+        | [a-z_][\w.]*(?::\d+)?:?\s*\{{\s*["'}}]))  # a name before JSON
     | (?P<token> {_OTHERS} | {_TURN}(?:assistant|model) | <\|channel\|>\w+<\|message\|> | <[|｜][^<>|｜\s]{{1,60}}[|｜]>
         | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n | </?answer>
         | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?[|｜\w:]*\Z)
     """,
     _VERBOSE,
 )
-_UNSURE = re.compile(  # what may become markup, at the end of a text: some lines, a quotation, the last word
-    r"(?:^Action:[\w\s.`]{0,80}[!-~]*|^```\w*\s*[!-~]*|^>.{0,300}|(?<![^\s(])`[^`\n]{0,300}(?:`[!-~]*)?|[!-~｜▁✿◁]*)\Z",
+_UNSURE = re.compile(  # what may become one of these, at the end of a text: some lines, a quotation, the last word
+    r"(?:^Action:.*|^(?:```)?[a-z_]*\s*[!-~]*|^>.{0,300}|(?<![^\s(])`[^`\n]{0,300}(?:`[!-~]*)?|[!-~｜▁✿◁]*)\Z",
     re.MULTILINE,
 )
-_IN_MARKUP = functools.partial(  # what stands there for a text, for arguments, for a name, or for nothing
+_IN_MARKUP = functools.partial(
     re.compile,
     rf"""
-    (?P<string>{_STRING}) | (?P<quoted>(?P<quote><escape>|<\|"\|>)(?P<inner>.*?)(?P=quote))  # Gemma's
-    | (?P<parameters> (?:{_PARAMETER}\s*)+) | (?P<python> (?<![\w.])[\w.]++\((?:{_STRING}|[^"'()]++){{0,300}}+\))
+    (?P<string> {_STRING})
+    | (?P<quoted> (?P<quote><escape>|<\|"\|>)(?P<inner>.*?)(?P=quote))  # Gemma
+    | (?P<parameters> (?:{_PARAMETER}\s*)+)
+    | (?P<python> (?<![\w.])[\w.]++\((?:{_STRING}|[^"'()]++){{0,300}}+\))
     | (?P<cut> <[^<>\s=/]{{0,20}}(?:parameter(?:=|\s+name=)|arg_).* | <[^<>/]*\Z)
-    | (?P<close> </[^<>\s]*(?:function|invoke|tool_call)>)
+    | (?P<close> </[^<>\s]*(?:function|invoke|tool_call)>)  # after arguments, or where there are none
     | {_OTHERS} | <[^<>\s=]*(?:=|\s+name=)["']?(?P<name>[\w.-]+)[^<>]*> | </?[^<>]*(?:>|\Z)
     | (?-i:\[CALL_ID\]\w+|\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | \bfunctools(?=\[)
     | assistant(?=commentary)
@@ -2344,8 +2353,6 @@ _SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrog
     re.IGNORECASE | re.VERBOSE,
 )
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
-
-
 _THOUGHT_PARTS = ("thinking", "reasoning")  # types of parts of a content that are none of it
 _FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
     "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexp|other", "model_unavailable", "broke off"),
@@ -2590,9 +2597,18 @@ def _is_cut(text: str) -> bool:
     with contextlib.suppress(ValueError):
         inner = decode_json(text, strict=False)
         return isinstance(inner, str) and _is_cut(inner)
-    parts = re.sub(r"\\.", "", text, flags=re.DOTALL).split('"')  # every second one is inside a string
-    outside = "".join(parts[::2])
-    return len(parts) % 2 == 0 or outside.count("{") > outside.count("}")
+    first = text.find("{")
+    return _end_of(text, first) == 0 if first >= 0 else text.count('"') % 2 == 1
+
+
+def _end_of(text: str, start: int) -> int:
+    """Where the brace closes that opens there; 0, where it does not."""
+    depth = 0
+    for match in _BRACES.finditer(text, start):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0:
+            return match.end()
+    return 0
 
 
 def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) -> None:
@@ -2602,10 +2618,12 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
     """
     said, thoughts, markup, kind = _parts_of(reply.text)
     calls, words = _calls_in(markup, tools, kind == "call")
-    rest, left = f"{said.strip()}\n{words}".strip(), words if calls else markup
-    own = set(tools) - set(others)
+    is_half = any(f"{name}(" in words for name in tools)
+    if kind == "bare" and said.strip() and words and not is_half:  # an example in prose
+        said, markup, calls = said + markup, "", []
+    rest, own = f"{said.strip()}\n{words}".strip(), set(tools) - set(others)
     is_quoted = rest != "" and any(call.name.rpartition(".")[2] not in own for call in calls)
-    is_unread = (kind == "call" and not calls) or any(f'"{name}"' in left or f"{name}(" in left for name in tools)
+    is_unread = is_half or (not calls and (kind == "call" or any(f'"{name}"' in markup for name in tools)))
     if not reply.calls and (is_quoted or is_unread):
         raise reply.problem("the answer holds a tool call that cannot be read, or that stands among other text")
     reply.reasoning = (reply.reasoning + thoughts).strip()
@@ -2636,8 +2654,8 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
     text, start = _IN_MARKUP().sub(_plain, markup), 0
     calls: list[ToolCall] = []
     words: list[str] = []
-    while (begin := text.find("{", start)) >= 0:
-        before, start = text[start:begin].strip("[], \n"), _end_of(text, begin)
+    while (begin := text.find("{", start)) >= 0 and len(words) < 200:  # more than that is no markup
+        before, start = text[start:begin].strip("[], \n"), _end_of(text, begin) or len(text)
         piece, named = text[begin:start], _NAMED.fullmatch(before)
         name = named[1] if named and (is_marked or named[1] in tools) else ""
         mentioned = name or next((tool for tool in tools if tool in piece), "")
@@ -2676,16 +2694,6 @@ def _python_call(text: str) -> str:
         arguments = {str(key): ast.literal_eval(each) for key, each in given}
         return f" to={ast.unparse(call.func)} {encode_json(arguments)}"
     return text
-
-
-def _end_of(text: str, start: int) -> int:
-    """Where the brace closes that opens there: the end of the text, where it does not."""
-    depth = 0
-    for match in _BRACES.finditer(text, start):
-        depth += (match[0] == "{") - (match[0] == "}")
-        if depth == 0:
-            return match.end()
-    return len(text)
 
 
 def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:

@@ -692,6 +692,11 @@ MARKUP = {
     "MemGPT": '{"function": "send_message", "params": {"message": "Hello!", "inner_thoughts": "I greet."}}',
     "OpenAI": json.dumps({"tool_calls": [{"function": {"name": "send_message", "arguments": ARGUMENTS}}]}),
     "LangChain": '{"action": "send_message", "action_input": {"message": "Hello!"}}',
+    "LM Studio": f"[TOOL_REQUEST]{WRITTEN}[END_TOOL_REQUEST]", "a tag": f"<function>{WRITTEN}</function>",
+    "Gemini": '<tool_code>\nprint(default_api.send_message(message="Hello!"))\n</tool_code>',
+    "parts as tags": f"<tool_call><name>send_message</name><arguments>{ARGUMENTS}</arguments></tool_call>",
+    "OpenAI, before there were tools": f'{{"function_call": {WRITTEN}}}', "gpt-oss, one token lost":
+    f"to=functions.send_message <|constrain|>json<|message|>{ARGUMENTS}", "a name": f"send_message\n{ARGUMENTS}",
 }  # fmt: skip
 
 
@@ -709,8 +714,6 @@ def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
     """It is a call, after words only where the tool is no user's; cut anywhere it is never run, shown or told."""
     for before in ("", "<think>Hm.</think>\n", "I greet.\n"):
         reply = reply_of(before + markup)
-        if before and markup[:1] in "{[s" and not markup.startswith("[TOOL") and "I" in before:
-            continue  # bare JSON or Python is a whole text
         memws.read_reply(reply, TOOLS)
         assert ([call.name for call in reply.calls], reply.text) == (["send_message"], before[:8] * ("I" in before))
         assert reply.calls[0].line.startswith("Running send_message({'message': 'Hello!'")
@@ -736,6 +739,11 @@ QUOTED = {
     "JSON in a block": f"Like this:\n```json\n{WRITTEN}\n```\nThat is all.",
     "quoted by lines": f"You wrote:\n> {TAGGED.replace(chr(10), '')}\n\nWhy?",
     "other brackets": "I [see], a < b, f(x) <b>now</b>, {braces}, Action: go! >>> 1",
+    "brackets first": "[1] as cited: f(x) = 2x",
+    "a call first": "f(x) is 2x, {a} a set",
+    "Chinese": "你好，世界" * 9,
+    "JSON between words": f"Like this:\n{WRITTEN}\nThat is all.",
+    "a token alone": "`<|foo|>` is none of ours",
     "a block at the end": "So:\n```python\nprint(1)\n```",
     "a tool's name": "send_message is a tool that I have.",
     "another call": 'print("Hello!")',
@@ -749,7 +757,7 @@ def test_quoted_markup_is_prose(text: str) -> None:
     reply = reply_of(text)
     memws.read_reply(reply, TOOLS)
     assert (reply.text, reply.calls, reply.corrections) == (text, [], [])
-    if "```json" not in text and not text.startswith(("print", "{")) and "```\n<" not in text:
+    if not re.search(r"```json|```\n<|^print|^\{", text, re.MULTILINE):
         assert text.startswith(heard(text, 2).rstrip())
         assert len(heard(text, 2)) > len(text) - 12
 
