@@ -3599,9 +3599,10 @@ def result_text(result: Any) -> Any:
     return excerpt(clean_text(text if isinstance(text, str) else encode_json(text)), TOOL_RESULT_LIMIT, NOT_KEPT)
 
 
-def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
-    """`value` as JSON has it: records as objects, collections and generators as lists, all else as a text."""
-    kind: Any = type(value)
+def plain(value: Any, inside: tuple[int, ...] = (), room: Iterator[int] | None = None) -> Any:
+    """`value` as JSON has it: records as objects, collections and generators as lists, all else as a text. There is
+    room for so many values inside it as a result has characters."""
+    kind, room = cast(Any, type(value)), room or iter(range(1, TOOL_RESULT_LIMIT))
     if isinstance(value, enum.Enum):
         return plain(value.value)
     if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
@@ -3612,9 +3613,9 @@ def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
         if inspect.iscoroutine(value):
             value.close()
         raise ToolError(f"the result holds a {kind.__name__} that was never awaited; await it inside the tool")
-    if id(value) in inside or len(inside) > MAX_DEPTH:
+    if id(value) in inside or len(inside) > MAX_DEPTH or not next(room, 0):
         return "…"  # it holds itself, or there is no end to it
-    below = functools.partial(plain, inside=(*inside, id(value)))
+    below = functools.partial(plain, inside=(*inside, id(value)), room=room)
     if export := next((name for name in _EXPORTS if hasattr(kind, name)), None):
         return below(getattr(value, export)())
     if is_dataclass(kind):
@@ -3622,8 +3623,8 @@ def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
     if hasattr(kind, "keys"):
         return {result_text(key): below(item) for key, item in dict(value).items()}
     if isinstance(value, Iterable):
-        pieces = [below(piece) for piece in itertools.islice(value, TOOL_RESULT_LIMIT)]
-        return [*pieces, "… and more"] if len(pieces) == TOOL_RESULT_LIMIT else pieces
+        pieces = [below(piece) for _, piece in zip(room, value, strict=False)]
+        return pieces if next(room, 0) else [*pieces, "… and more"]
     own = {name: item for name, item in getattr(value, "__dict__", {}).items() if name[0] != "_"}
     return str(value) if callable(value) or not own or kind.__str__ is not object.__str__ else below(own)
 
