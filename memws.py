@@ -4237,6 +4237,8 @@ class Agent:
             unreadable = await self.memory.load()
             self.configure()
             await self._recall()
+            if told := self.model.learned.window:
+                self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
             await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"

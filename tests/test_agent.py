@@ -543,12 +543,13 @@ async def test_what_is_learned_outlives_a_restart(endpoint: Endpoint, tmp_path: 
             agent = await (lab.open() if start else lab.create(settings=settings))
             if start == 2:
                 endpoint.refuse = set()
-                await agent.update(agent.record.config)
+                await agent.update({"max_steps": 7})
             elif not start:
                 await lab.say(agent, "Hi", Reply(status=400, body={"error": "prompt is too long: 9999 > 7000 maximum"}))
             turn = await lab.run(agent, memws.Turn(f"start {start}", "Hi"))
             tried.append(settings.keys() & endpoint.requests[-1].keys())
             assert (turn.replies, turn.of("retry"), agent.window) == (["Hello!"], [], 8_192 if start == 2 else 7_000)
+            assert ("7,000 tokens" in str(agent.warnings)) == (start == 1)
     assert tried == [{"temperature"}, {"temperature"}, settings.keys()]
 
 
