@@ -5149,7 +5149,7 @@ class Client:
 
     def _named(self, agent_name: str | None) -> str | None:
         """The agent that a call means, spelled as the server spells it, so that its frames are recognised."""
-        name = agent_name or self.agent_name
+        name = self.agent_name if agent_name is None else agent_name
         return name and unicodedata.normalize("NFC", name)
 
     def _end_subscription(self, agent_name: str | None) -> None:

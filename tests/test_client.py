@@ -164,6 +164,7 @@ async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None
         endpoint.script(Reply(status=401))
         calls: list[tuple[Callable[[], Awaitable[Any]], str, str]] = [
             (lambda: client.load_agent("nobody"), "unknown_agent", "send create_agent first"),
+            (lambda: client.ask("hi", agent_name=""), "unknown_agent", "unknown agent ''"),
             (lambda: client.ask("hi"), "model_auth", "."),
             (lambda: client.ask("hi", when_busy="whenever"), "bad_field", "when_busy"),
             (lambda: anext(client.subscribe("sam", after=99)), "unknown_seq", "after"),

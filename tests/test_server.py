@@ -145,8 +145,8 @@ BAD_CONFIGS: list[JSON] = [{"name": name} for name in ("", "_x", ".x", "a b", ".
 BAD_CONFIGS += [
     {"model": 5}, {"model": ""}, {"model": "m" * 201}, {"context_window": 700}, {"context_window": "9000"},
     {"context_window": True}, {"tools": ["nope"]}, {"tools": "send_message"}, {"system": "x" * 20_001},
-    {"max_steps": 0}, {"heartbeat_interval": 59}, {"timezone": "Mars"}, {"timezone": "../UTC"},
-    {"settings": []}, {"settings": {"temperature": 2.1}},
+    {"tools": []}, {"blocks": []}, {"max_steps": 0}, {"heartbeat_interval": 59}, {"timezone": "Mars"},
+    {"timezone": "../UTC"}, {"settings": []}, {"settings": {"temperature": 2.1}},
     {"settings": {"temperature": True}}, {"settings": {"seed": 0.5}}, {"settings": {"reasoning_effort": 5}},
     {"persona": 5}, {"blocks": {}}, {"blocks": [{"label": "1"}]}, {"blocks": [{"value": "x"}]},
     {"blocks": [{"label": "a"}, {"label": "a"}]}, {"blocks": [{"label": "a", "value": 5}]},
@@ -342,7 +342,14 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
         request = endpoint.requests[-1]
         assert (request["temperature"], request["top_p"], "seed" in request) == (0.5, 1, False)
         assert request["messages"][0]["content"].startswith("Be brief.")
-        for wrong in ({"max_steps": 0}, {"context_window": 99}, {"tools": ["x"]}, {"settings": {"top_p": 2}}):
+        for wrong in (
+            {"max_steps": 0},
+            {"context_window": 99},
+            {"tools": ["x"]},
+            {"tools": []},
+            {"blocks": []},
+            {"settings": {"top_p": 2}},
+        ):
             assert (await client.refused("update_agent", config=wrong))["code"] == "bad_config"
         assert (await client.ok("get_agent"))["settings"] == updated["settings"]
 
