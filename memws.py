@@ -2717,7 +2717,9 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
 # Each says the same in its own words. They are made plain, and phrases, divided by |, are looked for in them.
 
 _REASON_KEYS = ("error", "errors", "message", "detail", "msg", "error_description", "title", "cause", "metadata", "raw")
-_LOADING = "loading|being loaded|initiali[sz]ing|cold start|warm(?:ing)? up|starting up|not (?:yet )?ready"
+_LOADING = (
+    "loading|being loaded|initiali[sz]ing|cold start|warm(?:ing)? up|starting|scaled to|not (?:yet )?ready|loaded yet"
+)
 _UNREAD = "(?:tool use|output parse|tool call validation) failed|failed to (?:call a|parse (?:tool|input))|parsing tool"
 _USED_UP = "^402|insufficient (?:quota|balance|credits)|credit balance is too low"
 _ACCESS = "key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given"
@@ -2739,10 +2741,12 @@ _MEANINGS = (  # a status, phrases; our code, a sentence, what may help: of the 
     ("", "", "model_unavailable", "the endpoint failed", "retry"),
 )
 
-_PROMPT = "context|prompt|input|message|sequence|(?<!max )(?<!completion )tokens?|conversation|string|current length"
+_PROMPT = (
+    "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )tokens?|conversation|string|current length"
+)
 _TOO_LONG = (
     r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than \d|more than max|maximum"
-    "|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is"
+    r"|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is|at most \d{3}"
 )
 _SURELY_TOO_LONG = r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)|超(?!时)|过长"
 _NOT_THE_PROMPT = r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?|\d (?:id|name|description)"

@@ -277,6 +277,7 @@ TOO_LONG = {  # what real endpoints say, and the window that stands there
     "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 131072]": 131_072,
     "Token limit exceeded: the prompt has 5000 tokens, the limit is 4096": 4_096,
     "prompt_too_long": 0,
+    "Your messages take 9000 tokens; this model allows at most 8192 tokens.": 8_192,
     "413 Request Entity Too Large": 0,
     "413 Request body too large for gpt-4o model. Max size: 8000 tokens.": 8_000,
     "429 Request too large on tokens per min (TPM): Limit 30000, Requested 132819. It must be reduced.": 30_000,
@@ -321,7 +322,12 @@ async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, mo
 
 
 LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
-LOADING += ["Model x is currently loading", "model not ready, try later", "model warm-up in progress"]
+LOADING += [
+    "Model x is currently loading",
+    "model not ready, try later",
+    "model warm-up in progress",
+    "endpoint scaled to 0",
+]
 KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (total limit)", "Quota exceeded"]
 KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
 
