@@ -4881,15 +4881,12 @@ class Agent:
 # 9. Client: send a request, iterate the events of a turn
 # ======================================================================================================================
 
-Frame = JSON
-"One JSON object of the wire as a client sees it: unknown types and fields of later servers pass through."
-
-REFUSALS = {
+Frame = JSON  # one object of the wire as a client sees it: unknown types and fields of later servers pass through
+REFUSALS = {  # what to do about the HTTP status that refuses a connection
     401: "the server asks for its token; give it as token, --token or MEMWS_TOKEN",
     403: "the server refuses this host or origin; start it with --allow-host or --allow-origin",
     503: "the server has no room for another connection; try again later",
 }
-"What to do about the HTTP status that refuses a connection."
 
 
 def outcome(future: concurrent.futures.Future[T]) -> T:
@@ -5061,8 +5058,7 @@ class Client:
             raise UsageError("token: expected printable ASCII characters without spaces")
         self.url = re.sub(r"^(\w+://)?(?:.*@)?([^?#]*).*", r"\1\2", url, flags=re.DOTALL)
         "The address without user, password and query, fit for logs."
-        self.agent_name: str | None = None
-        "The connection's current agent: the one created or loaded last."
+        self.agent_name: str | None = None  # the connection's current agent: the one created or loaded last
         self._address, self._token = url, token
         self._reconnect, self._on_state, self._on_frame = reconnect, on_state, on_frame
         self._message_types: list[str] | None = None
@@ -5310,8 +5306,7 @@ class BlockingClient:
     """
 
     def __init__(self, url: str = f"ws://localhost:{DEFAULT_PORT}", token: str | None = None, **options: Any) -> None:
-        self.client = Client(url, token, **{"reconnect": 60.0, **options})
-        "The async client; it belongs to this object's thread."
+        self.client = Client(url, token, **{"reconnect": 60.0, **options})  # it belongs to this object's thread
         self._thread = LoopThread("memws client")
         self.close = weakref.finalize(self, self._thread.stop)
         "Close the connection and end the thread, within 3 s; whatever waits gets ConnectionLost."
@@ -7065,8 +7060,8 @@ class Gate:
         for name, host in names.items():
             if not _host_of(host):
                 raise UsageError(f"expected --allow-host HOST or --allow-origin https://HOST, but got {quote(name)}")
-        own = _host_of(url_host(options.host))
-        self._hosts = {"localhost", "127.0.0.1", "[::1]", own, *map(_host_of, names.values())} - {""}
+        hosts = ("localhost", "127.0.0.1", "[::1]", url_host(options.host), *names.values())
+        self._hosts = {*map(_host_of, hosts)} - {""}
 
     def problem(self, request: http11.Request, *, public: bool) -> tuple[int, str] | None:
         """(HTTP status, reason) for a request that may not pass; what is public needs no token and no known Origin."""
@@ -8358,7 +8353,7 @@ class WebSocketServer:
 EDITORS = "sensible-editor", "nano", "vi", "notepad"
 PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
 STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-FORMS = {
+FORMS = {  # how events are shown: by message type, or type, the line and its style
     "internal_monologue": ("~ {message}", "dim"),
     "assistant_message": ("{agent_name}: {message}", ""),
     "user_message": ("{from}: {message}", "cyan"),
@@ -8371,7 +8366,6 @@ FORMS = {
     "agent_response_end": ("[{stop_reason}]", "yellow"),
     "agent_response_error": ("error: {message}", "red"),
 }
-"How events are shown: by message type, or type, the line and its style."
 WHOLE_TEXTS = ("internal_monologue", "assistant_message", "user_message", "agent_response_error")
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -8398,9 +8392,7 @@ class Screen:
         self._colour = out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
         if self._colour and os.name == "nt":
             os.system("")  # noqa: S605, S607 (a classic console shows colours once cmd.exe has run in it)
-        self._out = out
-        self._prompt = ""
-        self._mid_line = False
+        self._out, self._prompt, self._mid_line = out, "", False
         self._step = 0
         self._kind = ""  # of the text on the current line
         self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
@@ -8709,7 +8701,6 @@ def chat_command(flags: argparse.Namespace) -> None:
     is_terminal = sys.stdin.isatty()
     screen = Screen(sys.stdout if is_terminal else sys.stderr)
     logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
-
     options: JSON = {"on_state": lambda state: screen.line(f"[connection {state}]", "dim")}
     with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, **options) as client:
         agent_name = latest_agent(client) if flags.agent is None else flags.agent
@@ -8804,8 +8795,7 @@ def export_command(flags: argparse.Namespace) -> None:
 def import_command(flags: argparse.Namespace) -> None:
     """Store an exported agent, also from UTF-16 or standard input. Raises UsageError, Refused."""
     try:
-        raw = sys.stdin.buffer.read() if flags.file == "-" else pathlib.Path(flags.file).read_bytes()
-        data = decode_json(raw)
+        data = decode_json(sys.stdin.buffer.read() if flags.file == "-" else pathlib.Path(flags.file).read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
     with contextlib.closing(Sqlite(flags.db)) as database:
@@ -8866,12 +8856,11 @@ def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: 
     )
 
 
-FLAG_TYPES: dict[str, Any] = {
+FLAG_TYPES: dict[str, Any] = {  # how a flag's text is read, by a word in its option's annotation; of others as it is
     "int": {"type": int},
     "float": {"type": float},
     "Sequence": {"action": "append", "default": None},  # else it would add to what the variable says
 }
-"How a flag's text is read, by a word in the annotation of its option; of all others it is the value."
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -8907,8 +8896,7 @@ def make_parser() -> argparse.ArgumentParser:
     backup = add("backup", "copy the database, also while a server runs", backup_command)
     backup.add_argument("file")
     vacuum = add("vacuum", "give disk space back: what was purged, and old exact requests", vacuum_command)
-    meaning = "days for which what was exactly sent to models is kept"
-    add_flag(vacuum, "keep_requests", meaning, 36_500, type=float, metavar="DAYS")
+    add_flag(vacuum, "keep_requests", "how long exact requests are kept", 36_500, type=float, metavar="DAYS")
     for command in (check, vacuum, export, importing, backup):
         add_flag(command, "db", "the database", DEFAULT_DB)
     add("protocol", "print the protocol as JSON Schema", lambda flags: print(encode_json(protocol_schema(COMMANDS))))
