@@ -2717,9 +2717,7 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
 # Each says the same in its own words. They are made plain, and phrases, divided by |, are looked for in them.
 
 _REASON_KEYS = ("error", "errors", "message", "detail", "msg", "error_description", "title", "cause", "metadata", "raw")
-_LOADING = (
-    "loading|being loaded|initiali[sz]ing|cold start|warm(?:ing)? up|starting|scaled to|not (?:yet )?ready|loaded yet"
-)
+_LOADING = "loading|being loaded|loaded yet|initiali[sz]ing|cold start|warm|starting|scaled to|not (?:yet )?ready"
 _UNREAD = "(?:tool use|output parse|tool call validation) failed|failed to (?:call a|parse (?:tool|input))|parsing tool"
 _USED_UP = "^402|insufficient (?:quota|balance|credits)|credit balance is too low"
 _ACCESS = "key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given"
@@ -2741,9 +2739,7 @@ _MEANINGS = (  # a status, phrases; our code, a sentence, what may help: of the 
     ("", "", "model_unavailable", "the endpoint failed", "retry"),
 )
 
-_PROMPT = (
-    "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )tokens?|conversation|string|current length"
-)
+_PROMPT = "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )token|conversation|string|current length"
 _TOO_LONG = (
     r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than \d|more than max|maximum"
     r"|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is|at most \d{3}"
