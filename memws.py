@@ -2775,7 +2775,7 @@ _EFFORT = r"reasoning effort (?:(?:must|should) be )?(?:to |= |as )?(none|low|me
 _LACKS = "missing|required|must be (?:passed|sent|provided|included|present)|need"
 _LESSONS = (  # phrases, others near them; the rule of shape that they ask for
     (r"alternat(?:e|ing)\b|(?:successive|consecutive) (?:user|mess|role)", "", "alternate"),
-    ("(?:after|follow) (?:a |role )?(?:tool|user turn)", "", "alternate"),
+    (r"(?:after|follow) (?:a |role )?(?:tool|user turn)\b", "", "alternate"),
     ("not support (?:the )?system|only user and assistant roles", "", "systemless"),
     ("(?:system|developer) (?:role|message|instruction|prompt)", "not (?:support|enabl|allow)|unsupport", "systemless"),
     (r"call ids?\b|calls \d+ id\b|tool use id\b", "length|too long|a z|pattern|alphanumeric", "short ids"),

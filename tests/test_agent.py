@@ -1134,6 +1134,7 @@ REFUSALS = {
     "thinking is enabled but reasoning_content is missing in message 2": "with reasoning_content",
     "Gemini models require a thought_signature, which is required for tools": "with extra_content",
     "An assistant message with 'tool_calls' must be followed by tool messages": None,
+    "tool_use ids were found without tool_result blocks immediately after: toolu_01": None,
     "The field `reasoning_content` has no place in the input of this model": "without reasoning_content",
     "Field required: messages.2.assistant.reasoning_content": "with reasoning_content",
     "this model's reasoning is mandatory": None,
