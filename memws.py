@@ -2283,6 +2283,7 @@ _THOUGHT_END = rf"""(?:[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOU
     | <channel\|> | (?<=\S)assistantfinal(?=\S))"""
 _TURN = r"<[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>"
 _OTHERS = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
+_START = r"(?:^|(?<=[>▷\]])|(?<=:\ ))"  # of a line, or of what stands apart
 _STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
 _PARAMETER = r"""
     <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?
@@ -2299,13 +2300,13 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
         <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin)  # <|python_tag|>, <｜tool▁calls▁begin｜>
         | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_code)?[\s=>]  # <tool_call>, <function=name>
         | \[TOOL_\w+\]  # Mistral, LM Studio
-        | ^```tool_  # Gemma
+        | {_START}```tool_  # Gemma
         | \bfunctools(?=\[)  # Phi
         | ✿\w+✿  # Qwen Agent
-        | ^>>>(?!all\n)(?=\w+\n)  # Functionary
-        | ^Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
+        | {_START}>>>(?!all\n)(?=\w+\n)  # Functionary
+        | {_START}Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
         | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary))  # gpt-oss, also where its tokens are lost
-    | (?P<bare> (?:^|^```\w*\s*|(?<=[>▷\]]))[ ]*(?:\[\s*)?(?:print\()?(?:  # a call without a mark:
+    | (?P<bare> {_START}(?:```\w*\s*)?[ ]*(?:\[\s*)?(?:print\()?(?:  # a call without a mark:
         \{{\s*["'}}]  # JSON
         | [a-z_][\w.]*(?<!print)\(\s*(?:\w+\s*=|["'{{])  # Python
         | [a-z_][\w.]*(?::\d+)?:?\s*\{{\s*["'}}]))  # a name before JSON
@@ -2315,9 +2316,12 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
     """,
     _VERBOSE,
 )
-_UNSURE = re.compile(  # what may become one of these, at the end of a text: some lines, a quotation, the last word
-    r"(?:^Action:.*|^(?:```)?[a-z_]*\s*[!-~]*|^>.{0,300}|(?<![^\s(])`[^`\n]{0,300}(?:`[!-~]*)?|[!-~｜▁✿◁]*)\Z",
-    re.MULTILINE,
+_UNSURE = re.compile(
+    rf"""(?:  # what may become one of these, at the end of a text:
+    (?:{_START}|<\|channel\|>)(?:Action:.*|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*  # the beginning of a line
+    | ^>.{{0,300}} | (?<![^\s(])`[^`\n]{{0,300}}(?:`[!-~]*)?  # a quotation
+    | [!-~｜▁✿◁]*)\Z""",  # the last word
+    re.MULTILINE | re.VERBOSE,
 )
 _IN_MARKUP = functools.partial(
     re.compile,
