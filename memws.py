@@ -2282,8 +2282,8 @@ _THOUGHT = r"(?:think|thinking|thought|reasoning)"
 _THOUGHT_END = rf"""(?:[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOUGHT}_end\|> | (?-i:\[/THINK\])
     | <channel\|> | (?<=\S)assistantfinal(?=\S))"""
 _TURN = r"<[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>"
-_OTHERS = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
-_START = r"(?:^|(?<=[>▷\]])|(?<=:\ ))"  # of a line, or of what stands apart
+_MADE_UP = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
+_AT_START = r"(?:^|(?<=[>▷\]])|(?<=:\ ))"  # of a line, or of what stands apart
 _STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
 _PARAMETER = r"""
     <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?
@@ -2300,25 +2300,25 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
         <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin)  # <|python_tag|>, <｜tool▁calls▁begin｜>
         | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_code)?[\s=>]  # <tool_call>, <function=name>
         | \[TOOL_\w+\]  # Mistral, LM Studio
-        | {_START}```tool_  # Gemma
+        | {_AT_START}```tool_  # Gemma
         | \bfunctools(?=\[)  # Phi
         | ✿\w+✿  # Qwen Agent
-        | {_START}>>>(?!all\n)(?=\w+\n)  # Functionary
-        | {_START}Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
+        | {_AT_START}>>>(?!all\n)(?=\w+\n)  # Functionary
+        | {_AT_START}Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
         | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary))  # gpt-oss, also where its tokens are lost
-    | (?P<bare> {_START}(?:```\w*\s*)?[ ]*(?:\[\s*)?(?:print\()?(?:  # a call without a mark:
+    | (?P<bare> {_AT_START}(?:```\w*\s*)?[ ]*(?:\[\s*)?(?:print\()?(?:  # a call without a mark:
         \{{\s*["'}}]  # JSON
         | [a-z_][\w.]*(?<!print)\(\s*(?:\w+\s*=|["'{{])  # Python
         | [a-z_][\w.]*(?::\d+)?:?\s*\{{\s*["'}}]))  # a name before JSON
-    | (?P<token> {_OTHERS} | {_TURN}(?:assistant|model) | <\|channel\|>\w+<\|message\|> | <[|｜][^<>|｜\s]{{1,60}}[|｜]>
-        | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n | </?answer>
+    | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|channel\|>\w+<\|message\|> | ^>>>all\n
+        | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | </?answer>
         | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?[|｜\w:]*\Z)
     """,
     _VERBOSE,
 )
 _UNSURE = re.compile(
     rf"""(?:  # what may become one of these, at the end of a text:
-    (?:{_START}|<\|channel\|>)(?:Action:.*|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*  # the beginning of a line
+    (?:{_AT_START}|<\|channel\|>)(?:Action:.*|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*  # the beginning of a line
     | ^>.{{0,300}} | (?<![^\s(])`[^`\n]{{0,300}}(?:`[!-~]*)?  # a quotation
     | [!-~｜▁✿◁]*)\Z""",  # the last word
     re.MULTILINE | re.VERBOSE,
@@ -2332,8 +2332,8 @@ _IN_MARKUP = functools.partial(
     | (?P<python> (?<![\w.])[\w.]++\((?:{_STRING}|[^"'()]++){{0,300}}+\))
     | (?P<cut> <[^<>\s=/]{{0,20}}(?:parameter(?:=|\s+name=)|arg_).* | <[^<>/]*\Z)
     | (?P<close> </[^<>\s]*(?:function|invoke|tool_call)>)  # after arguments, or where there are none
-    | {_OTHERS} | <[^<>\s=]*(?:=|\s+name=)["']?(?P<name>[\w.-]+)[^<>]*> | </?[^<>]*(?:>|\Z)
-    | (?-i:\[CALL_ID\]\w+|\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | \bfunctools(?=\[)
+    | {_MADE_UP} | <[^<>\s=]*(?:=|\s+name=)["']?(?P<name>[\w.-]+)[^<>]*> | </?[^<>]*(?:>|\Z)
+    | (?-i:\[CALL_ID\]\w+|\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | functools(?=\[)
     | assistant(?=commentary)
     """,
     _VERBOSE,
@@ -2502,23 +2502,13 @@ class Reply:
         self._size += len(text)
         return text[:room]
 
-    def _show(self) -> None:
-        """Show what has come of the text up to a call, but for what may still become one."""
-        unsure = None if self.finish else _UNSURE.search(self.text, max(self._seen, len(self.text) - 1_000))
-        end = unsure.start() if unsure else len(self.text)
-        for match in _IN_PROSE().finditer(self.text, self._seen, end):
-            if match.lastgroup != "quoted":
-                self._shown += self.text[self._seen : match.start()] + (match["inner"] or "")
-                self._seen = match.end()
-            if match.lastgroup in ("call", "bare"):
-                self._seen = MAX_REPLY
-                break
-        self._shown += self.text[self._seen : end]
-        self._seen = max(self._seen, end)
-
     def news(self) -> Iterator[tuple[str, str]]:
         """(message type, text) that has come since the last call, for whoever watches it arrive."""
-        self._show()
+        unsure = None if self.finish else _UNSURE.search(self.text, max(self._seen, len(self.text) - 1_000))
+        end = unsure.start() if unsure else len(self.text)
+        said, thoughts, seen, kind = _parts_of(self.text, self._seen, end)
+        self._seen = MAX_REPLY if kind else seen  # no more is shown after a call
+        self._shown += "".join([*thoughts, said])
         shown = "\n".join(filter(None, (self.reasoning, self._shown)))
         for place, text in enumerate([clean_text(shown), *(call.spoken for call in self.calls)]):
             if new := text[self._told[place] :]:
@@ -2533,6 +2523,25 @@ def _text_of(value: Any) -> str:
     if isinstance(value, dict):
         return _text_of(value.get("text") or value.get("thinking") or value.get("summary"))
     return str(value or "")
+
+
+def _parts_of(text: str, start: int, end: int) -> tuple[str, list[str], int, str]:
+    """What a text says between two places, its thoughts, and where it ends: at a call with a mark, or at a bare one."""
+    said = ""
+    thoughts: list[str] = []
+    for match in _IN_PROSE().finditer(text, start, end):
+        kind = match.lastgroup or ""
+        if kind == "quoted":
+            continue
+        said, start = said + text[start : match.start()], match.end()
+        if kind in ("call", "bare"):
+            return said, thoughts, match.start(), kind
+        if kind == "thought":
+            thoughts.append(match["inner"])
+        if kind == "end":
+            thoughts.append(said)
+            said = ""
+    return said + text[start:end], thoughts, max(start, end), ""
 
 
 def _is_other(call: ToolCall, index: str | None, call_id: str, name: str, text: str) -> bool:
@@ -2620,7 +2629,8 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
 
     `others` are not called where more stands beside the call: it may be quoted from anywhere.
     """
-    said, thoughts, markup, kind = _parts_of(reply.text)
+    said, thoughts, end, kind = _parts_of(reply.text, 0, len(reply.text))
+    markup = reply.text[end:]
     calls, words = _calls_in(markup, tools, kind == "call")
     is_half = any(f"{name}(" in words for name in tools)
     if kind == "bare" and said.strip() and words and not is_half:  # an example in prose
@@ -2630,27 +2640,12 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
     is_unread = is_half or (not calls and (kind == "call" or any(f'"{name}"' in markup for name in tools)))
     if not reply.calls and (is_quoted or is_unread):
         raise reply.problem("the answer holds a tool call that cannot be read, or that stands among other text")
-    reply.reasoning = (reply.reasoning + thoughts).strip()
+    reply.reasoning = "\n".join([reply.reasoning, *thoughts]).strip()
     reply.text = rest if calls else (said + markup).strip()
     if calls and not reply.calls:
         reply.calls = calls
         if not all(_is_cut(call.text) for call in calls):
             reply.corrections.append(("text_call", "a tool call written as text was read as a call"))
-
-
-def _parts_of(text: str) -> tuple[str, str, str, str]:
-    """What a text says, its thoughts, the markup at its end, and whether that begins with a mark or is bare."""
-    said, thoughts, start = "", "", 0
-    for match in _IN_PROSE().finditer(text):
-        if match.lastgroup != "quoted":
-            said, start = said + text[start : match.start()], match.end()
-        if match.lastgroup in ("call", "bare"):
-            return said, thoughts, text[match.start() :], match.lastgroup
-        if match.lastgroup == "thought":
-            thoughts += "\n" + match["inner"]
-        if match.lastgroup == "end":
-            said, thoughts = "", f"{thoughts}\n{said}"
-    return said + text[start:], thoughts, "", ""
 
 
 def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[list[ToolCall], str]:
