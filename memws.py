@@ -8586,7 +8586,7 @@ class Chat:
 
     def do_delete(self, name: str) -> None:
         """[NAME]: delete an agent, once you have said yes"""
-        name = name or str(self.client.agent_name)
+        name = self.client.command("get_agent", agent_name=name or None)["agent_name"]
         if self.screen.ask(f"delete {printable(name)}? [y/N] ").strip().lower() in ("y", "yes"):
             self.client.command("delete_agent", agent_name=name)
             self.screen.line(f"[/restore {printable(name)} brings it back]", "yellow")
@@ -8664,14 +8664,14 @@ def edit_lines() -> None:
         import atexit
         import readline
 
-        path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises RuntimeError)
-        path.touch(0o600)
         readline.parse_and_bind("set enable-bracketed-paste on")  # Python's default is off
         if "libedit" in str(readline.__doc__):  # as on macOS: let the marks be keys that type themselves
             for mark in PASTE:
                 readline.parse_and_bind(f'bind -s "{mark}" "\x16{mark}"')
             print("\x1b[?2004h", end="", flush=True)
             atexit.register(print, "\x1b[?2004l", end="", flush=True)
+        path = pathlib.Path(os.path.expanduser("~/.memws_history"))  # noqa: PTH111 (the other raises RuntimeError)
+        path.touch(0o600)
         readline.set_history_length(1_000)
         atexit.register(readline.write_history_file, path)
         readline.read_history_file(path)

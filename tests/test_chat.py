@@ -156,7 +156,8 @@ def test_paste(library: str, terminal: Callable[..., Terminal], proxy: Proxy, tm
     (tmp_path / "stand-in").mkdir()
     if library == "libedit":
         (tmp_path / "stand-in" / "readline.py").write_text(LIBEDIT)
-    chat = terminal(proxy.url, "--agent", "sam", PYTHONPATH=str(tmp_path / "stand-in"))
+    home = {"HOME": "/dev/null"} if library == "libedit" else {}  # no history can be kept there
+    chat = terminal(proxy.url, "--agent", "sam", PYTHONPATH=str(tmp_path / "stand-in"), **home)
     assert PASTES in chat.seen
     pastes = ["one\rtwo\rthree", "/quit\r/memory", "//x\ny", "one line"]
     for text in pastes:
@@ -224,6 +225,8 @@ def test_names(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     chat.line("/delete", "delete bob? [y/N] ")
     chat.line("y", "[/restore bob brings it back]", "> ")
     chat.line("hi", "no agent yet", "> ")
+    chat.line("/delete", "no agent has been initialized", "> ")
+    chat.line("/delete nobody", "unknown agent 'nobody'", "> ")
     chat.line("/restore", "bob", "> ")
     chat.line("/restore bob", "[bob, model test-model]", "bob> ")
     chat.line("hi", "you said hi", "bob> ")
