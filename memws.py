@@ -6962,9 +6962,9 @@ def live_panels() -> dict[tuple[str, str], Any]:
 # ======================================================================================================================
 
 
-def option(default: T, meaning: str) -> T:
-    """A field of Options: its default, and what its flag's help says."""
-    return field(default=default, metadata={"help": meaning})
+def option(default: T, meaning: str, kind: type = str) -> T:
+    """A field of Options: its default, what its flag's help says, and what its flag's text is made into."""
+    return field(default=default, metadata={"help": meaning, "kind": kind})
 
 
 @dataclass(frozen=True)
@@ -6972,23 +6972,23 @@ class Options:
     """What a server can be told; the command line's flags are these fields. Raises UsageError, Refused (bad_config)."""
 
     host: str = option(DEFAULT_HOST, "address to listen on; anything but loopback needs a token")
-    port: Annotated[int, 0, 65_535] = option(DEFAULT_PORT, "port to listen on; 0 picks a free one")
+    port: Annotated[int, 0, 65_535] = option(DEFAULT_PORT, "port to listen on; 0 picks a free one", int)
     db: str = option(DEFAULT_DB, "SQLite file with the agents; :memory: keeps nothing")
-    model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(
-        None, "model of agents that name none; offline: a stand-in"
-    )
+    model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model of agents that name none; offline: rules")
     base_url: Annotated[str, 1, 2_000] | None = option(None, "OpenAI-compatible endpoint: http://localhost:11434/v1")
     api_key: str | None = option(None, "the endpoint's key: only from Python, or as OPENAI_API_KEY")
     embedding_model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model for search by vectors; needs numpy")
-    context_window: Annotated[int, 1, 100_000_000] | None = option(None, "tokens that the model's context window holds")
-    max_steps: Annotated[int, 1, 1_000] = option(MAX_STEPS, "steps of one turn at most")
+    context_window: Annotated[int, 1, 100_000_000] | None = option(None, "tokens of the model's context window", int)
+    max_steps: Annotated[int, 1, 1_000] = option(MAX_STEPS, "steps of one turn at most", int)
     timezone: str | None = option(None, "timezone of new agents' days, like Europe/Berlin (default the machine's)")
     token: str | None = option(None, "secret that clients have to show")
     allow_origin: Sequence[str] = option((), "web origin whose pages may connect: https://lab.example (repeatable)")
     allow_host: Sequence[str] = option((), "further host name under which clients reach the server (repeatable)")
-    max_connections: Annotated[int, 1, 1_000_000] = option(4_096, "connections at once")
+    max_connections: Annotated[int, 1, 1_000_000] = option(4_096, "connections at once", int)
     sync: Literal["full", "normal"] = option("full", "full: survives a power cut; normal: a killed process")
-    idle_timeout: Annotated[float, 0.001, 86_400] = option(IDLE_TIMEOUT, "seconds of silence inside a model's answer")
+    idle_timeout: Annotated[float, 0.001, 86_400] = option(
+        IDLE_TIMEOUT, "seconds of silence in a model's answer", float
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "db", os.fspath(self.db))
@@ -8758,14 +8758,13 @@ def serve_command(flags: argparse.Namespace) -> None:
 
 def check_command(flags: argparse.Namespace) -> int:
     """Print what is damaged, a line each, or else what each agent takes. Raises UsageError."""
-    lines = faults = check_database(flags.db, check_record)
+    faults = check_database(flags.db, check_record)
+    print("\n".join(map(printable, faults)) or "no damage found")
     if not faults:
-        lines = ["no damage found"]
         with read_database(flags.db) as database:
             for name, deleted, tables in table_sizes(database):
                 sizes = [f"{rows:,} {table} ({size / 1000:,.1f} kB)" for table, (rows, size) in tables.items()]
-                lines.append(f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}")
-    print("\n".join(map(printable, lines)))
+                print(printable(f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"))
     return 1 if faults else 0
 
 
@@ -8851,13 +8850,6 @@ def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: 
     )
 
 
-FLAG_TYPES: dict[str, Any] = {  # how a flag's text is read, by a word in its option's annotation; of others as it is
-    "int": {"type": int},
-    "float": {"type": float},
-    "Sequence": {"action": "append", "default": None},  # else it would add to what the variable says
-}
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The commands, each with its flags and words; `run` of what it parses carries it out."""
 
@@ -8873,7 +8865,7 @@ def make_parser() -> argparse.ArgumentParser:
     serve = add("serve", "serve agents over WebSocket: the default, with the options below", serve_command)
     for option in fields(Options):
         if option.name != "api_key":
-            more: JSON = next((FLAG_TYPES[word] for word in FLAG_TYPES if word in str(option.type)), {})
+            more = {"action": "append", "default": None} if option.default == () else {"type": option.metadata["kind"]}
             add_flag(serve, option.name, option.metadata["help"], option.default, **more)
     add_flag(serve, "log_level", "debug, info, warning or error", "info")
     parser.epilog = serve.format_help()
