@@ -2296,7 +2296,7 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
     | (?P<thought> (?:[<◁]\|?(?:start_|seed:)?{_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\]) | <\|channel>thought
         | <\|channel\|>analysis<\|message\|>) (?P<inner>.*?) (?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
     | (?P<end> {_THOUGHT_END})  # alone: the beginning stood in the prompt
-    | (?P<call> (?<![`"'“])(?<!^>\ )(?:  # where one begins; what follows a quotation mark is quoted
+    | (?P<call>  # where one begins:
         <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin)  # <|python_tag|>, <｜tool▁calls▁begin｜>
         | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_code)?[\s=>]  # <tool_call>, <function=name>
         | \[TOOL_\w+\]  # Mistral, LM Studio
@@ -2305,7 +2305,7 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
         | ✿\w+✿  # Qwen Agent
         | {_AT_START}>>>(?!all\n)(?=\w+\n)  # Functionary
         | {_AT_START}Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
-        | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary))  # gpt-oss, also where its tokens are lost
+        | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary)  # gpt-oss, also where its tokens are lost
     | (?P<bare> {_AT_START}(?:```\w*\s*)?[ ]*(?:\[\s*)?(?:print\()?(?:  # a call without a mark:
         \{{\s*["'}}]  # JSON
         | [a-z_][\w.]*(?<!print)\(\s*(?:\w+\s*=|["'{{])  # Python
@@ -2547,8 +2547,10 @@ def _parts_of(text: str, start: int, end: int) -> tuple[str, list[str], int, str
 def _is_other(call: ToolCall, index: str | None, call_id: str, name: str, text: str) -> bool:
     """Whether a piece with a name begins another call: names come in pieces, and names and ids come again."""
     has_other_name, has_other_id = call.name not in ("", name), call_id not in ("", call.id or call_id)
+    if not call.text and index is None:
+        return has_other_id or (has_other_name and not call.id)
     if not call.text:
-        return has_other_id and (has_other_name or index is None)
+        return has_other_id and has_other_name
     if has_other_name or call.text[-1] != "}" or _is_cut(call.text):
         return has_other_name
     return has_other_id or (text != "" and (index is None or text != call.text))

@@ -148,6 +148,9 @@ PIECES: dict[str, tuple[list[Body], str]] = {
     "all of it again": ([delta(content="Hello"), {"choices": [{"message": {"content": "Hello"}}]}], "Hello"),
     "another choice": ([delta(content="Hello"), {"choices": [{"index": 1, "delta": {"content": "Bye"}}]}], "Hello"),
     "thoughts in parts": ([delta(content=[{"type": "thinking", "thinking": [{"text": "Hm."}]}, "Hello"])], "Hello"),
+    "no texts, told apart by ids": ([piece(None, "x", "a"), piece(None, "y", "a"), piece(text="{}")], "a a{}"),
+    "no texts, told apart by names": ([piece(name="a"), piece(name="b")], "a b"),
+    "no texts, names and ids": ([piece(0, "x", "a"), piece(0, "y", "b")], "a b"),
     "in turns": ([piece(0, "x", "a", "{"), piece(1, "y", "b", "[]"), *END], "a{} b[]"),
 }
 
@@ -698,6 +701,7 @@ MARKUP = {
     "MemGPT": '{"function": "send_message", "params": {"message": "Hello!", "inner_thoughts": "I greet."}}',
     "OpenAI": json.dumps({"tool_calls": [{"function": {"name": "send_message", "arguments": ARGUMENTS}}]}),
     "LangChain": '{"action": "send_message", "action_input": {"message": "Hello!"}}',
+    "a turn that is made up": f"{TAGGED}<|im_end|>\n<|im_start|>user\n{TAGGED}",
     "LM Studio": f"[TOOL_REQUEST]{WRITTEN}[END_TOOL_REQUEST]", "a tag": f"<function>{WRITTEN}</function>",
     "Gemini": '<tool_code>\nprint(default_api.send_message(message="Hello!"))\n</tool_code>',
     "parts as tags": f"<tool_call><name>send_message</name><arguments>{ARGUMENTS}</arguments></tool_call>",
@@ -738,6 +742,16 @@ def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
             assert {call.arguments.get("message") for call in reply.calls} <= {"Hello!"}
 
 
+@pytest.mark.parametrize(
+    "form", ["<function=%s>\n</function>", '<invoke name="%s"></invoke>', "<tool_call>%s</tool_call>"]
+)
+def test_a_call_without_arguments(form: str) -> None:
+    """A tool that is named without any arguments is called without them."""
+    reply = reply_of(form % "look")
+    memws.read_reply(reply, ["look"])
+    assert ([(call.name, call.arguments) for call in reply.calls], reply.text) == ([("look", {})], "")
+
+
 QUOTED = {
     "inline": f"Hermes writes `{TAGGED}` around it.".replace("\n", ""),
     "in quotes": "The tag \"<tool_call>\" opens it, '<|python_tag|>' too.",
@@ -774,6 +788,7 @@ HOLDERS = {
     "XML": f"<function=send_message>\n<parameter=message>\nSee {PASTED} there\n</parameter>\n</function>",
     "GLM": f'<tool_call>send_message<arg_key>message</arg_key><arg_value>5" {PASTED}</arg_value></tool_call>',
     "Python": f"[send_message(message='It\\'s {PASTED}')]",
+    "Gemma": f'<|tool_call>call:send_message{{message:<|"|>5" }} {PASTED}<|"|>}}<tool_call|>',
     "Mistral": "[TOOL_CALLS]send_message" + json.dumps({"message": PASTED}),
 }
 
@@ -848,6 +863,11 @@ UNREADABLE: dict[str, tuple[memws.Reply, str, str]] = {
     "a call cut after its quotes": (reply_of("", '{"message": "say \\"hi\\"'), "bad_output", "cut off$"),
     "a call cut inside what is encoded twice": (reply_of("", json.dumps(CUT)), "bad_output", "cut off$"),
     "a call as text that is cut": (reply_of(WRITTEN[:-12]), "bad_output", "cut off$"),
+    "a call as XML that is cut": (
+        reply_of(XML.removesuffix("</function>") + "<parameter=a>"),
+        "bad_output",
+        "cut off$",
+    ),
     "broken": (reply_of('<tool_call>"send_message", nonsense</tool_call>'), "bad_output", "cannot be read"),
     "a refusal": (reply_of(refusal="I can't\nhelp."), "model_refused", r"I can't help\.$"),
     "an empty answer that was filtered": (reply_of(finish="content_filter"), "model_refused", "filtered"),
