@@ -8379,6 +8379,11 @@ def clipped(text: object, length: int = 160) -> str:
     return printable(line if len(line) <= length else line[: length - 1] + "…")
 
 
+def has_more() -> bool:
+    """Whether a console of Windows, which does not mark pastes, holds more of one."""
+    return os.name == "nt" and bool(importlib.import_module("msvcrt").kbhit())
+
+
 class Screen:
     """The terminal: streamed text, whole lines, and the prompt, which comes again below what others make an agent do.
 
@@ -8418,7 +8423,7 @@ class Screen:
         self._prompt, self._mid_line = prompt, True
         try:
             text = input(prompt)
-            while text.count(PASTE[0]) > text.count(PASTE[1]):
+            while text.count(PASTE[0]) > text.count(PASTE[1]) or has_more():
                 text += f"\n{input()}"
         finally:
             self._prompt = ""

@@ -8,6 +8,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -246,29 +247,30 @@ def test_local_times(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     chat.line("/agents", f"{moment.astimezone(ZoneInfo('Asia/Kolkata')):%Y-%m-%d %H}:")
 
 
-def test_classic_console(monkeypatch: pytest.MonkeyPatch, serve: Callable[..., memws.WebSocketServer]) -> None:
-    """On Windows colours are switched on in a console, and waits are short, as an interrupt waits for their end."""
-    server, calls = serve(), list[str]()
+def test_windows(serve: Callable[..., memws.WebSocketServer]) -> None:
+    """On Windows a console gets colours, pastes are what it still holds, and waits end so that interrupts are seen."""
+    calls, typed = list[str](), ["hi", "one", "two", "three"]
+    console = types.SimpleNamespace(kbhit=lambda: typed and typed != ["one", "two", "three"])
 
     class Console(io.StringIO):
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(memws.os, "system", calls.append)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    memws.Screen(Console())
-    assert calls == []
-    monkeypatch.setattr(memws.os, "name", "nt")
-    memws.Screen(io.StringIO())
-    assert calls == []
-    memws.Screen(Console())
-    assert calls == [""]
-    with memws.connect(server.url) as client:
+    with memws.connect(serve().url) as client, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memws.os, "system", calls.append)
+        patch.setattr("builtins.input", lambda prompt="": typed.pop(0))
+        patch.setitem(sys.modules, "msvcrt", console)
+        patch.delenv("NO_COLOR", raising=False)
+        patch.setenv("TERM", "xterm")
+        memws.Screen(Console())
+        patch.setattr(memws.os, "name", "nt")
+        memws.Screen(io.StringIO())
+        assert calls == []
+        screen = memws.Screen(Console())
+        assert calls == [""]
+        assert [screen.ask("> "), screen.ask("> ")] == ["hi", "one\ntwo\nthree"]
         client.create_agent("sam")
         assert client.ask("hi")
-        with pytest.raises(memws.RemoteError):
-            client.load_agent("nobody")
 
 
 def interrupt(chat: Terminal, answer: str) -> None:
