@@ -1757,19 +1757,6 @@ def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatM
     return readable, counts | {"unreadable": len(messages) - len(readable)}
 
 
-def _whole(event: StoredEvent) -> StoredEvent:
-    """The event, or what stands for one whose text is damaged: a terminal event ends its turn still."""
-    with contextlib.suppress(ValueError):
-        if isinstance(decode_json(event.text), dict):
-            return event
-    text = "this event is damaged on disk"
-    instead = response("correction", text, event.turn_id, what="damaged")
-    if event.kind in TERMINAL_TYPES:
-        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "message": text, "stop_reason": "error"}
-        instead |= {"code": "store_failed"}
-    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
-
-
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
     """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
 
@@ -1780,20 +1767,20 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     rows, size = db.execute(sql, (agent, after, *values, limit)), 0
     page: list[StoredEvent] = []
     while size < EVENT_PAGE and (row := rows.fetchone()):
-        page.append(_whole(StoredEvent(*row)))
+        page.append(StoredEvent(*row))
         size += len(page[-1].text)
     return page
 
 
-def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, str | None, bool] | None:
-    """(the user's message, None for a turn without one; who spoke; whether the turn is over); None: never begun."""
-    sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ? AND kind IN
-        ('agent_response_start', 'user_message', 'agent_response_end', 'agent_response_error') ORDER BY seq DESC"""
+def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, str | None] | None:
+    """The user's message and who spoke, (None, None) for a turn without one; None: it never began."""
+    sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ?
+        AND kind IN ('agent_response_start', 'user_message') ORDER BY seq DESC"""
     texts = dict(db.execute(sql, (agent, turn_id)).fetchall())  # of several user_messages the first
     if "agent_response_start" not in texts:
         return None
-    event = decode_json(texts["user_message"]) if "user_message" in texts else {}
-    return event.get("message"), event.get("from"), not texts.keys().isdisjoint(TERMINAL_TYPES)
+    event = decode_json(texts.get("user_message", "{}"))
+    return event.get("message"), event.get("from")
 
 
 def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
@@ -1941,17 +1928,7 @@ memory_index = MemoryIndex
 # ---- the store -------------------------------------------------------------------------------------------------------
 
 Job = Callable[Concatenate[SqlConnection, P], T]
-WriteJob = tuple[Job[[], Any], asyncio.Future[Any]]
-Outcome = tuple[Any, BaseException | None]
-
-
-def settle(results: Iterable[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
-    """Give futures their result or their error, on their loop, where somebody still waits."""
-    for done, result, error in results:
-        if error is not None and not done.done():
-            done.set_exception(error)
-        elif not done.done():
-            done.set_result(result)
+WriteJob = tuple[Job[[], Any], concurrent.futures.Future[Any]]
 
 
 class Store:
@@ -1983,12 +1960,12 @@ class Store:
     async def _run(self, job: Job[[], T], writing: bool) -> T:
         if self._closed:
             raise StoreFailed("the database is closed")
-        loop = asyncio.get_running_loop()
         if not writing and not self._database.memory:  # that has one connection only, so its thread reads too
-            return await loop.run_in_executor(self._readers, self._read, job)
-        done: asyncio.Future[T] = loop.create_future()
-        self._jobs.put((job, done))  # a caller that is cancelled does not take it back
-        return await done
+            return await asyncio.wrap_future(self._readers.submit(self._read, job))
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        done.set_running_or_notify_cancel()  # a caller that is cancelled does not take it back
+        self._jobs.put((job, done))
+        return await asyncio.wrap_future(done)
 
     def _read(self, job: Job[[], T]) -> T:
         try:
@@ -2011,18 +1988,18 @@ class Store:
 
     def _write_batch(self, jobs: list[WriteJob]) -> None:
         """A job that fails undoes only itself; a commit that fails undoes all."""
-        outcomes: list[Outcome]
         try:
             with transaction(self._connection):
                 outcomes = [self._write(job) for job, _ in jobs]
         except Exception as error:  # whatever it was, nothing of this batch is on disk, and everybody hears it
             outcomes = [(None, error)] * len(jobs)
-        results = [(done, *outcome) for (_, done), outcome in zip(jobs, outcomes, strict=True)]
-        for loop in {done.get_loop() for _, done in jobs}:  # each is woken once
-            with contextlib.suppress(RuntimeError):  # it is gone, and nobody waits
-                loop.call_soon_threadsafe(settle, [result for result in results if result[0].get_loop() is loop])
+        for (_, done), (result, failure) in zip(jobs, outcomes, strict=True):
+            if failure is None:
+                done.set_result(result)
+            else:
+                done.set_exception(failure)
 
-    def _write(self, job: Job[[], Any]) -> Outcome:
+    def _write(self, job: Job[[], Any]) -> tuple[Any, Exception | None]:
         """(result, error) of one job."""
         try:
             self._connection.execute("SAVEPOINT job")
@@ -7711,7 +7688,7 @@ class Session:
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
         if item is None and record is None:
             return False
-        if (message, speaker) != ((item.message, item.speaker) if item else record and record[:2]):
+        if (message, speaker) != ((item.message, item.speaker) if item else record):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
         self._reader(live).follow(turn_id, self._request_id, item, replay=True)
         return True
