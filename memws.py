@@ -149,7 +149,6 @@ MAX_DEPTH = 64  # levels of nested JSON in a request
 MAX_ERROR = 1_400  # bytes of one error sentence: an answer holds it twice and stays under 4 KiB
 MAX_QUOTE = 60  # of the input in an error sentence
 MAX_REASON = 1_000  # of an endpoint's own words in an error sentence
-LISTED_TEXT = 20_000  # of one item's text in a list
 BLOCK_LIMIT = 2_000  # of a core memory block by default (MemGPT 0.2.7, constants.py)
 MAX_BLOCK_LIMIT = 20_000
 MAX_BLOCKS = 20
@@ -7110,7 +7109,6 @@ class LiveAgent:
         self.last_seq, self.count = record.last_seq, 0  # count: of the events ever published here
         self.news = asyncio.Event()  # set at the next event, when another takes its place
         self._ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
-        self._mending = asyncio.Lock()  # it is opened anew once, whoever asks for it
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
 
@@ -7170,7 +7168,7 @@ class LiveAgent:
         return self.agent
 
     async def _mend(self) -> None:
-        async with self._mending:
+        async with self.agent.memory.lock:  # it is opened anew once, whoever asks for it
             if self.agent.memory.stale:
                 await self.open(await self.agents.store.read(find_agent, self.name))
 
@@ -7358,9 +7356,8 @@ class Agents:
             live.publish(*await self.store.write(rename_agent, live.agent.record.id, name, event))
             self.live[name] = self.live.pop(live.name)
             live.name = live.agent.record.name = name
-            # Under a name that was in use before, seqs go on above that.
             record = await self.store.read(find_agent, name)
-            live.agent.record.last_seq = live.last_seq = record.last_seq
+            live.last_seq = record.last_seq  # under a name that was in use before, they go on above that
         return name
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
@@ -7399,10 +7396,9 @@ class Agents:
         while True:
             self.memory_growth.clear()  # before the look: what comes beside it is looked for again
             rows = await self.store.read(without_vector, EMBEDDING_BATCH)
-            vectors = await embedder.vectors([text for _, text in rows]) if rows else []
             if not rows:
                 await self.memory_growth.wait()
-            elif vectors is None:
+            elif (vectors := await embedder.vectors([text for _, text in rows])) is None:
                 await asyncio.sleep(embedder.pause)
             else:
                 entries = [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
@@ -7426,8 +7422,7 @@ class Reader:
         self.floor: int | None = None  # a subscription gets all stored events above it; None: there is none
         self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: dict[str, int] = {}  # of them those that are sent from their start, and up to which seq
-        self._refusals: list[str] = []  # frames that come before all else
-        self._refused: set[str] = set()  # turns that ended with one, whatever is stored of them later
+        self._refused: set[str] = set()  # turns that ended with a refusal, whatever is stored of them later
         session.readers[live] = self
         self.task = live.agents.spawn(self._run())
 
@@ -7456,13 +7451,14 @@ class Reader:
         error = done.exception()
         if isinstance(error, MemwsError) and turn_id in self.turns:
             self._refuse(turn_id, error)
-            self.live.wake()
 
     def _refuse(self, turn_id: str, error: MemwsError) -> None:
         """End a turn of one's own that will have no other terminal frame."""
         request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
-        self._refusals.append(failure(request | {"id": self.turns.pop(turn_id)}, error))
+        text = failure(request | {"id": self.turns.pop(turn_id)}, error)
         self._refused.add(turn_id)
+        self.live.agents.spawn(self.session._reply(text))
+        self.live.wake()
 
     async def _run(self) -> None:
         with contextlib.suppress(ConnectionClosed):
@@ -7477,16 +7473,12 @@ class Reader:
             del self.session.readers[self.live]
             for turn_id in list(self.turns):
                 self._refuse(turn_id, error)
-            for text in self._refusals:
-                await self.session._send(text)
 
     async def _read(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
         live = self.live
-        while self.floor is not None or self.turns or self._refusals:
-            if self._refusals:
-                await self.session._send(self._refusals.pop(0))
-            elif self._replays:
+        while self.floor is not None or self.turns:
+            if self._replays:
                 turn_id, until = self._replays.popitem()
                 async for event in live.events(0, min(until, self.cursor), turn_id):
                     await self._send(event)
@@ -7504,7 +7496,7 @@ class Reader:
         last_seq, place = self.live.last_seq, self.live.count
         self.place = place
         async for event in self.live.events(self.cursor, last_seq):
-            if self._refusals or self._replays or self.place != place:  # a subscription went back meanwhile
+            if self._replays or self.place != place:  # a subscription went back meanwhile
                 self.place = -1
                 return
             await self._deliver(event)
@@ -7555,23 +7547,20 @@ def answer_page(items: list[Any], limit: int, beside: Any = None) -> list[Any]:
 
 
 def search_item(document: Document) -> JSON:
-    """What search_memory finds, long texts as excerpts."""
+    """What search_memory finds."""
     role, _, name = document.role.partition(" ")
-    texts = {"role": role or None, "from": name or None, "text": excerpt(document.text, LISTED_TEXT)}
-    return document._asdict() | texts | {"score": round(document.score, 4)}
+    return document._asdict() | {"role": role or None, "from": name or None, "score": round(document.score, 4)}
 
 
 def message_item(message: ChatMessage, first: int) -> JSON:
-    """A chat message as get_messages lists it, long texts as excerpts; `first` is the first one in view."""
+    """A chat message as get_messages lists it; `first` is the first one in view."""
     body = read_body(message) if message.role == "assistant" else None
     calls = []
-    for call in (body or {}).get("tool_calls", ())[:20]:
+    for call in (body or {}).get("tool_calls", ()):
         arguments = clean_value(decode_json(call["function"]["arguments"]))
-        texts = {key: excerpt(value, LISTED_TEXT) for key, value in arguments.items() if isinstance(value, str)}
-        calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments | texts})
+        calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments})
     about = {"id": message.id, "seq": message.seq, "role": message.role, "time": message.time}
-    about |= {"from": message.speaker.partition(" ")[2] or None}
-    about |= {"text": excerpt(message.text, LISTED_TEXT), "tool_calls": calls}
+    about |= {"from": message.speaker.partition(" ")[2] or None, "text": message.text, "tool_calls": calls}
     return about | {"turn_id": message.turn_id or None, "step": message.step, "in_context": message.id >= first}
 
 
@@ -7580,7 +7569,7 @@ _session_numbers = itertools.count(1)
 
 class Session:
     """One connection's requests, one after another. Each public coroutine is a command: its signature is the check and
-    the JSON Schema of the arguments, its docstring the description, what it returns the result."""
+    the JSON Schema of the arguments, its docstring the description, what it returns the result (None: it is sent)."""
 
     def __init__(self, agents: Agents, websocket: ServerConnection) -> None:
         self.websocket, self.number = websocket, next(_session_numbers)
@@ -7589,13 +7578,17 @@ class Session:
         self._agents = agents
         self._current: LiveAgent | None = None  # the one that this connection created or loaded last
         self._request_id: RequestId = None  # of the request that is being answered
-        self._begin: Callable[[], None] | None = None  # what its command leaves to be done once it is answered
         self._unsent, self._progress = 0, time.monotonic()  # bytes that waited at the last look; when some were taken
 
     async def _send(self, text: str) -> None:
         """Send a frame; waits for a client that reads slowly. Raises ConnectionClosed."""
         await self.websocket.send(text)
         self._progress = time.monotonic()
+
+    async def _reply(self, text: str) -> None:
+        """Send a frame to a client that may have left."""
+        with contextlib.suppress(ConnectionClosed):
+            await self._send(text)
 
     def stalled(self) -> float:
         """Seconds for which the client has taken no byte of what waits for it, as far as these looks tell."""
@@ -7613,7 +7606,7 @@ class Session:
         try:
             request = decode_request(frame)
         except InvalidRequest as error:
-            await self._send(failure(None, error))
+            await self._reply(failure(None, error))
             return
         asks_model = request.get("command") == "search_memory" and self._agents.models.embedder is not None
         if request.get("command") == "compact" or asks_model:
@@ -7631,8 +7624,7 @@ class Session:
             if "live" in function.call.__annotations__:
                 arguments["live"] = await self._live(arguments.pop("agent_name", None))
             result = await function.call(self, **arguments)
-            begin, self._begin = self._begin, None
-            text = answer(request, result) if is_command else ""
+            text = "" if result is None else answer(request, result)
             if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
         except ConnectionClosed:
@@ -7642,13 +7634,10 @@ class Session:
             if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
                 logger.exception("session %d: a request failed", self.number)
             turn = {} if is_command else {"turn_id": request.get("turn_id") or new_turn_id()}
-            text, begin = failure(request | turn, refusal), None
+            text = failure(request | turn, refusal)
         if text:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first
-            with contextlib.suppress(ConnectionClosed):
-                await self._send(text)
-                if begin is not None:
-                    begin()
+            await self._reply(text)
 
     async def _live(self, name: str | None) -> LiveAgent:
         """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
@@ -7713,7 +7702,7 @@ class Session:
         self._reader(live).follow(item.turn_id, None, item)
         return {"turn_id": item.turn_id}
 
-    async def subscribe(self, live: LiveAgent, after: Any = None) -> JSON:
+    async def subscribe(self, live: LiveAgent, after: Any = None) -> None:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
         await live.fresh()
@@ -7721,8 +7710,8 @@ class Session:
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
-        self._begin = lambda: self._reader(live).subscribe(last_seq if after is None else after)
-        return {"last_seq": last_seq}
+        await self._send(answer({"command": "subscribe", "id": self._request_id}, {"last_seq": last_seq}))
+        self._reader(live).subscribe(last_seq if after is None else after)
 
     async def unsubscribe(self, live: LiveAgent) -> JSON:
         """Follow an agent no longer. Result: {last_seq}."""
@@ -7755,7 +7744,6 @@ class Session:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
-        limits |= {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
         limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
         limits |= {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
         limits |= {"max_connections": options.max_connections, "max_steps": options.max_steps}
@@ -8084,6 +8072,7 @@ class WebSocketServer:
 
     def _bind(self) -> None:
         """Bind, then open: a start that fails on its port makes no database. Raises UsageError."""
+        self._claim()
         sockets = self._sockets or bind_sockets(self.options.host, self.options.port)
         try:
             self.open()
@@ -8217,7 +8206,6 @@ class WebSocketServer:
         Raises UsageError where the port or the database is taken.
         """
         if not self._listeners:
-            self._claim()
             self._bind()
             self._call(self.listen)
         return self
@@ -8256,9 +8244,7 @@ class WebSocketServer:
         if self._listeners:
             raise UsageError(f"this server listens already on {self.url}; stop() it first")
         has_thread, over = self._thread is not None, asyncio.wrap_future(self._over)
-        if not has_thread:
-            await in_thread("memws-claim", self._claim)
-        self.initialize_server()
+        await in_thread("memws-bind", self.initialize_server)  # a server that it takes over from may be on this loop
         try:
             await (in_thread("memws-start", self.start) if has_thread else self.listen())
             await over
