@@ -2639,7 +2639,8 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
         if name in tools or (mentioned and _is_cut(piece)):
             found = [ToolCall("", mentioned, piece)]
         else:
-            found = [*_calls_of(read_json(piece)[0], tools)] or [ToolCall("", name, piece)] * bool(name)
+            found = [*_calls_of(read_json(piece)[0], tools)]
+            found = found or ([ToolCall("", name, piece)] if name else [])
         calls += found
         if not found:
             words += [before, piece]
