@@ -554,24 +554,29 @@ def describe(schema: JSON) -> str:
     return f"{words} from {schema[low]:,} to {schema[high]:,}{unit}" if high in schema else words
 
 
-def check(value: Any, schema: JSON, lenient: bool = False) -> Any:
-    """`value`, if it fits. lenient: what a model wrote as text may be JSON. Raises ValueError: "expected …"."""
-    for as_text, alternative in itertools.product(sorted({False, lenient}), schema.get("anyOf", ())):
+def check(value: Any, schema: JSON) -> Any:
+    """`value`, if it fits; 5.0 is the integer 5. Raises ValueError: "expected …"."""
+    for alternative in schema.get("anyOf", ()):
         with contextlib.suppress(ValueError):
-            return check(value, alternative, as_text)
-    if lenient:
-        value = _convert(value, schema.get("type", "string"))
+            return check(value, alternative)
+    if schema.get("type") == "integer" and isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not _fits(value, schema):
         raise ValueError(f"expected {describe(schema)}")
-    return [check(item, schema["items"], lenient) for item in value] if "items" in schema else value
+    return [check(item, schema["items"]) for item in value] if "items" in schema else value
 
 
-def _convert(value: Any, kind: str) -> Any:
-    """What a model meant: numbers, booleans, lists and objects may come as text, whole numbers with a point."""
-    if isinstance(value, str) and kind != "string":
+def from_text(value: Any) -> Any:
+    """What a model may have meant by a text, or the texts in a list, that do not fit:
+
+    '5' is 5, 'True' and 'true' are true, 'None' and 'null' are null, '["tea"]' is ["tea"], ['5'] is [5]
+    """
+    if isinstance(value, list):
+        return [from_text(item) for item in value]
+    if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            value = decode_json({"True": "true", "False": "false", "None": "null"}.get(value, value))
-    return int(value) if kind == "integer" and isinstance(value, float) and value.is_integer() else value
+            return decode_json({"True": "true", "False": "false", "None": "null"}.get(value, value))
+    return value
 
 
 def _fits(value: Any, schema: JSON) -> bool:
@@ -598,21 +603,24 @@ class Function:
         """The arguments that the function takes, checked, without others. Raises InvalidRequest naming the field."""
         bound = {}
         for name, schema in self.parameters["properties"].items():
-            is_default = lenient and arguments.get(name) in (None, "null", "None") and "'null'" not in str(schema)
+            is_default = lenient and from_text(arguments.get(name)) is None and "'null'" not in str(schema)
             if name in self.parameters["required"] or (name in arguments and not is_default):
                 bound[f"{name}_" if name == "from" else name] = self.argument(arguments, name, lenient)
         return bound
 
     def argument(self, arguments: JSON, name: str, lenient: bool = False) -> Any:
-        """One argument, checked. Raises InvalidRequest."""
+        """One argument, checked; lenient: what a model wrote as text may be JSON. Raises InvalidRequest."""
         if name not in arguments:
             raise InvalidRequest("missing_field", f"{self.name} needs {name!r}: {self.usage}")
+        value = arguments[name]
         try:
-            if name in self.readers:
-                return self.readers[name](arguments[name])
-            return check(arguments[name], self.parameters["properties"][name], lenient)
-        except ValueError as error:
-            text = f"{name}: {error}, but got {quote(arguments[name])}; {self.usage}"
+            return (
+                self.readers[name](value) if name in self.readers else check(value, self.parameters["properties"][name])
+            )
+        except Exception as error:  # a reader runs code of the hint too
+            if lenient and (meant := from_text(value)) != value:
+                return self.argument({name: meant}, name, lenient)
+            text = f"{name}: {error}, but got {quote(value)}; {self.usage}"
             raise InvalidRequest("bad_field", text) from None
 
     @property
@@ -633,12 +641,10 @@ def function_of(
         raise UsageError(f"expected a function with a name of 1 to 64 letters, digits, _ and -, but got {quote(name)}")
     doc = inspect.getdoc(written)
     if not inspect.isroutine(written) and not isinstance(written, type):
-        written = type(written).__call__
-        doc = written.__doc__ or doc
+        doc = type(written).__call__.__doc__ or doc
     try:
-        hints = typing.get_type_hints(written, include_extras=True)
-        signature = inspect.signature(call).parameters.values()
-    except (NameError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+        signature = inspect.signature(call, eval_str=True).parameters.values()
+    except Exception as error:  # a hint may be any code
         raise UsageError(f"cannot read the signature of {name!r}: {error}") from error
     properties, required, readers, filled = {}, [], {}, []
     for parameter in (each for each in signature if each.name not in skip):
@@ -647,7 +653,7 @@ def function_of(
             text = "give it a name (functools.wraps keeps it), a method its object; put pydantic's Field into Annotated"
             raise UsageError(f"{name!r}: no model can fill in '{parameter}': {text}")
         key = "from" if parameter.name == "from_" else parameter.name  # as it is called outside
-        hint = hints.get(parameter.name, Any)
+        hint = Any if parameter.annotation is parameter.empty else parameter.annotation
         try:
             properties[key] = schema_of(hint)
         except (LookupError, TypeError):
@@ -3429,11 +3435,11 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any], Any]] | Non
     """Schema and reader by pydantic of a hint that schema_of does not know; None for the agent. Raises UsageError."""
     if any(getattr(each, "calls_tools", False) for each in (hint, *typing.get_args(hint))):
         return None
-    if importlib.util.find_spec("pydantic") is None:
-        raise UsageError(f"{place}: {hint} needs pydantic: pip install pydantic")
     try:
         from pydantic import TypeAdapter, ValidationError
-
+    except ImportError:
+        raise UsageError(f"{place}: {hint} needs pydantic: pip install pydantic") from None
+    try:
         adapter = TypeAdapter[Any](hint)
         schema = adapter.json_schema()
         for value in schema.get("enum", ()):
@@ -3447,18 +3453,13 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any], Any]] | Non
     def read(value: Any) -> Any:
         try:
             return adapter.validate_json(encode_json(value))
-        except Exception as error:  # pydantic's, or of the type itself
-            meant = [_convert(each, "") for each in value] if isinstance(value, list) else _convert(value, "")
-            if meant != value:
-                return read(meant)
-            problem: Any = {"loc": (), "ctx": {"error": error}}
-            if isinstance(error, ValidationError):
-                problem = error.errors()[0]
-            part, reason = schema, problem.get("ctx", {}).get("error")
-            for step in problem["loc"]:
-                part = part.get("properties", {}).get(step) or part.get("items") or part
-            said = reason if isinstance(reason, Exception) else f"expected {encode_json(part)}"  # texts are pydantic's
-            raise ValueError("".join(f"{step}: " for step in problem["loc"]) + str(said)) from None
+        except ValidationError as error:
+            problem, part = error.errors()[0], schema
+        for step in problem["loc"]:
+            part = part.get("properties", {}).get(step) or part.get("items") or part
+        reason = problem.get("ctx", {}).get("error")  # an exception: of the type's author; a text: of pydantic
+        said = reason if isinstance(reason, Exception) else f"expected {encode_json(part)}"
+        raise ValueError("".join(f"{step}: " for step in problem["loc"]) + str(said))
 
     return schema, read
 
@@ -3539,33 +3540,33 @@ async def _run_tool(tool: Tool, arguments: JSON) -> str:
     return result
 
 
-async def _collected(stream: collections.abc.AsyncIterable[Any]) -> Iterator[Any]:
+async def _collected(stream: collections.abc.AsyncIterable[Any]) -> list[Any]:
     pieces = []
     async for piece in stream:
         pieces.append(piece)
         if len(pieces) > TOOL_RESULT_LIMIT:
             break
-    return iter(pieces)
+    return pieces
 
 
 @types.coroutine
-def _watched(name: str, coroutine: Coroutine[Any, Any, T]) -> collections.abc.Generator[Any, Any, T]:
+def _watched(name: str, coroutine: Coroutine[Any, Any, str]) -> collections.abc.Generator[Any, None, str]:
     """Run a coroutine; warn where one of its steps keeps everything else on the loop from running."""
-    step: Any = coroutine.send
-    value: Any = None
+    step: Callable[[], Any] = functools.partial(coroutine.send, None)
     while True:
         started = time.monotonic()
         try:
-            awaited = step(value)
+            awaited = step()
         except StopIteration as end:
-            return cast(T, end.value)
+            return str(end.value)
         finally:
             if (seconds := time.monotonic() - started) > TOOL_STEP:
                 logger.warning("tool %s blocked the server for %.1f s: let it await, or not be async", name, seconds)
         try:
-            step, value = coroutine.send, (yield awaited)
+            yield awaited
+            step = functools.partial(coroutine.send, None)
         except BaseException as error:  # a cancel too is the tool's to see
-            step, value = coroutine.throw, error
+            step = functools.partial(coroutine.throw, error)
 
 
 def result_text(result: Any) -> Any:
@@ -3573,27 +3574,25 @@ def result_text(result: Any) -> Any:
     has to be awaited first comes back as it is."""
     if isinstance(result, _PENDING):
         return result
-    text = "None" if result is None else plain(result)
-    return excerpt(clean_text(text if isinstance(text, str) else encode_json(text)), TOOL_RESULT_LIMIT, NOT_KEPT)
+    value = "None" if result is None else plain(result, itertools.repeat(True, TOOL_RESULT_LIMIT))
+    return excerpt(clean_text(value if isinstance(value, str) else encode_json(value)), TOOL_RESULT_LIMIT, NOT_KEPT)
 
 
-def plain(value: Any, inside: tuple[int, ...] = (), room: Iterator[int] | None = None) -> Any:
-    """`value` as JSON has it: records as objects, collections and generators as lists, all else as a text. There is
-    room for so many values inside it as a result has characters."""
-    kind, room = cast(Any, type(value)), room or iter(range(1, TOOL_RESULT_LIMIT))
+def plain(value: Any, room: Iterator[bool], inside: tuple[int, ...] = ()) -> Any:
+    """`value` as JSON has it, with `room` for so many values inside it: records are objects, collections and generators
+    lists, all else texts."""
+    kind = cast(Any, type(value))
     if isinstance(value, enum.Enum):
-        return plain(value.value)
+        return plain(value.value, room, inside)
+    if isinstance(value, _PENDING):
+        raise ToolError(f"the result holds a {kind.__name__} that was never awaited; await it inside the tool")
     if value is None or isinstance(value, (str, int)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, (bytes, bytearray)):
         return value.decode(errors="backslashreplace")
-    if isinstance(value, _PENDING):
-        if inspect.iscoroutine(value):
-            value.close()
-        raise ToolError(f"the result holds a {kind.__name__} that was never awaited; await it inside the tool")
-    if id(value) in inside or len(inside) > MAX_DEPTH or not next(room, 0):
+    if id(value) in inside or len(inside) > MAX_DEPTH or not next(room, False):
         return "…"  # it holds itself, or there is no end to it
-    below = functools.partial(plain, inside=(*inside, id(value)), room=room)
+    below = functools.partial(plain, room=room, inside=(*inside, id(value)))
     if export := next((name for name in _EXPORTS if hasattr(kind, name)), None):
         return below(getattr(value, export)())
     if is_dataclass(kind):
@@ -3602,7 +3601,7 @@ def plain(value: Any, inside: tuple[int, ...] = (), room: Iterator[int] | None =
         return {result_text(key): below(item) for key, item in dict(value).items()}
     if isinstance(value, Iterable):
         pieces = [below(piece) for _, piece in zip(room, value, strict=False)]
-        return pieces if next(room, 0) else [*pieces, "… and more"]
+        return pieces if next(room, False) else [*pieces, "… and more"]
     own = {name: item for name, item in getattr(value, "__dict__", {}).items() if name[0] != "_"}
     return str(value) if callable(value) or not own or kind.__str__ is not object.__str__ else below(own)
 
@@ -3853,41 +3852,36 @@ _ALIKE = str.maketrans(
     "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2010\u2011\u2012\u2013\u2014\u2212", "''''\"\"\"\"------"
 )
 _SIGN = re.compile(" *\n| +|[^\u00ad\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")  # no soft hyphens, joiners and the like
+_LETTER = f"[^\\W{_PAIRED}{_TRIPLED}]"  # in scripts without spaces no word goes on
+_IN_WORD = re.compile(f"(?<={_LETTER}){_LETTER}|(?<=\\d)[.,]\\d|(?<=\\d[.,])\\d")
 
 
-def _signs(text: str) -> tuple[str, list[int]]:
-    """`text` as people see it, whatever its spaces, line ends, quotes and dashes are; the place of each sign in it."""
+def _signs(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """`text` as people see it, whatever its spaces, line ends, quotes and dashes are; where each sign of it stands."""
     signs = list(_SIGN.finditer(re.sub(r"[^\S\n]", " ", text.translate(_ALIKE))))
-    return "".join(sign[0][-1] for sign in signs), [sign.end() - 1 for sign in signs]
-
-
-def _in_word(text: str, place: int) -> bool:
-    """Whether a word or a number goes on over a place; in scripts without spaces none does."""
-    pair, around = text[max(0, place - 1) : place + 1], text[max(0, place - 2) : place + 2]
-    joined = len(pair) == 2 and f"a{pair}".isidentifier() and not re.search(f"[{_PAIRED}{_TRIPLED}]", pair)
-    return joined or re.search(r"\d[.,]\d", around) is not None
+    return "".join(sign[0][-1] for sign in signs), [sign.span() for sign in signs]
 
 
 def edit_text(text: str, old: str, new: str) -> str:
-    """`text` with `new` where `old` stands: to the letter, or else as people see it. Raises ToolError where that is
-    nowhere, more than once, or in the middle of a word or number."""
+    """`text` with `new` where `old` stands, as people see both. Raises ToolError where that is nowhere, more than once,
+    or in the middle of a word or number."""
     if old != old.strip("\n"):
         old, new = old.strip("\n"), new.strip("\n")
-    signs, places = text, list(range(len(text)))
-    if old not in text:
-        text, old = unicodedata.normalize("NFC", text), unicodedata.normalize("NFC", old).strip()
-        (signs, places), (old, _) = _signs(text), _signs(old)
-    count, start, end = signs.count(old), signs.find(old), signs.find(old) + len(old)
-    if not old or count == 0:
+    text = unicodedata.normalize("NFC", text)
+    (signs, places), (old, _) = _signs(text), _signs(unicodedata.normalize("NFC", old))
+    old = old if old in signs else old.strip()
+    if not old or old not in signs:
         line = next((line for line in old.split("\n") if line not in signs), "")[:300]
         near = difflib.get_close_matches(line, [each[:300] for each in text.split("\n")], 1, 0.0)
         hint = f"; the nearest line is: {near[0]}" if old and text else ", from what the block holds"
         raise ToolError(f"old_content is not in the block; copy it to the letter{hint}")
-    if count > 1:
+    if (count := signs.count(old)) > 1:
         raise ToolError(f"old_content stands in the block {count} times; give more of the line, or the lines beside it")
-    if _in_word(signs, start) or _in_word(signs, end):
+    first = signs.index(old)
+    start, end = places[first][0], places[first + len(old) - 1][1]
+    if _IN_WORD.match(text, start) or _IN_WORD.match(text, end):
         raise ToolError("old_content is only part of a word or number in the block; give more of the line")
-    head, tail = text[: places[start]], text[places[end - 1] + 1 :]
+    head, tail = text[:start], text[end:]
     if not (head.rpartition("\n")[2] + new + tail.partition("\n")[0]).strip():
         head, new, tail = head.rpartition("\n")[0], "", "\n" + tail.partition("\n")[2]  # no blank line is left
     return (head + new + tail).strip("\n")

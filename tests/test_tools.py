@@ -157,8 +157,10 @@ READ: list[tuple[Any, Body | None, list[tuple[Any, Any]]]] = [  # hint, schema, 
     (list, None, [(["x", 1], ["x", 1])]),
     (Any, memws.ANYTHING, [("x", "x"), ([1], [1]), (None, None)]), (dict, {"type": "object"}, [('{"a": 1}', {"a": 1})]),
     (list[str], None, [('["tea"]', ["tea"])]), (bool, {"type": "boolean"}, [("True", True)]),
-    (int, None, [("3", 3), (3.0, 3)]),
-    (int | str, None, [("5", "5"), (5, 5)]), (list[list[Any]], None, [([[1]], [[1]])]), (Literal[1, 2], None, [(2, 2)]),
+    (int, None, [("3", 3), (3.0, 3), ("3.0", 3)]), (float, None, [("1.5", 1.5)]),
+    (Annotated[int, 1, 9], None, [("9", 9)]), (int | None, None, [("7", 7), ("None", None)]),
+    (int | str, None, [("5", "5"), (5, 5)]), (list[int], None, [("[1]", [1]), (["1"], [1])]),
+    (list[list[Any]], None, [([[1]], [[1]])]), (Literal[1, 2], None, [(2, 2)]),
 ]  # fmt: skip
 
 
@@ -386,7 +388,9 @@ async def test_a_result_that_has_yet_to_run_is_run() -> None:
     for function in (itertools.count, endless, lambda: WEB):
         told = await outcome(lambda function=function: function())
         assert ("… and more" in told, len(told) < 8_200) == (True, True)
-    assert "the result holds a coroutine that was never awaited" in await failure(lambda: [one()])
+    hidden = one()
+    assert "the result holds a coroutine that was never awaited" in await failure(lambda: [hidden])
+    hidden.close()
 
 
 async def test_a_tool_that_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -604,8 +608,7 @@ EDITS: list[tuple[str, str, str, str]] = [  # a block, old_content, new_content,
     ("Born 1993, 3 cats", "3", "4", "2 times"), ("Anna\u00a0B\nAnna B", "Anna  B", "C", "2 times"),
     ("Born 1993", "3", "4", "part of a word or number"), ("1,500 m", "500", "9", "part of"),
     ("3.5 m", "3", "4", "part of"),
-    ("Anna", "Ann", "Eve", "part of"), ("Bikes", "ikes", "x", "part of"), ("Cafe\u0301", "Cafe", "Bar", "part of"),
-    ("\u0939\u093f\u0928\u094d\u0926\u0940", "\u0939\u093f\u0928", "x", "part of"),
+    ("Anna", "Ann", "Eve", "part of"), ("Bikes", "ikes", "x", "part of"), ("Cafe\u0301", "Cafe", "Bar", "not in"),
     (LINES, "City: Oslo", "x", "not in the block; .* the nearest line is: Town: Oslo"),
     (LINES, "Name: Zoe\nWife: Ana", "x", "the nearest line is: Wife: Anna"),
     (LINES, "\n", "x", "holds$"), ("", "x", "y", "holds$"),
