@@ -2266,7 +2266,7 @@ _THOUGHT_END = rf"""(?:[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOU
 _TURN = r"<[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>"
 _MADE_UP = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
 _AT_START = r"(?:^|(?<=[>▷\]])|(?<=:\ ))"  # of a line, or of what stands apart
-_STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
+_STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\\?\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
 _PARAMETER = r"""
     <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?
     (.*?)\n?</[^<>\s]{0,20}?(?:parameter|arg_value)>"""
