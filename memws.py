@@ -1693,17 +1693,18 @@ def keep_vectors(db: SqlConnection, vectors: Iterable[tuple[int, str, bytes]]) -
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 EVENT_PAGE = 262_144  # characters of stored events that are read at once; a reader is as fast as its client
+_PIECES = ("head", "system", "summary", "tools", "extra", "shape")  # what requests repeat at every step
 
 
 def pack_texts(texts: list[Any]) -> bytes:
-    """What requests repeat at every step, compressed."""
+    """The pieces of a request, compressed."""
     return zlib.compress(encode_json(texts).encode(), 1)
 
 
 def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
     """Store a model call; of several in one step the last."""
     row = asdict(request) | {"response": clean_value(request.response)}
-    pieces = pack_texts([row.pop(name) for name in ("head", "system", "summary", "tools", "extra", "shape")])
+    pieces = pack_texts([row.pop(name) for name in _PIECES])
     sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
     db.execute(sql, (agent, request.turn_id, request.step))
     insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
@@ -1788,18 +1789,24 @@ def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, 
     return event.get("message"), event.get("from")
 
 
-def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> tuple[RequestRecord, list[str]] | None:
-    """A model call and the encoded chat messages it held."""
+def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> JSON:
+    """What was sent to a model for a step, rebuilt byte by byte, and what came back: {request, response, usage,
+    first_token_ms, total_ms}. Raises Refused (not_found), StoreFailed."""
     sql = """SELECT pieces, first, last, digest, response, usage, first_token_ms, total_ms FROM requests
         WHERE agent = ? AND turn_id = ? AND step = ?"""
     row = db.execute(sql, (agent, turn_id, step)).fetchone()
     if row is None:
-        return None
-    pieces = decode_json(zlib.decompress(row[0]))
-    record = RequestRecord(turn_id, step, *pieces[:5], *row[1:], *pieces[5:])
-    record.response, record.usage = decode_json(row[4]), decode_json(row[5])
+        reason = "there was none, or vacuum --keep-requests has dropped it"
+        raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step} is kept: {reason}")
+    pieces, first, last, digest, response, usage, first_token_ms, total_ms = row
+    texts = dict(zip(_PIECES, decode_json(zlib.decompress(pieces)), strict=False))  # the former format has no shape
+    request = RequestRecord(turn_id, step, first=first, last=last, **texts)
     sql = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
-    return record, [body for (body,) in db.execute(sql, (agent, record.first, record.last))]
+    body = request.body(body for (body,) in db.execute(sql, (agent, first, last)))
+    if hashlib.sha256(body.encode()).digest() != digest:
+        raise StoreFailed("the stored request does not match the digest of what was sent; run memws.py check")
+    times = {"first_token_ms": first_token_ms, "total_ms": total_ms}
+    return {"request": decode_json(body), "response": decode_json(response), "usage": decode_json(usage), **times}
 
 
 def find_passage(db: SqlConnection, agent: int, item: int) -> Document | None:
@@ -1828,7 +1835,7 @@ def _decoded(record: AgentRecord) -> AgentRecord:
 
 def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
     """The agent of that name, or the one deleted last under it. Raises UnknownAgent with the nearest names."""
-    where = _DELETED if deleted else _LIVE
+    where, name = _DELETED if deleted else _LIVE, unicodedata.normalize("NFC", name)
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
         return _decoded(AgentRecord(*row))
@@ -1893,13 +1900,13 @@ def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool
     return stored
 
 
-def restore_agent(db: SqlConnection, name: str, new_name: str) -> AgentRecord:
+def restore_agent(db: SqlConnection, name: str, new_name: str | None) -> AgentRecord:
     """Bring back the agent deleted last under that name. Raises UnknownAgent, Refused (name_taken)."""
-    agent = find_agent(db, name, deleted=True).id
-    if new_name != name:
-        _leave_name(db, agent)
-    _name_agent(db, agent, new_name)
-    return find_agent(db, new_name)
+    agent = find_agent(db, name, deleted=True)
+    if new_name not in (None, agent.name):
+        _leave_name(db, agent.id)
+    _name_agent(db, agent.id, new_name or agent.name)
+    return find_agent(db, new_name or agent.name)
 
 
 class MemoryIndex:
@@ -4114,9 +4121,9 @@ class Stopped(Exception):
     """A turn was asked to stop; why is in its `stop_reason`."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Turn:
-    """One turn while it runs: what it may still do, and what it has done."""
+    """One turn while it waits and runs: what it may still do, and what it has done."""
 
     turn_id: str
     message: str | None  # the user's; None: a heartbeat turn, for this reason
@@ -4135,6 +4142,9 @@ class Turn:
     usage: JSON = field(default_factory=_NO_USAGE.copy)
     request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
     reply: Reply | None = None
+    sender: object = None  # whose queue it counts against
+    # Ends with it, or with why it will not be.
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     _task: asyncio.Task[Any] | None = None
 
     def stop(self, reason: str) -> None:
@@ -4733,9 +4743,8 @@ class Agent:
 
     def context(self, messages: Iterable[ChatMessage]) -> list[JSON]:
         """The sections of the next request with their estimated tokens and texts, of the chat messages only these."""
-        texts = self._sections | {
-            "messages": "\n".join(shape([each.body for each in messages], *self.model.learned.shape))
-        }
+        bodies = shape((message.body for message in messages), *self.model.learned.shape)
+        texts = self._sections | {"messages": "\n".join(bodies)}
         tokens = self._sizes(self.memory.messages)
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
@@ -4829,20 +4838,6 @@ class Agent:
             if (after := sum(sizes.values())) < before:
                 return words, summary, after
         raise self._too_small(before)
-
-    # -- reading --
-
-    async def request(self, turn_id: str, step: int) -> JSON:
-        """What was sent for a step, rebuilt byte by byte, and what came back. Raises Refused (not_found)."""
-        request, messages = await self.memory.store.read(find_request, self.record.id, turn_id, step) or (None, [])
-        if request is None:
-            reason = "there was none, or vacuum --keep-requests has dropped it"
-            raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step} is kept: {reason}")
-        body = request.body(messages)
-        if hashlib.sha256(body.encode()).digest() != request.digest:
-            raise StoreFailed("the stored request does not match the digest of what was sent; run memws.py check")
-        names = ("response", "usage", "first_token_ms", "total_ms")
-        return {"request": decode_json(body), **{name: getattr(request, name) for name in names}}
 
 
 # ======================================================================================================================
@@ -7079,14 +7074,6 @@ def new_turn_id() -> str:
     return f"turn_{secrets.token_hex(12)}"
 
 
-@dataclass(eq=False)
-class QueuedTurn(Turn):
-    """A turn that waits or runs; `done` ends with it, or with why it will not be."""
-
-    sender: object = None  # whose queue it counts against
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-
 class LiveAgent:
     """One agent in use: its turns one after another, its events for any number of readers, its timed heartbeats.
 
@@ -7097,8 +7084,8 @@ class LiveAgent:
     def __init__(self, agents: Agents, record: AgentRecord) -> None:
         self.agents, self.name = agents, record.name
         self.agent: Agent  # set by open()
-        self.waiting: collections.deque[QueuedTurn] = collections.deque()
-        self.current: QueuedTurn | None = None  # what runs: a turn, or a compaction that a client asked for
+        self.waiting: collections.deque[Turn] = collections.deque()
+        self.current: Turn | None = None  # what runs: a turn, or a compaction that a client asked for
         self.gone = False  # deleted
         self.closed = False  # there will be no more events
         self.last_seq, self.count = record.last_seq, 0  # count: of the events ever published here
@@ -7167,10 +7154,10 @@ class LiveAgent:
             if self.agent.memory.stale:
                 await self.open(await self.agents.store.read(find_agent, self.name))
 
-    def find(self, turn_id: str) -> QueuedTurn | None:
+    def find(self, turn_id: str) -> Turn | None:
         return next((item for item in (self.current, *self.waiting) if item and item.turn_id == turn_id), None)
 
-    def enqueue(self, item: QueuedTurn, when_busy: WhenBusy = "queue") -> None:
+    def enqueue(self, item: Turn, when_busy: WhenBusy = "queue") -> None:
         """Let a turn wait for its time, which may be now. Raises Refused where it may not."""
         self._check(item, when_busy)
         if when_busy == "interrupt" and self.current is not None:
@@ -7180,7 +7167,7 @@ class LiveAgent:
             self._beats = 0
         self._kick()
 
-    def _check(self, item: QueuedTurn, when_busy: WhenBusy) -> None:
+    def _check(self, item: Turn, when_busy: WhenBusy) -> None:
         if self.gone or self.agents.stopping:
             raise self.gone_error()
         if (size := len(item.message or "")) > MAX_TEXT:
@@ -7200,7 +7187,7 @@ class LiveAgent:
             self.current = self.waiting.popleft()
             self.agents.spawn(self._run(self.current))
 
-    async def _run(self, item: QueuedTurn) -> None:
+    async def _run(self, item: Turn) -> None:
         """One turn; where its start or its end cannot be stored, whoever waits for it gets a refusal."""
         try:
             await self._mend()
@@ -7213,7 +7200,7 @@ class LiveAgent:
         finally:
             self._finish(item)
 
-    def _finish(self, item: QueuedTurn) -> None:
+    def _finish(self, item: Turn) -> None:
         if not item.done.done():
             item.done.set_result(None)
         self.current = None
@@ -7221,7 +7208,7 @@ class LiveAgent:
         self._kick()
         self.rest()
 
-    def refuse(self, item: QueuedTurn, error: MemwsError) -> None:
+    def refuse(self, item: Turn, error: MemwsError) -> None:
         """Tell whoever waits for a turn that it will not be."""
         if item in self.waiting:
             self.waiting.remove(item)
@@ -7240,7 +7227,7 @@ class LiveAgent:
         """Turn the oldest messages of the context window into a summary now. Raises Refused."""
         if self.busy:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
-        item = self.current = QueuedTurn("", None)
+        item = self.current = Turn("", None)
         try:
             await self._mend()
             return await self.agent.compact(item)
@@ -7263,7 +7250,7 @@ class LiveAgent:
 
     def _beat(self) -> None:
         with contextlib.suppress(Refused):  # it is busy
-            self.enqueue(QueuedTurn(new_turn_id(), None, HEARTBEAT_TIMER), "reject")
+            self.enqueue(Turn(new_turn_id(), None, HEARTBEAT_TIMER), "reject")
             self._beats += 1
 
     def close(self) -> None:
@@ -7375,9 +7362,8 @@ class Agents:
 
     async def restore(self, name: str, new_name: str | None) -> LiveAgent:
         """Bring back a deleted agent. Raises UnknownAgent, Refused (name_taken)."""
-        name = unicodedata.normalize("NFC", name)
         async with self._lock:
-            record = await self.store.write(restore_agent, name, name if new_name is None else check_name(new_name))
+            record = await self.store.write(restore_agent, name, None if new_name is None else check_name(new_name))
             return await self._use(record)
 
     async def embed(self) -> None:
@@ -7428,7 +7414,7 @@ class Reader:
             self.cursor, self.place = floor, -1
         self.live.wake()
 
-    def follow(self, turn_id: str, request_id: RequestId, item: QueuedTurn | None, *, replay: bool = False) -> None:
+    def follow(self, turn_id: str, request_id: RequestId, item: Turn | None, *, replay: bool = False) -> None:
         """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor.
 
         `item`: where it waits or runs; it may be refused, which overtakes what else is to be sent.
@@ -7657,7 +7643,7 @@ class Session:
         """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
         if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
             return
-        item = QueuedTurn(turn_id or new_turn_id(), message, speaker=from_, sender=self)
+        item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self)
         live.enqueue(item, when_busy)
         self._reader(live).follow(item.turn_id, self._request_id, item)
         if item in live.waiting and when_busy == "queue" and self.wants("queue"):
@@ -7692,7 +7678,7 @@ class Session:
 
     async def wake(self, live: LiveAgent) -> JSON:
         """Start a turn without a user's message, as a heartbeat would. Result: {turn_id}."""
-        item = QueuedTurn(new_turn_id(), None, sender=self)
+        item = Turn(new_turn_id(), None, sender=self)
         live.enqueue(item, "reject")
         self._reader(live).follow(item.turn_id, None, item)
         return {"turn_id": item.turn_id}
@@ -7739,7 +7725,6 @@ class Session:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
-        limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
         limits |= {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
         limits |= {"max_connections": options.max_connections, "max_steps": options.max_steps}
         return {
@@ -7807,9 +7792,7 @@ class Session:
         except UnknownAgent:
             if not purge:
                 raise
-            record = await self._agents.store.read(
-                find_agent, unicodedata.normalize("NFC", agent_name or ""), deleted=True
-            )
+            record = await self._agents.store.read(find_agent, agent_name or "", deleted=True)
             await self._agents.store.write(delete_agent, record.id, None, True)
         return {}
 
@@ -7874,7 +7857,7 @@ class Session:
         Args:
             before: a message's place in the request, from 0: those before it
         """
-        result = await live.agent.request(turn_id, step)
+        result = await self._agents.store.read(find_request, live.agent.record.id, turn_id, step)
         older = result["request"].pop("messages")[:before]
         messages = result["request"]["messages"] = answer_page(older, limit, result)
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
@@ -7999,7 +7982,8 @@ class WebSocketServer:
             options["token"] = process_wide("token", secrets.token_urlsafe(32))
         self.options = Options(host, port, **options)
         self.tools: dict[str, Tool] = dict(MEMORY_TOOLS)
-        self._servers: dict[tuple[str, str, int], Any] = process_wide("servers", {})  # outlive a cell and a reload
+        # Servers by address; it outlives a re-run cell and a reload.
+        self._servers: Any = process_wide("servers", weakref.WeakValueDictionary[Any, Any]())
         self._address = __name__, self.options.host.lower(), self.options.port
         self._gate = Gate(self.options)
         self._thread: LoopThread | None = None
@@ -8181,8 +8165,6 @@ class WebSocketServer:
         for bound in self._sockets:
             bound.close()
         await agents.close()
-        if self._servers.get(self._address) is self:
-            del self._servers[self._address]
         self._reset()
         over.set_result(None)
 
@@ -8281,7 +8263,7 @@ class WebSocketServer:
     ) -> list[JSON]:
         if self.agent is None:
             raise Refused("no_agent", "no agent has been initialized; create_new_agent or load_agent first")
-        item = QueuedTurn(new_turn_id(), clean_text(user_message), verify=first_message and not no_verify)
+        item = Turn(new_turn_id(), clean_text(user_message), verify=first_message and not no_verify)
         live = await self.open().get(self.agent.name)
         live.enqueue(item)
         await asyncio.shield(item.done)  # a caller that waits no longer does not end it
@@ -8743,7 +8725,7 @@ def vacuum_command(flags: argparse.Namespace) -> None:
 def export_command(flags: argparse.Namespace) -> None:
     """Write an agent as JSON in UTF-8, whatever the console's encoding. Raises UsageError, UnknownAgent."""
     with read_database(flags.db) as database:
-        data = encode_json(export_agent(database, unicodedata.normalize("NFC", flags.name))).encode() + b"\n"
+        data = encode_json(export_agent(database, flags.name)).encode() + b"\n"
     if flags.file is None:
         sys.stdout.buffer.write(data)
     else:

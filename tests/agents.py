@@ -144,6 +144,11 @@ class Lab:
         return found
 
 
+async def sent_for(agent: memws.Agent, turn_id: str, step: int) -> Body:
+    """What get_request says of a step."""
+    return await agent.memory.store.read(memws.find_request, agent.record.id, turn_id, step)
+
+
 def sent(body: Body) -> list[Body]:
     """The messages of a request, what tools say unpacked from its JSON, and what users say too, an event each."""
     return [

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import Lab, Told, packed, results, sent
+from agents import Lab, Told, packed, results, sent, sent_for
 from endpoint import Answer, Body, Endpoint, Reply, greet, prompt_tokens
 
 import memws
@@ -421,7 +421,7 @@ async def test_a_failure_that_is_final(lab: Lab, agent: Agent, caplog: Log, answ
     assert (turn.end["type"], turn.end["code"], turn.stop_reason) == ("agent_response_error", code, "error")
     assert turn.end["usage"]["model_calls"] == len(endpoint.requests) == 1
     assert turn.of("retry") == []
-    got = await agent.request("turn-1", 1)
+    got = await sent_for(agent, "turn-1", 1)
     assert (got["response"]["error"]["code"], memws.encode_json(got["request"]).encode()) == (code, endpoint.bodies[0])
     assert all(words in told for told in (turn.end["message"], got["response"]["error"]["message"], caplog.text))
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
@@ -809,13 +809,13 @@ async def test_requests_are_rebuilt_byte_by_byte(endpoint: Endpoint, lab: Lab) -
     assert agent.record.state["summary"]
     for opened in (agent, await lab.open()):
         for (turn_id, step), body in expected.items():
-            got = await opened.request(turn_id, step)
+            got = await sent_for(opened, turn_id, step)
             assert memws.encode_json(got["request"]).encode() == body
             assert got["usage"]["input_tokens"] > 0
             assert got["total_ms"] >= got["first_token_ms"] >= 0
             assert got["response"]["finish_reason"] == "tool_calls"
     with pytest.raises(memws.Refused) as caught:
-        await agent.request("turn-1", 99)
+        await sent_for(agent, "turn-1", 99)
     assert caught.value.code == "not_found"
 
 
@@ -995,7 +995,7 @@ async def test_an_edit_in_mid_turn(endpoint: Endpoint, where: str) -> None:
         assert (agent.blocks["human"].value, agent.memory.archival) == ("Town: Oslo\nName: Zoe", 2)
         changes = [(change["by"], change.get("id", change.get("label"))) for change in told.of("memory_change")]
         assert changes[-4:] == [("client", 1), ("client", "human"), ("agent", 2), ("agent", "human")]
-        got = await agent.request("turn-1", 1)
+        got = await sent_for(agent, "turn-1", 1)
         assert memws.encode_json(got["request"]).encode() == endpoint.bodies[0]
         assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
@@ -1108,7 +1108,7 @@ async def test_what_an_endpoint_wants_is_learned_once(
         agent = await lab.open()
         told = await lab.run(agent, turn := memws.Turn("last", "Still there?"))
         assert (told.replies, told.of("retry")) == (["Hello!"], [])
-        got = await agent.request(turn.turn_id, 1)
+        got = await sent_for(agent, turn.turn_id, 1)
         assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
         assert ("reasoning" in agent.memory.messages[-2].body) == ("reasoning" in wants), "what is refused is not kept"
     assert len(endpoint.lessons) == len(agent.model.learned.shape) - 1, "each refusal teaches"

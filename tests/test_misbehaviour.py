@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from agents import Lab, Told
+from agents import Lab, Told, sent_for
 from endpoint import Body, Endpoint, Reply, greet
 
 import memws
@@ -162,7 +162,7 @@ class Bench:
             told = await self.lab.say(agent, "And now?")
             assert (told.replies[:1], told.stop_reason) == (["Hello!"], "done"), told.end
             last = max(frame["step"] for frame in told.of("context"))
-            request = (await agent.request(str(told.end["turn_id"]), last))["request"]
+            request = (await sent_for(agent, str(told.end["turn_id"]), last))["request"]
             assert memws.encode_json(request).encode() == self.endpoint.bodies[-1]  # rebuilt as it was sent
             reopened = await self.lab.open(name)
             assert reopened.repairs == []
