@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-# memws 0.1.0: a WebSocket server for AI agents with memory, its client and its notebook panel, in one file.
+# memws 0.1.0: a WebSocket server for AI agents with memory, its client, its page and notebook panel, in one file.
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
 #     "websockets>=17.0",
 #     "openai>=2.16",
 #     "ipywidgets>=8.1",
+#     "anywidget>=0.11",
 #     "json-repair>=0.40",
 #     "nest-asyncio>=1.5.6; python_version < '3.14'",
 #     "nest-asyncio2>=1.7; python_version >= '3.14'",
@@ -30,7 +31,7 @@ The file reads downwards; a section names only what stands above it.
     7. Tools: what a model may call, memory and its transactions, the memory tools
     8. Agent: a turn is a loop of steps
     9. Client: send a request, iterate the events of a turn
-    10. Panel: an ipywidgets panel, which is only a client
+    10. Panel: one page for browser and notebook, which is only a client
     11. Server: agents by name, one session per connection, the gate
     12. CLI: arguments, the terminal client, main
 
@@ -56,6 +57,7 @@ from __future__ import annotations
 import argparse
 import ast
 import asyncio
+import base64
 import codecs
 import collections.abc
 import concurrent.futures
@@ -5365,1016 +5367,1482 @@ class BlockingStream(Iterator[Frame]):
 
 
 # ======================================================================================================================
-# 10. Panel: an ipywidgets panel, which is only a client
+# 10. Panel: one page for browser and notebook, which is only a client
 # ======================================================================================================================
 
-SETTLE: Final = 0.25
-"Seconds that the rest of a text may take to follow the Enter or the click that sends it."
-FLUSH_INTERVAL: Final = 0.075
-"Seconds in which changes of the transcript are gathered into one push to the browser."
-COPY_INTERVAL: Final = 1.0
-"Seconds between updates of the static copy."
-MEMORY_INTERVAL: Final = 0.2
-"Seconds between a change of memory and reading it again."
-PIECE: Final = 8_000
-"Characters of a streamed text in one widget, which is sent whole at each push."
-PAGE: Final = 25
-"Items of the transcript in one box: only the last box changes, so that what is opened in others stays open."
-LIVE_ITEMS: Final = 200
-"Items with a widget each; older ones are folded into one."
-FOLDED_SIZE: Final = 200_000
-"Characters of HTML kept of folded items, and in the static copy."
-HISTORY: Final = 600
-"Stored events that are shown of the time before the panel."
-STATIC_TURNS: Final = 50
-"Turns in the static copy."
-FRAMES: Final = 500
-"Frames that the tab Frames keeps."
-FRAMES_SIZE: Final = 8_000_000
-"Characters that they have together."
+PANEL_STYLE: Final = r"""
+.memws-panel {
+  color-scheme: light; container-type: inline-size;
+  --paper: var(--jp-layout-color1, light-dark(#fbfaf8, #17181b)); --raised: light-dark(#fff, #1f2125);
+  --ink: var(--jp-content-font-color1, light-dark(#201e1b, #e9e7e3)); --soft: light-dark(#68635b, #a09b92);
+  --line: light-dark(#e5e1d9, #34363b); --wash: light-dark(#f3f0ea, #26282d);
+  --accent: light-dark(#0b7560, #4fc3a1); --on-accent: light-dark(#fff, #10201b);
+  --warn: light-dark(#805300, #e0b050); --bad: light-dark(#b3261e, #ff8a80);
+  --plus: light-dark(#dcf3e8, #17382c); --minus: light-dark(#fbe3e0, #43211f);
+  --mono: ui-monospace, "SF Mono", "Cascadia Code", Menlo, "DejaVu Sans Mono", monospace;
+  box-sizing: border-box; height: 600px; min-height: 320px; resize: vertical; overflow: hidden;
+  display: flex; flex-direction: column; background: var(--paper); color: var(--ink);
+  border: 1px solid var(--line); border-radius: 12px; text-align: left; font-variant-numeric: tabular-nums;
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
+  *, *::before, *::after { box-sizing: border-box; } [hidden] { display: none !important; }
+  button, input, select, textarea { font: inherit; color: inherit; margin: 0; }
+  button { cursor: pointer; border: 0; background: none; border-radius: 8px; padding: 5px 12px; }
+  button:disabled { cursor: default; } button:disabled:not(.memws-chip) { opacity: .45; }
+  input, select, textarea { border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; }
+  ::placeholder { color: var(--soft); opacity: 1; }
+  :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+  summary { cursor: pointer; list-style: none; &::-webkit-details-marker { display: none; } }
+  pre { font: 12.5px/1.5 var(--mono); white-space: pre-wrap; overflow-wrap: anywhere; margin: 6px 0; }
+  h3 { font-size: 20px; line-height: 1.3; margin: 0 0 4px; } h4 { font-size: 14px; margin: 0; }
+  mark { background: light-dark(#ffe9a8, #5c4a12); color: inherit; border-radius: 3px; }
+  ins, del { display: block; text-decoration: none; border-radius: 4px; padding: 0 6px; background: var(--plus); }
+  del { background: var(--minus); text-decoration: line-through; }
+  /* What many things share: a raised surface, quiet words, one line that ends in dots, red where something failed. */
+  input, select, textarea, .memws-entries, .memws-card, .memws-change, .memws-starter, .memws-newest, .memws-composer,
+  .memws-form { background: var(--raised); border: 1px solid var(--line); }
+  .memws-mark, .memws-model, .memws-status, .memws-quiet, .memws-link, .memws-trace > summary, .memws-monologue,
+  .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text em,
+  .memws-empty p, .memws-menu > summary, .memws-days summary, .memws-form dd { color: var(--soft); }
+  .memws-mark, .memws-step, .memws-copy, .memws-used { font-size: 12.5px; }
+  .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-older, .memws-trace > summary,
+  .memws-note, .memws-change, .memws-days summary, .memws-fold summary { font-size: 13px; }
+  .memws-model, .memws-told, .memws-live, .memws-why, .memws-args, .memws-fold summary {
+    overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
+  .memws-said, .memws-why, .memws-bad:is(.memws-note, .memws-told, .memws-mark), .memws-refused .memws-mark,
+  .memws-bad .memws-state { color: var(--bad); }
+  .memws-remark, .memws-warn:is(.memws-note, .memws-model) { color: var(--warn); }
+  .memws-main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
+  .memws-quiet:hover, .memws-entry:hover, .memws-menu > summary:hover { background: var(--wash); color: var(--ink); }
+  .memws-link { padding: 0 2px; font-size: inherit; text-decoration: underline; text-underline-offset: 2px; }
+  .memws-actions { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 6px 0; }
+  .memws-actions > :is(input, textarea) { flex: 1 1 120px; }
+  .memws-top { display: flex; align-items: center; gap: 10px; min-height: 48px; padding: 6px 14px; font-size: 14px;
+    border-bottom: 1px solid var(--line); }
+  .memws-top select { padding: 4px 8px; max-width: 40cqw; }
+  .memws-status { margin-left: auto; display: flex; align-items: center; gap: 7px; flex: none; max-width: 50cqw; }
+  .memws-status i { flex: none; width: 8px; height: 8px; border-radius: 50%; background: var(--accent); }
+  &[data-state=offline] .memws-status i { background: var(--bad); }
+  &[data-state=running] .memws-status i { animation: memws-pulse 1.1s ease-in-out infinite; }
+  .memws-menu { position: relative; } .memws-menu > summary { padding: 2px 8px; border-radius: 8px; }
+  .memws-entries { position: absolute; z-index: 3; top: 100%; left: 0; width: max-content; padding: 4px; display: grid;
+    border-radius: 10px; box-shadow: 0 6px 24px #0002; }
+  .memws-entry { text-align: left; padding: 5px 24px 5px 10px; }
+  .memws-columns { flex: 1; min-height: 0; display: flex; }
+  .memws-left { position: relative; flex: 1 1 0; min-width: 0; min-height: 0; display: flex; flex-direction: column;
+    padding: 0 0 12px; }
+  .memws-log { flex: 1; min-height: 0; overflow: hidden auto; display: flex; flex-direction: column-reverse;
+    padding: 16px 20px 8px; }
+  .memws-inner { flex: none; margin: 0 auto auto; width: 100%; max-width: 720px; }
+  .memws-heard { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .memws-older { display: block; margin: 0 auto 8px; }
+  .memws-turn { display: flex; flex-direction: column; gap: 8px; padding: 8px 0 14px; overflow-wrap: anywhere;
+    contain: layout style; }
+  .memws-user { align-self: flex-end; max-width: 85%; display: grid; justify-items: end; gap: 2px; }
+  .memws-bubble { background: var(--wash); border-radius: 16px 16px 4px; padding: 8px 14px; white-space: pre-wrap; }
+  .memws-refused .memws-bubble { opacity: .6; } .memws-trace > summary { display: flex; gap: 8px; min-width: 0; }
+  .memws-trace > summary:hover { color: var(--ink); }
+  .memws-trace > summary::before, .memws-fold summary::before { content: "▸ "; }
+  .memws-trace[open] > summary::before, .memws-fold[open] summary::before { content: "▾ "; }
+  .memws-live, .memws-why, .memws-args { flex: 1 1 0; &:empty { display: none; } }
+  .memws-live { font-style: italic; opacity: .85; }
+  .memws-running .memws-told { animation: memws-pulse 1.4s ease-in-out infinite; }
+  .memws-rows { border-left: 2px solid var(--line); margin: 6px 0 2px 4px; padding-left: 14px; font-size: 13.5px;
+    display: grid; grid-template-columns: minmax(0, 1fr); gap: 6px; }
+  .memws-monologue { font-style: italic; white-space: pre-wrap; } .memws-step { justify-self: start; padding: 0; }
+  .memws-step:hover, .memws-chip:not(:disabled):hover { text-decoration: underline; }
+  .memws-tool summary { display: flex; gap: 8px; } .memws-tool b { font: 600 12.5px/1.7 var(--mono); }
+  .memws-change { display: flex; flex-wrap: wrap; gap: 4px 10px; border-radius: 10px; padding: 6px 10px; }
+  .memws-chip { align-self: start; color: var(--accent); font-weight: 600; padding: 0; }
+  .memws-diff { flex: 1 1 240px; min-width: 0; white-space: pre-wrap; }
+  .memws-foot { display: flex; gap: 8px; align-items: center; margin-top: 2px; }
+  .memws-copy { padding: 1px 6px; opacity: 0; transition: opacity .15s; }
+  :is(.memws-agent, .memws-fence):hover .memws-copy, .memws-copy:focus-visible { opacity: 1; }
+  .memws-prose { min-width: 0;
+    > :first-child { margin-top: 0; } > :last-child { margin-bottom: 0; } p, blockquote { margin: .6em 0; }
+    p, li { white-space: pre-wrap; } ul, ol { margin: .5em 0; padding-left: 1.6em; }
+    h3, h4, h5, h6 { font-size: 1em; margin: 1em 0 .3em; }
+    code { font: 13px var(--mono); background: var(--wash); border-radius: 4px; padding: 1px 4px; }
+    a { color: var(--accent); } blockquote { padding-left: 12px; border-left: 3px solid var(--line); }
+    table { border-collapse: collapse; font-size: 14px; }
+    th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); }
+    blockquote, th { color: var(--soft); }
+  }
+  .memws-scroll { overflow-x: auto; }
+  .memws-fence { position: relative; background: var(--wash); border-radius: 8px; padding: 4px 12px; margin: .6em 0;
+    pre { white-space: pre; overflow-x: auto; } code { padding: 0; background: none; }
+    .memws-copy { position: absolute; top: 4px; right: 6px; background: var(--wash); }
+  }
+  .memws-empty { max-width: 460px; margin: 8vh auto 0; text-align: center; display: grid; gap: 8px;
+    justify-items: center; }
+  .memws-empty p { margin: 0 0 10px; }
+  .memws-starter { width: 100%; padding: 10px 14px; text-align: left; &:hover { border-color: var(--accent); } }
+  .memws-over, .memws-composer { position: relative; width: calc(100% - 40px); max-width: 720px; margin: 0 auto; }
+  .memws-newest { position: absolute; right: 0; bottom: 8px; border-radius: 16px; box-shadow: 0 1px 6px #0002; }
+  .memws-composer { display: flex; gap: 6px; align-items: flex-end; padding: 6px; border-radius: 14px;
+    &:focus-within { border-color: var(--accent); }
+    textarea { flex: 1; border: 0; background: none; resize: none; outline: 0; padding: 5px 8px; }
+  }
+  .memws-stop { border: 1px solid var(--line); }
+  .memws-dialog { position: absolute; z-index: 2; inset: 0; display: grid; align-items: start; overflow: auto;
+    background: color-mix(in srgb, var(--paper) 75%, transparent); &:empty { display: none; } }
+  .memws-form { width: min(560px, calc(100% - 40px)); margin: 16px auto; padding: 16px 20px; border-radius: 12px;
+    box-shadow: 0 6px 24px #0002;
+    label { display: grid; gap: 2px; margin: 8px 0; }
+    dl { display: grid; grid-template-columns: auto 1fr; gap: 4px 16px; font-size: 14px; } dd { margin: 0; }
+  }
+  .memws-right { flex: 0 0 clamp(300px, 33%, 440px); min-width: 0; min-height: 0; border-left: 1px solid var(--line);
+    padding: 12px 16px; display: flex; flex-direction: column; gap: 6px; font-size: 14px; }
+  .memws-bar { position: relative; flex: none; height: 10px; border-radius: 5px; overflow: hidden; display: flex;
+    gap: 1px; background: var(--wash);
+    button { padding: 0; border-radius: 0; min-width: 2px; transition: width .4s; }
+    button:focus-visible { outline: 2px solid var(--ink); outline-offset: -2px; }
+    i { position: absolute; left: 75%; height: 100%; width: 2px; background: var(--soft); }
+  }
+  .memws-used { padding: 4px 0 0; text-align: left; b { color: var(--ink); } }
+  .memws-system { background: #7c8797; } .memws-tools { background: #9b7fd1; }
+  .memws-core_memory, .memws-gauge i { background: #23a07a; } .memws-summary { background: #d8962f; }
+  .memws-messages { background: #4f87d8; } nav { display: flex; gap: 2px; border-bottom: 1px solid var(--line); }
+  .memws-tab { border-radius: 0; padding: 6px 10px; margin-bottom: -1px; border-bottom: 2px solid transparent;
+    &[aria-selected=true] { color: var(--ink); border-color: var(--accent); font-weight: 600; } }
+  .memws-side { flex: 1; min-height: 0; overflow: hidden auto; padding: 4px 2px; overflow-wrap: anywhere; }
+  .memws-cards, .memws-memory { display: grid; gap: 10px; }
+  .memws-card { border-radius: 10px; padding: 8px 12px 10px;
+    header { display: flex; align-items: center; gap: 8px; } header button { margin-left: auto; padding: 2px 8px; }
+  }
+  .memws-gauge { background: var(--wash); margin: 4px 0 8px; }
+  .memws-gauge i { display: block; height: 2px; transition: width .4s; }
+  .memws-text { white-space: pre-wrap; ins, del { margin: 0 -6px; } } .memws-flash { animation: memws-flash 1.6s; }
+  .memws-editor, .memws-editing :is(.memws-text, header button) { display: none; }
+  .memws-editing .memws-editor { display: block; } .memws-editor textarea { width: 100%; font: 13px/1.5 var(--mono); }
+  .memws-stored { background: var(--wash); border-radius: 6px; padding: 6px 8px; }
+  .memws-fold, .memws-found { border-bottom: 1px solid var(--line); } .memws-fold summary { padding: 4px 0; }
+  .memws-found { padding: 6px 0; .memws-mark { display: flex; justify-content: space-between; } }
+  @container (max-width: 720px) {
+    .memws-top { flex-wrap: wrap; } .memws-model { display: none; }
+    .memws-model.memws-warn { display: block; order: 1; flex: 0 0 100%; } .memws-columns { flex-direction: column; }
+    .memws-right { flex: 0 0 42%; border-left: 0; border-top: 1px solid var(--line); }
+    .memws-log { padding: 10px 14px 4px; } .memws-over, .memws-composer { width: calc(100% - 28px); }
+  }
+}
+:is([data-jp-theme-light=false], .vscode-dark, html[theme=dark], .dark) .memws-panel { color-scheme: dark; }
+body[data-memws=page] { margin: 0; }
+body[data-memws=page] > .memws-panel { height: 100dvh; border: 0; border-radius: 0; resize: none; }
+@media (prefers-color-scheme: dark) { body[data-memws=page] > .memws-panel { color-scheme: dark; } }
+@media (prefers-reduced-motion: reduce) { .memws-panel * { animation: none !important; transition: none !important; } }
+@keyframes memws-pulse { 50% { opacity: .35; } }
+@keyframes memws-flash { 0%, 40% { border-color: #23a07a; box-shadow: 0 0 0 3px #23a07a44; } }
+"""
 
+PANEL_SCRIPT: Final = r"""
+// One module for the page at GET / and for the widget in a notebook: a client of the wire, and nothing else.
+// Whatever anybody wrote is set as text: no string ever becomes HTML.
 
-# ---- HTML: whatever an agent, a tool or a user wrote is escaped here, and nowhere else is HTML made ------------------
+function node(tag, props = {}, ...kids) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(props)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), (event) => attempt(element, () => value(event)));
+    else if (typeof value === "boolean") element.toggleAttribute(name, value);
+    else if (value != null) element.setAttribute(name, value);
+  }
+  element.append(...kids.filter((kid) => kid != null && kid !== false));
+  return element;
+}
+async function attempt(element, work) { // a failure is told by the panel around the element
+  const root = element.closest(".memws-panel") ?? element;
+  try { await work(); } catch (detail) { root.dispatchEvent(new CustomEvent("memws-fail", { detail })); }
+}
+const div = (kind, ...kids) => node("div", { class: `memws-${kind}` }, ...kids);
+const span = (kind, ...kids) => node("span", { class: `memws-${kind}` }, ...kids);
+const button = (label, kind, onclick, more) =>
+  node("button", { type: "button", class: `memws-${kind}`, onclick, ...more }, label);
+const submitButton = (label, kind) => node("button", { class: `memws-${kind}` }, label);
+const fold = (title, text, open = false) =>
+  node("details", { class: "memws-fold", open }, node("summary", {}, title), node("pre", {}, text));
+const copyButton = (text) => button("copy", "copy", async ({ target }) => {
+  if (!navigator.clipboard) throw new Error("this browser lets pages copy over https and on localhost only");
+  await navigator.clipboard.writeText(text());
+  target.textContent = "copied";
+  setTimeout(() => { target.textContent = "copy"; }, 1200);
+});
 
-PANEL_STYLE: Final = """<style>
-.memws-panel, .memws-static { --memws-text: var(--jp-content-font-color1, var(--vscode-foreground, #1f2328));
-  --memws-soft: var(--jp-layout-color2, rgba(128,128,128,.12)); --memws-line: var(--jp-border-color2, #8886);
-  --memws-user: #3b82c4; --memws-agent: #2e9e6b; --memws-tool: #a06cd5; --memws-warn: #c77d0a; --memws-bad: #d14343;
-  color: var(--memws-text); font-size: var(--jp-content-font-size1, 14px); line-height: 1.45; }
-.memws-panel { border: 1px solid var(--memws-line); border-radius: 6px; padding: 8px 10px; overflow: hidden;
-  background: var(--jp-layout-color1, transparent); gap: 6px; container-type: inline-size; }
-.memws-panel .widget-html, .memws-panel .widget-html-content { line-height: 1.45; color: var(--memws-text);
-  font-size: inherit; overflow: visible; }
-.memws-panel .widget-html, .memws-panel .widget-box { margin: 0; min-width: 0; }
-.memws-panel .widget-html-content { overflow-wrap: anywhere; min-width: 0; }
-.memws-panel .memws-item, .memws-panel .memws-side > .widget-html { width: 100%; max-width: 100%; }
-.memws-panel .memws-item > .widget-html { width: 100%; }
-.memws-panel .memws-top, .memws-panel .memws-row { flex-flow: row wrap; align-items: center; gap: 4px 8px;
-  overflow: visible; }
-.memws-panel .memws-top > .memws-status { flex: 1 1 300px; }
-.memws-panel .memws-columns { flex-flow: row wrap; align-items: stretch; gap: 10px; overflow: visible; }
-.memws-panel .memws-left { flex: 3 1 420px; gap: 6px; overflow: visible; }
-.memws-panel .memws-right { flex: 2 1 340px; overflow: visible; }
-.memws-panel .memws-log { display: flex; flex-direction: column-reverse; height: 420px; overflow-x: hidden;
-  overflow-y: auto; border: 1px solid var(--memws-line); border-radius: 4px; padding: 8px; }
-.memws-panel .memws-log.memws-short { height: 90px; }
-.memws-panel .memws-log > .widget-box { flex: 0 0 auto; overflow: visible; margin-bottom: auto; width: 100%; }
-.memws-panel .memws-log .widget-box { overflow: visible; }
-.memws-panel .memws-side { height: 444px; overflow: auto; gap: 8px; padding: 2px; }
-.memws-panel .memws-side .widget-vbox { gap: 6px; overflow: visible; }
-.memws-panel .widget-tab > .widget-tab-contents { padding: 8px; overflow: visible; }
-.memws-panel .memws-field { flex: 1 1 200px; width: auto; min-width: 120px; margin: 0; }
-.memws-panel .memws-field textarea { height: 90px; }
-.memws-panel .memws-wide { width: auto; flex: 1 1 auto; margin: 0; }
-.memws-panel .jupyter-button { margin: 0; width: auto; min-width: 64px; }
-.memws-panel .widget-tab { margin: 0; } .memws-panel .lm-TabBar-tabLabel { color: var(--memws-text); }
-.memws-panel .widget-checkbox { width: auto; margin: 0; }
-.memws-panel .memws-form { border: 1px solid var(--memws-line); border-radius: 4px; padding: 8px; gap: 4px; }
-.memws-panel .memws-item .jp-OutputArea-output { padding: 0; }
-.memws-panel .memws-item .jp-OutputPrompt, .memws-panel .memws-item .jp-OutputArea-promptOverlay { display: none; }
-.memws-panel .memws-item .jp-RenderedMarkdown { padding: 0 0 0 10px; border-left: 3px solid var(--memws-agent);
-  font-size: inherit; color: inherit; line-height: inherit; }
-.memws-panel .memws-item .jp-RenderedMarkdown > :last-child { margin-bottom: 0; }
-.memws-text { white-space: pre-wrap; border-left: 3px solid var(--memws-line); padding-left: 10px; }
-.memws-head { font-size: 85%; margin-top: 8px; }
-.memws-user .memws-text { border-color: var(--memws-user); }
-.memws-agent .memws-text { border-color: var(--memws-agent); }
-.memws-monologue, .memws-tool, .memws-change, .memws-note { font-size: 88%; margin: 3px 0; }
-.memws-monologue .memws-text { font-style: italic; }
-.memws-tool .memws-text { border-color: var(--memws-tool); }
-.memws-change .memws-text { border-color: var(--memws-agent); font-family: var(--jp-code-font-family, monospace); }
-.memws-change del { text-decoration: line-through; } .memws-change ins { text-decoration: none; }
-.memws-change del, .memws-change ins { display: block; }
-.memws-change ins { background: rgba(46,158,107,.16); } .memws-change del { background: rgba(209,67,67,.14); }
-.memws-panel details > summary, .memws-static details > summary { cursor: pointer; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
-.memws-panel details[open] > summary, .memws-static details[open] > summary { white-space: normal; }
-.memws-label { font-size: 85%; font-weight: 600; }
-.memws-code { font-family: var(--jp-code-font-family, monospace); font-size: 92%; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.memws-warn { border-left: 3px solid var(--memws-warn); padding-left: 8px; }
-.memws-bad { border-left: 3px solid var(--memws-bad); padding-left: 8px; }
-.memws-dot { display: inline-block; width: .6em; height: .6em; border-radius: 50%; background: var(--memws-bad);
-  margin-right: .4em; } .memws-dot.memws-on { background: var(--memws-agent); }
-.memws-bar { display: flex; height: 8px; border-radius: 4px; overflow: hidden; background: var(--memws-soft);
-  border: 1px solid var(--memws-line); }
-.memws-key { display: inline-block; margin-right: 12px; white-space: nowrap; font-size: 85%; }
-.memws-key i { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .35em; }
-.memws-empty { padding: 24px 12px; text-align: center; }
-.memws-hide-monologue .memws-monologue, .memws-hide-tool .memws-tool { display: none; }
-.memws-frame { font-family: var(--jp-code-font-family, monospace); font-size: 80%; }
-.memws-frame > summary, div.memws-frame { white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-</style>"""
+const number = (value) => new Intl.NumberFormat("en").format(value ?? 0);
+const counted = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
+const clock = (time) => new Date(time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+const seconds = (ms, before) => (ms >= 100 ? `${before}${(ms / 1000).toFixed(1)} s` : "");
+const titleOf = (name) => name.replace("_", " ");
+const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
+const oneLine = (text, length = 140) => {
+  const line = text.slice(0, 4 * length).replace(/\s+/g, " ").trim();
+  return line.length > length ? line.slice(0, length - 1) + "…" : line;
+};
+const isFull = (value) => value !== null && typeof value === "object" && Object.keys(value).length > 0;
+const pretty = (value, margin = "") => {
+  const text = typeof value === "string" ? value : JSON.stringify(value);
+  if (!isFull(value)) return text.replaceAll("\n", "\n" + margin);
+  const name = (key) => (Array.isArray(value) ? "-" : key + ":");
+  const rows = Object.entries(value).map(([key, item]) =>
+    `${margin}${name(key)}${isFull(item) ? "\n" : " "}${pretty(item, margin + "  ")}`);
+  return rows.join("\n");
+};
 
-SECTION_COLOURS: Final = {
-    "system": "#7a8793",
-    "tools": "#a06cd5",
-    "core_memory": "#2e9e6b",
-    "summary": "#c77d0a",
-    "messages": "#3b82c4",
+// ---- Markdown: a small part of it, as nodes. No HTML, no images, links to http(s) only; every pattern is bounded ----
+
+const CODE = /(?<!`)(`{1,9})(?!`)([\s\S]{1,5000}?)(?<!`)\1(?!`)/.source;
+const STRONG = /\*\*(?=\S)([\s\S]{0,2000}?\S)\*\*/.source;
+const EMPHASIS = /(?<![\w*])[*_](?=\S)([^*_\n]{0,500}?\S)[*_](?![\w*])/.source;
+const LINK = /\[([^\]\n]{1,300})\]\((https?:\/\/[^\s)]{1,2000})\)/.source;
+const ADDRESS = /(https?:\/\/[^\s<>"')\]]{0,2000}[^\s<>"')\].,;:!?])/.source;
+const INLINE = new RegExp([CODE, STRONG, EMPHASIS, LINK, ADDRESS].join("|"), "g");
+// A block is a fence to its end, a heading, or rows up to an empty one.
+const FENCE = /^ {0,3}(```+|~~~+).*(?:\n(?! {0,3}\1 *$).*)*(?:\n.*)?/.source;
+const ROWS = /(?:^(?! {0,3}(?:```|~~~)|#{1,6}\s).*\S.*\n?)+/.source;
+const BLOCK = new RegExp([FENCE, /^#{1,6}\s.*/.source, ROWS].join("|"), "gm");
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)/;
+const RULED = /^\|?\s*:?-+:?(\s*\|\s*:?-+:?)*\s*\|?$/;
+const DEEPEST = 8;
+
+const blocks = (text) => (text.match(BLOCK) ?? []).map((source) => source.replace(/\n$/, ""));
+const markdown = (text, depth = 0) => blocks(text).map((source) => block(source, depth));
+
+function inline(text, depth = 0) {
+  const nodes = [];
+  let place = 0;
+  for (const match of depth > DEEPEST ? [] : text.matchAll(INLINE)) {
+    const [all, , code, strong, emphasis, label, href, address] = match;
+    const to = { href: href ?? address, target: "_blank", rel: "noopener noreferrer" };
+    nodes.push(text.slice(place, match.index));
+    if (code) nodes.push(node("code", {}, code.trim()));
+    else if (strong) nodes.push(node("strong", {}, ...inline(strong, depth + 1)));
+    else if (emphasis) nodes.push(node("em", {}, ...inline(emphasis, depth + 1)));
+    else nodes.push(node("a", to, label ?? address));
+    place = match.index + all.length;
+  }
+  return [...nodes, text.slice(place)];
 }
 
-
-def escaped(text: object) -> str:
-    """A text as HTML that shows it and does nothing else."""
-    return html.escape(str(text))
-
-
-def one_line(text: object, length: int = 120) -> str:
-    """The beginning of a text on one line, not escaped yet."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= length else line[: length - 1] + "…"
-
-
-def text_html(text: object) -> str:
-    """A text with its line breaks, which stay also where no style sheet does."""
-    return f'<div class="memws-text" style="white-space:pre-wrap">{escaped(text)}</div>'
-
-
-def fold_html(kind: str, summary: str, body: str, *, opened: bool = False) -> str:
-    """Something to open; `summary` and `body` are HTML."""
-    state = " open" if opened else ""
-    return f'<details class="memws-{kind}"{state}><summary>{summary}</summary>{body}</details>'
-
-
-def clock_time(moment: str, seconds: bool = False) -> str:
-    """A time of the wire as this machine's clock shows it, with the date where it is not today's."""
-    with contextlib.suppress(ValueError):
-        local = datetime.datetime.fromisoformat(moment).astimezone()
-        day = "" if local.date() == datetime.datetime.now().astimezone().date() else f"{local:%Y-%m-%d} "
-        return day + (f"{local:%H:%M:%S}" if seconds else f"{local:%H:%M}")
-    return ""
-
-
-def diff_html(diff: str) -> str:
-    """The lines of a diff, what went and what came."""
-    lines = []
-    for line in diff.splitlines() or [" unchanged"]:
-        tag = {"-": "del", "+": "ins"}.get(line[:1], "div")
-        lines.append(f"<{tag}>{escaped(line[:1])} {escaped(line[1:])}</{tag}>")
-    return f'<div class="memws-text">{"".join(lines)}</div>'
-
-
-def bar_html(sections: Iterable[Frame], used: int, window: int, warning: str = "") -> str:
-    """How full the context window is, by section."""
-    spans, keys = [], []
-    for section in sections:
-        name, tokens = str(section["name"]), int(section["tokens"])
-        colour = SECTION_COLOURS.get(name, "#888")
-        spans.append(f'<span style="width:{100 * tokens / max(window, used, 1):.2f}%;background:{colour}"></span>')
-        if tokens:
-            named = escaped(name.replace("_", " "))
-            keys.append(f'<span class="memws-key"><i style="background:{colour}"></i>{named} {tokens:,}</span>')
-    total = f'<span class="memws-key">context {used:,} / {window:,} tokens, {100 * used / max(window, 1):.0f} %</span>'
-    note = f'<div class="memws-note memws-warn">{escaped(warning)}</div>' if warning else ""
-    return f'<div class="memws-bar">{"".join(spans)}</div><div>{total}{"".join(keys)}</div>{note}'
-
-
-_CODE = re.compile(r"(^```.*?^```[^\S\n]*$|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
-_LOADS = re.compile(r"(?im)!\[|^```\s*mermaid|<[^>]*\b(src\w*|href|style|data|poster|background)\b")
-_MARKUP = re.compile(r"[*_`#|~\[\]]|^\s*([-+>]|\d+[.)])\s", re.MULTILINE)
-
-
-def safe_markdown(text: str) -> str | None:
-    """A model's Markdown without raw HTML, images and formulas by accident; None: better shown as it stands.
-
-    The front end removes scripts from Markdown, but not images, which tell other servers or read the notebook's files.
-    Inside code nothing can be escaped; what might load something stands there only if a Markdown parser agrees with us
-    on what is code, so such a text stays plain.
-    """
-    pieces = _CODE.split(text)
-    if not _MARKUP.search(text) or any(_LOADS.search(code) for code in pieces[1::2]):
-        return None
-    for place in range(0, len(pieces), 2):
-        piece = pieces[place].replace("<", "&lt;").replace("![", "!&#91;")
-        pieces[place] = re.sub(r"(?<!\$)\$(?!\$)", "&#36;", piece)
-    return "".join(pieces)
-
-
-def cut_text(text: str) -> list[str]:
-    """A text in pieces of at most PIECE characters, between words where possible; more text moves no cut."""
-    pieces = []
-    while len(text) > PIECE:
-        end = max(text.rfind(space, PIECE // 2, PIECE) for space in "\n ") + 1 or PIECE
-        pieces.append(text[:end])
-        text = text[end:]
-    return [*pieces, text]
-
-
-# ---- the transcript: events become items, no widget is near ----------------------------------------------------------
-
-
-@dataclass(eq=False)
-class Item:
-    """One entry of the transcript; `kind` is also its CSS class."""
-
-    kind: str
-    head: str = ""
-    text: str = ""
-    time: str = ""
-    open: bool = False
-    "More may come: it is being streamed, or its tool runs."
-    result: str = ""
-    state: str = ""
-    gone: bool = False
-    "Another item has taken its place."
-
-    @property
-    def streams(self) -> bool:
-        """Whether its text comes, or came, bit by bit."""
-        return self.kind in ("agent", "monologue")
-
-    def pieces(self) -> list[str]:
-        """Its HTML, that of a long streamed text in several pieces."""
-        if self.kind != "agent" and not (self.streams and self.open):
-            return [self.html()]
-        first, *more = cut_text(self.text)
-        return [self._said(first), *(f'<div class="memws-{self.kind}">{text_html(piece)}</div>' for piece in more)]
-
-    def html(self) -> str:
-        """All of it as one HTML."""
-        if self.kind in ("user", "agent") or (self.kind == "monologue" and self.open):
-            return self._said(self.text)
-        if self.kind == "monologue":
-            return fold_html("monologue", f"inner monologue · {escaped(one_line(self.text))}", text_html(self.text))
-        if self.kind == "tool":
-            return self._tool()
-        if self.kind == "change":
-            return f'<div class="memws-change">{escaped(self.head)}{diff_html(self.text)}</div>'
-        if self.text:
-            return fold_html(f"note {self.state}", escaped(self.head), text_html(self.text))
-        return f'<div class="memws-note {self.state}">{escaped(self.head)}</div>'
-
-    def heading(self) -> str:
-        """Who says it and when, as HTML."""
-        mark = f" · {escaped(self.state)}" if self.state else ""
-        return f'<div class="memws-head"><b>{escaped(self.head)}</b> {clock_time(self.time)}{mark}</div>'
-
-    def _said(self, text: str) -> str:
-        return f'<div class="memws-{self.kind}">{self.heading()}{text_html(text)}</div>'
-
-    def _tool(self) -> str:
-        summary = f"tool <b>{escaped(self.head)}</b> · {escaped(self.state)} · {escaped(one_line(self.text))}"
-        body = f'<div class="memws-label">arguments</div><div class="memws-code">{escaped(self.text)}</div>'
-        if not self.open:
-            body += f'<div class="memws-label">result</div><div class="memws-code">{escaped(self.result)}</div>'
-        return fold_html("tool", summary, f'<div class="memws-text">{body}</div>')
-
-
-_NOTICE = re.compile(r"^\[This is an automated[^]]*\] ")
-
-
-class Transcript:
-    """The events of one agent as items, and whether a turn runs.
-
-    `changed` holds the items to be shown (again), in order; whoever shows them clears it.
-    """
-
-    def __init__(self, agent_name: str) -> None:
-        self.agent_name = agent_name
-        self.items: collections.deque[Item] = collections.deque(maxlen=2_000)
-        self.changed: dict[Item, None] = {}
-        self.steps: collections.deque[tuple[str, int, str]] = collections.deque(maxlen=100)
-        "(turn_id, step, time) of the model calls seen, oldest first."
-        self.running: str | None = None
-        "The turn_id of the turn that runs."
-        self.step = 0
-        self.doing = ""
-        self._streams: dict[tuple[str, int, str], Item] = {}
-        self._calls: dict[str, Item] = {}
-        self._sent: dict[str, Item] = {}
-
-    def add(self, kind: str, head: str, text: str = "", **more: Any) -> Item:
-        """Append an item."""
-        item = Item(kind, head, text, **more)
-        self.items.append(item)
-        self.changed[item] = None
-        return item
-
-    def send(self, turn_id: str, text: str) -> None:
-        """Show a message that is on its way; its event will find it."""
-        moment = datetime.datetime.now(datetime.UTC).isoformat()
-        self._sent[turn_id] = self.add("user", "you", text, time=moment, state="sending")
-
-    def refuse(self, turn_id: str, error: str) -> None:
-        """Mark a message that never became a turn."""
-        if item := self._sent.pop(turn_id, None):
-            item.state = "not sent"
-            self.changed[item] = None
-        self.note(error, "memws-bad")
-
-    def note(self, head: str, state: str = "", text: str = "") -> None:
-        """Append a line that nobody said."""
-        self.add("note", one_line(head, 1_000), text, state=state)
-
-    def take(self, event: Frame) -> None:
-        """Show an event; of types that are not known, nothing."""
-        kind = str(event.get("message_type") or event.get("type"))
-        if handler := getattr(self, f"_take_{kind}", None):
-            handler(event)
-
-    def _take_agent_response_start(self, event: Frame) -> None:
-        self.running, self.step, self.doing = event["turn_id"], 1, "thinking"
-
-    def _take_user_message(self, event: Frame) -> None:
-        item = self._sent.pop(event["turn_id"], None)
-        if item is None:
-            self.add("user", "you", event["message"], time=event["time"])
-            return
-        item.state = ""
-        if self.items[-1] is not item:  # it waited, and others came first
-            self._drop(item)
-            item = self.add("user", "you", item.text, time=event["time"])
-        self.changed[item] = None
-
-    def _take_queue(self, event: Frame) -> None:
-        if item := self._sent.get(str(event.get("turn_id"))):
-            item.state = f"waits, number {event.get('position')}"
-            self.changed[item] = None
-
-    def _take_delta(self, event: Frame) -> None:
-        item = self._stream(event, event["of"])
-        item.text += event["message"]
-        self.changed[item] = None
-        self.step, self.doing = event["step"], "answering" if item.kind == "agent" else "thinking"
-
-    def _stream(self, event: Frame, of: str) -> Item:
-        """The item that a piece of text belongs to."""
-        key = (event["turn_id"], event["step"], of)
-        if key not in self._streams:
-            kind, head = ("agent", self.agent_name) if of == "assistant_message" else ("monologue", "inner monologue")
-            self._streams[key] = self.add(kind, head, time=event["time"], open=True)
-        return self._streams[key]
-
-    def _take_assistant_message(self, event: Frame) -> None:
-        """The stored text: what was streamed of it is replaced, what was streamed beyond it is the next one's."""
-        item = self._stream(event, event["message_type"])
-        text = event["message"]
-        rest = item.text[len(text) :] if item.text.startswith(text) else ""
-        item.text, item.open = text, False
-        item.state = "stopped" if event.get("partial") else ""
-        self.changed[item] = None
-        del self._streams[event["turn_id"], event["step"], event["message_type"]]
-        if rest:
-            self._stream(event, event["message_type"]).text = rest
-
-    _take_internal_monologue = _take_assistant_message
-
-    def _take_retry(self, event: Frame) -> None:
-        for item in self._streams.values():  # the model begins its text again
-            self._drop(item)
-        self._streams.clear()
-        self._take_note(event)
-
-    def _drop(self, item: Item) -> None:
-        with contextlib.suppress(ValueError):  # so long ago that it has left by itself
-            self.items.remove(item)
-        item.gone = True
-        self.changed[item] = None
-
-    def _take_tool_call(self, event: Frame) -> None:
-        if event["name"] == "send_message":
-            return
-        item = self._calls[event["tool_call_id"]] = self.add(
-            "tool", event["name"], event["message"], time=event["time"], open=True, state="running"
-        )
-        if isinstance(arguments := event.get("arguments"), dict):
-            shown = {key: value for key, value in arguments.items() if key != "request_heartbeat"}
-            item.text = "\n".join(f"{key}: {value if isinstance(value, str) else encode_json(value)}"
-                                  for key, value in shown.items())  # fmt: skip
-        self.doing = f"running {event['name']}"
-        self.changed[item] = None
-
-    def _take_tool_return(self, event: Frame) -> None:
-        failed = event["status"] != "OK"
-        item = self._calls.get(event["tool_call_id"])
-        if item is None:
-            if failed and self.items[-1].state != "stopped":  # a stop has cut send_message, and its text says so
-                self.note(f"{event['name']} failed: {event['message']}", "memws-bad")
-            return
-        item.open = False
-        item.result = event["message"]
-        item.state = f"{'failed' if failed else 'ok'} · {event.get('duration_ms', 0):,} ms"
-        self.doing = "thinking"
-        self.changed[item] = None
-
-    def _take_memory_change(self, event: Frame) -> None:
-        place = event["label"] if event["what"] == "core" else f"passage {event['id']}"
-        self.add("change", f"{event['what']} memory, {place} · changed by the {event['by']}", event["diff"])
-
-    def _take_context(self, event: Frame) -> None:
-        self.steps.append((event["turn_id"], event["step"], event["time"]))
-        if warning := event.get("warning"):
-            self.note(warning, "memws-warn")
-
-    def _take_compaction(self, event: Frame) -> None:
-        sizes = f"{event['tokens_before']:,} → {event['tokens_after']:,} tokens"
-        self.note(f"compaction: {event['message']}, {sizes}", "memws-warn", event["summary"])
-
-    def _take_note(self, event: Frame) -> None:
-        self.note(f"{event['message_type'].replace('_', ' ')}: {_NOTICE.sub('', event['message'])}")
-        self.step = event.get("step", self.step)
-
-    def _take_heartbeat(self, event: Frame) -> None:
-        self.step = event["step"] + 1
-        self.note(f"step {self.step}: {_NOTICE.sub('', event['reason']).removesuffix(', returning control')}")
-
-    _take_correction = _take_agent_change = _take_note
-
-    def _take_agent_response_end(self, event: Frame) -> None:
-        self._end(event)
-        if event["stop_reason"] != "done":
-            reason = {"cancelled": "stopped", "superseded": "stopped for another message"}.get(event["stop_reason"])
-            self.note(reason or event["stop_reason"].replace("_", " "), "memws-warn")
-
-    def _take_agent_response_error(self, event: Frame) -> None:
-        self._end(event)
-        self.note(f"error: {event['message']}", "memws-bad")
-
-    def _end(self, event: Frame) -> None:
-        for item in (*self._streams.values(), *self._calls.values()):
-            if item.open:
-                item.open, item.state = False, "stopped"
-                self.changed[item] = None
-        self._streams.clear()
-        self._calls.clear()
-        if event.get("turn_id") == self.running:
-            self.running, self.doing = None, ""
-
-    def turns(self, count: int) -> list[Item]:
-        """The items of the last turns."""
-        items: list[Item] = []
-        for item in reversed(self.items):
-            items.append(item)
-            count -= item.kind == "user"
-            if not count:
-                break
-        return items[::-1]
-
-
-# ---- widgets ---------------------------------------------------------------------------------------------------------
-
-
-def import_ipywidgets() -> Any:
-    """ipywidgets. Raises UsageError where it is missing."""
+function block(source, depth) {
+  const rows = source.split("\n");
+  const [, hashes, title] = source.match(/^(#{1,6})\s+(.*)/) ?? [];
+  if (/^ {0,3}(```|~~~)/.test(source)) return fenced(rows);
+  if (hashes) return node("h" + Math.min(6, hashes.length + 2), {}, ...inline(title));
+  if (/^\s*([-*_]\s*){3,}$/.test(source)) return node("hr");
+  if (rows.length > 1 && rows[0].includes("|") && RULED.test(rows[1].trim())) return table(rows);
+  if (depth < DEEPEST && ITEM.test(rows[0])) return list(rows, depth + 1);
+  if (depth < DEEPEST && rows.every((row) => row.startsWith(">")))
+    return node("blockquote", {}, ...markdown(source.replace(/^> ?/gm, ""), depth + 1));
+  return node("p", {}, ...inline(source));
+}
+
+function fenced(rows) {
+  const [, mark, language] = rows[0].match(/^ *(`+|~+)(.*)/);
+  const isClosed = rows.length > 1 && rows.at(-1).trim() === mark;
+  const code = rows.slice(1, isClosed ? -1 : undefined).join("\n");
+  return div("fence", copyButton(() => code), span("mark", language), node("pre", {}, node("code", {}, code)));
+}
+
+function table([head, , ...body]) {
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
+  const cell = (tag, text) => node(tag, {}, ...inline(text.trim().replaceAll("\\|", "|")));
+  const made = (tag, row) => node("tr", {}, ...cells(row).map((text) => cell(tag, text)));
+  const rows = body.map((row) => made("td", row));
+  return div("scroll", node("table", {}, node("thead", {}, made("th", head)), node("tbody", {}, ...rows)));
+}
+
+function list(rows, depth) {
+  const [, margin, first] = rows[0].match(ITEM);
+  const items = []; // {text, below}: the text of an item, and the rows under it
+  for (const row of rows) {
+    const match = row.match(ITEM);
+    if (match && match[1].length <= margin.length + 1) items.push({ text: match[3], below: [] });
+    else if (match || items.at(-1).below.length) items.at(-1).below.push(row);
+    else items.at(-1).text += "\n" + row.trim();
+  }
+  const made = items.map(({ text, below }) => {
+    const width = Math.min(...below.map((row) => row.search(/\S|$/)));
+    return node("li", {}, ...inline(text), ...markdown(below.map((row) => row.slice(width)).join("\n"), depth));
+  });
+  return /\d/.test(first) ? node("ol", { start: parseInt(first) }, ...made) : node("ul", {}, ...made);
+}
+
+function drawProse(made) { // only blocks that changed are drawn again, so that a selection further up stays
+  const next = blocks(made.text);
+  let same = 0;
+  while (same < next.length && made.sources[same] === next[same]) same++;
+  while (made.prose.childNodes.length > same) made.prose.lastChild.remove();
+  made.prose.append(...next.slice(same).map((source) => block(source, 0)));
+  made.sources = next;
+}
+
+// ---- transports: {send} for frames as texts; a listener {state, frame, token} hears ---------------------------------
+
+const overSocket = (address) => (listener) => {
+  const http = new URL(".", address); // also below a proxy's prefix
+  let [delay, socket, wasOpen] = [500];
+  const open = () => {
+    const token = sessionStorage.getItem("memws-token") ?? "";
+    const fits = /^[\w!#$%&'*+.^`|~-]+$/.test(token); // other characters are in no subprotocol
+    const query = token && !fits ? `?token=${encodeURIComponent(token)}` : "";
+    socket = new WebSocket(http.href.replace(/^http/, "ws") + query, fits ? ["memws", token] : []);
+    wasOpen = false;
+    socket.onopen = () => {
+      [wasOpen, delay] = [true, 500];
+      listener.state("connected");
+    };
+    socket.onmessage = (event) => listener.frame(event.data);
+    socket.onclose = closed;
+  };
+  const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
+    listener.state("offline");
+    const health = await fetch(new URL("healthz", http)).then((answer) => answer.json()).catch(() => ({}));
+    if (health.token && !wasOpen) return listener.token();
+    setTimeout(open, delay * (0.75 + Math.random() / 2));
+    delay = Math.min(2 * delay, 8000);
+  };
+  open();
+  return { open, send: (text) => socket.send(text) };
+};
+
+// In a notebook the kernel holds the WebSocket, which works wherever the notebook does. A comm loses messages, though:
+// so ours are numbered, acknowledged and sent again, and a gap in the kernel's is as a new connection.
+const overComm = (model) => (listener) => {
+  const session = newId();
+  const unheard = new Map(); // frames by number
+  let [posted, last, silent, connection] = [0, 0, 0];
+  const post = (about) => {
+    const base = unheard.keys().next().value ?? posted + 1;
+    try { model.send({ session, base, ...about }); } catch { silent = 9; } // the kernel has gone
+  };
+  const receive = ({ ack, state, sent, frames = [], ...content }) => {
+    if (content.session !== session) return;
+    silent = 0;
+    for (const each of unheard.keys()) if (each <= ack) unheard.delete(each);
+    const before = sent - (frames.length > 0);
+    if (content.connection !== connection || before > last) listener.state("offline");
+    if (content.connection !== connection) last = before;
+    connection = content.connection;
+    listener.state(state);
+    if (sent > last) frames.forEach((frame) => listener.frame(frame));
+    last = Math.max(last, sent);
+  };
+  const tick = () => {
+    if (document.hidden) return;
+    if (++silent > 5) listener.state("offline: the kernel does not answer; if it was restarted, run the cell again");
+    if (silent > 1) post({});
+    for (const [each, frame] of unheard) post({ number: each, frame });
+  };
+  const send = (frame) => {
+    unheard.set(++posted, frame);
+    post({ number: posted, frame });
+  };
+  const close = () => {
+    clearInterval(timer);
+    model.off("msg:custom", receive);
+    post({ over: true });
+  };
+  const timer = setInterval(tick, 1000);
+  model.on("msg:custom", receive);
+  post({});
+  return { send, close };
+};
+
+// ---- the client: commands with their answers; frames kept to be looked at -------------------------------------------
+
+const KEPT = { frames: 500, characters: 20_000 };
+const MAX_FRAME = 1024 * 1024; // bytes; a longer one would end the connection
+
+class Client {
+  waiting = new Map(); // commands without their answer, by id
+  frames = []; // {at, direction, text}
+  state = "connecting";
+  constructor(transport, listener) {
+    this.listener = listener;
+    const [state, frame] = [(word) => this.changed(word), (text) => this.take(text)];
+    this.transport = transport({ state, frame, token: listener.token });
+  }
+  changed(state) {
+    if (state === this.state) return;
+    const lost = Object.assign(new Error("the connection was lost"), { code: "lost" });
+    for (const { reject } of this.waiting.values()) reject(lost);
+    this.waiting.clear();
+    this.state = state;
+    this.listener.state();
+  }
+  record(direction, text) {
+    this.frames = this.frames.slice(1 - KEPT.frames);
+    this.frames.push({ at: Date.now(), direction, text: text.slice(0, KEPT.characters) });
+    this.listener.framed();
+  }
+  post(frame) {
+    const text = JSON.stringify(frame);
+    if (new Blob([text]).size > MAX_FRAME) throw new Error("this is too long to be sent; send it in parts");
+    this.record("→", text);
+    this.transport.send(text);
+  }
+  command(command, more = {}) {
+    const id = newId();
+    this.post({ type: "command", command, id, ...more });
+    return new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject }));
+  }
+  take(text) {
+    this.record("←", text);
+    const frame = JSON.parse(text);
+    const asked = this.waiting.get(frame.id);
+    this.waiting.delete(frame.id);
+    if (asked && frame.ok) asked.resolve(frame.result);
+    else if (asked) asked.reject(Object.assign(new Error(frame.message), frame, frame.error));
+    else if (frame.type !== "command_response") this.listener.event(frame);
+  }
+}
+
+// ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
+
+const STOPPED = { cancelled: "stopped", superseded: "stopped for another message", interrupted: "interrupted",
+  max_steps: "stopped after too many steps", budget: "stopped: no tokens are left for this turn",
+  repeated_call: "stopped: the same call again and again" };
+
+class Turn {
+  streams = new Map(); // texts that are being made, by step and kind
+  calls = new Map();
+  trace = null; // the thoughts and calls that stand in one line
+  constructor(panel, id) { Object.assign(this, { panel, id, element: node("article", { class: "memws-turn" }) }); }
+  take(event) { this["on_" + (event.message_type ?? event.type)]?.(event); }
+  note(text, kind) { this.element.append(div(`item memws-note memws-${kind}`, text)); }
+  said(text, state, ...action) {
+    this.bubble ??= div("bubble");
+    this.mark ??= div("mark");
+    this.user ??= div("item memws-user", this.bubble, this.mark);
+    this.bubble.textContent = text;
+    this.mark.replaceChildren(state, ...action);
+    this.element.prepend(this.user);
+  }
+  act(state, label, work) { this.said(this.bubble.textContent, `${state} · `, button(label, "link", work)); }
+  wait(state) { this.act(state, "take back", () => this.panel.takeBack(this)); }
+  refused(why) {
+    this.user.classList.add("memws-refused");
+    this.act(`not sent: ${why}`, "try again", () => {
+      if (this.panel.submit(this.bubble.textContent)) this.element.remove();
+    });
+  }
+  follow({ step, time }) { // the trace that an event of this step belongs to
+    if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
+    if (step && this.trace.step !== step && this.panel.views.length) {
+      const show = () => this.panel.show("Context", { turn_id: this.id, step });
+      this.trace.rows.append(button(`step ${step}: what the model got`, "step", show));
+    }
+    return Object.assign(this.trace, { step, to: Date.parse(time) });
+  }
+  newTrace(time) {
+    const [told, live, why, rows] = [span("told"), span("live"), span("why"), div("rows")];
+    const line = node("summary", {}, told, live, why);
+    const element = node("details", { class: "memws-item memws-trace" }, line, rows);
+    this.trace = { from: Date.parse(time), told, live, why, rows, element, end: element, tools: new Set() };
+    this.element.append(element);
+  }
+  tell(trace, news) {
+    Object.assign(trace, news);
+    const state = trace.isOver ? "thought" + seconds(trace.to - trace.from, " ") : "thinking";
+    trace.told.textContent = [state, ...trace.tools].join(" · ");
+    trace.element.classList.toggle("memws-running", !trace.isOver);
+    if (trace.isOver) trace.live.textContent = "";
+  }
+  endTrace() { if (this.trace) this.tell(this.trace, { isOver: true }); }
+  row(kind, event, ...kids) {
+    const row = div(kind, ...kids);
+    this.follow(event).rows.append(row);
+    this.tell(this.trace);
+    return row;
+  }
+  stream(event, of) {
+    const key = `${event.step}/${of}`;
+    const thought = () => ({ element: this.row("monologue", event), trace: this.trace });
+    if (!this.streams.has(key)) {
+      const made = of === "assistant_message" ? this.reply(event) : thought();
+      this.streams.set(key, Object.assign(made, { key, text: "" }));
+    }
+    return this.streams.get(key);
+  }
+  reply(event) {
+    this.endTrace();
+    const made = { prose: div("prose"), sources: [], mark: div("mark", clock(event.time)) };
+    const foot = div("foot", made.mark, copyButton(() => made.text)); // the place for what can be done with a turn
+    made.element = div("item memws-agent", made.prose, foot);
+    this.element.append(made.element);
+    this.replied = made;
+    return made;
+  }
+  draw(made) {
+    if (made.prose) return drawProse(made);
+    made.element.textContent = made.text;
+    made.trace.live.textContent = made.isDone || made.trace.isOver ? "" : "…" + oneLine(made.text.slice(-72));
+  }
+  finish(event, kind) { // the whole text; what has streamed beyond it is the next one's
+    const made = this.stream(event, kind);
+    const rest = made.text.startsWith(event.message) ? made.text.slice(event.message.length) : "";
+    this.draw(Object.assign(made, { text: event.message, isDone: true }));
+    if (event.partial) made.mark.append(" · cut short");
+    this.streams.delete(made.key);
+    if (rest) this.on_delta({ ...event, of: kind, message: rest });
+  }
+  end() {
+    this.endTrace();
+    this.streams.clear();
+  }
+  on_user_message(event) { this.said(event.message, clock(event.time)); }
+  on_internal_monologue(event) { this.finish(event, "internal_monologue"); }
+  on_assistant_message(event) { this.finish(event, "assistant_message"); }
+  on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
+  on_heartbeat() { if (!this.user && !this.trace) this.note("a heartbeat woke the agent", ""); }
+  on_correction(event) { this.row("remark", event, event.message); }
+  on_queue(event) { this.wait(`waits, number ${event.position}`); }
+  on_agent_response_start(event) { this.since = Date.parse(event.time); }
+  on_delta(event) {
+    const made = this.stream(event, event.of);
+    made.text += event.message;
+    this.panel.log.draw(this, made);
+  }
+  on_tool_call({ name, arguments: { request_heartbeat, ...given }, ...event }) {
+    if (name === "send_message") return;
+    const [state, result] = [span("state", "running"), node("pre")];
+    const head = node("summary", {}, node("b", {}, name), span("args", oneLine(pretty(given))), state);
+    const row = this.row("tool", event, node("details", {}, head, node("pre", {}, pretty(given)), result));
+    this.tell(this.trace, { tools: this.trace.tools.add(name) });
+    this.calls.set(event.tool_call_id, { row, state, result, trace: this.trace });
+  }
+  on_tool_return({ tool_call_id, status, duration_ms, message, time }) {
+    const call = this.calls.get(tool_call_id);
+    if (!call) return;
+    const isBad = status === "Failed";
+    call.state.textContent = isBad ? "failed" : `${number(duration_ms)} ms`;
+    call.result.textContent = message;
+    call.row.classList.toggle("memws-bad", isBad);
+    if (isBad) call.trace.why.textContent = `failed: ${oneLine(message)}`;
+    this.tell(call.trace, { to: Date.parse(time) });
+  }
+  on_memory_change(event) {
+    const name = event.what === "core" ? event.label : "the archive";
+    const did = event.after === null ? "forgot from" : "remembered in";
+    const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
+    const rows = event.diff.split("\n").filter((row) => row.slice(1).trim());
+    const made = rows.map((row) => node({ "+": "ins", "-": "del" }[row[0]] ?? "div", {}, row.slice(1)));
+    const show = () => this.panel.show("Memory", event);
+    const chip = button(told, "chip", show, { disabled: !this.panel.views.length });
+    const item = div("item memws-change", chip, div("diff", ...made));
+    if (!this.trace) return this.element.append(item);
+    this.trace.end.after(item); // not below a reply that streams already
+    this.trace.end = item;
+  }
+  on_compaction({ tokens_before, tokens_after, summary }) {
+    const sizes = `${number(tokens_before)} → ${counted(tokens_after, "token")}`;
+    this.note(fold(`the oldest messages became a summary: ${sizes}`, summary), "warn");
+  }
+  on_retry(event) { // a model call begins again: what came of it does not count
+    this.streams.forEach((made) => made.element.remove());
+    this.streams.clear();
+    this.row("remark", event, event.message);
+  }
+  on_agent_response_end({ stop_reason, usage, time }) {
+    this.end();
+    if (stop_reason !== "done") this.note(STOPPED[stop_reason] ?? stop_reason, "warn");
+    const spent = counted(usage.input_tokens + usage.output_tokens, "token");
+    this.replied?.mark.append(seconds(Date.parse(time) - this.since, " · "), ` · ${spent}`);
+  }
+  on_agent_response_error(event) {
+    this.end();
+    if (event.seq == null && this.user) this.refused(event.message);
+    else this.note(event.message, "bad");
+  }
+}
+
+function asEvents({ role, text, time, step, tool_calls }, open) { // a stored message; `open`: calls without an answer
+  const event = (message_type, message, more) => ({ message_type, message, time, step, ...more });
+  if (role === "user") return [event("user_message", text)];
+  if (role === "tool") return [event("tool_return", text, { tool_call_id: open.shift()?.id })];
+  if (role !== "assistant") return [];
+  open.push(...tool_calls);
+  const thoughts = text ? [event("internal_monologue", text)] : [];
+  return [...thoughts, ...tool_calls.map((call) => (call.name === "send_message"
+    ? event("assistant_message", String(call.arguments.message))
+    : event("tool_call", "", { ...call, tool_call_id: call.id })))];
+}
+
+const MOST = 200; // turns that stay when the newest are looked at
+
+class Log {
+  inner = div("inner");
+  heard = node("div", { class: "memws-heard", "aria-live": "polite" });
+  newest = button("↓ newest", "newest", () => this.toNewest(), { hidden: true });
+  older = button("earlier messages", "link memws-older", () => this.fetchOlder());
+  constructor(panel) {
+    this.panel = panel;
+    const about = { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation", "aria-live": "off" };
+    this.element = node("div", { ...about, onscroll: () => this.scrolled() }, this.inner);
+    this.clear();
+  }
+  clear(welcome = "", hasOlder = false) {
+    Object.assign(this, { turns: new Map(), dirty: new Map(), before: null, isFetching: false });
+    this.older.hidden = !hasOlder;
+    this.inner.replaceChildren(this.older, welcome);
+  }
+  turn(id) {
+    if (!this.turns.has(id)) this.add(new Turn(this.panel, id), null);
+    return this.turns.get(id);
+  }
+  add(turn, place) {
+    if (!this.turns.size) this.inner.replaceChildren(this.older);
+    this.turns.set(turn.id, turn);
+    this.inner.insertBefore(turn.element, place);
+    if (!place && this.element.scrollTop > -40) this.trim();
+  }
+  trim() { // what goes is fetched again when somebody scrolls there
+    const shown = [...this.inner.children].slice(1);
+    const gone = new Set(shown.slice(0, -MOST));
+    for (const [id, { element }] of this.turns) if (gone.has(element)) this.turns.delete(id);
+    gone.forEach((element) => element.remove());
+    if (gone.size) [this.before, this.older.hidden] = [null, false];
+  }
+  draw(turn, made) { // once a frame of the screen
+    if (!this.dirty.size) requestAnimationFrame(() => {
+      for (const [each, owner] of this.dirty) owner.draw(each);
+      this.dirty.clear();
+    });
+    this.dirty.set(made, turn);
+  }
+  scrolled() {
+    const { scrollTop, scrollHeight, clientHeight } = this.element; // scrollTop is 0 at the bottom, negative above
+    this.newest.hidden = scrollTop > -200;
+    return !this.older.hidden && scrollHeight - clientHeight + scrollTop < 400 ? this.fetchOlder() : null;
+  }
+  toNewest() {
+    this.element.scrollTop = 0;
+    this.trim();
+  }
+  async fetchOlder() {
+    if (this.isFetching) return;
+    this.isFetching = true;
+    const { turns } = this; // another agent may be opened meanwhile
+    let [page, added] = [{ more: true }, 0];
+    while (page.more && !added && turns === this.turns) {
+      page = await this.panel.command("get_messages", { limit: 200, before: this.before });
+      if (turns === this.turns) added = this.addOlder(page);
+    }
+    this.older.hidden = !page.more;
+    this.isFetching = false;
+  }
+  addOlder({ messages, more }) { // how many turns there were that are not shown yet
+    const groups = new Map();
+    for (const message of messages) {
+      const id = message.turn_id ?? `message ${message.id}`;
+      groups.set(id, [...(groups.get(id) ?? []), message]);
+    }
+    if (more && groups.size > 1) groups.delete(groups.keys().next().value); // its beginning is on the next page
+    this.before = groups.values().next().value?.[0].id;
+    const unseen = [...groups].filter(([id]) => !this.turns.has(id));
+    const place = this.older.nextSibling;
+    for (const [id, group] of unseen) {
+      const [turn, open] = [new Turn(this.panel, id), []];
+      group.flatMap((message) => asEvents(message, open)).forEach((event) => turn.take(event));
+      turn.end();
+      this.add(turn, place);
+    }
+    return unseen.length;
+  }
+}
+
+// ---- the mind: memory, context, search, frames; each {title, element, clear, shown} ---------------------------------
+
+const GLOW = 6000; // milliseconds for which a change is marked
+
+class Memory {
+  title = "Memory";
+  cards = new Map();
+  list = div("cards");
+  constructor(panel) {
+    Object.assign(this, { panel, passages: span("mark"), counts: div("mark") });
+    this.field = node("textarea", { rows: "1", placeholder: "A passage to keep", "aria-label": "A passage to keep" });
+    const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
+    const head = node("header", {}, node("h4", {}, "archive"), this.passages, list);
+    const onsubmit = (event) => this.keep(event);
+    const form = node("form", { class: "memws-actions", onsubmit }, this.field, submitButton("add", "quiet"));
+    this.element = div("memory", this.list, node("section", { class: "memws-card" }, head, form), this.counts);
+  }
+  clear() {
+    this.cards = new Map();
+    this.list.replaceChildren();
+  }
+  shown(change) { this.cards.get(change?.label)?.flash(); }
+  take({ blocks: found, counts }) {
+    if (found.map(({ label }) => label).join() !== [...this.cards.keys()].join()) {
+      this.cards = new Map(found.map(({ label }) => [label, new Card(this.panel, label)]));
+      this.list.replaceChildren(...[...this.cards.values()].map((card) => card.element));
+    }
+    for (const each of found) this.cards.get(each.label).set(each);
+    this.passages.textContent = counted(counts.passages, "passage");
+    const inView = `${number(counts.in_context)} in view`;
+    this.counts.textContent = `${counted(counts.messages, "message")} in recall memory, ${inView}`;
+  }
+  async keep(event) {
+    event.preventDefault();
+    await this.panel.command("insert_passage", { text: this.field.value });
+    this.field.value = "";
+  }
+}
+
+class Card { // a block of core memory, edited in place
+  constructor(panel, label) {
+    Object.assign(this, { panel, label, text: div("text"), size: span("mark"), gauge: node("i"), wrong: div("said") });
+    const keys = { oninput: () => this.measure(), onkeydown: (event) => this.typed(event) };
+    this.field = node("textarea", { rows: "6", "aria-label": `core memory ${label}`, ...keys });
+    this.stored = node("pre", { class: "memws-stored" });
+    this.theirs = button("take theirs", "quiet", () => this.edit());
+    const [save, cancel] = [button("save", "main", () => this.save()), button("cancel", "quiet", () => this.close())];
+    const actions = div("actions", save, this.theirs, cancel, span("mark", "Ctrl+Enter saves, Esc leaves"));
+    const head = node("header", {}, node("h4", {}, label), this.size, button("edit", "quiet", () => this.edit()));
+    const editor = div("editor", this.field, this.wrong, this.stored, actions);
+    this.element = node("section", { class: "memws-card" }, head, div("gauge", this.gauge), this.text, editor);
+  }
+  set(block) {
+    const former = this.block;
+    this.block = block;
+    this.measure();
+    if (former?.version === block.version) return;
+    const rows = block.value.split("\n");
+    const before = former ? former.value.split("\n") : rows;
+    const gone = before.filter((row) => row && !rows.includes(row)).map((row) => node("del", {}, row));
+    const shown = rows.map((row) => node(before.includes(row) ? "div" : "ins", {}, row || "\u00a0"));
+    this.text.replaceChildren(...(block.value ? shown : [node("em", {}, "nothing yet")]), ...gone);
+    if (former) this.flash();
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.settle(), GLOW); // where motion is reduced no animation ends it
+  }
+  settle() {
+    this.text.querySelectorAll("del").forEach((row) => row.remove());
+    this.text.querySelectorAll("ins").forEach((row) => row.replaceWith(node("div", {}, row.textContent)));
+  }
+  flash() {
+    this.element.scrollIntoView({ block: "nearest" });
+    this.element.classList.add("memws-flash");
+    setTimeout(() => this.element.classList.remove("memws-flash"), 1600);
+  }
+  measure() {
+    const { value, limit } = this.base ? { ...this.block, value: this.field.value } : this.block;
+    const size = [...value].length; // characters, as the server counts them
+    this.size.textContent = `${number(size)} / ${number(limit)}`;
+    this.size.classList.toggle("memws-bad", size > limit);
+    this.gauge.style.width = `${Math.min(100, (100 * size) / limit)}%`;
+  }
+  edit() {
+    this.field.value = this.block.value;
+    this.begin(this.block, "", null);
+    this.element.classList.add("memws-editing");
+    this.field.focus();
+  }
+  begin(base, told, stored) { // `base`: what the edit begins from
+    Object.assign(this, { base });
+    this.wrong.textContent = told;
+    this.stored.textContent = stored;
+    this.stored.hidden = this.theirs.hidden = stored === null;
+    this.measure();
+  }
+  close() {
+    this.begin(null, "", null);
+    this.element.classList.remove("memws-editing");
+  }
+  typed(event) {
+    if (event.key === "Escape") this.close();
+    return event.key === "Enter" && (event.ctrlKey || event.metaKey) ? this.save() : null;
+  }
+  async save() {
+    const { label, base, field } = this;
+    try {
+      await this.panel.command("set_block", { label, value: field.value, version: base.version });
+      this.close();
+    } catch ({ code, message, value, version }) {
+      if (code !== "conflict") return this.begin(base, message, null);
+      this.set({ ...this.block, value, version });
+      this.begin(this.block, "It was changed while you wrote. Save again to replace what is there now:", value);
+    }
+  }
+}
+
+class Context {
+  title = "Context";
+  out = div("folds");
+  constructor(panel) {
+    this.panel = panel;
+    this.pick = node("select", { "aria-label": "Step", onchange: () => this.look() });
+    this.element = div("context", div("actions", this.pick), this.out);
+  }
+  clear() { this.out.replaceChildren(); }
+  shown({ turn_id, step, section } = {}) { // the request of a step, or the prompt as it is now
+    const told = (each) => `${clock(each.time)}, step ${each.step}`;
+    const steps = this.panel.steps.map((each) => [`${each.step} ${each.turn_id}`, told(each)]);
+    const offered = new Map([["", "what the model sees now"], ...steps.reverse()]);
+    if (turn_id && !offered.has(`${step} ${turn_id}`)) offered.set(`${step} ${turn_id}`, `an earlier step ${step}`);
+    this.pick.replaceChildren(...[...offered].map(([value, label]) => node("option", { value }, label)));
+    this.pick.value = turn_id ? `${step} ${turn_id}` : "";
+    return this.look(section);
+  }
+  look(section) {
+    const [step, turn_id] = this.pick.value.split(/ (.*)/s);
+    return step ? this.request({ turn_id, step: Number(step) }) : this.now(section);
+  }
+  async now(section) {
+    const { sections, more } = await this.panel.command("get_context");
+    const left = (name) => (more && name === "messages" ? ", the oldest left out here" : "");
+    const told = ({ name, tokens }) => `${titleOf(name)} · ${counted(tokens, "token")}${left(name)}`;
+    const used = sections.filter((each) => each.tokens);
+    this.out.replaceChildren(...used.map((each) => fold(told(each), each.text.trim(), each.name === section)));
+  }
+  async request(which) {
+    const found = await this.panel.command("get_request", which);
+    const { messages, ...rest } = found.request;
+    const sizes = `${number(found.usage?.input_tokens)} tokens in, ${number(found.usage?.output_tokens)} out`;
+    const times = `the first after ${number(found.first_token_ms)} ms, the last after ${number(found.total_ms)} ms`;
+    const left = found.more ? ` · ${counted(found.first, "older message")} left out here` : "";
+    const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"), 60)}`;
+    this.out.replaceChildren(div("mark", `${sizes} · ${times}${left}`), fold("answer", pretty(found.response), true),
+      ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(rest)));
+  }
+}
+
+class Search {
+  title = "Search";
+  out = div("hits", div("mark", "All that was ever said, and what the agent chose to keep."));
+  constructor(panel) {
+    this.panel = panel;
+    const field = (type, label, more) => node("input", { type, "aria-label": label, ...more });
+    this.field = field("search", "Words to look for", { placeholder: "Words to look for" });
+    [this.from, this.to] = [field("date", "From this day"), field("date", "To this day")];
+    const places = ["all", "recall", "archival"].map((each) => node("option", {}, each));
+    this.store = node("select", { "aria-label": "Where" }, ...places);
+    const days = node("details", { class: "memws-days" }, node("summary", {}, "more"), this.from, " to ", this.to);
+    const actions = div("actions", this.field, this.store, submitButton("find", "main"));
+    const onsubmit = (event) => {
+      event.preventDefault();
+      return this.find(1);
+    };
+    this.element = div("search", node("form", { onsubmit }, actions, days), this.out);
+  }
+  clear() { this.out.replaceChildren(); }
+  shown(wanted) {
+    if (!wanted) return null;
+    [this.field.value, this.store.value] = ["", wanted.store];
+    return this.find(1);
+  }
+  async find(page) {
+    const about = { query: this.field.value, store: this.store.value, page };
+    const days = { from: this.from.value || null, to: this.to.value || null };
+    const { items, total, pages } = await this.panel.command("search_memory", { ...about, ...days });
+    const go = (to, label) => button(label, "quiet", () => this.find(to), { disabled: to < 1 || to > pages });
+    const turning = pages > 1 ? [go(page - 1, "‹"), `${page} of ${pages}`, go(page + 1, "›")] : [];
+    const words = about.query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
+    const rows = items.map((item) => this.row(item, words, () => this.find(page)));
+    this.out.replaceChildren(div("actions memws-mark", `${number(total)} found`, ...turning), ...rows);
+  }
+  row({ id, store, role, time, text }, words, again) {
+    const remove = async () => {
+      await this.panel.command("delete_passage", { passage_id: id });
+      this.panel.tell("The passage was deleted.", "undo", () => this.panel.command("insert_passage", { text }));
+      await again();
+    };
+    const parts = words.length ? text.split(new RegExp(`(${words.join("|")})`, "giu")) : [text];
+    const marked = parts.map((part, place) => (place % 2 ? node("mark", {}, part) : part));
+    const moment = new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+    const erase = store === "archival" && button("delete", "quiet", remove);
+    return div("found", div("mark", `${moment} · ${role ?? "passage"}`, erase), div("text", ...marked));
+  }
+}
+
+class Frames {
+  title = "Frames";
+  out = div("folds");
+  constructor(panel) {
+    this.panel = panel;
+    this.pause = button("pause", "quiet", () => this.toggle(), { "aria-pressed": "false" });
+    this.element = div("frames", div("actions", this.pause, button("save", "quiet", () => this.save())), this.out);
+  }
+  clear() {}
+  toggle() {
+    this.isPaused = !this.isPaused;
+    this.pause.textContent = this.isPaused ? "go on" : "pause";
+    this.shown();
+  }
+  soon() { this.timer ??= setTimeout(() => this.shown(), 250); }
+  shown() {
+    this.timer = null;
+    if (this.isPaused || this.panel.view !== this) return;
+    const groups = []; // deltas one after another are one row
+    for (const frame of this.panel.client.frames) {
+      const isDelta = frame.text.includes('"message_type":"delta"');
+      if (isDelta && groups.at(-1)?.isDelta) groups.at(-1).push(frame);
+      else groups.push(Object.assign([frame], { isDelta }));
+    }
+    this.out.replaceChildren(...groups.slice(-150).reverse().map((frames) => this.row(frames)));
+  }
+  row(frames) {
+    const [{ at, direction, text }] = frames;
+    const kind = (text.match(/"(?:message_type|command)":"(\w+)"/) ?? text.match(/"type":"(\w+)"/))?.[1];
+    const many = frames.length > 1 ? ` × ${frames.length}` : "";
+    const start = `${direction} ${new Date(at).toLocaleTimeString()} `;
+    const made = fold(span("frame", start, node("b", {}, kind + many), ` ${text.slice(0, 120)}`), "");
+    made.addEventListener("toggle", () => { made.lastChild.textContent = frames.map((each) => each.text).join("\n"); });
+    return made;
+  }
+  save() {
+    const rows = this.panel.client.frames.map((each) => JSON.stringify(each) + "\n");
+    const href = URL.createObjectURL(new Blob(rows));
+    node("a", { href, download: "memws-frames.jsonl" }).click();
+    setTimeout(() => URL.revokeObjectURL(href), 1000);
+  }
+}
+
+// ---- the whole ------------------------------------------------------------------------------------------------------
+
+const STARTERS = ["Hi, my name is Ada and I like green tea", "Remember that my sister lives in Lisbon",
+  "What do you remember about me?"];
+const KEYS = { "Enter": "sends", "Shift+Enter": "breaks the line", "↑": "in an empty field: your last message again",
+  "Esc": "stops the running turn", "Alt+1 to Alt+4": "memory, context, search, frames", "Ctrl+Enter": "saves a block" };
+const CONFIG = { name: "made up when empty", persona: "who it is; empty: Sam, curious and warm",
+  human: "what it knows about you from the start", model: "the server's", context_window: "tokens" };
+const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
+const REPLAYED = 600; // stored events that are shown at the opening
+
+class Panel {
+  agents = []; // names
+  steps = [];
+  outbox = []; // messages without their receipt: {agent, text, turn_id, isSent}
+  running = null; // the turn that runs
+  constructor(root, transport, { agent, compact = false, chosen = () => {} }) {
+    Object.assign(this, { root, chosen, wanted: agent, log: new Log(this) });
+    this.views = compact ? [] : [new Memory(this), new Context(this), new Search(this), new Frames(this)];
+    root.classList.add("memws-panel");
+    root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's keys are not for who types here
+    this.aside = compact ? div("none") : this.right();
+    root.append(this.top(), div("columns", this.left(), this.aside));
+    root.addEventListener("keydown", (event) => this.pressed(event));
+    root.addEventListener("memws-fail", ({ detail }) => this.fail(detail));
+    this.show("Memory");
+    const [event, framed] = [(frame) => this.take(frame), () => this.views.at(-1)?.soon()];
+    this.client = new Client(transport, { event, framed, state: () => this.changed(), token: () => this.askToken() });
+    this.state();
+  }
+  top() {
+    this.pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value) });
+    [this.model, this.word] = [span("model"), node("span")];
+    const entry = (label, work) => button(label, "entry", () => {
+      this.menu.open = false;
+      return work();
+    });
+    this.ofAgent = [entry("rename…", () => this.askName()), entry("delete", () => this.remove())];
+    const [make, keys] = [entry("new agent…", () => this.askAgent()), entry("keys", () => this.help())];
+    const dots = node("summary", { "aria-label": "Agents and keys" }, "⋯");
+    this.menu = node("details", { class: "memws-menu" }, dots, div("entries", make, ...this.ofAgent, keys));
+    const status = span("status", node("i"), this.word);
+    return node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick, this.menu, this.model, status);
+  }
+  left() {
+    const about = { placeholder: "Message", rows: "1", "aria-label": "Message", oninput: () => this.grow() };
+    this.field = node("textarea", about);
+    this.send = button("Send", "main", () => this.submit(this.field.value));
+    this.stop = button("Stop", "stop", () => this.command("cancel"));
+    this.told = node("div", { class: "memws-told", role: "alert" });
+    this.dialog = div("dialog");
+    const over = div("over", this.log.newest, this.told);
+    const composer = div("composer", this.field, this.stop, this.send);
+    return node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
+  }
+  right() {
+    this.bar = div("bar");
+    this.used = button("", "used", () => this.show("Context"));
+    for (const view of this.views) {
+      view.tab = button(view.title, "tab", () => this.show(view.title), { role: "tab" });
+      view.side = node("div", { class: "memws-side", role: "tabpanel", "aria-label": view.title }, view.element);
+    }
+    const onkeydown = (event) => this.stepTabs(event);
+    const tabs = node("nav", { role: "tablist", onkeydown }, ...this.views.map(({ tab }) => tab));
+    const about = { class: "memws-right", "aria-label": "The agent's mind" };
+    return node("aside", about, this.bar, this.used, tabs, ...this.views.map(({ side }) => side));
+  }
+
+  // -- keys, and what is told and asked --
+
+  pressed(event) {
+    event.stopPropagation(); // JupyterLab would prevent line breaks typed inside a cell
+    const view = event.altKey && this.views[Number(event.code.slice(-1)) - 1];
+    const key = event.target === this.field && !event.isComposing && !event.shiftKey ? event.key : "";
+    if (view) this.show(view.title);
+    else if (key === "Enter") this.send.click();
+    else if (key === "Escape") this.stop.click();
+    else if (key === "ArrowUp" && !this.field.value) this.field.value = this.latest ?? "";
+    else return;
+    event.preventDefault();
+  }
+  stepTabs({ key }) {
+    const way = { ArrowRight: 1, ArrowLeft: -1 }[key] ?? 0;
+    const next = this.views.at((this.views.indexOf(this.view) + way) % this.views.length);
+    if (way) this.show(next.title);
+    next.tab.focus();
+  }
+  show(title, wanted) {
+    for (const view of this.views) {
+      view.side.hidden = view.title !== title;
+      view.tab.setAttribute("aria-selected", String(!view.side.hidden));
+      view.tab.tabIndex = view.side.hidden ? -1 : 0;
+      if (!view.side.hidden) this.view = view;
+    }
+    if (this.agent && this.view) attempt(this.root, () => this.view.shown(wanted));
+  }
+  fail(error) {
+    if (error.code !== "lost") this.tell(error.message);
+    this.told.classList.add("memws-bad");
+  }
+  warn(warnings) { if (warnings.length) this.tell(warnings.join(" · ")); }
+  tell(text, label, work) { // with what can be done about it, for a quarter of a minute
+    clearTimeout(this.timer);
+    this.told.classList.remove("memws-bad");
+    const act = button(label, "link", () => {
+      this.told.replaceChildren();
+      return work();
+    });
+    this.told.replaceChildren(text, " ", label ? act : "");
+    this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
+  }
+  ask(title, fields, label, work) { // a small form over the conversation; `fields` by name, `work` gets their values
+    const wrong = div("said");
+    const close = () => {
+      this.dialog.replaceChildren();
+      this.field.focus();
+    };
+    const onsubmit = async (event) => {
+      event.preventDefault();
+      const values = Object.entries(fields).map(([name, field]) => [name, field.value.trim()]);
+      const given = Object.fromEntries(values.filter(([, value]) => value));
+      try { close(await work(given)); } catch (error) { wrong.textContent = error.message; }
+    };
+    const onkeydown = ({ key }) => { if (key === "Escape") close(); };
+    const labels = Object.entries(fields).map(([name, field]) => node("label", {}, span("mark", titleOf(name)), field));
+    const leave = button(label ? "cancel" : "close", "quiet", close);
+    const actions = div("actions", label && submitButton(label, "main"), leave);
+    const about = { class: "memws-form", onsubmit, onkeydown };
+    const form = node("form", about, node("h3", {}, title), ...labels, wrong, actions);
+    this.dialog.replaceChildren(form);
+    form.querySelector("input, button").focus();
+    return form;
+  }
+  askToken() {
+    const connect = ({ token }) => {
+      sessionStorage.setItem("memws-token", token ?? "");
+      this.client.transport.open();
+    };
+    this.ask("This server asks for its token", { token: node("input", { type: "password" }) }, "connect", connect);
+  }
+  askAgent() {
+    const field = (name, placeholder) =>
+      /persona|human/.test(name) ? node("textarea", { placeholder, rows: "3" }) : node("input", { placeholder });
+    const fields = Object.entries(CONFIG).map(([name, placeholder]) => [name, field(name, placeholder)]);
+    const create = ({ context_window: size, ...config }) =>
+      this.create(size ? { ...config, context_window: Number(size) } : config);
+    this.ask("A new agent", Object.fromEntries(fields), "create", create);
+  }
+  askName() {
+    const rename = ({ name = "" }) => this.command("rename_agent", { new_name: name });
+    this.ask("Another name", { name: node("input", { value: this.agent }) }, "rename", rename);
+  }
+  help() {
+    const rows = Object.entries(KEYS).flatMap(([key, does]) => [node("dt", {}, key), node("dd", {}, does)]);
+    this.ask("Keys", {}, "").querySelector("h3").after(node("dl", {}, ...rows));
+  }
+
+  // -- the connection, and agents --
+
+  command(name, more) { return this.client.command(name, { agent_name: this.agent, ...more }); }
+  changed() {
+    this.state({ isReady: false });
+    if (this.client.state !== "connected") return;
+    const ready = () => this.state({ isReady: this.client.state === "connected" });
+    attempt(this.root, () => this.greet().finally(ready));
+  }
+  async greet() {
+    this.limits = (await this.client.command("hello", { message_types: ["*"] })).limits;
+    const newest = await this.list();
+    const wanted = this.agent ?? (this.wanted || newest);
+    const known = this.agents.includes(wanted);
+    if (known && this.agent) await this.resume();
+    else await (known ? this.open(wanted) : this.none(wanted ?? "sam"));
+    for (const message of this.outbox) message.isSent = false; // under its turn_id none runs twice
+    this.flush();
+  }
+  async list() { // the name of the agent that was active last
+    const agents = [];
+    let page;
+    do {
+      page = await this.client.command("list_agents", { after: agents.at(-1)?.agent_name });
+      agents.push(...page.agents);
+    } while (page.agents.length && agents.length < page.total);
+    this.agents = agents.map((each) => each.agent_name);
+    this.pick.replaceChildren(...this.agents.map((name) => node("option", {}, name)));
+    this.pick.value = this.agent ?? "";
+    return agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""))[0]?.agent_name;
+  }
+  async resume() {
+    const { last_seq } = await this.client.command("load_agent", { name: this.agent });
+    await this.command("subscribe", { after: Math.min(this.last, last_seq) });
+    await this.refresh();
+  }
+  open(name) { // one after another, so that the last one that was chosen stays
+    this.opening = (this.opening ?? Promise.resolve()).catch(() => {}).then(() => this.load(name));
+    return this.opening;
+  }
+  async load(name) {
+    if (this.agent) await this.command("unsubscribe").catch(() => {}); // it may be deleted
+    const { agent_name, model, last_seq, repaired, warnings } = await this.client.command("load_agent", { name });
+    const after = Math.max(0, last_seq - REPLAYED);
+    Object.assign(this, { agent: agent_name, running: null, last: after, known: last_seq, steps: [] });
+    this.views.forEach((view) => view.clear());
+    this.pick.value = agent_name;
+    this.model.classList.toggle("memws-warn", model === "offline");
+    this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
+    const { blocks: memory } = await this.refresh();
+    this.log.clear(this.welcome(memory), after > 0);
+    this.warn([...repaired, ...warnings]);
+    await this.command("subscribe", { after });
+    this.chosen(agent_name);
+    if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
+    if (this.view) this.show(this.view.title);
+  }
+  welcome(memory) {
+    const persona = memory.find(({ label }) => label === "persona")?.value ?? "";
+    const sentences = persona.split(/(?<=[.!?])\s/).slice(0, 2).join(" ");
+    const starters = STARTERS.map((text) => button(text, "starter", () => this.submit(text)));
+    return div("empty", node("h3", {}, this.agent), node("p", {}, oneLine(sentences, 220)), ...starters);
+  }
+  none(name) { // one button makes the first agent
+    const told = node("p", {}, "An agent remembers what you tell it, and here you see how.");
+    const start = button(`Start with ${name}`, "main", () => this.create({ name }));
+    const other = button("or make your own", "link", () => this.askAgent());
+    this.views.forEach((view) => view.clear());
+    this.model.textContent = "";
+    this.log.clear(div("empty", node("h3", {}, "No agent yet"), told, start, other));
+    this.state({ agent: null, running: null });
+  }
+  async create(config) {
+    const { agent_name, warnings } = await this.client.command("create_agent", { config });
+    await this.list();
+    await this.open(agent_name);
+    this.warn(warnings);
+  }
+  async remove() {
+    const name = this.agent;
+    const undo = async () => {
+      await this.client.command("restore_agent", { agent_name: name });
+      await this.list();
+      await this.open(name);
+    };
+    await this.command("delete_agent");
+    this.tell(`${name} was deleted.`, "undo", undo);
+  }
+  async openNewest() {
+    const newest = await this.list();
+    try {
+      await (newest ? this.open(newest) : this.none("sam"));
+    } catch (error) {
+      if (error.code !== "unknown_agent") throw error;
+      await this.openNewest(); // that one was deleted meanwhile too
+    }
+  }
+  async refresh() { // memory and the bar, as they are now
+    const agent = await this.command("get_agent");
+    this.views[0]?.take(agent);
+    if (this.bar) this.drawBar(await this.command("get_context", { limit: 1 }));
+    this.state({ running: agent.turn?.turn_id ?? null });
+    return agent;
+  }
+  soon() { // once for all that comes in a moment
+    this.refreshing ??= setTimeout(() => {
+      this.refreshing = null;
+      attempt(this.root, () => this.refresh());
+    }, 100);
+  }
+  drawBar({ sections, used, window: total }) {
+    const parts = sections.filter((each) => each.tokens).map(({ name, tokens }) => {
+      const title = `${titleOf(name)}: ${counted(tokens, "token")}`;
+      const part = button("", name, () => this.show("Context", { section: name }), { title, "aria-label": title });
+      part.style.width = `${(100 * tokens) / Math.max(total, used)}%`;
+      return part;
+    });
+    this.bar.replaceChildren(...parts, node("i", { title: "75 %: here the agent is told to save what matters" }));
+    const share = node("b", {}, `${Math.round((100 * used) / total)} %`);
+    this.used.replaceChildren(share, ` of the context window · ${number(used)} of ${counted(total, "token")}`);
+  }
+
+  // -- events --
+
+  take(event) {
+    const kind = event.message_type ?? event.type;
+    const [begins, ends] = [kind === "agent_response_start", /^agent_response_e/.test(kind)];
+    if (begins || ends) this.received(event);
+    if (kind === "server_error") return this.fail(event);
+    if (event.agent_name !== this.agent || event.seq <= this.last) return;
+    this.last = event.seq ?? this.last;
+    if (begins) this.running = event.turn_id;
+    if (ends && event.turn_id === this.running) this.running = null;
+    if (kind === "delta") this.doing = event.of === "assistant_message" ? "answering" : "thinking";
+    if (kind === "tool_call" && event.name !== "send_message") this.doing = `running ${event.name}`;
+    if (kind === "context") this.steps = [...this.steps.slice(-99), event];
+    if (kind === "context" && this.bar) this.drawBar(event);
+    if (kind === "memory_change" || ends) this.soon();
+    if (kind === "assistant_message" && this.running) this.log.heard.textContent = event.message;
+    if (kind === "agent_change" && event.seq > this.known) attempt(this.root, () => this.agentChanged(event));
+    this.turnOf(event, kind)?.take(event);
+    this.state();
+  }
+  turnOf({ turn_id, seq }, kind) { // none where the beginning of the turn is too long ago
+    if (!turn_id) return kind === "memory_change" || kind === "correction" ? this.log.turn(`event ${seq}`) : null;
+    const isCut = seq <= this.known && kind !== "agent_response_start";
+    return isCut && !this.log.turns.has(turn_id) ? null : this.log.turn(turn_id);
+  }
+  agentChanged({ change, new_name }) {
+    if (change === "renamed") this.agent = new_name;
+    return change === "deleted" ? this.openNewest() : this.list();
+  }
+
+  // -- messages --
+
+  submit(text) {
+    if (!text.trim() || this.send.disabled) return false;
+    const most = this.limits.max_text;
+    if (text.length > most) throw new Error(`a message has at most ${number(most)} characters; send it in parts`);
+    const message = { agent: this.agent, text: text.trim(), turn_id: newId(), isSent: false };
+    this.outbox.push(message);
+    this.log.turn(message.turn_id).said(message.text, "sending");
+    this.latest = message.text;
+    this.told.replaceChildren();
+    this.field.value = "";
+    this.grow();
+    this.log.toNewest();
+    this.flush();
+    return true;
+  }
+  flush() { // as many as may wait at the server, in their order
+    const unsent = this.outbox.filter((message) => !message.isSent);
+    const room = this.client.state === "connected" ? IN_FLIGHT - (this.outbox.length - unsent.length) : 0;
+    for (const { turn_id } of unsent.slice(room)) this.log.turns.get(turn_id)?.wait("waits");
+    for (const message of unsent.slice(0, room)) {
+      message.isSent = true;
+      const { agent: agent_name, text, turn_id } = message;
+      this.client.post({ type: "user_message", agent_name, message: text, turn_id });
+    }
+  }
+  received({ turn_id }) {
+    const place = this.outbox.findIndex((message) => message.turn_id === turn_id);
+    if (place >= 0) this.outbox.splice(place, 1);
+    if (place >= 0) this.flush();
+  }
+  takeBack(turn) {
+    const place = this.outbox.findIndex((message) => message.turn_id === turn.id && !message.isSent);
+    if (place < 0) return this.command("cancel", { turn_id: turn.id });
+    this.outbox.splice(place, 1);
+    return turn.refused("taken back");
+  }
+  grow() {
+    this.field.style.height = "auto";
+    this.field.style.height = `${Math.min(this.field.scrollHeight + 2, 200)}px`;
+  }
+  state(news) {
+    Object.assign(this, news);
+    const isRunning = Boolean(this.isReady && this.running);
+    const state = this.client.state === "connected" && !this.isReady ? "connecting" : this.client.state;
+    const word = isRunning ? `connected · ${this.doing ?? "thinking"}` : state;
+    this.root.dataset.state = isRunning ? "running" : state.split(":")[0];
+    if (this.word.textContent !== word) this.word.textContent = word;
+    this.stop.disabled = !isRunning;
+    this.send.disabled = !this.isReady || !this.agent;
+    for (const each of [this.pick, this.aside, ...this.ofAgent]) each.hidden = !this.agent;
+  }
+}
+
+function render({ model, el }) { // anywidget's way in
+  const root = el.appendChild(node("div"));
+  const chosen = (agent) => {
+    model.set("agent", agent);
+    model.save_changes();
+  };
+  const about = { agent: model.get("agent"), compact: model.get("compact"), chosen };
+  const { client } = new Panel(root, overComm(model), about);
+  return client.transport.close;
+}
+export default { render };
+
+if (document.body?.dataset.memws === "page") {
+  const given = new URLSearchParams(location.hash.slice(1));
+  if (given.has("token")) {
+    sessionStorage.setItem("memws-token", given.get("token"));
+    history.replaceState(null, "", location.pathname); // it stays in no address
+  }
+  new Panel(document.body.appendChild(node("div")), overSocket(location.href), { agent: given.get("agent") });
+}
+"""
+
+
+# ---- the page: GET / of the server -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def page_text() -> tuple[str, str]:
+    """The page, and the part of its policy that says which script and which style may run: these two."""
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (PANEL_SCRIPT, PANEL_STYLE)]
+    head = '<meta charset="utf-8"><title>memws</title><meta name="viewport" content="width=device-width">'
+    head += f'<link rel="icon" href="data:,"><style>{PANEL_STYLE}</style>'
+    body = f'<body data-memws="page"><script type="module">{PANEL_SCRIPT}</script></body>'
+    text = f'<!doctype html><html lang="en"><head>{head}</head>{body}</html>'
+    return text, f"script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'"
+
+
+def page(host: str) -> tuple[str, dict[str, str]]:
+    """The page and its headers, for a request with this Host, which was checked; nothing in it is anybody's."""
+    text, sources = page_text()
+    # Whether TLS stands in front of the server is not known here.
+    connect = f"connect-src 'self' ws://{host} wss://{host}"
+    policy = f"default-src 'none'; {sources}; img-src data:; {connect}; base-uri 'none'; form-action 'none'; "
+    policy += "frame-ancestors http://localhost:* http://127.0.0.1:*; "
+    policy += "require-trusted-types-for 'script'; trusted-types 'none'"
+    return text, {
+        "Content-Type": "text/html; charset=utf-8",
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cross-Origin-Resource-Policy": "same-origin",
+    }
+
+
+def page_address(url: str) -> str:
+    """Where the page of the server at a WebSocket address is, for a browser of the same machine."""
+    local = re.sub(r"//(0\.0\.0\.0|\[::\])(?=[:/]|$)", "//127.0.0.1", url)
+    return f"http{local.removeprefix('ws').rstrip('/')}/"
+
+
+# ---- the static copy: what a notebook shows where no kernel runs -----------------------------------------------------
+
+STATIC_MESSAGES, STATIC_TEXT = 200, 4_000
+"The newest chat messages that the static copy shows, and characters of each text of theirs."
+
+
+def static_row(message: Frame) -> str:
+    """A chat message as HTML: what was said, before it what was thought and called."""
+    calls = {call["name"]: call["arguments"] for call in message["tool_calls"]}
+    reply, text = calls.pop("send_message", {}).get("message"), html.escape(message["text"][:STATIC_TEXT])
+    title, thought = html.escape(" · ".join(("thought", *calls))), ""
+    if message["role"] == "assistant" and (text or calls):
+        thought = f"<details><summary>{title}</summary>{text}</details>"
+    said, who = (text, "you") if message["role"] == "user" else (html.escape(str(reply or "")[:STATIC_TEXT]), "agent")
+    return thought + (f'<p style="white-space: pre-wrap"><b>{who}</b> {said}</p>' if said else "")
+
+
+def static_page(agent_name: str, messages: Iterable[Frame]) -> str:
+    """The end of a conversation as HTML that needs no kernel, no style sheet and no script."""
+    rows = [static_row(message) for message in messages if message["role"] in ("user", "assistant")]
+    body = "".join(rows) or "<p>Nothing was said yet.</p>"
+    return f"<p><b>memws · {html.escape(agent_name)}</b>, as it was saved</p>{body}"
+
+
+# ---- the notebook: the page's script in a widget, whose comm is a pipe to a WebSocket --------------------------------
+
+BATCH: Final = 0.04
+"Seconds in which frames for a browser are gathered into one message."
+COPY_INTERVAL, COPY_PATIENCE = 1.0, 3.0
+"Seconds in which turns are gathered into one update of the static copy; that it waits for the server at most."
+MAX_PIPES: Final = 8
+"Browser views of one panel; the one that was silent for longest gives way."
+_connections = itertools.count(1)
+
+
+def make_widget(agent: str, compact: bool, hidden: str) -> Any:
+    """The widget that shows the page's script and hides a class of its own; None where anywidget is missing."""
     try:
-        import ipywidgets
+        import anywidget
+        import traitlets
     except ImportError:
-        raise UsageError("the panel needs ipywidgets: pip install ipywidgets, then restart the kernel") from None
-    if "marimo" in sys.modules:
-        logger.warning("marimo does not show ipywidgets; use memws.connect() there, or the panel in Jupyter")
-    return ipywidgets
+        return None
+    fields = {
+        "_esm": PANEL_SCRIPT,
+        "_css": f"{PANEL_STYLE}\n.{hidden} {{ display: none; }}",
+        "agent": traitlets.Unicode(agent).tag(sync=True),
+        "compact": traitlets.Bool(compact).tag(sync=True),
+    }
+    # The front end keeps one style for a class's name, so each panel's class has its own.
+    return type(f"Panel_{secrets.token_hex(6)}", (anywidget.AnyWidget,), fields)()
 
 
-def import_display() -> Any:
-    """IPython.display, which is there wherever a panel can be shown."""
-    import IPython.display
+class Pipe:
+    """One browser view of a panel: its frames go to a WebSocket of their own, and what comes goes back.
 
-    return IPython.display
-
-
-def classed(widget: Any, *names: str) -> Any:
-    """A widget with CSS classes."""
-    for name in names:
-        widget.add_class(name)
-    return widget
-
-
-def show(widget: Any, shown: bool) -> None:
-    """Show or hide a widget."""
-    widget.layout.display = None if shown else "none"
-
-
-class Log:
-    """The transcript on the screen: a widget for each of the last LIVE_ITEMS items, in boxes of PAGE."""
-
-    def __init__(self, widgets: Any) -> None:
-        self._w = widgets
-        self._folded = widgets.HTML()
-        self._inner = widgets.VBox([self._folded])
-        self.box = classed(widgets.Box([self._inner]), "memws-log")
-        self.clear("")
-
-    def clear(self, message: str) -> None:
-        """Begin anew; `message` is HTML that stands there until the first item."""
-        for page in self._inner.children[1:]:
-            close_widget(page)
-        self._views: dict[Item, Any] = {}
-        self._pages: collections.deque[list[Item]] = collections.deque()
-        self._boxes: collections.deque[Any] = collections.deque()
-        self._gone: collections.deque[str] = collections.deque()
-        self._count = 0
-        self._folded.value = message
-        self._inner.children = (self._folded,)
-
-    def update(self, items: Iterable[Item]) -> None:
-        """Show items that are new or have changed."""
-        added = False
-        for item in items:
-            if item in self._views:
-                self._refresh(item)
-            elif not item.gone:
-                self._append(item)
-                added = True
-        if added:
-            self._fill()
-
-    def _append(self, item: Item) -> None:
-        if not self._pages or len(self._pages[-1]) >= PAGE:
-            self._pages.append([])
-            self._boxes.append(self._w.VBox())
-        box = self._w.VBox() if item.streams else self._w.HTML()
-        self._views[item] = classed(box, "memws-item", f"memws-item-{item.kind}")
-        self._pages[-1].append(item)
-        self._refresh(item)
-
-    def _fill(self) -> None:
-        """Put new widgets where they belong, and fold the oldest ones."""
-        while sum(map(len, self._pages)) > LIVE_ITEMS:
-            self._fold()
-        if not self._gone and self._folded.value:
-            self._folded.value = ""
-        for page, box in zip(self._pages, self._boxes, strict=True):
-            children = tuple(self._views[item] for item in page)
-            if box.children != children:
-                box.children = children
-        boxes = (self._folded, *self._emptied(), *self._boxes)
-        if self._inner.children != boxes:
-            self._inner.children = boxes
-
-    def _emptied(self) -> tuple[Any, ...]:
-        """Boxes of folded pages stay: taking one out would make the browser draw all later ones again."""
-        live = set(map(id, self._boxes))
-        return tuple(box for box in self._inner.children[1:] if id(box) not in live)
-
-    def _fold(self) -> None:
-        """Fold the oldest page into the one HTML above."""
-        box = self._boxes.popleft()
-        for item in self._pages.popleft():
-            self._gone.append(item.html())
-            self._count += 1
-            close_widget(self._views.pop(item))
-        box.children = ()
-        while sum(map(len, self._gone)) > FOLDED_SIZE:
-            self._gone.popleft()
-        cut = "" if self._count == len(self._gone) else "<div>… Search finds what was said before.</div>"
-        self._folded.value = fold_html("note", f"… {self._count:,} earlier items", cut + "".join(self._gone))
-
-    def _refresh(self, item: Item) -> None:
-        view = self._views[item]
-        if item.gone:
-            show(view, False)
-        elif not item.streams:
-            view.value = item.html()
-        elif item.kind == "agent" and not item.open and (markdown := safe_markdown(item.text)) is not None:
-            self._set_markdown(view, item, markdown)
-        else:
-            self._set_pieces(view, item.pieces())
-
-    def _set_pieces(self, view: Any, pieces: list[str]) -> None:
-        shown = view.children
-        for widget, piece in zip(shown, pieces, strict=False):
-            widget.value = piece
-        if len(shown) != len(pieces):
-            view.children = (*shown[: len(pieces)], *map(self._w.HTML, pieces[len(shown) :]))
-            for widget in shown[len(pieces) :]:
-                close_widget(widget)
-
-    def _set_markdown(self, view: Any, item: Item, markdown: str) -> None:
-        """Rendered by the front end, which removes scripts; sent once, at the end of a reply."""
-        output = {"output_type": "display_data", "data": {"text/markdown": markdown, "text/plain": item.text}}
-        former = view.children
-        head = f'<div class="memws-agent">{item.heading()}</div>'
-        view.children = (self._w.HTML(head), self._w.Output(outputs=({**output, "metadata": {}},)))
-        for widget in former:
-            close_widget(widget)
-
-
-def close_widget(widget: Any) -> None:
-    """Close a widget and all below it: layouts and styles are widgets too."""
-    for part in (*getattr(widget, "children", ()), getattr(widget, "layout", None), getattr(widget, "style", None)):
-        if part is not None:
-            close_widget(part)
-    with contextlib.suppress(Exception):  # a front end that has gone must not keep the rest open
-        widget.close()
-
-
-class Entry:
-    """Text fields, of which one is shown, and a button: `give` gets each text once, when Enter or the button asks.
-
-    The browser sends the field's text as it is typed, a few times a second, and what asks for sending it on another
-    way, which may be faster: so the text is whole once SETTLE has passed without more of it. What does not go on from
-    it is the next text. Enter empties the field at once, for typing goes on; a browser that has newer text by then does
-    not listen.
+    A comm loses messages. So the browser numbers its frames and sends them again until they are acknowledged; here
+    doubles are dropped and the order restored. Ours are numbered too, and the browser makes good for a gap.
     """
 
-    def __init__(
-        self, panel: Panel, fields: list[Any], button: Any, give: Callable[[str], None], *, clears: bool = True
-    ) -> None:
-        self._loop, self._fields, self._give, self._clears = panel.loop, fields, give, clears
-        self._draft, self._since = "", float("-inf")
-        self._wanted: str | None = None
-        self._by_enter = False
-        self._asked_again = float("-inf")
-        self._timer: asyncio.TimerHandle | None = None
-        for each in fields:
-            each.observe(lambda change: panel.from_user(self._arrived, change["new"]), "value")
-            each.on_msg(lambda _, content, buffers: self._heard(panel, content))
-        button.on_click(lambda _: panel.from_user(self._asked, False))
+    def __init__(self, session: str, client: Client, post: Callable[[Frame], None], ended: Callable[[], None]) -> None:
+        self._session, self._client, self._post, self._ended = session, client, post, ended
+        self._websocket: Connection | None = None
+        self._taken, self._early = 0, dict[int, str]()  # the last frame taken up, and those that came before their turn
+        self._state, self._connection, self._sent = "connecting", 0, 0
+        self._frames: list[str] = []
+        self.task = asyncio.create_task(self._run())
 
-    def _heard(self, panel: Panel, content: Frame) -> None:
-        if content.get("event") == "submit":
-            panel.from_user(self._asked, True)
+    def take(self, content: Frame) -> None:
+        """Take up a message of the browser: {base, number?, frame?}; before `base` it has all acknowledged."""
+        self._taken = max(self._taken, content.get("base", 0) - 1)
+        if content.get("number", 0) > self._taken:
+            self._early[content["number"]] = content["frame"]
+        while (frame := self._early.pop(self._taken + 1, None)) is not None:
+            self._taken += 1
+            if self._websocket is not None:
+                broadcast([self._websocket], frame)
+        self._tell()
 
-    def _arrived(self, text: str) -> None:
-        """The field has another text: more of what was asked for, or the next."""
-        self._since = self._loop.time()
-        if self._wanted is not None and text.startswith(self._wanted):
-            self._want(text, SETTLE)
-            return
-        is_wanted = self._since - self._asked_again < SETTLE / 2
-        if self._wanted is not None:
-            self._send()
-        self._draft = text
-        if is_wanted:
-            self._asked(self._by_enter)
+    async def _run(self) -> None:
+        """Keep a connection, as long as the server does not refuse it."""
+        delay = RECONNECT_DELAY
+        while True:
+            try:
+                await self._carry(await self._client._dial())
+                delay = RECONNECT_DELAY
+                self._tell("offline")
+            except ConnectFailed as failure:
+                self._tell(f"offline: {failure}")
+                if failure.status in (401, 403):
+                    return
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, RECONNECT_DELAY_MAX)
 
-    def _asked(self, by_enter: bool) -> None:
-        """Enter or the button: twice within SETTLE is once, unless another text comes with it."""
-        now = self._loop.time()
-        self._by_enter = by_enter
-        if self._wanted is not None:
-            self._asked_again = now
-        else:
-            self._want(self._draft, SETTLE if not self._draft else max(0, self._since + SETTLE - now))
-
-    def _want(self, text: str, seconds: float) -> None:
-        """Send this soon, unless it goes on."""
-        self._wanted = text
-        if self._clears:
-            self._draft = ""
-        if self._by_enter:
-            self._empty()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(seconds, self._settled)
-
-    def _settled(self) -> None:
-        self._empty()
-        self._send()
-
-    def _empty(self) -> None:
-        for each in self._fields if self._clears else ():
-            each.value = ""
-
-    def _send(self) -> None:
-        text, self._wanted, self._asked_again = self._wanted or "", None, float("-inf")
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if text.strip() or not self._clears:
-            self._give(text.strip())
-
-
-class BlockEditor:
-    """One block of core memory: shown, or edited in place; an edit is saved with the version it was based on."""
-
-    def __init__(self, panel: Panel, block: Frame) -> None:
-        w = panel.widgets
-        self._panel = panel
-        self.block = block
-        self._base: Frame = block
-        self._changed = ""
-        self._head, self._view, self._said = w.HTML(), w.HTML(), w.HTML()
-        self._field = classed(w.Textarea(rows=8), "memws-wide")
-        self._edit, self._save, self._undo = (w.Button(description=name) for name in ("edit", "save", "undo"))
-        self._editing = w.VBox([self._field, classed(w.HBox([self._save, self._undo]), "memws-row"), self._said])
-        panel.on_click(self._edit, self._begin)
-        panel.on_click(self._save, lambda: panel.spawn(self._store()))
-        panel.on_click(self._undo, self._end)
-        show(self._edit, "set_block" in panel.commands)
-        self.box = w.VBox([classed(w.HBox([self._head, self._edit]), "memws-row"), self._view, self._editing])
-        self._end()
-
-    def take(self, block: Frame, changed: str = "") -> None:
-        """The block as the server has it now."""
-        meanwhile = block["version"] != self.block["version"]
-        self.block = block
-        if meanwhile and changed:
-            self._changed = f" · changed {changed}"
-        if self._edit.disabled and meanwhile:
-            self._tell_conflict()
-        self._show()
-
-    def _show(self) -> None:
-        value, limit = self.block["value"], self.block["limit"]
-        told = f"{len(value):,} / {limit:,}{self._changed}"
-        self._head.value = f'<b>{escaped(self.block["label"])}</b> <span class="memws-label">{escaped(told)}</span>'
-        self._view.value = text_html(value) if value else '<div class="memws-note">empty</div>'
-
-    def _begin(self) -> None:
-        self._base = self.block
-        self._field.value = self.block["value"]
-        self._said.value = ""
-        self._edit.disabled = True
-        show(self._editing, True)
-
-    def _end(self) -> None:
-        self._edit.disabled = False
-        show(self._editing, False)
-        self._show()
-
-    def _tell_conflict(self) -> None:
-        text = "Conflict: the block has changed, to what is above your text. Save again to replace that, or undo."
-        self._said.value = f'<div class="memws-bad">{text}</div>'
-        self._base = self.block
-
-    async def _store(self) -> None:
-        await asyncio.sleep(SETTLE)  # the text may come after the click
-        label, version = self.block["label"], self._base["version"]
+    async def _carry(self, websocket: Connection) -> None:
+        self._websocket, self._connection, self._sent = websocket, next(_connections), 0
+        self._tell("connected")
         try:
-            await self._panel.command("set_block", label=label, value=self._field.value, version=version)
-        except RemoteError as error:
-            if error.code != "conflict":
-                self._said.value = f'<div class="memws-bad">{escaped(error)}</div>'
-                return
-            self.block = {**self.block, "value": error.details["value"], "version": error.details["version"]}
-            self._show()
-            self._tell_conflict()
-        else:
-            self._end()
-            await self._panel.refresh_memory()
+            with contextlib.suppress(ConnectionClosed):
+                async for text in websocket:
+                    self._gather(str(text))
+        finally:
+            self._websocket = None
+            await websocket.close()
 
+    def _gather(self, text: str) -> None:
+        if not self._frames:
+            asyncio.get_running_loop().call_later(BATCH, self._flush)
+        self._frames.append(text)
+        if '"type":"agent_response_e' in text:
+            self._ended()
 
-class MemoryTab:
-    """Core memory: the blocks with their counts, edited in place."""
+    def _flush(self) -> None:
+        frames, self._frames = self._frames, []
+        self._sent += 1
+        self._tell(frames=frames)
 
-    title, needs = "Memory", "get_agent"
-
-    def __init__(self, panel: Panel) -> None:
-        self._panel = panel
-        self._editors: dict[str, BlockEditor] = {}
-        self._counts = panel.widgets.HTML()
-        self.box = panel.widgets.VBox([self._counts])
-
-    def take(self, agent: Frame | None) -> None:
-        """What get_agent told; None: there is no agent."""
-        blocks = agent["blocks"] if agent else []
-        if [block["label"] for block in blocks] != list(self._editors):
-            for editor in self._editors.values():
-                close_widget(editor.box)
-            self._editors = {block["label"]: BlockEditor(self._panel, block) for block in blocks}
-            self.box.children = (self._counts, *(editor.box for editor in self._editors.values()))
-        for block in blocks:
-            self._editors[block["label"]].take(block, f"{datetime.datetime.now().astimezone():%H:%M}")
-        counts = agent["counts"] if agent else {}
-        told = f"recall memory {counts.get('messages', 0):,} messages · "
-        told += f"archival memory {counts.get('passages', 0):,} passages"
-        self._counts.value = f'<div class="memws-label">{told}</div>' if agent else ""
-
-    def clear(self) -> None:
-        self.take(None)
-
-
-class ContextTab:
-    """What the model gets: the present context, or the exact request of a step with the answer that came."""
-
-    title, needs = "Context", "get_context"
-
-    def __init__(self, panel: Panel) -> None:
-        w = panel.widgets
-        self._panel = panel
-        self._pick = classed(w.Dropdown(options=[("now", "")]), "memws-wide")
-        self._show = w.Button(description="show")
-        self._out = w.HTML()
-        self.box = w.VBox([classed(w.HBox([self._pick, self._show]), "memws-row"), self._out])
-        panel.on_click(self._show, self.selected)
-        self._pick.observe(lambda change: panel.from_user(self._chosen), "value")
-
-    def selected(self) -> None:
-        """The user looks here: offer the steps known by now."""
-        steps = list(reversed(self._panel.transcript.steps)) if "get_request" in self._panel.commands else []
-        options = [("now", ""), *((f"{clock_time(time, seconds=True)} step {step}", f"{step} {turn_id}")
-                                  for turn_id, step, time in steps)]  # fmt: skip
-        if tuple(options) != tuple(self._pick.options):
-            value = self._pick.value
-            self._pick.options = options
-            self._pick.value = value if value in [each for _, each in options] else ""
-        self._chosen()
-
-    def _chosen(self) -> None:
-        if self._panel.agent_name:
-            self._panel.spawn(self._load(self._pick.value or ""))
-
-    async def _load(self, choice: str) -> None:
-        if not choice:
-            context = await self._panel.command("get_context")
-            parts = [(f"{part['name'].replace('_', ' ')} · {part['tokens']:,} tokens", part["text"])
-                     for part in context["sections"] if part["tokens"]]  # fmt: skip
-            self._out.value = self._listed(f"{context['used']:,} of {context['window']:,} tokens", parts)
-            return
-        step, _, turn_id = choice.partition(" ")
-        found = await self._panel.command("get_request", turn_id=turn_id, step=int(step))
-        parts = [(f"{message.get('role')} · {len(encode_json(message)):,} characters", message)
-                 for message in found["request"].get("messages", [])]  # fmt: skip
-        rest = {key: value for key, value in found["request"].items() if key != "messages"}
-        usage = found.get("usage") or {}
-        told = f"{usage.get('input_tokens', '?')} tokens in, {usage.get('output_tokens', '?')} out, "
-        told += f"first token after {found.get('first_token_ms')} ms, all after {found.get('total_ms')} ms"
-        self._out.value = self._listed(told, [*parts, ("settings and tools", rest), ("answer", found["response"])])
-
-    def _listed(self, told: str, parts: list[tuple[str, Any]]) -> str:
-        folds = []
-        for title, content in parts:
-            text = content if isinstance(content, str) else pretty(content)
-            folds.append(fold_html("tool", escaped(title), f'<div class="memws-code">{escaped(text)}</div>'))
-        return f'<div class="memws-label">{escaped(told)}</div>{"".join(folds)}'
-
-    def clear(self) -> None:
-        self._out.value = ""
-
-
-def pretty(value: Any, indent: str = "") -> str:
-    """A JSON value for people: a line for each field, texts as they are."""
-    if isinstance(value, dict):
-        pairs = [(f"{key}:", item) for key, item in value.items()]
-    elif isinstance(value, list):
-        pairs = [("-", item) for item in value]
-    else:
-        return value if isinstance(value, str) else encode_json(value)
-    lines = []
-    for key, item in pairs:
-        nested = isinstance(item, (dict, list)) and item
-        lines.append(f"{indent}{key}{chr(10) if nested else ' '}{pretty(item, indent + '  ')}")
-    return "\n".join(lines) or encode_json(value)
-
-
-class SearchTab:
-    """Recall and archival memory: texts with dates and scores, page by page."""
-
-    title, needs = "Search", "search_memory"
-
-    def __init__(self, panel: Panel) -> None:
-        w = panel.widgets
-        self._panel = panel
-        self._query, self._page, self._pages = "", 1, 0
-        self._store = w.Dropdown(options=["all", "recall", "archival"], layout={"width": "100px"})
-        self._field = classed(w.Text(placeholder="Words to look for"), "memws-field")
-        narrow = {"layout": {"width": "190px"}, "style": {"description_width": "32px"}}
-        self._from, self._to = (w.DatePicker(description=name, **narrow) for name in ("from", "to"))
-        find, self._back, self._next = (w.Button(description=name) for name in ("find", "‹", "›"))
-        self._told, self._out = w.HTML(), w.HTML()
-        Entry(panel, [self._field], find, self._find, clears=False)
-        panel.on_click(self._back, lambda: self._turn(-1))
-        panel.on_click(self._next, lambda: self._turn(1))
-        contents = ([self._store, self._field, find], [self._from, self._to], [self._back, self._told, self._next])
-        rows = [classed(w.HBox(content), "memws-row") for content in contents]
-        self._row = rows[-1]
-        self.box = w.VBox([*rows, self._out])
-        self.clear()
-
-    def clear(self) -> None:
-        show(self._row, False)
-        self._out.value = '<div class="memws-note">Everything ever said, and what the agent chose to keep.</div>'
-
-    def _find(self, query: str) -> None:
-        self._query, self._page = query, 1
-        self._turn(0)
-
-    def _turn(self, by: int) -> None:
-        self._page += by
-        if self._panel.agent_name:
-            self._panel.spawn(self._search())
-
-    async def _search(self) -> None:
-        days = {"from": self._from.value, "to": self._to.value}
-        found = await self._panel.command(
-            "search_memory", query=self._query, store=self._store.value, page=self._page,
-            **{key: f"{day:%Y-%m-%d}" for key, day in days.items() if day},
-        )  # fmt: skip
-        self._back.disabled, self._next.disabled = self._page <= 1, self._page >= found["pages"]
-        self._told.value = f"{found['total']:,} found, page {self._page} of {max(found['pages'], 1)}"
-        show(self._row, True)
-        self._out.value = "".join(map(self._result, found["items"])) or '<div class="memws-note">Nothing found.</div>'
-
-    def _result(self, item: Frame) -> str:
-        moment = datetime.datetime.fromisoformat(item["time"]).astimezone()
-        about = f"{moment:%Y-%m-%d %H:%M} · {item['store']} · {item.get('role') or 'passage'} · {item['score']:.2f}"
-        return f'<div class="memws-tool"><div class="memws-label">{escaped(about)}</div>{text_html(item["text"])}</div>'
-
-
-class FramesTab:
-    """The raw protocol: the last frames in both directions."""
-
-    title, needs = "Frames", ""
-
-    def __init__(self, panel: Panel) -> None:
-        w = panel.widgets
-        self._panel = panel
-        self._frames: collections.deque[tuple[float, str, str]] = collections.deque(maxlen=FRAMES)
-        self._size = 0
-        self._pause = w.ToggleButton(description="pause")
-        self._save = w.Button(description="save")
-        self._told, self._out = w.HTML(), w.HTML()
-        self.box = w.VBox([classed(w.HBox([self._pause, self._save, self._told]), "memws-row"), self._out])
-        self._timer: asyncio.TimerHandle | None = None
-        self._looked_at = False
-        self._pause.observe(lambda change: panel.from_user(self._draw), "value")
-        panel.on_click(self._save, lambda: panel.spawn(self._write()))
-
-    def clear(self) -> None:
-        """Frames are the connection's, not the agent's: they stay."""
-
-    def record(self, direction: str, text: str) -> None:
-        """Keep a frame; it is drawn twice a second while somebody looks."""
-        if self._pause.value:
-            return
-        if len(self._frames) == FRAMES:
-            self._size -= len(self._frames[0][2])
-        self._frames.append((time.time(), direction, text))
-        self._size += len(text)
-        while self._size > FRAMES_SIZE and len(self._frames) > 1:
-            self._size -= len(self._frames.popleft()[2])
-        if self._looked_at and self._timer is None:
-            self._timer = self._panel.loop.call_later(0.5, self._draw)
-
-    def selected(self, here: bool = True) -> None:
-        self._looked_at = here
-        if here:
-            self._draw()
-
-    def _draw(self) -> None:
-        self._timer = None
-        paused = self._pause.value
-        self._told.value = f"{len(self._frames)} frames, the newest first" + ("; open one" if paused else "")
-        self._out.value = "".join(self._line(*frame, paused) for frame in reversed(self._frames))
-
-    def _line(self, moment: float, direction: str, text: str, whole: bool) -> str:
-        arrow = "→" if direction == "sent" else "←"
-        frame = decode_json(text)
-        kind = frame.get("message_type") or frame.get("command") or frame["type"]
-        at = time.strftime("%H:%M:%S", time.localtime(moment))
-        line = f"{escaped(f'{arrow} {at} ')}<b>{escaped(kind)}</b>{escaped(f' {len(text.encode()):,} B {text[:160]}')}"
-        if not whole:
-            return f'<div class="memws-frame">{line}</div>'
-        body = pretty(frame) if len(text) < 20_000 else text[:20_000] + " …"
-        return fold_html("frame", line, f'<div class="memws-code">{escaped(body)}</div>')
-
-    async def _write(self) -> None:
-        """Save the frames beside the notebook, a line each."""
-        name = f"memws-frames-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.jsonl"
-        lines = [encode_json({"time": moment, "direction": direction, "frame": decode_json(text)}) + "\n"
-                 for moment, direction, text in self._frames]  # fmt: skip
-        with os.fdopen(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.writelines(lines)
-        self._told.value = f"saved as {escaped(name)}"
-
-
-class AgentForm:
-    """What a new agent is made of."""
-
-    def __init__(self, panel: Panel) -> None:
-        w = panel.widgets
-        self._panel = panel
-        wide = {"layout": {"width": "auto"}, "style": {"description_width": "110px"}}
-        self._name = w.Text(description="name", placeholder="made up when empty", **wide)
-        self._persona = w.Textarea(description="persona", placeholder="who it is; empty: Sam, curious and warm", **wide)
-        self._human = w.Textarea(description="human", placeholder="what it knows about you from the start", **wide)
-        self._model = w.Combobox(description="model", placeholder="the server's default", **wide)
-        self._window = w.Text(description="context window", placeholder="tokens; empty: the model's", **wide)
-        self._create, self._cancel = w.Button(description="create"), w.Button(description="cancel")
-        self._said = w.HTML()
-        fields = [self._name, self._persona, self._human, self._model, self._window]
-        buttons = classed(w.HBox([self._create, self._cancel, self._said]), "memws-row")
-        self.box = classed(w.VBox([*fields, buttons]), "memws-form")
-        panel.on_click(self._create, lambda: panel.spawn(self._make()))
-        panel.on_click(self._cancel, lambda: show(self.box, False))
-        show(self.box, False)
-
-    def open(self, name: str = "", models: Iterable[str] = ()) -> None:
-        """Offer to create an agent."""
-        if name:
-            self._name.value = name
-        self._model.options = tuple(models)
-        self._said.value = ""
-        show(self.box, True)
-
-    async def _make(self) -> None:
-        await asyncio.sleep(SETTLE)  # texts may come after the click
-        fields = {"name": self._name, "persona": self._persona, "human": self._human, "model": self._model}
-        config: Frame = {key: text for key, field in fields.items() if (text := field.value.strip())}
-        try:
-            if window := re.sub(r"[\s,._]", "", self._window.value):
-                config["context_window"] = int(window)
-            created = await self._panel.command("create_agent", config=config)
-        except (RemoteError, ValueError) as error:
-            text = str(error) if isinstance(error, RemoteError) else "context window: expected a number of tokens"
-            self._said.value = f'<div class="memws-bad">{escaped(text)}</div>'
-            return
-        show(self.box, False)
-        for text_field in (self._name, self._persona, self._human):
-            text_field.value = ""
-        await self._panel.open_agent(created["agent_name"], created.get("warnings", ()))
+    def _tell(self, state: str | None = None, **more: Any) -> None:
+        self._state = state or self._state
+        about = {"session": self._session, "ack": self._taken, "state": self._state}
+        self._post({**about, "connection": self._connection, "sent": self._sent, **more})
 
 
 class Panel:
@@ -6383,9 +6851,8 @@ class Panel:
     It is a client of the server at `url` and works with any; show it as the last line of a cell. agent: who to talk to
     (None: the one that was active last). compact: the conversation alone. static: keep a plain copy of the conversation
     in the notebook, for reading it without a kernel. A panel replaces an earlier one of the same `name` (by default the
-    agent's). Everything but the widgets lives on a loop of its own daemon thread, which alone changes what is shown: so
-    the panel goes on while a cell is busy. Callbacks of widgets come on any thread, and only hand over.
-    Raises UsageError where ipywidgets is missing.
+    agent's). It shows the server's page: through anywidget, whose widget is `ui`, wherever the notebook works; without
+    that package (`ui` is None) in a frame, where the browser reaches the server. Raises UsageError for a bad token.
     """
 
     def __init__(
@@ -6396,527 +6863,143 @@ class Panel:
         static: bool = True,
         token: str | None = None,
         name: str | None = None,
-        *,
-        widgets: Any = None,
     ) -> None:
-        self.widgets = widgets if widgets is not None else import_ipywidgets()
         self.name = name or agent or "main"
-        self.agent_name: str | None = None
-        "The agent that is shown."
-        self.commands: list[str] = []
-        "What the server can do."
-        self.transcript = Transcript("")
-        self.loop = asyncio.new_event_loop()
-        self._wanted = agent
-        self._compact = compact
-        self._client = Client(url, token, reconnect=True, on_state=self._heard, on_frame=self._framed)
-        self._about: Frame = {}
-        self._online = False
-        self._trouble = "connecting"
-        self._lost_at = ""
-        self._turn_since = 0.0
-        self._shown_seq = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._follower: asyncio.Task[None] | None = None
-        self._flush_timer: asyncio.TimerHandle | None = None
-        self._tick_timer: asyncio.TimerHandle | None = None
-        self._opening: asyncio.Lock | None = None
-        self._ready = threading.Event()
-        self._mark = f"memws-static-{secrets.token_hex(6)}" if static else ""
+        self._client = Client(url, token)
+        self._agent, self._static = agent, static
+        self._pipes: dict[str, Pipe] = {}
+        self._said: list[asyncio.Task[Any]] = []
         self._copies: list[Any] = []
-        self._copied_at = float("-inf")
-        self._build()
-        self._thread = threading.Thread(target=self._run, name=f"memws-panel-{self.name}", daemon=True)
+        self._copying: asyncio.Task[None] | None = None
+        self._mark = f"memws-static-{secrets.token_hex(6)}"
         former = live_panels().pop((__name__, self.name), None)
         if former is not None:
             former.close()
         live_panels()[__name__, self.name] = self
-        self._thread.start()
+        self._lock = asyncio.Lock()
+        self._thread = LoopThread(f"memws-panel-{self.name}")
+        self.ui = make_widget(agent or "", compact, self._mark)
+        if self.ui is not None:
+            self.ui.on_msg(lambda widget, content, buffers: self._call_soon(self._hear, content))
+            # ipykernel 7.4 would send what comes where our thread's messages seem to come from: to the busy cell.
+            self.ui.comm._reply_subshell_for = None
+            self.ui.observe(lambda change: setattr(self, "_agent", change["new"]), "agent")
 
     def __repr__(self) -> str:
         return f"<memws.Panel {self.name!r} of {self._client.url}>"
 
-    # -- for the cell --
-
-    def _ipython_display_(self, **options: Any) -> None:
-        """Show the widgets and, hidden by them, the static copy; called by the notebook."""
-        display = import_display()
-        self._ready.wait(3.0)  # so that the copy that is saved has the history
-        view = {"version_major": 2, "version_minor": 0, "model_id": self.ui.model_id}
-        plain = "memws panel (needs a running kernel)"
-        display.display({"application/vnd.jupyter.widget-view+json": view, "text/plain": plain}, raw=True)
-        if self._mark:
-            self._copies.append(display.display(display.HTML(self.static_html()), display_id=secrets.token_hex(8)))
-
     def send(self, text: str) -> None:
         """Say something to the agent, as if it had been typed; returns at once."""
-        self.from_user(self._say, text)
+        self._call_soon(lambda: self._said.append(asyncio.create_task(self._say(text))))
 
     def wait(self, seconds: float = 10.0) -> None:
-        """Wait until all that was said so far is shown and in the static copy, as at the end of a notebook that runs
-        without a browser. Raises TimeoutError."""
-        done = asyncio.run_coroutine_threadsafe(self._catch_up(), self.loop)
-        try:
-            done.result(seconds)
-        finally:
-            done.cancel()
+        """Wait until all that was said so far is answered and in the static copy, as at the end of a notebook that runs
+        without a browser. Raises TimeoutError, and what hindered a message of `send` from being answered."""
+        self._thread.call(self._settle, seconds)
 
     def close(self) -> None:
-        """Close connection, thread and widgets; the static copy stays."""
+        """Close connections, thread and widget; the static copy stays."""
         if live_panels().get((__name__, self.name)) is self:
             del live_panels()[__name__, self.name]
-        with contextlib.suppress(RuntimeError):  # closed already
-            self.loop.call_soon_threadsafe(self.loop.stop)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(3.0)
-        for widget in (self.ui, self._field, self._area, self._right, *(tab.box for tab in self._tabs.values())):
-            close_widget(widget)
+        self._thread.stop()
+        for widget in (self.ui, self.ui.layout) if self.ui is not None else ():
+            widget.close()
 
     def static_html(self) -> str:
         """The conversation as HTML that needs no kernel, no style sheet and no script."""
-        parts, size = [], 0
-        for item in reversed(self.transcript.turns(STATIC_TURNS)):
-            part = item.html()
-            size += len(part)
-            if size > FOLDED_SIZE:
-                parts.append("<p>…</p>")
-                break
-            parts.append(part)
-        told = f"memws · {escaped(self.agent_name or 'no agent')} · the conversation as it was saved"
-        body = "".join(reversed(parts)) or "<p>Nothing was said yet.</p>"
-        return f'<div class="memws-static {self._mark}">{PANEL_STYLE}<p><b>{told}</b></p>{body}</div>'
+        return self._thread.call(self._copy)
 
-    # -- threads --
+    def _ipython_display_(self, **options: Any) -> None:
+        """Show the widget and, hidden by it, the static copy; called by the notebook."""
+        import IPython.display as notebook
 
-    def from_user(self, handler: Callable[..., Any], *arguments: Any) -> None:
-        """Call a handler on the panel's loop, unless it was the panel itself that changed the widget."""
-        if threading.current_thread() is not self._thread:
-            with contextlib.suppress(RuntimeError):  # the panel was closed
-                self.loop.call_soon_threadsafe(handler, *arguments)
+        if self.ui is None:
+            notebook.display({"text/html": self._frame()}, raw=True)
+            return
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.ui.model_id}
+        plain = "memws panel (needs a running kernel)"
+        notebook.display({"application/vnd.jupyter.widget-view+json": view, "text/plain": plain}, raw=True)
+        if self._static:
+            copy = {"text/html": self.static_html()}
+            self._copies.append(notebook.display(copy, raw=True, display_id=secrets.token_hex(8)))
 
-    def on_click(self, button: Any, handler: Callable[[], Any]) -> None:
-        """Let a button call a handler on the panel's loop."""
-        button.on_click(lambda _: self.from_user(handler))
+    def _frame(self) -> str:
+        address = html.escape(page_address(self._client.url))
+        style = "width: 100%; height: 600px; border: 1px solid #8886; border-radius: 12px"
+        told = f'This is <a href="{address}">{address}</a>; <code>pip install anywidget</code> shows the panel itself.'
+        return f'<p>{told}</p><iframe src="{address}" title="memws" style="{style}"></iframe>'
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """A task whose failure is shown in the panel."""
-        task = self.loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
+    # -- on the panel's loop --
 
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if isinstance(error, MemwsError):
-            self._tell(str(error))
-        elif error is not None:
-            logger.error("panel: %r", error, exc_info=error)
-            self._tell(f"this failed: {error!r}")
+    def _call_soon(self, function: Callable[..., Any], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the panel was closed
+            self._thread.loop.call_soon_threadsafe(function, *arguments)
 
-    def _run(self) -> None:
-        """The panel's thread."""
-        asyncio.set_event_loop(self.loop)
-        self._opening = asyncio.Lock()
-        try:
-            self._tick()
-            self.spawn(self._connect())
-            self.loop.run_forever()
-            for task in self._tasks:
-                task.cancel()
-            self.loop.run_until_complete(asyncio.gather(*self._tasks, return_exceptions=True))
-            self.loop.run_until_complete(self._client.close())
-        finally:
-            self.loop.close()
+    def _hear(self, content: Frame) -> None:
+        """A browser view says something."""
+        session = content["session"]
+        pipe = self._pipes.pop(session, None) or Pipe(session, self._client, self.ui.send, self._copy_soon)
+        self._pipes[session] = pipe  # the last heard of comes last
+        pipe.take(content)
+        if content.get("over") or len(self._pipes) > MAX_PIPES:
+            gone = session if content.get("over") else next(iter(self._pipes))
+            self._pipes.pop(gone).task.cancel()
 
-    # -- widgets --
+    async def _connected(self) -> str:
+        """The agent that is shown, once there is a connection of our own. Raises ConnectFailed, UnknownAgent."""
+        async with self._lock:
+            await self._client.connect()
+        if self._agent is None:
+            agents = (await self._ask("list_agents"))["agents"]
+            return str(max(agents, key=lambda each: each["last_active"] or "")["agent_name"]) if agents else ""
+        return self._agent
 
-    def _build(self) -> None:
-        w = self.widgets
-        self._status = classed(w.HTML(), "memws-status")
-        self._model = classed(w.HTML(), "memws-model")
-        self._agents = w.Dropdown(description="agent", layout={"width": "240px"}, style={"description_width": "45px"})
-        self._new, self._reload = w.Button(description="new…"), w.Button(description="reload")
-        self._bar = classed(w.HTML(), "memws-context")
-        self._log = Log(w)
-        self._field = classed(w.Text(placeholder="Message"), "memws-field")
-        self._area = classed(w.Textarea(placeholder="Message"), "memws-field")
-        self._send = w.Button(description="Send", button_style="primary")
-        self._stop = w.Button(description="Stop", disabled=True)
-        self._said = w.HTML()
-        boxes = {"monologue": True, "tools": True, "multi-line": False}
-        toggles = [w.Checkbox(value=value, description=name, indent=False) for name, value in boxes.items()]
-        self._form = AgentForm(self)
-        self._row = classed(w.HBox([self._field, self._send, self._stop]), "memws-row")
-        below = classed(w.HBox(toggles), "memws-row")
-        left = classed(w.VBox([self._log.box, self._row, below, self._said]), "memws-left")
-        kinds: tuple[Any, ...] = () if self._compact else (MemoryTab, ContextTab, SearchTab, FramesTab)
-        self._tabs = {kind.title: kind(self) for kind in kinds}
-        self._tab = w.Tab()
-        self._right = classed(w.VBox([self._tab]), "memws-right")
-        columns = classed(w.HBox([left, *([self._right] if self._tabs else [])]), "memws-columns")
-        show(self._right, False)
-        style = PANEL_STYLE + (f"<style>.{self._mark} {{ display: none; }}</style>" if self._mark else "")
-        top = classed(w.HBox([self._status, self._model, self._agents, self._new, self._reload]), "memws-top")
-        self.ui = classed(w.VBox([w.HTML(style), top, self._form.box, self._bar, columns]), "memws-panel")
-        self._connect_widgets(toggles)
-
-    def _connect_widgets(self, toggles: list[Any]) -> None:
-        Entry(self, [self._field, self._area], self._send, self._say)
-        self.on_click(self._stop, lambda: self.spawn(self._cancel()))
-        self.on_click(self._new, lambda: self._form.open(models=self._about.get("models", ())))
-        self.on_click(self._reload, lambda: self.spawn(self._reload_all()))
-        self._agents.observe(lambda change: self.from_user(self._chosen, change["new"]), "value")
-        self._tab.observe(lambda change: self.from_user(self._looked), "selected_index")
-        handlers = (self._hide("monologue"), self._hide("tool"), self._many_lines)
-        for toggle, handler in zip(toggles, handlers, strict=True):
-            toggle.observe(lambda change, handler=handler: self.from_user(handler, change["new"]), "value")
-
-    def _hide(self, kind: str) -> Callable[[bool], None]:
-        def hide(shown: bool) -> None:
-            (self._log.box.remove_class if shown else self._log.box.add_class)(f"memws-hide-{kind}")
-
-        return hide
-
-    def _many_lines(self, many: bool) -> None:
-        former, field = (self._field, self._area) if many else (self._area, self._field)
-        field.value = former.value
-        self._row.children = (field, self._send, self._stop)
-
-    def _looked(self) -> None:
-        shown = list(self._tabs.values())[self._tab.selected_index or 0] if self._tabs else None
-        for tab in self._tabs.values():
-            if isinstance(tab, FramesTab):
-                tab.selected(tab is shown)
-        if isinstance(shown, ContextTab):
-            shown.selected()
-
-    def _tell(self, text: str) -> None:
-        """Show a sentence below the field; the next one replaces it."""
-        self._said.value = f'<div class="memws-note memws-bad">{escaped(text)}</div>' if text else ""
-
-    # -- the connection --
-
-    async def _connect(self) -> None:
-        """Find the server, however long that takes, and greet it."""
-        delay = RECONNECT_DELAY
-        while True:
-            try:
-                await self._client.connect()
-                break
-            except ConnectFailed as failure:
-                self._go_offline(str(failure))
-                self._ready.set()
-                if failure.status in (401, 403):
-                    return
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, RECONNECT_DELAY_MAX)
-        await self._greet()
-
-    async def _greet(self) -> None:
-        """Learn what the server can do, and open the agent; after a reconnect the client follows it again by itself."""
-        self._online = True
-        self._show_state()
-        try:
-            self._about = await self._client.hello(["*"])
-            self.commands = self._about.get("commands", [])
-            self._show_tabs()
-            if self.agent_name in [agent["agent_name"] for agent in await self._list_agents()]:
-                await self.refresh_memory()
-            else:
-                await self._open_first()
-        except ConnectionLost:
-            pass  # greeted again when it is back
-        finally:
-            self._show_state()
-            self._ready.set()
-
-    async def _open_first(self) -> None:
-        """The agent that was asked for, or was shown before the connection broke; else the one active last."""
-        agents = await self._list_agents()
-        names = [agent["agent_name"] for agent in agents]
-        wanted = self.agent_name or self._wanted
-        if wanted is None and agents:
-            wanted = max(agents, key=lambda agent: agent.get("last_active") or "")["agent_name"]
-        if wanted in names and wanted is not None:
-            await self.open_agent(wanted)
-        else:
-            self._show_no_agent(f"There is no agent {wanted!r} yet." if wanted else "There is no agent yet.")
-            self._form.open(wanted or "sam", self._about.get("models", ()))
-
-    def _heard(self, state: str) -> None:
-        """The client tells of its connection."""
-        if state == "lost":
-            self._lost_at = time.strftime("%H:%M:%S")
-            self._go_offline("the server does not answer; trying again")
-        elif state == "failed":
-            self._go_offline("the server refuses this panel; run the cell again")
-        else:
-            lost, back = self._lost_at, time.strftime("%H:%M:%S")
-            self.transcript.note(f"connection lost at {lost}, back at {back}", "memws-warn")
-            self._changed()
-            self.spawn(self._greet())
-
-    def _go_offline(self, trouble: str) -> None:
-        self._online, self._trouble = False, trouble
-        self._show_state()
-
-    def _framed(self, direction: str, text: str) -> None:
-        if frames := self._tabs.get(FramesTab.title):
-            frames.record(direction, text)
-
-    async def command(self, command: str, **arguments: Any) -> Frame:
-        """Send a command; for the agent that is shown, where the command is one agent's."""
-        if command not in ("create_agent", "list_agents", "hello"):
-            arguments["agent_name"] = self.agent_name
-        return await self._client.command(command, **arguments)
-
-    # -- the agent --
-
-    async def _list_agents(self) -> list[Frame]:
-        """Offer the agents there are."""
-        agents: list[Frame] = []
-        while True:
-            after = {"after": agents[-1]["agent_name"]} if agents else {}
-            page = await self._client.command("list_agents", **after)
-            agents += page["agents"]
-            if not page["agents"] or len(agents) >= page["total"]:
-                break
-        names = [agent["agent_name"] for agent in agents]
-        if list(self._agents.options) != names:
-            self._agents.options = names
-            self._agents.value = self.agent_name if self.agent_name in names else None
-        return agents
-
-    async def _reload_all(self) -> None:
-        await self._list_agents()
-        if self.agent_name:
-            await self.open_agent(self.agent_name)
-
-    def _chosen(self, name: str | None) -> None:
-        if name and name != self.agent_name:
-            self.spawn(self.open_agent(name))
-
-    async def open_agent(self, name: str, warnings: Iterable[str] = ()) -> None:
-        """Show an agent: its recent history, then what happens."""
-        assert self._opening is not None
-        async with self._opening:
-            if self._follower is not None:
-                self._follower.cancel()
-                await asyncio.wait([self._follower])
-                with contextlib.suppress(MemwsError):
-                    await self._client.unsubscribe(self.agent_name)
-            loaded = await self._client.load_agent(name)
-            self.agent_name = loaded["agent_name"]
-            self.transcript = Transcript(loaded["agent_name"])
-            self._log.clear(f'<div class="memws-empty">Say hello to <b>{escaped(self.agent_name)}</b>.</div>')
-            for tab in self._tabs.values():
-                tab.clear()
-            last_seq = loaded["last_seq"]
-            subscription = self._client.subscribe(self.agent_name, max(0, last_seq - HISTORY))
-            caught_up = asyncio.Event()
-            self._follower = self.spawn(self._follow(subscription, last_seq, caught_up))
-            if self.agent_name not in self._agents.options:
-                await self._list_agents()
-            self._agents.value = self.agent_name
-            for warning in (*warnings, *loaded.get("repaired", ()), *loaded.get("warnings", ())):
-                self.transcript.note(warning, "memws-warn")
-            await self._show_context()
-            await self.refresh_memory()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(caught_up.wait(), 3.0)
-            self._flush()
-            self._show_state()
-
-    async def _follow(self, subscription: Stream, last_seq: int, caught_up: asyncio.Event) -> None:
-        """Show an agent's events as they come."""
-        try:
-            if last_seq == 0:
-                caught_up.set()
-            async for event in subscription:
-                try:
-                    self._take(event)
-                except Exception:  # one event of a later server must not end the view of all others
-                    logger.exception("panel: event not shown: %.200r", event)
-                if event.get("seq", 0) >= last_seq:
-                    caught_up.set()
-        except RemoteError as error:
-            self._show_no_agent(str(error))
-        finally:
-            caught_up.set()
-
-    def _take(self, event: Frame) -> None:
-        self._shown_seq = event.get("seq", self._shown_seq)
-        kind = event.get("message_type") or event["type"]
-        was = self.transcript.running
-        self.transcript.take(event)
-        if self.transcript.running != was:
-            self._turn_since = self.loop.time()
-            self._show_state()
-        if kind == "context":
-            self._bar.value = bar_html(event["sections"], event["used"], event["window"], event.get("warning", ""))
-        elif kind == "memory_change" or (kind == "agent_response_end" and self._tabs):
-            self._soon("memory", MEMORY_INTERVAL, self.refresh_memory)
-        elif kind == "agent_change":
-            self.spawn(self._agent_changed(event))
-        if kind in ("agent_response_end", "agent_response_error"):
-            self._flush()
-            self._soon("copies", self._copied_at + COPY_INTERVAL - self.loop.time(), self._update_copies)
-        else:
-            self._changed()
-
-    async def _agent_changed(self, event: Frame) -> None:
-        """Somebody renamed, deleted or updated the agent."""
-        if event.get("change") == "renamed":
-            self.agent_name = self.transcript.agent_name = event["new_name"]
-        elif event.get("change") == "deleted":
-            self._show_no_agent("The agent was deleted.")
-        await self._list_agents()
-
-    def _show_no_agent(self, text: str) -> None:
-        self.agent_name = None
-        self.transcript = Transcript("")
-        self._log.clear(f'<div class="memws-empty">{escaped(text)} Create one, or choose one above.</div>')
-        self._bar.value = ""
-        for tab in self._tabs.values():
-            tab.clear()
-        self._show_state()
-
-    async def _catch_up(self) -> None:
-        """Wait for the events that the server has stored by now, and for the end of a running turn."""
+    async def _ask(self, command: str, **arguments: Any) -> Frame:
+        """The answer to a command, after a reconnect where the connection breaks."""
         while True:
             with contextlib.suppress(ConnectionLost):
-                last = {agent["agent_name"]: agent["last_seq"] for agent in await self._list_agents()}
-                if self._shown_seq >= last.get(self.agent_name, 0) and self.transcript.running is None:
-                    break
-            await asyncio.sleep(FLUSH_INTERVAL)
-        self._flush()
+                return await self._client.command(command, **arguments)
+            await asyncio.sleep(RECONNECT_DELAY)
+
+    async def _say(self, text: str) -> str:
+        return await self._client.ask(text, await self._connected())
+
+    async def _settle(self, seconds: float) -> None:
+        async with asyncio.timeout(seconds):
+            said, self._said = self._said, []
+            await asyncio.gather(*said)
+            if name := await self._connected():
+                events = self._client.subscribe(name)  # before the look, so that no end is missed
+                while (await self._ask("get_agent", agent_name=name))["turn"]:
+                    while (await anext(events))["type"] not in TERMINAL_TYPES:
+                        pass
+                await self._ask("unsubscribe", agent_name=name)
+            await self._update_copies()
+
+    async def _copy(self) -> str:
+        """The static copy, which says so where there is nothing to show."""
+        try:
+            async with asyncio.timeout(COPY_PATIENCE):
+                name = await self._connected()
+                found = await self._ask("get_messages", agent_name=name, limit=STATIC_MESSAGES)
+            text = static_page(name, found["messages"])
+        except (MemwsError, TimeoutError) as error:
+            text = f"<p>memws: {html.escape(str(error) or 'the server does not answer')}</p>"
+        return f'<div class="memws-static {self._mark}">{text}</div>'
+
+    def _copy_soon(self) -> None:
+        """Once for all turns of a second."""
+        if self._copies and (self._copying is None or self._copying.done()):
+            self._copying = asyncio.create_task(self._copy_later())
+
+    async def _copy_later(self) -> None:
+        await asyncio.sleep(COPY_INTERVAL)
         await self._update_copies()
 
-    async def _show_context(self) -> None:
-        if "get_context" in self.commands:
-            context = await self.command("get_context")
-            self._bar.value = bar_html(context["sections"], context["used"], context["window"])
-
-    def _soon(self, name: str, seconds: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Do what takes longer than a turn may, once for all turns of the next seconds."""
-
-        async def later() -> None:
-            await asyncio.sleep(seconds)
-            with contextlib.suppress(ConnectionLost):
-                await work()
-
-        if not any(task.get_name() == name for task in self._tasks):
-            self.spawn(later()).set_name(name)
-
-    async def refresh_memory(self) -> None:
-        """Show core memory as it is now, and whether a turn runs that began before this panel."""
-        if self.agent_name is None or "get_agent" not in self.commands:
-            return
-        agent = await self.command("get_agent")
-        if tab := self._tabs.get(MemoryTab.title):
-            tab.take(agent)
-        if agent.get("turn") and self.transcript.running is None:
-            self.transcript.running, self.transcript.step = agent["turn"]["turn_id"], agent["turn"]["step"]
-            self._turn_since = self.loop.time()
-
-    # -- talking --
-
-    def _say(self, text: str) -> None:
-        """Send what the user wrote."""
-        if self.agent_name is None:
-            self._tell("no agent yet: choose or create one")
-            return
-        self._tell("")
-        try:
-            turn = self._client.send(text, self.agent_name)
-        except MemwsError as error:
-            self._tell(str(error))
-            return
-        self.transcript.send(turn.turn_id, text)
-        self._changed()
-        self.spawn(self._await_turn(turn, self.transcript))
-
-    async def _await_turn(self, turn: Stream, transcript: Transcript) -> None:
-        """The subscription shows the turn; only a refusal comes here alone."""
-        try:
-            async for event in turn:
-                if event["type"] in ("agent_response_error", "server_error") and event.get("seq") is None:
-                    transcript.refuse(turn.turn_id, str(event["message"]))
-                elif event.get("message_type") == "queue":
-                    transcript.take(event)
-        except MemwsError as error:
-            transcript.refuse(turn.turn_id, str(error))
-        self._changed()
-
-    async def _cancel(self) -> None:
-        await self.command("cancel")
-
-    # -- what is shown --
-
-    def _changed(self) -> None:
-        """The transcript has changed: show that soon."""
-        if self._flush_timer is None:
-            self._flush_timer = self.loop.call_later(FLUSH_INTERVAL, self._flush)
-
-    def _flush(self) -> None:
-        if self._flush_timer is not None:
-            self._flush_timer.cancel()
-            self._flush_timer = None
-        changed, self.transcript.changed = self.transcript.changed, {}
-        self._log.update(changed)
-
     async def _update_copies(self) -> None:
-        if self._copies:
-            self._copied_at = self.loop.time()
-            copy = import_display().HTML(self.static_html())
-            for handle in self._copies:
-                handle.update(copy)
-
-    def _show_tabs(self) -> None:
-        """Tabs whose command the server has."""
-        for title, tab in list(self._tabs.items()):
-            if tab.needs and tab.needs not in self.commands:
-                close_widget(self._tabs.pop(title).box)
-        boxes = tuple(classed(tab.box, "memws-side") for tab in self._tabs.values())
-        if self._tab.children != boxes:
-            self._tab.children = boxes
-            for index, title in enumerate(self._tabs):
-                self._tab.set_title(index, title)
-            self._tab.selected_index = 0 if boxes else None
-
-    def _show_state(self) -> None:
-        """Status, buttons, field: only what has changed is sent, for any change redraws a field being typed into."""
-        running = self.transcript.running is not None and self._online
-        self._stop.disabled = not running
-        usable = self._online and self.agent_name is not None
-        self._send.disabled = not usable
-        show(self._right, self.agent_name is not None and bool(self._tabs))
-        (self._log.box.remove_class if self.agent_name else self._log.box.add_class)("memws-short")
-        self._field.disabled = self._area.disabled = not usable
-        about = self._about
-        if about.get("offline"):
-            self._model.value = '<span class="memws-warn">rule-based offline stand-in, not a language model</span>'
-        elif about:
-            self._model.value = f'<span class="memws-label">model {escaped(about.get("model", "?"))}</span>'
-        self._tick()
-
-    def _tick(self) -> None:
-        """The status line with its clock, which tells a dead panel from a living one."""
-        if self._tick_timer is not None:
-            self._tick_timer.cancel()
-        state = "connected" if self._online else "offline"
-        dot = f'<span class="memws-dot{" memws-on" if self._online else ""}"></span>'
-        told = [f"{dot}<b>{state}</b>", escaped(self._client.url), time.strftime("%H:%M:%S")]
-        running = self._online and self.transcript.running is not None
-        if not self._online:
-            told.append(escaped(self._trouble))
-        elif running:
-            seconds = self.loop.time() - self._turn_since
-            doing = escaped(self.transcript.doing or "thinking")
-            told.append(f"<b>step {self.transcript.step}, {doing}, {seconds:.0f} s</b>")
-        self._status.value = " · ".join(told)
-        self._tick_timer = self.loop.call_later(1.0 if running else 10.0, self._tick)
+        copy = {"text/html": await self._copy()}
+        for handle in self._copies:
+            handle.update(copy, raw=True)
 
 
 def live_panels() -> dict[tuple[str, str], Any]:
@@ -8038,7 +8121,7 @@ class WebSocketServer:
         return function
 
     def panel(self, agent: str | None = None, compact: bool = False, static: bool = True) -> Panel:
-        """An ipywidgets panel that is a client of this server; see Panel. Needs a started server."""
+        """A panel in the notebook, which is a client of this server; see Panel. Needs a started server."""
         return Panel(self.url, agent, compact, static, self.options.token)
 
     # -- opening, listening, closing --
@@ -8065,6 +8148,7 @@ class WebSocketServer:
         """Open the store, bind the address and print it. Raises UsageError."""
         self._bind()
         print(f"memws {__version__} listening on {self.url}", flush=True)
+        print(f"open {page_address(self.url)}", flush=True)
         print(f"model: {self.open().models.described}; agents: {self.options.db}", flush=True)
 
     async def listen(self) -> None:
@@ -8106,19 +8190,24 @@ class WebSocketServer:
                     agents.spawn(websocket.close(1013, "this client takes nothing; connect again"))
 
     def _process_request(self, connection: ServerConnection, request: http11.Request) -> http11.Response | None:
-        """The gate, before the upgrade, and what plain HTTP gets."""
-        public = request.path.partition("?")[0] == "/healthz"
+        """The gate, before the upgrade, and what plain HTTP gets: the page and /healthz, which hold no secret."""
+        path, upgrade = request.path.partition("?")[0], ",".join(request.headers.get_all("Upgrade"))
+        is_page = path == "/" and "websocket" not in upgrade.lower()
+        public = is_page or path == "/healthz"
         problem = self._gate.problem(request, public=public)
-        if problem is None and public:
-            token = {"token": True} if self.options.token is not None else {}
-            body = encode_json({"status": "ok", "version": __version__, **token})
-            response = connection.respond(200, body)
-            del response.headers["Content-Type"]
-            response.headers["Content-Type"] = "application/json"
-            return response
-        if problem is None and len(self.clients) >= self.options.max_connections:
+        if problem is None and not public and len(self.clients) >= self.options.max_connections:
             problem = 503, f"all {self.options.max_connections} connections are taken; try again later"
-        return None if problem is None else connection.respond(problem[0], f"{problem[1]}\n")
+        if problem is not None:
+            return connection.respond(problem[0], f"{problem[1]}\n")
+        if not public:
+            return None
+        token = {"token": True} if self.options.token is not None else {}
+        health = encode_json({"status": "ok", "version": __version__, **token})
+        body, headers = page(request.headers["Host"]) if is_page else (health, {"Content-Type": "application/json"})
+        response = connection.respond(200, body)
+        del response.headers["Content-Type"]
+        response.headers.update(headers)
+        return response
 
     def register_client(self, websocket: ServerConnection) -> Session:
         session = self.clients[websocket] = Session(self.open(), websocket)

@@ -1,4 +1,4 @@
-"""A real JupyterLab on loopback with a headless Chromium in front of it, for test_browser.py."""
+"""Chromium in front of the page and of a real JupyterLab, with no network but loopback, for test_browser.py."""
 
 import contextlib
 import json
@@ -11,10 +11,10 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import nbformat
-from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route
 
 import memws
 
@@ -68,53 +68,69 @@ def jupyterlab(folder: Path) -> Iterator[str]:
             server.wait()
 
 
-@contextlib.contextmanager
-def notebook(folder: Path, *cells: str) -> Iterator["Notebook"]:
-    """A notebook with these cells, all run, which asks for nothing beyond loopback and has no error of its own."""
-    content = nbformat.v4.new_notebook(  # type: ignore[no-untyped-call]
-        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],  # type: ignore[no-untyped-call]
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    nbformat.write(content, folder / "notebook.ipynb")  # type: ignore[no-untyped-call]
-    with jupyterlab(folder) as url, sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        opened = Notebook(browser, f"{url}/lab/tree/notebook.ipynb")
-        yield opened
-        opened.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-        browser.close()
-    assert (opened.strangers, opened.errors) == ([], [])
+class Window:
+    """A browser window that asks for nothing beyond loopback; in it a panel, on the page or in a notebook."""
 
-
-class Notebook:
-    """A notebook in a browser window, all cells run."""
-
-    def __init__(self, browser: Browser, address: str) -> None:
-        self.strangers: list[str] = []  # addresses beyond loopback that the page asked for
-        self.errors: list[str] = []  # of the page
-        context = browser.new_context(viewport={"width": 1400, "height": 1000})
-        context.route(lambda url: urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"), self._block)
-        self.page: Page = context.new_page()
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.set_default_timeout(20_000)
-        self.page.goto(address)
-        loaded = "window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 0"
-        self.page.wait_for_function(loaded, timeout=60_000)
-        self.page.evaluate("window.jupyterapp.shell.collapseLeft()")
-        self.page.evaluate(
-            "async () => { await window.jupyterapp.shell.currentWidget.sessionContext.ready;"
-            "await window.jupyterapp.commands.execute('notebook:run-all-cells'); }"
+    def __init__(self, browser: Browser, **options: Any) -> None:
+        self.faults: list[str] = []  # requests to strangers, errors, and what the page's own policy forbids
+        self.context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
+        self.context.route(
+            lambda url: urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"), self._block
         )
+        self.page: Page = self.context.new_page()
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", lambda told: self._hear(told.text))
+        self.page.set_default_timeout(20_000)
 
     def _block(self, route: Route) -> None:
         if not route.request.url.startswith(("data:", "blob:")):
-            self.strangers.append(route.request.url)
+            self.faults.append(route.request.url)
             route.abort()
         else:
             route.continue_()
 
+    def _hear(self, text: str) -> None:
+        if "Content Security Policy" in text or "Trusted" in text:
+            self.faults.append(text)
+
+    def close(self) -> None:
+        """Close the window. Fails for what it should not have done."""
+        self.context.close()
+        assert self.faults == []
+
+    def open(self, url: str, fragment: str = "") -> None:
+        """Open a server's page."""
+        self.page.goto(memws.page_address(url) + fragment)
+
+    def open_notebook(self, folder: Path, jupyter: str) -> None:
+        """Open a new notebook with one cell."""
+        cells = [nbformat.v4.new_code_cell("")]  # type: ignore[no-untyped-call]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        content = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})  # type: ignore[no-untyped-call]
+        nbformat.write(content, folder / "notebook.ipynb")  # type: ignore[no-untyped-call]
+        self.page.goto(f"{jupyter}/lab/tree/notebook.ipynb")
+        loaded = "window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 0"
+        self.page.wait_for_function(loaded, timeout=60_000)
+        self.page.evaluate("window.jupyterapp.shell.collapseLeft()")
+        self.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.ready")
+
+    def run(self, source: str, wait: bool = True) -> None:
+        """Run this in the notebook's cell, in place of what was there, and wait for its end."""
+        script = "source => { jupyterapp.shell.currentWidget.content.widgets[0].model.sharedModel.setSource(source);"
+        script += f"{'return' if wait else 'void'} jupyterapp.commands.execute('notebook:run-all-cells'); }}"
+        self.page.evaluate(script, source)
+
     @property
     def panel(self) -> Locator:
         return self.page.locator(".memws-panel").first
+
+    @property
+    def log(self) -> Locator:
+        return self.panel.locator(".memws-log")
+
+    @property
+    def mind(self) -> Locator:
+        return self.panel.get_by_role("complementary")
 
     @property
     def field(self) -> Locator:
@@ -123,18 +139,36 @@ class Notebook:
     def button(self, name: str) -> Locator:
         return self.panel.get_by_role("button", name=name, exact=True)
 
+    def button_like(self, name: str) -> Locator:
+        return self.panel.get_by_role("button", name=name)
+
+    def tab(self, name: str) -> Locator:
+        return self.panel.get_by_role("tab", name=name)
+
+    def choose(self, entry: str) -> None:
+        """Choose an entry of the menu."""
+        self.panel.locator(".memws-menu summary").click()
+        self.button(entry).click()
+
+    def fill(self, **fields: str) -> None:
+        """Fill the form that asks."""
+        for name, value in fields.items():
+            self.panel.get_by_label(name, exact=True).fill(value)
+
     def await_status(self, word: str) -> None:
-        """Wait until the status line says a word."""
-        self.panel.locator(".memws-status").get_by_text(word).first.wait_for()
+        """Wait until the status says exactly this."""
+        self.panel.locator(".memws-status").get_by_text(word, exact=True).wait_for()
 
-    def await_text(self, text: str) -> None:
-        """Wait until the transcript shows a text."""
-        self.panel.locator(".memws-log").get_by_text(text).first.wait_for()
+    def sees(self, *texts: str) -> None:
+        """Wait until the conversation shows these texts."""
+        for text in texts:
+            self.log.get_by_text(text).last.wait_for()
 
-    def say(self, text: str, by: str = "click") -> None:
-        """Write a message and send it."""
+    def await_turns(self, count: int) -> None:
+        """Wait until so many turns have a reply, and none runs."""
+        self.log.locator(".memws-agent").nth(count - 1).wait_for()
+        self.await_status("connected")
+
+    def say(self, text: str) -> None:
         self.field.fill(text)
-        if by == "click":
-            self.button("Send").click()
-        else:
-            self.field.press("Enter")
+        self.field.press("Enter")

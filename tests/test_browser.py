@@ -1,33 +1,591 @@
-"""The panel in a real JupyterLab, used through Debian's Chromium as a person would, with no network but loopback."""
+"""The panel in Chromium, used as a person would: each test on the page and in a real JupyterLab, but for what is one's.
 
-from pathlib import Path
+Whatever is asked for beyond loopback fails the test, and so do errors of scripts and what the page's policy forbids.
+"""
+
+import random
+import re
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
+pytest.importorskip("anywidget")
 pytest.importorskip("jupyterlab")
 pytest.importorskip("playwright")
 
-from lab import CHROMIUM, notebook
+from endpoint import Endpoint, Reply, say
+from lab import CHROMIUM, FLAGS, Window, jupyterlab
+from playwright.sync_api import Browser, expect, sync_playwright
+
+import memws
 
 if CHROMIUM is None:
     pytest.skip("no chromium here: apt-get install chromium", allow_module_level=True)
 
-SERVER = """\
-import memws
-server = memws.WebSocketServer("127.0.0.1", 0, db=":memory:", model="offline").start()"""
+Serve = Callable[..., memws.WebSocketServer]
+Show = Callable[..., Window]
+TOKEN = "Secret-token_1~"
+AGAIN = {"request_heartbeat": True}
+NOTED = ("core_memory_append", {"name": "human", "content": "Name: Ada\nLikes: tea", **AGAIN})
+TEA = [Reply("I keep that.", [NOTED]), *[say("Nice to meet you, **Ada**!")]]
 
 
-def test_first_conversation(tmp_path: Path) -> None:
-    """Somebody new creates an agent, tells it something, and finds it in its memory."""
-    with notebook(tmp_path, SERVER, "server.panel()") as page:
-        page.await_status("connected")
-        assert page.button("Send").is_disabled()
-        assert page.button("Stop").is_disabled()
-        page.button("create").click()
-        page.await_text("Say hello to")
-        page.say("Hi, my name is Ada and I like tea")
-        page.await_text("I noted")
-        page.say("What do I like?", by="enter")
-        page.await_text("You told me")
-        assert page.field.input_value() == ""
-        page.panel.locator(".memws-side").get_by_text("name is Ada").wait_for()
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+
+
+@pytest.fixture(scope="module")
+def notebook(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Window]:
+    """A notebook with one cell, for all tests of this file."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    with jupyterlab(folder) as url:
+        window = Window(browser)
+        window.open_notebook(folder, url)
+        yield window
+        window.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+        window.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Window]:
+    """A window of its own, for the page."""
+    window = Window(browser)
+    yield window
+    window.close()
+
+
+@pytest.fixture(params=["page", "notebook"])
+def show(request: pytest.FixtureRequest) -> Show:
+    """Shows the panel of a server, once on the page and once in the notebook."""
+
+    def start(server: memws.WebSocketServer, agent: str = "sam", token: str | None = None) -> Window:
+        if agent:
+            server.create_new_agent({"name": agent})
+        window: Window = request.getfixturevalue(request.param)
+        if request.param == "page":
+            window.open(server.url, f"#agent={agent}" + (f"&token={token}" if token else ""))
+        else:
+            window.run(f"import memws\nmemws.Panel({server.url!r}, {agent or None!r}, token={token!r}, name='test')")
+        window.await_status("connected")
+        return window
+
+    return start
+
+
+def test_first_conversation(serve: Serve, show: Show) -> None:
+    """Somebody new starts with sam by one button, tells it something, and sees it enter its memory."""
+    window = show(serve(), agent="")
+    expect(window.button("Send")).to_be_disabled()
+    expect(window.button("Stop")).to_be_disabled()
+    window.button("Start with sam").click()
+    window.button("Hi, my name is Ada and I like green tea").click()
+    window.sees("I noted in core memory", "thought · core_memory_append", "remembered in human")
+    expect(window.mind.locator("ins")).to_have_text(["my name is Ada", "I like green tea"])
+    window.field.fill("What do")
+    window.field.press("Shift+Enter")
+    window.page.keyboard.type("I like?")
+    expect(window.field).to_have_value("What do\nI like?")
+    window.field.press("Enter")
+    window.sees("You told me")
+    expect(window.field).to_have_value("")
+    expect(window.log.locator(".memws-bubble").last).to_have_text("What do\nI like?")
+    expect(window.mind.locator("ins")).to_have_count(0, timeout=20_000)  # what is new glows for six seconds
+    expect(window.mind.get_by_text("my name is Ada")).to_be_visible()
+    window.field.press("ArrowUp")
+    expect(window.field).to_have_value("What do\nI like?")
+
+
+def test_nothing_typed_is_lost(serve: Serve, show: Show) -> None:
+    """Two hundred messages, each sent with Enter as fast as the browser goes, are each answered, in their order."""
+    server = serve()
+    window = show(server)
+    texts = [f"message {number}" for number in range(200)]
+    window.field.focus()
+    for text in texts:
+        window.page.keyboard.insert_text(text)
+        window.page.keyboard.press("Enter")
+    expect(window.log.locator(".memws-bubble")).to_have_text(texts)
+    expect(window.log.locator(".memws-turn", has=window.page.locator(".memws-agent"))).to_have_count(
+        200, timeout=60_000
+    )
+    with memws.connect(server.url) as client:
+        messages = client.command("get_messages", agent_name="sam", limit=200)["messages"]
+    said = [message["text"] for message in messages if message["role"] == "user"]
+    assert said == texts[-len(said) :]
+
+
+def test_stop_and_those_that_wait(online: Serve, endpoint: Endpoint, show: Show) -> None:
+    """A turn streams until it is stopped; messages wait with their place, one is taken back and sent again."""
+    window = show(online())
+    endpoint.script(Reply("I think about the rain, and about the sea.", stall_after=5))
+    window.say("first")
+    window.sees("…I think about")
+    window.await_status("connected · thinking")
+    for number in range(2, 9):
+        window.say(f"number {number}")
+    window.sees("waits, number 4", "waits · ")
+    window.button("take back").first.click()
+    window.button("take back").last.click()
+    window.sees("not sent: cancelled before it ran", "not sent: taken back")
+    window.field.press("Escape")
+    window.sees("stopped")
+    expect(window.log.get_by_text("Hello!")).to_have_count(5)
+    window.field.fill("x" * 70_000)
+    window.field.press("Enter")
+    expect(window.panel.get_by_role("alert")).to_contain_text("at most 65,536 characters")
+    window.field.fill("")
+    window.button("try again").first.click()
+    expect(window.log.get_by_text("Hello!")).to_have_count(6)
+    expect(window.log.locator(".memws-bubble").last).to_have_text("number 2")
+    expect(window.button("Stop")).to_be_disabled()
+
+
+def test_a_turn_is_told(online: Serve, endpoint: Endpoint, show: Show) -> None:
+    """Calls are folded into the line of thoughts, failures say why, what a retry takes back goes, errors are shown."""
+    window = show(online())
+    bad = ("core_memory_replace", {"name": "human", "old_content": "x", "new_content": "y", **AGAIN})
+    endpoint.script(
+        Reply("I try.", [bad]), Reply("a half of a thought that streams", cut_after=4), say("So be it.", text="I see.")
+    )
+    window.say("go")
+    window.sees("So be it.", "failed: ")
+    window.log.locator(".memws-trace > summary").click()
+    window.sees("I try.", "I see.")
+    expect(window.log.get_by_text("a half")).to_have_count(0)
+    window.log.locator(".memws-tool summary").click()
+    window.sees("old_content: x")
+    window.button("step 1: what the model got").click()
+    expect(window.mind.get_by_text("Words to look for")).to_be_hidden()
+    expect(window.mind.get_by_text("I try.")).to_be_visible()
+    endpoint.script(Reply(status=401), Reply(status=401))
+    window.say("again")
+    expect(window.log.locator(".memws-bad").last).to_contain_text("key")
+
+
+def test_memory_is_edited(serve: Serve, show: Show) -> None:
+    """A block is edited in place with its own keys; where it changed meanwhile both texts are shown."""
+    server = serve()
+    window = show(server)
+    card = window.mind.locator(".memws-card", has=window.page.get_by_role("heading", name="human"))
+    card.get_by_role("button", name="edit").click()
+    field = card.get_by_role("textbox")
+    field.fill("x" * 2_001)
+    field.press("Control+Enter")
+    expect(card.get_by_text("2,001 / 2,000")).to_be_visible()
+    expect(card.locator(".memws-said")).to_contain_text("2,000")
+    with memws.connect(server.url) as client:
+        client.command("set_block", agent_name="sam", label="human", value="theirs")
+        window.sees("human was edited")
+        field.fill("mine")
+        field.press("Control+Enter")
+        expect(card.get_by_text("It was changed while you wrote")).to_be_visible()
+        expect(card.locator("pre")).to_have_text("theirs")
+        card.get_by_role("button", name="take theirs").click()
+        expect(field).to_have_value("theirs")
+        field.fill("mine")
+        card.get_by_role("button", name="save").click()
+        expect(card.locator("ins")).to_have_text("mine")
+        expect(card.locator("del")).to_have_text("theirs")
+        assert client.command("get_agent", agent_name="sam")["blocks"][1]["value"] == "mine"
+    card.get_by_role("button", name="edit").click()
+    field.press("Escape")
+    expect(field).to_be_hidden()
+    window.log.get_by_role("button", name="human was edited").last.click()
+    expect(card).to_have_class(re.compile("memws-flash"))
+
+
+def test_search_and_archive(serve: Serve, show: Show) -> None:
+    """Passages are added, listed, deleted and brought back; a search marks its words, and days narrow it."""
+    window = show(serve())
+    window.say("I like tea")
+    window.sees("I noted")
+    for number in range(12):
+        window.mind.get_by_placeholder("A passage to keep").fill(f"Tea number {number}")
+        window.button("add").click()
+        window.mind.get_by_text(f"{number + 1} passage").wait_for()
+    window.button("list").click()
+    found = window.mind.locator(".memws-found")
+    expect(found).to_have_count(10)
+    window.button("›").click()
+    expect(found).to_have_count(2)
+    window.button("delete").last.click()
+    expect(found).to_have_count(1)
+    window.button("undo").click()
+    window.mind.get_by_label("Where").select_option("all")
+    window.mind.get_by_placeholder("Words to look for").fill("tea")
+    window.button("find").click()
+    expect(window.mind.locator("mark").first).to_have_text(re.compile("tea", re.IGNORECASE))
+    expect(window.mind.get_by_text("14 found")).to_be_visible()
+    window.mind.get_by_text("more", exact=True).click()
+    window.mind.get_by_label("To this day").fill("2001-01-01")
+    window.button("find").click()
+    expect(window.mind.get_by_text("0 found")).to_be_visible()
+
+
+def test_context_and_frames(serve: Serve, show: Show) -> None:
+    """The bar and the steps open what the model sees; frames come as they are, can be held and saved."""
+    window = show(serve())
+    window.say("I like tea")
+    window.sees("I noted")
+    window.button_like("core memory: ").click()
+    expect(window.mind.locator("details[open] pre")).to_contain_text("I like tea")
+    steps = window.mind.get_by_label("Step")
+    expect(steps.locator("option")).to_have_count(3)
+    steps.select_option(index=1)
+    expect(window.mind.get_by_text("answer", exact=True)).to_be_visible()
+    window.tab("Frames").click()
+    rows = window.mind.locator(".memws-frames .memws-fold")
+    rows.get_by_text("user_message").first.wait_for()
+    window.button("pause").click()
+    held = rows.count()
+    window.say("What do I like?")
+    window.sees("You told me")
+    assert rows.count() == held
+    rows.first.click()
+    expect(rows.first.locator("pre")).to_contain_text('"type"')
+    with window.page.expect_download() as download:
+        window.button("save").click()
+    saved = download.value.path().read_text("utf-8")
+    assert "You told me" in saved
+    assert '"direction":"→"' in saved
+    window.button("go on").click()
+    window.mind.get_by_text("delta × ").first.wait_for()
+
+
+def test_agents(serve: Serve, show: Show) -> None:
+    """Agents are made, chosen, renamed, deleted and brought back; what others do to them is followed."""
+    server = serve()
+    window = show(server)
+    window.choose("new agent…")
+    window.fill(name="no/name")
+    window.button("create").click()
+    expect(window.panel.locator(".memws-form .memws-said")).to_contain_text("name")
+    window.fill(name="ada", persona="I am Ada. I count.", **{"context window": "4096"})
+    window.button("create").click()
+    window.sees("I am Ada. I count.")
+    expect(window.mind.get_by_text("4,096 tokens")).to_be_visible()
+    agents = window.panel.get_by_label("Agent", exact=True)
+    window.choose("rename…")
+    window.fill(name="eve")
+    window.button("rename").click()
+    expect(agents.locator("option")).to_have_text(["eve", "sam"])
+    window.choose("delete")
+    window.button("undo").click()
+    window.sees("eve")
+    agents.select_option("sam")
+    window.sees("I am Sam.")
+    with memws.connect(server.url) as client:
+        client.command("rename_agent", agent_name="sam", new_name="tom")
+        expect(agents.locator("option")).to_have_text(["eve", "tom"])
+        window.say("Hello")
+        window.await_turns(1)
+        for name in ("tom", "eve"):
+            client.command("delete_agent", agent_name=name)
+    window.sees("No agent yet")
+
+
+def test_offline_and_back(serve: Serve, show: Show) -> None:
+    """A lost server is told; what is written meanwhile stays; what was missed comes, and the conversation goes on."""
+    server = serve()
+    window = show(server)
+    window.say("My name is Ada")
+    window.sees("I noted")
+    port = server.port
+    server.stop()
+    window.await_status("offline")
+    window.say("I like tea")
+    expect(window.field).to_have_value("I like tea")
+    server = serve(port=port)
+    server.load_agent("sam")
+    server.run_step("I have a cat")
+    window.await_status("connected")
+    window.sees("I have a cat")
+    window.field.press("Enter")
+    expect(window.log.locator(".memws-bubble")).to_have_text(["My name is Ada", "I have a cat", "I like tea"])
+    window.await_status("connected")
+
+
+def test_what_was_on_its_way(serve: Serve, page: Window) -> None:
+    """A message that is lost with its connection is sent again, once."""
+    lost: list[str] = []
+
+    def pass_on(socket: Any) -> None:
+        server = socket.connect_to_server()
+
+        def send(frame: str) -> None:
+            if '"user_message"' in frame and not lost:
+                lost.append(frame)
+                socket.close()
+            else:
+                server.send(frame)
+
+        socket.on_message(send)
+
+    server = serve()
+    server.create_new_agent({"name": "sam"})
+    page.page.route_web_socket(re.compile("^ws"), pass_on)
+    page.open(server.url)
+    page.await_status("connected")
+    page.say("I like tea")
+    page.await_turns(1)
+    assert len(lost) == 1
+    expect(page.log.locator(".memws-bubble")).to_have_text(["I like tea"])
+
+
+def test_long_history(serve: Serve, show: Show) -> None:
+    """Of a long history the end is shown; older turns come as somebody scrolls up, each once, and go at the bottom."""
+    server = serve(db=":memory:")
+    server.create_new_agent({"name": "old"})
+    for number in range(300):
+        server.run_step(f"turn {number} of many")
+    window = show(server)
+    window.panel.get_by_label("Agent", exact=True).select_option("old")
+    window.sees("turn 299 of many")
+    bubbles = window.log.locator(".memws-bubble")
+    assert bubbles.count() < 100
+    while bubbles.count() < 300:
+        before = bubbles.count()
+        window.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
+        expect(bubbles.nth(before)).to_be_attached()
+    expect(bubbles).to_have_text([f"turn {number} of many" for number in range(300)])
+    window.button("↓ newest").click()
+    expect(bubbles).to_have_count(200)
+    expect(bubbles.last).to_be_in_viewport()
+
+
+HOSTILE = """</script></style></textarea><img src=x onerror="window.hurt=1"><script>window.hurt=1</script>"""
+HOSTILE += (
+    """[a](javascript:window.hurt=1) ![b](https://evil.example/x.png) <a href="javascript:hurt=1">c</a> {{7*7}}"""
+)
+PLAIN = {"A", "BLOCKQUOTE", "BUTTON", "CODE", "DIV", "EM", "H3", "H4", "H5", "H6", "HR", "LI", "OL", "P", "PRE"}
+PLAIN |= {"SPAN", "STRONG", "TABLE", "TBODY", "TD", "TH", "THEAD", "TR", "UL"}
+
+
+def is_harmless(window: Window) -> bool:
+    """Whether no text became an element of its own, or ran."""
+    links = "[...document.querySelectorAll('.memws-panel a')].every((a) => /^https?:/.test(a.href))"
+    strangers = "document.querySelector('.memws-panel :is(img, script, style, iframe)') === null"
+    return bool(window.page.evaluate(f"{links} && {strangers} && window.hurt === undefined"))
+
+
+def test_texts_stay_texts(online: Serve, endpoint: Endpoint, show: Show) -> None:
+    """Whatever anybody writes is shown and does nothing: messages, replies, calls, blocks, passages, hits, errors."""
+    server = online()
+    window = show(server)
+    keep = ("core_memory_append", {"name": "human", "content": HOSTILE, **AGAIN})
+    store = ("archival_memory_insert", {"content": HOSTILE, **AGAIN})
+    endpoint.script(
+        Reply(HOSTILE, [keep, store]), say(HOSTILE, text=HOSTILE), Reply(status=400, body={"error": HOSTILE})
+    )
+    window.say(HOSTILE)
+    window.sees("c</a>")
+    window.say("again")
+    window.log.locator(".memws-bad").last.wait_for()
+    for summary in window.log.locator("summary").all():
+        summary.click()
+    for tab in ("Frames", "Context", "Search"):
+        window.tab(tab).click()
+        assert is_harmless(window)
+    window.mind.get_by_placeholder("Words to look for").fill("script textarea")
+    window.button("find").click()
+    window.mind.locator("mark").first.wait_for()
+    server.create_new_agent({"name": "x", "blocks": [{"label": "more", "value": HOSTILE}], "persona": HOSTILE})
+    window.choose("new agent…")
+    window.fill(name="y", human=HOSTILE, persona=HOSTILE, model=HOSTILE)
+    window.button("create").click()
+    assert is_harmless(window)
+
+
+def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -> None:
+    """Any mixture of Markdown's signs becomes nothing but plain elements, with all its words."""
+    draw = random.Random(7)
+    signs = [
+        "`",
+        "```",
+        "**",
+        "*",
+        "_",
+        "# ",
+        "> ",
+        "- ",
+        "1. ",
+        "| ",
+        "|-|-|",
+        "\n",
+        "\n\n",
+        "    ",
+        "[x](",
+        ")",
+        "]",
+        "\\",
+        "~~~",
+    ]
+    signs += ["https://a.example/b", "javascript:x", "<b>", "&amp;", "\u202e", "word ", "é", "漢字 ", HOSTILE]
+    texts = ["".join(draw.choices(signs, k=draw.randrange(1, 60))) + " end" for _ in range(60)]
+    texts += [
+        sign * 6_000 + " end" for sign in ("[", "**a ", "`", "> ", ">", "- ", "_a", "|", "https://", "![](", "  - a\n")
+    ]
+    server = online()
+    server.create_new_agent({"name": "sam", "context_window": 1_000_000})
+    page.open(server.url, "#agent=sam")
+    page.await_status("connected")
+    for number, text in enumerate(texts):
+        endpoint.script(say(text))
+        page.say(f"number {number}")
+        page.await_turns(number + 1)
+    prose = page.log.locator(".memws-prose")
+    assert set(prose.locator("*").evaluate_all("all => all.map((each) => each.tagName)")) <= PLAIN
+    assert [text for text in prose.all_text_contents() if "end" not in text] == []
+    assert is_harmless(page)
+
+
+def test_the_page_asks_for_the_token(serve: Serve, page: Window) -> None:
+    """Where a token is set the page asks for it, again if it was wrong; one in the address stays in no address."""
+    server = serve(token=TOKEN)
+    server.create_new_agent({"name": "sam"})
+    page.open(server.url)
+    for token in ("wrong", TOKEN):
+        page.await_status("offline")
+        page.fill(token=token)
+        page.button("connect").click()
+    page.await_status("connected")
+    page.page.reload()  # it is kept as long as the tab is open
+    page.await_status("connected")
+    page.context.clear_cookies()
+    page.page.evaluate("sessionStorage.clear()")
+    page.page.goto("about:blank")
+    page.open(server.url, f"#token={TOKEN}&agent=sam")
+    page.await_status("connected")
+    assert TOKEN not in page.page.url
+
+
+LUMINANCE = """(colour) => {
+  const parts = colour.match(/[\\d.]+/g).map(Number).slice(0, 3).map((part) => part / 255);
+  const [r, g, b] = parts.map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b; }"""
+CONTRASTS = f"""(root) => {{
+  const luminance = {LUMINANCE};
+  const solid = (element) => {{
+    const colour = getComputedStyle(element).backgroundColor;
+    return /, 0\\)$|transparent/.test(colour) ? solid(element.parentElement) : colour; }};
+  const isText = (node) => node.nodeType === 3 && node.data.trim();
+  const shown = [...root.querySelectorAll('*')].filter((each) => [...each.childNodes].some(isText)
+    && each.checkVisibility({{ opacityProperty: true }}) && !each.closest(':disabled, .memws-live, .memws-refused'));
+  return shown.map((each) => {{
+    const [one, other] = [luminance(getComputedStyle(each).color), luminance(solid(each))];
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    return [Math.round(ratio * 100) / 100, each.className || each.tagName, each.textContent.slice(0, 40)]; }}); }}"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_contrast(online: Serve, endpoint: Endpoint, browser: Browser, theme: Any) -> None:
+    """All that can be read stands out from its ground by 4.5 at least, in every view."""
+    server = online()
+    server.create_new_agent({"name": "sam"})
+    window = Window(browser, color_scheme=theme, reduced_motion="reduce")
+    window.open(server.url, "#agent=sam")
+    window.await_status("connected")
+    bad = ("core_memory_replace", {"name": "human", "old_content": "x", "new_content": "y", **AGAIN})
+    endpoint.script(
+        Reply("I keep that.", [NOTED, bad]), say("# Ada\n\n> `tea` and [more](https://a.example)\n\n|a|\n|-|\n|b|")
+    )
+    for text in ("one", "two"):
+        window.say(text)
+    window.await_turns(2)
+    for summary in window.log.locator("summary").all():
+        summary.click()
+    for tab in ("Memory", "Context", "Search", "Frames"):
+        window.tab(tab).click()
+        low = [found for found in window.panel.evaluate(CONTRASTS) if found[0] < 4.5]
+        assert low == []
+    window.choose("new agent…")
+    assert [found for found in window.panel.evaluate(CONTRASTS) if found[0] < 4.5] == []
+    window.close()
+
+
+def test_keyboard_alone(serve: Serve, page: Window) -> None:
+    """Without a mouse: to write, to walk the views, to edit a block and to make an agent."""
+    page.open(serve().url)
+    page.await_status("connected")
+    keys = page.page.keyboard
+
+    def reach(name: str) -> None:
+        for _ in range(40):
+            if page.page.evaluate(f"document.activeElement.matches('{name}')"):
+                return
+            keys.press("Tab")
+        pytest.fail(f"Tab never reaches {name}")
+
+    reach(".memws-empty .memws-main")
+    keys.press("Enter")
+    page.sees("What do you remember")
+    reach("textarea[placeholder=Message]")
+    keys.type("I like tea")
+    keys.press("Enter")
+    page.sees("I noted")
+    reach("[role=tab]")
+    keys.press("ArrowRight")
+    expect(page.tab("Context")).to_be_focused()
+    expect(page.mind.get_by_label("Step")).to_be_visible()
+    keys.press("Alt+1")
+    reach(".memws-card button")
+    keys.press("Enter")
+    keys.type("I am Tom.")
+    keys.press("Control+Enter")
+    expect(page.mind.locator(".memws-card").first).to_contain_text("I am Tom.")
+    page.field.focus()
+    keys.press("Shift+Tab")
+    reach(".memws-menu summary")
+    keys.press("Enter")
+    reach(".memws-entry:last-child")
+    keys.press("Enter")
+    expect(page.panel.get_by_text("breaks the line")).to_be_visible()
+    keys.press("Escape")
+    expect(page.panel.get_by_text("breaks the line")).to_have_count(0)
+    expect(page.field).to_be_focused()
+
+
+def test_narrow(serve: Serve, browser: Browser) -> None:
+    """In a narrow window the mind stands below the conversation, and nothing is wider than the window."""
+    server = serve()
+    server.create_new_agent({"name": "sam"})
+    window = Window(browser, viewport={"width": 400, "height": 800})
+    window.open(server.url)
+    window.say("a word of " + "w" * 300)
+    window.await_turns(1)
+    above, below = window.field.bounding_box(), window.mind.bounding_box()
+    assert above
+    assert below
+    assert above["y"] + above["height"] <= below["y"]
+    assert below["y"] + below["height"] <= 800
+    for tab in ("Memory", "Context", "Search", "Frames"):
+        window.tab(tab).click()
+        assert window.page.evaluate("document.documentElement.scrollWidth") <= 400
+    window.close()
+
+
+def test_in_a_notebook(serve: Serve, notebook: Window) -> None:
+    """Two panels of a notebook live side by side while a cell is busy; their copies hide; a dead kernel is told."""
+    server = serve()
+    for name in ("sam", "ada"):
+        server.create_new_agent({"name": name})
+    with socket.create_server(("127.0.0.1", 0)) as gate:
+        shown = f"for name in ('sam', 'ada'): display(memws.Panel({server.url!r}, name))"
+        busy = f"socket.create_connection({gate.getsockname()!r}).recv(1)"
+        notebook.run(f"import memws, socket\n{shown}\n{busy}", wait=False)
+        connection, _ = gate.accept()
+        panels = notebook.page.locator(".memws-panel")
+        expect(panels).to_have_count(2)
+        for panel, name in zip(panels.all(), ("sam", "ada"), strict=True):
+            expect(panel.locator(".memws-status")).to_have_text("connected")
+            panel.get_by_placeholder("Message", exact=True).fill(f"I am the friend of {name}")
+            panel.get_by_placeholder("Message", exact=True).press("Enter")
+            panel.locator(".memws-agent").wait_for()
+        connection.close()
+    expect(notebook.page.locator(".memws-static").first).to_be_hidden()
+    notebook.page.evaluate("void jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
+    expect(panels.first.locator(".memws-status")).to_contain_text("the kernel does not answer", timeout=30_000)

@@ -176,8 +176,9 @@ def test_serving(tmp_path: Path) -> None:
         assert set(modes) >= {"memws.db", "memws.db-wal", "memws.db.lock"}
         assert set(modes.values()) == {0o600}
         server.end()
-    assert "not a language model" in server.out[1]
-    assert "memws.db" in server.out[1]
+    assert server.out[1] == f"open http://127.0.0.1:{server.port}/"
+    assert "not a language model" in server.out[2]
+    assert "memws.db" in server.out[2]
     assert server.log.count("Traceback") == 0
 
 

@@ -282,9 +282,8 @@ def test_script_metadata() -> None:
     assert head.rstrip().endswith("# ///")
     assert f"memws {memws.__version__}" in head
     names = [re.match(r"[\w-]+", line)[0] for line in requirements("requirements.txt")]  # type: ignore[index]
-    assert (
-        " ".join(sorted(names)) == "ipywidgets json-repair nest-asyncio nest-asyncio2 openai pytest tzdata websockets"
-    )
+    wanted = "anywidget ipywidgets json-repair nest-asyncio nest-asyncio2 openai pytest tzdata websockets"
+    assert " ".join(sorted(names)) == wanted
     assert memws.__doc__ is not None
     shown = re.findall(r"^    python memws\.py(.*?)  ", memws.__doc__, re.MULTILINE)
     words = [word for line in shown for word in line.split()]

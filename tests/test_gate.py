@@ -211,10 +211,24 @@ def test_other_methods_get_405(serve: Serve) -> None:
                 assert ask(server, f"Host: {host}", path=path, method=method, upgrade=False).status == status
 
 
+def test_the_page(serve: Serve) -> None:
+    """GET / is the page: behind the Host check, without a token, whatever the Origin; its policy names the Host."""
+    server = serve(token=TOKEN)
+    answer = ask(server, "Host: localhost:8282", "Origin: http://evil.example", upgrade=False)
+    assert (answer.status, answer.body.startswith(b"<!doctype html>")) == (200, True)
+    assert "connect-src 'self' ws://localhost:8282 wss://localhost:8282;" in answer.head
+    assert "Content-Type: text/html; charset=utf-8\r\n" in answer.head
+    assert TOKEN.encode() not in answer.body
+    for path in ("/?token=x", "/?"):
+        assert ask(server, "Host: localhost", path=path, upgrade=False).status == 200
+    assert ask(server, "Host: evil.example", upgrade=False).status == 403
+    assert ask(server, upgrade=False).status == 400
+
+
 def test_a_page_that_is_no_websocket_is_told_so(serve: Serve) -> None:
     """A page is told to upgrade; nothing is compressed; needless tokens and other subprotocols are no fault."""
     server = serve()
-    answer = ask(server, "Host: localhost", upgrade=False)
+    answer = ask(server, "Host: localhost", path="/other", upgrade=False)
     assert (answer.status, b"WebSocket" in answer.body) == (426, True)
     extension = "Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits"
     for header in (extension, f"{PROTOCOL}: chat", "Authorization: Bearer any"):

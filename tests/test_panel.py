@@ -1,32 +1,38 @@
-"""The panel without a browser: ipywidgets work without a kernel."""
+"""The panel without a browser: its page as the server gives it, its script, and the widget without a kernel."""
 
+import base64
+import hashlib
 import json
+import re
+import subprocess
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("ipywidgets")
+pytest.importorskip("anywidget")
 
 import ipywidgets
 
 import memws
 
 Serve = Callable[..., memws.WebSocketServer]
+JSON = dict[str, Any]
 HOSTILE = '</div><img src=x onerror="window.X=1"><script>window.X=2</script>&amp;'
+TOKEN = "Secret-token_1~"
 
 
 @pytest.fixture
 def open_panel() -> Iterator[Callable[..., memws.Panel]]:
-    """Panels that are ready and are closed after the test, with all their widgets and threads."""
+    """Panels that are closed after the test, with all their widgets and threads."""
     panels: list[memws.Panel] = []
     before = set(ipywidgets.widgets.widget._instances)
 
-    def start(url: str, **options: Any) -> memws.Panel:
-        panels.append(memws.Panel(url, **options))
-        assert panels[-1]._ready.wait(5)
+    def start(url: str, *arguments: Any, **options: Any) -> memws.Panel:
+        panels.append(memws.Panel(url, *arguments, **options))
         return panels[-1]
 
     yield start
@@ -36,45 +42,159 @@ def open_panel() -> Iterator[Callable[..., memws.Panel]]:
     assert [thread for thread in threading.enumerate() if thread.name.startswith("memws-panel")] == []
 
 
-def until(check: Callable[[], Any], seconds: float = 10) -> None:
-    """Wait for what the panel's thread does."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.01)
+def test_script(tmp_path: Path) -> None:
+    """The script is JavaScript that makes no HTML and no code of texts; script and style fit their page."""
+    script, style = memws.PANEL_SCRIPT, memws.PANEL_STYLE
+    forbidden = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|srcdoc|\beval\b|\bFunction\(|import\(|fetch\(\"http"
+    )
+    assert re.findall(forbidden, script) == []
+    assert "</" not in script + style
+    assert "http" not in style
+    assert max(map(len, (script + style).splitlines())) <= 120
+    assert len(memws.page("localhost")[0].encode()) <= 90_000
+    playwright = pytest.importorskip("playwright")
+    node = Path(playwright.__file__).parent / "driver" / "node"
+    (tmp_path / "panel.mjs").write_text(script, "utf-8")
+    subprocess.run([node, "--check", tmp_path / "panel.mjs"], check=True, timeout=60)
 
 
-def texts(panel: memws.Panel, kind: str) -> list[str]:
-    """What the transcript's items of this kind say."""
-    return [item.text for item in panel.transcript.items if item.kind == kind]
+def test_page_is_closed_to_all_but_its_own() -> None:
+    """The page's policy lets its own script and style run, talks to its own host alone, and makes no HTML of texts."""
+    text, headers = memws.page("localhost:8282")
+    policy = dict(part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";"))
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        (inner,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert policy[directive] == f"'sha256-{digest}'"
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    assert policy["connect-src"] == "'self' ws://localhost:8282 wss://localhost:8282"
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert policy["trusted-types"] == "'none'"
+    assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-def test_conversation(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
-    """A message is sent and its turn shown, hostile text as text; a lost server is shown and comes back by itself."""
+def test_page_address() -> None:
+    """The page is where the WebSocket is, for a browser of this machine."""
+    for url, address in {
+        "ws://127.0.0.1:8282": "http://127.0.0.1:8282/",
+        "ws://0.0.0.0:1": "http://127.0.0.1:1/",
+        "ws://[::]:1": "http://127.0.0.1:1/",
+        "wss://example.org/memws": "https://example.org/memws/",
+    }.items():
+        assert memws.page_address(url) == address
+
+
+def test_said_from_python(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
+    """`send` and `wait` talk to the agent in order; the static copy shows all of it as text; what fails is raised."""
     server = serve()
     server.create_new_agent({"name": "sam"})
     panel = open_panel(server.url)
-    panel._field.value = f"My name is Ada and I like {HOSTILE}"
-    panel._send.click()
-    until(lambda: texts(panel, "agent") and panel._stop.disabled)
-    assert texts(panel, "user") == [f"My name is Ada and I like {HOSTILE}"]
-    assert {"monologue", "tool", "change"} <= {item.kind for item in panel.transcript.items}
-    assert "<img" not in "".join(piece for item in panel.transcript.items for piece in item.pieces())
-    port = server.port
-    server.stop()
-    until(lambda: "offline" in panel._status.value and panel._field.disabled, 4)
-    serve(port=port)
-    until(lambda: "connected" in panel._status.value and not panel._field.disabled, 15)
+    for text in (f"My name is Ada and I like {HOSTILE}", "What do I like?", "three"):
+        panel.send(text)
+    panel.wait()
+    copy = panel.static_html()
+    assert (
+        copy.index("My name is Ada") < copy.index("What do I like?") < copy.index("You told me") < copy.index("three")
+    )
+    assert "core_memory_append" in copy
+    assert "<img" not in copy
+    assert "memws-panel" not in copy
+    unknown = open_panel(server.url, "nobody")
+    unknown.send("hello")
+    with pytest.raises(memws.MemwsError, match="nobody"):
+        unknown.wait()
+    assert "nobody" in unknown.static_html()
 
 
 def test_token(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
-    """A server that refuses is shown so; a token is in no widget; one of the same name replaces another."""
-    server = serve(token="the-right-one")
-    wrong = open_panel(server.url, token="marker-of-a-secret")
-    until(lambda: "asks for its token" in wrong._status.value)
-    right = open_panel(server.url, token="the-right-one")
-    until(lambda: "connected" in right._status.value)
-    assert not wrong._thread.is_alive()
-    states = [json.dumps(each.get_state(), default=repr) for each in ipywidgets.widgets.widget._instances.values()]
-    assert not [state for state in states if "marker-of-a-secret" in state or "the-right-one" in state]
-    assert "the-right-one" not in right.static_html()
+    """A token is in no state of a widget and in no copy; a server that refuses is told so."""
+    server = serve(token=TOKEN)
+    server.create_new_agent({"name": "sam"})
+    right, wrong = (
+        open_panel(server.url, "sam", token=TOKEN),
+        open_panel(server.url, token="wrong-marker", name="wrong"),
+    )
+    right.send("I like tea")
+    right.wait()
+    states = json.dumps([each.get_state() for each in (right.ui, wrong.ui)], default=repr)
+    assert not any(secret in states + right.static_html() for secret in (TOKEN, "wrong-marker"))
+    assert "asks for its token" in wrong.static_html()
+
+
+def test_one_of_a_name(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
+    """A panel takes the place of an earlier one of its name, as in a cell that runs again."""
+    server = serve()
+    first, other = open_panel(server.url, "sam"), open_panel(server.url, "ada")
+    second = server.panel("sam")
+    alive = [panel._thread.thread.is_alive() for panel in (first, second, other)]
+    second.close()
+    assert alive == [False, True, True]
+
+
+class View:
+    """What a browser's half of a widget sends and gets, without a browser."""
+
+    def __init__(self, panel: memws.Panel) -> None:
+        self.panel, self.got = panel, list[JSON]()
+        self._news = threading.Condition()
+        panel.ui.send = self._take
+
+    def _take(self, content: JSON) -> None:
+        with self._news:
+            self.got.append(content)
+            self._news.notify_all()
+
+    def send(self, **content: Any) -> None:
+        self.panel.ui._handle_custom_msg({"session": "view", "base": 1, **content}, [])
+
+    def until(self, check: Callable[[], Any]) -> None:
+        with self._news:
+            assert self._news.wait_for(check, 10)
+
+    @property
+    def last(self) -> JSON:
+        return self.got[-1] if self.got else {"state": "", "ack": 0}
+
+    def frames(self) -> list[JSON]:
+        return [json.loads(frame) for content in self.got for frame in content.get("frames", ())]
+
+
+def test_pipe(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
+    """What a comm loses, doubles or mixes up reaches the server once and in order; a lost server comes back."""
+    server = serve()
+    server.create_new_agent({"name": "sam"})
+    view = View(open_panel(server.url, "sam"))
+    view.send()
+    view.until(lambda: view.last["state"] == "connected")
+    commands = [json.dumps({"type": "command", "command": "hello", "id": number}) for number in range(1, 7)]
+    for number in (3, 1, 1, 2, 6, 5, 5, 4, 2):
+        view.send(number=number, frame=commands[number - 1])
+    view.until(lambda: len(view.frames()) == 6 and view.last["ack"] == 6)
+    assert [frame["id"] for frame in view.frames()] == [1, 2, 3, 4, 5, 6]
+    sent = [content["sent"] for content in view.got if "frames" in content]
+    assert sent == list(range(1, len(sent) + 1))
+    connection, port = view.last["connection"], server.port
+    server.stop()
+    view.until(lambda: view.last["state"] == "offline")
+    serve(port=port)
+    view.until(lambda: view.last["state"] == "connected" and view.last["connection"] != connection)
+    view.send(base=9, number=9, frame=commands[0])  # a view that Python has forgotten begins where it is
+    view.until(lambda: view.last["ack"] == 9)
+    view.send(over=True)
+
+
+def test_without_anywidget(
+    serve: Serve, open_panel: Callable[..., memws.Panel], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Without anywidget a cell shows the page in a frame, and the command that installs it."""
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    server = serve(token=TOKEN)
+    panel = open_panel(server.url, "sam", token=TOKEN)
+    shown: list[Any] = []
+    monkeypatch.setattr("IPython.display.display", lambda *objects, **options: shown.extend(objects))
+    panel._ipython_display_()
+    (frame,) = [each["text/html"] for each in shown]
+    assert f'<iframe src="{memws.page_address(server.url)}"' in frame
+    assert "pip install anywidget" in frame
+    assert TOKEN not in frame
