@@ -184,7 +184,7 @@ CHANGES = [
     ("Tengo 30 años.", "Cumplí 31 años", "¿Cuántos años tengo?", "30", "31"),
     ("Mi esposa es Ana.", "Mi esposa se llama Eva", "¿Quién es mi esposa?", "Ana", "Eva"),
     ("Me llamo Ana.", "Mi nombre es Eva", "¿Cómo me llamo?", "Ana", "Eva"),
-    ("Soy de Lima. Mi mujer es Ana.", "Mi mujer se llama Eva", "¿Cómo se llama mi mujer?", "Ana", "Eva"),
+    ("Soy de Lima. Mi mujer se llama Ana.", "Mi mujer es Eva", "¿Cómo se llama mi mujer?", "Ana", "Eva"),
 ]
 
 
