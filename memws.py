@@ -80,7 +80,6 @@ import logging
 import math
 import os
 import pathlib
-import queue
 import random
 import re
 import secrets
@@ -168,7 +167,7 @@ READERS = 4  # threads that read the database
 
 # Seconds.
 STOP_GRACE = 2.0  # from a signal or stop() until open turns are closed by force
-READER_PATIENCE = 60.0  # a reader that takes no byte for so long is closed
+READER_PATIENCE, READER_LOOKS = 60.0, 12  # a reader that takes no byte for so long, at so many looks, is closed
 PING_INTERVAL, PING_TIMEOUT = 20.0, 40.0  # a connection that answers no ping for so long is closed
 OPEN_TIMEOUT = 10.0
 BUSY_TIMEOUT = 5.0  # another program may hold the database for so long before a write or an opening fails
@@ -1956,11 +1955,10 @@ class Store:
         """Open the database. Raises UsageError where it cannot be used."""
         self._database = database
         self._connection = database.open()
-        self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()
+        self._jobs: collections.deque[WriteJob] = collections.deque()  # what waits for the writer
         self._local = threading.local()  # .connection: of a reader's thread
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
-        self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
-        self._writer.start()
+        self._writer = concurrent.futures.ThreadPoolExecutor(1, "memws-writer")
         self._closed = False
 
     def read(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> Coroutine[Any, Any, T]:
@@ -1978,7 +1976,8 @@ class Store:
             return await asyncio.wrap_future(self._readers.submit(self._read, job))
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not take it back
-        self._jobs.put((job, done))
+        self._jobs.append((job, done))
+        self._writer.submit(self._write_waiting)
         return await asyncio.wrap_future(done)
 
     def _read(self, job: Job[[], T]) -> T:
@@ -1990,18 +1989,11 @@ class Store:
         except sqlite3.Error as error:
             raise store_error(error) from error
 
-    def _write_all(self) -> None:
-        """The writer's thread: take what waits, and store it together."""
-        jobs: list[WriteJob | None] = []
-        while None not in jobs:
-            jobs = [self._jobs.get()]
-            while len(jobs) < WRITE_BATCH and not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            if waiting := [job for job in jobs if job]:
-                self._write_batch(waiting)
-
-    def _write_batch(self, jobs: list[WriteJob]) -> None:
-        """A job that fails undoes only itself; a commit that fails undoes all."""
+    def _write_waiting(self) -> None:
+        """Store together what waits. A job that fails undoes only itself; a commit that fails undoes all."""
+        jobs = [self._jobs.popleft() for _ in range(min(WRITE_BATCH, len(self._jobs)))]
+        if not jobs:  # they came while others were stored, and were stored with the next of those
+            return
         try:
             with transaction(self._connection):
                 outcomes = [self._write(job) for job, _ in jobs]
@@ -2030,8 +2022,7 @@ class Store:
         """Finish what is queued and let go of the files."""
         if not self._closed:
             self._closed = True
-            self._jobs.put(None)
-            await asyncio.get_running_loop().run_in_executor(self._readers, self._writer.join)
+            await asyncio.get_running_loop().run_in_executor(self._readers, self._writer.shutdown)
             self._readers.shutdown()
             self._database.close()
 
@@ -7060,8 +7051,7 @@ class Options:
             raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
         find_zone(self.timezone)
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
-            blocks = [Block("persona", ""), Block("human", "")]
-            check_window(vars(Config()), self.context_window, MEMORY_TOOLS, blocks)
+            check_window(vars(Config()), self.context_window, MEMORY_TOOLS, core_memory("", ""))
 
 
 # ---- the gate --------------------------------------------------------------------------------------------------------
@@ -7586,7 +7576,7 @@ class Reader:
             request_id = self.turns.get(event.turn_id)
         elif not self.session.wants(event.kind):
             return
-        await self.session._send(event.text if request_id is None else with_fields(event.text, id=request_id))
+        await self.session.websocket.send(event.text if request_id is None else with_fields(event.text, id=request_id))
 
 
 # ---- sessions and their commands -------------------------------------------------------------------------------------
@@ -7643,25 +7633,18 @@ class Session:
         self._agents = agents
         self._current: LiveAgent | None = None  # the one that this connection created or loaded last
         self._request_id: RequestId = None  # of the request that is being answered
-        self._unsent, self._progress = 0, time.monotonic()  # bytes that waited at the last look; when some were taken
-
-    async def _send(self, text: str) -> None:
-        """Send a frame; waits for a client that reads slowly. Raises ConnectionClosed."""
-        await self.websocket.send(text)
-        self._progress = time.monotonic()
+        self._unsent = self._looks = 0  # bytes that waited at the last look; looks at which these were as many
 
     async def _reply(self, text: str) -> None:
         """Send a frame to a client that may have left."""
         with contextlib.suppress(ConnectionClosed):
-            await self._send(text)
+            await self.websocket.send(text)
 
-    def stalled(self) -> float:
-        """Seconds for which the client has taken no byte of what waits for it, as far as these looks tell."""
-        unsent, now = self.websocket.transport.get_write_buffer_size(), time.monotonic()
-        if unsent == 0 or unsent < self._unsent:
-            self._progress = now
-        self._unsent = unsent
-        return now - self._progress
+    def stalled(self) -> int:
+        """At how many looks, of which this is the last, the client has taken no byte of what waits for it."""
+        before, self._unsent = self._unsent, self.websocket.transport.get_write_buffer_size()
+        self._looks = self._looks + 1 if self._unsent and self._unsent == before else 0
+        return self._looks
 
     def wants(self, message_type: str) -> bool:
         return self.types is None or message_type in self.types
@@ -7732,7 +7715,7 @@ class Session:
         self._reader(live).follow(item.turn_id, self._request_id, item)
         if item in live.waiting and when_busy == "queue" and self.wants("queue"):
             event = response("queue", "waits for its turn", item.turn_id, position=len(live.waiting))
-            await self._send(encode_json(event | {"agent_name": live.name, "time": now_text()}))
+            await self.websocket.send(encode_json(event | {"agent_name": live.name, "time": now_text()}))
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
@@ -7775,7 +7758,7 @@ class Session:
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
-        await self._send(answer({"command": "subscribe", "id": self._request_id}, {"last_seq": last_seq}))
+        await self._reply(answer({"command": "subscribe", "id": self._request_id}, {"last_seq": last_seq}))
         self._reader(live).subscribe(last_seq if after is None else after)
 
     async def unsubscribe(self, live: LiveAgent) -> JSON:
@@ -7980,9 +7963,8 @@ class Session:
 
 def command_of(call: Callable[..., Any]) -> Function:
     """A command. What it calls `live` is an agent, which a request names as agent_name."""
-    takes_agent = "live" in call.__annotations__
     command = function_of(call, skip=["self", "live"])
-    if takes_agent:
+    if "live" in call.__annotations__:
         command.parameters["properties"]["agent_name"] = schema_of(AgentName)
     return command
 
@@ -8040,11 +8022,8 @@ async def wait_until(end: float, works: Iterable[collections.abc.Awaitable[Any]]
 def nest(loop: asyncio.AbstractEventLoop) -> None:
     """Let the running loop be run again inside. Raises UsageError where that cannot be."""
     try:
-        if sys.version_info >= (3, 14) or importlib.util.find_spec("nest_asyncio2"):
-            import nest_asyncio2 as nest_asyncio
-        else:
-            import nest_asyncio
-        nest_asyncio.apply(loop)
+        is_new = sys.version_info >= (3, 14) or importlib.util.find_spec("nest_asyncio2")
+        importlib.import_module("nest_asyncio2" if is_new else "nest_asyncio").apply(loop)
     except (ImportError, ValueError, RuntimeError) as error:
         text = f"run(block=True) cannot block here ({error}); use start(), which serves from a thread"
         raise UsageError(text) from error
@@ -8184,9 +8163,9 @@ class WebSocketServer:
 
     async def _close_stalled(self, agents: Agents) -> None:
         while True:
-            await asyncio.sleep(READER_PATIENCE / 12)
+            await asyncio.sleep(READER_PATIENCE / READER_LOOKS)
             for websocket, session in list(self.clients.items()):
-                if session.stalled() > READER_PATIENCE:
+                if session.stalled() >= READER_LOOKS:
                     logger.warning("session %d takes nothing and is closed", session.number)
                     agents.spawn(websocket.close(1013, "this client takes nothing; connect again"))
 
