@@ -3176,8 +3176,8 @@ _IDEAS = {  # what people ask for in other words than they state it; "": no idea
     "partner": "wife husband partner spouse married mujer esposa esposo marido pareja casado casada",
     "like": "like likes love loves enjoy prefer hobby hobbies favorite favourite gusta gustan encanta favorito",
     "color": "color colour",
-    "": "tell know remember say said also a con de el en es la las lo los me mi mis para por que qué quiénes se son su sus"
-    " un una y cuál cuántos cuántas dónde cómo tengo",
+    "": "tell know remember say said also a con de el en es la las lo los me mi mis para por que qué quiénes se son su"
+    " sus un una y cuál cuántos cuántas dónde cómo tengo",
 }
 _IDEA_OF = {word: idea for idea, words in _IDEAS.items() for word in words.split()}
 _JOB = r"(\w+ )?(\w+ologist|teacher|nurse|doctor|engineer|lawyer|pilot|profesora?|enfermer[oa]|médic[oa]|ingenier[oa])"
