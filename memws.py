@@ -528,12 +528,10 @@ _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(
 
 def schema_of(hint: Any) -> JSON:
     """The JSON Schema of a type hint; {} where anything goes. Annotated[int, 1, 9] is from 1 to 9, Annotated[str, 1, 9]
-    of so many characters, Annotated[str, "a city"] is described so. Raises LookupError for any other hint."""
+    of so many characters. Raises LookupError for any other hint."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if origin is Annotated and isinstance(arguments[-1], (str, int, float)):
+    if origin is Annotated and isinstance(arguments[1], (int, float)):
         schema = schema_of(arguments[0])
-        if isinstance(arguments[1], str):
-            return schema | {"description": arguments[1]}
         _, _, low, high, _ = _KINDS[schema["type"]]
         return schema | {low: arguments[1], high: arguments[2]}
     if origin is Literal and all(type(each) in _NAMES for each in arguments):
@@ -3487,8 +3485,6 @@ def make_tool(
 ) -> Tool:
     """The Tool of a function: schema from the signature, description from the docstring. Raises UsageError for one that
     no model could call."""
-    if isinstance(call, type):
-        raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
     function = function_of(call, name or "", ["memory"] if builtin else [], _reader_of)
     properties = {name: _portable(schema, {}) or ANYTHING for name, schema in function.parameters["properties"].items()}
     if function.name not in ("send_message", "pause_heartbeats"):
@@ -3531,7 +3527,7 @@ async def call_tool(tool: Tool, arguments: JSON) -> str:
 
 async def _run_tool(tool: Tool, arguments: JSON) -> str:
     call = functools.partial(tool.function.call, **arguments)
-    is_async = inspect.iscoroutinefunction(call)  # nothing else is sure to run none of its code when it is called
+    is_async = inspect.iscoroutinefunction(call)  # others may run their code as soon as they are called
     result = call() if is_async else await in_thread(f"memws-tool-{tool.name}", lambda: result_text(call()))
     while not isinstance(result, str):
         if isinstance(result, concurrent.futures.Future):
@@ -3817,8 +3813,8 @@ def find_zone(name: str | None) -> datetime.tzinfo | None:
 
 def machine_timezone() -> str | None:
     """The IANA name of the machine's timezone; None where none is known, as on Windows: there its clock decides."""
-    file = os.path.realpath("/etc/localtime")
-    name = os.environ.get("TZ", file).removeprefix(":").rpartition("zoneinfo/")[2]
+    file = os.environ.get("TZ", os.path.realpath("/etc/localtime"))
+    name = file.removeprefix(":").rpartition("zoneinfo/")[2]
     with contextlib.suppress(Refused):
         find_zone(name)
         return name
@@ -3828,21 +3824,21 @@ def machine_timezone() -> str | None:
 def date_range(start: str, end: str, zone: datetime.tzinfo | None) -> tuple[str, str]:
     """From `start` up to `end` inclusive, days or times in a timezone: (first time, time after the last), in UTC.
     Raises InvalidRequest."""
-    return _moment(start, 0, zone), _moment(end, 1, zone) or "~"
+    return _moment(start, zone), _moment(end, zone, is_end=True) or "~"
 
 
-def _moment(text: str, days: int, zone: datetime.tzinfo | None) -> str:
-    """The UTC time that a day or time names; a whole day later for the end of a day; "" for an empty text."""
-    text = text.strip()
-    if not text:
+def _moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> str:
+    """The UTC time at which a day or time begins, or has ended; "" for an empty text."""
+    if not text.strip():
         return ""
     try:
-        when = datetime.datetime.fromisoformat(text)
-        late = datetime.timedelta(days=1) if len(text) <= 10 else datetime.timedelta(milliseconds=1)
+        when = datetime.datetime.fromisoformat(text.strip())
+        if is_end:
+            when += datetime.timedelta(days=1) if len(text.strip()) <= 10 else datetime.timedelta(milliseconds=1)
         if when.tzinfo is None:
             when = when.replace(tzinfo=zone if 1970 < when.year < 9999 else datetime.UTC)  # no clock goes farther
-        seconds = (when + days * late).timestamp()  # by the clock: a day may have 23 hours, and no midnight
-        when = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC) + datetime.timedelta(seconds=seconds)
+        seconds = datetime.timedelta(seconds=when.timestamp())  # by the clock, also of a day without midnight
+        when = datetime.datetime.fromtimestamp(0, datetime.UTC) + seconds
         return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
     except (ValueError, OverflowError):
         text = f"from, to: expected a day like 2026-01-31, but got {quote(text)}"
