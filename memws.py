@@ -638,9 +638,11 @@ def function_of(
         raise UsageError(f"expected a function with a name of 1 to 64 letters, digits, _ and -, but got {quote(name)}")
     doc = inspect.getdoc(written)
     if not inspect.isroutine(written) and not isinstance(written, type):
-        doc = type(written).__call__.__doc__ or doc
+        written = type(written).__call__
+        doc = written.__doc__ or doc
     try:
-        signature = inspect.signature(call, eval_str=True).parameters.values()
+        hints = typing.get_type_hints(written, include_extras=True)
+        signature = inspect.signature(call).parameters.values()
     except Exception as error:  # a hint may be any code
         raise UsageError(f"cannot read the signature of {name!r}: {error}") from error
     properties, required, readers, filled = {}, [], {}, []
@@ -650,7 +652,7 @@ def function_of(
             text = "give it a name (functools.wraps keeps it), a method its object; put pydantic's Field into Annotated"
             raise UsageError(f"{name!r}: no model can fill in '{parameter}': {text}")
         key = "from" if parameter.name == "from_" else parameter.name  # as it is called outside
-        hint = Any if parameter.annotation is parameter.empty else parameter.annotation
+        hint = hints.get(parameter.name, Any)
         try:
             properties[key] = schema_of(hint)
         except (LookupError, TypeError):

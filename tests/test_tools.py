@@ -142,6 +142,7 @@ READ: list[tuple[Any, Body | None, list[tuple[Any, Any]]]] = [  # hint, schema, 
     (list[Guest], {"type": "array", "items": {"type": "object", "properties": GUEST, "required": ["name"]}},
      [([{"name": "Zoe", "born": "2026-01-31"}], [Guest("Zoe", DAY)]), ('[{"name": "Zoe"}]', [Guest("Zoe")]),
       (['{"name": "Zoe"}'], [Guest("Zoe")])]),
+    (list["Guest"], None, [([{"name": "Zoe"}], [Guest("Zoe")])]),
     (tuple[Party, Party], None, [([{"room": "small", "guests": []}] * 2, (Party(Room.SMALL, []),) * 2)]),
     (Stay, None, [({"rooms": ["small"], "next": {"rooms": []}}, Stay(rooms={Room.SMALL}, next=Stay(rooms=set())))]),
     (Place, None, [([1], Place(1)), ({"x": 1, "y": "z"}, Place(1, "z"))]),
@@ -312,7 +313,7 @@ RESULTS: list[tuple[Any, str | None]] = [
 
 @pytest.mark.parametrize(("result", "text"), RESULTS, ids=range(len(RESULTS)))
 async def test_results_become_text(result: object, text: str | None) -> None:
-    """A text stays, anything else is JSON or repr, up to 8,000 characters and a note; what has no text has failed."""
+    """A text stays, anything else is JSON as far as it can be; what has no text has failed."""
 
     async def later(flag: bool = True) -> object:
         return result
@@ -321,6 +322,10 @@ async def test_results_become_text(result: object, text: str | None) -> None:
         assert await failure(later)
     else:
         assert await outcome(lambda: result) == await outcome(later, flag=False) == text
+
+
+async def test_long_results_are_cut() -> None:
+    """A result has up to 8,000 characters and a note that the rest is not kept."""
     for long in ("x" * 1_000_000, ["word"] * 200_000, "日" * 8_001):
         told = await outcome(lambda long=long: long)
         assert (8_000 <= len(told) <= 8_100, "characters left out here; they are not kept" in told) == (True, True)
@@ -593,22 +598,19 @@ async def test_core_memory_is_edited(lab: Lab, agent: Agent) -> None:
 
 LINES = "Name: Zoe\nWife: Anna\nTown: Oslo"
 EDITS: list[tuple[str, str, str, str]] = [  # a block, old_content, new_content, the block then, or what is advised
-    (LINES, "Wife: Anna", "", "Name: Zoe\nTown: Oslo"), (LINES, "Wife: Anna\n", "", "Name: Zoe\nTown: Oslo"),
-    (LINES, "\nTown: Oslo", "", "Name: Zoe\nWife: Anna"), (LINES, "Name: Zoe\n", "", "Wife: Anna\nTown: Oslo"),
-    ("A\n\nB\nC", "B", "", "A\n\nC"), ("A  \n  B\nC", "B", " \n", "A  \nC"), ("tea, cake", ", cake", "", "tea"),
-    (LINES, "Zoe\n", "Ada", "Name: Ada\nWife: Anna\nTown: Oslo"), ("a b", " b", "\nb", "a\nb"),
+    (LINES, "Wife: Anna", "", "Name: Zoe\nTown: Oslo"), (LINES, "\nTown: Oslo", "", "Name: Zoe\nWife: Anna"),
+    (LINES, "Name: Zoe\n", "", "Wife: Anna\nTown: Oslo"), (LINES, "Zoe\n", "Ada", "Name: Ada\nWife: Anna\nTown: Oslo"),
+    ("A  \n  B\n\nC", "B", " \n", "A  \n\nC"), ("tea, cake", ", cake", "", "tea"), ("a b", " b", "\nb", "a\nb"),
     ("It\u2019s\u00a0me  \r\nOslo\u2019s", "It's me\nOslo", "x", "x\u2019s"),
     ("Oslo \u2014 \u201chome\u201d", 'Oslo - "home"', "y", "y"),
     ("Caf\u00e9 X", "Cafe\u0301", "Bar", "Bar X"), ("Cafe\u0301 X", "Caf\u00e9", "Bar", "Bar X"),
     ("\ufeffze\u200bro cups\u3000of tea", "zero cups of", "a cup of", "\ufeffa cup of tea"),
-    ("A\tB", " A  B \n", "C", "C"),
+    ("A\tB", " A  B \n", "C", "C"), ("Zoe's cat", "Zoe", "Ada", "Ada's cat"),
     ("\u6211\u4f4f\u5728\u5317\u4eac", "\u5317\u4eac", "\u4e0a\u6d77", "\u6211\u4f4f\u5728\u4e0a\u6d77"),
-    ("Zoe's cat", "Zoe", "Ada", "Ada's cat"),
     ("Sister: Anna\nWife: Anna", "Anna", "Eva", "stands in the block 2 times; give more of the line"),
     ("Born 1993, 3 cats", "3", "4", "2 times"), ("Anna\u00a0B\nAnna B", "Anna  B", "C", "2 times"),
     ("Born 1993", "3", "4", "part of a word or number"), ("1,500 m", "500", "9", "part of"),
-    ("3.5 m", "3", "4", "part of"),
-    ("Anna", "Ann", "Eve", "part of"), ("Bikes", "ikes", "x", "part of"), ("Cafe\u0301", "Cafe", "Bar", "not in"),
+    ("3.5 m", "3", "4", "part of"), ("Bikes", "ikes", "x", "part of"), ("Cafe\u0301", "Cafe", "Bar", "not in"),
     (LINES, "City: Oslo", "x", "not in the block; .* the nearest line is: Town: Oslo"),
     (LINES, "Name: Zoe\nWife: Ana", "x", "the nearest line is: Wife: Anna"),
     (LINES, "\n", "x", "holds$"), ("", "x", "y", "holds$"),
@@ -745,12 +747,9 @@ async def test_conversation_search_date_lists_days(lab: Lab, agent: Agent) -> No
 
 DAYS = {  # timezone: a day, its first minute and its last in UTC
     "America/Los_Angeles": ("2026-03-08", "2026-03-08T08:00", "2026-03-09T06:59"),  # of 23 hours
-    "Europe/Berlin": ("2026-10-25", "2026-10-24T22:00", "2026-10-25T22:59"),  # of 25 hours
     "America/Havana": ("2026-11-01", "2026-11-01T04:00", "2026-11-02T04:59"),  # which has midnight twice
     "Africa/Cairo": ("2026-04-24", "2026-04-23T22:00", "2026-04-24T20:59"),  # which has no midnight
     "Pacific/Kiritimati": ("2026-01-02", "2026-01-01T10:00", "2026-01-02T09:59"),
-    "Pacific/Pago_Pago": ("2026-01-02", "2026-01-02T11:00", "2026-01-03T10:59"),
-    "Asia/Kathmandu": ("2026-01-02", "2026-01-01T18:15", "2026-01-02T18:14"),
 }
 
 
