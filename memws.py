@@ -1037,7 +1037,7 @@ def adapt(body: str, maker: str, rules: Collection[str]) -> str:
 def shape(bodies: Iterable[str], maker: str, *rules: str) -> list[str]:
     """Encoded chat messages as a model takes them; consecutive user messages become one."""
     alone, shaped = [rule for rule in rules if " " in rule], list[str]()
-    for body in filter(None, bodies):
+    for body in bodies:
         if alone or body.startswith('{"by":'):
             body = adapt(body, maker, alone)
         if "systemless" in rules:
@@ -1301,12 +1301,6 @@ class StoredEvent(NamedTuple):
     text: str
 
 
-def request_body(head: str, bodies: Iterable[str], tools: str = "") -> str:
-    """A chat-completions request of encoded parts."""
-    extra = f',"tools":{tools}' if tools else ""
-    return f'{head[:-1]},"messages":[{",".join(filter(None, bodies))}]{extra}}}'
-
-
 @dataclass(slots=True)
 class RequestRecord:
     """One model call as sent, by reference to chat messages, which never change, and as answered."""
@@ -1329,8 +1323,10 @@ class RequestRecord:
 
     def body(self, messages: Iterable[str]) -> str:
         """What is sent: each chat message is encoded once, however often it is sent."""
-        bodies: Iterable[str] = (self.system, self.summary, *messages, self.extra)
-        return request_body(self.head, shape(bodies, *self.shape) if self.shape else bodies, self.tools)
+        bodies: Iterable[str] = filter(None, (self.system, self.summary, *messages, self.extra))
+        bodies = shape(bodies, *self.shape) if self.shape else bodies
+        tools = f',"tools":{self.tools}' if self.tools else ""
+        return f'{self.head[:-1]},"messages":[{",".join(bodies)}]{tools}}}'
 
 
 @dataclass(slots=True)
@@ -1751,15 +1747,13 @@ def read_messages(
 
 
 def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
-    """The chat messages from id `first` on that can be read, and counts: last_message, passages, last_passage,
-    unreadable (messages)."""
+    """The chat messages from id `first` on that can be read, and counts: last_message, passages, unreadable."""
     messages = read_messages(db, agent, first=first)
     readable = [message for message in messages if read_body(message) is not None]
-    sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
-        FROM memory WHERE agent = ? AND store = 'archival'"""
-    last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
-    counts = {"last_message": last, "passages": passages, "last_passage": last_passage}
-    return readable, counts | {"unreadable": len(messages) - len(readable)}
+    sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*) FROM memory
+        WHERE agent = ? AND store = 'archival'"""
+    last, passages = db.execute(sql, (agent, agent)).fetchone()
+    return readable, {"last_message": last, "passages": passages, "unreadable": len(messages) - len(readable)}
 
 
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
@@ -3630,7 +3624,6 @@ class Memory:
         self.messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
-        state["last_passage"] = max(counts["last_passage"], state["last_passage"])
         self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
         return counts["unreadable"]
 
@@ -4458,11 +4451,11 @@ class Agent:
         """Tell of a failed call, and wait before the next: as long as the endpoint asks for, or `pause` seconds."""
         pause = pause if error.retry_after is None else error.retry_after
         fields = {"attempt": attempt, "of": of, "delay_ms": round(pause * 1000), "code": error.code}
-        self._emit_live(turn, "retry", f"{error}; trying again", **fields)
+        self.emit_live(turn, "retry", f"{error}; trying again", **fields)
         with turn.interruptible():
             await asyncio.sleep(pause)
 
-    def _emit_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
+    def emit_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
         """Tell something that is not stored, at once."""
         event = response(kind, text, turn.turn_id, turn.step, **fields)
         self.memory.emit(StoredEvent(0, kind, turn.turn_id, encode_json(event | {"time": now_text()})))
@@ -4508,7 +4501,7 @@ class Agent:
     def _emit_deltas(self, turn: Turn, reply: Reply) -> None:
         if reply is turn.reply:  # and no summary
             for of, text in reply.news():
-                self._emit_live(turn, "delta", text, of=of)
+                self.emit_live(turn, "delta", text, of=of)
 
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
         """Keep what came of a call and what it used, and calibrate the estimate by what the endpoint counted."""
@@ -7168,10 +7161,6 @@ class LiveAgent:
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
-    @property
-    def busy(self) -> bool:
-        return self.current is not None
-
     def gone_error(self) -> Refused:
         """What a message to an agent gets that is no longer in use."""
         if self.gone:
@@ -7211,7 +7200,7 @@ class LiveAgent:
         it was deleted."""
         if self.gone:
             raise self.gone_error()
-        if not self.busy:
+        if not self.current:
             await self._mend()
         return self.agent
 
@@ -7238,7 +7227,7 @@ class LiveAgent:
             raise self.gone_error()
         if (size := len(item.message or "")) > MAX_TEXT:
             raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {size:,}")
-        if not self.busy:
+        if not self.current:
             return
         if when_busy == "reject":
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or let the message queue")
@@ -7249,7 +7238,7 @@ class LiveAgent:
             raise Refused("queue_full", f"{len(self.waiting)} messages wait for agent {self.name!r}; try again later")
 
     def _kick(self) -> None:
-        if self.waiting and not (self.busy or self.agents.stopping):
+        if self.waiting and not (self.current or self.agents.stopping):
             self.current = self.waiting.popleft()
             self.agents.spawn(self._run(self.current))
 
@@ -7291,7 +7280,7 @@ class LiveAgent:
 
     async def compact(self) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Raises Refused."""
-        if self.busy:
+        if self.current:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         item = self.current = Turn("", None)
         try:
@@ -7374,9 +7363,7 @@ class Agents:
         self.memory_growth.set()
         return live
 
-    async def create(
-        self, values: JSON, base_url: str | None = None, api_key: str | None = None
-    ) -> tuple[LiveAgent, list[str]]:
+    async def create(self, values: JSON, base_url: str | None, api_key: str | None) -> tuple[LiveAgent, list[str]]:
         """A new agent, and what of its config is ignored. Raises Refused."""
         values = clean_value(values)
         config, warnings = read_config(values, self.tools)
@@ -7395,7 +7382,7 @@ class Agents:
     async def rename(self, live: LiveAgent, new_name: str) -> str:
         """Give an agent another name, which its sessions and readers follow. Raises Refused (busy, name_taken)."""
         name = check_name(new_name)
-        if live.busy:
+        if live.current:
             raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or cancel it")
         async with self._lock, live.agent.memory.lock:
             if live.gone:
@@ -7412,7 +7399,7 @@ class Agents:
         """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
         if live.gone:
             raise live.gone_error()
-        if live.busy and not force:
+        if live.current and not force:
             raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or send force true")
         live.gone = True
         try:
@@ -7611,15 +7598,12 @@ def message_item(message: ChatMessage, first: int) -> JSON:
     return about | {"turn_id": message.turn_id or None, "step": message.step, "in_context": message.id >= first}
 
 
-_session_numbers = itertools.count(1)
-
-
 class Session:
     """One connection's requests, one after another. Each public coroutine is a command: its signature is the check and
     the JSON Schema of the arguments, its docstring the description, what it returns the result (None: it is sent)."""
 
     def __init__(self, agents: Agents, websocket: ServerConnection) -> None:
-        self.websocket, self.number = websocket, next(_session_numbers)
+        self.websocket = websocket
         self.readers: dict[LiveAgent, Reader] = {}  # one for each agent whose events it is to get
         self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
         self._agents = agents
@@ -7672,7 +7656,7 @@ class Session:
         except Exception as error:
             refusal = error if isinstance(error, MemwsError) else MemwsError("internal error; the server's log has it")
             if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
-                logger.exception("session %d: a request failed", self.number)
+                logger.exception("connection %s: a request failed", self.websocket.id)
             turn = {} if is_command else {"turn_id": request.get("turn_id") or new_turn_id()}
             text = failure(request | turn, refusal)
         if text:
@@ -7705,9 +7689,8 @@ class Session:
         item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self)
         live.enqueue(item, when_busy)
         self._reader(live).follow(item.turn_id, self._request_id, item)
-        if item in live.waiting and when_busy == "queue" and self.wants("queue"):
-            event = response("queue", "waits for its turn", item.turn_id, position=len(live.waiting))
-            await self.websocket.send(encode_json(event | {"agent_name": live.name, "time": now_text()}))
+        if item in live.waiting and when_busy == "queue":
+            live.agent.emit_live(item, "queue", "waits for its turn", position=len(live.waiting))
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
@@ -7763,7 +7746,7 @@ class Session:
 
     async def create_agent(self, config: dict[str, Any]) -> JSON:
         """Make an agent and make it this connection's current one. Result: {agent_name, warnings}."""
-        self._current, warnings = await self._agents.create(config)
+        self._current, warnings = await self._agents.create(config, None, None)
         return {"agent_name": self._current.name, "warnings": warnings}
 
     async def load_agent(self, name: AgentName = None, agent_name: AgentName = None) -> JSON:
@@ -7807,7 +7790,7 @@ class Session:
         records, total = await self._agents.store.read(list_agents, after or "", limit, deleted)
         live, default, agents = self._agents.live, self._agents.models.default, []
         for record in records:
-            state = "running" if record.name in live and live[record.name].busy else "idle"
+            state = "running" if record.name in live and live[record.name].current else "idle"
             about = {"agent_name": record.name, "model": record.config.get("model") or default}
             about["state"] = "deleted" if deleted else state
             agents.append(about | {"last_active": record.last_active, "last_seq": record.last_seq})
@@ -8158,7 +8141,7 @@ class WebSocketServer:
             await asyncio.sleep(READER_PATIENCE / READER_LOOKS)
             for websocket, session in list(self.clients.items()):
                 if session.stalled() >= READER_LOOKS:
-                    logger.warning("session %d takes nothing and is closed", session.number)
+                    logger.warning("connection %s takes nothing and is closed", websocket.id)
                     agents.spawn(websocket.close(1013, "this client takes nothing; connect again"))
 
     def _process_request(self, connection: ServerConnection, request: http11.Request) -> http11.Response | None:
@@ -8183,12 +8166,10 @@ class WebSocketServer:
 
     def register_client(self, websocket: ServerConnection) -> Session:
         session = self.clients[websocket] = Session(self.open(), websocket)
-        logger.info("session %d opened", session.number)
         return session
 
     def unregister_client(self, websocket: ServerConnection) -> None:
-        if (session := self.clients.pop(websocket, None)) is not None:
-            logger.info("session %d closed", session.number)
+        self.clients.pop(websocket, None)
 
     async def handle_client(self, websocket: ServerConnection, path: str | None = None) -> None:
         """One connection, from accept to close, also for a websockets server of your own."""

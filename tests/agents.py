@@ -144,6 +144,11 @@ class Lab:
         return found
 
 
+def request_of(head: str, messages: Iterable[str], tools: str = "") -> str:
+    """A chat-completions request of encoded messages."""
+    return memws.RequestRecord("", 1, head, "", "", tools, "", 1, 0).body(messages)
+
+
 async def sent_for(agent: memws.Agent, turn_id: str, step: int) -> Body:
     """What get_request says of a step."""
     return await agent.memory.store.read(memws.find_request, agent.record.id, turn_id, step)

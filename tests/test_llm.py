@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from agents import request_of
 from endpoint import Body, Endpoint, Reply, prompt_tokens
 
 import memws
@@ -44,7 +45,7 @@ async def closing(models: memws.Models) -> AsyncIterator[memws.Models]:
 async def ask(model: memws.Model, **settings: Any) -> memws.Reply:
     """Send one request with two tools, and take in its whole answer as an agent does."""
     reply = memws.Reply()
-    async with contextlib.aclosing(model.stream(memws.request_body(model.head(settings), [USER], SPECS))) as chunks:
+    async with contextlib.aclosing(model.stream(request_of(model.head(settings), [USER], SPECS))) as chunks:
         async for chunk in chunks:
             reply.feed(chunk)
             if reply.full:
@@ -399,7 +400,7 @@ async def test_an_option_that_is_refused(
 ) -> None:
     """It is left out, or set as the endpoint says, for the value that was refused, once, also by who was under way."""
     answer = Reply(status=400, body={"error": {"message": words} if isinstance(words, str) else words})
-    bodies = [memws.request_body(model.head(settings), [USER], SPECS)] * 2
+    bodies = [request_of(model.head(settings), [USER], SPECS)] * 2
     for body in bodies:
         endpoint.script(answer)
         with pytest.raises(memws.ModelError) as caught:

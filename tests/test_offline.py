@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from agents import request_of
 
 import memws
 from memws import HEARTBEAT_NO_REPLY, HEARTBEAT_REQUESTED, HEARTBEAT_TIMER, HEARTBEAT_WAKE
@@ -23,7 +24,7 @@ def ask(messages: list[JSON], tools: list[str]) -> tuple[str, list[tuple[str, JS
     async def read() -> memws.Reply:
         model, reply = memws.Models("offline").get(None)[0], memws.Reply()
         specs = json.dumps([{"type": "function", "function": {"name": name}} for name in tools]) if tools else ""
-        async for chunk in model.stream(memws.request_body(model.head({}), map(json.dumps, messages), specs)):
+        async for chunk in model.stream(request_of(model.head({}), map(json.dumps, messages), specs)):
             reply.feed(chunk)
         return reply
 
