@@ -5755,7 +5755,8 @@ class Client {
     this.record("→", text);
     this.transport.send(text);
   }
-  command(command, more = {}) {
+  async command(command, more = {}) {
+    if (this.state !== "connected") throw new Error("there is no connection to the server; try again when it is back");
     const id = newId();
     this.post({ type: "command", command, id, ...more });
     return new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject }));
@@ -6537,7 +6538,7 @@ class Panel {
   soon() { // once for all that comes in a moment
     this.refreshing ??= setTimeout(() => {
       this.refreshing = null;
-      attempt(this.root, () => this.refresh());
+      if (this.isReady) attempt(this.root, () => this.refresh());
     }, 100);
   }
   drawBar({ sections, used, window: total }) {
@@ -6668,10 +6669,9 @@ if (document.body?.dataset.memws === "page") {
 def page_text() -> tuple[str, str]:
     """The page, and the part of its policy that says which script and which style may run: these two."""
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (PANEL_SCRIPT, PANEL_STYLE)]
-    head = '<meta charset="utf-8"><title>memws</title><meta name="viewport" content="width=device-width">'
-    head += f'<link rel="icon" href="data:,"><style>{PANEL_STYLE}</style>'
-    body = f'<body data-memws="page"><script type="module">{PANEL_SCRIPT}</script></body>'
-    text = f'<!doctype html><html lang="en"><head>{head}</head>{body}</html>'
+    text = '<!doctype html><html lang="en"><meta charset="utf-8"><title>memws</title>'
+    text += '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+    text += f'<style>{PANEL_STYLE}</style><body data-memws="page"><script type="module">{PANEL_SCRIPT}</script>'
     return text, f"script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'"
 
 

@@ -299,6 +299,8 @@ def test_offline_and_back(serve: Serve, show: Show) -> None:
     window.await_status("offline")
     window.say("I like tea")
     expect(window.field).to_have_value("I like tea")
+    window.button("add").click()
+    expect(window.panel.get_by_role("alert")).to_contain_text("no connection")
     server = serve(port=port)
     server.load_agent("sam")
     server.run_step("I have a cat")
@@ -574,7 +576,7 @@ def test_in_a_notebook(serve: Serve, notebook: Window) -> None:
     for name in ("sam", "ada"):
         server.create_new_agent({"name": name})
     with socket.create_server(("127.0.0.1", 0)) as gate:
-        shown = f"for name in ('sam', 'ada'): display(memws.Panel({server.url!r}, name))"
+        shown = f"for name in ('sam', 'ada'): display(memws.Panel({server.url!r}, name, compact=name == 'ada'))"
         busy = f"socket.create_connection({gate.getsockname()!r}).recv(1)"
         notebook.run(f"import memws, socket\n{shown}\n{busy}", wait=False)
         connection, _ = gate.accept()
@@ -585,6 +587,8 @@ def test_in_a_notebook(serve: Serve, notebook: Window) -> None:
             panel.get_by_placeholder("Message", exact=True).fill(f"I am the friend of {name}")
             panel.get_by_placeholder("Message", exact=True).press("Enter")
             panel.locator(".memws-agent").wait_for()
+        expect(panels.first.get_by_role("complementary")).to_be_visible()
+        expect(panels.last.get_by_role("complementary")).to_have_count(0)  # compact: the conversation alone
         connection.close()
     expect(notebook.page.locator(".memws-static").first).to_be_hidden()
     notebook.page.evaluate("void jupyterapp.shell.currentWidget.sessionContext.restartKernel()")
