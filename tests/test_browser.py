@@ -349,8 +349,7 @@ def test_long_history(serve: Serve, show: Show) -> None:
     window.sees("turn 299 of many")
     bubbles = window.log.locator(".memws-bubble")
     assert bubbles.count() < 100
-    while bubbles.count() < 300:
-        before = bubbles.count()
+    while (before := bubbles.count()) < 300:
         window.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
         expect(bubbles.nth(before)).to_be_attached()
     expect(bubbles).to_have_text([f"turn {number} of many" for number in range(300)])
