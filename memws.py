@@ -497,7 +497,9 @@ def read_json(text: str) -> tuple[Any, str]:
         value, mended = _repair_json(text), "broken JSON was mended"
     if isinstance(value, str) and value[:1] in ("{", "["):
         return read_json(value)[0], "it was encoded twice"
-    return (None, "it is no JSON") if value is None else (clean_value(value), mended)
+    if value is None or _is_deeper(value, MAX_DEPTH):
+        return None, "it is no JSON" if value is None else TOO_DEEP
+    return clean_value(value), mended
 
 
 def _repair_json(text: str) -> Any:
@@ -3410,14 +3412,11 @@ class Models:
 class Tool:
     """A function that a model may call."""
 
+    name: str
     function: Function
     spec: str  # the encoded entry of a request's tools
     builtin: bool  # a memory tool: it gets the step's transaction as its first argument and runs inside it
     timeout: float  # seconds
-
-    @property
-    def name(self) -> str:
-        return self.function.name
 
 
 _TYPES = [{"type": name} for name in ("string", "number", "boolean", "object")]
@@ -3485,7 +3484,7 @@ def make_tool(
         properties[REQUEST_HEARTBEAT] = {"type": "boolean", "description": "run again right after this call"}
     parameters = function.parameters | {"properties": properties}
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
-    return Tool(function, encode_json({"type": "function", "function": about}), builtin, timeout)
+    return Tool(function.name, function, encode_json({"type": "function", "function": about}), builtin, timeout)
 
 
 NOT_KEPT = "they are not kept, ask for less"  # what a result leaves out

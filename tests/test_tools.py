@@ -637,6 +637,7 @@ WRONG_CALLS = [
     ("send_message", {"message": 5}, "message: expected a string, but got 5; send_message"),
     ("pause_heartbeats", {"minutes": 1.5}, "minutes: expected an integer, but got 1.5"),
     ("archival_memory_insert", "no JSON", "the arguments are no JSON object: 'no JSON'"),
+    ("archival_memory_insert", f'{{"content": {"[" * 900}1{"]" * 900}}}', "the arguments are no JSON object: "),
     ("archival_memory_insert", "[1]", "the arguments are no JSON object: "),
     ("send_email", {"to": "x"}, "unknown tool 'send_email'; tools: send_message, core_memory_append"),
 ]  # fmt: skip
