@@ -3789,24 +3789,24 @@ class Transaction:
         return f"Showing {len(items)} of {total} results (page {page} of {pages}): {encode_json(items)}"
 
 
-def find_zone(name: str | None) -> datetime.tzinfo | None:
-    """The timezone of an IANA name; None: the machine's, by its own clock. Raises Refused (bad_config)."""
-    if name is None:
-        return None
-    try:
-        import zoneinfo  # 3 ms, which the start of a server does without
-
-        return zoneinfo.ZoneInfo(name)
-    except (LookupError, ValueError, OSError):
-        text = f"timezone: expected an IANA name like Europe/Berlin, but got {quote(name)}"
-        raise Refused("bad_config", f"{text}; where no name is known, pip install tzdata") from None
-
-
 def machine_timezone() -> str | None:
     """The IANA name of the machine's timezone; None where none is known, as on Windows: there its clock decides."""
     file = os.environ.get("TZ", os.path.realpath("/etc/localtime"))
     name = file.removeprefix(":").rpartition("zoneinfo/")[2]
     return name if pathlib.Path(f"/usr/share/zoneinfo/{name}").is_file() else None
+
+
+def find_zone(name: str | None) -> datetime.tzinfo | None:
+    """The timezone of an IANA name; None: the machine's, by its own clock. Raises Refused (bad_config)."""
+    if name in (None, machine_timezone()):
+        return None
+    try:
+        import zoneinfo  # 3 ms, which a server in its own timezone does without
+
+        return zoneinfo.ZoneInfo(str(name))
+    except (LookupError, ValueError, OSError):
+        text = f"timezone: expected an IANA name like Europe/Berlin, but got {quote(name)}"
+        raise Refused("bad_config", f"{text}; where no name is known, pip install tzdata") from None
 
 
 def date_range(start: str, end: str, zone: datetime.tzinfo | None) -> tuple[str, str]:
