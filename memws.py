@@ -5864,7 +5864,7 @@ class Turn {
     this.endTrace();
     this.streams.clear();
   }
-  on_user_message(event) { this.said(event.message, clock(event.time)); }
+  on_user_message({ message, from, time }) { this.said(message, (from ? `${from} · ` : "") + clock(time)); }
   on_internal_monologue(event) { this.finish(event, "internal_monologue"); }
   on_assistant_message(event) { this.finish(event, "assistant_message"); }
   on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
@@ -5930,9 +5930,9 @@ class Turn {
   }
 }
 
-function asEvents({ role, text, time, step, tool_calls }, open) { // a stored message; `open`: calls without an answer
+function asEvents({ role, from, text, time, step, tool_calls }, open) { // of a message; `open`: calls not answered yet
   const event = (message_type, message, more) => ({ message_type, message, time, step, ...more });
-  if (role === "user") return [event("user_message", text)];
+  if (role === "user") return [event("user_message", text, { from })];
   if (role === "tool") return [event("tool_return", text, { tool_call_id: open.shift()?.id })];
   if (role !== "assistant") return [];
   open.push(...tool_calls);
@@ -6574,7 +6574,8 @@ class Panel {
     this.state();
   }
   turnOf({ turn_id, seq }, kind) { // none where the beginning of the turn is too long ago
-    if (!turn_id) return kind === "memory_change" || kind === "correction" ? this.log.turn(`event ${seq}`) : null;
+    const isOwn = ["memory_change", "correction", "compaction"].includes(kind); // it may come without a turn
+    if (!turn_id) return isOwn ? this.log.turn(`event ${seq}`) : null;
     const isCut = seq <= this.known && kind !== "agent_response_start";
     return isCut && !this.log.turns.has(turn_id) ? null : this.log.turn(turn_id);
   }

@@ -146,7 +146,8 @@ def test_stop_and_those_that_wait(online: Serve, endpoint: Endpoint, show: Show)
 
 def test_a_turn_is_told(online: Serve, endpoint: Endpoint, show: Show) -> None:
     """Calls are folded into the line of thoughts, failures say why, what a retry takes back goes, errors are shown."""
-    window = show(online())
+    server = online()
+    window = show(server)
     bad = ("core_memory_replace", {"name": "human", "old_content": "x", "new_content": "y", **AGAIN})
     endpoint.script(
         Reply("I try.", [bad]), Reply("a half of a thought that streams", cut_after=4), say("So be it.", text="I see.")
@@ -161,9 +162,13 @@ def test_a_turn_is_told(online: Serve, endpoint: Endpoint, show: Show) -> None:
     window.button("step 1: what the model got").click()
     expect(window.mind.get_by_text("Words to look for")).to_be_hidden()
     expect(window.mind.get_by_text("I try.")).to_be_visible()
-    endpoint.script(Reply(status=401), Reply(status=401))
+    endpoint.script(Reply(status=401))
     window.say("again")
     expect(window.log.locator(".memws-bad").last).to_contain_text("key")
+    endpoint.script(say("Hello, Bob."))
+    with memws.connect(server.url) as client:
+        client.ask("It is me.", "sam", from_="Bob")
+        window.sees("Bob · ", "Hello, Bob.")
 
 
 def test_memory_is_edited(serve: Serve, show: Show) -> None:
