@@ -949,27 +949,25 @@ def read_body(message: ChatMessage) -> JSON | None:
     return None
 
 
-OpenCall = tuple[ChatMessage, str, str]  # the message with a tool call that has no result, the call's id, the tool
-
-
-def history_faults(messages: Sequence[ChatMessage]) -> tuple[list[tuple[int, str]], list[OpenCall]]:
-    """(index, fault) of the places before which a prompt may not begin; the calls at the end that are still open."""
+def history_faults(messages: Sequence[ChatMessage]) -> tuple[list[tuple[int, str]], dict[str, str]]:
+    """(index, fault) of the places before which a prompt may not begin; of the calls at the end that are still open the
+    ids, each with its tool."""
     faults: list[tuple[int, str]] = []
-    waiting: dict[str, OpenCall] = {}
+    waiting: dict[str, str] = {}
     for index, message in enumerate(messages):
         body = read_body(message)
         if body is not None and message.role == "tool":
             if waiting.pop(body["tool_call_id"], None) is None:
                 faults.append((index + 1, f"chat message {message.id} answers a call that is not there"))
             continue
-        for asked, call_id, _ in waiting.values():
-            faults.append((index, f"the call {quote(call_id)} of chat message {asked.id} has no result"))
+        if waiting:
+            faults.append((index, f"calls before chat message {message.id} have no result: {', '.join(waiting)}"))
         calls = () if body is None else body.get("tool_calls", ())
-        waiting = {call["id"]: (message, call["id"], call["function"]["name"]) for call in calls}
+        waiting = {call["id"]: call["function"]["name"] for call in calls}
         if body is None or len(waiting) < len(calls):
             faults.append((index + 1, f"chat message {message.id} is damaged"))
             waiting = {}
-    return faults, list(waiting.values())
+    return faults, waiting
 
 
 def estimate_tokens(text: str) -> int:
@@ -4214,7 +4212,7 @@ class Agent:
             return
         turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
         async with self._change(turn) as change:
-            for _, call_id, name in open_calls:
+            for call_id, name in open_calls.items():
                 self.repairs.append(f"the call of {name} was interrupted and got a result")
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
             if broken or unreadable:
@@ -4692,7 +4690,7 @@ class Agent:
         if turn.request is not None and isinstance(error, ModelError):
             turn.request.response = {"error": {"code": error.code, "message": str(error)}}
         async with self._change(turn) as change:
-            for _, call_id, name in history_faults(self.memory.messages)[1]:
+            for call_id, name in history_faults(self.memory.messages)[1].items():
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
             self._end(change, turn, error)
 
@@ -7125,7 +7123,6 @@ def _secrets(request: http11.Request) -> list[bytes]:
 
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
-
 WhenBusy = Literal["queue", "reject", "interrupt"]
 
 
@@ -7196,8 +7193,7 @@ class LiveAgent:
             after = page[-1].seq if page else until
 
     async def fresh(self) -> Agent:
-        """The agent, opened anew after a failed transaction, unless something runs. Raises StoreFailed, Refused where
-        it was deleted."""
+        """The agent, opened anew after a failed transaction, unless something runs. Raises StoreFailed, Refused."""
         if self.gone:
             raise self.gone_error()
         if not self.current:
@@ -7553,7 +7549,7 @@ class Reader:
             request_id = self.turns.pop(event.turn_id, None)
         elif event.kind == "agent_response_start":
             request_id = self.turns.get(event.turn_id)
-        elif not self.session.wants(event.kind):
+        elif self.session.types is not None and event.kind not in self.session.types:
             return
         await self.session.websocket.send(event.text if request_id is None else with_fields(event.text, id=request_id))
 
@@ -7621,9 +7617,6 @@ class Session:
         before, self._unsent = self._unsent, self.websocket.transport.get_write_buffer_size()
         self._looks = self._looks + 1 if self._unsent and self._unsent == before else 0
         return self._looks
-
-    def wants(self, message_type: str) -> bool:
-        return self.types is None or message_type in self.types
 
     async def _take(self, frame: str | bytes) -> None:
         """Answer a request; what waits for a model is answered beside the others that follow."""
@@ -7955,8 +7948,7 @@ COMMANDS = {
 
 
 def bind_sockets(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets: for localhost one of each family, on the same port, where this machine has IPv6. Raises
-    UsageError."""
+    """Listening sockets on one port: for localhost of both families, where there is IPv6. Raises UsageError."""
     sockets: list[socket.socket] = []
     for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
         address = name, sockets[0].getsockname()[1] if sockets else port

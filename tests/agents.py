@@ -121,7 +121,7 @@ class Lab:
         assert ends == [False] * (len(events) - 1) + [True]
         stored = [event["seq"] for event in events if "seq" in event]
         assert stored == list(range(before + 1, agent.record.last_seq + 1))
-        assert memws.history_faults(agent.memory.messages) == ([], [])
+        assert memws.history_faults(agent.memory.messages) == ([], {})
         await self.check_stored(agent)
         return Told(events)
 
