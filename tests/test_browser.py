@@ -450,7 +450,10 @@ def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -
 
 
 def test_the_page_asks_for_the_token(serve: Serve, page: Window) -> None:
-    """Where a token is set the page asks for it, again if it was wrong; one in the address stays in no address."""
+    """Where a token is set the page asks for it, again if it was wrong; one in the address stays in no address, and
+    only one that is no subprotocol goes as part of one."""
+    addresses: list[str] = []
+    page.page.on("websocket", lambda socket: addresses.append(socket.url))
     server = serve(token=TOKEN)
     server.create_new_agent({"name": "sam"})
     page.open(server.url)
@@ -467,6 +470,9 @@ def test_the_page_asks_for_the_token(serve: Serve, page: Window) -> None:
     page.open(server.url, f"#token={TOKEN}&agent=sam")
     page.await_status("connected")
     assert TOKEN not in page.page.url
+    assert not any(TOKEN in address for address in addresses)
+    page.open(serve(token="a/b=c", db=":memory:").url, "#token=a/b%3Dc")
+    page.await_status("connected")
 
 
 LUMINANCE = """(colour) => {
