@@ -3367,8 +3367,12 @@ class Models:
         fallback = DEFAULT_MODEL if self.endpoint.key else OFFLINE
         self.default = model or (self.endpoint.only_model() if base_url else fallback)
         self.offline = self.default == OFFLINE
-        if (embedding_model or not self.offline) and importlib.util.find_spec("openai") is None:
-            raise UsageError(MISSING_OPENAI)
+        if embedding_model or not self.offline:
+            if not (self.endpoint.base_url or self.endpoint.key):
+                advice = "set OPENAI_API_KEY, or name its server with --base-url; --model offline needs none"
+                raise UsageError(f"{quote(embedding_model or self.default)} needs an endpoint: {advice}")
+            if importlib.util.find_spec("openai") is None:
+                raise UsageError(MISSING_OPENAI)
         self.embedder = Embedder(embedding_model, self.endpoint) if embedding_model else None
         self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
@@ -7318,10 +7322,7 @@ class Agents:
         self.options, self.tools, self.stopping = options, tools, False
         self.timezone = options.timezone or machine_timezone()
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
-        models = self.models = Models(*(getattr(options, name) for name in names))
-        if (models.embedder or not models.offline) and not (models.endpoint.base_url or models.endpoint.key):
-            advice = "set OPENAI_API_KEY, or name its server with --base-url; --model offline needs none"
-            raise UsageError(f"{quote(options.embedding_model or models.default)} needs an endpoint: {advice}")
+        self.models = Models(*(getattr(options, name) for name in names))
         self.store = Store(Sqlite(options.db, options.sync))
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored

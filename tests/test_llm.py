@@ -566,7 +566,7 @@ def _no_environment(monkeypatch: Patch) -> None:
 def test_the_default_model(endpoint: Endpoint) -> None:
     """What is named, else DEFAULT_MODEL with a key, an endpoint's only one, or offline, with a warning for others."""
     url = endpoint.url
-    chosen: list[tuple[Body, str]] = [({}, "offline"), ({"model": "m"}, "m"), ({"api_key": KEY}, memws.DEFAULT_MODEL)]
+    chosen: list[tuple[Body, str]] = [({}, "offline"), ({"api_key": KEY}, memws.DEFAULT_MODEL)]
     chosen += [({"base_url": url}, "test-model"), ({"model": "m", "base_url": url, "api_key": KEY}, "m")]
     chosen += [({"model": "offline", "api_key": KEY}, "offline")]
     for options, name in chosen:
