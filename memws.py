@@ -3480,6 +3480,8 @@ def make_tool(
 ) -> Tool:
     """The Tool of a function: schema from the signature, description from the docstring. Raises UsageError for one that
     no model could call."""
+    if isinstance(call, type):
+        raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
     function = function_of(call, name or "", ["memory"] if builtin else [], _reader_of)
     properties = {name: _portable(schema, {}) or ANYTHING for name, schema in function.parameters["properties"].items()}
     if function.name not in ("send_message", "pause_heartbeats"):

@@ -243,7 +243,7 @@ def odd(call: Callable[[], None], agent: int = 5) -> None: ...
 
 
 REFUSED: list[tuple[Any, str]] = [
-    (Desk.ring, "'ring': no model can fill in 'self'"),
+    (Desk.ring, "'ring': no model can fill in 'self'"), (Desk, "Desk is a class; register a function, or an object"),
     (positional, "no model can fill in 'a: int'"), (many, r"no model can fill in '\*names: str'"),
     (len, "'len': no model can fill in"),
     (field, "put pydantic's Field into Annotated"), (lost, "cannot read the signature of 'lost': name 'Nowhere'"),
