@@ -283,9 +283,9 @@ async def failure(function: Callable[..., Any], timeout: float = LIMIT) -> str:
 
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
-WEB = [SimpleNamespace(web=[]) for _ in range(30)]
+WEB = [SimpleNamespace(web={}) for _ in range(30)]
 for node in WEB:
-    node.web = [*WEB]  # there are more ways through it than can be gone
+    node.web = dict(enumerate(WEB))  # there are more ways through it than can be gone
 
 
 class Unprintable(Exception):
