@@ -1947,6 +1947,7 @@ class Store:
         """Open the database. Raises UsageError where it cannot be used."""
         self._database = database
         self._connection = database.open()
+        self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
         self._jobs: collections.deque[WriteJob] = collections.deque()  # what waits for the writer
         self._local = threading.local()  # .connection: of a reader's thread
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
@@ -2950,13 +2951,15 @@ class OpenAIModel:
 
     ratio = 1.0
 
-    def __init__(self, name: str, endpoint: Endpoint) -> None:
+    def __init__(self, name: str, endpoint: Endpoint, recalled: Mapping[str, str]) -> None:
         self.name, self.endpoint = name, endpoint
         sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
         self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)
         url = urllib.parse.urlsplit(endpoint.base_url or "//api.openai.com/v1")
         maker = f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}"
-        self.learned = Learned([re.sub(r'[",\\]', "_", maker)])
+        maker = re.sub(r'[",\\]', "_", maker)
+        text = recalled.get(f"learned {maker}")
+        self.learned = Learned(**decode_json(text)) if text else Learned([maker])
 
     def head(self, settings: JSON) -> str:
         options: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
@@ -3374,6 +3377,7 @@ class Models:
             if importlib.util.find_spec("openai") is None:
                 raise UsageError(MISSING_OPENAI)
         self.embedder = Embedder(embedding_model, self.endpoint) if embedding_model else None
+        self.recalled: Mapping[str, str] = {}  # settings of the database: what endpoints have taught before
         self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
         self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)  # by name
@@ -3398,7 +3402,7 @@ class Models:
             return OfflineModel(), [f"{text}; set OPENAI_API_KEY or --base-url"]
         own = Endpoint(base_url or self.endpoint.base_url, api_key, self.endpoint.idle_timeout)
         endpoint = self._endpoints.setdefault((base_url, api_key), own)
-        return self._models.setdefault((endpoint, name), OpenAIModel(name, endpoint)), []
+        return self._models.setdefault((endpoint, name), OpenAIModel(name, endpoint, self.recalled)), []
 
     async def close(self) -> None:
         for endpoint in self._endpoints.values():
@@ -4200,7 +4204,6 @@ class Agent:
             check_record(self.record)
             unreadable = await self.memory.load()
             self.configure()
-            await self._recall()
             if told := self.model.learned.window:
                 self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
             await self._repair(unreadable)
@@ -4256,13 +4259,6 @@ class Agent:
         self._sections |= {"system": prompt, "core_memory": core, "summary": summary}
         self._system_body = encode_json({"role": "system", "content": prompt + core})
 
-    async def _recall(self) -> None:
-        """Read what was learned of the model's endpoint before the server started."""
-        maker = self.model.learned.shape[0]
-        text = await self.memory.store.read(read_setting, f"learned {maker}")
-        if text and self.model.learned == Learned([maker]):
-            self.model.learned = Learned(**decode_json(text))
-
     async def _store_learned(self) -> None:
         learned = self.model.learned
         await self.memory.store.write(write_setting, f"learned {learned.shape[0]}", encode_json(vars(learned)))
@@ -4272,7 +4268,7 @@ class Agent:
         """The context window in tokens; less where the endpoint has said so, if the prompt leaves room in that."""
         window: int = self.record.config["context_window"] or self._models.context_window or self.model.window
         told = self.model.learned.window
-        fits = told < window and told >= sum(self._sizes([]).values()) + 2 * MIN_REPLY_TOKENS
+        fits = 0 < told < window and told >= sum(self._sizes([]).values()) + 2 * MIN_REPLY_TOKENS
         return told if fits else window
 
     def take_tools(self) -> None:
@@ -4289,7 +4285,6 @@ class Agent:
             change.put_blocks(reshape(change.blocks, apply(by_label, values)))
             self.check_room(change)
             change.add_event("agent_change", "the agent's settings changed", change="updated")
-        await self._recall()
         self.model.learned = Learned(self.model.learned.shape)
         await self._store_learned()
         return warnings
@@ -7326,6 +7321,7 @@ class Agents:
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
         self.models = Models(*(getattr(options, name) for name in names))
         self.store = Store(Sqlite(options.db, options.sync))
+        models.recalled = self.store.settings
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.memory_growth = asyncio.Event()  # something may have no vector yet
@@ -7637,7 +7633,6 @@ class Session:
 
     async def _answer(self, request: JSON) -> None:
         """Do what a request asks, and answer it exactly once; a message's answer is its turn."""
-        is_command = request.get("type") == "command"
         self._request_id = request.get("id")
         try:
             function, arguments = resolve(request, COMMANDS)
@@ -7647,13 +7642,11 @@ class Session:
             text = "" if result is None else answer(request, result)
             if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
-        except ConnectionClosed:
-            return
         except Exception as error:
             refusal = error if isinstance(error, MemwsError) else MemwsError("internal error; the server's log has it")
             if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
                 logger.exception("connection %s: a request failed", self.websocket.id)
-            turn = {} if is_command else {"turn_id": request.get("turn_id") or new_turn_id()}
+            turn = {} if request.get("type") == "command" else {"turn_id": request.get("turn_id") or new_turn_id()}
             text = failure(request | turn, refusal)
         if text:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first

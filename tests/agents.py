@@ -76,6 +76,7 @@ class Lab:
     async def __aenter__(self) -> Self:
         self.models = memws.Models("test-model", self.endpoint.url, "sk-lab")
         self.store = memws.Store(memws.Sqlite(self.path, "normal"))
+        self.models.recalled = self.store.settings
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
