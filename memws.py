@@ -7321,7 +7321,7 @@ class Agents:
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
         self.models = Models(*(getattr(options, name) for name in names))
         self.store = Store(Sqlite(options.db, options.sync))
-        models.recalled = self.store.settings
+        self.models.recalled = self.store.settings
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.memory_growth = asyncio.Event()  # something may have no vector yet

@@ -534,25 +534,6 @@ async def test_a_turn_has_limits(
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
 
-async def test_what_is_learned_outlives_a_restart(endpoint: Endpoint, tmp_path: Path) -> None:
-    """Options that are refused and the window are known after a restart; update_agent has them tried anew."""
-    endpoint.refuse, settings = {"stream_options", "top_p", "seed"}, {"top_p": 0.5, "seed": 1, "temperature": 0.5}
-    tried: list[set[str]] = []
-    for start in range(3):
-        async with Lab(endpoint, tmp_path / "memws.db") as lab:
-            agent = await (lab.open() if start else lab.create(settings=settings))
-            if start == 2:
-                endpoint.refuse = set()
-                await agent.update({"max_steps": 7})
-            elif not start:
-                await lab.say(agent, "Hi", Reply(status=400, body={"error": "prompt is too long: 9999 > 7000 maximum"}))
-            turn = await lab.run(agent, memws.Turn(f"start {start}", "Hi"))
-            tried.append(settings.keys() & endpoint.requests[-1].keys())
-            assert (turn.replies, turn.of("retry"), agent.window) == (["Hello!"], [], 8_192 if start == 2 else 7_000)
-            assert ("7,000 tokens" in str(agent.warnings)) == (start == 1)
-    assert tried == [{"temperature"}, {"temperature"}, settings.keys()]
-
-
 async def test_a_failed_call_is_made_again_twice(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """A transport failure is told and tried again, twice, after the pause asked for; the third ends the turn."""
     first, second = {"Retry-After": "0.03"}, {"Retry-After": "0.02"}

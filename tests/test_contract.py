@@ -123,7 +123,7 @@ days and times of the agent's timezone: tools test_days_are_the_agents; server t
 8 token counts: agent test_estimates_are_calibrated_within_bounds
 9 roles and ids that endpoints take: llm test_names_and_ids_that_no_api_takes_are_changed
   test_an_option_that_is_refused; agent test_what_an_endpoint_wants_is_learned_once test_what_a_refusal_teaches
-  test_only_its_maker_gets_back_what_it_made test_what_is_learned_outlives_a_restart
+  test_only_its_maker_gets_back_what_it_made; server test_what_is_learned_outlives_a_restart
 one search for every script and any query: memory test_every_script_is_found test_hostile_queries_over_hostile_texts
 embeddings: embeddings test_what_shares_no_word_is_found test_without_a_model_nothing_is_embedded
   test_turns_and_searches_go_on_without_vectors

@@ -141,6 +141,30 @@ async def test_an_agent_keeps_its_timezone(serve: Serve) -> None:
     assert found == ["Asia/Tokyo", "Asia/Tokyo", "Europe/Berlin"]
 
 
+async def test_what_is_learned_outlives_a_restart(online: Serve, endpoint: Endpoint) -> None:
+    """Options that are refused and the window are known after a restart; update_agent has them tried anew."""
+    endpoint.refuse, settings = {"stream_options", "top_p", "seed"}, {"top_p": 0.5, "seed": 1, "temperature": 0.5}
+    tried: list[set[str]] = []
+    for start in range(3):
+        server = online()
+        async with wire(server, "*") as client:
+            if start == 0:
+                await client.ok("create_agent", config={"name": "sam", "settings": settings})
+                endpoint.script(Reply(status=400, body={"error": "prompt is too long: 9999 > 7000 maximum"}))
+                await client.turn("Hi")
+            else:
+                assert "7,000 tokens" in str((await client.ok("load_agent", name="sam"))["warnings"])
+            if start == 2:
+                endpoint.refuse = set()
+                await client.ok("update_agent", config={"max_steps": 7})
+            frames = await client.turn("Hi")
+            tried.append(settings.keys() & endpoint.requests[-1].keys())
+            window = of_kind(frames, "context")[-1]["window"]
+            assert (of_kind(frames, "retry"), window) == ([], 8_192 if start == 2 else 7_000)
+        server.stop()
+    assert tried == [{"temperature"}, {"temperature"}, settings.keys()]
+
+
 BAD_CONFIGS: list[JSON] = [{"name": name} for name in ("", "_x", ".x", "a b", "../x", "a\n", "x" * 65, 7)]
 BAD_CONFIGS += [
     {"model": 5}, {"model": ""}, {"model": "m" * 201}, {"context_window": 700}, {"context_window": "9000"},
