@@ -1485,11 +1485,6 @@ def insert(db: SqlConnection, table: str, **values: Any) -> None:
     db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))})", row)
 
 
-def read_setting(db: SqlConnection, name: str) -> str | None:
-    row = db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
-    return row[0] if row else None
-
-
 def write_setting(db: SqlConnection, name: str, value: str) -> None:
     db.execute("DELETE FROM settings WHERE name = ?", (name,))
     insert(db, "settings", name=name, value=value)
@@ -1663,8 +1658,6 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
 
 def clear_vectors(db: SqlConnection, model: str, done: int) -> int | None:
     """Clear another model's vectors of a batch of documents above `done`; the last of them, None where none is left."""
-    if read_setting(db, "embedding_model") == model:
-        return None
     sql = "SELECT max(doc) FROM (SELECT doc FROM memory WHERE doc > ? ORDER BY doc LIMIT ?) AS batch"
     last: int | None = db.execute(sql, (done, VECTOR_BLOCK)).fetchone()[0]
     if last is None:
@@ -1691,15 +1684,10 @@ EVENT_PAGE = 262_144  # characters of stored events that are read at once; a rea
 _PIECES = ("head", "system", "summary", "tools", "extra", "shape")  # what requests repeat at every step
 
 
-def pack_texts(texts: list[Any]) -> bytes:
-    """The pieces of a request, compressed."""
-    return zlib.compress(encode_json(texts).encode(), 1)
-
-
 def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
     """Store a model call; of several in one step the last."""
     row = asdict(request) | {"response": clean_value(request.response)}
-    pieces = pack_texts([row.pop(name) for name in _PIECES])
+    pieces = zlib.compress(encode_json([row.pop(name) for name in _PIECES]).encode(), 1)
     sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
     db.execute(sql, (agent, request.turn_id, request.step))
     insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
@@ -1852,11 +1840,12 @@ def _claim_name(db: SqlConnection, name: str) -> int:
     return int(db.execute("SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?", (name,)).fetchone()[0])
 
 
-def _name_agent(db: SqlConnection, agent: int, name: str) -> None:
-    """Give an agent, live or deleted, the name. Raises Refused (name_taken)."""
+def _name_agent(db: SqlConnection, agent: int, name: str) -> int:
+    """Give an agent, live or deleted, the name; its last seq there. Raises Refused (name_taken)."""
     last_seq = _claim_name(db, name)
     sql = "UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END"
-    db.execute(f"{sql} WHERE id = ?", (name, last_seq, last_seq, agent))
+    row = db.execute(f"{sql} WHERE id = ? RETURNING last_seq", (name, last_seq, last_seq, agent)).fetchone()
+    return int(row[0])
 
 
 def _leave_name(db: SqlConnection, agent: int) -> None:
@@ -1874,11 +1863,9 @@ def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
     return find_agent(db, record.name)
 
 
-def rename_agent(db: SqlConnection, agent: int, new_name: str, event: Event) -> list[StoredEvent]:
-    """Give the agent another name and store the event of it. Raises Refused (name_taken)."""
-    stored = commit(db, agent, Changes([event]))
-    _name_agent(db, agent, new_name)
-    return stored
+def rename_agent(db: SqlConnection, agent: int, new_name: str, event: Event) -> tuple[list[StoredEvent], int]:
+    """Give the agent another name; the event of it, stored, and its last seq. Raises Refused (name_taken)."""
+    return commit(db, agent, Changes([event])), _name_agent(db, agent, new_name)
 
 
 def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool) -> list[StoredEvent]:
@@ -2145,7 +2132,7 @@ def _convert_export(data: JSON) -> None:
     parts = {part["digest"]: part["text"] for part in data["parts"]}
     for row in data["requests"]:
         texts = [row["head"], *(parts[row[name]] for name in ("system", "summary", "tools", "extra"))]
-        row |= {"time": agent["last_active"], "pieces": pack_texts(texts).hex()}
+        row |= {"time": agent["last_active"], "pieces": zlib.compress(encode_json(texts).encode()).hex()}
 
 
 _DAMAGE = sqlite3.IntegrityError, sqlite3.ProgrammingError  # not OperationalError: a full disk, a lock
@@ -7383,11 +7370,11 @@ class Agents:
             if live.gone:
                 raise live.gone_error()
             event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
-            live.publish(*await self.store.write(rename_agent, live.agent.record.id, name, event))
+            events, last_seq = await self.store.write(rename_agent, live.agent.record.id, name, event)
+            live.publish(*events)
             self.live[name] = self.live.pop(live.name)
             live.name = live.agent.record.name = name
-            record = await self.store.read(find_agent, name)
-            live.last_seq = record.last_seq  # under a name that was in use before, they go on above that
+            live.last_seq = last_seq  # under a name that was in use before, they go on above that
         return name
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
@@ -7418,9 +7405,10 @@ class Agents:
         """Give vectors to what has none yet, in the background, for ever."""
         if (embedder := self.models.embedder) is None:
             return
-        cleared: int | None = 0
-        while cleared is not None:
-            cleared = await self.store.write(clear_vectors, embedder.name, cleared)
+        if self.store.settings.get("embedding_model") != embedder.name:
+            cleared: int | None = 0
+            while cleared is not None:
+                cleared = await self.store.write(clear_vectors, embedder.name, cleared)
         embedder.ready = True
         while True:
             self.memory_growth.clear()  # before the look: what comes beside it is looked for again
@@ -7756,7 +7744,6 @@ class Session:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
-        limits |= {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
         limits |= {"max_connections": options.max_connections, "max_steps": options.max_steps}
         return {
             "version": __version__,
