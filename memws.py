@@ -80,6 +80,7 @@ import logging
 import math
 import os
 import pathlib
+import queue
 import random
 import re
 import secrets
@@ -1935,11 +1936,13 @@ class Store:
         self._database = database
         self._connection = database.open()
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
-        self._jobs: collections.deque[WriteJob] = collections.deque()  # what waits for the writer
+        self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()  # None: there will be no more
         self._local = threading.local()  # .connection: of a reader's thread
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
-        self._writer = concurrent.futures.ThreadPoolExecutor(1, "memws-writer")
         self._closed = False
+        # No executor, which takes nothing while the interpreter ends: a turn that runs then would tell of an error.
+        self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
+        self._writer.start()
 
     def read(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> Coroutine[Any, Any, T]:
         """What the job finds, all as of one moment. Raises StoreFailed, and as the job does."""
@@ -1956,8 +1959,7 @@ class Store:
             return await asyncio.wrap_future(self._readers.submit(self._read, job))
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not take it back
-        self._jobs.append((job, done))
-        self._writer.submit(self._write_waiting)
+        self._jobs.put((job, done))
         return await asyncio.wrap_future(done)
 
     def _read(self, job: Job[[], T]) -> T:
@@ -1969,11 +1971,18 @@ class Store:
         except sqlite3.Error as error:
             raise store_error(error) from error
 
-    def _write_waiting(self) -> None:
-        """Store together what waits. A job that fails undoes only itself; a commit that fails undoes all."""
-        jobs = [self._jobs.popleft() for _ in range(min(WRITE_BATCH, len(self._jobs)))]
-        if not jobs:  # they came while others were stored, and were stored with the next of those
-            return
+    def _write_all(self) -> None:
+        """The writer's thread: take what waits, and store it together."""
+        jobs: list[WriteJob | None] = []
+        while None not in jobs:
+            jobs = [self._jobs.get()]
+            while len(jobs) < WRITE_BATCH and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            if waiting := [job for job in jobs if job]:
+                self._write_batch(waiting)
+
+    def _write_batch(self, jobs: list[WriteJob]) -> None:
+        """A job that fails undoes only itself; a commit that fails undoes all."""
         try:
             with transaction(self._connection):
                 outcomes = [self._write(job) for job, _ in jobs]
@@ -2002,7 +2011,8 @@ class Store:
         """Finish what is queued and let go of the files."""
         if not self._closed:
             self._closed = True
-            await asyncio.get_running_loop().run_in_executor(self._readers, self._writer.shutdown)
+            self._jobs.put(None)
+            await asyncio.get_running_loop().run_in_executor(self._readers, self._writer.join)
             self._readers.shutdown()
             self._database.close()
 
