@@ -1383,7 +1383,6 @@ CREATE TABLE requests (  -- pieces: a compressed JSON list of head, system, summ
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;  -- of the database as a whole
 """
 
-
 SqlConnection = sqlite3.Connection
 
 
@@ -4301,10 +4300,8 @@ class Agent:
     # -- a turn --
 
     async def turn(self, turn: Turn) -> None:
-        """Run a turn to its end: its start, its steps, exactly one terminal event.
-
-        Raises MemwsError where its start (then nothing has happened) or its end could not be stored.
-        """
+        """Run a turn to its end: its start, its steps, exactly one terminal event. Raises MemwsError where its start
+        (then nothing has happened) or its end could not be stored."""
         try:
             await self._begin(turn)
             while not turn.over:
@@ -7461,10 +7458,8 @@ class Reader:
         self.live.wake()
 
     def follow(self, turn_id: str, request_id: RequestId, item: Turn | None, *, replay: bool = False) -> None:
-        """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor.
-
-        `item`: where it waits or runs; it may be refused, which overtakes what else is to be sent.
-        """
+        """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor. `item`:
+        where it waits or runs; it may be refused, which overtakes what else is to be sent."""
         self._refused.discard(turn_id)
         if turn_id not in self.turns:
             if replay:
@@ -8005,8 +8000,7 @@ class WebSocketServer:
             options["token"] = process_wide("token", secrets.token_urlsafe(32))
         self.options = Options(host, port, **options)
         self.tools: dict[str, Tool] = dict(MEMORY_TOOLS)
-        # Servers by address; it outlives a re-run cell and a reload.
-        self._servers: Any = process_wide("servers", weakref.WeakValueDictionary[Any, Any]())
+        self._servers: Any = process_wide("servers", weakref.WeakValueDictionary())  # by address; for a cell's next run
         self._address = __name__, self.options.host.lower(), self.options.port
         self._gate = Gate(self.options)
         self._thread: LoopThread | None = None
@@ -8206,9 +8200,7 @@ class WebSocketServer:
 
     def start(self) -> typing.Self:
         """Listen, on a loop of an own daemon thread, and return at once; a cell that is run again replaces its server.
-
-        Raises UsageError where the port or the database is taken.
-        """
+        Raises UsageError where the port or the database is taken."""
         if not self._listeners:
             self._bind()
             self._call(self.listen)
