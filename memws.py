@@ -5370,7 +5370,7 @@ PANEL_STYLE: Final = r"""
   input, select, textarea, .memws-entries, .memws-card, .memws-change, .memws-starter, .memws-newest, .memws-composer,
   .memws-form { background: var(--raised); border: 1px solid var(--line); }
   .memws-mark, .memws-model, .memws-status, .memws-quiet, .memws-link, .memws-trace > summary, .memws-monologue,
-  .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text em,
+  .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text:empty,
   .memws-empty p, .memws-menu > summary, .memws-days summary, .memws-form dd { color: var(--soft); }
   .memws-mark, .memws-step, .memws-copy, .memws-used { font-size: 12.5px; }
   .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-older, .memws-trace > summary,
@@ -5428,8 +5428,8 @@ PANEL_STYLE: Final = r"""
   :is(.memws-agent, .memws-fence):hover .memws-copy, .memws-copy:focus-visible { opacity: 1; }
   .memws-prose { min-width: 0;
     > :first-child { margin-top: 0; } > :last-child { margin-bottom: 0; } p, blockquote { margin: .6em 0; }
-    p, li { white-space: pre-wrap; } ul, ol { margin: .5em 0; padding-left: 1.6em; }
-    h3, h4, h5, h6 { font-size: 1em; margin: 1em 0 .3em; }
+    p { white-space: pre-wrap; } li > p { white-space: pre-line; margin: 0; }
+    h3, h4, h5, h6 { font-size: 1em; margin: 1em 0 .3em; } ul, ol { margin: .5em 0; padding-left: 1.6em; }
     code { font: 13px var(--mono); background: var(--wash); border-radius: 4px; padding: 1px 4px; }
     a { color: var(--accent); } blockquote { padding-left: 12px; border-left: 3px solid var(--line); }
     table { border-collapse: collapse; font-size: 14px; }
@@ -5480,7 +5480,8 @@ PANEL_STYLE: Final = r"""
   }
   .memws-gauge { background: var(--wash); margin: 4px 0 8px; }
   .memws-gauge i { display: block; height: 2px; transition: width .4s; }
-  .memws-text { white-space: pre-wrap; ins, del { margin: 0 -6px; } } .memws-flash { animation: memws-flash 1.6s; }
+  .memws-text { white-space: pre-wrap; ins, del { margin: 0 -6px; }
+    &:empty::before { content: "nothing yet"; font-style: italic; } } .memws-flash { animation: memws-flash 1.6s; }
   .memws-editor, .memws-editing :is(.memws-text, header button) { display: none; }
   .memws-editing .memws-editor { display: block; } .memws-editor textarea { width: 100%; font: 13px/1.5 var(--mono); }
   .memws-stored { background: var(--wash); border-radius: 6px; padding: 6px 8px; }
@@ -5509,7 +5510,10 @@ PANEL_SCRIPT: Final = r"""
 function node(tag, props = {}, ...kids) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), (event) => attempt(element, () => value(event)));
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), (event) => {
+      if (name === "onsubmit") event.preventDefault(); // a form goes to no address
+      return attempt(element, () => value(event));
+    });
     else if (typeof value === "boolean") element.toggleAttribute(name, value);
     else if (value != null) element.setAttribute(name, value);
   }
@@ -5540,20 +5544,16 @@ const clock = (time) => new Date(time).toLocaleTimeString([], { hour: "2-digit",
 const seconds = (ms, before) => (ms >= 100 ? `${before}${(ms / 1000).toFixed(1)} s` : "");
 const titleOf = (name) => name.replace("_", " ");
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
-const oneLine = (text, length = 140) => {
-  const line = text.slice(0, 4 * length).replace(/\s+/g, " ").trim();
-  return line.length > length ? line.slice(0, length - 1) + "…" : line;
-};
+const oneLine = (text) => text.slice(0, 300).replace(/\s+/g, " "); // the style cuts it where its line ends
+const valuesOf = (form) => Object.fromEntries(new FormData(form));
 const isFull = (value) => value !== null && typeof value === "object" && Object.keys(value).length > 0;
 const pretty = (value, margin = "") => {
   const text = typeof value === "string" ? value : JSON.stringify(value);
   if (!isFull(value)) return text.replaceAll("\n", "\n" + margin);
   const name = (key) => (Array.isArray(value) ? "-" : key + ":");
-  const rows = Object.entries(value).map(([key, item]) =>
-    `${margin}${name(key)}${isFull(item) ? "\n" : " "}${pretty(item, margin + "  ")}`);
-  return rows.join("\n");
+  const row = ([key, item]) => `${margin}${name(key)}${isFull(item) ? "\n" : " "}${pretty(item, margin + "  ")}`;
+  return Object.entries(value).map(row).join("\n");
 };
-
 // ---- Markdown: a small part of it, as nodes. No HTML, no images, links to http(s) only; every pattern is bounded ----
 
 const CODE = /(?<!`)(`{1,9})(?!`)([\s\S]{1,5000}?)(?<!`)\1(?!`)/.source;
@@ -5562,16 +5562,22 @@ const EMPHASIS = /(?<![\w*])[*_](?=\S)([^*_\n]{0,500}?\S)[*_](?![\w*])/.source;
 const LINK = /\[([^\]\n]{1,300})\]\((https?:\/\/[^\s)]{1,2000})\)/.source;
 const ADDRESS = /(https?:\/\/[^\s<>"')\]]{0,2000}[^\s<>"')\].,;:!?])/.source;
 const INLINE = new RegExp([CODE, STRONG, EMPHASIS, LINK, ADDRESS].join("|"), "g");
-// A block is a fence to its end, a heading, or rows up to an empty one.
-const FENCE = /^ {0,3}(```+|~~~+).*(?:\n(?! {0,3}\1 *$).*)*(?:\n.*)?/.source;
-const ROWS = /(?:^(?! {0,3}(?:```|~~~)|#{1,6}\s).*\S.*\n?)+/.source;
-const BLOCK = new RegExp([FENCE, /^#{1,6}\s.*/.source, ROWS].join("|"), "gm");
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)/;
-const RULED = /^\|?\s*:?-+:?(\s*\|\s*:?-+:?)*\s*\|?$/;
+// A block is a fence to its end, a heading, a rule, a quote, a list or a table up to an empty row, or rows up to these.
+const FENCE = /^ {0,3}(?<fence>```+|~~~+)(?<language>.*)\n?(?<code>[^]*?)(?:(?<=\n) *\k<fence> *$|$(?![^]))/.source;
+const HEADING = /^(?<level>#{1,6})[ \t](?<title>.*)/.source;
+const RULE = /^ {0,3}(?<rule>(?:[-*_] *){3,})$/.source;
+const QUOTE = /(?<quote>(?:^ {0,3}>.*\n?)+)/.source;
+const MARK = /(?:[-*+]|\d{1,9}[.)])[ \t]/.source;
+const ROW = /(?:^(?! {0,3}(?:```|~~~)|#{1,6}[ \t]).*\S.*\n?)/.source;
+const RULED = /[ \t]*\|?[ \t]*:?-+:?(?:[ \t]*\|[ \t]*:?-+:?)*[ \t]*\|?[ \t]*$\n?/.source;
+const LIST = `(?<list>^[ \\t]*${MARK}.*\\n?${ROW}*)`;
+const TABLE = `^(?=.*\\|)(?<head>.*)\\n${RULED}(?<body>${ROW}*)`;
+const ROWS = `(?:(?!^[ \\t]*(?:>|${MARK}))${ROW})+`;
+const BLOCK = new RegExp([FENCE, HEADING, RULE, QUOTE, LIST, TABLE, ROWS].join("|"), "gm");
 const DEEPEST = 8;
 
-const blocks = (text) => (text.match(BLOCK) ?? []).map((source) => source.replace(/\n$/, ""));
-const markdown = (text, depth = 0) => blocks(text).map((source) => block(source, depth));
+const markdown = (text, depth) =>
+  (depth > DEEPEST ? [text] : [...text.matchAll(BLOCK)].map((match) => block(match, depth)));
 
 function inline(text, depth = 0) {
   const nodes = [];
@@ -5589,59 +5595,40 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(place)];
 }
 
-function block(source, depth) {
-  const rows = source.split("\n");
-  const [, hashes, title] = source.match(/^(#{1,6})\s+(.*)/) ?? [];
-  if (/^ {0,3}(```|~~~)/.test(source)) return fenced(rows);
-  if (hashes) return node("h" + Math.min(6, hashes.length + 2), {}, ...inline(title));
-  if (/^\s*([-*_]\s*){3,}$/.test(source)) return node("hr");
-  if (rows.length > 1 && rows[0].includes("|") && RULED.test(rows[1].trim())) return table(rows);
-  if (depth < DEEPEST && ITEM.test(rows[0])) return list(rows, depth + 1);
-  if (depth < DEEPEST && rows.every((row) => row.startsWith(">")))
-    return node("blockquote", {}, ...markdown(source.replace(/^> ?/gm, ""), depth + 1));
-  return node("p", {}, ...inline(source));
+function block({ 0: source, groups }, depth) {
+  const { fence, language, code, level, title, rule, quote, list: items, head, body } = groups;
+  const shown = () => code.replace(/\n$/, "");
+  if (fence) return div("fence", copyButton(shown), span("mark", language), node("pre", {}, node("code", {}, shown())));
+  if (level) return node("h" + Math.min(6, level.length + 2), {}, ...inline(title));
+  if (rule) return node("hr");
+  if (quote) return node("blockquote", {}, ...markdown(quote.replace(/^ {0,3}> ?/gm, ""), depth + 1));
+  if (items) return list(items, depth);
+  if (head) return table(head, body);
+  return node("p", {}, ...inline(source.trimEnd()));
 }
 
-function fenced(rows) {
-  const [, mark, language] = rows[0].match(/^ *(`+|~+)(.*)/);
-  const isClosed = rows.length > 1 && rows.at(-1).trim() === mark;
-  const code = rows.slice(1, isClosed ? -1 : undefined).join("\n");
-  return div("fence", copyButton(() => code), span("mark", language), node("pre", {}, node("code", {}, code)));
-}
-
-function table([head, , ...body]) {
-  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
+function table(head, body) {
   const cell = (tag, text) => node(tag, {}, ...inline(text.trim().replaceAll("\\|", "|")));
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
   const made = (tag, row) => node("tr", {}, ...cells(row).map((text) => cell(tag, text)));
-  const rows = body.map((row) => made("td", row));
+  const rows = (body.match(/.+/g) ?? []).map((row) => made("td", row));
   return div("scroll", node("table", {}, node("thead", {}, made("th", head)), node("tbody", {}, ...rows)));
 }
 
-function list(rows, depth) {
-  const [, margin, first] = rows[0].match(ITEM);
-  const items = []; // {text, below}: the text of an item, and the rows under it
-  for (const row of rows) {
-    const match = row.match(ITEM);
-    if (match && match[1].length <= margin.length + 1) items.push({ text: match[3], below: [] });
-    else if (match || items.at(-1).below.length) items.at(-1).below.push(row);
-    else items.at(-1).text += "\n" + row.trim();
-  }
-  const made = items.map(({ text, below }) => {
-    const width = Math.min(...below.map((row) => row.search(/\S|$/)));
-    return node("li", {}, ...inline(text), ...markdown(below.map((row) => row.slice(width)).join("\n"), depth));
-  });
-  return /\d/.test(first) ? node("ol", { start: parseInt(first) }, ...made) : node("ul", {}, ...made);
+function list(source, depth) { // an item begins where the margin is about that of the first
+  const [, margin, mark] = source.match(/^([ \t]*)(\S+)/);
+  const texts = source.split(new RegExp(`^[ \\t]{0,${margin.length + 1}}${MARK}`, "m")).slice(1);
+  const items = texts.map((text) => node("li", {}, ...markdown(text, depth + 1)));
+  return /\d/.test(mark) ? node("ol", { start: parseInt(mark) }, ...items) : node("ul", {}, ...items);
 }
 
-function drawProse(made) { // only blocks that changed are drawn again, so that a selection further up stays
-  const next = blocks(made.text);
+function drawProse({ prose, text }) { // only blocks that changed are drawn again, so that a selection further up stays
+  const next = [...text.matchAll(BLOCK)];
   let same = 0;
-  while (same < next.length && made.sources[same] === next[same]) same++;
-  while (made.prose.childNodes.length > same) made.prose.lastChild.remove();
-  made.prose.append(...next.slice(same).map((source) => block(source, 0)));
-  made.sources = next;
+  while (same < next.length && prose.children[same]?.source === next[same][0]) same++;
+  while (prose.children.length > same) prose.lastChild.remove();
+  prose.append(...next.slice(same).map((match) => Object.assign(block(match, 0), { source: match[0] })));
 }
-
 // ---- transports: {send} for frames as texts; a listener {state, frame, token} hears ---------------------------------
 
 const overSocket = (address) => (listener) => {
@@ -5774,7 +5761,9 @@ class Turn {
   streams = new Map(); // texts that are being made, by step and kind
   calls = new Map();
   trace = null; // the thoughts and calls that stand in one line
-  constructor(panel, id) { Object.assign(this, { panel, id, element: node("article", { class: "memws-turn" }) }); }
+  constructor(panel, id) {
+    Object.assign(this, { panel, id, element: node("article", { class: "memws-turn", "data-turn": id }) });
+  }
   take(event) { this["on_" + (event.message_type ?? event.type)]?.(event); }
   note(text, kind) { this.element.append(div(`item memws-note memws-${kind}`, text)); }
   said(text, state, ...action) {
@@ -5833,7 +5822,7 @@ class Turn {
   }
   reply(event) {
     this.endTrace();
-    const made = { prose: div("prose"), sources: [], mark: div("mark", clock(event.time)) };
+    const made = { prose: div("prose"), mark: div("mark", clock(event.time)) };
     const foot = div("foot", made.mark, copyButton(() => made.text)); // the place for what can be done with a turn
     made.element = div("item memws-agent", made.prose, foot);
     this.element.append(made.element);
@@ -5964,11 +5953,10 @@ class Log {
     if (!place && this.element.scrollTop > -40) this.trim();
   }
   trim() { // what goes is fetched again when somebody scrolls there
-    const shown = [...this.inner.children].slice(1);
-    const gone = new Set(shown.slice(0, -MOST));
-    for (const [id, { element }] of this.turns) if (gone.has(element)) this.turns.delete(id);
+    const gone = [...this.inner.querySelectorAll(".memws-turn")].slice(0, -MOST);
+    for (const element of gone) this.turns.delete(element.dataset.turn);
     gone.forEach((element) => element.remove());
-    if (gone.size) [this.before, this.older.hidden] = [null, false];
+    if (gone.length) [this.before, this.older.hidden] = [null, false];
   }
   draw(turn, made) { // once a frame of the screen
     if (!this.dirty.size) requestAnimationFrame(() => {
@@ -5999,11 +5987,7 @@ class Log {
     this.isFetching = false;
   }
   addOlder({ messages, more }) { // how many turns there were that are not shown yet
-    const groups = new Map();
-    for (const message of messages) {
-      const id = message.turn_id ?? `message ${message.id}`;
-      groups.set(id, [...(groups.get(id) ?? []), message]);
-    }
+    const groups = Map.groupBy(messages, (message) => message.turn_id ?? `message ${message.id}`);
     if (more && groups.size > 1) groups.delete(groups.keys().next().value); // its beginning is on the next page
     this.before = groups.values().next().value?.[0].id;
     const unseen = [...groups].filter(([id]) => !this.turns.has(id));
@@ -6031,8 +6015,8 @@ class Memory {
     this.field = node("textarea", { rows: "1", placeholder: "A passage to keep", "aria-label": "A passage to keep" });
     const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
     const head = node("header", {}, node("h4", {}, "archive"), this.passages, list);
-    const onsubmit = (event) => this.keep(event);
-    const form = node("form", { class: "memws-actions", onsubmit }, this.field, submitButton("add", "quiet"));
+    const about = { class: "memws-actions", onsubmit: () => this.keep() };
+    const form = node("form", about, this.field, submitButton("add", "quiet"));
     this.element = div("memory", this.list, node("section", { class: "memws-card" }, head, form), this.counts);
   }
   clear() {
@@ -6050,8 +6034,7 @@ class Memory {
     const inView = `${number(counts.in_context)} in view`;
     this.counts.textContent = `${counted(counts.messages, "message")} in recall memory, ${inView}`;
   }
-  async keep(event) {
-    event.preventDefault();
+  async keep() {
     await this.panel.command("insert_passage", { text: this.field.value });
     this.field.value = "";
   }
@@ -6064,7 +6047,8 @@ class Card { // a block of core memory, edited in place
     this.field = node("textarea", { rows: "6", "aria-label": `core memory ${label}`, ...keys });
     this.stored = node("pre", { class: "memws-stored" });
     this.theirs = button("take theirs", "quiet", () => this.edit());
-    const [save, cancel] = [button("save", "main", () => this.save()), button("cancel", "quiet", () => this.close())];
+    const save = button("save", "main", () => this.save());
+    const cancel = button("cancel", "quiet", () => this.begin(null));
     const actions = div("actions", save, this.theirs, cancel, span("mark", "Ctrl+Enter saves, Esc leaves"));
     const head = node("header", {}, node("h4", {}, label), this.size, button("edit", "quiet", () => this.edit()));
     const editor = div("editor", this.field, this.wrong, this.stored, actions);
@@ -6075,19 +6059,16 @@ class Card { // a block of core memory, edited in place
     this.block = block;
     this.measure();
     if (former?.version === block.version) return;
-    const rows = block.value.split("\n");
-    const before = former ? former.value.split("\n") : rows;
-    const gone = before.filter((row) => row && !rows.includes(row)).map((row) => node("del", {}, row));
-    const shown = rows.map((row) => node(before.includes(row) ? "div" : "ins", {}, row || "\u00a0"));
-    this.text.replaceChildren(...(block.value ? shown : [node("em", {}, "nothing yet")]), ...gone);
-    if (former) this.flash();
     clearTimeout(this.timer);
+    if (!former) return this.settle();
+    const [before, after] = [former, block].map(({ value }) => (value ? value.split("\n") : []));
+    const shown = after.map((row) => node(before.includes(row) ? "div" : "ins", {}, row || "\u00a0"));
+    const gone = before.filter((row) => row && !after.includes(row)).map((row) => node("del", {}, row));
+    this.text.replaceChildren(...shown, ...gone);
+    this.flash();
     this.timer = setTimeout(() => this.settle(), GLOW); // where motion is reduced no animation ends it
   }
-  settle() {
-    this.text.querySelectorAll("del").forEach((row) => row.remove());
-    this.text.querySelectorAll("ins").forEach((row) => row.replaceWith(node("div", {}, row.textContent)));
-  }
+  settle() { this.text.textContent = this.block.value; }
   flash() {
     this.element.scrollIntoView({ block: "nearest" });
     this.element.classList.add("memws-flash");
@@ -6102,32 +6083,28 @@ class Card { // a block of core memory, edited in place
   }
   edit() {
     this.field.value = this.block.value;
-    this.begin(this.block, "", null);
-    this.element.classList.add("memws-editing");
+    this.begin(this.block);
     this.field.focus();
   }
-  begin(base, told, stored) { // `base`: what the edit begins from
-    Object.assign(this, { base });
+  begin(base, told = "", stored = null) { // an edit of this version; of none: it is over
+    this.base = base;
+    this.element.classList.toggle("memws-editing", base !== null);
     this.wrong.textContent = told;
     this.stored.textContent = stored;
     this.stored.hidden = this.theirs.hidden = stored === null;
     this.measure();
   }
-  close() {
-    this.begin(null, "", null);
-    this.element.classList.remove("memws-editing");
-  }
   typed(event) {
-    if (event.key === "Escape") this.close();
+    if (event.key === "Escape") this.begin(null);
     return event.key === "Enter" && (event.ctrlKey || event.metaKey) ? this.save() : null;
   }
   async save() {
     const { label, base, field } = this;
     try {
       await this.panel.command("set_block", { label, value: field.value, version: base.version });
-      this.close();
+      this.begin(null);
     } catch ({ code, message, value, version }) {
-      if (code !== "conflict") return this.begin(base, message, null);
+      if (code !== "conflict") return this.begin(base, message);
       this.set({ ...this.block, value, version });
       this.begin(this.block, "It was changed while you wrote. Save again to replace what is there now:", value);
     }
@@ -6169,7 +6146,7 @@ class Context {
     const sizes = `${number(found.usage?.input_tokens)} tokens in, ${number(found.usage?.output_tokens)} out`;
     const times = `the first after ${number(found.first_token_ms)} ms, the last after ${number(found.total_ms)} ms`;
     const left = found.more ? ` · ${counted(found.first, "older message")} left out here` : "";
-    const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"), 60)}`;
+    const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"))}`;
     this.out.replaceChildren(div("mark", `${sizes} · ${times}${left}`), fold("answer", pretty(found.response), true),
       ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(rest)));
   }
@@ -6180,32 +6157,29 @@ class Search {
   out = div("hits", div("mark", "All that was ever said, and what the agent chose to keep."));
   constructor(panel) {
     this.panel = panel;
-    const field = (type, label, more) => node("input", { type, "aria-label": label, ...more });
-    this.field = field("search", "Words to look for", { placeholder: "Words to look for" });
-    [this.from, this.to] = [field("date", "From this day"), field("date", "To this day")];
+    const field = (name, label, more) => node("input", { name, "aria-label": label, type: "date", ...more });
+    const query = field("query", "Words to look for", { type: "search", placeholder: "Words to look for" });
     const places = ["all", "recall", "archival"].map((each) => node("option", {}, each));
-    this.store = node("select", { "aria-label": "Where" }, ...places);
-    const days = node("details", { class: "memws-days" }, node("summary", {}, "more"), this.from, " to ", this.to);
-    const actions = div("actions", this.field, this.store, submitButton("find", "main"));
-    const onsubmit = (event) => {
-      event.preventDefault();
-      return this.find(1);
-    };
-    this.element = div("search", node("form", { onsubmit }, actions, days), this.out);
+    const store = node("select", { name: "store", "aria-label": "Where" }, ...places);
+    const [from, to] = [field("from", "From this day"), field("to", "To this day")];
+    const days = node("details", { class: "memws-days" }, node("summary", {}, "more"), from, " to ", to);
+    const actions = div("actions", query, store, submitButton("find", "main"));
+    this.form = node("form", { onsubmit: () => this.find(1) }, actions, days);
+    this.element = div("search", this.form, this.out);
   }
   clear() { this.out.replaceChildren(); }
   shown(wanted) {
     if (!wanted) return null;
-    [this.field.value, this.store.value] = ["", wanted.store];
+    this.form.reset();
+    this.form.elements.store.value = wanted.store;
     return this.find(1);
   }
   async find(page) {
-    const about = { query: this.field.value, store: this.store.value, page };
-    const days = { from: this.from.value || null, to: this.to.value || null };
-    const { items, total, pages } = await this.panel.command("search_memory", { ...about, ...days });
+    const wanted = valuesOf(this.form);
+    const { items, total, pages } = await this.panel.command("search_memory", { ...wanted, page });
     const go = (to, label) => button(label, "quiet", () => this.find(to), { disabled: to < 1 || to > pages });
     const turning = pages > 1 ? [go(page - 1, "‹"), `${page} of ${pages}`, go(page + 1, "›")] : [];
-    const words = about.query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
+    const words = wanted.query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
     const rows = items.map((item) => this.row(item, words, () => this.find(page)));
     this.out.replaceChildren(div("actions memws-mark", `${number(total)} found`, ...turning), ...rows);
   }
@@ -6272,15 +6246,17 @@ const STARTERS = ["Hi, my name is Ada and I like green tea", "Remember that my s
   "What do you remember about me?"];
 const KEYS = { "Enter": "sends", "Shift+Enter": "breaks the line", "↑": "in an empty field: your last message again",
   "Esc": "stops the running turn", "Alt+1 to Alt+4": "memory, context, search, frames", "Ctrl+Enter": "saves a block" };
-const CONFIG = { name: "made up when empty", persona: "who it is; empty: Sam, curious and warm",
-  human: "what it knows about you from the start", model: "the server's", context_window: "tokens" };
+const CONFIG = { name: { placeholder: "made up when empty" },
+  persona: { rows: "3", placeholder: "who it is; empty: Sam, curious and warm" },
+  human: { rows: "3", placeholder: "what it knows about you from the start" },
+  model: { placeholder: "the server's" }, context_window: { placeholder: "tokens" } };
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 const REPLAYED = 600; // stored events that are shown at the opening
 
 class Panel {
   agents = []; // names
   steps = [];
-  outbox = []; // messages without their receipt: {agent, text, turn_id, isSent}
+  outbox = new Map(); // messages without their receipt, by turn_id: {agent, text, turn_id, isSent}
   running = null; // the turn that runs
   constructor(root, transport, { agent, compact = false, chosen = () => {} }) {
     Object.assign(this, { root, chosen, wanted: agent, log: new Log(this) });
@@ -6299,14 +6275,13 @@ class Panel {
   top() {
     this.pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value) });
     [this.model, this.word] = [span("model"), node("span")];
-    const entry = (label, work) => button(label, "entry", () => {
-      this.menu.open = false;
-      return work();
-    });
+    const entry = (label, work) => button(label, "entry", work);
     this.ofAgent = [entry("rename…", () => this.askName()), entry("delete", () => this.remove())];
     const [make, keys] = [entry("new agent…", () => this.askAgent()), entry("keys", () => this.help())];
+    const onclick = () => { this.menu.open = false; };
+    const entries = node("div", { class: "memws-entries", onclick }, make, ...this.ofAgent, keys);
     const dots = node("summary", { "aria-label": "Agents and keys" }, "⋯");
-    this.menu = node("details", { class: "memws-menu" }, dots, div("entries", make, ...this.ofAgent, keys));
+    this.menu = node("details", { class: "memws-menu" }, dots, entries);
     const status = span("status", node("i"), this.word);
     return node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick, this.menu, this.model, status);
   }
@@ -6377,50 +6352,46 @@ class Panel {
     this.told.replaceChildren(text, " ", label ? act : "");
     this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
   }
-  ask(title, fields, label, work) { // a small form over the conversation; `fields` by name, `work` gets their values
+  ask(title, fields, label, work) { // a small form over the conversation; `fields`: attributes by name
     const wrong = div("said");
     const close = () => {
       this.dialog.replaceChildren();
       this.field.focus();
     };
-    const onsubmit = async (event) => {
-      event.preventDefault();
-      const values = Object.entries(fields).map(([name, field]) => [name, field.value.trim()]);
-      const given = Object.fromEntries(values.filter(([, value]) => value));
-      try { close(await work(given)); } catch (error) { wrong.textContent = error.message; }
+    const onsubmit = async ({ target }) => {
+      const given = Object.entries(valuesOf(target)).map(([name, value]) => [name, value.trim() || undefined]);
+      try { close(await work(Object.fromEntries(given))); } catch (error) { wrong.textContent = error.message; }
     };
     const onkeydown = ({ key }) => { if (key === "Escape") close(); };
-    const labels = Object.entries(fields).map(([name, field]) => node("label", {}, span("mark", titleOf(name)), field));
+    const field = (name, about) => node(about.rows ? "textarea" : "input", { name, ...about });
+    const labels = Object.entries(fields).map(([name, about]) =>
+      node("label", {}, span("mark", titleOf(name)), field(name, about)));
     const leave = button(label ? "cancel" : "close", "quiet", close);
     const actions = div("actions", label && submitButton(label, "main"), leave);
     const about = { class: "memws-form", onsubmit, onkeydown };
-    const form = node("form", about, node("h3", {}, title), ...labels, wrong, actions);
-    this.dialog.replaceChildren(form);
-    form.querySelector("input, button").focus();
-    return form;
+    this.dialog.replaceChildren(node("form", about, node("h3", {}, title), ...labels, wrong, actions));
+    this.dialog.querySelector("input, button").focus();
   }
   askToken() {
     const connect = ({ token }) => {
       sessionStorage.setItem("memws-token", token ?? "");
       this.client.transport.open();
     };
-    this.ask("This server asks for its token", { token: node("input", { type: "password" }) }, "connect", connect);
+    this.ask("This server asks for its token", { token: { type: "password" } }, "connect", connect);
   }
   askAgent() {
-    const field = (name, placeholder) =>
-      /persona|human/.test(name) ? node("textarea", { placeholder, rows: "3" }) : node("input", { placeholder });
-    const fields = Object.entries(CONFIG).map(([name, placeholder]) => [name, field(name, placeholder)]);
     const create = ({ context_window: size, ...config }) =>
-      this.create(size ? { ...config, context_window: Number(size) } : config);
-    this.ask("A new agent", Object.fromEntries(fields), "create", create);
+      this.create({ ...config, context_window: size && Number(size) });
+    this.ask("A new agent", CONFIG, "create", create);
   }
   askName() {
     const rename = ({ name = "" }) => this.command("rename_agent", { new_name: name });
-    this.ask("Another name", { name: node("input", { value: this.agent }) }, "rename", rename);
+    this.ask("Another name", { name: { value: this.agent } }, "rename", rename);
   }
   help() {
     const rows = Object.entries(KEYS).flatMap(([key, does]) => [node("dt", {}, key), node("dd", {}, does)]);
-    this.ask("Keys", {}, "").querySelector("h3").after(node("dl", {}, ...rows));
+    this.ask("Keys", {}, "");
+    this.dialog.querySelector("h3").after(node("dl", {}, ...rows));
   }
 
   // -- the connection, and agents --
@@ -6439,7 +6410,7 @@ class Panel {
     const known = this.agents.includes(wanted);
     if (known && this.agent) await this.resume();
     else await (known ? this.open(wanted) : this.none(wanted ?? "sam"));
-    for (const message of this.outbox) message.isSent = false; // under its turn_id none runs twice
+    for (const message of this.outbox.values()) message.isSent = false; // under its turn_id none runs twice
     this.flush();
   }
   async list() { // the name of the agent that was active last
@@ -6484,7 +6455,7 @@ class Panel {
     const persona = memory.find(({ label }) => label === "persona")?.value ?? "";
     const sentences = persona.split(/(?<=[.!?])\s/).slice(0, 2).join(" ");
     const starters = STARTERS.map((text) => button(text, "starter", () => this.submit(text)));
-    return div("empty", node("h3", {}, this.agent), node("p", {}, oneLine(sentences, 220)), ...starters);
+    return div("empty", node("h3", {}, this.agent), node("p", {}, sentences.slice(0, 300)), ...starters);
   }
   none(name) { // one button makes the first agent
     const told = node("p", {}, "An agent remembers what you tell it, and here you see how.");
@@ -6550,7 +6521,7 @@ class Panel {
   take(event) {
     const kind = event.message_type ?? event.type;
     const [begins, ends] = [kind === "agent_response_start", /^agent_response_e/.test(kind)];
-    if (begins || ends) this.received(event);
+    if ((begins || ends) && this.outbox.delete(event.turn_id)) this.flush();
     if (kind === "server_error") return this.fail(event);
     if (event.agent_name !== this.agent || event.seq <= this.last) return;
     this.last = event.seq ?? this.last;
@@ -6584,7 +6555,7 @@ class Panel {
     const most = this.limits.max_text;
     if (text.length > most) throw new Error(`a message has at most ${number(most)} characters; send it in parts`);
     const message = { agent: this.agent, text: text.trim(), turn_id: newId(), isSent: false };
-    this.outbox.push(message);
+    this.outbox.set(message.turn_id, message);
     this.log.turn(message.turn_id).said(message.text, "sending");
     this.latest = message.text;
     this.told.replaceChildren();
@@ -6595,8 +6566,8 @@ class Panel {
     return true;
   }
   flush() { // as many as may wait at the server, in their order
-    const unsent = this.outbox.filter((message) => !message.isSent);
-    const room = this.client.state === "connected" ? IN_FLIGHT - (this.outbox.length - unsent.length) : 0;
+    const unsent = [...this.outbox.values()].filter((message) => !message.isSent);
+    const room = this.client.state === "connected" ? IN_FLIGHT - (this.outbox.size - unsent.length) : 0;
     for (const { turn_id } of unsent.slice(room)) this.log.turns.get(turn_id)?.wait("waits");
     for (const message of unsent.slice(0, room)) {
       message.isSent = true;
@@ -6604,15 +6575,9 @@ class Panel {
       this.client.post({ type: "user_message", agent_name, message: text, turn_id });
     }
   }
-  received({ turn_id }) {
-    const place = this.outbox.findIndex((message) => message.turn_id === turn_id);
-    if (place >= 0) this.outbox.splice(place, 1);
-    if (place >= 0) this.flush();
-  }
   takeBack(turn) {
-    const place = this.outbox.findIndex((message) => message.turn_id === turn.id && !message.isSent);
-    if (place < 0) return this.command("cancel", { turn_id: turn.id });
-    this.outbox.splice(place, 1);
+    if (this.outbox.get(turn.id)?.isSent !== false) return this.command("cancel", { turn_id: turn.id });
+    this.outbox.delete(turn.id);
     return turn.refused("taken back");
   }
   grow() {
