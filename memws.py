@@ -1735,13 +1735,15 @@ def read_messages(
 
 
 def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
-    """The chat messages from id `first` on that can be read, and counts: last_message, passages, unreadable."""
+    """The chat messages from id `first` on that can be read, and counts: last_message, passages, last_passage,
+    unreadable (messages)."""
     messages = read_messages(db, agent, first=first)
     readable = [message for message in messages if read_body(message) is not None]
-    sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*) FROM memory
-        WHERE agent = ? AND store = 'archival'"""
-    last, passages = db.execute(sql, (agent, agent)).fetchone()
-    return readable, {"last_message": last, "passages": passages, "unreadable": len(messages) - len(readable)}
+    sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
+        FROM memory WHERE agent = ? AND store = 'archival'"""
+    last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
+    counts = {"last_message": last, "passages": passages, "last_passage": last_passage}
+    return readable, counts | {"unreadable": len(messages) - len(readable)}
 
 
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
@@ -3627,6 +3629,7 @@ class Memory:
         self.messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
+        state["last_passage"] = max(counts["last_passage"], state["last_passage"])
         self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
         return counts["unreadable"]
 
@@ -7714,6 +7717,9 @@ class Session:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
+        limits |= {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
+        limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
+        limits |= {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
         limits |= {"max_connections": options.max_connections, "max_steps": options.max_steps}
         return {
             "version": __version__,

@@ -412,7 +412,8 @@ async def test_a_former_export_is_read(tmp_path: Path) -> None:
         messages, counts = await store.read(memws.load_messages, agent.id, 0)
         read = [{"id": message.id, "body": message.body} for message in messages]
         assert read == [{key: row[key] for key in ("id", "body")} for row in data["messages"]]
-        assert (counts["unreadable"], counts["passages"], memws.history_faults(messages)) == (0, 1, ([], {}))
+        assert counts == {"unreadable": 0, "passages": 1, "last_passage": 1, "last_message": len(messages)}
+        assert memws.history_faults(messages) == ([], {})
         events = await store.read(read_events, agent.id, 0, 100)
         assert [event.text for event in events] == [row["text"] for row in data["events"]]
         turn_id = data["turns"][0]["turn_id"]
