@@ -1746,6 +1746,19 @@ def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatM
     return readable, counts | {"unreadable": len(messages) - len(readable)}
 
 
+def _whole(event: StoredEvent) -> StoredEvent:
+    """The event, or what stands for one whose text is damaged: a terminal event ends its turn still."""
+    with contextlib.suppress(ValueError):
+        if isinstance(decode_json(event.text), dict):
+            return event
+    text = "this event is damaged on disk"
+    instead = response("correction", text, event.turn_id, what="damaged")
+    if event.kind in TERMINAL_TYPES:
+        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "message": text, "stop_reason": "error"}
+        instead |= {"code": "store_failed"}
+    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
+
+
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
     """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
 
@@ -1756,7 +1769,7 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     rows, size = db.execute(sql, (agent, after, *values, limit)), 0
     page: list[StoredEvent] = []
     while size < EVENT_PAGE and (row := rows.fetchone()):
-        page.append(StoredEvent(*row))
+        page.append(_whole(StoredEvent(*row)))
         size += len(page[-1].text)
     return page
 

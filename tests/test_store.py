@@ -209,6 +209,21 @@ async def test_a_load_leaves_out_what_no_endpoint_would_take(store: Store) -> No
     assert (counts["unreadable"], counts["last_message"]) == (3, 5)
 
 
+@pytest.mark.parametrize("text", ["", "{", "5", '{"type":"agent', '"x"}'])
+async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None:
+    """In the place of an event that cannot be read stands a correction, of a turn's end an end that says so."""
+    agent = await new_agent(store)
+    before = await store.write(commit, agent.id, Changes([start(), tell(), tell("whole"), start("t1", "end")]))
+    store._connection.execute("UPDATE events SET text = ? WHERE seq IN (2, 4)", (text,))
+    events = await store.read(read_events, agent.id, 0, 10)
+    assert events[::2] == before[::2]
+    assert [event[:3] for event in events[1::2]] == [(2, "correction", "t1"), (4, "agent_response_error", "t1")]
+    for event in events[1::2]:
+        frame = memws.decode_json(event.text)
+        assert (frame["seq"], frame["turn_id"]) == event[::2][:2]
+        assert frame["message"] == "this event is damaged on disk"
+
+
 @pytest.mark.parametrize("text", ["cake", "", "ake "])
 async def test_search_is_filtered(store: Store, text: str) -> None:
     """Store, time, page and the newest narrow any search; what another agent has changes neither hits nor scores."""
