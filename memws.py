@@ -5645,9 +5645,9 @@ function drawProse({ prose, text }) { // only blocks that changed are drawn agai
   while (prose.children.length > same) prose.lastChild.remove();
   prose.append(...next.slice(same).map((match) => Object.assign(block(match, 0), { source: match[0] })));
 }
-// ---- transports: {send} for frames as texts; a listener {state, frame, token} hears ---------------------------------
+// ---- transports: {send} for frames as texts; the client hears of state and frames -----------------------------------
 
-const overSocket = (address) => (listener) => {
+const overSocket = (address) => (client) => {
   const http = new URL(".", address); // also below a proxy's prefix
   let [delay, socket, wasOpen] = [500];
   const open = () => {
@@ -5658,15 +5658,15 @@ const overSocket = (address) => (listener) => {
     wasOpen = false;
     socket.onopen = () => {
       [wasOpen, delay] = [true, 500];
-      listener.state("connected");
+      client.changed("connected");
     };
-    socket.onmessage = (event) => listener.frame(event.data);
+    socket.onmessage = (event) => client.take(event.data);
     socket.onclose = closed;
   };
   const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
-    listener.state("offline");
+    client.changed("offline");
     const health = await fetch(new URL("healthz", http)).then((answer) => answer.json()).catch(() => ({}));
-    if (health.token && !wasOpen) return listener.token();
+    if (health.token && !wasOpen) return client.panel.askToken();
     setTimeout(open, delay * (0.75 + Math.random() / 2));
     delay = Math.min(2 * delay, 8000);
   };
@@ -5676,7 +5676,7 @@ const overSocket = (address) => (listener) => {
 
 // In a notebook the kernel holds the WebSocket, which works wherever the notebook does. A comm loses messages, though:
 // so ours are numbered, acknowledged and sent again, and a gap in the kernel's is as a new connection.
-const overComm = (model) => (listener) => {
+const overComm = (model) => (client) => {
   const session = newId();
   const unheard = new Map(); // frames by number
   let [posted, last, silent, connection] = [0, 0, 0];
@@ -5689,16 +5689,15 @@ const overComm = (model) => (listener) => {
     silent = 0;
     for (const each of unheard.keys()) if (each <= ack) unheard.delete(each);
     const before = sent - (frames.length > 0);
-    if (content.connection !== connection || before > last) listener.state("offline");
+    if (content.connection !== connection || before > last) client.changed("offline");
     if (content.connection !== connection) last = before;
     connection = content.connection;
-    listener.state(state);
-    if (sent > last) frames.forEach((frame) => listener.frame(frame));
+    client.changed(state);
+    if (sent > last) frames.forEach((frame) => client.take(frame));
     last = Math.max(last, sent);
   };
   const tick = () => {
-    if (document.hidden) return;
-    if (++silent > 5) listener.state("offline: the kernel does not answer; if it was restarted, run the cell again");
+    if (++silent > 5) client.changed("offline: the kernel does not answer; if it was restarted, run the cell again");
     if (silent > 1) post({});
     for (const [each, frame] of unheard) post({ number: each, frame });
   };
@@ -5726,23 +5725,19 @@ class Client {
   waiting = new Map(); // commands without their answer, by id
   frames = []; // {at, direction, text}
   state = "connecting";
-  constructor(transport, listener) {
-    this.listener = listener;
-    const [state, frame] = [(word) => this.changed(word), (text) => this.take(text)];
-    this.transport = transport({ state, frame, token: listener.token });
-  }
+  constructor(panel, transport) { Object.assign(this, { panel, transport: transport(this) }); }
   changed(state) {
     if (state === this.state) return;
     const lost = Object.assign(new Error("the connection was lost"), { code: "lost" });
     for (const { reject } of this.waiting.values()) reject(lost);
     this.waiting.clear();
     this.state = state;
-    this.listener.state();
+    this.panel.changed();
   }
   record(direction, text) {
     this.frames = this.frames.slice(1 - KEPT.frames);
     this.frames.push({ at: Date.now(), direction, text: text.slice(0, KEPT.characters) });
-    this.listener.framed();
+    this.panel.framed();
   }
   post(frame) {
     const text = JSON.stringify(frame);
@@ -5763,15 +5758,12 @@ class Client {
     this.waiting.delete(frame.id);
     if (asked && frame.ok) asked.resolve(frame.result);
     else if (asked) asked.reject(Object.assign(new Error(frame.message), frame, frame.error));
-    else if (frame.type !== "command_response") this.listener.event(frame);
+    else if (frame.type !== "command_response") this.panel.take(frame);
   }
 }
 
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
 
-const STOPPED = { cancelled: "stopped", superseded: "stopped for another message", interrupted: "interrupted",
-  max_steps: "stopped after too many steps", budget: "stopped: no tokens are left for this turn",
-  repeated_call: "stopped: the same call again and again" };
 
 class Turn {
   streams = new Map(); // texts that are being made, by step and kind
@@ -5798,14 +5790,7 @@ class Turn {
       if (this.panel.submit(this.bubble.textContent)) this.element.remove();
     });
   }
-  follow({ step, time }) { // the trace that an event of this step belongs to
-    if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
-    if (step && this.trace.step !== step && this.panel.views.length) {
-      const show = () => this.panel.show("Context", { turn_id: this.id, step });
-      this.trace.rows.append(button(`step ${step}: what the model got`, "step", show));
-    }
-    return Object.assign(this.trace, { step, to: Date.parse(time) });
-  }
+
   newTrace(time) {
     const [told, live, why, rows] = [span("told"), span("live"), span("why"), div("rows")];
     const line = node("summary", {}, told, live, why);
@@ -5821,10 +5806,13 @@ class Turn {
     if (trace.isOver) trace.live.textContent = "";
   }
   endTrace() { if (this.trace) this.tell(this.trace, { isOver: true }); }
-  row(kind, event, ...kids) {
+  row(kind, { step, time }, ...kids) { // in the trace that an event of this step belongs to
+    if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
     const row = div(kind, ...kids);
-    this.follow(event).rows.append(row);
-    this.tell(this.trace);
+    const show = () => this.panel.show("Context", { turn_id: this.id, step, time });
+    const isNew = step && step !== this.trace.step && this.panel.views.length;
+    this.trace.rows.append(isNew ? button(`step ${step}: what the model got`, "step", show) : "", row);
+    this.tell(this.trace, { step, to: Date.parse(time) });
     return row;
   }
   stream(event, of) {
@@ -5917,7 +5905,7 @@ class Turn {
   }
   on_agent_response_end({ stop_reason, usage, time }) {
     this.end();
-    if (stop_reason !== "done") this.note(STOPPED[stop_reason] ?? stop_reason, "warn");
+    if (stop_reason !== "done") this.note(`stopped: ${titleOf(stop_reason)}`, "warn");
     const spent = counted(usage.input_tokens + usage.output_tokens, "token");
     this.replied?.mark.append(seconds(Date.parse(time) - this.since, " · "), ` · ${spent}`);
   }
@@ -5990,23 +5978,19 @@ class Log {
     this.element.scrollTop = 0;
     this.trim();
   }
-  async fetchOlder() {
+  async fetchOlder() { // until there is a turn that is not shown yet
     if (this.isFetching) return;
     this.isFetching = true;
-    const { turns } = this; // another agent may be opened meanwhile
-    let [page, added] = [{ more: true }, 0];
-    while (page.more && !added && turns === this.turns) {
-      page = await this.panel.command("get_messages", { limit: 200, before: this.before });
-      if (turns === this.turns) added = this.addOlder(page);
-    }
-    this.older.hidden = !page.more;
-    this.isFetching = false;
+    let isEnough = false;
+    try { while (!isEnough) isEnough = await this.addOlder(this.turns); } finally { this.isFetching = false; }
   }
-  addOlder({ messages, more }) { // how many turns there were that are not shown yet
-    const groups = Map.groupBy(messages, (message) => message.turn_id ?? `message ${message.id}`);
-    if (more && groups.size > 1) groups.delete(groups.keys().next().value); // its beginning is on the next page
+  async addOlder(turns) {
+    const page = await this.panel.command("get_messages", { limit: 200, before: this.before });
+    if (turns !== this.turns) return true; // another agent was opened meanwhile
+    const groups = Map.groupBy(page.messages, (message) => message.turn_id ?? `message ${message.id}`);
+    if (page.more && groups.size > 1) groups.delete(groups.keys().next().value); // it begins on the next page
     this.before = groups.values().next().value?.[0].id;
-    const unseen = [...groups].filter(([id]) => !this.turns.has(id));
+    const unseen = [...groups].filter(([id]) => !turns.has(id));
     const place = this.older.nextSibling;
     for (const [id, group] of unseen) {
       const [turn, open] = [new Turn(this.panel, id), []];
@@ -6014,48 +5998,56 @@ class Log {
       turn.end();
       this.add(turn, place);
     }
-    return unseen.length;
+    this.older.hidden = !page.more;
+    return unseen.length > 0 || !page.more;
   }
 }
-
 // ---- the mind: memory, context, search, frames; each {title, element, clear, shown} ---------------------------------
 
 const GLOW = 6000; // milliseconds for which a change is marked
 
-class Memory {
-  title = "Memory";
-  cards = new Map();
-  list = div("cards");
-  constructor(panel) {
-    Object.assign(this, { panel, passages: span("mark"), counts: div("mark") });
-    this.field = node("textarea", { rows: "1", placeholder: "A passage to keep", "aria-label": "A passage to keep" });
-    const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
-    const head = node("header", {}, node("h4", {}, "archive"), this.passages, list);
-    const about = { class: "memws-actions", onsubmit: () => this.keep() };
-    const form = node("form", about, this.field, submitButton("add", "quiet"));
-    this.element = div("memory", this.list, node("section", { class: "memws-card" }, head, form), this.counts);
+class View { // {tab, side}; `shown` where it is looked at, `clear` where another agent is
+  out = div("folds");
+  constructor(panel, title, ...kids) {
+    Object.assign(this, { panel, title });
+    this.tab = button(title, "tab", () => panel.show(title), { role: "tab" });
+    const about = { class: "memws-side", role: "tabpanel", "aria-label": title };
+    this.side = node("div", about, div(title.toLowerCase(), ...kids, this.out));
   }
-  clear() {
-    this.cards = new Map();
-    this.list.replaceChildren();
+  clear() { this.out.replaceChildren(); }
+}
+
+class Memory extends View {
+  cards = new Map();
+  constructor(panel) {
+    const [cards, passages] = [div("cards"), span("mark")];
+    const told = "A passage to keep";
+    const field = node("textarea", { rows: "1", placeholder: told, "aria-label": told, name: "text" });
+    const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
+    const head = node("header", {}, node("h4", {}, "archive"), passages, list);
+    const about = { class: "memws-actions", onsubmit: (event) => this.keep(event.target) };
+    const form = node("form", about, field, submitButton("add", "quiet"));
+    super(panel, "Memory", cards, node("section", { class: "memws-card" }, head, form));
+    Object.assign(this, { list: cards, passages });
   }
   shown(change) { this.cards.get(change?.label)?.flash(); }
-  take({ blocks: found, counts }) {
-    if (found.map(({ label }) => label).join() !== [...this.cards.keys()].join()) {
+  take({ agent_name, blocks: found, counts }) {
+    const whose = [agent_name, ...found.map(({ label }) => label)].join();
+    if (whose !== this.whose) {
       this.cards = new Map(found.map(({ label }) => [label, new Card(this.panel, label)]));
       this.list.replaceChildren(...[...this.cards.values()].map((card) => card.element));
     }
+    this.whose = whose;
     for (const each of found) this.cards.get(each.label).set(each);
     this.passages.textContent = counted(counts.passages, "passage");
     const inView = `${number(counts.in_context)} in view`;
-    this.counts.textContent = `${counted(counts.messages, "message")} in recall memory, ${inView}`;
+    this.out.replaceChildren(div("mark", `${counted(counts.messages, "message")} in recall memory, ${inView}`));
   }
-  async keep() {
-    await this.panel.command("insert_passage", { text: this.field.value });
-    this.field.value = "";
+  async keep(form) {
+    await this.panel.command("insert_passage", valuesOf(form));
+    form.reset();
   }
 }
-
 class Card { // a block of core memory, edited in place
   constructor(panel, label) {
     Object.assign(this, { panel, label, text: div("text"), size: span("mark"), gauge: node("i"), wrong: div("said") });
@@ -6127,27 +6119,34 @@ class Card { // a block of core memory, edited in place
   }
 }
 
-class Context {
-  title = "Context";
-  out = div("folds");
+
+class Context extends View {
+  steps = new Map(); // {turn_id, step, time} by a name
   constructor(panel) {
-    this.panel = panel;
-    this.pick = node("select", { "aria-label": "Step", onchange: () => this.look() });
-    this.element = div("context", div("actions", this.pick), this.out);
+    const pick = node("select", { "aria-label": "Step", onchange: () => this.look() });
+    super(panel, "Context", div("actions", pick));
+    this.pick = pick;
   }
-  clear() { this.out.replaceChildren(); }
-  shown({ turn_id, step, section } = {}) { // the request of a step, or the prompt as it is now
-    const told = (each) => `${clock(each.time)}, step ${each.step}`;
-    const steps = this.panel.steps.map((each) => [`${each.step} ${each.turn_id}`, told(each)]);
-    const offered = new Map([["", "what the model sees now"], ...steps.reverse()]);
-    if (turn_id && !offered.has(`${step} ${turn_id}`)) offered.set(`${step} ${turn_id}`, `an earlier step ${step}`);
-    this.pick.replaceChildren(...[...offered].map(([value, label]) => node("option", { value }, label)));
-    this.pick.value = turn_id ? `${step} ${turn_id}` : "";
-    return this.look(section);
+  clear() {
+    super.clear();
+    this.steps.clear();
+  }
+  add(step) {
+    this.latest = `${step.step} ${step.turn_id}`;
+    this.steps.set(this.latest, step);
+    if (this.steps.size > 100) this.steps.delete(this.steps.keys().next().value);
+  }
+  shown(wanted) { // the request of a step, or the prompt as it is now
+    if (wanted?.step) this.add(wanted);
+    const told = ([value, { time, step }]) => node("option", { value }, `${clock(time)}, step ${step}`);
+    const now = node("option", { value: "" }, "what the model sees now");
+    this.pick.replaceChildren(now, ...[...this.steps].reverse().map(told));
+    this.pick.value = wanted?.step ? this.latest : "";
+    return this.look(wanted?.section);
   }
   look(section) {
-    const [step, turn_id] = this.pick.value.split(/ (.*)/s);
-    return step ? this.request({ turn_id, step: Number(step) }) : this.now(section);
+    const step = this.steps.get(this.pick.value);
+    return step ? this.request(step) : this.now(section);
   }
   async now(section) {
     const { sections, more } = await this.panel.command("get_context");
@@ -6156,23 +6155,19 @@ class Context {
     const used = sections.filter((each) => each.tokens);
     this.out.replaceChildren(...used.map((each) => fold(told(each), each.text.trim(), each.name === section)));
   }
-  async request(which) {
-    const found = await this.panel.command("get_request", which);
-    const { messages, ...rest } = found.request;
-    const sizes = `${number(found.usage?.input_tokens)} tokens in, ${number(found.usage?.output_tokens)} out`;
+  async request({ turn_id, step }) {
+    const { request, response, usage, more, ...found } = await this.panel.command("get_request", { turn_id, step });
+    const { messages, ...rest } = request;
+    const sizes = `${number(usage?.input_tokens)} tokens in, ${number(usage?.output_tokens)} out`;
     const times = `the first after ${number(found.first_token_ms)} ms, the last after ${number(found.total_ms)} ms`;
-    const left = found.more ? ` · ${counted(found.first, "older message")} left out here` : "";
+    const left = more ? ` · ${counted(found.first, "older message")} left out here` : "";
     const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"))}`;
-    this.out.replaceChildren(div("mark", `${sizes} · ${times}${left}`), fold("answer", pretty(found.response), true),
+    this.out.replaceChildren(div("mark", `${sizes} · ${times}${left}`), fold("answer", pretty(response), true),
       ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(rest)));
   }
 }
-
-class Search {
-  title = "Search";
-  out = div("hits", div("mark", "All that was ever said, and what the agent chose to keep."));
+class Search extends View {
   constructor(panel) {
-    this.panel = panel;
     const field = (name, label, more) => node("input", { name, "aria-label": label, type: "date", ...more });
     const query = field("query", "Words to look for", { type: "search", placeholder: "Words to look for" });
     const places = ["all", "recall", "archival"].map((each) => node("option", {}, each));
@@ -6180,10 +6175,11 @@ class Search {
     const [from, to] = [field("from", "From this day"), field("to", "To this day")];
     const days = node("details", { class: "memws-days" }, node("summary", {}, "more"), from, " to ", to);
     const actions = div("actions", query, store, submitButton("find", "main"));
-    this.form = node("form", { onsubmit: () => this.find(1) }, actions, days);
-    this.element = div("search", this.form, this.out);
+    const form = node("form", { onsubmit: () => this.find(1) }, actions, days);
+    super(panel, "Search", form);
+    this.form = form;
+    this.out.append(div("mark", "All that was ever said, and what the agent chose to keep."));
   }
-  clear() { this.out.replaceChildren(); }
   shown(wanted) {
     if (!wanted) return null;
     this.form.reset();
@@ -6213,18 +6209,14 @@ class Search {
   }
 }
 
-class Frames {
-  title = "Frames";
-  out = div("folds");
+class Frames extends View {
   constructor(panel) {
-    this.panel = panel;
-    this.pause = button("pause", "quiet", () => this.toggle(), { "aria-pressed": "false" });
-    this.element = div("frames", div("actions", this.pause, button("save", "quiet", () => this.save())), this.out);
+    const pause = button("pause", "quiet", ({ target }) => this.toggle(target));
+    super(panel, "Frames", div("actions", pause, button("save", "quiet", () => this.save())));
   }
-  clear() {}
-  toggle() {
+  toggle(pause) {
     this.isPaused = !this.isPaused;
-    this.pause.textContent = this.isPaused ? "go on" : "pause";
+    pause.textContent = this.isPaused ? "go on" : "pause";
     this.shown();
   }
   soon() { this.timer ??= setTimeout(() => this.shown(), 250); }
@@ -6270,8 +6262,6 @@ const IN_FLIGHT = 4; // messages that may wait at the server; the others wait he
 const REPLAYED = 600; // stored events that are shown at the opening
 
 class Panel {
-  agents = []; // names
-  steps = [];
   outbox = new Map(); // messages without their receipt, by turn_id: {agent, text, turn_id, isSent}
   running = null; // the turn that runs
   constructor(root, transport, { agent, compact = false, chosen = () => {} }) {
@@ -6284,8 +6274,7 @@ class Panel {
     root.addEventListener("keydown", (event) => this.pressed(event));
     root.addEventListener("memws-fail", ({ detail }) => this.fail(detail));
     this.show("Memory");
-    const [event, framed] = [(frame) => this.take(frame), () => this.views.at(-1)?.soon()];
-    this.client = new Client(transport, { event, framed, state: () => this.changed(), token: () => this.askToken() });
+    this.client = new Client(this, transport);
     this.state();
   }
   top() {
@@ -6306,7 +6295,7 @@ class Panel {
     this.field = node("textarea", about);
     this.send = button("Send", "main", () => this.submit(this.field.value));
     this.stop = button("Stop", "stop", () => this.command("cancel"));
-    this.told = node("div", { class: "memws-told", role: "alert" });
+    this.told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
     this.dialog = div("dialog");
     const over = div("over", this.log.newest, this.told);
     const composer = div("composer", this.field, this.stop, this.send);
@@ -6315,10 +6304,6 @@ class Panel {
   right() {
     this.bar = div("bar");
     this.used = button("", "used", () => this.show("Context"));
-    for (const view of this.views) {
-      view.tab = button(view.title, "tab", () => this.show(view.title), { role: "tab" });
-      view.side = node("div", { class: "memws-side", role: "tabpanel", "aria-label": view.title }, view.element);
-    }
     const onkeydown = (event) => this.stepTabs(event);
     const tabs = node("nav", { role: "tablist", onkeydown }, ...this.views.map(({ tab }) => tab));
     const about = { class: "memws-right", "aria-label": "The agent's mind" };
@@ -6354,6 +6339,7 @@ class Panel {
     if (this.agent && this.view) attempt(this.root, () => this.view.shown(wanted));
   }
   fail(error) {
+    if (error.code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
     if (error.code !== "lost") this.tell(error.message);
     this.told.classList.add("memws-bad");
   }
@@ -6361,11 +6347,7 @@ class Panel {
   tell(text, label, work) { // with what can be done about it, for a quarter of a minute
     clearTimeout(this.timer);
     this.told.classList.remove("memws-bad");
-    const act = button(label, "link", () => {
-      this.told.replaceChildren();
-      return work();
-    });
-    this.told.replaceChildren(text, " ", label ? act : "");
+    this.told.replaceChildren(text, " ", label ? button(label, "link", work) : "");
     this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
   }
   ask(title, fields, label, work) { // a small form over the conversation; `fields`: attributes by name
@@ -6413,6 +6395,7 @@ class Panel {
   // -- the connection, and agents --
 
   command(name, more) { return this.client.command(name, { agent_name: this.agent, ...more }); }
+  framed() { this.views.at(-1)?.soon(); }
   changed() {
     this.state({ isReady: false });
     if (this.client.state !== "connected") return;
@@ -6421,49 +6404,48 @@ class Panel {
   }
   async greet() {
     this.limits = (await this.client.command("hello", { message_types: ["*"] })).limits;
-    const newest = await this.list();
-    const wanted = this.agent ?? (this.wanted || newest);
-    const known = this.agents.includes(wanted);
-    if (known && this.agent) await this.resume();
-    else await (known ? this.open(wanted) : this.none(wanted ?? "sam"));
+    await this.choose(this.agent ?? this.wanted);
     for (const message of this.outbox.values()) message.isSent = false; // under its turn_id none runs twice
     this.flush();
   }
-  async list() { // the name of the agent that was active last
+  async choose(name) { // or else the agent that was active last
     const agents = [];
     let page;
     do {
       page = await this.client.command("list_agents", { after: agents.at(-1)?.agent_name });
       agents.push(...page.agents);
     } while (page.agents.length && agents.length < page.total);
-    this.agents = agents.map((each) => each.agent_name);
-    this.pick.replaceChildren(...this.agents.map((name) => node("option", {}, name)));
-    this.pick.value = this.agent ?? "";
-    return agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""))[0]?.agent_name;
+    const names = agents.map((each) => each.agent_name);
+    this.pick.replaceChildren(...names.map((each) => node("option", {}, each)));
+    agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""));
+    const wanted = name || agents[0]?.agent_name;
+    if (wanted === this.agent && names.includes(wanted)) return this.resume();
+    return names.includes(wanted) ? this.open(wanted) : this.none(wanted);
   }
   async resume() {
     const { last_seq } = await this.client.command("load_agent", { name: this.agent });
     await this.command("subscribe", { after: Math.min(this.last, last_seq) });
     await this.refresh();
+    this.pick.value = this.agent;
   }
   open(name) { // one after another, so that the last one that was chosen stays
     this.opening = (this.opening ?? Promise.resolve()).catch(() => {}).then(() => this.load(name));
     return this.opening;
   }
-  async load(name) {
-    if (this.agent) await this.command("unsubscribe").catch(() => {}); // it may be deleted
-    const { agent_name, model, last_seq, repaired, warnings } = await this.client.command("load_agent", { name });
+  async load(agent) {
+    if (this.agent) await this.command("unsubscribe");
+    const { model, last_seq, repaired, warnings } = await this.client.command("load_agent", { name: agent });
     const after = Math.max(0, last_seq - REPLAYED);
-    Object.assign(this, { agent: agent_name, running: null, last: after, known: last_seq, steps: [] });
+    Object.assign(this, { agent, running: null, last: after, known: last_seq });
     this.views.forEach((view) => view.clear());
-    this.pick.value = agent_name;
+    this.pick.value = agent;
     this.model.classList.toggle("memws-warn", model === "offline");
     this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
     const { blocks: memory } = await this.refresh();
     this.log.clear(this.welcome(memory), after > 0);
     this.warn([...repaired, ...warnings]);
     await this.command("subscribe", { after });
-    this.chosen(agent_name);
+    this.chosen(agent);
     if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
     if (this.view) this.show(this.view.title);
   }
@@ -6473,39 +6455,27 @@ class Panel {
     const starters = STARTERS.map((text) => button(text, "starter", () => this.submit(text)));
     return div("empty", node("h3", {}, this.agent), node("p", {}, sentences.slice(0, 300)), ...starters);
   }
-  none(name) { // one button makes the first agent
+  none(name = "sam") { // one button makes the first agent
     const told = node("p", {}, "An agent remembers what you tell it, and here you see how.");
     const start = button(`Start with ${name}`, "main", () => this.create({ name }));
     const other = button("or make your own", "link", () => this.askAgent());
-    this.views.forEach((view) => view.clear());
     this.model.textContent = "";
     this.log.clear(div("empty", node("h3", {}, "No agent yet"), told, start, other));
     this.state({ agent: null, running: null });
   }
   async create(config) {
     const { agent_name, warnings } = await this.client.command("create_agent", { config });
-    await this.list();
-    await this.open(agent_name);
+    await this.choose(agent_name);
     this.warn(warnings);
   }
   async remove() {
-    const name = this.agent;
+    const agent_name = this.agent;
     const undo = async () => {
-      await this.client.command("restore_agent", { agent_name: name });
-      await this.list();
-      await this.open(name);
+      await this.client.command("restore_agent", { agent_name });
+      await this.choose(agent_name);
     };
     await this.command("delete_agent");
-    this.tell(`${name} was deleted.`, "undo", undo);
-  }
-  async openNewest() {
-    const newest = await this.list();
-    try {
-      await (newest ? this.open(newest) : this.none("sam"));
-    } catch (error) {
-      if (error.code !== "unknown_agent") throw error;
-      await this.openNewest(); // that one was deleted meanwhile too
-    }
+    this.tell(`${agent_name} was deleted.`, "undo", undo);
   }
   async refresh() { // memory and the bar, as they are now
     const agent = await this.command("get_agent");
@@ -6545,7 +6515,7 @@ class Panel {
     if (ends && event.turn_id === this.running) this.running = null;
     if (kind === "delta") this.doing = event.of === "assistant_message" ? "answering" : "thinking";
     if (kind === "tool_call" && event.name !== "send_message") this.doing = `running ${event.name}`;
-    if (kind === "context") this.steps = [...this.steps.slice(-99), event];
+    if (kind === "context") this.views[1]?.add(event);
     if (kind === "context" && this.bar) this.drawBar(event);
     if (kind === "memory_change" || ends) this.soon();
     if (kind === "assistant_message" && this.running) this.log.heard.textContent = event.message;
@@ -6560,8 +6530,9 @@ class Panel {
     return isCut && !this.log.turns.has(turn_id) ? null : this.log.turn(turn_id);
   }
   agentChanged({ change, new_name }) {
+    if (change === "deleted") this.agent = null;
     if (change === "renamed") this.agent = new_name;
-    return change === "deleted" ? this.openNewest() : this.list();
+    return this.choose(this.agent);
   }
 
   // -- messages --
@@ -6639,23 +6610,19 @@ if (document.body?.dataset.memws === "page") {
 # ---- the page: GET / of the server -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def page_text() -> tuple[str, str]:
-    """The page, and the part of its policy that says which script and which style may run: these two."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (PANEL_SCRIPT, PANEL_STYLE)]
-    text = '<!doctype html><html lang="en"><meta charset="utf-8"><title>memws</title>'
-    text += '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
-    text += f'<style>{PANEL_STYLE}</style><body data-memws="page"><script type="module">{PANEL_SCRIPT}</script>'
-    return text, f"script-src 'sha256-{hashes[0]}'; style-src 'sha256-{hashes[1]}'"
+def _digest(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def page(host: str) -> tuple[str, dict[str, str]]:
     """The page and its headers, for a request with this Host, which was checked; nothing in it is anybody's."""
-    text, sources = page_text()
-    # Whether TLS stands in front of the server is not known here.
-    connect = f"connect-src 'self' ws://{host} wss://{host}"
-    policy = f"default-src 'none'; {sources}; img-src data:; {connect}; base-uri 'none'; form-action 'none'; "
-    policy += "frame-ancestors http://localhost:* http://127.0.0.1:*; "
+    text = '<!doctype html><html lang="en"><meta charset="utf-8"><title>memws</title>'
+    text += '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+    text += f'<style>{PANEL_STYLE}</style><body data-memws="page"><script type="module">{PANEL_SCRIPT}</script>'
+    # This script and this style alone may run. Whether TLS stands in front of the server is not known here.
+    policy = f"default-src 'none'; script-src 'sha256-{_digest(PANEL_SCRIPT)}'; img-src data:; form-action 'none'; "
+    policy += f"style-src 'sha256-{_digest(PANEL_STYLE)}'; connect-src 'self' ws://{host} wss://{host}; "
+    policy += "base-uri 'none'; frame-ancestors http://localhost:* http://127.0.0.1:*; "
     policy += "require-trusted-types-for 'script'; trusted-types 'none'"
     return text, {
         "Content-Type": "text/html; charset=utf-8",
@@ -6735,7 +6702,7 @@ class Pipe:
 
     def __init__(self, session: str, client: Client, post: Callable[[Frame], None], ended: Callable[[], None]) -> None:
         self._session, self._client, self._post, self._ended = session, client, post, ended
-        self._websocket: Connection | None = None
+        self._websockets: list[Connection] = []  # the newest alone
         self._taken, self._early = 0, dict[int, str]()  # the last frame taken up, and those that came before their turn
         self._state, self._connection, self._sent = "connecting", 0, 0
         self._frames: list[str] = []
@@ -6748,8 +6715,7 @@ class Pipe:
             self._early[content["number"]] = content["frame"]
         while (frame := self._early.pop(self._taken + 1, None)) is not None:
             self._taken += 1
-            if self._websocket is not None:
-                broadcast([self._websocket], frame)
+            broadcast(self._websockets, frame)  # not to one that is closed
         self._tell()
 
     async def _run(self) -> None:
@@ -6768,15 +6734,12 @@ class Pipe:
             delay = min(2 * delay, RECONNECT_DELAY_MAX)
 
     async def _carry(self, websocket: Connection) -> None:
-        self._websocket, self._connection, self._sent = websocket, next(_connections), 0
+        self._websockets, self._connection, self._sent = [websocket], next(_connections), 0
         self._tell("connected")
-        try:
-            with contextlib.suppress(ConnectionClosed):
+        with contextlib.suppress(ConnectionClosed):
+            async with websocket:
                 async for text in websocket:
                     self._gather(str(text))
-        finally:
-            self._websocket = None
-            await websocket.close()
 
     def _gather(self, text: str) -> None:
         if not self._frames:
@@ -6865,7 +6828,11 @@ class Panel:
         import IPython.display as notebook
 
         if self.ui is None:
-            notebook.display({"text/html": self._frame()}, raw=True)
+            address = html.escape(page_address(self._client.url))
+            style = "width: 100%; height: 600px; border: 1px solid #8886; border-radius: 12px"
+            told = f'<a href="{address}">{address}</a>; <code>pip install anywidget</code> shows the panel itself.'
+            frame = f'<p>This is {told}</p><iframe src="{address}" title="memws" style="{style}"></iframe>'
+            notebook.display({"text/html": frame}, raw=True)
             return
         view = {"version_major": 2, "version_minor": 0, "model_id": self.ui.model_id}
         plain = "memws panel (needs a running kernel)"
@@ -6873,12 +6840,6 @@ class Panel:
         if self._static:
             copy = {"text/html": self.static_html()}
             self._copies.append(notebook.display(copy, raw=True, display_id=secrets.token_hex(8)))
-
-    def _frame(self) -> str:
-        address = html.escape(page_address(self._client.url))
-        style = "width: 100%; height: 600px; border: 1px solid #8886; border-radius: 12px"
-        told = f'This is <a href="{address}">{address}</a>; <code>pip install anywidget</code> shows the panel itself.'
-        return f'<p>{told}</p><iframe src="{address}" title="memws" style="{style}"></iframe>'
 
     # -- on the panel's loop --
 
@@ -6941,13 +6902,10 @@ class Panel:
     def _copy_soon(self) -> None:
         """Once for all turns of a second."""
         if self._copies and (self._copying is None or self._copying.done()):
-            self._copying = asyncio.create_task(self._copy_later())
+            self._copying = asyncio.create_task(self._update_copies(COPY_INTERVAL))
 
-    async def _copy_later(self) -> None:
-        await asyncio.sleep(COPY_INTERVAL)
-        await self._update_copies()
-
-    async def _update_copies(self) -> None:
+    async def _update_copies(self, delay: float = 0) -> None:
+        await asyncio.sleep(delay)
         copy = {"text/html": await self._copy()}
         for handle in self._copies:
             handle.update(copy, raw=True)
