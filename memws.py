@@ -3527,12 +3527,14 @@ async def call_tool(tool: Tool, arguments: JSON) -> str:
         if task is None or task.cancelling():
             raise
         raise ToolError(f"{tool.name} was cancelled by something it called") from None
-    except (Exception, SystemExit) as error:  # whatever a tool raises, the model hears of it and the turn goes on
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # whatever else a tool raises, the model hears of it and the turn goes on
         if limit.expired():
             raise ToolError(f"{tool.name} took longer than {tool.timeout:g} s and was given up") from None
         logger.warning("tool %s failed", tool.name, exc_info=True)
         reason = type(error).__name__
-        with contextlib.suppress(Exception):  # its __str__ is the tool's code too
+        with contextlib.suppress(BaseException):  # its __str__ is the tool's code too
             reason = f"{reason}: {error}"
         raise ToolError(reason) from error
 
@@ -4318,6 +4320,8 @@ class Agent:
     async def turn(self, turn: Turn) -> None:
         """Run a turn to its end: its start, its steps, exactly one terminal event. Raises MemwsError where its start
         (then nothing has happened) or its end could not be stored."""
+        if self.record.state["turn"]:  # as where a tool calls this
+            raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         try:
             await self._begin(turn)
             while not turn.over:
@@ -4332,6 +4336,7 @@ class Agent:
                     self.memory.stale = True
                     await self._fail(turn, MemwsError("internal error; the server's log has it"))
         finally:
+            self.memory.stale |= not turn.over  # a tool cancelled the task it runs in
             turn.over = True
 
     async def _begin(self, turn: Turn) -> None:
@@ -7177,11 +7182,11 @@ class LiveAgent:
         try:
             await self._mend()
             await self.agent.turn(item)
-        except MemwsError as error:
+        except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
             if item.step == 0 or self.gone or self.agent.memory.stale:
-                self.refuse(item, error)
+                self.refuse(item, error if isinstance(error, MemwsError) else self.gone_error())
         finally:
             self._finish(item)
 

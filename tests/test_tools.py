@@ -295,6 +295,11 @@ class Unprintable(Exception):
     __repr__ = __str__
 
 
+class Leaving(BaseException):
+    def __str__(self) -> str:
+        raise SystemExit
+
+
 RESULTS: list[tuple[Any, str | None]] = [
     ("sunny", "sunny"), ("", ""), (None, "None"), (5, "5"), (True, "true"), ((1, 2), "[1,2]"), (b"raw\xff", "raw\\xff"),
     ({"a": [1, None], "é": "日"}, '{"a":[1,null],"é":"日"}'), ({1}, "[1]"), (float("nan"), "nan"),
@@ -408,7 +413,7 @@ ERRORS: list[tuple[BaseException, str]] = [
     (TimeoutError("the host did not answer"), "the host did not answer"), (memws.Refused("busy", "later"), "later"),
     (ToolError("try a smaller number"), "try a smaller number"), (SystemExit(3), "SystemExit"),
     (asyncio.CancelledError(), "ancelled"), (ExceptionGroup("two", [ValueError("a"), ValueError("b")]), "two"),
-    (Unprintable(), "Unprintable"), (ValueError("x" * 100_000), "ValueError: xxx"),
+    (Unprintable(), "Unprintable"), (Leaving(), "Leaving"), (ValueError("x" * 100_000), "ValueError: xxx"),
     (ValueError("\ud800\x00\x1b"), "ValueError: "), (StopIteration(5), "StopIteration"),
     (KeyboardInterrupt(), "KeyboardInterrupt"), (GeneratorExit(), "GeneratorExit"),
 ]  # fmt: skip
@@ -556,6 +561,29 @@ def test_a_tool_knows_its_agent(online: Callable[..., Any], endpoint: Endpoint) 
         assert results(endpoint.requests[-1]) == [f"OK: {name}: ['tea'], I am {name}", "OK: 1"]
     specs = {tool["function"]["name"]: tool["function"]["parameters"] for tool in endpoint.requests[0]["tools"]}
     assert (specs["add"]["required"], list(specs["count"]["properties"])) == (["item"], ["request_heartbeat"])
+
+
+def test_a_tool_cannot_harm_the_turn_that_calls_it(online: Callable[..., Any], endpoint: Endpoint) -> None:
+    """A tool that begins a turn of its agent is refused; one that cancels its task ends its turn, and no other."""
+    server = online()
+
+    @server.tool
+    async def nest(agent: memws.Agent) -> None:
+        await agent.turn(memws.Turn("nested", "Hi"))
+
+    @server.tool
+    async def cancel() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        await asyncio.sleep(0)
+
+    server.create_new_agent({"name": "sam", "tools": ["nest", "cancel"]})
+    endpoint.script(Reply(calls=[("nest", {})]), Reply(calls=[("cancel", {})]))
+    assert Told(server.run_step("Go")).stop_reason == "interrupted"
+    assert Told(server.run_step("Go on")).replies == ["Hello!"]
+    nested = "Failed: Refused: agent 'sam' is in a turn; wait for its end"
+    assert results(endpoint.requests[-1]) == [nested, "Failed: interrupted: result unknown"]
 
 
 async def call(lab: Lab, agent: Agent, name: str, /, **arguments: Any) -> tuple[Told, str]:
