@@ -4044,8 +4044,9 @@ BlockItems = Annotated[list[JSON], 1, MAX_BLOCKS] | None
 
 
 def by_label(blocks: BlockItems = None) -> dict[str, JSON]:
-    """Blocks as somebody sent them, by label. Raises Refused (bad_config) where one comes twice."""
-    items = {str(item.get("label")): item for item in blocks or ()}
+    """Blocks as somebody sent them, by label; null says nothing. Raises Refused (bad_config) where one comes twice."""
+    said = [{key: value for key, value in item.items() if value is not None} for item in blocks or ()]
+    items = {str(item.get("label")): item for item in said}
     if len(items) < len(blocks or ()):
         raise Refused("bad_config", "blocks: a label comes twice; name each block once")
     return items

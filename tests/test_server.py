@@ -380,13 +380,12 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
 
 async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
     """update_agent adds blocks, changes limits and takes blocks away, all or nothing, told and in the next prompt."""
-    async with wire(
-        server, "*", agent={"human": "Likes tea", "blocks": [{"label": "plan", "value": "rest"}]}
-    ) as client:
+    made = [{"label": "plan", "value": "rest"}, {"label": "human", "value": None}]
+    async with wire(server, "*", agent={"human": "Likes tea", "blocks": made}) as client:
         await client.ok("subscribe")
         items: list[JSON] = [
-            {"label": "human", "limit": 9}, {"label": "plan", "delete": True},
-            {"label": "pets", "value": "Rex", "limit": 99}, {"label": "mood", "delete": False},
+            {"label": "human", "value": None, "limit": 9}, {"label": "plan", "delete": True},
+            {"label": "pets", "value": "Rex", "limit": 99}, {"label": "mood", "limit": None, "delete": False},
         ]  # fmt: skip
         await client.ok("update_agent", config={"blocks": items, "max_steps": 7})
         told = client.before_answer or await client.until(lambda frame: frame.get("change") == "updated")
