@@ -2969,8 +2969,9 @@ class OpenAIModel:
         url = urllib.parse.urlsplit(endpoint.base_url or "//api.openai.com/v1")
         maker = f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}"
         maker = re.sub(r'[",\\]', "_", maker)
-        text = recalled.get(f"learned {maker}")
-        self.learned = Learned(**decode_json(text)) if text else Learned([maker])
+        self.learned = Learned([maker])
+        with contextlib.suppress(LookupError, ValueError, TypeError, InvalidRequest):  # another memws may have told it
+            self.learned = Learned(**function_of(Learned).bind(decode_json(recalled[f"learned {maker}"])))
 
     def head(self, settings: JSON) -> str:
         options: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
@@ -4020,7 +4021,7 @@ class Config:
 class State:
     """What else an agent goes on from."""
 
-    cut: int = 0  # the id of the first chat message in view
+    cut: Annotated[int, 0, 2**53] = 0  # the id of the first chat message in view
     last_passage: int = 0  # the id of the last passage that was ever kept
     last_user: str | None = None  # when a user spoke last
     summary: str | None = None  # of what has left the view, as a model gets it

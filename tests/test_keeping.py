@@ -428,6 +428,7 @@ FOUND: dict[str, tuple[str, str]] = {  # what is broken, by which SQL, and what 
     "a config that is no JSON": (SAM.format("config = '{'"), "agent.config: unknown 'damaged'"),
     "blocks that are no list": (SAM.format("blocks = '5'"), "agent sam"),
     "a state of wrong types": (SAM.format("""state = '{"cut":[]}'"""), "agent.state: cut: expected an integer"),
+    "a state out of bounds": (SAM.format("""state = '{"cut":1e99}'"""), "agent.state: cut: expected an integer from 0"),
     "a damaged message": ("UPDATE messages SET body = '{' WHERE agent = :sam AND id = 2", "chat message 2 is damaged"),
     "a call without its result": ("DELETE FROM messages WHERE agent = :sam AND role = 'tool' AND id < 6", "agent sam"),
     "rows of no agent": ("DELETE FROM agents WHERE id = :sam", "messages"),

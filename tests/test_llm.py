@@ -595,6 +595,10 @@ def test_one_model_object_per_name_and_endpoint() -> None:
     models = memws.Models(api_key=KEY)
     sizes = [models.get(name)[0].window for name in ("gpt-4o-mini", "gpt-5.4-mini", "offline", "llama3", "x")]
     assert sizes == [128_000, 128_000, 32_768, 8_192, 8_192]
+    for text, window in (('{"shape":["x"],"later":1,"window":9}', 9), ("5", 0), ("[", 0), ('{"shape":5}', 0)):
+        models = memws.Models("a", "http://127.0.0.1:9/v1", KEY)
+        models.recalled = {"learned a at 127.0.0.1:9/v1": text}
+        assert models.get("a")[0].learned.window == window, "what another memws noted is read, or learned anew"
 
 
 MESSAGES = [("", ""), (json.dumps('quotes " and \\ and \\" and / and \t\r\n\b\f')[1:-1], None), ("emoji 👋🏽 🎉", None)]
