@@ -5465,16 +5465,15 @@ PANEL_STYLE: Final = r"""
     .memws-copy { position: absolute; top: 4px; right: 6px; background: var(--wash); }
   }
   .memws-empty { max-width: 460px; margin: 8vh auto 0; text-align: center; display: grid; gap: 8px;
-    justify-items: center; }
-  .memws-empty p { margin: 0 0 10px; }
+    justify-items: center; } .memws-empty p { margin: 0 0 10px; }
   .memws-starter { width: 100%; padding: 10px 14px; text-align: left; &:hover { border-color: var(--accent); } }
   .memws-over, .memws-composer { position: relative; width: calc(100% - 40px); max-width: 720px; margin: 0 auto; }
   .memws-newest { position: absolute; right: 0; bottom: 8px; border-radius: 16px; box-shadow: 0 1px 6px #0002; }
   .memws-composer { display: flex; gap: 6px; align-items: flex-end; padding: 6px; border-radius: 14px;
     &:focus-within { border-color: var(--accent); }
-    textarea { flex: 1; border: 0; background: none; resize: none; outline: 0; padding: 5px 8px; }
+    textarea { flex: 1; border: 0; background: none; resize: none; outline: 0; padding: 5px 8px; max-height: 200px;
+      field-sizing: content; } .memws-stop { border: 1px solid var(--line); }
   }
-  .memws-stop { border: 1px solid var(--line); }
   .memws-dialog { position: absolute; z-index: 2; inset: 0; display: grid; align-items: start; overflow: auto;
     background: color-mix(in srgb, var(--paper) 75%, transparent); &:empty { display: none; } }
   .memws-form { width: min(560px, calc(100% - 40px)); margin: 16px auto; padding: 16px 20px; border-radius: 12px;
@@ -5682,35 +5681,30 @@ const overSocket = (address) => (client) => {
 };
 
 // In a notebook the kernel holds the WebSocket, which works wherever the notebook does. A comm loses messages, though:
-// so ours are numbered, acknowledged and sent again, and a gap in the kernel's is as a new connection.
+// so each of ours holds all frames that are not acknowledged, and a gap in the kernel's is as a new connection.
 const overComm = (model) => (client) => {
   const session = newId();
-  const unheard = new Map(); // frames by number
-  let [posted, last, silent, connection] = [0, 0, 0];
+  const unheard = [];
+  let [first, last, silent] = [1, 0, 0]; // the number of the first unheard, that of the kernel's last, seconds
   const post = (about) => {
-    const base = unheard.keys().next().value ?? posted + 1;
-    try { model.send({ session, base, ...about }); } catch { silent = 9; } // the kernel has gone
+    try { model.send({ session, first, frames: [...unheard], ...about }); } catch { silent = 9; } // the kernel has gone
   };
   const receive = ({ ack, state, sent, frames = [], ...content }) => {
     if (content.session !== session) return;
     silent = 0;
-    for (const each of unheard.keys()) if (each <= ack) unheard.delete(each);
-    const before = sent - (frames.length > 0);
-    if (content.connection !== connection || before > last) client.changed("offline");
-    if (content.connection !== connection) last = before;
-    connection = content.connection;
+    for (; first <= ack; first++) unheard.shift();
+    if (sent - (frames.length > 0) > last) client.changed("offline");
     client.changed(state);
     if (sent > last) frames.forEach((frame) => client.take(frame));
     last = Math.max(last, sent);
   };
   const tick = () => {
     if (++silent > 5) client.changed("offline: the kernel does not answer; if it was restarted, run the cell again");
-    if (silent > 1) post({});
-    for (const [each, frame] of unheard) post({ number: each, frame });
+    if (silent > 1 || unheard.length) post();
   };
   const send = (frame) => {
-    unheard.set(++posted, frame);
-    post({ number: posted, frame });
+    unheard.push(frame);
+    post();
   };
   const close = () => {
     clearInterval(timer);
@@ -5719,7 +5713,7 @@ const overComm = (model) => (client) => {
   };
   const timer = setInterval(tick, 1000);
   model.on("msg:custom", receive);
-  post({});
+  post();
   return { send, close };
 };
 
@@ -5797,7 +5791,6 @@ class Turn {
       if (this.panel.submit(this.bubble.textContent)) this.element.remove();
     });
   }
-
   newTrace(time) {
     const [told, live, why, rows] = [span("told"), span("live"), span("why"), div("rows")];
     const line = node("summary", {}, told, live, why);
@@ -6009,7 +6002,8 @@ class Log {
     return unseen.length > 0 || !page.more;
   }
 }
-// ---- the mind: memory, context, search, frames; each {title, element, clear, shown} ---------------------------------
+
+// ---- the mind: memory, context, search, frames ----------------------------------------------------------------------
 
 const GLOW = 6000; // milliseconds for which a change is marked
 
@@ -6027,9 +6021,8 @@ class View { // {tab, side}; `shown` where it is looked at, `clear` where anothe
 class Memory extends View {
   cards = new Map();
   constructor(panel) {
-    const [cards, passages] = [div("cards"), span("mark")];
-    const told = "A passage to keep";
-    const field = node("textarea", { rows: "1", placeholder: told, "aria-label": told, name: "text" });
+    const [cards, passages, placeholder] = [div("cards"), span("mark"), "A passage to keep"];
+    const field = node("textarea", { rows: "1", name: "text", placeholder, "aria-label": placeholder });
     const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
     const head = node("header", {}, node("h4", {}, "archive"), passages, list);
     const about = { class: "memws-actions", onsubmit: (event) => this.keep(event.target) };
@@ -6047,8 +6040,8 @@ class Memory extends View {
     this.whose = whose;
     for (const each of found) this.cards.get(each.label).set(each);
     this.passages.textContent = counted(counts.passages, "passage");
-    const inView = `${number(counts.in_context)} in view`;
-    this.out.replaceChildren(div("mark", `${counted(counts.messages, "message")} in recall memory, ${inView}`));
+    const told = `${counted(counts.messages, "message")} in recall memory, ${number(counts.in_context)} in view`;
+    this.out.replaceChildren(div("mark", told));
   }
   async keep(form) {
     await this.panel.command("insert_passage", valuesOf(form));
@@ -6163,14 +6156,11 @@ class Context extends View {
     this.out.replaceChildren(...used.map((each) => fold(told(each), each.text.trim(), each.name === section)));
   }
   async request({ turn_id, step }) {
-    const { request, response, usage, more, ...found } = await this.panel.command("get_request", { turn_id, step });
-    const { messages, ...rest } = request;
-    const sizes = `${number(usage?.input_tokens)} tokens in, ${number(usage?.output_tokens)} out`;
-    const times = `the first after ${number(found.first_token_ms)} ms, the last after ${number(found.total_ms)} ms`;
-    const left = more ? ` · ${counted(found.first, "older message")} left out here` : "";
+    const { request, response, ...about } = await this.panel.command("get_request", { turn_id, step });
+    const { messages, ...settings } = request;
     const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"))}`;
-    this.out.replaceChildren(div("mark", `${sizes} · ${times}${left}`), fold("answer", pretty(response), true),
-      ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(rest)));
+    this.out.replaceChildren(fold("answer", pretty(response), true), fold("tokens and times", pretty(about)),
+      ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(settings)));
   }
 }
 class Search extends View {
@@ -6298,8 +6288,7 @@ class Panel {
     return node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick, this.menu, this.model, status);
   }
   left() {
-    const about = { placeholder: "Message", rows: "1", "aria-label": "Message", oninput: () => this.grow() };
-    this.field = node("textarea", about);
+    this.field = node("textarea", { placeholder: "Message", rows: "2", "aria-label": "Message" });
     this.send = button("Send", "main", () => this.submit(this.field.value));
     this.stop = button("Stop", "stop", () => this.command("cancel"));
     this.told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
@@ -6347,8 +6336,9 @@ class Panel {
   }
   fail(error) {
     if (error.code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
-    if (error.code !== "lost") this.tell(error.message);
-    this.told.classList.add("memws-bad");
+    if (["lost", "no_agent"].includes(error.code)) return null; // what went is shown already
+    this.tell(error.message);
+    return this.told.classList.add("memws-bad");
   }
   warn(warnings) { if (warnings.length) this.tell(warnings.join(" · ")); }
   tell(text, label, work) { // with what can be done about it, for a quarter of a minute
@@ -6477,12 +6467,9 @@ class Panel {
   }
   async remove() {
     const agent_name = this.agent;
-    const undo = async () => {
-      await this.client.command("restore_agent", { agent_name });
-      await this.choose(agent_name);
-    };
+    const restored = () => this.client.command("restore_agent", { agent_name });
     await this.command("delete_agent");
-    this.tell(`${agent_name} was deleted.`, "undo", undo);
+    this.tell(`${agent_name} was deleted.`, "undo", () => restored().then(() => this.choose(agent_name)));
   }
   async refresh() { // memory and the bar, as they are now
     const agent = await this.command("get_agent");
@@ -6494,7 +6481,7 @@ class Panel {
   soon() { // once for all that comes in a moment
     this.refreshing ??= setTimeout(() => {
       this.refreshing = null;
-      if (this.isReady) attempt(this.root, () => this.refresh());
+      if (this.isReady && this.agent) attempt(this.root, () => this.refresh());
     }, 100);
   }
   drawBar({ sections, used, window: total }) {
@@ -6554,7 +6541,6 @@ class Panel {
     this.latest = message.text;
     this.told.replaceChildren();
     this.field.value = "";
-    this.grow();
     this.log.toNewest();
     this.flush();
     return true;
@@ -6573,10 +6559,6 @@ class Panel {
     if (this.outbox.get(turn.id)?.isSent !== false) return this.command("cancel", { turn_id: turn.id });
     this.outbox.delete(turn.id);
     return turn.refused("taken back");
-  }
-  grow() {
-    this.field.style.height = "auto";
-    this.field.style.height = `${Math.min(this.field.scrollHeight + 2, 200)}px`;
   }
   state(news) {
     Object.assign(this, news);
@@ -6680,7 +6662,7 @@ COPY_INTERVAL, COPY_PATIENCE = 1.0, 3.0
 "Seconds in which turns are gathered into one update of the static copy; that it waits for the server at most."
 MAX_PIPES: Final = 8
 "Browser views of one panel; the one that was silent for longest gives way."
-_connections = itertools.count(1)
+_numbers = itertools.count(2**32, 2**32)  # where each connection begins to number its messages
 
 
 def make_widget(agent: str, compact: bool, hidden: str) -> Any:
@@ -6703,26 +6685,23 @@ def make_widget(agent: str, compact: bool, hidden: str) -> Any:
 class Pipe:
     """One browser view of a panel: its frames go to a WebSocket of their own, and what comes goes back.
 
-    A comm loses messages. So the browser numbers its frames and sends them again until they are acknowledged; here
-    doubles are dropped and the order restored. Ours are numbered too, and the browser makes good for a gap.
+    A comm loses messages. So each of the browser's holds all of its frames that are not acknowledged, and here doubles
+    are dropped. Ours are numbered, higher with each connection, and the browser makes good for a gap.
     """
 
     def __init__(self, session: str, client: Client, post: Callable[[Frame], None], ended: Callable[[], None]) -> None:
         self._session, self._client, self._post, self._ended = session, client, post, ended
         self._websockets: list[Connection] = []  # the newest alone
-        self._taken, self._early = 0, dict[int, str]()  # the last frame taken up, and those that came before their turn
-        self._state, self._connection, self._sent = "connecting", 0, 0
+        self._state, self._taken, self._sent = "connecting", 0, 0  # the last frame taken up, the last message sent
         self._frames: list[str] = []
         self.task = asyncio.create_task(self._run())
 
     def take(self, content: Frame) -> None:
-        """Take up a message of the browser: {base, number?, frame?}; before `base` it has all acknowledged."""
-        self._taken = max(self._taken, content.get("base", 0) - 1)
-        if content.get("number", 0) > self._taken:
-            self._early[content["number"]] = content["frame"]
-        while (frame := self._early.pop(self._taken + 1, None)) is not None:
-            self._taken += 1
+        """Take up a message of the browser, {first, frames}: its frames from number `first` on, unacknowledged."""
+        first, frames = content["first"], content["frames"]
+        for frame in frames[max(0, self._taken + 1 - first) :]:
             broadcast(self._websockets, frame)  # not to one that is closed
+        self._taken = max(self._taken, first + len(frames) - 1)
         self._tell()
 
     async def _run(self) -> None:
@@ -6741,7 +6720,7 @@ class Pipe:
             delay = min(2 * delay, RECONNECT_DELAY_MAX)
 
     async def _carry(self, websocket: Connection) -> None:
-        self._websockets, self._connection, self._sent = [websocket], next(_connections), 0
+        self._websockets, self._sent = [websocket], next(_numbers)
         self._tell("connected")
         with contextlib.suppress(ConnectionClosed):
             async with websocket:
@@ -6762,8 +6741,7 @@ class Pipe:
 
     def _tell(self, state: str | None = None, **more: Any) -> None:
         self._state = state or self._state
-        about = {"session": self._session, "ack": self._taken, "state": self._state}
-        self._post({**about, "connection": self._connection, "sent": self._sent, **more})
+        self._post({"session": self._session, "ack": self._taken, "state": self._state, "sent": self._sent, **more})
 
 
 class Panel:
@@ -6805,9 +6783,6 @@ class Panel:
             # ipykernel 7.4 would send what comes where our thread's messages seem to come from: to the busy cell.
             self.ui.comm._reply_subshell_for = None
             self.ui.observe(lambda change: setattr(self, "_agent", change["new"]), "agent")
-
-    def __repr__(self) -> str:
-        return f"<memws.Panel {self.name!r} of {self._client.url}>"
 
     def send(self, text: str) -> None:
         """Say something to the agent, as if it had been typed; returns at once."""

@@ -146,7 +146,7 @@ class View:
             self._news.notify_all()
 
     def send(self, **content: Any) -> None:
-        self.panel.ui._handle_custom_msg({"session": "view", "base": 1, **content}, [])
+        self.panel.ui._handle_custom_msg({"session": "view", "first": 1, "frames": [], **content}, [])
 
     def until(self, check: Callable[[], Any]) -> None:
         with self._news:
@@ -168,18 +168,18 @@ def test_pipe(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
     view.send()
     view.until(lambda: view.last["state"] == "connected")
     commands = [json.dumps({"type": "command", "command": "hello", "id": number}) for number in range(1, 7)]
-    for number in (3, 1, 1, 2, 6, 5, 5, 4, 2):
-        view.send(number=number, frame=commands[number - 1])
+    for first, last in ((1, 3), (1, 1), (2, 2), (1, 6), (4, 6), (4, 5), (5, 5)):
+        view.send(first=first, frames=commands[first - 1 : last])
     view.until(lambda: len(view.frames()) == 6 and view.last["ack"] == 6)
     assert [frame["id"] for frame in view.frames()] == [1, 2, 3, 4, 5, 6]
     sent = [content["sent"] for content in view.got if "frames" in content]
-    assert sent == list(range(1, len(sent) + 1))
-    connection, port = view.last["connection"], server.port
+    assert sent == list(range(sent[0], sent[0] + len(sent)))
+    port = server.port
     server.stop()
     view.until(lambda: view.last["state"] == "offline")
     serve(port=port)
-    view.until(lambda: view.last["state"] == "connected" and view.last["connection"] != connection)
-    view.send(base=9, number=9, frame=commands[0])  # a view that Python has forgotten begins where it is
+    view.until(lambda: view.last["state"] == "connected" and view.last["sent"] > sent[-1] + 1)
+    view.send(first=9, frames=commands[:1])  # a view that Python has forgotten begins where it is
     view.until(lambda: view.last["ack"] == 9)
     view.send(over=True)
 
