@@ -104,11 +104,17 @@ from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Ite
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
-import websockets.asyncio.server
-from websockets import http11
-from websockets.asyncio.connection import Connection, broadcast
-from websockets.asyncio.server import ServerConnection
-from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+try:
+    import websockets.asyncio.server
+    from websockets import http11
+    from websockets.asyncio.connection import Connection, broadcast
+    from websockets.asyncio.server import ServerConnection
+    from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"memws: {error}; install it: {sys.executable} -m pip install 'websockets>=17'", file=sys.stderr)
+    sys.exit(2)
 
 __all__ = [
     "DEFAULT_MODEL",  # 1. Constants
