@@ -5988,7 +5988,9 @@ class Log {
     if (this.isFetching) return;
     this.isFetching = true;
     let isEnough = false;
-    try { while (!isEnough) isEnough = await this.addOlder(this.turns); } finally { this.isFetching = false; }
+    try {
+      while (!isEnough) isEnough = await this.addOlder(this.turns);
+    } finally { this.isFetching = false; }
   }
   async addOlder(turns) {
     const page = await this.panel.command("get_messages", { limit: 200, before: this.before });
@@ -6013,7 +6015,7 @@ class Log {
 
 const GLOW = 6000; // milliseconds for which a change is marked
 
-class View { // {tab, side}; `shown` where it is looked at, `clear` where another agent is
+class View { // {tab, side} of an agent; `shown` where it is looked at
   out = div("folds");
   constructor(panel, title, ...kids) {
     Object.assign(this, { panel, title });
@@ -6021,7 +6023,6 @@ class View { // {tab, side}; `shown` where it is looked at, `clear` where anothe
     const about = { class: "memws-side", role: "tabpanel", "aria-label": title };
     this.side = node("div", about, div(title.toLowerCase(), ...kids, this.out));
   }
-  clear() { this.out.replaceChildren(); }
 }
 
 class Memory extends View {
@@ -6037,13 +6038,11 @@ class Memory extends View {
     Object.assign(this, { list: cards, passages });
   }
   shown(change) { this.cards.get(change?.label)?.flash(); }
-  take({ agent_name, blocks: found, counts }) {
-    const whose = [agent_name, ...found.map(({ label }) => label)].join();
-    if (whose !== this.whose) {
+  take({ blocks: found, counts }) {
+    if (found.map(({ label }) => label).join() !== [...this.cards.keys()].join()) {
       this.cards = new Map(found.map(({ label }) => [label, new Card(this.panel, label)]));
       this.list.replaceChildren(...[...this.cards.values()].map((card) => card.element));
     }
-    this.whose = whose;
     for (const each of found) this.cards.get(each.label).set(each);
     this.passages.textContent = counted(counts.passages, "passage");
     const told = `${counted(counts.messages, "message")} in recall memory, ${number(counts.in_context)} in view`;
@@ -6132,10 +6131,6 @@ class Context extends View {
     const pick = node("select", { "aria-label": "Step", onchange: () => this.look() });
     super(panel, "Context", div("actions", pick));
     this.pick = pick;
-  }
-  clear() {
-    super.clear();
-    this.steps.clear();
   }
   add(step) {
     this.latest = `${step.step} ${step.turn_id}`;
@@ -6267,29 +6262,29 @@ const REPLAYED = 600; // stored events that are shown at the opening
 class Panel {
   outbox = new Map(); // messages without their receipt, by turn_id: {agent, text, turn_id, isSent}
   running = null; // the turn that runs
+  views = []; // of the agent; none where the panel is compact
   constructor(root, transport, { agent, compact = false, chosen = () => {} }) {
-    Object.assign(this, { root, chosen, wanted: agent, log: new Log(this) });
-    this.views = compact ? [] : [new Memory(this), new Context(this), new Search(this), new Frames(this)];
+    Object.assign(this, { root, chosen, isCompact: compact, wanted: agent, log: new Log(this) });
     root.classList.add("memws-panel");
     root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's keys are not for who types here
-    this.aside = compact ? div("none") : this.right();
+    this.aside = compact ? div("none") : node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
     root.append(this.top(), div("columns", this.left(), this.aside));
     root.addEventListener("keydown", (event) => this.pressed(event));
     root.addEventListener("memws-fail", ({ detail }) => this.fail(detail));
-    this.show("Memory");
     this.client = new Client(this, transport);
     this.state();
   }
   top() {
     this.pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value) });
     [this.model, this.word] = [span("model"), node("span")];
-    const entry = (label, work) => button(label, "entry", work);
-    this.ofAgent = [entry("rename…", () => this.askName()), entry("delete", () => this.remove())];
-    const [make, keys] = [entry("new agent…", () => this.askAgent()), entry("keys", () => this.help())];
+    const works = { "new agent…": () => this.askAgent(), "rename…": () => this.askName(),
+      "delete": () => this.remove(), "keys": () => this.help() };
+    const entries = Object.entries(works).map(([label, work]) => button(label, "entry", work));
+    this.ofAgent = entries.slice(1, 3);
     const onclick = () => { this.menu.open = false; };
-    const entries = node("div", { class: "memws-entries", onclick }, make, ...this.ofAgent, keys);
     const dots = node("summary", { "aria-label": "Agents and keys" }, "⋯");
-    this.menu = node("details", { class: "memws-menu" }, dots, entries);
+    const list = node("div", { class: "memws-entries", onclick }, ...entries);
+    this.menu = node("details", { class: "memws-menu" }, dots, list);
     const status = span("status", node("i"), this.word);
     return node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick, this.menu, this.model, status);
   }
@@ -6303,15 +6298,14 @@ class Panel {
     const composer = div("composer", this.field, this.stop, this.send);
     return node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
   }
-  right() {
+  mind() { // anew for each agent
     this.bar = div("bar");
     this.used = button("", "used", () => this.show("Context"));
+    this.views = [new Memory(this), new Context(this), new Search(this), new Frames(this)];
     const onkeydown = (event) => this.stepTabs(event);
     const tabs = node("nav", { role: "tablist", onkeydown }, ...this.views.map(({ tab }) => tab));
-    const about = { class: "memws-right", "aria-label": "The agent's mind" };
-    return node("aside", about, this.bar, this.used, tabs, ...this.views.map(({ side }) => side));
+    this.aside.replaceChildren(this.bar, this.used, tabs, ...this.views.map(({ side }) => side));
   }
-
   // -- keys, and what is told and asked --
 
   pressed(event) {
@@ -6440,7 +6434,7 @@ class Panel {
     const { model, last_seq, repaired, warnings } = await this.client.command("load_agent", { name: agent });
     const after = Math.max(0, last_seq - REPLAYED);
     Object.assign(this, { agent, running: null, last: after, known: last_seq });
-    this.views.forEach((view) => view.clear());
+    if (!this.isCompact) this.mind();
     this.pick.value = agent;
     this.model.classList.toggle("memws-warn", model === "offline");
     this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
@@ -6450,7 +6444,7 @@ class Panel {
     await this.command("subscribe", { after });
     this.chosen(agent);
     if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
-    if (this.view) this.show(this.view.title);
+    this.show(this.view?.title ?? "Memory");
   }
   welcome(memory) {
     const persona = memory.find(({ label }) => label === "persona")?.value ?? "";
