@@ -3481,17 +3481,21 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any, JSON], Any]]
 
 
 def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
-    """A schema as any endpoint takes it: without references and titles, with `items` in every array."""
+    """A schema as any endpoint takes it: without references and titles, nothing empty, with `items` in arrays."""
     if isinstance(schema, list):
         return [_portable(each, models, inside) for each in schema]
     if not isinstance(schema, dict):
         return schema
+    if not schema:
+        return ANYTHING
     if name := schema.get("$ref", "").rpartition("/")[2]:
         within = {**models[name], **schema, "$ref": ""}
         return ANYTHING if name in inside else _portable(within, models, (*inside, name))
-    whole = {key: _portable(value, models, inside) for key, value in schema.items() if key != "$ref"}
-    if isinstance(whole.get("title"), str):
-        del whole["title"]
+    whole = {key: value for key, value in schema.items() if key not in ("$ref", "title")}
+    for key in whole.keys() - {"default", "properties"}:
+        whole[key] = _portable(whole[key], models, inside)
+    if parts := whole.get("properties"):
+        whole["properties"] = {name: _portable(part, models, inside) for name, part in parts.items()}
     if whole.get("type") == "array" and not whole.get("items"):
         whole["items"] = {"anyOf": whole.pop("prefixItems")} if "prefixItems" in whole else ANYTHING
     return whole
@@ -3505,10 +3509,12 @@ def make_tool(
     if isinstance(call, type):
         raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
     function = function_of(call, name or "", ["memory"] if builtin else [], _reader_of)
-    properties = {name: _portable(schema, {}) or ANYTHING for name, schema in function.parameters["properties"].items()}
+    parameters = _portable(function.parameters, {})
     if function.name not in ("send_message", "pause_heartbeats"):
-        properties[REQUEST_HEARTBEAT] = {"type": "boolean", "description": "run again right after this call"}
-    parameters = function.parameters | {"properties": properties}
+        parameters["properties"][REQUEST_HEARTBEAT] = {
+            "type": "boolean",
+            "description": "run again right after this call",
+        }
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
     return Tool(function.name, function, encode_json({"type": "function", "function": about}), builtin, timeout)
 

@@ -117,6 +117,16 @@ class Place(NamedTuple):
     y: str = "y"
 
 
+class Note(NamedTuple):
+    about: Any
+
+
+@dataclass
+class Notes:
+    rest: Any
+    title: str = "Notes"
+
+
 class Stay(BaseModel):
     """A stay."""
 
@@ -145,6 +155,10 @@ READ: list[tuple[Any, Body | None, list[tuple[Any, Any]]]] = [  # hint, schema, 
     (list["Guest"], None, [([{"name": "Zoe"}], [Guest("Zoe")])]),
     (tuple[Party, Party], None, [([{"room": "small", "guests": []}] * 2, (Party(Room.SMALL, []),) * 2)]),
     (Stay, None, [({"rooms": ["small"], "next": {"rooms": []}}, Stay(rooms={Room.SMALL}, next=Stay(rooms=set())))]),
+    (list[Note], {"type": "array", "items": {"type": "array", "minItems": 1, "maxItems": 1,
+     "items": {"anyOf": [memws.ANYTHING]}}}, [([["x"]], [Note("x")])]),
+    (Notes, {"type": "object", "required": ["rest"],
+             "properties": {"rest": memws.ANYTHING, "title": TEXT | {"default": "Notes"}}}, [({"rest": 1}, Notes(1))]),
     (Place, None, [([1], Place(1)), ({"x": 1, "y": "z"}, Place(1, "z"))]),
     (UUID, None, [(str(UUID(int=5)), UUID(int=5))]),
     (set[int], None, [([1, "2", 2], {1, 2}), ("[1]", {1})]), (tuple[int, str], None, [([1, "x"], (1, "x"))]),
