@@ -3494,8 +3494,8 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
     whole = {key: value for key, value in schema.items() if key not in ("$ref", "title")}
     for key in whole.keys() - {"default", "properties"}:
         whole[key] = _portable(whole[key], models, inside)
-    if parts := whole.get("properties"):
-        whole["properties"] = {name: _portable(part, models, inside) for name, part in parts.items()}
+    if "properties" in whole:
+        whole["properties"] = {name: _portable(part, models, inside) for name, part in whole["properties"].items()}
     if whole.get("type") == "array" and not whole.get("items"):
         whole["items"] = {"anyOf": whole.pop("prefixItems")} if "prefixItems" in whole else ANYTHING
     return whole
@@ -3508,6 +3508,8 @@ def make_tool(
     no model could call."""
     if isinstance(call, type):
         raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
+    if not isinstance(timeout, (int, float)) or not timeout > 0:
+        raise UsageError(f"timeout: expected seconds, more than 0, but got {quote(timeout)}")
     function = function_of(call, name or "", ["memory"] if builtin else [], _reader_of)
     parameters = _portable(function.parameters, {})
     if function.name not in ("send_message", "pause_heartbeats"):
@@ -3516,7 +3518,8 @@ def make_tool(
             "description": "run again right after this call",
         }
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
-    return Tool(function.name, function, encode_json({"type": "function", "function": about}), builtin, timeout)
+    spec = clean_text(encode_json({"type": "function", "function": about}))
+    return Tool(function.name, function, spec, builtin, timeout)
 
 
 NOT_KEPT = "they are not kept, ask for less"  # what a result leaves out

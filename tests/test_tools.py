@@ -78,7 +78,8 @@ def test_a_tool_is_its_function() -> None:
     bare, part = make_tool([].clear, "other-name", 3), make_tool(functools.partial(book, nights=2), "book_two")
     specs = [json.loads(each.spec) for each in (tool, bare, part, *MEMORY_TOOLS.values())]
     assert specs[1]["function"]["parameters"]["properties"] == {"request_heartbeat": HEARTBEAT}
-    assert (bare.timeout, specs[2]["function"]["parameters"]["required"]) == (3, ["city"])
+    assert (bare.timeout, bare.function.usage) == (3, "other-name()")
+    assert specs[2]["function"]["parameters"]["required"] == ["city"]
     check({"model": "m", "tools": specs, "messages": [{"role": "user", "content": "x"}]})
     assert [tool.function.usage for tool in MEMORY_TOOLS.values()] == USAGES
     for about in (spec["function"] for spec in specs[3:]):
@@ -277,6 +278,11 @@ def test_objects_are_tools_and_what_no_model_can_call_is_none(monkeypatch: pytes
     for function, words in REFUSED:
         with pytest.raises(memws.UsageError, match=words):
             make_tool(function)
+    größe.__doc__ = "\ud800"
+    assert make_tool(größe, "size").spec.encode()
+    for timeout in (0, -1, math.nan, "5", None):
+        with pytest.raises(memws.UsageError, match="timeout: expected seconds, more than 0, but got"):
+            make_tool(book, timeout=timeout)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "pydantic", None)
     assert make_tool(book).function.parameters["required"] == ["city", "nights"]
     with pytest.raises(memws.UsageError, match=r"'sized': size: .*Size.* needs pydantic: pip install pydantic"):
