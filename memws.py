@@ -5582,6 +5582,7 @@ const seconds = (ms, before) => (ms >= 100 ? `${before}${(ms / 1000).toFixed(1)}
 const titleOf = (name) => name.replace("_", " ");
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
 const oneLine = (text) => text.slice(0, 300).replace(/\s+/g, " "); // the style cuts it where its line ends
+const rowsOf = (diff) => diff.map((row) => node({ "+": "ins", "-": "del" }[row[0]] ?? "div", {}, row.slice(1) || " "));
 const valuesOf = (form) => Object.fromEntries(new FormData(form));
 const isFull = (value) => value !== null && typeof value === "object" && Object.keys(value).length > 0;
 const pretty = (value, margin = "") => {
@@ -5591,6 +5592,7 @@ const pretty = (value, margin = "") => {
   const row = ([key, item]) => `${margin}${name(key)}${isFull(item) ? "\n" : " "}${pretty(item, margin + "  ")}`;
   return Object.entries(value).map(row).join("\n");
 };
+
 // ---- Markdown: a small part of it, as nodes. No HTML, no images, links to http(s) only; every pattern is bounded ----
 
 const CODE = /(?<!`)(`{1,9})(?!`)([\s\S]{1,5000}?)(?<!`)\1(?!`)/.source;
@@ -5616,16 +5618,16 @@ const DEEPEST = 8;
 const markdown = (text, depth) =>
   (depth > DEEPEST ? [text] : [...text.matchAll(BLOCK)].map((match) => block(match, depth)));
 
-function inline(text, depth = 0) {
+function inline(text) {
   const nodes = [];
   let place = 0;
-  for (const match of depth > DEEPEST ? [] : text.matchAll(INLINE)) {
+  for (const match of text.matchAll(INLINE)) {
     const [all, , code, strong, emphasis, label, href, address] = match;
     const to = { href: href ?? address, target: "_blank", rel: "noopener noreferrer" };
     nodes.push(text.slice(place, match.index));
     if (code) nodes.push(node("code", {}, code.trim()));
-    else if (strong) nodes.push(node("strong", {}, ...inline(strong, depth + 1)));
-    else if (emphasis) nodes.push(node("em", {}, ...inline(emphasis, depth + 1)));
+    else if (strong) nodes.push(node("strong", {}, ...inline(strong)));
+    else if (emphasis) nodes.push(node("em", {}, ...inline(emphasis)));
     else nodes.push(node("a", to, label ?? address));
     place = match.index + all.length;
   }
@@ -5901,10 +5903,9 @@ class Turn {
     const did = event.after === null ? "forgot from" : "remembered in";
     const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
     const rows = event.diff.split("\n").filter((row) => row.slice(1).trim());
-    const made = rows.map((row) => node({ "+": "ins", "-": "del" }[row[0]] ?? "div", {}, row.slice(1)));
     const show = () => this.panel.show("Memory", event);
     const chip = button(told, "chip", show, { disabled: !this.panel.views.length });
-    const item = div("item memws-change", chip, div("diff", ...made));
+    const item = div("item memws-change", chip, div("diff", ...rowsOf(rows)));
     if (!this.trace) return this.element.append(item);
     this.trace.end.after(item); // not below a reply that streams already
     this.trace.end = item;
@@ -6084,9 +6085,9 @@ class Card { // a block of core memory, edited in place
     clearTimeout(this.timer);
     if (!former) return this.settle();
     const [before, after] = [former, block].map(({ value }) => (value ? value.split("\n") : []));
-    const shown = after.map((row) => node(before.includes(row) ? "div" : "ins", {}, row || "\u00a0"));
-    const gone = before.filter((row) => row && !after.includes(row)).map((row) => node("del", {}, row));
-    this.text.replaceChildren(...shown, ...gone);
+    const shown = after.map((row) => (before.includes(row) ? " " : "+") + row);
+    const gone = before.filter((row) => row && !after.includes(row)).map((row) => "-" + row);
+    this.text.replaceChildren(...rowsOf([...shown, ...gone]));
     this.flash();
     this.timer = setTimeout(() => this.settle(), GLOW); // where motion is reduced no animation ends it
   }
@@ -6315,6 +6316,7 @@ class Panel {
     const tabs = node("nav", { role: "tablist", onkeydown }, ...this.views.map(({ tab }) => tab));
     this.aside.replaceChildren(this.bar, this.used, tabs, ...this.views.map(({ side }) => side));
   }
+
   // -- keys, and what is told and asked --
 
   pressed(event) {
@@ -6608,18 +6610,16 @@ if (document.body?.dataset.memws === "page") {
 # ---- the page: GET / of the server -----------------------------------------------------------------------------------
 
 
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
 def page(host: str) -> tuple[str, dict[str, str]]:
     """The page and its headers, for a request with this Host, which was checked; nothing in it is anybody's."""
     text = '<!doctype html><html lang="en"><meta charset="utf-8"><title>memws</title>'
     text += '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
     text += f'<style>{PANEL_STYLE}</style><body data-memws="page"><script type="module">{PANEL_SCRIPT}</script>'
+    digests = (hashlib.sha256(part.encode()).digest() for part in (PANEL_SCRIPT, PANEL_STYLE))
+    script, style = (base64.b64encode(digest).decode() for digest in digests)
     # This script and this style alone may run. Whether TLS stands in front of the server is not known here.
-    policy = f"default-src 'none'; script-src 'sha256-{_digest(PANEL_SCRIPT)}'; img-src data:; form-action 'none'; "
-    policy += f"style-src 'sha256-{_digest(PANEL_STYLE)}'; connect-src 'self' ws://{host} wss://{host}; "
+    policy = f"default-src 'none'; script-src 'sha256-{script}'; img-src data:; form-action 'none'; "
+    policy += f"style-src 'sha256-{style}'; connect-src 'self' ws://{host} wss://{host}; "
     policy += "base-uri 'none'; frame-ancestors http://localhost:* http://127.0.0.1:*; "
     policy += "require-trusted-types-for 'script'; trusted-types 'none'"
     return text, {
