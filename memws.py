@@ -563,28 +563,26 @@ def describe(schema: JSON) -> str:
 
 
 def check(value: Any, schema: JSON) -> Any:
-    """`value`, if it fits; 5.0 is the integer 5. Raises ValueError: "expected …"."""
+    """`value`, if it fits. Raises ValueError: "expected …"."""
     for alternative in schema.get("anyOf", ()):
         with contextlib.suppress(ValueError):
             return check(value, alternative)
-    if schema.get("type") == "integer" and isinstance(value, float) and value.is_integer():
-        value = int(value)
     if not _fits(value, schema):
         raise ValueError(f"expected {describe(schema)}")
     return [check(item, schema["items"]) for item in value] if "items" in schema else value
 
 
 def from_text(value: Any) -> Any:
-    """What a model may have meant by a text, or the texts in a list, that do not fit:
+    """What a model may have meant by a text or number, or those in a list, that do not fit:
 
-    '5' is 5, 'True' and 'true' are true, 'None' and 'null' are null, '["tea"]' is ["tea"], ['5'] is [5]
+    '5' and 5.0 are 5, 'True' and 'true' are true, 'None' and 'null' are null, '["tea"]' is ["tea"], ['5'] is [5]
     """
     if isinstance(value, list):
         return [from_text(item) for item in value]
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return decode_json({"True": "true", "False": "false", "None": "null"}.get(value, value))
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _fits(value: Any, schema: JSON) -> bool:
@@ -624,7 +622,7 @@ class Function:
         try:
             return self.readers.get(name, check)(value, schema)
         except Exception as error:  # a reader runs code of the hint too
-            if lenient and (meant := from_text(value)) != value:
+            if lenient and repr(meant := from_text(value)) != repr(value):
                 return self.argument({name: meant}, name, lenient)
             text = f"{name}: {error}, but got {quote(value)}; {self.usage}"
             raise InvalidRequest("bad_field", text) from None
@@ -8633,7 +8631,7 @@ def serve_command(flags: argparse.Namespace) -> None:
     handler.setFormatter(_LogFormatter(flags.token))
     logger.addHandler(handler)
     logger.setLevel(level)
-    _ws_logger.setLevel(max(level, logging.WARNING))
+    _ws_logger.setLevel(max(level, logging.INFO))
     with contextlib.suppress(ImportError, OSError, ValueError):  # a descriptor a connection, where the system allows
         import resource
 

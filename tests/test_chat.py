@@ -262,6 +262,7 @@ def test_windows(serve: Callable[..., memws.WebSocketServer]) -> None:
         patch.setitem(sys.modules, "msvcrt", console)
         patch.delenv("NO_COLOR", raising=False)
         patch.setenv("TERM", "xterm")
+        client.create_agent("sam")
         memws.Screen(Console())
         patch.setattr(memws.os, "name", "nt")
         memws.Screen(io.StringIO())
@@ -269,7 +270,6 @@ def test_windows(serve: Callable[..., memws.WebSocketServer]) -> None:
         screen = memws.Screen(Console())
         assert calls == [""]
         assert [screen.ask("> "), screen.ask("> ")] == ["hi", "one\ntwo\nthree"]
-        client.create_agent("sam")
         assert client.ask("hi")
 
 

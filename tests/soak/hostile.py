@@ -327,7 +327,8 @@ class Attack:
         """Knock with requests that are wrong; none gets in, none is answered with a failure of the server's."""
         for _ in range(cases):
             reply = await knock_in_vain(self.soak, LET_IN, self.server.port, wrong_handshake(rng, self.server.port))
-            if len(reply) > MAX_ERROR_BYTES or LEAK.search(reply.decode("latin-1")):
+            is_refusal = not reply.startswith(b"HTTP/1.1 200")  # and neither the page nor /healthz
+            if is_refusal and (len(reply) > MAX_ERROR_BYTES or LEAK.search(reply.decode("latin-1"))):
                 self.soak.fault(LEAKS, reply[:300])
 
     async def work(self, rng: random.Random, mark: str, cases: int) -> None:

@@ -246,7 +246,7 @@ async def main(soak: Soak) -> None:
                 with healthy_client(soak, server.url):
                     await besiege(soak, server, place.endpoint, wire, text)
             await read_afterwards(soak, server, text)
-    closed = len(set(re.findall(r"session (\d+) takes nothing", server.log)))
+    closed = len(set(re.findall(r"connection (\S+) takes nothing", server.log)))
     soak.least("readers closed because they took nothing", closed, soak.count)
 
 
