@@ -54,7 +54,7 @@ def refused(frame: str | bytes) -> JSON:
 HINTS: list[tuple[Any, JSON, list[Any], list[Any], str]] = [  # hint, schema, what fits, what does not, in words
     (str, {"type": "string"}, ["", "x" * 9_999], [None, 1, [], {}], "a string"),
     (bool, {"type": "boolean"}, [True, False], [0, 1, "true", None], "true or false"),
-    (int, {"type": "integer"}, [0, -(10**30)], [True, 1.5, 5.0, "1", None], "an integer"),
+    (int, {"type": "integer"}, [0, -(10**30)], [True, 1.5, "1", None], "an integer"),
     (float, {"type": "number"}, [0, 1.5], [True, "1", None], "a number"),
     (dict, {"type": "object"}, [{}, {"a": [None]}], [None, [], "{}"], "an object"),
     (Any, {}, [None, 1, "x", [], {}], [], ""),
