@@ -5452,7 +5452,7 @@ PANEL_STYLE: Final = r"""
   .memws-live { font-style: italic; opacity: .85; }
   .memws-running .memws-told { animation: memws-pulse 1.4s ease-in-out infinite; }
   .memws-rows { border-left: 2px solid var(--line); margin: 6px 0 2px 4px; padding-left: 14px; font-size: 13.5px;
-    display: grid; grid-template-columns: minmax(0, 1fr); gap: 6px; }
+    display: grid; grid-template-columns: minmax(0, 1fr); gap: 6px; } .memws-changes { display: contents; }
   .memws-monologue { font-style: italic; white-space: pre-wrap; } .memws-step { justify-self: start; padding: 0; }
   .memws-step:hover, .memws-chip:not(:disabled):hover { text-decoration: underline; }
   .memws-tool summary { display: flex; gap: 8px; } .memws-tool b { font: 600 12.5px/1.7 var(--mono); }
@@ -5666,10 +5666,10 @@ function drawProse({ prose, text }) { // only blocks that changed are drawn agai
   while (prose.children.length > same) prose.lastChild.remove();
   prose.append(...next.slice(same).map((match) => Object.assign(block(match, 0), { source: match[0] })));
 }
-// ---- transports: {send} for frames as texts; the client hears of state and frames -----------------------------------
+// ---- transports: functions of the client, which hears of state and frames, to {send} for frames as texts ------------
 
-const overSocket = (address) => (client) => {
-  const http = new URL(".", address); // also below a proxy's prefix
+const overSocket = (client) => {
+  const http = new URL(".", location); // also below a proxy's prefix
   let [delay, socket, wasOpen] = [500];
   const open = () => {
     const token = sessionStorage.getItem("memws-token") ?? "";
@@ -5726,10 +5726,14 @@ const overComm = (model) => (client) => {
     model.off("msg:custom", receive);
     post({ over: true });
   };
+  const chosen = (agent) => { // and kept with the notebook's widget
+    model.set("agent", agent);
+    model.save_changes();
+  };
   const timer = setInterval(tick, 1000);
   model.on("msg:custom", receive);
   post();
-  return { send, close };
+  return { send, close, chosen };
 };
 
 // ---- the client: commands with their answers; frames kept to be looked at -------------------------------------------
@@ -5810,8 +5814,9 @@ class Turn {
     const [told, live, why, rows] = [span("told"), span("live"), span("why"), div("rows")];
     const line = node("summary", {}, told, live, why);
     const element = node("details", { class: "memws-item memws-trace" }, line, rows);
-    this.trace = { from: Date.parse(time), told, live, why, rows, element, end: element, tools: new Set() };
-    this.element.append(element);
+    const changes = div("changes"); // of memory, not below a reply that streams already
+    this.trace = { from: Date.parse(time), told, live, why, rows, element, changes, tools: new Set() };
+    this.element.append(element, changes);
   }
   tell(trace, news) {
     Object.assign(trace, news);
@@ -5825,7 +5830,7 @@ class Turn {
     if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
     const row = div(kind, ...kids);
     const show = () => this.panel.show("Context", { turn_id: this.id, step, time });
-    const isNew = step && step !== this.trace.step && this.panel.views.length;
+    const isNew = step && step !== this.trace.step && !this.panel.isCompact;
     this.trace.rows.append(isNew ? button(`step ${step}: what the model got`, "step", show) : "", row);
     this.tell(this.trace, { step, to: Date.parse(time) });
     return row;
@@ -5902,11 +5907,9 @@ class Turn {
     const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
     const rows = event.diff.split("\n").filter((row) => row.slice(1).trim());
     const show = () => this.panel.show("Memory", event);
-    const chip = button(told, "chip", show, { disabled: !this.panel.views.length });
+    const chip = button(told, "chip", show, { disabled: this.panel.isCompact });
     const item = div("item memws-change", chip, div("diff", ...rowsOf(rows)));
-    if (!this.trace) return this.element.append(item);
-    this.trace.end.after(item); // not below a reply that streams already
-    this.trace.end = item;
+    (this.trace?.changes ?? this.element).append(item);
   }
   on_compaction({ tokens_before, tokens_after, summary }) {
     const sizes = `${number(tokens_before)} → ${counted(tokens_after, "token")}`;
@@ -6271,8 +6274,8 @@ class Panel {
   outbox = new Map(); // messages without their receipt, by turn_id: {agent, text, turn_id, isSent}
   running = null; // the turn that runs
   views = []; // of the agent; none where the panel is compact
-  constructor(root, transport, { agent, compact = false, chosen = () => {} }) {
-    Object.assign(this, { root, chosen, isCompact: compact, wanted: agent, log: new Log(this) });
+  constructor(root, transport, { agent, compact = false }) {
+    Object.assign(this, { root, isCompact: compact, wanted: agent, log: new Log(this) });
     root.classList.add("memws-panel");
     root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's keys are not for who types here
     this.aside = compact ? div("none") : node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
@@ -6451,7 +6454,7 @@ class Panel {
     this.log.clear(this.welcome(memory), after > 0);
     this.warn([...repaired, ...warnings]);
     await this.command("subscribe", { after });
-    this.chosen(agent);
+    this.client.transport.chosen?.(agent);
     if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
     this.show(this.view?.title ?? "Memory");
   }
@@ -6583,14 +6586,8 @@ class Panel {
 }
 
 function render({ model, el }) { // anywidget's way in
-  const root = el.appendChild(node("div"));
-  const chosen = (agent) => {
-    model.set("agent", agent);
-    model.save_changes();
-  };
-  const about = { agent: model.get("agent"), compact: model.get("compact"), chosen };
-  const { client } = new Panel(root, overComm(model), about);
-  return client.transport.close;
+  const about = { agent: model.get("agent"), compact: model.get("compact") };
+  return new Panel(el.appendChild(node("div")), overComm(model), about).client.transport.close;
 }
 export default { render };
 
@@ -6600,7 +6597,7 @@ if (document.body?.dataset.memws === "page") {
     sessionStorage.setItem("memws-token", given.get("token"));
     history.replaceState(null, "", location.pathname); // it stays in no address
   }
-  new Panel(document.body.appendChild(node("div")), overSocket(location.href), { agent: given.get("agent") });
+  new Panel(document.body.appendChild(node("div")), overSocket, { agent: given.get("agent") });
 }
 """
 

@@ -316,15 +316,15 @@ def test_offline_and_back(serve: Serve, show: Show) -> None:
     window.await_status("connected")
 
 
-def test_what_was_on_its_way(serve: Serve, page: Window) -> None:
-    """A message that is lost with its connection is sent again, once."""
+def lose(page: Window, word: str) -> list[str]:
+    """Let the first frame with this word be lost with its connection; it stands in the list then."""
     lost: list[str] = []
 
     def pass_on(socket: Any) -> None:
         server = socket.connect_to_server()
 
         def send(frame: str) -> None:
-            if '"user_message"' in frame and not lost:
+            if word in frame and not lost:
                 lost.append(frame)
                 socket.close()
             else:
@@ -332,15 +332,41 @@ def test_what_was_on_its_way(serve: Serve, page: Window) -> None:
 
         socket.on_message(send)
 
+    page.page.route_web_socket(re.compile("^ws"), pass_on)
+    return lost
+
+
+def test_what_was_on_its_way(serve: Serve, page: Window) -> None:
+    """A message that is lost with its connection is sent again, once."""
     server = serve()
     server.create_new_agent({"name": "sam"})
-    page.page.route_web_socket(re.compile("^ws"), pass_on)
+    lost = lose(page, '"user_message"')
     page.open(server.url)
     page.await_status("connected")
     page.say("I like tea")
     page.await_turns(1)
     assert len(lost) == 1
     expect(page.log.locator(".memws-bubble")).to_have_text(["I like tea"])
+
+
+def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
+    """Older turns come on asking again where the connection was lost while they were asked for."""
+    server = serve(db=":memory:")
+    server.create_new_agent({"name": "sam"})
+    for number in range(150):
+        server.run_step(f"turn {number}")
+    lost = lose(page, '"get_messages"')
+    page.open(server.url)
+    page.await_status("connected")
+    page.log.evaluate("""(element) => new Promise((resolve) => {
+      const panel = element.closest('.memws-panel');
+      const isOffline = () => panel.dataset.state === 'offline' && resolve();
+      new MutationObserver(isOffline).observe(panel, { attributes: true });
+      element.scrollTop = -element.scrollHeight; })""")
+    page.await_status("connected")
+    assert len(lost) == 1
+    page.button("earlier messages").click()
+    expect(page.log.locator(".memws-bubble")).to_have_text([f"turn {number}" for number in range(150)])
 
 
 def test_long_history(serve: Serve, show: Show) -> None:
