@@ -7082,7 +7082,7 @@ class LiveAgent:
         """What a message to an agent gets that is no longer in use."""
         if self.gone:
             return Refused("unknown_agent", f"agent {self.name!r} was deleted")
-        return Refused("cancelled", "the server is stopping; send the message again later")
+        return Refused("cancelled", "cancelled before it ran; send the message again later")
 
     def publish(self, *events: StoredEvent) -> None:
         for event in events:
@@ -7185,6 +7185,11 @@ class LiveAgent:
             self.waiting.remove(item)
         item.done.set_exception(error)
         item.done.exception()  # nobody may wait for it
+
+    def check_idle(self, force: bool) -> None:
+        """Raises Refused (busy) where a turn runs that is not to be ended by `force`."""
+        if self.current and not force:
+            raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or send force true")
 
     async def stop_turns(self, reason: str) -> None:
         """Stop what runs, refuse what waits, and wait until the agent is idle."""
@@ -7293,11 +7298,12 @@ class Agents:
             live = await self._use(record)
         return live, [*warnings, *live.agent.warnings]
 
-    async def rename(self, live: LiveAgent, new_name: str) -> str:
-        """Give an agent another name, which its sessions and readers follow. Raises Refused (busy, name_taken)."""
+    async def rename(self, live: LiveAgent, new_name: str, force: bool) -> str:
+        """Give an agent another name, which its sessions and readers follow. Raises Refused (name_taken), and busy
+        unless `force` ends its turns first."""
         name = check_name(new_name)
-        if live.current:
-            raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or cancel it")
+        live.check_idle(force)
+        await live.stop_turns("cancelled")
         async with self._lock, live.agent.memory.lock:
             if live.gone:
                 raise live.gone_error()
@@ -7313,8 +7319,7 @@ class Agents:
         """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
         if live.gone:
             raise live.gone_error()
-        if live.current and not force:
-            raise Refused("busy", f"agent {live.name!r} is in a turn; wait for its end, or send force true")
+        live.check_idle(force)
         live.gone = True
         try:
             await live.stop_turns("cancelled")
@@ -7727,9 +7732,10 @@ class Session:
         live.rest()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
-    async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000]) -> JSON:
-        """Give an agent another name; its readers follow. Result: {agent_name}."""
-        return {"agent_name": await self._agents.rename(live, new_name)}
+    async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
+        """Give an agent another name; its readers follow. force: cancel what runs or waits first. Result:
+        {agent_name}."""
+        return {"agent_name": await self._agents.rename(live, new_name, force)}
 
     async def delete_agent(self, agent_name: AgentName = None, force: bool = False, purge: bool = False) -> JSON:
         """Put an agent aside until it is purged; its name is free at once.

@@ -869,6 +869,18 @@ async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
     assert (await client.turn("idle now", when_busy="interrupt"))[-1]["stop_reason"] == "done"
 
 
+async def test_a_rename_by_force_ends_what_runs_first(client: Wire, endpoint: Endpoint) -> None:
+    """Without force it is busy; with it the turn that runs is cancelled, as is what waits, and the name is changed."""
+    await hold(client, endpoint, id="runs")
+    await client.say("waits", id="waits")
+    assert (await client.refused("rename_agent", new_name="new"))["code"] == "busy"
+    rename = await client.request("rename_agent", new_name="new", force=True)
+    frames = await client.until(lambda frame: frame.get("id") == rename)
+    ends = {frame["id"]: frame.get("code", frame["stop_reason"]) for frame in frames if is_terminal(frame)}
+    assert ends == {"runs": "cancelled", "waits": "cancelled"}
+    assert (frames[-1]["result"], (await client.turn("hi"))[-1]["agent_name"]) == ({"agent_name": "new"}, "new")
+
+
 async def test_eight_messages_of_a_connection_wait(server: Server, endpoint: Endpoint) -> None:
     """One message of a connection runs and eight wait, over all its agents; a cancelled one makes room."""
     endpoint.script(HELD, HELD)
