@@ -5,7 +5,7 @@
 # dependencies = [
 #     "websockets>=17.0",
 #     "openai>=2.16",
-#     "ipywidgets>=8.1",
+#     "ipywidgets>=8.1.4",
 #     "anywidget>=0.11",
 #     "json-repair>=0.40",
 #     "nest-asyncio>=1.5.6; python_version < '3.14'",
@@ -3441,7 +3441,7 @@ class Tool:
     timeout: float  # seconds
 
 
-_TYPES = [{"type": name} for name in ("string", "number", "boolean", "object")]
+_TYPES = [{"type": json_type} for json_type in ("string", "number", "boolean", "object")]
 ANYTHING: JSON = {"anyOf": [*_TYPES, {"type": "array", "items": {"type": "string"}}]}  # some endpoints refuse {}
 
 
@@ -6775,13 +6775,13 @@ class Panel:
         self._copies: list[Any] = []
         self._copying: asyncio.Task[None] | None = None
         self._mark = f"memws-static-{secrets.token_hex(6)}"
+        self.ui = make_widget(agent or "", compact, self._mark)
         former = live_panels().pop((__name__, self.name), None)
         if former is not None:
             former.close()
         live_panels()[__name__, self.name] = self
         self._lock = asyncio.Lock()
         self._thread = LoopThread(f"memws-panel-{self.name}")
-        self.ui = make_widget(agent or "", compact, self._mark)
         if self.ui is not None:
             self.ui.on_msg(lambda widget, content, buffers: self._call_soon(self._hear, content))
             # ipykernel 7.4 would send what comes where our thread's messages seem to come from: to the busy cell.
