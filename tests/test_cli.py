@@ -504,7 +504,8 @@ def test_stop_as_on_windows(number: int, tmp_path: Path, endpoint: Endpoint) -> 
         assert server.end(number) == 0
         assert json.loads(list(client)[-1])["stop_reason"] == "interrupted"
         assert client.close_code == 1001
-    memws.Sqlite(str(tmp_path / "memws.db")).open().close()  # nobody holds the lock
+    with closing(memws.Sqlite(str(tmp_path / "memws.db"))) as database:
+        database.open()  # nobody holds the lock
 
 
 # Runs started in the background of a shell ignore SIGINT, and so would their children.
