@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from agents import Lab
 from endpoint import Endpoint
+from postgres import Cluster, find_programs
 
 import memws
 
@@ -30,6 +31,16 @@ def endpoint() -> Iterator[Endpoint]:
     with Endpoint() as running:
         yield running
     assert running.refusals == []
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """PostgreSQL, started by the first test that asks for it."""
+    pytest.importorskip("psycopg")
+    if find_programs() is None:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    with Cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture

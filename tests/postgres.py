@@ -1,0 +1,142 @@
+"""A PostgreSQL cluster of its own, on a free loopback port, while a `with` block lasts.
+
+    with Cluster() as cluster:
+        server = memws.WebSocketServer(db=cluster.database())
+        cluster.stop("immediate")
+        cluster.start()
+
+Names and times are sorted by the rules of a language, as a database is found in practice, and not by bytes. PostgreSQL
+serves no root: for root it runs as the user postgres, whom Debian's package brings.
+"""
+
+import itertools
+import os
+import random
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+LIMIT = 30.0  # seconds after which a cluster that does not start or end fails its test
+STOPS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
+ICU = ("--encoding=UTF8", "--locale=C", "--locale-provider=icu", "--icu-locale=en")
+SETTINGS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+"""What a process that is killed has written is kept by the kernel: only the machine's end needs fsync."""
+
+
+def find_programs() -> Path | None:
+    """The folder of PostgreSQL's server programs: on the PATH, else of Debian's newest; None where there are none."""
+    on_path = shutil.which("initdb")
+    debian = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    found = [Path(on_path)] if on_path else sorted(debian, key=lambda path: int(path.parts[-3]))
+    return found[-1].resolve().parent if found else None
+
+
+def free_port() -> int:
+    """A port that no connection is given as its own: one that is cannot be had again after a restart."""
+    for port in random.sample(range(20_000, 32_000), 1_000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    raise RuntimeError("no free port")
+
+
+class Cluster:
+    """A cluster and its process. Connections need a password; the user memws owns its databases and is no superuser.
+
+    settings: of postgresql.conf, such as fsync="on" or max_connections=10.
+    """
+
+    def __init__(self, **settings: object) -> None:
+        self.settings = {**SETTINGS, **settings}
+        self.password = secrets.token_hex()
+        self.log: list[str] = []  # what it has written so far
+        self._numbers = itertools.count(1)
+
+    def __enter__(self) -> Self:
+        programs = find_programs()
+        if programs is None:
+            raise FileNotFoundError("PostgreSQL is missing; apt-get install postgresql")
+        self._programs, self._home = programs, Path(tempfile.mkdtemp(prefix="memws-postgres-"))
+        user: Any = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
+        environment = {"PATH": os.defpath, "LC_ALL": "C"}
+        self._options: Any = {**user, "cwd": self._home, "env": environment, "encoding": "utf-8"}
+        try:
+            self._create()
+            self.start()
+            self.run(f"CREATE ROLE memws LOGIN PASSWORD '{self.password}'")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop("immediate")
+        shutil.rmtree(self._home)
+
+    def _create(self) -> None:
+        secret = self._home / "password"
+        secret.write_text(self.password)
+        if "user" in self._options:
+            for path in (self._home, secret):
+                shutil.chown(path, "postgres", "postgres")
+        words = ["-D", "data", "-U", "postgres", "-A", "scram-sha-256", "--pwfile=password", "--no-sync", *ICU]
+        done = subprocess.run([self._programs / "initdb", *words], **self._options, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        self.port = free_port()
+
+    def start(self) -> None:
+        """Start the process and wait until it serves."""
+        settings = {**self.settings, "port": self.port}
+        words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        command = [str(self._programs / "postgres"), "-D", "data", *words]
+        self.process = subprocess.Popen(command, **self._options, stderr=subprocess.PIPE)
+        ready = threading.Event()
+        self._reader = threading.Thread(target=self._read, args=(self.process.stderr, ready), daemon=True)
+        self._reader.start()
+        assert ready.wait(LIMIT)
+        assert self.process.poll() is None, "\n".join(self.log)
+
+    def _read(self, stderr: Any, ready: threading.Event) -> None:
+        """Keep the log, which ends with the last process of the cluster."""
+        for line in stderr:
+            self.log.append(line.rstrip("\n"))
+            if "database system is ready to accept connections" in line:
+                ready.set()
+        self.process.wait()
+        stderr.close()
+        ready.set()
+
+    def stop(self, mode: str = "fast") -> None:
+        """End all of its processes; "fast" ends connections first, "immediate" leaves the rest to the next start."""
+        self._end(STOPS[mode])
+
+    def kill(self) -> None:
+        """Kill the first process; the others leave as soon as they see it."""
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: int) -> None:
+        if hasattr(self, "process"):
+            self.process.send_signal(number)
+            self._reader.join(LIMIT)
+            assert not self._reader.is_alive()
+
+    def run(self, sql: str, database: str = "postgres") -> list[Any]:
+        """Run a statement as the superuser, outside transactions; its rows."""
+        import psycopg
+
+        address = f"postgresql://postgres:{self.password}@127.0.0.1:{self.port}/{database}"
+        with psycopg.connect(address, autocommit=True) as connection:
+            cursor = connection.execute(sql.encode())
+            return cursor.fetchall() if cursor.description else []
+
+    def database(self) -> str:
+        """The address of a new, empty database: a second server on the address meets the locks of the first."""
+        name = f"memws{next(self._numbers)}"
+        self.run(f"CREATE DATABASE {name} OWNER memws")
+        return f"postgresql://memws:{self.password}@127.0.0.1:{self.port}/{name}"
