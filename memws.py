@@ -179,6 +179,9 @@ PING_INTERVAL, PING_TIMEOUT = 20.0, 40.0  # a connection that answers no ping fo
 OPEN_TIMEOUT = 10.0
 BUSY_TIMEOUT = 5.0  # another program may hold the database for so long before a write or an opening fails
 CONNECT_TIMEOUT = 5.0
+LEASE_TIMEOUT = 3.0  # a server that is paused or cut off from PostgreSQL for so long may not run its agents any more
+LEASE_PULSE = 0.5  # between two questions of a server for the leases of its agents
+SETTLE_TIMEOUT = 10.0  # how long a request waits until some server runs its agent
 FIRST_TOKEN_TIMEOUT = 120.0  # local models read a long prompt slowly
 IDLE_TIMEOUT = 30.0  # the longest silence inside a model's answer
 END_PATIENCE = 1.0  # from an answer's last chunk to the end of its stream
@@ -303,9 +306,13 @@ def clean_value(value: Any) -> Any:
     return value
 
 
+def utc_text(when: datetime.datetime) -> str:
+    """A time of UTC as the wire has it: RFC 3339, milliseconds."""
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def now_text() -> str:
-    """The time as the wire has it: RFC 3339, UTC, milliseconds."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc_text(datetime.datetime.now(datetime.UTC))
 
 
 def local_time(moment: str, zone: datetime.tzinfo | None = None, style: str = MINUTES) -> str:
@@ -360,6 +367,11 @@ def short_sentence(text: str, most: int = MAX_ERROR) -> str:
     sizes = [*itertools.accumulate(len(char.encode()) + (char in '"\\') for char in text)]
     fitting = sum(size <= most for size in sizes)
     return text if fitting == len(text) else text[:fitting] + "…"
+
+
+def public_url(url: str) -> str:
+    """An address without user, password and query, fit for logs and errors."""
+    return re.sub(r"^(\w+://)?(?:.*@)?([^?#]*).*", r"\1\2", url, flags=re.DOTALL)
 
 
 class MemwsError(Exception):
@@ -1349,8 +1361,9 @@ class Changes:
 
 
 # ---- the database ----------------------------------------------------------------------------------------------------
-# SQL is what SQLite and PostgreSQL share; only the class Sqlite and what stands under "files" knows which one it is.
-# What stands below are functions of a connection: the store runs them in its transactions, so does the command line.
+# SQL is what SQLite and PostgreSQL share: two classes alone know which one it is, and connections to either are spoken
+# to as sqlite3's. What stands below are functions of a connection: the store runs them in its transactions, so does the
+# command line.
 
 SCHEMA_VERSION = 3  # 1 and 2: the schema before memws 0.2
 APPLICATION_ID = 0x6D656D77  # "memw" in the header of the file
@@ -1393,6 +1406,9 @@ SqlConnection = sqlite3.Connection
 class Sqlite:
     """An SQLite file in WAL mode, or memory for ":memory:"."""
 
+    size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
+    size_of = "coalesce(length(CAST({} AS BLOB)), 0)"
+
     def __init__(self, path: str, sync: str = "full") -> None:
         self.memory = path == ":memory:"
         self.path = path if self.memory else os.path.realpath(path)  # a link must not get past the lock
@@ -1406,7 +1422,7 @@ class Sqlite:
             if not self.memory:
                 pathlib.Path(self.path).touch(0o600)  # a new one is for its owner only
             connection = self.connect()
-            is_new = not has_schema(connection, self.path)  # what is not ours is left as it is
+            is_new = not self.has_schema(connection)  # what is not ours is left as it is
             if not self.memory:
                 self._lock()
             if is_new:
@@ -1433,9 +1449,165 @@ class Sqlite:
         with usable(self.path, "stop the memws server that uses it, or name another file with --db"):
             lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
 
+    def has_schema(self, connection: SqlConnection) -> bool:
+        """Whether there are tables; a new database has none. Raises UsageError for those of another program."""
+        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return False
+        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+            raise UsageError(f"{self.path!r} is a database of another program; name another file with --db")
+        check_version(self.path, connection.execute("PRAGMA user_version").fetchone()[0])
+        return True
+
+    def faults(self, connection: SqlConnection) -> list[str]:
+        """What the database's own checks find."""
+        faults = [row[0] for row in connection.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
+        lost = connection.execute("PRAGMA foreign_key_check").fetchall()
+        return faults + [f"row {row} of {table} belongs to no agent" for table, row, *_ in lost]
+
     def close(self) -> None:
         while self._connections:
             self._connections.pop().close()
+
+
+POSTGRES = "postgresql://", "postgres://"  # how its addresses begin
+_POSTGRES_SCHEMA = {  # what the schema says otherwise there; times and names are compared as bytes
+    "INTEGER PRIMARY KEY AUTOINCREMENT": "BIGINT GENERATED BY DEFAULT AS IDENTITY PRIMARY KEY",
+    "STRICT, WITHOUT ROWID": "",
+    "STRICT": "",
+    "INTEGER": "BIGINT",
+    "REAL": "DOUBLE PRECISION",
+    "BLOB": "BYTEA",
+    "TEXT": 'TEXT COLLATE "C"',
+}
+_POSTGRES_BEGIN = {"BEGIN IMMEDIATE": "BEGIN", "BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
+
+
+class Postgres:
+    """A PostgreSQL database, from version 14 on, through psycopg 3; several servers may use it at once.
+
+    Its agents have an owner more: the lease under which a server runs them, see Leases.
+    """
+
+    memory = False
+    size = "SELECT pg_database_size(current_database())"
+    size_of = "coalesce(pg_column_size({}), 0)"
+
+    def __init__(self, address: str, sync: str = "full") -> None:
+        try:
+            self.driver: Any = importlib.import_module("psycopg")
+        except ImportError as error:
+            text = f'PostgreSQL needs psycopg ({error}): pip install "psycopg[binary]"'
+            raise UsageError(text) from None
+        self.path = public_url(address)
+        self._address, self._sync = address, sync
+        self._connections: list[SqlConnection] = []
+
+    def open(self) -> SqlConnection:
+        """A connection to write with; a new database gets its tables. Raises UsageError where it cannot be used."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.close)
+            connection = self.connect()
+            with usable(self.path), transaction(connection):
+                connection.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))  # others may start as well
+                if not self.has_schema(connection):
+                    schema = SCHEMA
+                    for name, instead in _POSTGRES_SCHEMA.items():
+                        schema = re.sub(rf"\b{name}\b", instead, schema)
+                    owner = "ALTER TABLE agents ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
+                    connection.execute(f"{schema}; {owner}; COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'")
+            stack.pop_all()
+        return connection
+
+    def connect(self) -> SqlConnection:
+        """A connection for one thread. Raises UsageError."""
+        with usable(self.path, "check the address, and whether PostgreSQL runs there"):
+            connection = cast(SqlConnection, PostgresConnection(self))
+        self._connections.append(connection)
+        return connection
+
+    def dial(self, **settings: str | int) -> Any:
+        """A connection of psycopg. What keeps others waiting ends where this process is paused or cut off."""
+        patience = f"{LEASE_TIMEOUT:g}s"
+        settings |= {"synchronous_commit": "on" if self._sync == "full" else "off"}
+        settings |= {"idle_in_transaction_session_timeout": patience}
+        seconds = int(BUSY_TIMEOUT)
+        about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
+        about |= self.driver.conninfo.conninfo_to_dict(self._address)
+        connection = self.driver.connect(**about, autocommit=True)
+        for name, value in settings.items():
+            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        return connection
+
+    def has_schema(self, connection: SqlConnection) -> bool:
+        """Whether there are tables; a new database has none. Raises UsageError for those of another program."""
+        sql = "SELECT obj_description(oid, 'pg_class') FROM pg_class WHERE oid = to_regclass('agents')"
+        row = connection.execute(sql).fetchone()
+        if row is None:
+            return False
+        name, _, version = (row[0] or "").partition(" ")
+        if name != "memws":
+            raise UsageError(f"{self.path!r} has tables of another program; name another database with --db")
+        check_version(self.path, version)
+        return True
+
+    def faults(self, connection: SqlConnection) -> list[str]:
+        """PostgreSQL looks for damage by itself (checksums, pg_amcheck)."""
+        return []
+
+    def close(self) -> None:
+        while self._connections:
+            self._connections.pop().close()
+
+
+class PostgresConnection:
+    """A connection to PostgreSQL that is spoken to as one of sqlite3, and raises its errors. One that has broken is
+    made anew at the next BEGIN."""
+
+    def __init__(self, database: Postgres, **settings: str | int) -> None:
+        self._database, self._settings = database, settings
+        with self._translated():
+            self._connection = database.dial(**settings)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        driver = self._database.driver
+        try:
+            yield
+        except driver.errors.UniqueViolation as error:
+            raise sqlite3.IntegrityError(f"UNIQUE constraint failed: {error}") from error  # as SQLite says it
+        except driver.Error as error:  # both have the names of the standard (PEP 249)
+            kind = next(each.__name__ for each in type(error).__mro__ if hasattr(sqlite3, each.__name__))
+            raise getattr(sqlite3, kind)(str(error)) from error
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._connection.info.transaction_status in (2, 3)  # also in one that has failed
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        with self._translated():
+            if sql not in _POSTGRES_BEGIN:
+                return self._connection.execute(sql.replace("?", "%s"), values or None)
+            try:
+                return self._connection.execute(_POSTGRES_BEGIN[sql])
+            except self._database.driver.OperationalError:
+                self._connection.close()
+                self._connection = self._database.dial(**self._settings)
+                return self._connection.execute(_POSTGRES_BEGIN[sql])
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> None:
+        with self._translated(), self._connection.cursor() as cursor:
+            cursor.executemany(sql.replace("?", "%s"), rows)
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+Database = Sqlite | Postgres
+
+
+def database_at(address: str, sync: str = "full") -> Database:
+    """The database of a file name, ":memory:" or a postgresql:// address. Raises UsageError without its driver."""
+    return Postgres(address, sync) if address.startswith(POSTGRES) else Sqlite(address, sync)
 
 
 @contextlib.contextmanager
@@ -1448,17 +1620,11 @@ def usable(path: str, advice: str = "name another file with --db") -> Iterator[N
         raise UsageError(f"cannot use the database {path!r} ({reason}); {advice}") from error
 
 
-def has_schema(connection: SqlConnection, path: str) -> bool:
-    """Whether there are tables; a new database has none. Raises UsageError for those of another version or program."""
-    if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-        return False
-    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-        raise UsageError(f"{path!r} is a database of another program; name another file with --db")
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        advice = "name another file with --db; export with that memws and import with this one bring agents along"
+def check_version(path: str, version: int | str) -> None:
+    """Raises UsageError where that is not our schema's."""
+    if str(version) != str(SCHEMA_VERSION):
+        advice = "name another file or database with --db; export with that memws and import with this one move agents"
         raise UsageError(f"{path!r} was written by another memws (schema {version}, not {SCHEMA_VERSION}); {advice}")
-    return True
 
 
 @contextlib.contextmanager
@@ -1490,8 +1656,8 @@ def insert(db: SqlConnection, table: str, **values: Any) -> None:
 
 
 def write_setting(db: SqlConnection, name: str, value: str) -> None:
-    db.execute("DELETE FROM settings WHERE name = ?", (name,))
-    insert(db, "settings", name=name, value=value)
+    sql = "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+    db.execute(sql, (name, value))
 
 
 # ---- memory and its search -------------------------------------------------------------------------------------------
@@ -1852,19 +2018,25 @@ def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False
     return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
 
 
-def _claim_name(db: SqlConnection, name: str) -> int:
-    """The highest seq seen under the name: whoever has it next goes on above that. Raises Refused (name_taken)."""
-    if db.execute(f"SELECT 1 FROM agents WHERE name = ? AND {_LIVE}", (name,)).fetchone():
-        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it")
-    return int(db.execute("SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?", (name,)).fetchone()[0])
+@contextlib.contextmanager
+def _claiming(db: SqlConnection, name: str) -> Iterator[int]:
+    """Around what gives an agent the name: the highest seq seen under it, above which the agent goes on. Raises Refused
+    (name_taken)."""
+    sql = "SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?"
+    try:
+        yield int(db.execute(sql, (name,)).fetchone()[0])
+    except sqlite3.IntegrityError as error:
+        if not str(error).startswith("UNIQUE"):
+            raise
+        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it") from None
 
 
 def _name_agent(db: SqlConnection, agent: int, name: str) -> int:
     """Give an agent, live or deleted, the name; its last seq there. Raises Refused (name_taken)."""
-    last_seq = _claim_name(db, name)
-    sql = "UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END"
-    row = db.execute(f"{sql} WHERE id = ? RETURNING last_seq", (name, last_seq, last_seq, agent)).fetchone()
-    return int(row[0])
+    sql = """UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END
+        WHERE id = ? RETURNING last_seq"""
+    with _claiming(db, name) as last_seq:
+        return int(db.execute(sql, (name, last_seq, last_seq, agent)).fetchone()[0])
 
 
 def _leave_name(db: SqlConnection, agent: int) -> None:
@@ -1876,9 +2048,10 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
 
 def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
     """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
-    row = asdict(record) | {"last_seq": max(record.last_seq, _claim_name(db, record.name))}
-    del row["id"]
-    insert(db, "agents", **row)
+    with _claiming(db, record.name) as last_seq:
+        row = asdict(record) | {"last_seq": max(record.last_seq, last_seq)}
+        del row["id"]
+        insert(db, "agents", **row)
     return find_agent(db, record.name)
 
 
@@ -1949,7 +2122,7 @@ class Store:
     that arrive together pay for one fsync, and none of them on an event loop. Other threads read.
     """
 
-    def __init__(self, database: Sqlite) -> None:
+    def __init__(self, database: Database) -> None:
         """Open the database. Raises UsageError where it cannot be used."""
         self._database = database
         self._connection = database.open()
@@ -2054,18 +2227,21 @@ CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent 
 @contextlib.contextmanager
 def read_database(path: str) -> Iterator[SqlConnection]:
     """A connection that only reads, as of one moment. Raises UsageError where there is no database of ours."""
-    if not pathlib.Path(path).is_file():
+    database = database_at(path)
+    if isinstance(database, Sqlite) and not pathlib.Path(path).is_file():
         raise UsageError(f"there is no database {path!r}; name one with --db")
-    with usable(path), contextlib.closing(Sqlite(path).connect()) as connection:
-        connection.execute("PRAGMA query_only = ON")
-        if not has_schema(connection, path):
-            raise UsageError(f"{path!r} is no memws database; name one with --db")
+    with usable(database.path), contextlib.closing(database):
+        connection = database.connect()
+        if not database.has_schema(connection):
+            raise UsageError(f"{database.path!r} is no memws database; name one with --db")
         with transaction(connection, "BEGIN"):
             yield connection
 
 
 def backup_database(path: str, target: str) -> None:
     """Copy a database into an empty file, as of one moment, also while a server writes. Raises UsageError."""
+    if path.startswith(POSTGRES):
+        raise UsageError("backup copies an SQLite file; of PostgreSQL make one with pg_dump, or copy --to a file")
     with (
         read_database(path) as source,
         usable(target, "name another file for the copy"),
@@ -2077,24 +2253,25 @@ def backup_database(path: str, target: str) -> None:
 def vacuum_database(path: str, keep_requests: float) -> int:
     """Give back the space of what was purged and of exact requests older than so many days; the bytes given back.
     Raises UsageError, also where a server uses the database."""
-    size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
-    with read_database(path) as db:
-        before = db.execute(size).fetchone()[0]
-    with usable(path), contextlib.closing(Sqlite(path)) as database:
-        db, sql = database.open(), "DELETE FROM requests WHERE time <= strftime('%Y-%m-%dT%H:%M:%fZ', 'now', ?)"
-        db.execute(sql, (f"-{keep_requests} days",))
+    with read_database(path):  # there is one
+        database = database_at(path)
+    with usable(database.path), contextlib.closing(database):
+        db = database.open()
+        before = db.execute(database.size).fetchone()[0]
+        oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=keep_requests)
+        db.execute("DELETE FROM requests WHERE time <= ?", (utc_text(oldest),))
         db.execute("VACUUM")
-        return int(before - db.execute(size).fetchone()[0])
+        return int(before - db.execute(database.size).fetchone()[0])
 
 
-def table_sizes(db: SqlConnection) -> Iterator[tuple[str, bool, dict[str, tuple[int, int]]]]:
+def table_sizes(db: SqlConnection, size_of: str) -> Iterator[tuple[str, bool, dict[str, tuple[int, int]]]]:
     """Each agent's name, whether it is deleted, and by table its rows and the bytes of their values."""
     sql = f"SELECT id, name, deleted FROM agents WHERE {_LIVE} OR {_DELETED} ORDER BY name, id"
     for agent, name, deleted in db.execute(sql).fetchall():
         sizes = {}
         for table in _TABLES:
-            columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-            size = " + ".join(f"coalesce(length(CAST({column} AS BLOB)), 0)" for column in columns)
+            columns = [column[0] for column in db.execute(f"SELECT * FROM {table} LIMIT 0").description]
+            size = " + ".join(map(size_of.format, columns))
             sql = f"SELECT count(*), coalesce(sum({size}), 0) FROM {table} WHERE agent = ?"
             sizes[table] = db.execute(sql, (agent,)).fetchone()
         yield name, deleted is not None, sizes
@@ -2116,9 +2293,7 @@ def check_database(path: str, check_record: CheckRecord) -> list[str]:
     faults: list[str] = []
     try:
         with read_database(path) as db:
-            faults += [f"the file: {row[0]}" for row in db.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
-            lost = db.execute("PRAGMA foreign_key_check").fetchall()
-            faults += [f"the file: row {row} of {table} belongs to no agent" for table, row, *_ in lost]
+            faults += [f"the file: {fault}" for fault in database_at(path).faults(db)]
             for (name,) in db.execute(f"SELECT name FROM agents WHERE {_LIVE} ORDER BY name").fetchall():
                 faults += [f"agent {name}: {fault}" for fault in _agent_faults(db, name, check_record)]
     except StoreFailed as error:
@@ -2163,7 +2338,11 @@ def _convert_export(data: JSON) -> None:
         row |= {"time": agent["last_active"], "pieces": zlib.compress(encode_json(texts).encode()).hex()}
 
 
-_DAMAGE = sqlite3.IntegrityError, sqlite3.ProgrammingError  # not OperationalError: a full disk, a lock
+_DAMAGE = (
+    sqlite3.IntegrityError,
+    sqlite3.ProgrammingError,
+    sqlite3.DataError,
+)  # no OperationalError: a full disk, a lock
 
 
 @contextlib.contextmanager
@@ -2226,8 +2405,9 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
             check_record(record)
             agent = create_agent(db, record).id
         _import_rows(db, agent, data)
-        sql = "UPDATE agents SET last_seq = max(last_seq, (SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?))"
-        db.execute(f"{sql} WHERE id = ?", (agent, agent))
+        last_seq = db.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
+        sql = "UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?"
+        db.execute(sql, (last_seq, agent, last_seq))
     return record.name
 
 
@@ -3862,8 +4042,7 @@ def _moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> st
         if when.tzinfo is None:
             when = when.replace(tzinfo=zone if 1970 < when.year < 9999 else datetime.UTC)  # no clock goes farther
         seconds = datetime.timedelta(seconds=when.timestamp())  # by the clock, also of a day without midnight
-        when = datetime.datetime.fromtimestamp(0, datetime.UTC) + seconds
-        return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return utc_text(datetime.datetime.fromtimestamp(0, datetime.UTC) + seconds)
     except (ValueError, OverflowError):
         text = f"from, to: expected a day like 2026-01-31, but got {quote(text)}"
         raise InvalidRequest("bad_field", text) from None
@@ -5026,8 +5205,7 @@ class Client:
     ) -> None:
         if token is not None and not re.fullmatch("[!-~]+", token):
             raise UsageError("token: expected printable ASCII characters without spaces")
-        self.url = re.sub(r"^(\w+://)?(?:.*@)?([^?#]*).*", r"\1\2", url, flags=re.DOTALL)
-        "The address without user, password and query, fit for logs."
+        self.url = public_url(url)
         self.agent_name: str | None = None  # the connection's current agent: the one created or loaded last
         self._address, self._token = url, token
         self._reconnect, self._on_state, self._on_frame = reconnect, on_state, on_frame
@@ -6919,7 +7097,7 @@ class Options:
 
     host: str = option(DEFAULT_HOST, "address to listen on; anything but loopback needs a token")
     port: Annotated[int, 0, 65_535] = option(DEFAULT_PORT, "port to listen on; 0 picks a free one", int)
-    db: str = option(DEFAULT_DB, "SQLite file with the agents; :memory: keeps nothing")
+    db: str = option(DEFAULT_DB, "SQLite file with the agents, or postgresql:// address; :memory: keeps nothing")
     model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model of agents that name none; offline: rules")
     base_url: Annotated[str, 1, 2_000] | None = option(None, "OpenAI-compatible endpoint: http://localhost:11434/v1")
     api_key: str | None = option(None, "the endpoint's key: only from Python, or as OPENAI_API_KEY")
@@ -7244,7 +7422,8 @@ class Agents:
         self.timezone = options.timezone or machine_timezone()
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
         self.models = Models(*(getattr(options, name) for name in names))
-        self.store = Store(Sqlite(options.db, options.sync))
+        self.database = database_at(options.db, options.sync)
+        self.store = Store(self.database)
         self.models.recalled = self.store.settings
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
@@ -8017,7 +8196,7 @@ class WebSocketServer:
         self._bind()
         print(f"memws {__version__} listening on {self.url}", flush=True)
         print(f"open {page_address(self.url)}", flush=True)
-        print(f"model: {self.open().models.described}; agents: {self.options.db}", flush=True)
+        print(f"model: {self.open().models.described}; agents: {public_url(self.options.db)}", flush=True)
 
     async def listen(self) -> None:
         """Accept connections on the running loop. Raises UsageError."""
@@ -8662,7 +8841,7 @@ def check_command(flags: argparse.Namespace) -> int:
     print("\n".join(map(printable, faults)) or "no damage found")
     if not faults:
         with read_database(flags.db) as database:
-            for name, deleted, tables in table_sizes(database):
+            for name, deleted, tables in table_sizes(database, database_at(flags.db).size_of):
                 sizes = [f"{rows:,} {table} ({size / 1000:,.1f} kB)" for table, (rows, size) in tables.items()]
                 print(printable(f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"))
     return 1 if faults else 0
@@ -8672,7 +8851,7 @@ def vacuum_command(flags: argparse.Namespace) -> None:
     """Give disk space back and say how much. Raises UsageError."""
     if not 0 <= flags.keep_requests <= 36_500:
         raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {flags.keep_requests}")
-    print(f"{flags.db}: {vacuum_database(flags.db, flags.keep_requests) / 1000:,.1f} kB given back")
+    print(f"{public_url(flags.db)}: {vacuum_database(flags.db, flags.keep_requests) / 1000:,.1f} kB given back")
 
 
 def export_command(flags: argparse.Namespace) -> None:
@@ -8692,9 +8871,9 @@ def import_command(flags: argparse.Namespace) -> None:
         data = decode_json(sys.stdin.buffer.read() if flags.file == "-" else pathlib.Path(flags.file).read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
-    with contextlib.closing(Sqlite(flags.db)) as database:
+    with contextlib.closing(database_at(flags.db)) as database:
         name = import_agent(database.open(), data, check_record, flags.name)
-    print(f"agent {name!r} is in {flags.db}")
+    print(f"agent {name!r} is in {public_url(flags.db)}")
 
 
 def backup_command(flags: argparse.Namespace) -> None:
