@@ -383,6 +383,7 @@ class MemwsError(Exception):
     │   ├── InvalidRequest  it is no valid request
     │   └── UnknownAgent
     ├── StoreFailed         the database refused a read or a write; nothing of the transaction was kept
+    │   └── LeaseLost       for another server runs the agent by now
     ├── ModelError          a model call failed
     ├── ToolError           a tool call failed; its sentence tells the model how to call right
     ├── RemoteError         the server answered a client with an error
@@ -423,6 +424,10 @@ class UnknownAgent(Refused):
 
 class StoreFailed(MemwsError):
     code = "store_failed"
+
+
+class LeaseLost(StoreFailed):
+    """Another server runs the agent by now."""
 
 
 class ModelError(MemwsError):
@@ -1863,14 +1868,18 @@ def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> No
     insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
 
 
-def commit(db: SqlConnection, agent: int, changes: Changes) -> list[StoredEvent]:
-    """Store all of `changes`; the events with their seq. Raises StoreFailed where the agent is gone."""
+def commit(db: SqlConnection, agent: int, changes: Changes, owner: str = "") -> list[StoredEvent]:
+    """Store all of `changes`, only for that `owner` where several servers share the database; the events with their
+    seq. Raises StoreFailed where the agent is gone, LeaseLost."""
     now, count = now_text(), len(changes.events)
-    sql = """UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
-        last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL RETURNING last_seq"""
+    fence = "AND owner = ?" if owner else ""
+    sql = f"""UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
+        last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL {fence} RETURNING last_seq"""
     columns = changes.config, changes.state, changes.blocks
     texts = [None if value is None else encode_json(value) for value in columns]
-    row = db.execute(sql, (*texts, count, now, agent)).fetchone()
+    row = db.execute(sql, (*texts, count, now, agent, *filter(None, [owner]))).fetchone()
+    if row is None and owner:
+        raise LeaseLost("another server runs the agent by now; send it again")
     if row is None:
         raise StoreFailed("the agent was deleted meanwhile")
     stored = [
@@ -2055,14 +2064,16 @@ def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
     return find_agent(db, record.name)
 
 
-def rename_agent(db: SqlConnection, agent: int, new_name: str, event: Event) -> tuple[list[StoredEvent], int]:
+def rename_agent(
+    db: SqlConnection, agent: int, new_name: str, event: Event, owner: str
+) -> tuple[list[StoredEvent], int]:
     """Give the agent another name; the event of it, stored, and its last seq. Raises Refused (name_taken)."""
-    return commit(db, agent, Changes([event])), _name_agent(db, agent, new_name)
+    return commit(db, agent, Changes([event]), owner), _name_agent(db, agent, new_name)
 
 
-def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool) -> list[StoredEvent]:
+def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool, owner: str = "") -> list[StoredEvent]:
     """Keep the agent aside, or forget all of it; its name is free at once. No event: it is aside already."""
-    stored = commit(db, agent, Changes([event])) if event else []
+    stored = commit(db, agent, Changes([event]), owner) if event else []
     if purge:
         _leave_name(db, agent)
         forget(db, "agent = ?", agent)
@@ -2206,6 +2217,106 @@ class Store:
             await asyncio.get_running_loop().run_in_executor(self._readers, self._writer.join)
             self._readers.shutdown()
             self._database.close()
+
+
+# ---- leases ----------------------------------------------------------------------------------------------------------
+
+_TAKE_FREE = (
+    "SELECT id FROM unnest(CAST(? AS bigint[])) AS wanted (id) WHERE pg_try_advisory_lock(?, CAST(id AS integer))"
+)
+
+
+def find_owner(db: SqlConnection, agent: int) -> tuple[str, str, int]:
+    """(name, owner, last seq) of an agent that several servers share. Raises Refused (unknown_agent)."""
+    sql = f"SELECT name, owner, last_seq FROM agents WHERE id = ? AND {_LIVE}"
+    row: tuple[str, str, int] | None = db.execute(sql, (agent,)).fetchone()
+    if row is None:
+        raise Refused("unknown_agent", "the agent was deleted")
+    return row
+
+
+class Leases:
+    """Which agents this server may run, of those on a database that it shares with other servers.
+
+    A lease is an advisory lock of a connection that is used for nothing else. A server that ends gives it back; from
+    one that is paused or cut off PostgreSQL takes it, since nothing was asked for LEASE_TIMEOUT. The owner is written
+    down beside the agent: what a server commits without having the lease any more is refused.
+    """
+
+    def __init__(self, database: Postgres) -> None:
+        self.address = ""  # under which the others reach this server
+        self._database, self._failure, self._seen = database, "", time.monotonic()
+        self._wanted: dict[int, Callable[[str], None]] = {}
+        self._news, self._over = threading.Event(), False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._keep, name="memws-leases", daemon=True)
+        self._thread.start()
+
+    def want(self, agent: int, told: Callable[[str], None]) -> None:
+        """Ask for the lease of an agent; `told` hears on this loop of its owner, that is us, and "" once it is lost."""
+        self._loop = asyncio.get_running_loop()
+        self._wanted[agent] = told
+        self._news.set()
+
+    def drop(self, agent: int) -> None:
+        """Ask no longer, and give back what there is."""
+        self._wanted.pop(agent, None)
+        self._news.set()
+
+    def move(self, address: str) -> None:
+        """Be reached under another address from now on."""
+        self.address = address
+        self._news.set()
+
+    @property
+    def problem(self) -> str:
+        """Why the database is away, or nothing."""
+        silence = time.monotonic() - self._seen
+        return self._failure or (f"no answer for {silence:.0f} s" if silence > LEASE_TIMEOUT else "")
+
+    def close(self) -> None:
+        """Give all back."""
+        self._over = True
+        self._news.set()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        while not self._over:
+            try:
+                connection = PostgresConnection(self._database, idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
+                with contextlib.closing(connection):
+                    self._hold(connection)
+            except sqlite3.Error as error:
+                self._failure = str(error)
+                self._news.wait(LEASE_PULSE)
+
+    def _hold(self, connection: PostgresConnection) -> None:
+        """Take and give back leases, for as long as the connection lasts. Raises sqlite3.Error."""
+        address, held = self.address, dict[int, Callable[[str], None]]()
+        owner = f"{address}#{secrets.token_hex(8)}"
+        try:
+            while address == self.address and not self._over:
+                wanted = dict(self._wanted)
+                for agent in held.keys() - wanted.keys():
+                    connection.execute("SELECT pg_advisory_unlock(?, ?)", (APPLICATION_ID, agent))
+                    del held[agent]
+                free = connection.execute(_TAKE_FREE, (list(wanted.keys() - held.keys()), APPLICATION_ID))
+                taken = [agent for (agent,) in free]
+                connection.execute("UPDATE agents SET owner = ? WHERE id = ANY(?)", (owner, taken))
+                for agent, told in wanted.items():
+                    if agent in taken or held.get(agent, told) is not told:
+                        held[agent] = told
+                        self._tell(told, owner)
+                self._failure, self._seen = "", time.monotonic()
+                self._news.wait(LEASE_PULSE)
+                self._news.clear()
+        finally:
+            for told in held.values():
+                self._tell(told, "")
+
+    def _tell(self, told: Callable[[str], None], owner: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            cast(asyncio.AbstractEventLoop, self._loop).call_soon_threadsafe(told, owner)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -3827,6 +3938,7 @@ class Memory:
     last_message: int = 0  # the id of the last chat message
     archival: int = 0  # the number of passages
     tokens: dict[str, int] = field(default_factory=dict)  # of all model calls; the next transaction stores them
+    owner: str = ""  # the lease under which this server runs the agent, where several share the database
     stale: bool = False  # a transaction failed: what is here may differ from what is on disk
     zone: datetime.tzinfo | None = None  # of the times that the model sees, and of its days; None: the machine's
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
@@ -3901,7 +4013,7 @@ class Transaction:
         changes.config = self.config if self.config != record.config else None
         self.state |= memory.tokens
         changes.state = self.state if self.state != record.state else None
-        events = await memory.store.write(commit, record.id, changes)
+        events = await memory.store.write(commit, record.id, changes, memory.owner)
         record.config, record.state, memory.blocks = self.config, self.state, self.blocks
         record.last_seq = events[-1].seq if events else record.last_seq
         memory.messages += changes.messages
@@ -4337,6 +4449,7 @@ class Turn:
     request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
     reply: Reply | None = None
     sender: object = None  # whose queue it counts against
+    when_busy: str = "queue"  # as a client asked for it
     # Ends with it, or with why it will not be.
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     _task: asyncio.Task[Any] | None = None
@@ -7110,6 +7223,9 @@ class Options:
     allow_host: Sequence[str] = option((), "further host name under which clients reach the server (repeatable)")
     max_connections: Annotated[int, 1, 1_000_000] = option(4_096, "connections at once", int)
     sync: Literal["full", "normal"] = option("full", "full: survives a power cut; normal: a killed process")
+    advertise: Annotated[str, 1, 2_000] | None = option(
+        None, "URL under which other servers of the database reach this"
+    )
     idle_timeout: Annotated[float, 0.001, 86_400] = option(
         IDLE_TIMEOUT, "seconds of silence in a model's answer", float
     )
@@ -7127,6 +7243,8 @@ class Options:
                 raise UsageError(f"{name}: {error}, but got {quote(value)}") from None
         if self.token is not None and not re.fullmatch(r"[\x21-\x7e]{1,512}", self.token):
             raise UsageError("token: expected 1 to 512 printable characters without spaces")
+        if self.advertise is not None and not re.match(r"wss?://[^/\s]", self.advertise):
+            raise UsageError(f"advertise: expected an address like ws://host:8282, but got {quote(self.advertise)}")
         if not is_loopback(self.host) and self.token is None:
             text = f"listening on {self.host!r} lets other machines in"
             raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
@@ -7157,6 +7275,13 @@ def url_host(host: str) -> str:
     return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
 
 
+def advertised(options: Options, host: str, port: int) -> str:
+    """The address under which other servers of the database reach this one, which listens there."""
+    address = _address(host)
+    name = socket.gethostname() if address is not None and address.is_unspecified else url_host(host)
+    return options.advertise or f"ws://{name}:{port}"
+
+
 def _host_of(value: str) -> str:
     """The host of `host` or `host:port`, in lower case; "" for what is neither."""
     match = _HOST.fullmatch(value.lower())
@@ -7178,7 +7303,8 @@ class Gate:
         for name, host in names.items():
             if not _host_of(host):
                 raise UsageError(f"expected --allow-host HOST or --allow-origin https://HOST, but got {quote(name)}")
-        hosts = ("localhost", "127.0.0.1", "[::1]", url_host(options.host), *names.values())
+        own = urllib.parse.urlsplit(advertised(options, options.host, 0)).netloc
+        hosts = ("localhost", "127.0.0.1", "[::1]", url_host(options.host), own, *names.values())
         self._hosts = {*map(_host_of, hosts)} - {""}
 
     def problem(self, request: http11.Request, *, public: bool) -> tuple[int, str] | None:
@@ -7236,8 +7362,9 @@ class LiveAgent:
     """
 
     def __init__(self, agents: Agents, record: AgentRecord) -> None:
-        self.agents, self.name = agents, record.name
+        self.agents, self.name, self.id = agents, record.name, record.id
         self.agent: Agent  # set by open()
+        self.here, self.lease = True, ""  # whether this server runs it, and by what lease: see SharedAgent
         self.waiting: collections.deque[Turn] = collections.deque()
         self.current: Turn | None = None  # what runs: a turn, or a compaction that a client asked for
         self.gone = False  # deleted
@@ -7252,7 +7379,9 @@ class LiveAgent:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
         agents = self.agents
         common = (agents.models, agents.tools, agents.options.max_steps, agents.api_keys.get(record.id))
-        self.agent = await Agent(agents.store, record, *common, self.publish, agents.timezone).open()
+        self.agent = Agent(agents.store, record, *common, self.publish, agents.timezone)
+        self.agent.memory.owner = self.lease
+        await self.agent.open()
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
@@ -7284,18 +7413,25 @@ class LiveAgent:
     async def events(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
         while after < until:
-            page = await self.agents.store.read(read_events, self.agent.record.id, after, RING, turn_id)
+            page = await self.agents.store.read(read_events, self.id, after, RING, turn_id)
             for event in page:
                 if event.seq <= until:
                     yield self._with_name(event)
             after = page[-1].seq if page else until
 
-    async def fresh(self) -> Agent:
-        """The agent, opened anew after a failed transaction, unless something runs. Raises StoreFailed, Refused."""
+    async def runner(self) -> Client | None:
+        """The client of the server that runs the agent; None: this one does, and has opened it anew after a failed
+        transaction, unless something runs. Raises StoreFailed, Refused."""
         if self.gone:
             raise self.gone_error()
         if not self.current:
             await self._mend()
+        return None
+
+    async def fresh(self) -> Agent:
+        """The agent, which this server runs. Raises StoreFailed, Refused."""
+        if await self.runner():
+            raise Refused("busy", f"another server runs agent {self.name!r}; talk to it through a client")
         return self.agent
 
     async def _mend(self) -> None:
@@ -7321,11 +7457,12 @@ class LiveAgent:
             raise self.gone_error()
         if (size := len(item.message or "")) > MAX_TEXT:
             raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {size:,}")
-        if not self.current:
+        if self.here and not self.current:
             return
-        if when_busy == "reject":
+        if when_busy == "reject" and self.here:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or let the message queue")
-        own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.waiting)
+        waiting = (other for live in self.agents.live.values() for other in live.waiting if not other.step)
+        own = sum(other.sender is item.sender for other in waiting)
         if own >= MAX_WAITING_SESSION and item.sender is not None:
             raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
         if len(self.waiting) >= MAX_WAITING_AGENT:
@@ -7344,7 +7481,8 @@ class LiveAgent:
         except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
-            if item.step == 0 or self.gone or self.agent.memory.stale:
+            is_ended_elsewhere = isinstance(error, LeaseLost) and item.step > 0
+            if not is_ended_elsewhere and (item.step == 0 or self.gone or self.agent.memory.stale):
                 self.refuse(item, error if isinstance(error, MemwsError) else self.gone_error())
         finally:
             self._finish(item)
@@ -7396,6 +7534,8 @@ class LiveAgent:
         """The agent is idle, or gone: set the timer of the next heartbeat, if there is to be one."""
         if self._timer is not None:
             self._timer.cancel()
+        if not self.here:
+            return
         record = self.agent.record
         interval = record.config["heartbeat_interval"]
         if interval and self._beats < IDLE_HEARTBEATS and not (self.gone or self.agents.stopping):
@@ -7414,6 +7554,184 @@ class LiveAgent:
         self.rest()
 
 
+BY_SERVER = "?server"  # ends the path of a connection that passes on what other connections ask for
+
+
+class SharedAgent(LiveAgent):
+    """An agent that several servers share: this one runs it while it has the lease, else it follows the one that does.
+
+    A client of that server feeds the readers here, and is given the messages; their turn_id keeps those from running
+    twice. Once that server is gone and this one has the lease, it goes on with them.
+    """
+
+    def __init__(self, agents: Agents, record: AgentRecord, leases: Leases) -> None:
+        super().__init__(agents, record)
+        self.here = False
+        self._client: Client | None = None  # of the server that is followed
+        self._failure: StoreFailed | None = None  # why neither is possible
+        self._leases, self._lease_news = leases, asyncio.Event()
+        leases.want(record.id, self._take_lease)
+        agents.spawn(self._keep())
+
+    def _take_lease(self, owner: str) -> None:
+        self.lease = owner
+        self._lease_news.set()
+
+    async def _keep(self) -> None:
+        while not self.gone:
+            self._lease_news.clear()
+            work = self.agents.spawn(self._run_here() if self.lease else self._follow())
+            await self._lease_news.wait()
+            work.cancel()
+            await asyncio.wait([work])
+            self.here = False
+            self.rest()
+            if self.current is not None:
+                self.current.stop("interrupted")
+                await asyncio.wait([self.current.done])
+
+    async def runner(self) -> Client | None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_TIMEOUT):
+                while not (self.here or self._client or self._failure or self.gone):
+                    await self.news.wait()
+        if self._client or self.here or self.gone:
+            return self._client or await super().runner()
+        raise self._failure or StoreFailed(f"no server runs agent {self.name!r} now; send it again later")
+
+    # -- run by this server --
+
+    async def _run_here(self) -> None:
+        """Open the agent, whose turn another server may have left open, and go on with what waits."""
+        while not self.here:
+            with self._failing():
+                name, _, last_seq = await self.agents.store.read(find_owner, self.id)
+                self._ring.clear()  # it misses what others stored: readers find that in the store
+                self.count, self.last_seq = self.count + 1, last_seq
+                await self.open(await self.agents.store.read(find_agent, name))
+                for item in list(self.waiting):
+                    if await self.agents.store.read(find_turn, self.id, item.turn_id):
+                        self._end(item)
+                self.here = True
+            await asyncio.sleep(0 if self.here else LEASE_PULSE)
+        self.agents.memory_growth.set()
+        self.rest()
+        self._kick()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Around what may not succeed, and is tried again: whoever waits hears of it."""
+        try:
+            yield
+            self._failure = None
+        except StoreFailed as error:
+            self._failure = error
+        except Refused:
+            self._leave()
+        except MemwsError as error:
+            logger.info("agent %s: %s", self.name, error)
+        self.wake()
+
+    async def _mend(self) -> None:
+        if self.here:
+            await super()._mend()
+
+    # -- run by another --
+
+    async def _follow(self) -> None:
+        while True:
+            with self._failing():
+                name, owner, _ = await self.agents.store.read(find_owner, self.id)
+                self._take_name(name)
+                address = owner.rpartition("#")[0]
+                if address not in ("", self._leases.address):
+                    await self._relay(address)
+            await asyncio.sleep(LEASE_PULSE)
+
+    async def _relay(self, address: str) -> None:
+        """Follow a server until the connection ends. Raises ConnectFailed, ConnectionLost."""
+        async with Client(f"{address.rstrip('/')}/{BY_SERVER}", self.agents.options.token, reconnect=False) as client:
+            await client.hello(["*"])
+            events = client.subscribe(self.name, after=self.last_seq)
+            self._client = client
+            self.wake()
+            try:
+                for item in self.waiting:
+                    self._forward(client, item)
+                async for event in events:
+                    self._take_in(event)
+            finally:
+                self._client = None
+                if client._websocket:
+                    client._websocket.transport.abort()  # a paused server would let the goodbye wait
+
+    def _take_in(self, frame: Frame) -> None:
+        """Tell an event of the other server here, and do what it says."""
+        kind, seq, turn_id = kind_of(frame), frame.get("seq", 0), frame.get("turn_id", "")
+        event = {name: value for name, value in frame.items() if name not in ("id", "agent_name")}
+        item = self.find(turn_id)
+        if item and kind == "agent_response_start":
+            item.step = 1
+        elif item and kind in TERMINAL_TYPES:
+            self._end(item)
+        self.publish(StoredEvent(seq, kind, turn_id, encode_json(event)))
+        if frame.get("change") == "renamed":
+            self._take_name(frame["new_name"])
+        elif frame.get("change") == "deleted":
+            self._leave()
+
+    def _end(self, item: Turn) -> None:
+        """It has run elsewhere: its readers get its end as an event."""
+        self.waiting.remove(item)
+        item.done.set_result(None)
+
+    def _take_name(self, name: str) -> None:
+        if name != self.name:
+            self.agents.live[name] = self.agents.live.pop(self.name)
+            self.name = name
+
+    def _leave(self) -> None:
+        """The agent was deleted."""
+        self.gone = True
+        self.agents.live.pop(self.name, None)
+        self.close()
+
+    def close(self) -> None:
+        super().close()
+        if self.gone:
+            self._leases.drop(self.id)
+            self._lease_news.set()
+
+    def enqueue(self, item: Turn, when_busy: WhenBusy = "queue") -> None:
+        if self.here:
+            super().enqueue(item, when_busy)
+            return
+        self._check(item, when_busy)
+        item.when_busy = when_busy
+        self.waiting.append(item)
+        if self._client:
+            self._forward(self._client, item)
+
+    def _forward(self, client: Client, item: Turn) -> None:
+        turn = client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
+        self.agents.spawn(self._hear(item, turn))
+
+    async def _hear(self, item: Turn, turn: Stream) -> None:
+        """Pass on why a turn will not be; all else comes as events."""
+        with contextlib.suppress(ConnectionLost):  # it is sent again
+            async for event in turn:
+                if event["type"] == "agent_response_error" and "seq" not in event and item in self.waiting:
+                    self.refuse(item, RemoteError(event["code"], event["message"]))
+
+    async def forward(self, client: Client, request: JSON) -> JSON:
+        """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
+        arguments = {name: value for name, value in request.items() if name not in ("type", "command", "id")}
+        try:
+            return await client.command(request["command"], **arguments | {"agent_name": self.name})
+        except ConnectionLost as error:
+            raise StoreFailed("the server that ran the agent was lost; see what is stored, then ask again") from error
+
+
 class Agents:
     """The agents of one server by name, and what they share. Raises UsageError where models or database do not work."""
 
@@ -7425,6 +7743,7 @@ class Agents:
         self.database = database_at(options.db, options.sync)
         self.store = Store(self.database)
         self.models.recalled = self.store.settings
+        self.leases = Leases(self.database) if isinstance(self.database, Postgres) else None
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.memory_growth = asyncio.Event()  # something may have no vector yet
@@ -7442,6 +7761,8 @@ class Agents:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.leases:
+            await in_thread("memws-leases-close", self.leases.close)
         await self.models.close()
         await self.store.close()
 
@@ -7454,6 +7775,9 @@ class Agents:
             return self.live.get(name) or await self._use(await self.store.read(find_agent, name))
 
     async def _use(self, record: AgentRecord) -> LiveAgent:
+        if self.leases:
+            shared = self.live[record.name] = SharedAgent(self, record, self.leases)
+            return shared
         live = LiveAgent(self, record)
         await live.open(record)
         self.live[record.name] = live
@@ -7475,7 +7799,7 @@ class Agents:
             record = await self.store.write(create_agent, record)
             self.api_keys[record.id] = api_key
             live = await self._use(record)
-        return live, [*warnings, *live.agent.warnings]
+        return live, [*warnings, *(() if await live.runner() else live.agent.warnings)]
 
     async def rename(self, live: LiveAgent, new_name: str, force: bool) -> str:
         """Give an agent another name, which its sessions and readers follow. Raises Refused (name_taken), and busy
@@ -7487,7 +7811,7 @@ class Agents:
             if live.gone:
                 raise live.gone_error()
             event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
-            events, last_seq = await self.store.write(rename_agent, live.agent.record.id, name, event)
+            events, last_seq = await self.store.write(rename_agent, live.id, name, event, live.lease)
             live.publish(*events)
             self.live[name] = self.live.pop(live.name)
             live.name = live.agent.record.name = name
@@ -7504,7 +7828,7 @@ class Agents:
             await live.stop_turns("cancelled")
             async with self._lock, live.agent.memory.lock:
                 event = response("agent_change", "the agent was deleted", change="deleted")
-                live.publish(*await self.store.write(delete_agent, live.agent.record.id, event, purge))
+                live.publish(*await self.store.write(delete_agent, live.id, event, purge, live.lease))
                 del self.live[live.name]
                 live.close()
         except MemwsError:
@@ -7521,6 +7845,10 @@ class Agents:
         """Give vectors to what has none yet, in the background, for ever."""
         if (embedder := self.models.embedder) is None:
             return
+        if self.leases:  # one of the servers does it
+            leads = asyncio.Event()
+            self.leases.want(0, lambda owner: leads.set())
+            await leads.wait()
         if self.store.settings.get("embedding_model") != embedder.name:
             cleared: int | None = 0
             while cleared is not None:
@@ -7701,6 +8029,8 @@ class Session:
 
     def __init__(self, agents: Agents, websocket: ServerConnection) -> None:
         self.websocket = websocket
+        is_server = websocket.request is not None and websocket.request.path.endswith(BY_SERVER)
+        self.sender = None if is_server else self  # whose messages it sends: there those of others, which were counted
         self.readers: dict[LiveAgent, Reader] = {}  # one for each agent whose events it is to get
         self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
         self._agents = agents
@@ -7738,9 +8068,7 @@ class Session:
         self._request_id = request.get("id")
         try:
             function, arguments = resolve(request, COMMANDS)
-            if "live" in function.call.__annotations__:
-                arguments["live"] = await self._live(arguments.pop("agent_name", None))
-            result = await function.call(self, **arguments)
+            result = await self._call(function, arguments, request)
             text = "" if result is None else answer(request, result)
             if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
@@ -7753,6 +8081,15 @@ class Session:
         if text:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first
             await self._reply(text)
+
+    async def _call(self, function: Function, arguments: JSON, request: JSON) -> JSON | None:
+        """Run a command, here or on the server that runs its agent."""
+        if "live" in function.call.__annotations__:
+            live = arguments["live"] = await self._live(arguments.pop("agent_name", None))
+            if isinstance(live, SharedAgent) and function.name not in SHARED and (client := await live.runner()):
+                return await live.forward(client, request)
+        result: JSON | None = await function.call(self, **arguments)
+        return result
 
     async def _live(self, name: str | None) -> LiveAgent:
         """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
@@ -7777,17 +8114,17 @@ class Session:
         """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
         if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
             return
-        item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self)
+        item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender)
         live.enqueue(item, when_busy)
         self._reader(live).follow(item.turn_id, self._request_id, item)
-        if item in live.waiting and when_busy == "queue":
+        if live.here and item in live.waiting and when_busy == "queue":
             live.agent.emit_live(item, "queue", "waits for its turn", position=len(live.waiting))
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
         if not live.gone:
-            await live.fresh()  # the end of a turn could not be stored then; it can be by now
-        record = await self._agents.store.read(find_turn, live.agent.record.id, turn_id)
+            await live.runner()  # the end of a turn could not be stored then; it can be by now
+        record = await self._agents.store.read(find_turn, live.id, turn_id)
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
         if item is None and record is None:
             return False
@@ -7800,7 +8137,7 @@ class Session:
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
         item = live.find(turn_id) if turn_id else live.current
         if item is None:
-            if turn_id is not None and await self._agents.store.read(find_turn, live.agent.record.id, turn_id) is None:
+            if turn_id is not None and await self._agents.store.read(find_turn, live.id, turn_id) is None:
                 raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
             return {"state": "over"}
         if item in live.waiting:
@@ -7811,7 +8148,7 @@ class Session:
 
     async def wake(self, live: LiveAgent) -> JSON:
         """Start a turn without a user's message, as a heartbeat would. Result: {turn_id}."""
-        item = Turn(new_turn_id(), None, sender=self)
+        item = Turn(new_turn_id(), None, sender=self.sender)
         live.enqueue(item, "reject")
         self._reader(live).follow(item.turn_id, None, item)
         return {"turn_id": item.turn_id}
@@ -7819,8 +8156,9 @@ class Session:
     async def subscribe(self, live: LiveAgent, after: Any = None) -> None:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
-        await live.fresh()
         last_seq = live.last_seq
+        if await live.runner():  # what other clients have seen may be ahead of what is known here
+            last_seq = max(last_seq, (await self._agents.store.read(find_owner, live.id))[2])
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
@@ -7846,6 +8184,8 @@ class Session:
         if name is None and agent_name is None:
             raise InvalidRequest("missing_field", "load_agent needs the field 'name'")
         live = self._current = await self._live(agent_name if name is None else name)
+        if isinstance(live, SharedAgent) and (client := await live.runner()):
+            return await live.forward(client, {"command": "load_agent"})
         agent = await live.fresh()
         repairs, agent.repairs = agent.repairs, []
         about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.last_seq}
@@ -7883,7 +8223,8 @@ class Session:
         records, total = await self._agents.store.read(list_agents, after or "", limit, deleted)
         live, default, agents = self._agents.live, self._agents.models.default, []
         for record in records:
-            state = "running" if record.name in live and live[record.name].current else "idle"
+            runs_elsewhere = self._agents.leases and record.state.get("turn")
+            state = "running" if runs_elsewhere or (record.name in live and live[record.name].current) else "idle"
             about = {"agent_name": record.name, "model": record.config.get("model") or default}
             about["state"] = "deleted" if deleted else state
             agents.append(about | {"last_active": record.last_active, "last_seq": record.last_seq})
@@ -7924,7 +8265,10 @@ class Session:
             purge: forget the agent for ever instead of keeping it aside
         """
         try:
-            await self._agents.delete(await self._live(agent_name), force, purge)
+            live = await self._live(agent_name)
+            if isinstance(live, SharedAgent) and (client := await live.runner()):
+                return await live.forward(client, {"command": "delete_agent", "force": force, "purge": purge})
+            await self._agents.delete(live, force, purge)
         except UnknownAgent:
             if not purge:
                 raise
@@ -7969,7 +8313,7 @@ class Session:
         stores = ("recall", "archival") if store == "all" else (store,)
         vector = await live.agent.query_vector(query)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)
-        documents, total = await self._agents.store.read(search, live.agent.record.id, wanted)
+        documents, total = await self._agents.store.read(search, live.id, wanted)
         items = answer_part([search_item(document) for document in documents])
         more = {"more": True} if len(items) < len(documents) else {}
         return {"items": items, "total": total, "page": page, "pages": -(-total // limit), **more}
@@ -7993,7 +8337,7 @@ class Session:
         Args:
             before: a message's place in the request, from 0: those before it
         """
-        result = await self._agents.store.read(find_request, live.agent.record.id, turn_id, step)
+        result = await self._agents.store.read(find_request, live.id, turn_id, step)
         older = result["request"].pop("messages")[:before]
         messages = result["request"]["messages"] = answer_page(older, limit, result)
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
@@ -8028,6 +8372,9 @@ class Session:
     async def compact(self, live: LiveAgent) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Result: {tokens_before, tokens_after}."""
         return await live.compact()
+
+
+SHARED = "user_message", "subscribe", "unsubscribe"  # also where another server runs the agent
 
 
 def command_of(call: Callable[..., Any]) -> Function:
@@ -8164,7 +8511,8 @@ class WebSocketServer:
             raise UsageError(f"{tool.name!r} is a memory tool; give your function another name")
         self.tools[tool.name] = tool
         for live in list(self.agents.live.values()) if self.agents else ():
-            live.agent.take_tools()
+            if live.here:
+                live.agent.take_tools()
         return function
 
     def panel(self, agent: str | None = None, compact: bool = False, static: bool = True) -> Panel:
@@ -8202,6 +8550,8 @@ class WebSocketServer:
         """Accept connections on the running loop. Raises UsageError."""
         self._bind()
         self._loop, agents = asyncio.get_running_loop(), self.open()
+        if agents.leases:
+            agents.leases.move(advertised(self.options, self.host, self.port))
         for bound in self._sockets:
             listener = await websockets.asyncio.server.serve(
                 self.handle_client,
@@ -8249,9 +8599,11 @@ class WebSocketServer:
         if not public:
             return None
         token = {"token": True} if self.options.token is not None else {}
-        health = encode_json({"status": "ok", "version": __version__, **token})
+        away = self.agents.leases.problem if self.agents and self.agents.leases else ""
+        about = {"status": "the database is away", "reason": away} if away else {"status": "ok"}
+        health = encode_json({**about, "version": __version__, **token})
         body, headers = page(request.headers["Host"]) if is_page else (health, {"Content-Type": "application/json"})
-        response = connection.respond(200, body)
+        response = connection.respond(503 if away and not is_page else 200, body)
         del response.headers["Content-Type"]
         response.headers.update(headers)
         return response
@@ -8285,7 +8637,7 @@ class WebSocketServer:
             await asyncio.wrap_future(over)
             return
         agents.stopping, end = True, asyncio.get_running_loop().time() + STOP_GRACE
-        live = list(agents.live.values())
+        live = [each for each in agents.live.values() if each.here]
         await wait_until(end - STOP_GRACE / 2, (each.stop_turns("interrupted") for each in live))
         for each in live:
             each.close()
