@@ -85,6 +85,7 @@ FLAGS = {  # for each flag of serve a value that shows, and one that is bad or w
     "--max-connections": ("12", "0"),
     "--sync": ("normal", "never"),
     "--idle-timeout": ("3.5", "-1"),
+    "--advertise": ("ws://lab.example:8282", "lab.example"),
     "--log-level": ("error", "loud"),
 }
 COMMANDS: dict[str, list[str]] = {"serve": list(FLAGS), "chat": ["--url", "--agent", "--token"], "protocol": []}
