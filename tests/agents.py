@@ -75,7 +75,7 @@ class Lab:
 
     async def __aenter__(self) -> Self:
         self.models = memws.Models("test-model", self.endpoint.url, "sk-lab")
-        self.store = memws.Store(memws.Sqlite(self.path, "normal"))
+        self.store = memws.Store(memws.database_at(self.path, "normal"))
         self.models.recalled = self.store.settings
         return self
 

@@ -44,13 +44,30 @@ def postgres() -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+def postgres_address(postgres: Cluster) -> Iterator[str]:
+    """An empty database there."""
+    address = postgres.database()
+    yield address
+    postgres.give_back(address)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database of either kind, as --db names it; servers of the same test use it."""
+    in_file = request.param == "sqlite"
+    return str(tmp_path / "database.db" if in_file else request.getfixturevalue("postgres_address"))
+
+
+@pytest.fixture
+def serve(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Start servers that answer from the offline model, on free ports; at the end no thread of theirs is left."""
+    used = "database" in request.fixturenames
+    db = request.getfixturevalue("database") if used else str(tmp_path / "memws.db")
     started: list[Any] = []
     before = set(threading.enumerate())
 
     def start(**options: object) -> Any:
-        defaults = {"host": "127.0.0.1", "port": 0, "db": str(tmp_path / "memws.db"), "sync": "normal"}
+        defaults = {"host": "127.0.0.1", "port": 0, "db": db, "sync": "normal"}
         if "base_url" not in options:
             defaults["model"] = "offline"
         server = memws.WebSocketServer(**(defaults | options))

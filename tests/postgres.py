@@ -57,6 +57,7 @@ class Cluster:
         self.password = secrets.token_hex()
         self.log: list[str] = []  # what it has written so far
         self._numbers = itertools.count(1)
+        self._free: list[str] = []
 
     def __enter__(self) -> Self:
         programs = find_programs()
@@ -136,7 +137,16 @@ class Cluster:
             return cursor.fetchall() if cursor.description else []
 
     def database(self) -> str:
-        """The address of a new, empty database: a second server on the address meets the locks of the first."""
+        """The address of an empty database that nobody else uses."""
+        if self._free:
+            return self._free.pop()
         name = f"memws{next(self._numbers)}"
         self.run(f"CREATE DATABASE {name} OWNER memws")
         return f"postgresql://memws:{self.password}@127.0.0.1:{self.port}/{name}"
+
+    def give_back(self, address: str) -> None:
+        """Empty a database, whoever uses it, to be given again: that takes a third of the time of a new one."""
+        name = address.rpartition("/")[2]
+        self.run(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")  # noqa: S608
+        self.run("DROP OWNED BY memws", name)
+        self._free.append(address)

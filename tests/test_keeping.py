@@ -93,8 +93,8 @@ def db(past: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(past, tmp_path / "memws.db"))
 
 
-def rows(path: Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
-    with contextlib.closing(sqlite3.connect(path)) as connection:
+def rows(database: str | Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+    with memws.read_database(str(database)) as connection:
         return connection.execute(sql, values).fetchall()
 
 
@@ -103,26 +103,27 @@ Serve = Callable[..., memws.WebSocketServer]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command of memws.py in this process."""
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run a command of memws.py in this process, in the folder of the test."""
+    monkeypatch.chdir(tmp_path)
     return functools.partial(call, capsys)
 
 
-def export(run: Run, path: Path, name: str) -> str:
-    done = run("export", name, "--db", path)
+def export(run: Run, database: str | Path, name: str) -> str:
+    done = run("export", name, "--db", database)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-def bring(run: Run, text: str, path: Path) -> Done:
+def bring(run: Run, text: str, database: str | Path) -> Done:
     """Import a file with this text."""
-    file = path.with_name("exported.json")
+    file = Path("exported.json")
     file.write_text(text, "utf-8")
-    return run("import", file, "--db", path)
+    return run("import", file, "--db", database)
 
 
-def healthy(run: Run, path: Path) -> bool:
-    done = run("check", "--db", path)
+def healthy(run: Run, database: str | Path) -> bool:
+    done = run("check", "--db", database)
     return done.returncode == 0 and done.stdout.startswith("no damage found\n")
 
 
@@ -146,26 +147,24 @@ def everything(server: memws.WebSocketServer, name: str) -> JSON:
     return json.loads(json.dumps(told))  # type: ignore[no-any-return]
 
 
-def test_an_imported_agent_is_the_exported_one(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
+def test_an_imported_agent_is_the_exported_one(db: Path, database: str, run: Run, serve: Serve) -> None:
     """Its next export says the same, and over the wire nobody can tell the two apart."""
     text = export(run, db, RICH)
-    other = tmp_path / "other.db"
-    assert bring(run, export(run, db, PLAIN), other).returncode == 0  # so that its number is another one
-    assert bring(run, text, other) == (0, f"agent {RICH!r} is in {other}\n", "")
-    assert stat.S_IMODE(other.stat().st_mode) == 0o600
-    assert export(run, other, RICH) == text
-    told = [everything(serve(db=str(path)), RICH) for path in (db, other)]
+    assert bring(run, export(run, db, PLAIN), database).returncode == 0  # so that its number is another one
+    assert bring(run, text, database) == (0, f"agent {RICH!r} is in {memws.public_url(database)}\n", "")
+    assert not Path(database).is_file() or stat.S_IMODE(Path(database).stat().st_mode) == 0o600
+    assert export(run, database, RICH) == text
+    told = [everything(serve(db=str(each)), RICH) for each in (db, database)]
     assert told[0] == told[1]
     assert len([key for key in told[0] if key.startswith("request")]) > 10
     assert told[0]["search walrus"]["total"] > 0
 
 
-def test_an_imported_agent_goes_on(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
+def test_an_imported_agent_goes_on(db: Path, database: str, run: Run, serve: Serve) -> None:
     """Its turn ids stay taken, its seq goes on; a turn that a kill has cut is closed where the agent is opened."""
-    other = tmp_path / "other.db"
     for name in (PLAIN, CUT):
-        assert bring(run, export(run, db, name), other).returncode == 0
-    server = serve(db=str(other))
+        assert bring(run, export(run, db, name), database).returncode == 0
+    server = serve()
     with memws.connect(server.url) as client:
         last_seq = client.load_agent(PLAIN)["last_seq"]
         ((turn_id,),) = rows(db, "SELECT DISTINCT turn_id FROM messages WHERE text = 'Thanks!'")
@@ -177,29 +176,30 @@ def test_an_imported_agent_goes_on(db: Path, tmp_path: Path, run: Run, serve: Se
         assert next(ends) == "interrupted"
         assert client.ask("Are you there?")
     server.stop()
-    assert healthy(run, other)
+    assert healthy(run, database)
 
 
-def test_names(db: Path, run: Run, serve: Serve) -> None:
+def test_names(db: Path, database: str, run: Run, serve: Serve) -> None:
     """A name in use is refused, a deleted agent's is free; its seq goes on above, and that agent can come back."""
     text = export(run, db, PLAIN)
-    assert "there is an agent 'sam' already" in sentence(bring(run, text, db))
-    assert export(run, db, PLAIN) == text
-    file = db.with_name("exported.json")
-    assert run("import", file, "--name", "Ama\u0301", "--db", db).stdout == f"agent 'Amá' is in {db}\n"
-    assert json.loads(export(run, db, "Amá")) == put(json.loads(text), ("agent", "name"), "Amá")
+    assert bring(run, text, database).returncode == 0
+    assert "there is an agent 'sam' already" in sentence(bring(run, text, database))
+    assert export(run, database, PLAIN) == text
+    into = ("exported.json", "--db", database)
+    assert run("import", *into, "--name", "Ama\u0301").stdout.startswith("agent 'Amá' is in ")
+    assert json.loads(export(run, database, "Amá")) == put(json.loads(text), ("agent", "name"), "Amá")
     for name in ("a/b", ""):
-        assert "name: expected 1 to 64 letters" in sentence(run("import", file, "--name", name, "--db", db))
-    server = serve(db=str(db))
+        assert "name: expected 1 to 64 letters" in sentence(run("import", *into, "--name", name))
+    server = serve()
     with memws.connect(server.url) as client:
         client.load_agent(PLAIN)
         client.ask("One more")
         last_seq = client.command("get_agent")["last_seq"]
         client.command("delete_agent", agent_name=PLAIN)
     server.stop()
-    assert "unknown agent 'sam'" in sentence(run("export", PLAIN, "--db", db))
-    assert bring(run, text, db).returncode == 0
-    with memws.connect(serve(db=str(db)).url) as client:
+    assert "unknown agent 'sam'" in sentence(run("export", PLAIN, "--db", database))
+    assert bring(run, text, database).returncode == 0
+    with memws.connect(serve().url) as client:
         assert next(client.send("Hello again", PLAIN))["seq"] > last_seq + 1
         client.command("restore_agent", agent_name=PLAIN, new_name="old-sam")
         assert client.ask("Welcome back", "old-sam")
@@ -353,12 +353,13 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
 ]
 
 
-def test_a_damaged_export_is_refused(past: Path, tmp_path: Path, run: Run) -> None:
+def test_a_damaged_export_is_refused(past: Path, database: str, tmp_path: Path, run: Run) -> None:
     """One sentence names the place of the damage, or where the file ends, and nothing is half imported."""
-    db, text = tmp_path / "memws.db", export(run, past, PLAIN)
+    text = export(run, past, PLAIN)
     for path, value, told in DAMAGES:
-        assert told in sentence(bring(run, json.dumps(put(json.loads(text), path, value)), db)), (path, value)
-    assert [rows(db, f"SELECT count(*) FROM {table}") for table in ("agents", "messages")] == [[(0,)], [(0,)]]  # noqa: S608
+        assert told in sentence(bring(run, json.dumps(put(json.loads(text), path, value)), database)), (path, value)
+    for table in ("agents", "messages"):
+        assert rows(database, f"SELECT count(*) FROM {table}") == [(0,)]  # noqa: S608
     for place in range(0, len(text) - 1, len(text) // 40):
         assert "exported.json" in sentence(bring(run, text[:place], tmp_path / "none.db"))
     assert not (tmp_path / "none.db").exists()
@@ -378,16 +379,17 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*path, key))
 
 
-def test_what_an_import_takes_works(past: Path, tmp_path: Path, run: Run, serve: Serve, endpoint: Endpoint) -> None:
+def test_what_an_import_takes_works(past: Path, database: str, run: Run, serve: Serve, endpoint: Endpoint) -> None:
     """An export with junk anywhere is refused, or its agent opens, talks, and sends nothing that endpoints refuse."""
     data = json.loads(export(run, past, PLAIN))
     every = list(places(data))
-    step = max(1, len(every) // (40 * int(os.environ.get("MEMWS_TEST_SEEDS", "3"))))
+    share = 15 if database.startswith(memws.POSTGRES) else 40
+    step = max(1, len(every) // (share * int(os.environ.get("MEMWS_TEST_SEEDS", "3"))))
     taken, count = [], len(every[::step])
     for number, path in enumerate(every[::step]):
         name = f"agent-{number}"
         junk = put(put(data, ("agent", "name"), name), path, JUNK[number % len(JUNK)])
-        done = bring(run, json.dumps(junk), tmp_path / "memws.db")
+        done = bring(run, json.dumps(junk), database)
         taken += [name] if done.returncode == 0 and path != ("agent", "name") else []
         assert done.returncode in (0, 2)
     assert 0 < len(taken) < count

@@ -26,19 +26,20 @@ MESSAGE = "Please do it, and mind the gap between ä and 日"
 class Place:
     """One database and whatever serves it, one server process after another; with a desk, a program with tools."""
 
-    def __init__(self, folder: Path, endpoint: Endpoint, desk_port: int | None = None) -> None:
-        self.folder, self.endpoint, self.desk_port = folder, endpoint, desk_port
+    def __init__(self, folder: Path, database: str, endpoint: Endpoint, desk_port: int | None = None) -> None:
+        self.folder, self.database, self.endpoint, self.desk_port = folder, database, endpoint, desk_port
 
     def serve(self) -> Serving:
         if self.desk_port is not None:
             model = {"model": "test-model", "base_url": self.endpoint.url, "api_key": "sk-x"}
-            server: Serving = soaking.soak_server(self.folder, desk=self.desk_port, **model)
+            server: Serving = soaking.soak_server(self.folder, db=self.database, desk=self.desk_port, **model)
             return server
-        flags = ("--host", "127.0.0.1", "--model", "test-model", "--base-url", self.endpoint.url)
+        flags = ["--host", "127.0.0.1", "--db", self.database]
+        flags += ["--model", "test-model", "--base-url", self.endpoint.url]
         return Serving(*flags, cwd=self.folder, variables={"OPENAI_API_KEY": "sk-x"})
 
     def check(self) -> None:
-        soaking.check_file(self.folder / "memws.db")
+        soaking.check_database(self.database)
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ START, MODEL, STREAM, STEPS, PAUSE, TOOL, ASYNC, BETWEEN, END = STAGES = [
 
 
 @asynccontextmanager
-async def at(stage: Stage, endpoint: Endpoint, folder: Path) -> AsyncIterator[tuple[Place, Serving, Wire, Any]]:
+async def at(
+    stage: Stage, endpoint: Endpoint, folder: Path, database: str
+) -> AsyncIterator[tuple[Place, Serving, Wire, Any]]:
     """A server whose agent sam has come to that stage of a turn, the client that waits for it, and the tools' desk."""
     async with soaking.desk() as desk:
         desk.says = lambda _: "Yes"
         desk.answers = lambda _: 0.0 if desk.calls.total() < stage.calls else None
-        place = Place(folder, endpoint, desk.port if stage.calls else None)
+        place = Place(folder, database, endpoint, desk.port if stage.calls else None)
         with place.serve() as serving:
             async with wire(serving, "*") as client:
                 config = {"name": "sam", "tools": ["ask", "ask_later"]} if stage.calls else {"name": "sam"}
@@ -142,12 +145,22 @@ ENDINGS += [(MODEL, "TERM"), (STREAM, "TERM"), (STREAM, "INT"), (STEPS, "INT"), 
 ENDINGS += [(TOOL, "INT"), (ASYNC, "INT"), (BETWEEN, "INT")]
 
 
-@pytest.mark.parametrize(("stage", "name"), ENDINGS, ids=[f"{stage.name}-{name}" for stage, name in ENDINGS])
+CASES = [(*ending, "sqlite") for ending in ENDINGS]
+CASES += [(stage, "KILL", "postgresql") for stage in (START, STREAM, STEPS, TOOL, END)]
+CASES += [(BETWEEN, "INT", "postgresql")]
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "database"),
+    CASES,
+    ids=["-".join((stage.name, *rest)) for stage, *rest in CASES],
+    indirect=["database"],
+)
 async def test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice(
-    stage: Stage, name: str, endpoint: Endpoint, tmp_path: Path
+    stage: Stage, name: str, database: str, endpoint: Endpoint, tmp_path: Path
 ) -> None:
     """All that was told is there once, the turn has its end, and sent again is replayed; a signal leaves no repair."""
-    async with at(stage, endpoint, tmp_path) as (place, serving, client, desk):
+    async with at(stage, endpoint, tmp_path, database) as (place, serving, client, desk):
         serving.process.send_signal(signal.Signals[f"SIG{name}"])
         code = await client.closed()
         status = await asyncio.to_thread(serving.wait, 4)
@@ -170,9 +183,9 @@ async def test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice(
         assert list(desk.calls.elements()) == ["May I?", "Really?"]
 
 
-async def test_a_repair_is_made_once_and_before_all_else(endpoint: Endpoint, tmp_path: Path) -> None:
+async def test_a_repair_is_made_once_and_before_all_else(database: str, endpoint: Endpoint, tmp_path: Path) -> None:
     """However often a server is killed while it repairs, an old turn has one end, before the start of a new one."""
-    async with at(TOOL, endpoint, tmp_path) as (place, serving, client, _):
+    async with at(TOOL, endpoint, tmp_path, database) as (place, serving, client, _):
         serving.end(signal.SIGKILL)
         await client.closed()
         for answered in (False, True):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from agents import Lab, Told, sent_for
 from endpoint import Body, Endpoint, Reply, greet
+from postgres import Cluster
 
 import memws
 
@@ -137,10 +138,10 @@ trials = st.builds(Trial, messages, scripts, st.booleans(), st.none() | events, 
 class Bench:
     """One lab on one loop for all examples; each gets an agent of its own."""
 
-    def __init__(self, endpoint: Endpoint, runner: asyncio.Runner) -> None:
+    def __init__(self, endpoint: Endpoint, runner: asyncio.Runner, database: str) -> None:
         self.endpoint = endpoint
         self.runner = runner
-        self.lab = Lab(endpoint, tools=[note, fail])
+        self.lab = Lab(endpoint, database, tools=[note, fail])
         self.count = 0
 
     async def example(self, window: int, wrong: list[Trial]) -> None:
@@ -174,6 +175,7 @@ class Bench:
         running, count = asyncio.create_task(agent.turn(turn)), itertools.count()
         agent.memory.emit = lambda _: running.cancel() if next(count) == after else None  # type: ignore[assignment]
         await asyncio.wait([running])
+        await self.lab.store.write(lambda _: None)  # after what it was writing
         agent = await self.lab.open(agent.name)
         stored = await self.lab.events(agent, turn.turn_id)
         ends = [frame["type"] in memws.TERMINAL_TYPES for frame in stored]
@@ -197,19 +199,42 @@ class Bench:
         assert done <= len(ran) <= done + unknown
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    """The lab that all examples share."""
+@contextlib.contextmanager
+def benched(database: str) -> Iterator[Bench]:
     with Endpoint() as endpoint, asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
         patch.setattr(memws, "RETRY_PAUSE", 0.0)
-        bench = Bench(endpoint, runner)
+        bench = Bench(endpoint, runner, database)
         runner.run(bench.lab.__aenter__())
         yield bench
         runner.run(bench.lab.__aexit__())
 
 
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    """The lab that all examples share."""
+    with benched(":memory:") as bench:
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def postgres_bench(postgres: Cluster) -> Iterator[Bench]:
+    """The same on PostgreSQL."""
+    with benched(postgres.database()) as bench:
+        yield bench
+
+
+anything = st.sampled_from([3_000, 3_500, 8_192, 100_000]), st.lists(trials, min_size=1, max_size=3)
+
+
 @settings(max_examples=120, **BOUNDED)
-@given(st.sampled_from([3_000, 3_500, 8_192, 100_000]), st.lists(trials, min_size=1, max_size=3))
+@given(*anything)
 def test_whatever_happens_talk_goes_on(bench: Bench, window: int, wrong: list[Trial]) -> None:
     """Random answers, failures, stops and kills: one end for each turn, nothing refused, and the next turn works."""
     bench.runner.run(bench.example(window, wrong))
+
+
+@settings(max_examples=30, **BOUNDED)
+@given(*anything)
+def test_talk_goes_on_with_postgresql(postgres_bench: Bench, window: int, wrong: list[Trial]) -> None:
+    """The same with the other database."""
+    postgres_bench.runner.run(postgres_bench.example(window, wrong))

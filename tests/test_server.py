@@ -3,11 +3,10 @@
 import asyncio
 import json
 import socket
-import sqlite3
 import threading
 import unicodedata
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -21,6 +20,7 @@ from wire import JSON, LIMIT, Wire, bare, is_terminal, messages_of, of_kind, seq
 import memws
 
 pytestmark = pytest.mark.anyio
+on_both = pytest.mark.usefixtures("database")  # what the database has a part in, on SQLite and on PostgreSQL
 
 Server = memws.WebSocketServer
 Serve = Callable[..., Server]
@@ -59,13 +59,10 @@ async def hold(client: Wire, endpoint: Endpoint, message: str = "runs", **fields
 
 
 @contextmanager
-def database(server: Server) -> Iterator[sqlite3.Connection]:
-    """The server's database as another program sees it."""
-    connection = sqlite3.connect(server.options.db, isolation_level=None)
-    try:
-        yield connection
-    finally:
-        connection.close()
+def beside(server: Server) -> Iterator[Any]:
+    """A connection of another program to the server's database."""
+    with closing(memws.database_at(server.options.db)) as database:
+        yield database.connect()
 
 
 def ends_of(frames: list[JSON]) -> dict[Any, str]:
@@ -75,6 +72,7 @@ def ends_of(frames: list[JSON]) -> dict[Any, str]:
     return {frame.get("id"): frame.get("code") or frame["stop_reason"] for frame in ends}
 
 
+@on_both
 async def test_create_agent(server: Server) -> None:
     """create_agent makes up what the config leaves out, get_agent tells it all, and the agent is the current one."""
     config = {
@@ -115,6 +113,7 @@ async def test_create_agent_warns_of_what_it_ignores(serve: Serve, endpoint: End
     assert endpoint.requests == []
 
 
+@on_both
 async def test_names_are_words(server: Server) -> None:
     """A name begins with a letter or digit of any script, is kept and found in NFC, and is taken once."""
     async with wire(server) as client:
@@ -141,6 +140,7 @@ async def test_an_agent_keeps_its_timezone(serve: Serve) -> None:
     assert found == ["Asia/Tokyo", "Asia/Tokyo", "Europe/Berlin"]
 
 
+@on_both
 async def test_what_is_learned_outlives_a_restart(online: Serve, endpoint: Endpoint) -> None:
     """Options that are refused and the window are known after a restart; update_agent has them tried anew."""
     endpoint.refuse, settings = {"stream_options", "top_p", "seed"}, {"top_p": 0.5, "seed": 1, "temperature": 0.5}
@@ -195,6 +195,7 @@ async def test_bad_configs_change_nothing(server: Server) -> None:
         assert (await client.ok("list_agents"))["total"] == 0
 
 
+@on_both
 async def test_load_agent(client: Wire) -> None:
     """load_agent answers with what the agent is, takes the name from either field, and makes it the current one."""
     await client.ok("create_agent", config={"name": "ada"})
@@ -318,6 +319,7 @@ async def test_list_agents_and_get_agent_tell_what_runs(server: Server, endpoint
         assert agent["counts"]["messages"] == agent["counts"]["in_context"] > 0
 
 
+@on_both
 async def test_get_agent_counts_the_tokens_of_all_turns(serve: Serve, server: Server, endpoint: Endpoint) -> None:
     """Counted are steps once they are stored, failed and cancelled turns, compactions; a restart keeps the sums."""
 
@@ -336,7 +338,7 @@ async def test_get_agent_counts_the_tokens_of_all_turns(serve: Serve, server: Se
             if HELD in answers:
                 await asked(endpoint, count + 2)
                 assert await totals(client) == [before[0] + 5_000, before[1] + 7]
-                with database(server) as connection:  # where a crash leaves it
+                with beside(server) as connection:  # where a crash leaves it
                     state = json.loads(connection.execute("SELECT state FROM agents").fetchone()[0])
                 assert [state["input_tokens"], state["output_tokens"]] == await totals(client)
                 await client.request("cancel")
@@ -352,6 +354,7 @@ async def test_get_agent_counts_the_tokens_of_all_turns(serve: Serve, server: Se
         assert await totals(client) == expected
 
 
+@on_both
 async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
     """update_agent changes the next model call, merges settings, tells subscribers, and refuses what create refuses."""
     async with wire(server, "*", agent={"max_steps": 5, "settings": {"seed": 1, "top_p": 1}}) as client:
@@ -378,6 +381,7 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
         assert (await client.ok("get_agent"))["settings"] == updated["settings"]
 
 
+@on_both
 async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
     """update_agent adds blocks, changes limits and takes blocks away, all or nothing, told and in the next prompt."""
     made = [{"label": "plan", "value": "rest"}, {"label": "human", "value": None}]
@@ -425,6 +429,7 @@ async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
         assert "plan" not in prompt
 
 
+@on_both
 async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, server: Server) -> None:
     """Subscribers follow a rename, a delete frees the name, a restore brings all back (test_machine.py has more)."""
     async with wire(server, "*") as other:
@@ -453,6 +458,7 @@ async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, serve
         assert [await messages_of(client, name) for name in ("ada", "new")] == [["My name is Ada"] * 2, ["hi"]]
 
 
+@on_both
 async def test_list_agents_tells_what_can_be_restored(server: Server) -> None:
     """Of each name the agent deleted last is listed, page by page, as live ones are; no purged and no living one."""
     async with wire(server) as client:
@@ -479,6 +485,7 @@ async def test_list_agents_tells_what_can_be_restored(server: Server) -> None:
         assert [agent["agent_name"] for agent in left] == ["ant"]  # two more were deleted under this name
 
 
+@on_both
 async def test_get_messages_pages_backwards(client: Wire) -> None:
     """get_messages gives the newest messages, oldest first, and with `before` those before a message."""
     starts = [(await client.turn(f"note {number}", turn_id=f"t{number}"))[0]["seq"] for number in range(3)]
@@ -534,6 +541,7 @@ async def test_a_message_says_who_speaks(server: Server, endpoint: Endpoint) -> 
         assert (await client.turn("hi", **{"from": "x" * 64}))[-1]["stop_reason"] == "done"
 
 
+@on_both
 async def test_search_memory(client: Wire) -> None:
     """search_memory finds words in recall and archival memory, by store, in pages, best first."""
     for number in range(5):
@@ -570,6 +578,7 @@ async def test_search_memory(client: Wire) -> None:
     assert (await client.ok("search_memory", query="zebra"))["items"] == []
 
 
+@on_both
 async def test_edits_of_memory(server: Server) -> None:
     """Blocks are set by a version, or refused with the value stored; passages come and go; subscribers are told."""
     async with wire(server, "*", agent={"blocks": [{"label": "plan", "limit": 5}]}) as client:
@@ -597,6 +606,7 @@ async def test_edits_of_memory(server: Server) -> None:
         assert (empty["code"], "text: expected" in empty["message"]) == ("bad_field", True)
 
 
+@on_both
 async def test_get_context_and_get_request_page_their_messages(server: Server, endpoint: Endpoint) -> None:
     """get_context shows the next request, get_request what was really sent and received, page by page of messages."""
     search = ("conversation_search", {"query": "tea", "request_heartbeat": True})
@@ -636,6 +646,7 @@ async def test_get_context_and_get_request_page_their_messages(server: Server, e
             assert (await client.refused("get_request", turn_id=turn_id, step=step))["code"] == "not_found"
 
 
+@on_both
 async def test_compact(client: Wire, endpoint: Endpoint) -> None:
     """compact makes the prompt smaller beside the session, excludes turns, and is ended by a cancel."""
     assert (await client.refused("compact"))["code"] == "not_found"  # there is nothing to compact yet
@@ -794,18 +805,19 @@ async def test_the_flow_of_memgpt_0_2_7(server: Server, endpoint: Endpoint) -> N
         assert shape(await client.until(is_terminal))[2] == ("assistant_message", "Hello!")
 
 
+@on_both
 async def test_a_turn_begins_and_ends_once(client: Wire, server: Server, endpoint: Endpoint) -> None:
     """At its start a turn's message is on disk, once, at its one end all of it; seq, time and step count."""
     async with wire(server) as other:
         frames = [await hold(client, endpoint, "hi", turn_id="t")]
         await other.say("waits", agent_name="sam")
         await other.nothing_more()
-        with database(server) as connection:
+        with beside(server) as connection:
             said = connection.execute("SELECT text FROM messages WHERE role = 'user'").fetchall()
         assert said == [("hi",)]
         endpoint.release()
         frames += await client.until(is_terminal)
-        with database(server) as connection:
+        with beside(server) as connection:
             on_disk = [seq for (seq,) in connection.execute("SELECT seq FROM events ORDER BY seq")]
         start, user, *_, end = frames
         assert (start["type"], user["message_type"], user["message"]) == ("agent_response_start", "user_message", "hi")
@@ -834,19 +846,20 @@ async def test_deltas_are_live(client: Wire, endpoint: Endpoint) -> None:
     assert await client.until(is_terminal) == [bare(frame) for frame in frames if "seq" in frame]
 
 
+@on_both
 @pytest.mark.parametrize("table", ["messages", "events"])
 async def test_a_message_that_cannot_be_stored_is_refused(
     client: Wire, server: Server, endpoint: Endpoint, table: str
 ) -> None:
     """When the database refuses a user's message it is refused as store_failed, and works once the database does."""
     await client.ok("subscribe")
-    with database(server) as connection:
-        connection.execute(f"CREATE TRIGGER broken BEFORE INSERT ON {table} BEGIN SELECT RAISE(ABORT, 'refused'); END")
+    with beside(server) as connection:
+        connection.execute(f"ALTER TABLE {table} RENAME TO lost")
         (refusal,) = await client.turn("hi", turn_id="t")
         assert (refusal["code"], "seq" in refusal, refusal["turn_id"]) == ("store_failed", False, "t")
         if table == "events":
             assert (await client.refused("insert_passage", text="x"))["code"] == "store_failed"
-        connection.execute("DROP TRIGGER broken")
+        connection.execute(f"ALTER TABLE lost RENAME TO {table}")
     assert endpoint.requests == []
     last = (await client.ok("get_agent"))["last_seq"]
     frames = await client.turn("hi", turn_id="t")
@@ -869,6 +882,7 @@ async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
     assert (await client.turn("idle now", when_busy="interrupt"))[-1]["stop_reason"] == "done"
 
 
+@on_both
 async def test_a_rename_by_force_ends_what_runs_first(client: Wire, endpoint: Endpoint) -> None:
     """Without force it is busy; with it the turn that runs is cancelled, as is what waits, and the name is changed."""
     await hold(client, endpoint, id="runs")
@@ -936,6 +950,7 @@ async def test_a_waiting_turn_sent_again(server: Server, endpoint: Endpoint) -> 
         assert (len(endpoint.requests), await messages_of(client, "sam")) == (2, ["runs", "again"])
 
 
+@on_both
 @pytest.mark.parametrize("subscribed", [False, True])
 async def test_a_running_turn_sent_again(server: Server, endpoint: Endpoint, subscribed: bool) -> None:
     """A message sent again while it runs gets its frames so far and then the live ones, once each, to the newest id."""
@@ -977,6 +992,7 @@ LEAVING: list[tuple[str, JSON, Any]] = [  # command, arguments, what is seen of 
 ]
 
 
+@on_both
 @pytest.mark.parametrize(("command", "more", "is_done"), LEAVING)
 async def test_a_command_of_a_client_that_leaves_is_done_wholly(
     client: Wire, serve: Serve, server: Server, command: str, more: JSON, is_done: Any
@@ -986,8 +1002,9 @@ async def test_a_command_of_a_client_that_leaves_is_done_wholly(
         await client.turn(f"{number} " + "long story " * 100)
     last = (await client.ok("subscribe"))["last_seq"]
     async with wire(server) as leaving:
-        with database(server) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # another program holds the lock: the command waits for it
+        with beside(server) as connection:
+            connection.execute("BEGIN IMMEDIATE")  # another program holds a lock: the command waits for it
+            connection.execute("UPDATE agents SET name = name")
             await leaving.send(type="command", command=command, agent_name="sam", **more)
             await asyncio.wait_for(await leaving.websocket.ping(), LIMIT)
             for _ in range(20):
@@ -1044,6 +1061,7 @@ async def test_a_blocking_tool_stops_nobody(server: Server, endpoint: Endpoint) 
         assert frames[-1]["stop_reason"] == "done"
 
 
+@on_both
 async def test_an_unknown_seq_subscribes_nothing(client: Wire, server: Server) -> None:
     """An `after` above the last seq, negative or no integer is unknown_seq with the last seq; nothing is subscribed."""
     async with wire(server, "*") as other:
@@ -1075,6 +1093,7 @@ async def slow_wire(server: Server) -> AsyncIterator[Wire]:
             yield client
 
 
+@on_both
 async def test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_behind(
     server: Server, endpoint: Endpoint
 ) -> None:
@@ -1100,10 +1119,11 @@ async def test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_beh
         await slow.nothing_more()
 
 
+@on_both
 async def test_a_replay_that_cannot_be_read_ends_alone(client: Wire, server: Server) -> None:
     """A subscription whose events the database cannot read ends with an error of its own; all else goes on."""
     await client.turn("Hello")
-    with database(server) as other:
+    with beside(server) as other:
         other.execute("ALTER TABLE events RENAME TO lost")
         await client.ok("subscribe", after=0)
         error = await client.receive()

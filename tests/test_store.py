@@ -1,6 +1,6 @@
 """The store: what is committed is there whole, once and in order, whatever fails around it; search; export and import.
 
-Every test of what a store keeps runs on a file and in memory.
+Every test of what a store keeps runs on a file, in memory and in PostgreSQL.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ FORMER = Path(__file__).with_name("former_agent.json")
 
 @asynccontextmanager
 async def opened(path: str | Path, sync: str = "full") -> AsyncIterator[Store]:
-    store = Store(memws.Sqlite(str(path), sync))
+    store = Store(memws.database_at(str(path), sync))
     try:
         async with asyncio.timeout(LIMIT):
             yield store
@@ -38,10 +38,11 @@ async def opened(path: str | Path, sync: str = "full") -> AsyncIterator[Store]:
         await store.close()
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture(params=["file", "memory", "postgresql"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
-    """A new store, on disk and in memory."""
-    async with opened(tmp_path / "memws.db" if request.param == "file" else ":memory:") as new:
+    """A new store, on disk, in memory and in PostgreSQL."""
+    address = {"file": tmp_path / "memws.db", "memory": ":memory:"}.get(request.param)
+    async with opened(address or request.getfixturevalue("postgres_address")) as new:
         yield new
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("memws-")] == []
 
@@ -168,12 +169,26 @@ async def test_a_commit_that_fails_stores_nothing(store: Store, what: str) -> No
     assert [event.seq for event in await store.write(commit, agent.id, step(2, "t2"))] == [3, 4]
 
 
+class Recorder:
+    """A connection that notes what it is told to do."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection, self.ran = connection, list[str]()
+
+    def execute(self, sql: str, *values: Any) -> Any:
+        self.ran.append(sql)
+        return self.connection.execute(sql, *values)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.connection, name)
+
+
 async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
     """All that waits is stored by one transaction, up to a bound, without gaps; a job that fails leaves no trace."""
     agents = [await new_agent(store, f"agent{number}") for number in range(4)]
     steps = [(agent, [tell(f"{n} {m}") for m in range(n % 4 + 1)]) for n in range(150) for agent in agents]
-    ran: list[str] = []
-    store._connection.set_trace_callback(ran.append)
+    recorder: Any = Recorder(store._connection)
+    store._connection, ran = recorder, recorder.ran
     async with held_writer(store):
         tasks = await queued(*(store.write(commit, agent.id, Changes(events)) for agent, events in steps))
         ran.clear()
@@ -199,14 +214,23 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
 
 
 async def test_a_load_leaves_out_what_no_endpoint_would_take(store: Store) -> None:
-    """It counts what it leaves out; bytes that are no UTF-8 are U+FFFD."""
+    """It counts what it leaves out."""
     agent, messages = await new_agent(store), [say(number, f"text {number}") for number in range(1, 6)]
     messages[0].body, messages[1].body, messages[3].body = "{", "[]", '{"role":"assistant","content":"x"}'
     await store.write(commit, agent.id, Changes([], messages))
-    store._connection.execute("UPDATE messages SET text = CAST(x'41ff' AS TEXT) WHERE id = 5")
     loaded, counts = await store.read(memws.load_messages, agent.id, 0)
-    assert [(message.id, message.text) for message in loaded] == [(3, "text 3"), (5, "A\ufffd")]
+    assert [(message.id, message.text) for message in loaded] == [(3, "text 3"), (5, "text 5")]
     assert (counts["unreadable"], counts["last_message"]) == (3, 5)
+
+
+async def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    """Bytes in a file that are no UTF-8 are read as U+FFFD."""
+    async with opened(tmp_path / "memws.db") as store:
+        agent = await new_agent(store)
+        await store.write(commit, agent.id, Changes([], [say(1, "x")]))
+        store._connection.execute("UPDATE messages SET text = CAST(x'41ff' AS TEXT)")
+        ((message,), _) = await store.read(memws.load_messages, agent.id, 0)
+        assert message.text == "A\ufffd"
 
 
 @pytest.mark.parametrize("text", ["", "{", "5", '{"type":"agent', '"x"}'])
@@ -346,19 +370,19 @@ async def test_a_store_survives_being_opened_again(tmp_path: Path, sync: str, le
         assert [event.seq for event in await store.write(commit, agent.id, step(2, "t2"))] == [3, 4]
 
 
-def database(script: str) -> Callable[[Path], None]:
+def script(sql: str) -> Callable[[Path], None]:
     def make(path: Path) -> None:
         with closing(sqlite3.connect(path)) as connection:
-            connection.executescript(script)
+            connection.executescript(sql)
 
     return make
 
 
 OURS = "PRAGMA application_id = 0x6D656D77; CREATE TABLE agents (x); PRAGMA user_version = "
 REFUSED: dict[str, Callable[[Path], object]] = {  # the beginning of the sentence: what makes the file
-    "{path!r} is a database of another program; name another": database("CREATE TABLE agents (x)"),
-    "{path!r} was written by another memws (schema 99, not 3); name another file": database(f"{OURS} 99"),
-    "{path!r} was written by another memws (schema 2, not 3); name another file": database(f"{OURS} 2"),
+    "{path!r} is a database of another program; name another": script("CREATE TABLE agents (x)"),
+    "{path!r} was written by another memws (schema 99, not 3); name another file": script(f"{OURS} 99"),
+    "{path!r} was written by another memws (schema 2, not 3); name another file": script(f"{OURS} 2"),
     "cannot use the database {path!r} (file is not a database": lambda path: path.write_text("notes\n" * 1000),
     "cannot use the database {path!r} (": lambda path: path.write_bytes(random.Random(1).randbytes(50_000)),
     "cannot use the database {path!r} (unable to open database file); name another file": Path.mkdir,
@@ -404,8 +428,8 @@ async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "(database is locked); name another file with --db" in open_and_fail("empty.db")
 
 
-def bring(path: Path, data: Any) -> str:
-    with closing(memws.Sqlite(str(path), "normal")) as base:
+def bring(path: str | Path, data: Any) -> str:
+    with closing(memws.database_at(str(path), "normal")) as base:
         return memws.import_agent(base.open(), data, memws.check_record)
 
 
@@ -414,12 +438,12 @@ def take(path: Path, name: str = "sam") -> Any:
         return json.loads(json.dumps(memws.export_agent(connection, name)))
 
 
-async def test_a_former_export_is_read(tmp_path: Path) -> None:
+async def test_a_former_export_is_read(database: str, tmp_path: Path) -> None:
     """An agent of memws before 0.2 comes with all it said, kept and was told, and with the bytes that were sent."""
-    path, data = tmp_path / "memws.db", json.loads(FORMER.read_text("utf-8"))
+    data = json.loads(FORMER.read_text("utf-8"))
     data["turns"].append(data["turns"][0] | {"turn_id": "open", "over": 0})
-    assert bring(path, data) == "sam"
-    async with opened(path) as store:
+    assert bring(database, data) == "sam"
+    async with opened(database) as store:
         agent = await store.read(find_agent, "sam")
         assert agent.state.items() >= (data["agent"]["state"] | {"turn": "open"}).items()
         assert agent.config | {"embedding": None} == data["agent"]["config"] | {"timezone": None}
@@ -436,7 +460,7 @@ async def test_a_former_export_is_read(tmp_path: Path) -> None:
         assert len(await find(store, agent, "otters")) == 3
         for number in (1, 2):
             await store.read(memws.find_request, agent.id, turn_id, number)  # which compares it with its digest
-    assert memws.check_database(str(path), memws.check_record) == []
+    assert memws.check_database(database, memws.check_record) == []
     for damage in ({"passages": [{}]}, {"parts": []}):
         with pytest.raises(memws.MemwsError, match="damaged: the former format: '"):
             bring(tmp_path / "other.db", data | damage)

@@ -153,15 +153,16 @@ def soak_server(
     return Serving(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(settings)})
 
 
-def check_file(path: Path, *, gapless: bool = True) -> None:
+def check_database(address: str | Path, *, gapless: bool = True) -> None:
     """The database is whole, each turn in it has one start and at most one end, and no seq is missing."""
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        assert connection.execute("PRAGMA foreign_key_check").fetchone() is None
-        for kind in ("agent_response_start", "agent_response_e*"):  # an end or an error
-            sql = "SELECT count(*) FROM events WHERE kind GLOB ? GROUP BY agent, turn_id"
-            assert {count for (count,) in connection.execute(sql, (kind,))} <= {1}
-        for agent, last_seq in connection.execute("SELECT id, last_seq FROM agents WHERE deleted IS NOT ''").fetchall():
+    with contextlib.closing(memws.database_at(str(address))) as database:
+        connection = database.connect()
+        assert database.faults(connection) == []
+        for kinds in (("agent_response_start",) * 2, ("agent_response_end", "agent_response_error")):
+            sql = "SELECT count(*) FROM events WHERE kind IN (?, ?) GROUP BY agent, turn_id"
+            assert {count for (count,) in connection.execute(sql, kinds)} <= {1}
+        sql = "SELECT id, last_seq FROM agents WHERE deleted IS NULL OR deleted <> ''"
+        for agent, last_seq in connection.execute(sql).fetchall():
             seqs = connection.execute("SELECT seq FROM events WHERE agent = ? ORDER BY seq", (agent,)).fetchall()
             assert [seq for (seq,) in seqs] == list(range(1, last_seq + 1)) or not gapless
 
@@ -246,7 +247,7 @@ class Site:
             if calls > 1:
                 self.soak.fault("tools called twice for one call", question)
         try:
-            check_file(self.path, gapless=self.gapless)
+            check_database(self.path, gapless=self.gapless)
         except (AssertionError, sqlite3.Error) as error:
             self.soak.fault("damage in databases", repr(error))
 
