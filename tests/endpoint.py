@@ -481,6 +481,8 @@ class Endpoint(Loopback):
         # In place of a whole route: overrides["/v1/embeddings"] = Reply(status=500). What is held, or has no
         # status or body of its own, answers as ever; a function gets the request, and None from it is no reply.
         self.overrides: dict[str, Reply | Callable[[Body], Reply | None]] = {}
+        # Told of each request as it comes, and once it is answered or its client has left; in the endpoint's thread.
+        self.watch: Callable[[Request, bool], None] = lambda request, is_over: None
         self.requests: list[Body] = []  # of chat, as they arrived, refused ones too; {} where it is no JSON
         self.bodies: list[bytes] = []  # the same as raw bytes
         self.headers: list[dict[str, str]] = []  # their headers, names in lower case
@@ -560,6 +562,7 @@ class Endpoint(Loopback):
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request and its answer; whether the connection stays open."""
         request = await _read_request(reader)
+        self.watch(request, False)
         gate = asyncio.Event()
         self._gates.add(gate)  # before the request is seen to have arrived, so that no release() is missed
         try:
@@ -570,6 +573,7 @@ class Endpoint(Loopback):
             stays = await _send(reply, answer, gate, (reader, writer))
         finally:
             self._gates.discard(gate)
+            self.watch(request, True)
         return stays and request.headers.get("connection", "").lower() != "close"
 
     def _route(self, request: Request) -> tuple[Reply, Body | list[Body]]:

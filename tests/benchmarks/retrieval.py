@@ -63,7 +63,7 @@ class Filled:
         self._open(path)
 
     def _open(self, path: str) -> None:
-        self.database = memws.Sqlite(path)
+        self.database = memws.database_at(path)
         self.connection = self.database.open()
         record = memws.AgentRecord("archive", memws.read_config({}, {})[0], [])
         self.agent = memws.create_agent(self.connection, record).id

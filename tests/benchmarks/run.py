@@ -3,7 +3,7 @@
 Every figure is measured in the same run as its floor, in turns, and is the median of five repetitions. Client, server,
 model and the bare openai client are processes of their own. The table is Markdown, on standard output:
 
-    python tests/benchmarks/run.py                          everything but search, about five minutes
+    python tests/benchmarks/run.py                          everything but search, about eight minutes
     python tests/benchmarks/run.py turn start --repeat 3    only these rows, quicker
     python tests/benchmarks/run.py search --data data/*.jsonl --baseline old/memws.py
                                                             what a search finds, and what it costs beside a former one
@@ -30,6 +30,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 from commandline import PROGRAM, Process, environment  # noqa: E402
 from measure import Progress, machine, memory, percentile, rows_of  # noqa: E402
+from postgres import Cluster  # noqa: E402
 from retrieval import STEP, Filled, load, quality  # noqa: E402
 from websockets.asyncio.client import connect  # noqa: E402
 from wire import JSON, TERMINALS, Wire, wire  # noqa: E402
@@ -133,6 +134,12 @@ def milliseconds(seconds: float) -> str:
     return f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms"
 
 
+async def talk(server: Peer, names: list[str], per_agent: int) -> list[float]:
+    """Seconds of turns, one after another."""
+    async with client(server) as connection:
+        return [await turn(connection, name, "And how is it now?") for name in names for _ in range(per_agent)]
+
+
 def size(bench: Bench) -> Iterator[str]:
     """How long the file and its functions are."""
     text = PROGRAM.read_text("utf-8")
@@ -157,10 +164,6 @@ def turns(bench: Bench) -> Iterator[str]:
     "The goal, the turns of a repetition, and how many of them an agent takes, which makes its history longer."
     got: dict[int, list[JSON]] = {size: [] for size in sizes}
 
-    async def run(server: Peer, names: list[str], per_agent: int) -> list[float]:
-        async with client(server) as connection:
-            return [await turn(connection, name, "And how is it now?") for name in names for _ in range(per_agent)]
-
     with bench.serve(bench.database()) as server, Peer("bare", bench.model.url, folder=bench.folder) as bare:
         for size, (_, calls, per_agent) in sizes.items():
             asyncio.run(seed(server, {f"a{size}-{n}": size for n in range(bench.repeat * calls // per_agent)}))
@@ -171,7 +174,7 @@ def turns(bench: Bench) -> Iterator[str]:
                 count = calls // per_agent
                 before = server.ask()["cpu"]
                 names = [f"a{size}-{number * count + place}" for place in range(count)]
-                seconds = asyncio.run(run(server, names, per_agent))
+                seconds = asyncio.run(talk(server, names, per_agent))
                 cpu = (server.ask()["cpu"] - before) / len(seconds)
                 floor = bare.ask(calls=calls, body=bench.model.ask())
                 middle = {"turn": median(seconds), "bare": median(floor["seconds"])}
@@ -191,10 +194,11 @@ def turns(bench: Bench) -> Iterator[str]:
     bench.add("CPU of a turn, 10 messages in the window", f"{median(short):.2f} ms", longest, short, 3, unit=" ms")
 
 
-async def turns_a_second(server: Peer, clients: int, prefix: str, seconds: float) -> int:
-    """How many turns so many clients finish within so many seconds, a second after they began."""
+async def turns_a_second(servers: Sequence[Peer], clients: int, prefix: str, seconds: float) -> int:
+    """How many turns so many clients, spread over servers, finish within so many seconds, a second after they began."""
     async with contextlib.AsyncExitStack() as stack:
-        connections = [await stack.enter_async_context(client(server)) for _ in range(clients)]
+        places = itertools.islice(itertools.cycle(servers), clients)
+        connections = [await stack.enter_async_context(client(server)) for server in places]
         for number, connection in enumerate(connections):
             await create(connection, f"{prefix}-{number}", model="ms-200")
         count, begin = 0, time.monotonic() + 1.0
@@ -221,7 +225,7 @@ def throughput(bench: Bench) -> Iterator[str]:
     with bench.serve(bench.database()) as server, Peer("bare", bench.model.url, folder=bench.folder) as bare:
         for number in range(bench.repeat):
             for clients in goals:
-                count = asyncio.run(turns_a_second(server, clients, f"t{number}-{clients}", seconds))
+                count = asyncio.run(turns_a_second([server], clients, f"t{number}-{clients}", seconds))
                 plain = bare.ask(clients=clients, seconds=seconds, body=bench.model.ask())["count"]
                 ideal = clients / 0.2 * seconds
                 got[clients].append((count / ideal, plain / ideal))
@@ -444,6 +448,61 @@ def search(bench: Bench) -> Iterator[str]:
                     bench.add(f"{what} / the baseline's", told, floor, share, goal_beside)
 
 
+SHARED_ROWS = 100_000  # for searches on PostgreSQL
+
+
+def postgres(bench: Bench) -> Iterator[str]:
+    """What a turn and a search cost on PostgreSQL beside SQLite, and what more servers on one database bring."""
+    with Cluster(fsync="on") as cluster:
+        yield from shared_turns(bench, cluster.database())
+        for count in (1, 2, 3):
+            yield from shared_throughput(bench, cluster.database(), count)
+        yield from shared_search(bench, cluster.database())
+
+
+def shared_turns(bench: Bench, address: str) -> Iterator[str]:
+    """Turns with the server that runs the agents, and with one that forwards them."""
+    got: list[list[float]] = [[], [], []]
+    with bench.serve(bench.database()) as alone, bench.serve(address) as owner, bench.serve(address) as other:
+        for server in (alone, owner):
+            asyncio.run(seed(server, {f"a{number}": 10 for number in range(bench.repeat)}))
+        for number in range(bench.repeat):
+            for server, seconds in zip((alone, owner, other), got, strict=True):
+                seconds.append(median(asyncio.run(talk(server, [f"a{number}"], 20))))
+            yield "postgres: turns"
+    file, *shared = got
+    for what, goal, seconds in zip(("", " through another server"), (2, None), shared, strict=True):
+        told, floor = milliseconds(median(seconds)), f"SQLite: {milliseconds(median(file))}"
+        shares = [ours / other for ours, other in zip(seconds, file, strict=True)]
+        bench.add(f"turn of one step on PostgreSQL{what} / on SQLite", told, floor, shares, goal)
+
+
+def shared_throughput(bench: Bench, address: str, count: int) -> Iterator[str]:
+    clients, seconds, got = 128, 2.0, []
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(bench.serve(address)) for _ in range(count)]
+        for number in range(bench.repeat):
+            got.append(asyncio.run(turns_a_second(servers, clients, f"s{number}", seconds)) / seconds)
+            yield f"postgres: {count} servers"
+    what = f"turns a second, model at 200 ms, {clients} clients, on PostgreSQL with {count} servers"
+    bench.add(what, f"{median(got):.0f} of {clients / 0.2:.0f}", "", got, None)
+
+
+def shared_search(bench: Bench, address: str) -> Iterator[str]:
+    """Searches of one agent's memory for two words."""
+    p95 = []
+    for path in (address, bench.database()):
+        archive = Filled(path, texts())
+        for _ in range(SHARED_ROWS // STEP):
+            archive.insert(STEP)
+            yield f"postgres: {archive.rows:,} rows indexed"
+        asked = [" ".join(text.split()[:2]) for text in itertools.islice(texts(), QUERIES)]
+        p95.append(1000 * percentile([archive.search(query) for query in asked], 0.95))
+        archive.database.close()
+    told, floor = f"{p95[0]:.1f} ms", f"SQLite: {p95[1]:.1f} ms"
+    bench.add(f"query with {SHARED_ROWS:,} rows on PostgreSQL, p95", told, floor, p95[:1], 100, unit=" ms")
+
+
 BENCHES: dict[str, tuple[Callable[[Bench], Iterator[str]], int, int]] = {
     "size": (size, 1, 0),
     "turn": (turns, 3, 3),
@@ -452,6 +511,7 @@ BENCHES: dict[str, tuple[Callable[[Bench], Iterator[str]], int, int]] = {
     "idle": (idle, 0, 1),
     "start": (start, 0, 1),
     "search": (search, 2, 0),
+    "postgres": (postgres, 2 * SHARED_ROWS // STEP, 4),
 }
 """What is measured, in how many steps, and in how many more for each repetition."""
 

@@ -48,6 +48,7 @@ class Soak:
         self.what, self.seed, self.full = what, seed, full
         self.count = full if count is None else count
         self.rng = random.Random(seed)
+        self.given: dict[str, int | None] = {}  # what flags of a script's own say, see size
         self.faults: dict[str, list[str]] = collections.defaultdict(list)  # by kind; of each kind there must be none
         self.missed: list[str] = []  # figures that are missed, but for times, which depend on what else runs
         self._figures: list[tuple[str, str, str, bool]] = []
@@ -58,6 +59,11 @@ class Soak:
     def part(self, whole: int) -> int:
         """A number of the table, in proportion to --count; at least 1."""
         return max(1, round(whole * self.count / self.full))
+
+    def size(self, name: str, whole: int, least: int = 1) -> int:
+        """How many of something: as its flag says, else in proportion to --count."""
+        given = self.given.get(name)
+        return max(least, self.part(whole)) if given is None else given
 
     def total(self, total: float) -> None:
         """How many steps the whole run has, where it is not the count."""
@@ -117,15 +123,25 @@ class Soak:
         return 0 if passed else 1
 
 
-def run(main: Callable[[Soak], Coroutine[Any, Any, None]], what: str, full: int) -> None:
-    """Run a script; its exit status is 1 when a figure is missed."""
+def run(main: Callable[[Soak], Coroutine[Any, Any, None]], what: str, full: int, *sizes: str) -> None:
+    """Run a script, with a flag for each of the sizes; its exit status is 1 when a figure is missed."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--seed", type=int, default=1, help="what the run draws at random from (1)")
     parser.add_argument("--count", type=int, default=full, help=f"how many cases; the figure asks for {full:,}")
+    for name in sizes:
+        parser.add_argument(f"--{name}", type=int, help=f"how many {name}; in proportion to the count unless given")
     given = parser.parse_args()
     soak = Soak(what, full, given.count, given.seed)
-    asyncio.run(main(soak))
+    soak.given = {name: getattr(given, name) for name in sizes}
+    asyncio.run(_until_ended(main(soak)))
     sys.exit(soak.finish())
+
+
+async def _until_ended(work: Coroutine[Any, Any, None]) -> None:
+    """What a run has started is ended also where it is told to end itself."""
+    task = asyncio.ensure_future(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    await task
 
 
 async def until(holds: Callable[[], bool], seconds: float) -> bool:
