@@ -8,7 +8,9 @@ import asyncio
 import collections
 import contextlib
 import functools
+import itertools
 import json
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -34,17 +36,17 @@ def answer(body: Body) -> Reply:
 
 
 class Lag:
-    """One case: a server, a client that lags behind, another one that makes events; the messages of the first."""
+    """One case: an agent, a client that lags behind, another one that makes events; the messages of the first."""
 
-    def __init__(self, place: Site, server: Serving, late: Wire, other: Wire, subscribed: bool) -> None:
+    def __init__(self, place: Site, server: Serving, agent: str, late: Wire, other: Wire, subscribed: bool) -> None:
         self.place, self.server, self.late, self.other, self.subscribed = place, server, late, other, subscribed
-        self.count = place.soak.count
+        self.agent, self.count = agent, place.soak.count
         self.sent: dict[str, tuple[str, str]] = {}  # by turn_id: the text, the request's id
 
     async def say(self, text: str) -> None:
         """Send a message from the client that lags."""
         turn_id = f"turn {len(self.sent)}"
-        self.sent[turn_id] = text, await self.late.say(text, agent_name="sam", turn_id=turn_id)
+        self.sent[turn_id] = text, await self.late.say(text, agent_name=self.agent, turn_id=turn_id)
 
     async def fall_behind(self, waiting: int) -> None:
         """A turn runs until it is released, others wait behind it; then nothing more fits, and events come."""
@@ -53,8 +55,6 @@ class Lag:
         await asyncio.to_thread(self.place.endpoint.wait_requests, asked + 1)
         for number in range(waiting):
             await self.say(f"And then {number}?")
-        await self.other.ok("create_agent", config={"name": "filler"})
-        await self.other.ok("insert_passage", agent_name="filler", text="x" * 20_000)
         for _ in range(FILLING // 20_000):
             await self.late.request("search_memory", agent_name="filler", query="")
         await self.events()
@@ -63,14 +63,14 @@ class Lag:
         """So many events more, by another client."""
         for number in range(self.count):
             value = f"Number {len(self.other.frames)} {number}"
-            await self.other.ok("set_block", agent_name="sam", label="human", value=value)
+            await self.other.ok("set_block", agent_name=self.agent, label="human", value=value)
 
     async def release(self) -> None:
         """Let the model answer, until no turn runs or waits."""
         self.place.endpoint.release()
         async with asyncio.timeout(20):
             while "running" in str(await self.other.ok("list_agents")):
-                await self.other.ok("get_agent", agent_name="sam")
+                await self.other.ok("get_agent", agent_name=self.agent)
 
 
 async def go_on(lag: Lag) -> None:
@@ -82,13 +82,13 @@ async def go_on(lag: Lag) -> None:
 async def cancel(lag: Lag) -> None:
     """Somebody else cancels a message that waits, and a turn that runs."""
     for turn_id in reversed(lag.sent):
-        await lag.other.ok("cancel", agent_name="sam", turn_id=turn_id)
+        await lag.other.ok("cancel", agent_name=lag.agent, turn_id=turn_id)
     await lag.events()
 
 
 async def delete(lag: Lag, *, purge: bool = False) -> None:
     """Somebody else deletes the agent; purged, nothing of it is left on disk."""
-    await lag.other.ok("delete_agent", agent_name="sam", force=True, purge=purge)
+    await lag.other.ok("delete_agent", agent_name=lag.agent, force=True, purge=purge)
 
 
 async def stop(lag: Lag) -> None:
@@ -114,37 +114,37 @@ ENDS, TWICE = "messages without exactly one terminal frame", "events twice, miss
 
 
 @contextlib.asynccontextmanager
-async def lagging(place: Site, server: Serving, subscribed: bool) -> AsyncIterator[tuple[Lag, socket.socket]]:
-    """Two clients and the agent to which one of them talks, which may have subscribed; and the socket of that one."""
-    line = await narrow_socket(server.port)
-    async with client(server, "*", sock=line, max_queue=1) as late, client(server, "*", agent={"name": "sam"}) as other:
-        await other.ok("subscribe", agent_name="sam")
-        if subscribed:
-            await late.ok("subscribe", agent_name="sam", after=0)
-        yield Lag(place, server, late, other, subscribed), line
-
-
-async def case(soak: Soak, kind: str, subscribed: bool) -> None:
-    """Lag behind, read on, and look at what came."""
-    name = f"{kind}, {'subscribed' if subscribed else 'sender only'}"
-    waiting, happens = KINDS[kind]
+async def serving(soak: Soak) -> AsyncIterator[tuple[Site, Serving]]:
+    """A server, with an agent whose one passage fills what the system takes for a client."""
     constants: JSON = {"READER_PATIENCE": 600.0, "PING_TIMEOUT": 600.0, "RING": min(256, soak.count - 20)}
     async with site(soak, answer) as place:
         with place.serve(constants=constants, fail=True, sync="normal") as server:
-            async with lagging(place, server, subscribed) as (lag, line):
-                try:
-                    await lag.fall_behind(waiting)
-                    await happens(lag)
-                    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
-                    await (read_to_the_end(lag) if happens is stop else read_on(lag))
-                except (TimeoutError, AssertionError) as error:
-                    soak.fault(ENDS, f"{name}: {error!r}")
-                look_at_ends(soak, name, lag)
-                look_at_events(soak, name, lag)
-        if happens is stop:
-            with place.serve() as server:
-                await send_again(soak, name, server, lag)
+            async with client(server, agent={"name": "filler"}) as wire:
+                await wire.ok("insert_passage", text="x" * 20_000)
+            yield place, server
+
+
+async def case(place: Site, server: Serving, kind: str, subscribed: bool) -> tuple[str, Lag]:
+    """Lag behind, read on, and look at what came; the case's name, and the case."""
+    soak, name = place.soak, f"{kind}, {'subscribed' if subscribed else 'sender only'}"
+    waiting, happens = KINDS[kind]
+    line, agent = await narrow_socket(server.port), re.sub(r"\W+", "-", name)
+    async with client(server, "*", sock=line, max_queue=1) as late, client(server, "*", agent={"name": agent}) as other:
+        await other.ok("subscribe", agent_name=agent)
+        if subscribed:
+            await late.ok("subscribe", agent_name=agent, after=0)
+        lag = Lag(place, server, agent, late, other, subscribed)
+        try:
+            await lag.fall_behind(waiting)
+            await happens(lag)
+            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+            await (read_to_the_end(lag) if happens is stop else read_on(lag))
+        except (TimeoutError, AssertionError) as error:
+            soak.fault(ENDS, f"{name}: {error!r}")
+        look_at_ends(soak, name, lag)
+        look_at_events(soak, name, lag)
     soak.step()
+    return name, lag
 
 
 async def read_to_the_end(lag: Lag) -> None:
@@ -202,7 +202,9 @@ async def send_again(soak: Soak, name: str, server: Serving, lag: Lag) -> None:
     """After a stop the same messages again: each has exactly one terminal frame, also those that had one before."""
     async with client(server, "*") as wire:
         for turn_id, (text, _) in lag.sent.items():
-            ends = [frame for frame in await wire.turn(text, agent_name="sam", turn_id=turn_id) if is_terminal(frame)]
+            ends = [
+                frame for frame in await wire.turn(text, agent_name=lag.agent, turn_id=turn_id) if is_terminal(frame)
+            ]
             before = [frame for frame in lag.late.frames if frame.get("turn_id") == turn_id and is_terminal(frame)]
             if len(ends) != 1 or (before and "seq" in before[0] and before[0]["seq"] != ends[0].get("seq")):
                 soak.fault(ENDS, f"{name} {turn_id}, sent again: {before} {ends}")
@@ -211,9 +213,16 @@ async def send_again(soak: Soak, name: str, server: Serving, lag: Lag) -> None:
 async def main(soak: Soak) -> None:
     soak.total(2 * len(KINDS))
     soak.none(ENDS, TWICE)
-    for kind in KINDS:
-        for subscribed in (True, False):
-            await case(soak, kind, subscribed)
+    async with serving(soak) as (place, server):
+        for kind, subscribed in itertools.product(KINDS, (True, False)):
+            if kind != "stop":
+                await case(place, server, kind, subscribed)
+    for subscribed in (True, False):
+        async with serving(soak) as (place, server):
+            name, lag = await case(place, server, "stop", subscribed)
+            await asyncio.to_thread(server.wait)
+            with place.serve() as again:
+                await send_again(soak, name, again, lag)
 
 
 if __name__ == "__main__":
