@@ -49,7 +49,7 @@ Glossary:
     session           one connection
 
 Not covered: TLS (a proxy's job), users and permissions (whoever may connect may use every agent), running code
-that comes over the wire (there is none), several servers on one database.
+that comes over the wire (there is none).
 """
 
 from __future__ import annotations
@@ -2287,6 +2287,8 @@ class Leases:
                 with contextlib.closing(connection):
                     self._hold(connection)
             except sqlite3.Error as error:
+                if not self._failure:
+                    logger.warning("the database is away: %s", error)
                 self._failure = str(error)
                 self._news.wait(LEASE_PULSE)
 
@@ -7385,6 +7387,12 @@ class LiveAgent:
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
+    def take_name(self, name: str) -> None:
+        """Be known under the name from now on."""
+        self.agents.live.pop(self.name, None)
+        self.agents.live[name] = self
+        self.name = name
+
     def gone_error(self) -> Refused:
         """What a message to an agent gets that is no longer in use."""
         if self.gone:
@@ -7642,7 +7650,7 @@ class SharedAgent(LiveAgent):
         while True:
             with self._failing():
                 name, owner, _ = await self.agents.store.read(find_owner, self.id)
-                self._take_name(name)
+                self.take_name(name)
                 address = owner.rpartition("#")[0]
                 if address not in ("", self._leases.address):
                     await self._relay(address)
@@ -7676,7 +7684,7 @@ class SharedAgent(LiveAgent):
             self._end(item)
         self.publish(StoredEvent(seq, kind, turn_id, encode_json(event)))
         if frame.get("change") == "renamed":
-            self._take_name(frame["new_name"])
+            self.take_name(frame["new_name"])
         elif frame.get("change") == "deleted":
             self._leave()
 
@@ -7684,11 +7692,6 @@ class SharedAgent(LiveAgent):
         """It has run elsewhere: its readers get its end as an event."""
         self.waiting.remove(item)
         item.done.set_result(None)
-
-    def _take_name(self, name: str) -> None:
-        if name != self.name:
-            self.agents.live[name] = self.agents.live.pop(self.name)
-            self.name = name
 
     def _leave(self) -> None:
         """The agent was deleted."""
@@ -7776,11 +7779,13 @@ class Agents:
 
     async def _use(self, record: AgentRecord) -> LiveAgent:
         if self.leases:
-            shared = self.live[record.name] = SharedAgent(self, record, self.leases)
+            known = next((live for live in self.live.values() if live.id == record.id), None)
+            shared = known or SharedAgent(self, record, self.leases)
+            shared.take_name(record.name)
             return shared
         live = LiveAgent(self, record)
         await live.open(record)
-        self.live[record.name] = live
+        live.take_name(record.name)
         live.rest()
         self.memory_growth.set()
         return live
@@ -7813,8 +7818,8 @@ class Agents:
             event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
             events, last_seq = await self.store.write(rename_agent, live.id, name, event, live.lease)
             live.publish(*events)
-            self.live[name] = self.live.pop(live.name)
-            live.name = live.agent.record.name = name
+            live.take_name(name)
+            live.agent.record.name = name
             live.last_seq = last_seq  # under a name that was in use before, they go on above that
         return name
 
