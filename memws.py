@@ -7477,7 +7477,7 @@ class LiveAgent:
             raise Refused("queue_full", f"{len(self.waiting)} messages wait for agent {self.name!r}; try again later")
 
     def _kick(self) -> None:
-        if self.waiting and not (self.current or self.agents.stopping):
+        if self.here and self.waiting and not (self.current or self.agents.stopping):
             self.current = self.waiting.popleft()
             self.agents.spawn(self._run(self.current))
 
