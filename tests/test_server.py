@@ -846,6 +846,13 @@ async def test_deltas_are_live(client: Wire, endpoint: Endpoint) -> None:
     assert await client.until(is_terminal) == [bare(frame) for frame in frames if "seq" in frame]
 
 
+REFUSE = "CREATE TRIGGER broken BEFORE INSERT ON {} BEGIN SELECT RAISE(ABORT, 'refused'); END", "DROP TRIGGER broken"
+REFUSE_BY_POSTGRES = (
+    "ALTER TABLE {} ADD CONSTRAINT broken CHECK (false) NOT VALID",
+    "ALTER TABLE {} DROP CONSTRAINT broken",
+)
+
+
 @on_both
 @pytest.mark.parametrize("table", ["messages", "events"])
 async def test_a_message_that_cannot_be_stored_is_refused(
@@ -853,13 +860,14 @@ async def test_a_message_that_cannot_be_stored_is_refused(
 ) -> None:
     """When the database refuses a user's message it is refused as store_failed, and works once the database does."""
     await client.ok("subscribe")
+    refuse, take = REFUSE_BY_POSTGRES if server.options.db.startswith(memws.POSTGRES) else REFUSE
     with beside(server) as connection:
-        connection.execute(f"ALTER TABLE {table} RENAME TO lost")
+        connection.execute(refuse.format(table))
         (refusal,) = await client.turn("hi", turn_id="t")
         assert (refusal["code"], "seq" in refusal, refusal["turn_id"]) == ("store_failed", False, "t")
         if table == "events":
             assert (await client.refused("insert_passage", text="x"))["code"] == "store_failed"
-        connection.execute(f"ALTER TABLE lost RENAME TO {table}")
+        connection.execute(take.format(table))
     assert endpoint.requests == []
     last = (await client.ok("get_agent"))["last_seq"]
     frames = await client.turn("hi", turn_id="t")
