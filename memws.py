@@ -3185,6 +3185,7 @@ class Endpoint:
         self.base_url, self.idle_timeout = base_url, idle_timeout
         self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
         self.options: JSON = {"api_key": self.key or "none", "max_retries": 0}
+        self.place = "api.openai.com/v1"  # its address without a scheme and a user
         if base_url:
             if not _ADDRESS.fullmatch(base_url.strip()):
                 raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(base_url)}")
@@ -3192,6 +3193,7 @@ class Endpoint:
             path = parts.path.rstrip("/").removesuffix("/chat/completions")
             query = dict(urllib.parse.parse_qsl(parts.query))
             headers = {"api-key": self.key} if "api-version" in query else {}  # as Azure has it
+            self.place = f"{parts.netloc.rpartition('@')[2]}{path}"
             address = f"{parts.scheme}://{parts.netloc}{path}"
             self.options |= {"base_url": address, "default_query": query, "default_headers": headers}
         self._clients: list[Any] = []
@@ -3263,24 +3265,18 @@ class OpenAIModel:
         self.name, self.endpoint = name, endpoint
         sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
         self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)
-        url = urllib.parse.urlsplit(endpoint.base_url or "//api.openai.com/v1")
-        maker = f"{name} at {url.netloc.rpartition('@')[2]}{url.path.rstrip('/')}"
-        maker = re.sub(r'[",\\]', "_", maker)
+        maker = re.sub(r'[",\\]', "_", f"{name} at {endpoint.place}")
         self.learned = Learned([maker])
         with contextlib.suppress(LookupError, ValueError, TypeError, InvalidRequest):  # another memws may have told it
             self.learned = Learned(**function_of(Learned).bind(decode_json(recalled[f"learned {maker}"])))
 
     def head(self, settings: JSON) -> str:
         options: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
-        return encode_json(self._adapted(options))
-
-    def _adapted(self, options: JSON) -> JSON:
-        """The options of a request as the endpoint takes them."""
         for name, refused, instead in self.learned.options:
             if options.get(name) == refused:
                 options = {**options, name: None, **instead}
         unwanted = None if options.get("stream") else "stream_options"
-        return {name: value for name, value in options.items() if value is not None and name != unwanted}
+        return encode_json({name: value for name, value in options.items() if value is not None and name != unwanted})
 
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
         has_words, has_choices, is_over, now = False, False, False, asyncio.get_running_loop().time
@@ -3366,7 +3362,7 @@ class OpenAIModel:
         text += f"; it asks to wait {wait:g} s" if wait else ""
         retry = bool(remedy) and (wait or 0) <= MAX_RETRY_AFTER
         wait = wait or LOADING_PAUSE if remedy == "wait" else wait
-        error = ModelError(code, text, retry=retry, retry_after=wait, learned=self._adapted(sent) != sent)
+        error = ModelError(code, text, retry=retry, retry_after=wait)
         written = refusal.fields.get("failed_generation") or ""
         error.generation = written if isinstance(written, str) else encode_json(written)
         error.loading = retry and remedy == "wait"
@@ -3432,22 +3428,17 @@ class Embedder:
         return vectors
 
     async def _ask(self, texts: list[str]) -> list[bytes]:
-        """The vectors of texts; where they are refused together, one by one. Raises whatever fails."""
+        """The vectors of texts; where they are refused together, of each half. Raises whatever fails."""
         try:
-            return await self._request(texts)
+            async with self._endpoint.client() as client:
+                answer = await client.embeddings.create(model=self.name, input=texts)
         except Exception as error:
-            if getattr(error, "status_code", 0) not in (400, 413, 422):
+            if getattr(error, "status_code", 0) not in (400, 413, 422) or texts == ["text"]:
                 raise
-            probes = [*texts, "text"]  # where the last is refused as well, it is for no text's sake
-            answers = await asyncio.gather(*(self._request([text]) for text in probes), return_exceptions=True)
-            vectors = [b"" if isinstance(each, BaseException) else each[0] for each in answers]
-            if not any(vectors):
-                raise
-            return vectors[:-1]
-
-    async def _request(self, texts: list[str]) -> list[bytes]:
-        async with self._endpoint.client() as client:
-            answer = await client.embeddings.create(model=self.name, input=texts)
+            if half := len(texts) // 2:
+                return await self._ask(texts[:half]) + await self._ask(texts[half:])
+            await self._ask(["text"])  # where this is refused as well, it is for no text's sake
+            return [b""]
         vectors = [pack_vector(item.embedding) for item in sorted(answer.data, key=lambda item: item.index)]
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) != 1:
             raise ValueError(f"{len(vectors)} vectors for {len(texts)} texts")
@@ -3698,8 +3689,7 @@ class Models:
             text = "offline, a rule-based stand-in, not a language model"
             return f"{text}; for a real one set OPENAI_API_KEY, or --base-url and --model"
         vectors = f", embeddings by {self.embedder.name}" if self.embedder else ""
-        address = re.sub("//[^/]*@", "//", self.endpoint.options.get("base_url", "OpenAI"))
-        return f"{self.default} at {address}{vectors}"
+        return f"{self.default} at {self.endpoint.place}{vectors}"
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
