@@ -1029,13 +1029,13 @@ async def test_a_store_that_fails_around_a_tool(
 
 WRONG = beat("core_memory_replace", name="human", old_content="x", new_content="y")
 SCENES: dict[str, tuple[Answer, str]] = {  # what the model answers, and what happens
+    "a compaction": (Reply("They talked."), "compaction"),
     "a turn": (greet, "turn"),
     "a heartbeat": (greet, "heartbeat"),
     "parallel calls": (Reply("I note it.", calls=[APPEND, NOTE]), "turn"),
     "plain text": (Reply("Hello!"), "turn"),
     "a failed tool": (Reply(calls=[WRONG]), "turn"),
     "a cancel": (Reply(calls=[STORY], stall_after=6), "cancel"),
-    "a compaction": (Reply("They talked."), "compaction"),
     "a crash": (Reply(hold=True), "crash"),
 }
 WANTS = ["alternation", "no tool role", "user after tool", "no system role", "nine-character ids", "content or calls"]

@@ -3,7 +3,6 @@
 import ast
 import re
 import symtable
-import sys
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +33,6 @@ LINES, LONGEST, NINE_IN_TEN, MEDIAN = 7_820, 60, 30, 8
 """Lines of the file without the panel's section, and of its functions."""
 NEVER = {"TYPE_CHECKING", "globals", "eval", "exec", "compile", "__import__"}
 CODE_PACKAGES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code"}
-RUN_TIME = {"websockets", *sys.stdlib_module_names}
 SQL = re.compile(
     r"\b(SELECT\s.+\sFROM|INSERT\s+(OR\s+\w+\s+)?INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|(CREATE|ALTER|DROP)\s+\w+|"
     r"PRAGMA\s+\w+|BEGIN\s+IMMEDIATE)\b",
@@ -131,15 +129,6 @@ def is_quoted(annotation: ast.expr) -> bool:
     return any(is_quoted(child) for child in ast.iter_child_nodes(annotation) if isinstance(child, ast.expr))
 
 
-def heavy_imports(module: Module) -> list[str]:
-    """At the top only websockets and the standard library are imported, all of it in the header."""
-    functions = [node for _, node in module.nodes() if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    inside = {inner for function in functions for inner in ast.walk(function)}
-    outside = [(section, node) for section, node in module.nodes() if node not in inside and imported(node)]
-    wrong = [(section, node) for section, node in outside if section != 0 or not imported(node) <= RUN_TIME]
-    return [f"{TABLE[section][0]}: {ast.unparse(node)}" for section, node in wrong]
-
-
 def imported(node: ast.AST) -> set[str]:
     """The packages that a node imports."""
     if isinstance(node, ast.Import):
@@ -200,7 +189,7 @@ def too_long(module: Module) -> list[str]:
 
 
 Rule = Callable[[Module], list[str]]
-RULES: list[Rule] = [upward_names, tricks, heavy_imports, sql_outside_store, map_and_banners, too_long]
+RULES: list[Rule] = [upward_names, tricks, sql_outside_store, map_and_banners, too_long]
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +215,6 @@ PLANTED: dict[str, tuple[Rule, str]] = {
     "server = globals()['Server']": (tricks, "globals: server = globals()['Server']"),
     "def f():\n import memws": (tricks, "imports: import memws"),
     "from . import Server": (tricks, "imports: from . import Server"),
-    "try:\n import openai\nexcept ImportError: pass": (heavy_imports, "Constants: import openai"),
-    "import asyncio": (heavy_imports, "Constants: import asyncio"),
     "def f():\n import pickle": (tricks, "imports: import pickle"),
     "def f(table): return f'SELECT * FROM {table}'": (sql_outside_store, "Constants: 'SELECT * FROM '"),
     "def f():\n try: pass\n except sqlite3.Error: pass": (sql_outside_store, "sqlite3: def f():"),

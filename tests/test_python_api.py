@@ -31,7 +31,6 @@ Server = memws.WebSocketServer
 Serve = Callable[..., Server]
 Log = pytest.LogCaptureFixture
 Patch = pytest.MonkeyPatch
-Capsys = pytest.CaptureFixture[str]
 MODULE = Path(memws.__file__)
 
 
