@@ -2687,6 +2687,7 @@ class Reply:
         self.usage: JSON | None = None  # {input_tokens, output_tokens}, where the endpoint counts
         self.corrections: list[tuple[str, str]] = []  # (what, how) of all that had to be mended to read it
         self.partial = ""  # what send_message said in a call that was cut
+        self.full = False  # no more of it is taken: MAX_REPLY characters have come, or the last try has failed
         self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
         self.own: JSON = {}  # fields that its maker needs back
         self._size = 0
@@ -2699,11 +2700,6 @@ class Reply:
     @property
     def monologue(self) -> str:
         return "\n".join(filter(None, (self.reasoning, self.text)))
-
-    @property
-    def full(self) -> bool:
-        """No more of it is taken: MAX_REPLY characters have come, or the last try has failed."""
-        return self._size > MAX_REPLY or self.error is not None
 
     @property
     def fault(self) -> str:
@@ -2729,12 +2725,13 @@ class Reply:
             delta = choice.get("delta") or {}
             self._streams = self._streams or bool(delta.get("content") or delta.get("tool_calls"))
             message = {} if self._streams else choice.get("message") or {}  # some end a stream with all of it again
-            self._feed_delta(delta | message, is_whole=bool(message))
+            self._feed_delta(delta | message)
+            self.full = self._size > MAX_REPLY
         except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
             text = f"the endpoint's answer is no chat completion ({type(error).__name__})"
             raise ModelError("model_unavailable", text, retry=True) from None
 
-    def _feed_delta(self, delta: JSON, is_whole: bool) -> None:
+    def _feed_delta(self, delta: JSON) -> None:
         content, thoughts = delta.get("content"), []
         if isinstance(content, list):
             thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS]
@@ -2743,13 +2740,14 @@ class Reply:
         self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
         self.refusal += self._take(delta.get("refusal"))
         self._keep(self.own, delta)
-        function = delta.get("function_call")  # as before there were tools
-        for place, piece in enumerate(delta.get("tool_calls") or ([{"function": function}] if function else ())):
-            self._feed_call(piece, place if is_whole else piece.get("index"))
+        for piece in delta.get("tool_calls") or ():
+            self._feed_call(piece)
+        if function := delta.get("function_call"):  # as before there were tools
+            self._feed_call(function)
 
-    def _feed_call(self, piece: JSON, number: Any) -> None:
+    def _feed_call(self, piece: JSON) -> None:
         """Take a piece of a call. Endpoints that number all calls 0, or none, are read by ids and names."""
-        function = piece.get("function") or piece
+        function, number = piece.get("function") or piece, piece.get("index")
         call_id, name, text = str(piece.get("id") or ""), function.get("name") or "", function.get("arguments") or ""
         text = text if isinstance(text, str) else encode_json(text)
         index = None if number is None else str(number)
@@ -3196,23 +3194,20 @@ class Endpoint:
             self.place = f"{parts.netloc.rpartition('@')[2]}{path}"
             address = f"{parts.scheme}://{parts.netloc}{path}"
             self.options |= {"base_url": address, "default_query": query, "default_headers": headers}
-        self._clients: list[Any] = []
-        self._free: list[Any] = []  # each client as often as it may take another request
+        self._requests = collections.Counter[Any]()  # under way, by client
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncGenerator[Any, None]:
         """The openai client for one request. Raises UsageError where the package is missing."""
         async with self._making:
-            if not self._free:
-                client = await in_thread(_IMPORT_THREAD, self._make)  # an import, then certificates: 15 ms
-                self._clients.append(client)
-                self._free += [client] * CLIENT_REQUESTS
-            client = self._free.pop()
+            free = (client for client, count in self._requests.items() if count < CLIENT_REQUESTS)
+            client = next(free, None) or await in_thread(_IMPORT_THREAD, self._make)  # an import, certificates: 15 ms
+            self._requests[client] += 1
         try:
             yield client
         finally:
-            self._free.append(client)
+            self._requests[client] -= 1
 
     def _make(self) -> Any:
         openai = import_openai()
@@ -3248,7 +3243,7 @@ class Endpoint:
         for thread in threading.enumerate():
             if thread.name == _IMPORT_THREAD:
                 thread.join()
-        clients, self._clients, self._free = self._clients, [], []
+        clients, self._requests = self._requests, collections.Counter()
         for client in clients:
             await client.close()
 
@@ -4728,7 +4723,7 @@ class Agent:
     def _half(self, turn: Turn, error: ModelError) -> Reply:
         """What there is of an answer that came no further. Raises the error where that tells a waiting user nothing."""
         reply = turn.reply or Reply()
-        reply.finish, reply.error = reply.finish or "aborted", error
+        reply.finish, reply.full, reply.error = reply.finish or "aborted", True, error
         with contextlib.suppress(ModelError):
             read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
