@@ -7661,7 +7661,9 @@ class SharedAgent(LiveAgent):
     def _take_in(self, frame: Frame) -> None:
         """Tell an event of the other server here, and do what it says."""
         kind, seq, turn_id = kind_of(frame), frame.get("seq", 0), frame.get("turn_id", "")
-        event = {name: value for name, value in frame.items() if name not in ("id", "agent_name")}
+        event = {name: value for name, value in frame.items() if name != "agent_name"}
+        if frame["type"] != "agent_response":  # there it is not the id of a message, but that of a passage
+            event.pop("id", None)
         item = self.find(turn_id)
         if item and kind == "agent_response_start":
             item.step = 1
@@ -7963,7 +7965,7 @@ class Reader:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
         request_id: RequestId = None
         if event.kind in TERMINAL_TYPES:
-            if event.turn_id in self._refused:
+            if event.turn_id in self._refused and self.floor is None:
                 return
             request_id = self.turns.pop(event.turn_id, None)
         elif event.kind == "agent_response_start":

@@ -1,0 +1,382 @@
+"""Several servers on one PostgreSQL database, killed and paused: python tests/soak/servers.py [--seed N] [--count N]
+
+Clients follow the agents that they talk to, cancel some turns, and come back to any server, as behind a proxy, when
+they lose theirs. The count is that of kill -9 of servers, which are started again at once; some are stopped for longer
+than their leases last and go on then; and the database is restarted without warning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import random
+import re
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from soaking import GONE, Log, Soak, client, run, until
+
+# isort: split
+from commandline import Serving
+from endpoint import Body, Endpoint, Reply, Request
+from measure import percentile
+from postgres import Cluster
+from wire import EVENTS, JSON, Wire, is_terminal
+
+WHAT, COUNT = "kill -9 of servers that share a database, pauses, restarts of the database", 40
+SIZES = {"servers": (3, 2), "clients": (24, 4), "agents": (60, 6), "pauses": (4, 1), "restarts": (2, 1)}
+"""How many of each a full run has, and at least any; each is a flag, too."""
+OPTIONS = ("--host", "127.0.0.1", "--model", "test-model", "--context-window", "12000", "--max-steps", "6")
+LEASE = 3.0  # seconds after which a server that is paused has lost its agents
+PATIENCE = 4.0, 30.0  # seconds without an end after which clients try another server; longer nobody need wait
+TAKEOVER = 5.0
+GRACE = 0.1  # seconds in which the endpoint hears that a client has left
+
+AGENTS_SQL = "SELECT name, owner, last_seq FROM agents WHERE deleted IS NULL"
+PASSAGES_SQL = "SELECT text, count(*) FROM memory WHERE store = 'archival' AND text LIKE 'passage%' GROUP BY text"
+
+
+class Model:
+    """Answers after a while, sometimes in several steps; sees which requests are open, by agent."""
+
+    def __init__(self, soak: Soak) -> None:
+        self.soak, self.rng = soak, random.Random(f"model {soak.seed}")
+        self.fresh = itertools.count(1)
+        self.open: dict[str, dict[int, tuple[str, float]]] = collections.defaultdict(dict)  # whose, and since when
+        self.paused: dict[str, float] = {}  # by the key of a server: when it was stopped last
+
+    def __call__(self, body: Body) -> Reply:
+        pause = self.rng.choice([0.0, 0.1, 0.3, 1.0, 2.0])
+        if "tools" not in body:
+            return Reply("They talked.", delay=pause)
+        if body["messages"][-1]["role"] == "user" and self.rng.random() < 0.4:
+            note = {"content": f"note {next(self.fresh)}", "request_heartbeat": True}
+            return Reply("I keep it.", calls=[("archival_memory_insert", note)], delay=pause)
+        return Reply("I answer.", [("send_message", {"message": "It is so, and so on. " * 4})], chunk=20, delay=pause)
+
+    def watch(self, request: Request, is_over: bool) -> None:
+        """Two servers ask for one agent at once only where one was paused, which goes on with what it had begun."""
+        named = re.findall(rb"of (agent-\d+)", request.raw)
+        if not named:
+            return
+        open_ones, key, now = self.open[named[-1].decode()], request.headers["authorization"], time.monotonic()
+        if is_over:
+            del open_ones[id(request)]
+            return
+        for number, (other, since) in open_ones.items():
+            if self.paused.get(other, 0.0) <= since:
+                asyncio.get_running_loop().call_later(GRACE, self._judge, open_ones, {number, id(request)}, key, other)
+        open_ones[id(request)] = key, now
+
+    def _judge(self, open_ones: dict[int, tuple[str, float]], both: set[int], *keys: str) -> None:
+        if both <= open_ones.keys():
+            self.soak.fault("model requests of one agent at once", f"of the servers {keys}")
+
+
+class Takeover(NamedTuple):
+    """An agent that lost its server while a client waits for it at another one."""
+
+    victim: Serving
+    begin: float
+    floor: int  # the last seq that the victim has stored
+
+
+class Fleet:
+    """The servers, their database, and what happens to them."""
+
+    def __init__(self, soak: Soak, where: Path, endpoint: Endpoint, model: Model, cluster: Cluster) -> None:
+        self.soak, self.where, self.endpoint, self.model, self.cluster = soak, where, endpoint, model, cluster
+        self.database = cluster.database()
+        self.rng = soak.rng
+        self.logs = [Log(soak, f"agent-{number}") for number in range(soak.size("agents", *SIZES["agents"]))]
+        self.clients = [Client(self, number) for number in range(soak.size("clients", *SIZES["clients"]))]
+        self.started: list[Serving] = []
+        self.servers: list[Serving] = []
+        self.keys: dict[Serving, str] = {}
+        self.pending: dict[tuple[Client, str], Takeover] = {}  # by agent and who waits for it
+        self.takeovers: list[float] = []
+        self.over = False  # there will be no more messages
+        self._resuming: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> Serving:
+        """A server more."""
+        key = f"sk-{len(self.started)}"
+        flags = (*OPTIONS, "--db", self.database, "--base-url", self.endpoint.url)
+        server = Serving(*flags, cwd=self.where, variables={"OPENAI_API_KEY": key})
+        self.started.append(server)
+        self.keys[server] = f"Bearer {key}"
+        await asyncio.to_thread(server.__enter__)
+        if not server.url:
+            await asyncio.to_thread(server.wait)
+            raise RuntimeError(f"a server did not start: {server.log}")
+        return server
+
+    async def agents(self) -> dict[str, tuple[str, int]]:
+        """Who owns each agent, and its last seq, as the database has them."""
+        return {name: (owner, seq) for name, owner, seq in await self.query(AGENTS_SQL)}
+
+    async def query(self, sql: str) -> list[Any]:
+        return await asyncio.to_thread(self.cluster.run, sql, self.database.rpartition("/")[2])
+
+    async def besiege(self) -> None:
+        """Let everything happen, in any order, now and then before the last is over."""
+        pauses, restarts = (self.soak.size(name, *SIZES[name]) for name in ("pauses", "restarts"))
+        faults = [self.kill] * self.soak.count + [self.pause] * pauses + [self.restart] * restarts
+        self.rng.shuffle(faults)
+        self.soak.total(len(faults) + len(self.logs))
+        for fault in faults:
+            if self.rng.random() < 0.7:
+                await until(lambda: not self.pending, 2 * TAKEOVER)
+            await asyncio.sleep(self.rng.uniform(0.2, 3.0))
+            await fault()
+            self.soak.step()
+        await until(lambda: not self.pending, 2 * TAKEOVER)
+        self.forget()
+        await asyncio.gather(*self._resuming)
+
+    async def kill(self) -> None:
+        """Kill a server, which may be paused, and start another in its place."""
+        place = self.rng.randrange(len(self.servers))
+        await self.strike(self.servers[place], signal.SIGKILL)
+        self.servers[place] = await self.start()
+
+    async def pause(self) -> None:
+        """Stop a server for longer than its leases last."""
+        server = self.rng.choice(self.servers)
+        self.model.paused[self.keys[server]] = time.monotonic()
+        await self.strike(server, signal.SIGSTOP)
+
+        async def resume() -> None:
+            await asyncio.sleep(LEASE + self.rng.uniform(2.0, 6.0))
+            server.process.send_signal(signal.SIGCONT)
+
+        self._resuming.add(asyncio.create_task(resume()))
+
+    async def restart(self) -> None:
+        """Restart the database, as if it had been killed."""
+        self.forget()
+        await asyncio.to_thread(self.cluster.stop, "immediate")
+        await asyncio.to_thread(self.cluster.start)
+        self.forget()
+
+    async def strike(self, server: Serving, number: signal.Signals) -> None:
+        """Send a signal, and note which agents others have to take over because somebody waits for them."""
+        self.forget()
+        owned = {
+            name: owner for name, (owner, _) in (await self.agents()).items() if owner.startswith(f"{server.url}#")
+        }
+        begin = time.monotonic()
+        server.process.send_signal(number)
+        if number == signal.SIGKILL:
+            await asyncio.to_thread(server.wait)
+        for name, (_, last_seq) in (await self.agents()).items():
+            for each in self.clients:
+                if name in owned and each.server is not server and name in each.waits():
+                    self.pending[each, name] = Takeover(server, begin, last_seq)
+
+    def hear(self, told: Client, name: str, seq: int) -> None:
+        """A client was told an event: of the new server, or one that the victim had stored."""
+        takeover = self.pending.get((told, name))
+        if takeover and seq > takeover.floor and told.server is not takeover.victim:
+            self.taken(told, name)
+        elif takeover and name not in told.waits():
+            del self.pending[told, name]
+
+    def taken(self, told: Client, name: str) -> None:
+        self.takeovers.append(time.monotonic() - self.pending.pop((told, name)).begin)
+
+    def forget(self) -> None:
+        """What comes now may hold up a takeover that is not late yet."""
+        for place, takeover in list(self.pending.items()):
+            if time.monotonic() - takeover.begin > TAKEOVER:
+                self.taken(*place)
+        self.pending.clear()
+
+    async def run(self) -> None:
+        """Make the agents, let the clients talk to them while servers come and go, and look at what is left."""
+        self.servers = [await self.start() for _ in range(self.soak.size("servers", *SIZES["servers"]))]
+        async with client(self.servers[0]) as wire:
+            for log in self.logs:
+                await wire.ok("create_agent", config={"name": log.name})
+        working = [asyncio.create_task(each.work()) for each in self.clients]
+        await self.besiege()
+        self.over = True
+        _, late = await asyncio.wait(working, timeout=3 * max(PATIENCE))
+        for task in late:
+            task.cancel()
+        for each in self.clients:
+            for turn_id in each.open:
+                self.soak.fault("messages without an end", turn_id)
+        await asyncio.gather(*working, return_exceptions=not late)
+        await self.compare()
+        for server in self.servers:
+            if await asyncio.to_thread(server.end) != 0:
+                self.soak.fault("servers that crash", server.log[-500:])
+
+    async def compare(self) -> None:
+        """What is stored is what each client was told; turns do not overlap; what was acknowledged is there once."""
+        async with client(self.servers[-1], "*") as wire:
+            for log in self.logs:
+                running = ""
+                for seq, event in (await log.compare(wire)).items():
+                    if event["type"] == "agent_response_start" and running:
+                        self.soak.fault("turns of one agent that overlap", f"{log.name} {seq}: {running}, {event}")
+                    if event["type"] == "agent_response_start" or is_terminal(event):
+                        running = "" if is_terminal(event) else event["turn_id"]
+                self.soak.step()
+        found = dict(await self.query(PASSAGES_SQL))
+        for text, is_acknowledged in [item for each in self.clients for item in each.passages.items()]:
+            if found.get(text, 0) not in ({1} if is_acknowledged else {0, 1}):
+                self.soak.fault("passages lost or doubled", f"{text}: {found.get(text, 0)}, {is_acknowledged}")
+
+    def leave(self) -> None:
+        """End all servers, whatever happened; none of them has logged a traceback."""
+        for server in self.started:
+            if hasattr(server, "process"):
+                server.__exit__()
+            for part in server.log.split("Traceback")[1:]:
+                self.soak.fault("tracebacks in logs", part[:1_500])
+
+
+class Client:
+    """One client, which follows its agents and talks to them, at one server after another."""
+
+    def __init__(self, fleet: Fleet, number: int) -> None:
+        self.fleet, self.soak, self.number = fleet, fleet.soak, number
+        self.rng = random.Random(f"{fleet.soak.seed} client {number}")
+        own = set(fleet.logs[number :: fleet.soak.size("clients", *SIZES["clients"])])
+        own.update(self.rng.sample(fleet.logs, min(5, len(fleet.logs))))
+        self.logs = {log.name: log for log in sorted(own, key=lambda log: log.name)}
+        self.last = dict.fromkeys(self.logs, 0)  # the newest seq that it was told
+        self.fresh = itertools.count(1)
+        self.open: dict[str, Log] = {}  # by turn_id: messages whose end it was not told
+        self.cancelled: set[str] = set()
+        self.passages: dict[str, bool] = {}  # whether each was acknowledged
+        self.server: Serving | None = None
+        self.marks: dict[str, str] = {}  # of what it waits for on this connection: the turn_id by the id
+
+    def waits(self) -> set[str]:
+        """The agents from which it waits for an end."""
+        return {self.open[turn_id].name for turn_id in self.marks.values()}
+
+    async def work(self) -> None:
+        """Go on until all is said and has its end."""
+        while self.open or not self.fleet.over:
+            self.server, patience = self.rng.choice(self.fleet.servers), self.rng.choice(PATIENCE)
+            with contextlib.suppress(*GONE):
+                async with asyncio.timeout(patience) as limit:
+                    async with client(self.server, "*", open_timeout=PATIENCE[0], close_timeout=1) as wire:
+                        await self.follow(wire)
+                        while self.open or not self.fleet.over:
+                            limit.reschedule(asyncio.get_running_loop().time() + patience)
+                            await self.talk(wire)
+            if limit.expired() and patience == max(PATIENCE):
+                self.soak.fault("clients that wait too long", f"{self.number}: {self.marks}")
+            self.marks.clear()
+            await asyncio.sleep(self.rng.random() / 4)
+
+    async def follow(self, wire: Wire) -> None:
+        for name in self.logs:
+            await self.ask(wire, "subscribe", agent_name=name, after=self.last[name])
+
+    async def ask(self, wire: Wire, command: str, **fields: Any) -> None:
+        """Send a command that works. Raises ConnectionError where the database is away."""
+        mark = await wire.request(command, **fields)
+        while (frame := await wire.receive()).get("id") != mark:
+            self.hear(frame)
+        self.hear(frame)
+        if not frame["ok"]:
+            raise ConnectionError(frame["status"])
+
+    async def talk(self, wire: Wire) -> None:
+        """Say what has no end yet, and more, and wait for all of it; now and then cancel, or keep a passage."""
+        wire.frames.clear()
+        if self.rng.random() < 0.1:
+            text = f"passage{self.number}x{len(self.passages)}"
+            self.passages[text] = False
+            await self.ask(wire, "insert_passage", agent_name=self.rng.choice([*self.logs]), text=text)
+            self.passages[text] = True
+        if not self.fleet.over and len(self.open) < 3:
+            for _ in range(self.rng.choice([1, 1, 2, 3])):
+                self.say()
+        for turn_id, log in self.open.items():
+            mark = await wire.say(log.sent[turn_id], agent_name=log.name, turn_id=turn_id)
+            self.marks[mark] = turn_id
+        if self.marks and self.rng.random() < 0.1:
+            turn_id = self.rng.choice([*self.open])
+            self.cancelled.add(turn_id)
+            await asyncio.sleep(self.rng.random() / 2)
+            await wire.request("cancel", agent_name=self.open[turn_id].name, turn_id=turn_id)
+        while self.marks:
+            self.hear(await wire.receive())
+        await asyncio.sleep(self.rng.random())
+
+    def say(self) -> None:
+        """A fresh message."""
+        log = self.rng.choice([*self.logs.values()])
+        turn_id, _ = log.message(f"{self.number}-{next(self.fresh)}")
+        self.open[turn_id] = log
+
+    def hear(self, frame: JSON) -> None:
+        """Take note of a frame. Raises ConnectionError for a subscription that ends because the database is away."""
+        is_event = frame["type"] in EVENTS and "seq" in frame
+        if is_event:
+            self.keep(frame["agent_name"], frame["seq"], frame)
+        elif not frame.get("ok", True) and frame["error"]["code"] not in ("store_failed", "unknown_turn"):
+            self.soak.fault("commands that are refused", frame)
+        if is_terminal(frame) and "id" in frame:
+            self.end(frame)
+        elif is_terminal(frame) and not is_event:
+            raise ConnectionError(frame["message"])
+        if is_event:
+            self.fleet.hear(self, frame["agent_name"], frame["seq"])
+
+    def keep(self, name: str, seq: int, event: JSON) -> None:
+        """Stored events come one after another; those of a turn that was said again may come again."""
+        if seq > self.last[name] + 1:
+            self.soak.fault("gaps in what is told or stored", f"{name}: {seq} after {self.last[name]}, {event}")
+        self.last[name] = max(seq, self.last[name])
+        self.logs[name].keep(event)
+
+    def end(self, frame: JSON) -> None:
+        """Exactly one frame ends what was said, or says why it was not taken."""
+        turn_id = self.marks.pop(frame["id"], None)
+        reason = frame.get("code") or frame["stop_reason"]
+        expected = {"done", "interrupted", "max_steps"} if "seq" in frame else {"store_failed"}
+        if turn_id is None:
+            self.soak.fault("ends told twice", frame)
+        elif reason not in expected | ({"cancelled"} if turn_id in self.cancelled else set()):
+            self.soak.fault("turns that end for no reason", frame)
+        elif "seq" in frame:
+            del self.open[turn_id]
+
+
+async def main(soak: Soak) -> None:
+    soak.none("turns of one agent that overlap", "model requests of one agent at once", "ends told twice")
+    soak.none("messages without an end", "clients that wait too long", "turns that end for no reason")
+    soak.none("commands that are refused", "passages lost or doubled", "servers that crash", "tracebacks in logs")
+    soak.none("requests that a strict endpoint refuses")
+    model = Model(soak)
+    with tempfile.TemporaryDirectory(prefix="memws-soak-") as name, Endpoint() as endpoint, Cluster() as cluster:
+        endpoint.default, endpoint.watch = model, model.watch
+        fleet = Fleet(soak, Path(name), endpoint, model, cluster)
+        try:
+            await fleet.run()
+        finally:
+            fleet.leave()
+        for refusal in endpoint.refusals:
+            soak.fault("requests that a strict endpoint refuses", refusal)
+    soak.within("slowest takeover, s", max(fleet.takeovers, default=0.0), TAKEOVER)
+    soak.told("takeovers", f"{len(fleet.takeovers)}, half within {percentile(fleet.takeovers, 0.5):.2f} s")
+    events = [event for log in fleet.logs for event in log.events.values()]
+    cut = sum(event.get("stop_reason") == "interrupted" for event in events)
+    soak.told("turns", f"{sum(len(log.sent) for log in fleet.logs):,}, interrupted {cut:,}; events {len(events):,}")
+
+
+if __name__ == "__main__":
+    run(main, WHAT, COUNT, *SIZES)
