@@ -1512,7 +1512,7 @@ class Postgres:
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
             connection = self.connect()
-            with usable(self.path), transaction(connection):
+            with transaction(connection), usable(self.path, "name another database with --db"):
                 connection.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))  # others may start as well
                 if not self.has_schema(connection):
                     schema = SCHEMA
@@ -1537,11 +1537,18 @@ class Postgres:
         settings |= {"idle_in_transaction_session_timeout": patience}
         seconds = int(BUSY_TIMEOUT)
         about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
-        about |= self.driver.conninfo.conninfo_to_dict(self._address)
-        connection = self.driver.connect(**about, autocommit=True)
+        connection = self.driver.connect(**(about | self._parts()), autocommit=True)
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
         return connection
+
+    def _parts(self) -> JSON:
+        """What the address says. Raises UsageError, quoting nothing: what stands in a wrong place may be secret."""
+        with contextlib.suppress(self.driver.Error):
+            if re.fullmatch(r"\w+://([^@/?]*@)?[^@?]*(\?.*)?", self._address):
+                return cast(JSON, self.driver.conninfo.conninfo_to_dict(self._address))
+        text = "expected postgresql://user:password@host/database, in a password %40 for @, %2F for / and %25 for %"
+        raise UsageError(f"cannot read the address {self.path!r}; {text}")
 
     def has_schema(self, connection: SqlConnection) -> bool:
         """Whether there are tables; a new database has none. Raises UsageError for those of another program."""
@@ -1582,7 +1589,8 @@ class PostgresConnection:
             raise sqlite3.IntegrityError(f"UNIQUE constraint failed: {error}") from error  # as SQLite says it
         except driver.Error as error:  # both have the names of the standard (PEP 249)
             kind = next(each.__name__ for each in type(error).__mro__ if hasattr(sqlite3, each.__name__))
-            raise getattr(sqlite3, kind)(str(error)) from error
+            text = error.diag.message_primary or str(error)
+            raise getattr(sqlite3, kind)(" ".join(text.split())) from error
 
     @property
     def in_transaction(self) -> bool:
