@@ -5831,25 +5831,21 @@ PANEL_SCRIPT: Final = r"""
 function node(tag, props = {}, ...kids) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
-    if (name.startsWith("on")) element.addEventListener(name.slice(2), (event) => {
-      if (name === "onsubmit") event.preventDefault(); // a form goes to no address
-      return attempt(element, () => value(event));
-    });
+    if (typeof value === "function") element.addEventListener(name.slice(2), (event) => attempt(element, value, event));
     else if (typeof value === "boolean") element.toggleAttribute(name, value);
     else if (value != null) element.setAttribute(name, value);
   }
   element.append(...kids.filter((kid) => kid != null && kid !== false));
   return element;
 }
-async function attempt(element, work) { // a failure is told by the panel around the element
+async function attempt(element, work, event) { // a failure is told by the panel around the element
   const root = element.closest(".memws-panel") ?? element;
-  try { await work(); } catch (detail) { root.dispatchEvent(new CustomEvent("memws-fail", { detail })); }
+  try { await work(event); } catch (detail) { root.dispatchEvent(new CustomEvent("memws-fail", { detail })); }
 }
 const div = (kind, ...kids) => node("div", { class: `memws-${kind}` }, ...kids);
 const span = (kind, ...kids) => node("span", { class: `memws-${kind}` }, ...kids);
-const button = (label, kind, onclick, more) =>
-  node("button", { type: "button", class: `memws-${kind}`, onclick, ...more }, label);
-const submitButton = (label, kind) => node("button", { class: `memws-${kind}` }, label);
+const button = (label, kind, onclick, more) => // one without work of its own submits its form
+  node("button", { type: onclick ? "button" : "submit", class: `memws-${kind}`, onclick, ...more }, label);
 const fold = (title, text, open = false) =>
   node("details", { class: "memws-fold", open }, node("summary", {}, title), node("pre", {}, text));
 const copyButton = (text) => button("copy", "copy", async ({ target }) => {
@@ -5867,7 +5863,7 @@ const titleOf = (name) => name.replace("_", " ");
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
 const oneLine = (text) => text.slice(0, 300).replace(/\s+/g, " "); // the style cuts it where its line ends
 const rowsOf = (diff) => diff.map((row) => node({ "+": "ins", "-": "del" }[row[0]] ?? "div", {}, row.slice(1) || " "));
-const valuesOf = (form) => Object.fromEntries(new FormData(form));
+const valuesOf = (form) => Object.fromEntries([...new FormData(form)].filter(([, value]) => value.trim()));
 const isFull = (value) => value !== null && typeof value === "object" && Object.keys(value).length > 0;
 const pretty = (value, margin = "") => {
   const text = typeof value === "string" ? value : JSON.stringify(value);
@@ -5952,17 +5948,18 @@ function drawProse({ prose, text }) { // only blocks that changed are drawn agai
   while (prose.children.length > same) prose.lastChild.remove();
   prose.append(...next.slice(same).map((match) => Object.assign(block(match, 0), { source: match[0] })));
 }
+
 // ---- transports: functions of the client, which hears of state and frames, to {send} for frames as texts ------------
 
 const overSocket = (client) => {
-  const http = new URL(".", location); // also below a proxy's prefix
-  let [delay, socket, wasOpen] = [500];
+  let [delay, wasOpen, socket] = [500, false];
   const open = () => {
     const token = sessionStorage.getItem("memws-token") ?? "";
     const fits = /^[\w!#$%&'*+.^`|~-]+$/.test(token); // other characters are in no subprotocol
-    const query = token && !fits ? `?token=${encodeURIComponent(token)}` : "";
-    socket = new WebSocket(http.href.replace(/^http/, "ws") + query, fits ? ["memws", token] : []);
-    wasOpen = false;
+    const url = new URL(".", location); // also below a proxy's prefix
+    if (token && !fits) url.searchParams.set("token", token);
+    url.protocol = url.protocol.replace("http", "ws");
+    socket = new WebSocket(url, fits ? ["memws", token] : []);
     socket.onopen = () => {
       [wasOpen, delay] = [true, 500];
       client.changed("connected");
@@ -5972,9 +5969,10 @@ const overSocket = (client) => {
   };
   const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
     client.changed("offline");
-    const health = await fetch(new URL("healthz", http)).then((answer) => answer.json()).catch(() => ({}));
+    const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
     if (health.token && !wasOpen) return client.panel.askToken();
-    setTimeout(open, delay * (0.75 + Math.random() / 2));
+    wasOpen = false;
+    setTimeout(open, delay);
     delay = Math.min(2 * delay, 8000);
   };
   open();
@@ -6022,14 +6020,12 @@ const overComm = (model) => (client) => {
   return { send, close, chosen };
 };
 
-// ---- the client: commands with their answers; frames kept to be looked at -------------------------------------------
+// ---- the client: commands with their answers ------------------------------------------------------------------------
 
-const KEPT = { frames: 500, characters: 20_000 };
 const MAX_FRAME = 1024 * 1024; // bytes; a longer one would end the connection
 
 class Client {
   waiting = new Map(); // commands without their answer, by id
-  frames = []; // {at, direction, text}
   state = "connecting";
   constructor(panel, transport) { Object.assign(this, { panel, transport: transport(this) }); }
   changed(state) {
@@ -6040,15 +6036,10 @@ class Client {
     this.state = state;
     this.panel.changed();
   }
-  record(direction, text) {
-    this.frames = this.frames.slice(1 - KEPT.frames);
-    this.frames.push({ at: Date.now(), direction, text: text.slice(0, KEPT.characters) });
-    this.panel.framed();
-  }
   post(frame) {
     const text = JSON.stringify(frame);
     if (new Blob([text]).size > MAX_FRAME) throw new Error("this is too long to be sent; send it in parts");
-    this.record("→", text);
+    this.panel.frames?.take("→", text);
     this.transport.send(text);
   }
   async command(command, more = {}) {
@@ -6058,7 +6049,7 @@ class Client {
     return new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject }));
   }
   take(text) {
-    this.record("←", text);
+    this.panel.frames?.take("←", text);
     const frame = JSON.parse(text);
     const asked = this.waiting.get(frame.id);
     this.waiting.delete(frame.id);
@@ -6070,36 +6061,32 @@ class Client {
 
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
 
-
 class Turn {
   streams = new Map(); // texts that are being made, by step and kind
   calls = new Map();
+  steps = []; // their contexts, as events
   trace = null; // the thoughts and calls that stand in one line
   constructor(panel, id) {
-    Object.assign(this, { panel, id, element: node("article", { class: "memws-turn", "data-turn": id }) });
+    Object.assign(this, { panel, id, element: node("article", { class: "memws-turn" }) });
+    this.element.turn = this;
   }
   take(event) { this["on_" + (event.message_type ?? event.type)]?.(event); }
   note(text, kind) { this.element.append(div(`item memws-note memws-${kind}`, text)); }
-  said(text, state, ...action) {
-    this.bubble ??= div("bubble");
-    this.mark ??= div("mark");
-    this.user ??= div("item memws-user", this.bubble, this.mark);
-    this.bubble.textContent = text;
-    this.mark.replaceChildren(state, ...action);
+  said(text, ...state) { // by the user, and what has become of it
+    this.text = text;
+    this.user?.remove();
+    this.user = div("item memws-user", div("bubble", text), div("mark", ...state));
     this.element.prepend(this.user);
   }
-  act(state, label, work) { this.said(this.bubble.textContent, `${state} · `, button(label, "link", work)); }
-  wait(state) { this.act(state, "take back", () => this.panel.takeBack(this)); }
+  wait(state) { this.said(this.text, `${state} · `, button("take back", "link", () => this.panel.takeBack(this))); }
   refused(why) {
+    const again = () => { if (this.panel.submit(this.text)) this.element.remove(); };
+    this.said(this.text, `not sent: ${why} · `, button("try again", "link", again));
     this.user.classList.add("memws-refused");
-    this.act(`not sent: ${why}`, "try again", () => {
-      if (this.panel.submit(this.bubble.textContent)) this.element.remove();
-    });
   }
   newTrace(time) {
     const [told, live, why, rows] = [span("told"), span("live"), span("why"), div("rows")];
-    const line = node("summary", {}, told, live, why);
-    const element = node("details", { class: "memws-item memws-trace" }, line, rows);
+    const element = node("details", { class: "memws-item memws-trace" }, node("summary", {}, told, live, why), rows);
     const changes = div("changes"); // of memory, not below a reply that streams already
     this.trace = { from: Date.parse(time), told, live, why, rows, element, changes, tools: new Set() };
     this.element.append(element, changes);
@@ -6115,7 +6102,7 @@ class Turn {
   row(kind, { step, time }, ...kids) { // in the trace that an event of this step belongs to
     if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
     const row = div(kind, ...kids);
-    const show = () => this.panel.show("Context", { turn_id: this.id, step, time });
+    const show = () => this.panel.show("Context", { turn_id: this.id, step });
     const isNew = step && step !== this.trace.step && !this.panel.isCompact;
     this.trace.rows.append(isNew ? button(`step ${step}: what the model got`, "step", show) : "", row);
     this.tell(this.trace, { step, to: Date.parse(time) });
@@ -6123,16 +6110,14 @@ class Turn {
   }
   stream(event, of) {
     const key = `${event.step}/${of}`;
-    const thought = () => ({ element: this.row("monologue", event), trace: this.trace });
-    if (!this.streams.has(key)) {
-      const made = of === "assistant_message" ? this.reply(event) : thought();
-      this.streams.set(key, Object.assign(made, { key, text: "" }));
-    }
-    return this.streams.get(key);
+    const made = this.streams.get(key) ?? (of === "assistant_message" ? this.reply(event) : this.thought(event));
+    this.streams.set(key, Object.assign(made, { key }));
+    return made;
   }
-  reply(event) {
+  thought(event) { return { element: this.row("monologue", event), trace: this.trace, text: "" }; }
+  reply({ time }) {
     this.endTrace();
-    const made = { prose: div("prose"), mark: div("mark", clock(event.time)) };
+    const made = { prose: div("prose"), mark: div("mark", clock(time)), text: "" };
     const foot = div("foot", made.mark, copyButton(() => made.text)); // the place for what can be done with a turn
     made.element = div("item memws-agent", made.prose, foot);
     this.element.append(made.element);
@@ -6140,6 +6125,7 @@ class Turn {
     return made;
   }
   draw(made) {
+    made.frame = null;
     if (made.prose) return drawProse(made);
     made.element.textContent = made.text;
     made.trace.live.textContent = made.isDone || made.trace.isOver ? "" : "…" + oneLine(made.text.slice(-72));
@@ -6159,7 +6145,10 @@ class Turn {
   on_user_message({ message, from, time }) { this.said(message, (from ? `${from} · ` : "") + clock(time)); }
   on_internal_monologue(event) { this.finish(event, "internal_monologue"); }
   on_assistant_message(event) { this.finish(event, "assistant_message"); }
-  on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
+  on_context(event) {
+    this.steps.push(event);
+    if (event.warning) this.note(event.warning, "warn");
+  }
   on_heartbeat() { if (!this.user && !this.trace) this.note("a heartbeat woke the agent", ""); }
   on_correction(event) { this.row("remark", event, event.message); }
   on_queue(event) { this.wait(`waits, number ${event.position}`); }
@@ -6167,7 +6156,7 @@ class Turn {
   on_delta(event) {
     const made = this.stream(event, event.of);
     made.text += event.message;
-    this.panel.log.draw(this, made);
+    made.frame ??= requestAnimationFrame(() => this.draw(made)); // once a frame of the screen
   }
   on_tool_call({ name, arguments: { request_heartbeat, ...given }, ...event }) {
     if (name === "send_message") return;
@@ -6219,21 +6208,12 @@ class Turn {
   }
 }
 
-function asEvents({ role, from, text, time, step, tool_calls }, open) { // of a message; `open`: calls not answered yet
-  const event = (message_type, message, more) => ({ message_type, message, time, step, ...more });
-  if (role === "user") return [event("user_message", text, { from })];
-  if (role === "tool") return [event("tool_return", text, { tool_call_id: open.shift()?.id })];
-  if (role !== "assistant") return [];
-  open.push(...tool_calls);
-  const thoughts = text ? [event("internal_monologue", text)] : [];
-  return [...thoughts, ...tool_calls.map((call) => (call.name === "send_message"
-    ? event("assistant_message", String(call.arguments.message))
-    : event("tool_call", "", { ...call, tool_call_id: call.id })))];
-}
-
+const REPLAYED = 600; // stored events that are fetched at once
 const MOST = 200; // turns that stay when the newest are looked at
+const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
 class Log {
+  turns = new Map(); // by id
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => this.toNewest(), { hidden: true });
@@ -6242,15 +6222,15 @@ class Log {
     this.panel = panel;
     const about = { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation", "aria-live": "off" };
     this.element = node("div", { ...about, onscroll: () => this.scrolled() }, this.inner);
-    this.clear();
   }
-  clear(welcome = "", hasOlder = false) {
-    Object.assign(this, { turns: new Map(), dirty: new Map(), before: null, isFetching: false });
-    this.older.hidden = !hasOlder;
+  clear(welcome, asked = 0, last = 0) { // the events above seq `asked` are on their way
+    Object.assign(this, { turns: new Map(), asked, first: asked && last + 1, page: null });
+    this.older.hidden = !asked;
     this.inner.replaceChildren(this.older, welcome);
   }
-  turn(id) {
-    if (!this.turns.has(id)) this.add(new Turn(this.panel, id), null);
+  turnOf({ turn_id, seq, message_type }, place = null) {
+    const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
+    if (id && !this.turns.has(id)) this.add(new Turn(this.panel, id), place);
     return this.turns.get(id);
   }
   add(turn, place) {
@@ -6260,17 +6240,13 @@ class Log {
     if (!place && this.element.scrollTop > -40) this.trim();
   }
   trim() { // what goes is fetched again when somebody scrolls there
-    const gone = [...this.inner.querySelectorAll(".memws-turn")].slice(0, -MOST);
-    for (const element of gone) this.turns.delete(element.dataset.turn);
-    gone.forEach((element) => element.remove());
-    if (gone.length) [this.before, this.older.hidden] = [null, false];
-  }
-  draw(turn, made) { // once a frame of the screen
-    if (!this.dirty.size) requestAnimationFrame(() => {
-      for (const [each, owner] of this.dirty) owner.draw(each);
-      this.dirty.clear();
-    });
-    this.dirty.set(made, turn);
+    while (this.inner.children.length > MOST + 1) {
+      const { turn, nextSibling } = this.inner.children[1];
+      turn.element.remove();
+      this.turns.delete(turn.id);
+      this.first = nextSibling.turn.seq ?? this.panel.last + 1;
+      [this.asked, this.older.hidden] = [this.first - 1, false];
+    }
   }
   scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.element; // scrollTop is 0 at the bottom, negative above
@@ -6281,30 +6257,25 @@ class Log {
     this.element.scrollTop = 0;
     this.trim();
   }
-  async fetchOlder() { // until there is a turn that is not shown yet
-    if (this.isFetching) return;
-    this.isFetching = true;
-    let isEnough = false;
-    try {
-      while (!isEnough) isEnough = await this.addOlder(this.turns);
-    } finally { this.isFetching = false; }
+  take(event) { // the end of a turn alone is not shown: it comes with its beginning, when that is fetched
+    if (event.type === "agent_response_start") this.first = Math.min(this.first, event.seq);
+    if (!(event.seq < this.first)) this.turnOf(event)?.take(event);
   }
-  async addOlder(turns) {
-    const page = await this.panel.command("get_messages", { limit: 200, before: this.before });
-    if (turns !== this.turns) return true; // another agent was opened meanwhile
-    const groups = Map.groupBy(page.messages, (message) => message.turn_id ?? `message ${message.id}`);
-    if (page.more && groups.size > 1) groups.delete(groups.keys().next().value); // it begins on the next page
-    this.before = groups.values().next().value?.[0].id;
-    const unseen = [...groups].filter(([id]) => !turns.has(id));
-    const place = this.older.nextSibling;
-    for (const [id, group] of unseen) {
-      const [turn, open] = [new Turn(this.panel, id), []];
-      group.flatMap((message) => asEvents(message, open)).forEach((event) => turn.take(event));
-      turn.end();
-      this.add(turn, place);
-    }
-    this.older.hidden = !page.more;
-    return unseen.length > 0 || !page.more;
+  fetchOlder() {
+    if (this.page) return null; // they are on their way
+    [this.page, this.asked] = [[], Math.max(0, this.asked - REPLAYED)];
+    return this.panel.command("subscribe", { after: this.asked });
+  }
+  takeOlder(event) { // they are shown once all of them are here, so that a loss leaves no halves
+    if (event.seq < this.first) return this.page?.push(event);
+    if (!this.page?.length) return null; // it is more than was asked for
+    const begin = this.asked ? this.page.findIndex((each) => each.type === "agent_response_start") : 0;
+    const events = begin < 0 ? [] : this.page.slice(begin);
+    const place = this.inner.querySelector(".memws-turn");
+    for (const each of events) this.turnOf(each, place)?.take(each);
+    Object.assign(this, { page: null, first: events[0]?.seq ?? this.first });
+    this.older.hidden = !this.asked;
+    return attempt(this.element, () => this.panel.command("subscribe", { after: this.panel.last })); // that is enough
   }
 }
 
@@ -6312,56 +6283,56 @@ class Log {
 
 const GLOW = 6000; // milliseconds for which a change is marked
 
-class View { // {tab, side} of an agent; `shown` where it is looked at
+class View { // {tab, side}
   out = div("folds");
   constructor(panel, title, ...kids) {
     Object.assign(this, { panel, title });
-    this.tab = button(title, "tab", () => panel.show(title), { role: "tab" });
+    const onclick = () => {
+      panel.show(title);
+      this.side.querySelector("[type=search]")?.focus();
+    };
+    this.tab = button(title, "tab", onclick, { role: "tab" });
     const about = { class: "memws-side", role: "tabpanel", "aria-label": title };
     this.side = node("div", about, div(title.toLowerCase(), ...kids, this.out));
   }
+  shown() {} // with what is wanted of it
 }
 
 class Memory extends View {
   cards = new Map();
   constructor(panel) {
     const [cards, passages, placeholder] = [div("cards"), span("mark"), "A passage to keep"];
-    const field = node("textarea", { rows: "1", name: "text", placeholder, "aria-label": placeholder });
+    const about = { rows: "1", name: "text", placeholder, "aria-label": placeholder };
     const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
     const head = node("header", {}, node("h4", {}, "archive"), passages, list);
-    const about = { class: "memws-actions", onsubmit: (event) => this.keep(event.target) };
-    const form = node("form", about, field, submitButton("add", "quiet"));
+    const onsubmit = ({ target }) => panel.command("insert_passage", valuesOf(target)).then(() => target.reset());
+    const form = node("form", { class: "memws-actions", onsubmit }, node("textarea", about), button("add", "quiet"));
     super(panel, "Memory", cards, node("section", { class: "memws-card" }, head, form));
     Object.assign(this, { list: cards, passages });
   }
   shown(change) { this.cards.get(change?.label)?.flash(); }
-  take({ blocks: found, counts }) {
-    if (found.map(({ label }) => label).join() !== [...this.cards.keys()].join()) {
-      this.cards = new Map(found.map(({ label }) => [label, new Card(this.panel, label)]));
+  take({ blocks, counts }) {
+    if (blocks.map(({ label }) => label).join() !== [...this.cards.keys()].join()) {
+      this.cards = new Map(blocks.map(({ label }) => [label, new Card(this.panel, label)]));
       this.list.replaceChildren(...[...this.cards.values()].map((card) => card.element));
     }
-    for (const each of found) this.cards.get(each.label).set(each);
+    for (const block of blocks) this.cards.get(block.label).set(block);
     this.passages.textContent = counted(counts.passages, "passage");
     const told = `${counted(counts.messages, "message")} in recall memory, ${number(counts.in_context)} in view`;
     this.out.replaceChildren(div("mark", told));
   }
-  async keep(form) {
-    await this.panel.command("insert_passage", valuesOf(form));
-    form.reset();
-  }
 }
+
 class Card { // a block of core memory, edited in place
   constructor(panel, label) {
     Object.assign(this, { panel, label, text: div("text"), size: span("mark"), gauge: node("i"), wrong: div("said") });
-    const keys = { oninput: () => this.measure(), onkeydown: (event) => this.typed(event) };
-    this.field = node("textarea", { rows: "6", "aria-label": `core memory ${label}`, ...keys });
-    this.stored = node("pre", { class: "memws-stored" });
-    this.theirs = button("take theirs", "quiet", () => this.edit());
-    const save = button("save", "main", () => this.save());
-    const cancel = button("cancel", "quiet", () => this.begin(null));
-    const actions = div("actions", save, this.theirs, cancel, span("mark", "Ctrl+Enter saves, Esc leaves"));
-    const head = node("header", {}, node("h4", {}, label), this.size, button("edit", "quiet", () => this.edit()));
-    const editor = div("editor", this.field, this.wrong, this.stored, actions);
+    this.field = node("textarea", { rows: "6", "aria-label": `core memory ${label}`, oninput: () => this.measure() });
+    const cancel = button("cancel", "quiet", () => this.edit(null));
+    const actions = div("actions", button("save", "main"), cancel, span("mark", "Ctrl+Enter saves, Esc leaves"));
+    const keys = { onsubmit: () => this.save(), onkeydown: (event) => this.typed(event) };
+    const editor = node("form", { class: "memws-editor", ...keys }, this.field, this.wrong, actions);
+    const edit = button("edit", "quiet", () => this.edit(this.block));
+    const head = node("header", {}, node("h4", {}, label), this.size, edit);
     this.element = node("section", { class: "memws-card" }, head, div("gauge", this.gauge), this.text, editor);
   }
   set(block) {
@@ -6385,91 +6356,85 @@ class Card { // a block of core memory, edited in place
     setTimeout(() => this.element.classList.remove("memws-flash"), 1600);
   }
   measure() {
-    const { value, limit } = this.base ? { ...this.block, value: this.field.value } : this.block;
-    const size = [...value].length; // characters, as the server counts them
+    const { limit } = this.block;
+    const size = [...(this.base ? this.field : this.block).value].length; // characters, as the server counts them
     this.size.textContent = `${number(size)} / ${number(limit)}`;
     this.size.classList.toggle("memws-bad", size > limit);
     this.gauge.style.width = `${Math.min(100, (100 * size) / limit)}%`;
   }
-  edit() {
-    this.field.value = this.block.value;
-    this.begin(this.block);
-    this.field.focus();
-  }
-  begin(base, told = "", stored = null) { // an edit of this version; of none: it is over
+  edit(base) { // from this version on; from none: it is over
     this.base = base;
     this.element.classList.toggle("memws-editing", base !== null);
-    this.wrong.textContent = told;
-    this.stored.textContent = stored;
-    this.stored.hidden = this.theirs.hidden = stored === null;
+    this.field.value = this.block.value;
+    this.field.focus();
+    this.wrong.replaceChildren();
     this.measure();
   }
   typed(event) {
-    if (event.key === "Escape") this.begin(null);
+    if (event.key === "Escape") this.edit(null);
     return event.key === "Enter" && (event.ctrlKey || event.metaKey) ? this.save() : null;
   }
   async save() {
     const { label, base, field } = this;
     try {
       await this.panel.command("set_block", { label, value: field.value, version: base.version });
-      this.begin(null);
+      this.edit(null);
     } catch ({ code, message, value, version }) {
-      if (code !== "conflict") return this.begin(base, message);
+      if (code !== "conflict") return this.wrong.replaceChildren(message);
       this.set({ ...this.block, value, version });
-      this.begin(this.block, "It was changed while you wrote. Save again to replace what is there now:", value);
+      this.base = this.block;
+      const told = "It was changed while you wrote. Save again to replace what is there now:";
+      const theirs = button("take theirs", "quiet", () => this.edit(this.block));
+      this.wrong.replaceChildren(told, node("pre", { class: "memws-stored" }, value), theirs);
     }
   }
 }
 
-
 class Context extends View {
-  steps = new Map(); // {turn_id, step, time} by a name
   constructor(panel) {
     const pick = node("select", { "aria-label": "Step", onchange: () => this.look() });
     super(panel, "Context", div("actions", pick));
     this.pick = pick;
   }
-  add(step) {
-    this.latest = `${step.step} ${step.turn_id}`;
-    this.steps.set(this.latest, step);
-    if (this.steps.size > 100) this.steps.delete(this.steps.keys().next().value);
+  shown({ turn_id, step, section } = {}) { // the request of a step, or the prompt as it is now
+    this.steps = [...this.panel.log.turns.values()].flatMap((turn) => turn.steps);
+    this.steps.sort((one, other) => other.time.localeCompare(one.time));
+    const options = this.steps.map((each) => new Option(`${clock(each.time)}, step ${each.step}`));
+    this.pick.replaceChildren(new Option("what the model sees now"), ...options);
+    this.pick.selectedIndex = 1 + this.steps.findIndex((each) => each.turn_id === turn_id && each.step === step);
+    return this.look(section);
   }
-  shown(wanted) { // the request of a step, or the prompt as it is now
-    if (wanted?.step) this.add(wanted);
-    const told = ([value, { time, step }]) => node("option", { value }, `${clock(time)}, step ${step}`);
-    const now = node("option", { value: "" }, "what the model sees now");
-    this.pick.replaceChildren(now, ...[...this.steps].reverse().map(told));
-    this.pick.value = wanted?.step ? this.latest : "";
-    return this.look(wanted?.section);
-  }
-  look(section) {
-    const step = this.steps.get(this.pick.value);
-    return step ? this.request(step) : this.now(section);
+  async look(section) {
+    const step = this.steps[this.pick.selectedIndex - 1];
+    const rows = await (step ? this.request(step) : this.now(section));
+    this.out.replaceChildren(...rows);
   }
   async now(section) {
     const { sections, more } = await this.panel.command("get_context");
     const left = (name) => (more && name === "messages" ? ", the oldest left out here" : "");
     const told = ({ name, tokens }) => `${titleOf(name)} · ${counted(tokens, "token")}${left(name)}`;
     const used = sections.filter((each) => each.tokens);
-    this.out.replaceChildren(...used.map((each) => fold(told(each), each.text.trim(), each.name === section)));
+    return used.map((each) => fold(told(each), each.text.trim(), each.name === section));
   }
   async request({ turn_id, step }) {
     const { request, response, ...about } = await this.panel.command("get_request", { turn_id, step });
     const { messages, ...settings } = request;
     const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"))}`;
-    this.out.replaceChildren(fold("answer", pretty(response), true), fold("tokens and times", pretty(about)),
-      ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(settings)));
+    const sent = messages.map((each) => fold(told(each), pretty(each)));
+    return [fold("answer", pretty(response), true), fold("tokens and times", pretty(about)), ...sent,
+      fold("tools and settings", pretty(settings))];
   }
 }
+
 class Search extends View {
   constructor(panel) {
     const field = (name, label, more) => node("input", { name, "aria-label": label, type: "date", ...more });
     const query = field("query", "Words to look for", { type: "search", placeholder: "Words to look for" });
-    const places = ["all", "recall", "archival"].map((each) => node("option", {}, each));
+    const places = ["all", "recall", "archival"].map((each) => new Option(each));
     const store = node("select", { name: "store", "aria-label": "Where" }, ...places);
     const [from, to] = [field("from", "From this day"), field("to", "To this day")];
     const days = node("details", { class: "memws-days" }, node("summary", {}, "more"), from, " to ", to);
-    const actions = div("actions", query, store, submitButton("find", "main"));
+    const actions = div("actions", query, store, button("find", "main"));
     const form = node("form", { onsubmit: () => this.find(1) }, actions, days);
     super(panel, "Search", form);
     this.form = form;
@@ -6482,8 +6447,8 @@ class Search extends View {
     return this.find(1);
   }
   async find(page) {
-    const wanted = valuesOf(this.form);
-    const { items, total, pages } = await this.panel.command("search_memory", { ...wanted, page });
+    const wanted = { query: "", ...valuesOf(this.form), page };
+    const { items, total, pages } = await this.panel.command("search_memory", wanted);
     const go = (to, label) => button(label, "quiet", () => this.find(to), { disabled: to < 1 || to > pages });
     const turning = pages > 1 ? [go(page - 1, "‹"), `${page} of ${pages}`, go(page + 1, "›")] : [];
     const words = wanted.query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
@@ -6504,39 +6469,43 @@ class Search extends View {
   }
 }
 
-class Frames extends View {
+const KEPT = { frames: 500, characters: 20_000, rows: 150 };
+
+class Frames extends View { // of the connection, so the same one for all agents
+  kept = []; // {at, direction, text}
   constructor(panel) {
-    const pause = button("pause", "quiet", ({ target }) => this.toggle(target));
-    super(panel, "Frames", div("actions", pause, button("save", "quiet", () => this.save())));
+    const hold = button("pause", "quiet", () => this.hold(hold));
+    super(panel, "Frames", div("actions", hold, button("save", "quiet", () => this.save())));
   }
-  toggle(pause) {
-    this.isPaused = !this.isPaused;
-    pause.textContent = this.isPaused ? "go on" : "pause";
-    this.shown();
+  take(direction, text) {
+    this.kept.push({ at: new Date(), direction, text: text.slice(0, KEPT.characters) });
+    if (this.kept.length > KEPT.frames) this.kept.shift();
+    if (this.panel.view === this && !this.isHeld) this.draw(this.kept.at(-1));
   }
-  soon() { this.timer ??= setTimeout(() => this.shown(), 250); }
   shown() {
-    this.timer = null;
-    if (this.isPaused || this.panel.view !== this) return;
-    const groups = []; // deltas one after another are one row
-    for (const frame of this.panel.client.frames) {
-      const isDelta = frame.text.includes('"message_type":"delta"');
-      if (isDelta && groups.at(-1)?.isDelta) groups.at(-1).push(frame);
-      else groups.push(Object.assign([frame], { isDelta }));
-    }
-    this.out.replaceChildren(...groups.slice(-150).reverse().map((frames) => this.row(frames)));
+    this.out.replaceChildren();
+    this.kept.forEach((frame) => this.draw(frame));
   }
-  row(frames) {
-    const [{ at, direction, text }] = frames;
-    const kind = (text.match(/"(?:message_type|command)":"(\w+)"/) ?? text.match(/"type":"(\w+)"/))?.[1];
-    const many = frames.length > 1 ? ` × ${frames.length}` : "";
-    const start = `${direction} ${new Date(at).toLocaleTimeString()} `;
-    const made = fold(span("frame", start, node("b", {}, kind + many), ` ${text.slice(0, 120)}`), "");
-    made.addEventListener("toggle", () => { made.lastChild.textContent = frames.map((each) => each.text).join("\n"); });
-    return made;
+  draw({ at, direction, text }) { // deltas one after another are one row
+    const [, kind] = text.match(/"(?:message_type|command)":"(\w+)"/) ?? text.match(/"type":"(\w+)"/);
+    let row = this.out.firstChild;
+    if (kind !== "delta" || row?.kind !== kind) {
+      const label = node("b");
+      row = fold(span("frame", `${direction} ${at.toLocaleTimeString()} `, label, ` ${text.slice(0, 120)}`), "");
+      row.ontoggle = ({ target }) => { target.lastChild.textContent = target.texts.join("\n"); };
+      this.out.prepend(Object.assign(row, { kind, label, texts: [] }));
+      this.out.children[KEPT.rows]?.remove();
+    }
+    row.texts.push(text);
+    row.label.textContent = row.texts.length > 1 ? `${kind} × ${row.texts.length}` : kind;
+  }
+  hold(button) {
+    this.isHeld = !this.isHeld;
+    button.textContent = this.isHeld ? "go on" : "pause";
+    if (!this.isHeld) this.shown();
   }
   save() {
-    const rows = this.panel.client.frames.map((each) => JSON.stringify(each) + "\n");
+    const rows = this.kept.map((each) => JSON.stringify(each) + "\n");
     const href = URL.createObjectURL(new Blob(rows));
     node("a", { href, download: "memws-frames.jsonl" }).click();
     setTimeout(() => URL.revokeObjectURL(href), 1000);
@@ -6554,20 +6523,21 @@ const CONFIG = { name: { placeholder: "made up when empty" },
   human: { rows: "3", placeholder: "what it knows about you from the start" },
   model: { placeholder: "the server's" }, context_window: { placeholder: "tokens" } };
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
-const REPLAYED = 600; // stored events that are shown at the opening
 
 class Panel {
-  outbox = new Map(); // messages without their receipt, by turn_id: {agent, text, turn_id, isSent}
+  outbox = new Map(); // turns without their receipt, by id; each {agent, text, isSent}
   running = null; // the turn that runs
   views = []; // of the agent; none where the panel is compact
-  constructor(root, transport, { agent, compact = false }) {
-    Object.assign(this, { root, isCompact: compact, wanted: agent, log: new Log(this) });
-    root.classList.add("memws-panel");
-    root.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's keys are not for who types here
+  constructor(parent, transport, { agent, compact = false }) {
+    Object.assign(this, { isCompact: compact, wanted: agent, log: new Log(this) });
     this.aside = compact ? div("none") : node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
-    root.append(this.top(), div("columns", this.left(), this.aside));
-    root.addEventListener("keydown", (event) => this.pressed(event));
-    root.addEventListener("memws-fail", ({ detail }) => this.fail(detail));
+    const onkeydown = (event) => this.pressed(event);
+    const onsubmit = (event) => event.preventDefault(); // a form goes to no address
+    const about = { class: "memws-panel", onkeydown, onsubmit, "onmemws-fail": ({ detail }) => this.fail(detail) };
+    about["data-lm-suppress-shortcuts"] = "true"; // JupyterLab's keys are not for who types here
+    this.root = node("div", about, this.top(), div("columns", this.left(), this.aside));
+    this.frames = compact ? null : new Frames(this);
+    parent.append(this.root);
     this.client = new Client(this, transport);
     this.state();
   }
@@ -6577,13 +6547,12 @@ class Panel {
     const works = { "new agent…": () => this.askAgent(), "rename…": () => this.askName(),
       "delete": () => this.remove(), "keys": () => this.help() };
     const entries = Object.entries(works).map(([label, work]) => button(label, "entry", work));
-    this.ofAgent = entries.slice(1, 3);
-    const onclick = () => { this.menu.open = false; };
+    this.ofAgent = [this.pick, this.aside, ...entries.slice(1, 3)];
+    const list = node("div", { class: "memws-entries", onclick: () => { menu.open = false; } }, ...entries);
     const dots = node("summary", { "aria-label": "Agents and keys" }, "⋯");
-    const list = node("div", { class: "memws-entries", onclick }, ...entries);
-    this.menu = node("details", { class: "memws-menu" }, dots, list);
+    const menu = node("details", { class: "memws-menu" }, dots, list);
     const status = span("status", node("i"), this.word);
-    return node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick, this.menu, this.model, status);
+    return node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick, menu, this.model, status);
   }
   left() {
     this.field = node("textarea", { placeholder: "Message", rows: "2", "aria-label": "Message" });
@@ -6598,7 +6567,7 @@ class Panel {
   mind() { // anew for each agent
     this.bar = div("bar");
     this.used = button("", "used", () => this.show("Context"));
-    this.views = [new Memory(this), new Context(this), new Search(this), new Frames(this)];
+    this.views = [new Memory(this), new Context(this), new Search(this), this.frames];
     const onkeydown = (event) => this.stepTabs(event);
     const tabs = node("nav", { role: "tablist", onkeydown }, ...this.views.map(({ tab }) => tab));
     this.aside.replaceChildren(this.bar, this.used, tabs, ...this.views.map(({ side }) => side));
@@ -6610,7 +6579,7 @@ class Panel {
     event.stopPropagation(); // JupyterLab would prevent line breaks typed inside a cell
     const view = event.altKey && this.views[Number(event.code.slice(-1)) - 1];
     const key = event.target === this.field && !event.isComposing && !event.shiftKey ? event.key : "";
-    if (view) this.show(view.title);
+    if (view) view.tab.click();
     else if (key === "Enter") this.send.click();
     else if (key === "Escape") this.stop.click();
     else if (key === "ArrowUp" && !this.field.value) this.field.value = this.latest ?? "";
@@ -6638,59 +6607,53 @@ class Panel {
     this.tell(error.message);
     return this.told.classList.add("memws-bad");
   }
-  warn(warnings) { if (warnings.length) this.tell(warnings.join(" · ")); }
   tell(text, label, work) { // with what can be done about it, for a quarter of a minute
     clearTimeout(this.timer);
     this.told.classList.remove("memws-bad");
     this.told.replaceChildren(text, " ", label ? button(label, "link", work) : "");
     this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
   }
-  ask(title, fields, label, work) { // a small form over the conversation; `fields`: attributes by name
+  ask(title, content, label, work) { // a small form over the conversation
     const wrong = div("said");
     const close = () => {
       this.dialog.replaceChildren();
       this.field.focus();
     };
     const onsubmit = async ({ target }) => {
-      const given = Object.entries(valuesOf(target)).map(([name, value]) => [name, value.trim() || undefined]);
-      try { close(await work(Object.fromEntries(given))); } catch (error) { wrong.textContent = error.message; }
+      try { close(await work(valuesOf(target))); } catch (error) { wrong.textContent = error.message; }
     };
     const onkeydown = ({ key }) => { if (key === "Escape") close(); };
+    const actions = div("actions", label && button(label, "main"), button(label ? "cancel" : "close", "quiet", close));
+    const form = node("form", { class: "memws-form", onsubmit, onkeydown });
+    form.append(node("h3", {}, title), ...content, wrong, actions);
+    this.dialog.replaceChildren(form);
+    this.dialog.querySelector("input, button").focus();
+  }
+  askFor(title, fields, label, work) { // `fields`: attributes by name
     const field = (name, about) => node(about.rows ? "textarea" : "input", { name, ...about });
     const labels = Object.entries(fields).map(([name, about]) =>
       node("label", {}, span("mark", titleOf(name)), field(name, about)));
-    const leave = button(label ? "cancel" : "close", "quiet", close);
-    const actions = div("actions", label && submitButton(label, "main"), leave);
-    const about = { class: "memws-form", onsubmit, onkeydown };
-    this.dialog.replaceChildren(node("form", about, node("h3", {}, title), ...labels, wrong, actions));
-    this.dialog.querySelector("input, button").focus();
+    this.ask(title, labels, label, work);
   }
   askToken() {
-    const connect = ({ token }) => {
-      sessionStorage.setItem("memws-token", token ?? "");
+    this.askFor("This server asks for its token", { token: { type: "password" } }, "connect", ({ token = "" }) => {
+      sessionStorage.setItem("memws-token", token);
       this.client.transport.open();
-    };
-    this.ask("This server asks for its token", { token: { type: "password" } }, "connect", connect);
+    });
   }
-  askAgent() {
-    const create = ({ context_window: size, ...config }) =>
-      this.create({ ...config, context_window: size && Number(size) });
-    this.ask("A new agent", CONFIG, "create", create);
-  }
+  askAgent() { this.askFor("A new agent", CONFIG, "create", (config) => this.create(config)); }
   askName() {
     const rename = ({ name = "" }) => this.command("rename_agent", { new_name: name });
-    this.ask("Another name", { name: { value: this.agent } }, "rename", rename);
+    this.askFor("Another name", { name: { value: this.agent } }, "rename", rename);
   }
   help() {
     const rows = Object.entries(KEYS).flatMap(([key, does]) => [node("dt", {}, key), node("dd", {}, does)]);
-    this.ask("Keys", {}, "");
-    this.dialog.querySelector("h3").after(node("dl", {}, ...rows));
+    this.ask("Keys", [node("dl", {}, ...rows)]);
   }
 
   // -- the connection, and agents --
 
   command(name, more) { return this.client.command(name, { agent_name: this.agent, ...more }); }
-  framed() { this.views.at(-1)?.soon(); }
   changed() {
     this.state({ isReady: false });
     if (this.client.state !== "connected") return;
@@ -6700,7 +6663,7 @@ class Panel {
   async greet() {
     this.limits = (await this.client.command("hello", { message_types: ["*"] })).limits;
     await this.choose(this.agent ?? this.wanted);
-    for (const message of this.outbox.values()) message.isSent = false; // under its turn_id none runs twice
+    for (const turn of this.outbox.values()) turn.isSent = false; // under its id none runs twice
     this.flush();
   }
   async choose(name) { // or else the agent that was active last
@@ -6711,38 +6674,36 @@ class Panel {
       agents.push(...page.agents);
     } while (page.agents.length && agents.length < page.total);
     const names = agents.map((each) => each.agent_name);
-    this.pick.replaceChildren(...names.map((each) => node("option", {}, each)));
+    this.pick.replaceChildren(...names.map((each) => new Option(each)));
     agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""));
     const wanted = name || agents[0]?.agent_name;
-    if (wanted === this.agent && names.includes(wanted)) return this.resume();
     return names.includes(wanted) ? this.open(wanted) : this.none(wanted);
-  }
-  async resume() {
-    const { last_seq } = await this.client.command("load_agent", { name: this.agent });
-    await this.command("subscribe", { after: Math.min(this.last, last_seq) });
-    await this.refresh();
-    this.pick.value = this.agent;
   }
   open(name) { // one after another, so that the last one that was chosen stays
     this.opening = (this.opening ?? Promise.resolve()).catch(() => {}).then(() => this.load(name));
     return this.opening;
   }
-  async load(agent) {
-    if (this.agent) await this.command("unsubscribe");
+  async load(agent) { // also one that is open: then what was missed comes
+    const isNew = agent !== this.agent;
+    if (isNew && this.agent) await this.command("unsubscribe");
     const { model, last_seq, repaired, warnings } = await this.client.command("load_agent", { name: agent });
-    const after = Math.max(0, last_seq - REPLAYED);
-    Object.assign(this, { agent, running: null, last: after, known: last_seq });
-    if (!this.isCompact) this.mind();
-    this.pick.value = agent;
+    this.last = isNew ? Math.max(0, last_seq - REPLAYED) : Math.min(this.last, last_seq);
+    this.agent = this.pick.value = agent;
+    this.known = last_seq;
+    if (isNew && !this.isCompact) this.mind();
+    const { blocks } = await this.refresh();
+    if (isNew) this.log.clear(this.welcome(blocks), this.last, last_seq);
+    this.log.page = null;
+    await this.command("subscribe", { after: this.last });
+    if (isNew) this.opened(model, [...repaired, ...warnings]);
+  }
+  opened(model, news) {
     this.model.classList.toggle("memws-warn", model === "offline");
     this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
-    const { blocks: memory } = await this.refresh();
-    this.log.clear(this.welcome(memory), after > 0);
-    this.warn([...repaired, ...warnings]);
-    await this.command("subscribe", { after });
-    this.client.transport.chosen?.(agent);
-    if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
+    if (news.length) this.tell(news.join(" · "));
+    this.client.transport.chosen?.(this.agent);
     this.show(this.view?.title ?? "Memory");
+    if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
   }
   welcome(memory) {
     const persona = memory.find(({ label }) => label === "persona")?.value ?? "";
@@ -6758,10 +6719,11 @@ class Panel {
     this.log.clear(div("empty", node("h3", {}, "No agent yet"), told, start, other));
     this.state({ agent: null, running: null });
   }
-  async create(config) {
-    const { agent_name, warnings } = await this.client.command("create_agent", { config });
+  async create({ context_window: size, ...config }) {
+    const given = { ...config, context_window: size && Number(size) };
+    const { agent_name, warnings } = await this.client.command("create_agent", { config: given });
     await this.choose(agent_name);
-    this.warn(warnings);
+    if (warnings.length) this.tell(warnings.join(" · "));
   }
   async remove() {
     const agent_name = this.agent;
@@ -6801,25 +6763,17 @@ class Panel {
     const [begins, ends] = [kind === "agent_response_start", /^agent_response_e/.test(kind)];
     if ((begins || ends) && this.outbox.delete(event.turn_id)) this.flush();
     if (kind === "server_error") return this.fail(event);
-    if (event.agent_name !== this.agent || event.seq <= this.last) return;
+    if (event.agent_name !== this.agent) return null;
+    if (event.seq <= this.last) return this.log.takeOlder(event);
     this.last = event.seq ?? this.last;
     if (begins) this.running = event.turn_id;
     if (ends && event.turn_id === this.running) this.running = null;
-    if (kind === "delta") this.doing = event.of === "assistant_message" ? "answering" : "thinking";
-    if (kind === "tool_call" && event.name !== "send_message") this.doing = `running ${event.name}`;
-    if (kind === "context") this.views[1]?.add(event);
     if (kind === "context" && this.bar) this.drawBar(event);
     if (kind === "memory_change" || ends) this.soon();
-    if (kind === "assistant_message" && this.running) this.log.heard.textContent = event.message;
+    if (kind === "assistant_message") this.log.heard.textContent = event.message;
     if (kind === "agent_change" && event.seq > this.known) attempt(this.root, () => this.agentChanged(event));
-    this.turnOf(event, kind)?.take(event);
-    this.state();
-  }
-  turnOf({ turn_id, seq }, kind) { // none where the beginning of the turn is too long ago
-    const isOwn = ["memory_change", "correction", "compaction"].includes(kind); // it may come without a turn
-    if (!turn_id) return isOwn ? this.log.turn(`event ${seq}`) : null;
-    const isCut = seq <= this.known && kind !== "agent_response_start";
-    return isCut && !this.log.turns.has(turn_id) ? null : this.log.turn(turn_id);
+    this.log.take(event);
+    return this.state();
   }
   agentChanged({ change, new_name }) {
     if (change === "deleted") this.agent = null;
@@ -6833,10 +6787,10 @@ class Panel {
     if (!text.trim() || this.send.disabled) return false;
     const most = this.limits.max_text;
     if (text.length > most) throw new Error(`a message has at most ${number(most)} characters; send it in parts`);
-    const message = { agent: this.agent, text: text.trim(), turn_id: newId(), isSent: false };
-    this.outbox.set(message.turn_id, message);
-    this.log.turn(message.turn_id).said(message.text, "sending");
-    this.latest = message.text;
+    const turn = this.log.turnOf({ turn_id: newId() });
+    turn.said(text.trim(), "sending");
+    this.outbox.set(turn.id, Object.assign(turn, { agent: this.agent }));
+    this.latest = turn.text;
     this.told.replaceChildren();
     this.field.value = "";
     this.log.toNewest();
@@ -6844,36 +6798,35 @@ class Panel {
     return true;
   }
   flush() { // as many as may wait at the server, in their order
-    const unsent = [...this.outbox.values()].filter((message) => !message.isSent);
+    const unsent = [...this.outbox.values()].filter((turn) => !turn.isSent);
     const room = this.client.state === "connected" ? IN_FLIGHT - (this.outbox.size - unsent.length) : 0;
-    for (const { turn_id } of unsent.slice(room)) this.log.turns.get(turn_id)?.wait("waits");
-    for (const message of unsent.slice(0, room)) {
-      message.isSent = true;
-      const { agent: agent_name, text, turn_id } = message;
+    for (const turn of unsent.slice(room)) turn.wait("waits");
+    for (const turn of unsent.slice(0, room)) {
+      turn.isSent = true;
+      const { agent: agent_name, text, id: turn_id } = turn;
       this.client.post({ type: "user_message", agent_name, message: text, turn_id });
     }
   }
   takeBack(turn) {
-    if (this.outbox.get(turn.id)?.isSent !== false) return this.command("cancel", { turn_id: turn.id });
-    this.outbox.delete(turn.id);
+    if (turn.isSent || !this.outbox.delete(turn.id)) return this.command("cancel", { turn_id: turn.id });
     return turn.refused("taken back");
   }
   state(news) {
     Object.assign(this, news);
     const isRunning = Boolean(this.isReady && this.running);
     const state = this.client.state === "connected" && !this.isReady ? "connecting" : this.client.state;
-    const word = isRunning ? `connected · ${this.doing ?? "thinking"}` : state;
+    const word = isRunning ? "connected · thinking" : state;
     this.root.dataset.state = isRunning ? "running" : state.split(":")[0];
     if (this.word.textContent !== word) this.word.textContent = word;
     this.stop.disabled = !isRunning;
     this.send.disabled = !this.isReady || !this.agent;
-    for (const each of [this.pick, this.aside, ...this.ofAgent]) each.hidden = !this.agent;
+    for (const each of this.ofAgent) each.hidden = !this.agent;
   }
 }
 
 function render({ model, el }) { // anywidget's way in
   const about = { agent: model.get("agent"), compact: model.get("compact") };
-  return new Panel(el.appendChild(node("div")), overComm(model), about).client.transport.close;
+  return new Panel(el, overComm(model), about).client.transport.close;
 }
 export default { render };
 
@@ -6883,7 +6836,7 @@ if (document.body?.dataset.memws === "page") {
     sessionStorage.setItem("memws-token", given.get("token"));
     history.replaceState(null, "", location.pathname); // it stays in no address
   }
-  new Panel(document.body.appendChild(node("div")), overSocket, { agent: given.get("agent") });
+  new Panel(document.body, overSocket, { agent: given.get("agent") });
 }
 """
 

@@ -355,7 +355,7 @@ def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
     server.create_new_agent({"name": "sam"})
     for number in range(150):
         server.run_step(f"turn {number}")
-    lost = lose(page, '"get_messages"')
+    lost = lose(page, '"after":0')
     page.open(server.url)
     page.await_status("connected")
     page.log.evaluate("""(element) => new Promise((resolve) => {
@@ -569,6 +569,8 @@ def test_keyboard_alone(serve: Serve, page: Window) -> None:
     keys.press("ArrowRight")
     expect(page.tab("Context")).to_be_focused()
     expect(page.mind.get_by_label("Step")).to_be_visible()
+    keys.press("Alt+3")
+    expect(page.mind.get_by_placeholder("Words to look for")).to_be_focused()
     keys.press("Alt+1")
     reach(".memws-card button")
     keys.press("Enter")
