@@ -966,3 +966,10 @@ async def test_an_endpoint_without_vectors_is_left_alone(
     embedder._paused_until = 0.001
     assert len(await embedder.vectors(["a", "b"]) or ()) == 2
     assert [record.levelname for record in caplog.records if "embeddings" in record.message] == ["WARNING"]
+
+
+async def test_what_is_refused_has_no_vector(endpoint: Endpoint, embedder: memws.Embedder) -> None:
+    """Of texts that are refused together every other one has its vector."""
+    endpoint.overrides["/v1/embeddings"] = lambda body: Reply(status=400) if "poison" in body["input"] else None
+    vectors = await embedder.vectors(["a", "b", "poison", "c", "poison"])
+    assert [bool(vector) for vector in vectors or ()] == [True, True, False, True, False]
