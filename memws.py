@@ -84,6 +84,7 @@ import queue
 import random
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -1491,21 +1492,27 @@ class Postgres:
     """A PostgreSQL database, from version 14 on, through psycopg 3; several servers may use it at once.
 
     Its agents have an owner more: the lease under which a server runs them, see Leases.
+    patience: seconds after which a transaction is ended there that nothing was heard of; 0: never.
     """
 
     memory = False
     size = "SELECT pg_database_size(current_database())"
     size_of = "coalesce(pg_column_size({}), 0)"
 
-    def __init__(self, address: str, sync: str = "full") -> None:
+    def __init__(self, address: str, sync: str = "full", patience: float = LEASE_TIMEOUT) -> None:
         try:
             self.driver: Any = importlib.import_module("psycopg")
         except ImportError as error:
             text = f'PostgreSQL needs psycopg ({error}): pip install "psycopg[binary]"'
             raise UsageError(text) from None
         self.path = public_url(address)
-        self._address, self._sync = address, sync
+        self._address, self._sync, self._patience = address, sync, patience
         self._connections: list[SqlConnection] = []
+        if re.search(
+            "%00|%(?![0-9A-Fa-f]{2})|[@/?#].*@", address.partition("://")[2]
+        ):  # errors would tell the password
+            advice = "in user and password write what is no letter or digit like %40 for @"
+            raise UsageError(f"cannot read the address {self.path!r}; {advice}")
 
     def open(self) -> SqlConnection:
         """A connection to write with; a new database gets its tables. Raises UsageError where it cannot be used."""
@@ -1532,9 +1539,8 @@ class Postgres:
 
     def dial(self, **settings: str | int) -> Any:
         """A connection of psycopg. What keeps others waiting ends where this process is paused or cut off."""
-        patience = f"{LEASE_TIMEOUT:g}s"
         settings |= {"synchronous_commit": "on" if self._sync == "full" else "off"}
-        settings |= {"idle_in_transaction_session_timeout": patience}
+        settings |= {"idle_in_transaction_session_timeout": f"{self._patience:g}s"}
         seconds = int(BUSY_TIMEOUT)
         about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
         connection = self.driver.connect(**(about | self._parts()), autocommit=True)
@@ -1565,6 +1571,20 @@ class Postgres:
     def faults(self, connection: SqlConnection) -> list[str]:
         """PostgreSQL looks for damage by itself (checksums, pg_amcheck)."""
         return []
+
+    def dump_command(self, file: str) -> str:
+        """What a shell is told to make a backup."""
+        about = self.driver.conninfo.conninfo_to_dict(self._address)
+        about = {name: value for name, value in about.items() if "password" not in name}
+        return shlex.join(["pg_dump", "--format=custom", f"--file={file}", self.driver.conninfo.make_conninfo(**about)])
+
+    def expect(self, connection: SqlConnection, last: int) -> None:
+        """Prepare for a copy of agents with ids up to `last`: new ones get others. Raises UsageError beside servers."""
+        connection.execute("SET application_name = 'memws copy'")
+        sql = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'memws'"
+        if connection.execute(sql).fetchone():
+            raise UsageError(f"{self.path!r} is in use; stop the memws servers that use it, then copy")
+        connection.execute("SELECT setval('agents_id_seq', ?) FROM agents_id_seq WHERE last_value < ?", (last, last))
 
     def close(self) -> None:
         while self._connections:
@@ -1608,8 +1628,18 @@ class PostgresConnection:
                 return self._connection.execute(_POSTGRES_BEGIN[sql])
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
+        table = re.fullmatch(r"INSERT INTO (\w+(?: \([\w, ]+\))?) VALUES \([?, ]+\)", sql)
         with self._translated(), self._connection.cursor() as cursor:
-            cursor.executemany(sql.replace("?", "%s"), rows)
+            if table is None:
+                cursor.executemany(sql.replace("?", "%s"), rows)
+                return
+            with cursor.copy(f"COPY {table[1]} FROM STDIN") as copy:  # several times as fast
+                for row in rows:
+                    copy.write_row(row)
+
+    def stream(self, sql: str, values: Sequence[Any]) -> Iterator[Any]:
+        with self._translated(), self._connection.cursor("stream") as cursor:
+            yield from cursor.execute(sql.replace("?", "%s"), values)
 
     def close(self) -> None:
         self._connection.close()
@@ -1618,9 +1648,9 @@ class PostgresConnection:
 Database = Sqlite | Postgres
 
 
-def database_at(address: str, sync: str = "full") -> Database:
+def database_at(address: str, sync: str = "full", patience: float = LEASE_TIMEOUT) -> Database:
     """The database of a file name, ":memory:" or a postgresql:// address. Raises UsageError without its driver."""
-    return Postgres(address, sync) if address.startswith(POSTGRES) else Sqlite(address, sync)
+    return Postgres(address, sync, patience) if address.startswith(POSTGRES) else Sqlite(address, sync)
 
 
 @contextlib.contextmanager
@@ -1660,6 +1690,11 @@ def store_error(error: Exception) -> MemwsError:
     if not isinstance(error, sqlite3.Error):  # what a damaged row reads like, or a fault of ours
         logger.error("a transaction failed", exc_info=error)
     return StoreFailed(f"the database refused: {error}")
+
+
+def stream(db: SqlConnection, sql: str, *values: object) -> Iterator[Any]:
+    """The rows of a result that is never whole in memory."""
+    return db.stream(sql, values) if isinstance(db, PostgresConnection) else db.execute(sql, values)
 
 
 def insert(db: SqlConnection, table: str, **values: Any) -> None:
@@ -1713,7 +1748,7 @@ def insert_postings(db: SqlConnection, postings: Iterable[tuple[str, int]]) -> N
 
 def forget(db: SqlConnection, where: str, *values: object) -> None:
     """Take documents out of memory."""
-    for doc, terms in db.execute(f"SELECT doc, terms FROM memory WHERE {where}", values):
+    for doc, terms in stream(db, f"SELECT doc, terms FROM memory WHERE {where}", *values):
         rows = [(term, doc) for term in set(terms.split())]
         db.executemany("DELETE FROM postings WHERE term = ? AND doc = ?", rows)
     db.execute(f"DELETE FROM memory WHERE {where}", values)
@@ -2333,7 +2368,7 @@ class Leases:
 # For the command line: on connections of their own, beside a running server where nothing is written.
 
 EXPORT_FORMAT = 2
-POSTINGS_BLOCK = 500_000  # postings that an import sorts and stores at once
+COPY_BLOCK, POSTINGS_BLOCK = 500, 50_000  # rows and postings of a copy that are in memory at once
 _EXPORTED = {  # table: its columns in a file
     "agents": "name, config, state, blocks, created, last_active, last_seq",
     "messages": "id, role, time, text, body, turn_id, step, seq",
@@ -2348,7 +2383,7 @@ CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent 
 @contextlib.contextmanager
 def read_database(path: str) -> Iterator[SqlConnection]:
     """A connection that only reads, as of one moment. Raises UsageError where there is no database of ours."""
-    database = database_at(path)
+    database = database_at(path, patience=0)
     if isinstance(database, Sqlite) and not pathlib.Path(path).is_file():
         raise UsageError(f"there is no database {path!r}; name one with --db")
     with usable(database.path), contextlib.closing(database):
@@ -2361,8 +2396,6 @@ def read_database(path: str) -> Iterator[SqlConnection]:
 
 def backup_database(path: str, target: str) -> None:
     """Copy a database into an empty file, as of one moment, also while a server writes. Raises UsageError."""
-    if path.startswith(POSTGRES):
-        raise UsageError("backup copies an SQLite file; of PostgreSQL make one with pg_dump, or copy --to a file")
     with (
         read_database(path) as source,
         usable(target, "name another file for the copy"),
@@ -2459,11 +2492,7 @@ def _convert_export(data: JSON) -> None:
         row |= {"time": agent["last_active"], "pieces": zlib.compress(encode_json(texts).encode()).hex()}
 
 
-_DAMAGE = (
-    sqlite3.IntegrityError,
-    sqlite3.ProgrammingError,
-    sqlite3.DataError,
-)  # no OperationalError: a full disk, a lock
+_DAMAGE = sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError  # not Operational: a full disk, a lock
 
 
 @contextlib.contextmanager
@@ -2476,10 +2505,22 @@ def damage_at(place: str) -> Iterator[None]:
         raise UsageError(f"damaged: {place}: {reason}") from None
 
 
-def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tuple[str, int]]:
-    """Store a row of an export; its postings, which the caller stores."""
+def index_memory(db: SqlConnection, agent: int) -> None:
+    """Store the postings of all that an agent's memory holds: sorted first, that is several times as fast."""
+    documents = stream(db, "SELECT doc, terms FROM memory WHERE agent = ?", agent)
+    postings = ((term, doc) for doc, terms in documents for term in set(terms.split()))
+    db.execute("CREATE TEMP TABLE unsorted AS SELECT * FROM postings LIMIT 0")
+    while block := list(itertools.islice(postings, POSTINGS_BLOCK)):
+        db.executemany("INSERT INTO unsorted VALUES (?, ?)", block)
+    db.execute("INSERT INTO postings SELECT * FROM unsorted ORDER BY term, doc")
+    db.execute("DROP TABLE unsorted")
+
+
+def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
+    """Store a row of an export, without the postings of memory."""
     if table == "memory":
-        return remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
+        remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
+        return
     if table == "messages":
         body = clean_value(decode_json(row["body"]))
         names = ("role", "content") if row["role"] in ("user", "system") else ("by", "role", *body)  # as shape wants it
@@ -2489,22 +2530,17 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> list[tu
     columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
     blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
     insert(db, table, agent=agent, **columns | blobs)
-    return []
 
 
 def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
     """Store the rows of an export. Raises UsageError with the place of what is damaged."""
-    postings: list[tuple[str, int]] = []
     for table in _TABLES:
         with damage_at(table):
             rows = check(data.get(table), schema_of(list[dict[str, Any]]))
         for number, row in enumerate(rows):
             with damage_at(f"{table}[{number}]"):
-                postings += _import_row(db, agent, table, row)
-            if len(postings) >= POSTINGS_BLOCK:
-                insert_postings(db, postings)
-                postings.clear()
-    insert_postings(db, postings)
+                _import_row(db, agent, table, row)
+    index_memory(db, agent)
 
 
 def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: str | None = None) -> str:
@@ -2530,6 +2566,70 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
         sql = "UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?"
         db.execute(sql, (last_seq, agent, last_seq))
     return record.name
+
+
+def copy_database(address: str, goal: str, done: collections.Counter[str]) -> None:
+    """Copy settings and agents, also deleted ones, as of one moment, to an empty database or one that was copied from
+    this earlier: what it has already is passed by, what is older there is replaced. A copy that was cut off goes on.
+
+    done: counts agents and rows, and first all of them. Raises UsageError, StoreFailed.
+    """
+    sql = "SELECT id, name, created, last_seq, last_active, deleted FROM agents ORDER BY id"
+    with read_database(address) as source, contextlib.closing(database_at(goal, patience=0)) as database:
+        target = database.open()
+        with transaction(target):
+            ours, theirs = ({row[0]: row for row in db.execute(sql)} for db in (source, target))
+            _refuse_loss(ours, theirs, database.path)
+            if isinstance(database, Postgres):
+                database.expect(target, max(ours, default=1))
+            _copy_settings(source, target, database.path)
+        rows = collections.Counter(ours.keys())
+        for table in _TABLES:
+            rows.update(dict(source.execute(f"SELECT agent, count(*) FROM {table} GROUP BY agent").fetchall()))
+        done.update({"all agents": len(ours), "all rows": rows.total()})
+        for agent, row in ours.items():
+            if row == theirs.get(agent):
+                done["rows"] += rows[agent]
+            else:
+                with transaction(target):
+                    _copy_agent(source, target, row, done)
+            done["agents"] += 1
+
+
+def _refuse_loss(ours: dict[int, Any], theirs: dict[int, Any], path: str) -> None:
+    """Raises UsageError where a copy of our agents would lose some of theirs, or what these did since."""
+    for agent, (_, name, created, last_seq, last_active, _) in theirs.items():
+        if agent not in ours or ours[agent][2] != created:
+            raise UsageError(f"{path!r} has an agent {name!r} of its own; copy to an empty database")
+        if last_seq > ours[agent][3] or last_active > ours[agent][4]:
+            raise UsageError(f"agent {name!r} has gone on in {path!r}; copy to an empty database")
+
+
+def _copy_settings(source: SqlConnection, target: SqlConnection, path: str) -> None:
+    """Copy what is learned of endpoints, and whose the vectors are. Raises UsageError where others are there."""
+    ours, theirs = (dict(db.execute("SELECT name, value FROM settings").fetchall()) for db in (source, target))
+    if theirs.get("embedding_model") not in (None, ours.get("embedding_model")):
+        raise UsageError(f"{path!r} has vectors of another embedding model; copy to an empty database")
+    for name, value in ours.items():
+        write_setting(target, name, value)
+
+
+def _copy_agent(source: SqlConnection, target: SqlConnection, row: Any, done: collections.Counter[str]) -> None:
+    """Put an agent in the place of what is older."""
+    agent, name, _, last_seq, last_active, deleted = row
+    forget(target, "agent = ?", agent)
+    sql = "DELETE FROM agents WHERE id = ? AND last_seq <= ? AND last_active <= ?"  # else the insert fails
+    target.execute(sql, (agent, last_seq, last_active))
+    if deleted is None:  # who has the name there has lost it here, and is still to be copied
+        target.execute("UPDATE agents SET deleted = last_active WHERE name = ? AND deleted IS NULL", (name,))
+    for table in _EXPORTED:
+        names = [column[0] for column in source.execute(f"SELECT * FROM {table} LIMIT 0").description]
+        columns, key = ", ".join(names).removesuffix(", owner"), "id" if table == "agents" else "agent"
+        rows = stream(source, f"SELECT {columns} FROM {table} WHERE {key} = ? ORDER BY 1, 2", agent)
+        while block := list(itertools.islice(rows, COPY_BLOCK)):
+            target.executemany(f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(block[0]))})", block)
+            done["rows"] += len(block)
+    index_memory(target, agent)
 
 
 # ======================================================================================================================
@@ -9176,23 +9276,39 @@ def import_command(flags: argparse.Namespace) -> None:
         data = decode_json(sys.stdin.buffer.read() if flags.file == "-" else pathlib.Path(flags.file).read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
-    with contextlib.closing(database_at(flags.db)) as database:
+    with contextlib.closing(database_at(flags.db, patience=0)) as database:
         name = import_agent(database.open(), data, check_record, flags.name)
     print(f"agent {name!r} is in {public_url(flags.db)}")
 
 
 def backup_command(flags: argparse.Namespace) -> None:
     """Copy the database as of one moment, also while a server writes. Raises UsageError."""
+    database = database_at(flags.db)
+    if isinstance(database, Postgres):
+        raise UsageError(f"a program of PostgreSQL makes its backups; run {database.dump_command(flags.file)}")
     with new_file(flags.file) as file:
         backup_database(flags.db, str(file))
     print(f"{flags.db} is copied to {flags.file}", file=sys.stderr)
 
 
-def tell_progress(name: str, over: threading.Event) -> None:
-    """Say every PROGRESS_DELAY how long something has been going on."""
+def copy_command(flags: argparse.Namespace) -> None:
+    """Copy all agents from one database to another. Raises UsageError."""
+    try:
+        copy_database(flags.from_, flags.to_, flags.done)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--db", "--from or --to")) from error
+    except StoreFailed as error:
+        raise UsageError(f"{error}; run the same copy again: it goes on from here") from error
+    counts = f"{flags.done['agents']:,} agents with {flags.done['rows']:,} rows"
+    print(f"{counts} are in {database_at(flags.to_).path}")
+
+
+def tell_progress(name: str, over: threading.Event, done: Mapping[str, int]) -> None:
+    """Say every PROGRESS_DELAY how long something has been going on, and what is done of all."""
     start = time.monotonic()
     while not over.wait(PROGRESS_DELAY):
-        print(f"memws: {name}, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+        counts = [f", {done[what]:,} of {done[f'all {what}']:,} {what}" for what in ("agents", "rows") if done]
+        print(f"memws: {name}, {time.monotonic() - start:.0f} s{''.join(counts)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -9268,6 +9384,11 @@ def make_parser() -> argparse.ArgumentParser:
     backup.add_argument("file")
     vacuum = add("vacuum", "give disk space back: what was purged, and old exact requests", vacuum_command)
     add_flag(vacuum, "keep_requests", "how long exact requests are kept", 36_500, type=float, metavar="DAYS")
+    copy = add("copy", "copy all agents from one database to another, a file or a postgresql:// address", copy_command)
+    copy.set_defaults(done=collections.Counter())
+    for name, meaning in (("from", "the database to copy"), ("to", "where to: an empty one, or an earlier copy")):
+        is_needed = not os.environ.get(f"MEMWS_{name.upper()}")
+        add_flag(copy, name, meaning, dest=f"{name}_", metavar="DB", required=is_needed)
     for command in (check, vacuum, export, importing, backup):
         add_flag(command, "db", "the database", DEFAULT_DB)
     add("protocol", "print the protocol as JSON Schema", lambda flags: print(encode_json(protocol_schema(COMMANDS))))
@@ -9283,10 +9404,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     over = threading.Event()
-    if words[0] not in ("serve", "chat") and sys.stderr.isatty():
-        threading.Thread(target=tell_progress, args=[words[0], over], daemon=True).start()
     try:
         flags = make_parser().parse_args(words)
+        if words[0] == "copy" or (words[0] not in ("serve", "chat") and sys.stderr.isatty()):
+            progress = [words[0], over, vars(flags).get("done", {})]
+            threading.Thread(target=tell_progress, args=progress, daemon=True).start()
         status: int | None = flags.run(flags)
         sys.stdout.flush()
         return status or 0

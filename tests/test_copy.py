@@ -1,0 +1,223 @@
+"""Copying all agents from one database to another, of either kind."""
+
+import functools
+import io
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import Done, call, environment, sentence
+from postgres import find_programs
+
+import memws
+
+Run = Callable[..., Done]
+Serve = Callable[..., memws.WebSocketServer]
+TABLES = ("agents", "messages", "memory", "postings", "events", "requests", "settings")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command of memws.py in this process."""
+    return functools.partial(call, capsys)
+
+
+def rows(address: str) -> dict[str, list[Any]]:
+    """All that a database holds, but for who runs an agent."""
+    found = {}
+    with closing(memws.database_at(address)) as database:
+        db = database.connect()
+        for table in TABLES:
+            names = [column[0] for column in db.execute(f"SELECT * FROM {table} LIMIT 0").description]  # noqa: S608
+            columns = ", ".join(name for name in names if name != "owner")
+            found[table] = sorted(db.execute(f"SELECT {columns} FROM {table}").fetchall())  # noqa: S608
+    return found
+
+
+def change(address: str, *statements: str) -> None:
+    with closing(memws.database_at(address)) as database:
+        db = database.open()
+        for sql in statements:
+            db.execute(sql)
+
+
+@pytest.fixture
+def source(tmp_path: Path, serve: Serve) -> str:
+    """A database of agents that live, one that was deleted and one that was purged, whose memory has vectors."""
+    path = str(tmp_path / "source.db")
+    server = serve(db=path)
+    with memws.connect(server.url) as client:
+        for name in ("Zoë", "sam", "purged", "deleted"):
+            client.create_agent(name)
+            client.command("insert_passage", agent_name=name, text=f"{name} keeps otters. Żółw 日本 🦊")
+            client.ask("My name is Ada, I like walruses. " + "x" * 5_000, name)
+        client.command("delete_agent", agent_name="purged", purge=True)
+        client.command("delete_agent", agent_name="deleted")
+    server.stop()
+    vector = "UPDATE memory SET vector = zeroblob(8) WHERE doc % 2 = 0"
+    change(path, vector, "INSERT INTO settings VALUES ('embedding_model', 'm'), ('learned x', '{}')")
+    return path
+
+
+def copy(run: Run, source: str, target: str) -> None:
+    """Copy, and see that all has come; and that to copy again changes nothing."""
+    expected = rows(source)
+    count = sum(len(expected[table]) for table in TABLES if table not in ("postings", "settings"))
+    agents = len(expected["agents"])
+    for _ in range(2):
+        done = run("copy", "--from", source, "--to", target)
+        assert done == (0, f"{agents} agents with {count:,} rows are in {memws.public_url(target)}\n", "")
+        assert rows(target) == expected
+
+
+def test_there_and_back(source: str, postgres_address: str, tmp_path: Path, run: Run) -> None:
+    """A copy of a copy is the first database row by row, and an export of its agents byte by byte."""
+    back = str(tmp_path / "back.db")
+    copy(run, source, postgres_address)
+    copy(run, postgres_address, back)
+    for name in ("Zoë", "sam"):
+        texts = {run("export", name, "--db", db).stdout for db in (source, postgres_address, back)}
+        assert len(texts) == 1
+    assert all(run("check", "--db", db).stdout.startswith("no damage found\n") for db in (postgres_address, back))
+    assert not any(rows(back)[table] == [] for table in TABLES)
+
+
+def test_a_copy_serves(source: str, database: str, run: Run, serve: Serve) -> None:
+    """Agents of a copy answer and find as before, one can be brought back; a new one has an id and a seq of its own."""
+    copy(run, source, database)
+    with memws.connect(serve(db=database).url) as client:
+        seen = client.command("search_memory", agent_name="sam", query="otters")
+        assert (seen["total"], seen["items"][0]["text"][:9]) == (1, "sam keeps")
+        assert client.ask("What do I like?", "sam")
+        client.command("restore_agent", agent_name="deleted")
+        client.create_agent("purged")
+        assert client.ask("Who are you?", "purged")
+        last_seq = max(row[7] for row in rows(source)["agents"] if row[1] == "purged")
+        assert client.command("get_agent", agent_name="purged")["last_seq"] > last_seq > 0
+
+
+def test_a_later_copy(source: str, database: str, run: Run, serve: Serve) -> None:
+    """What has gone on is copied anew, also where names have changed hands; what has not is passed by."""
+    copy(run, source, database)
+    server = serve(db=source)
+    with memws.connect(server.url) as client:
+        client.command("restore_agent", agent_name="deleted")
+        client.ask("One thing more.", "deleted")
+        for name, new_name in (("sam", "x"), ("deleted", "sam"), ("x", "deleted")):
+            client.command("rename_agent", agent_name=name, new_name=new_name)
+    server.stop()
+    copy(run, source, database)
+    change(database, "UPDATE events SET text = 'kept' WHERE agent = 1")
+    run("copy", "--from", source, "--to", database)
+    assert {row[-1] for row in rows(database)["events"] if row[0] == 1} == {"kept"}
+
+
+LOSSES = {
+    "UPDATE agents SET last_seq = last_seq + 1 WHERE id = 2": "agent 'sam' has gone on in",
+    "UPDATE agents SET last_active = '2999' WHERE id = 2": "agent 'sam' has gone on in",
+    "UPDATE agents SET created = '2001' WHERE id = 2": "has an agent 'sam' of its own",
+    "UPDATE agents SET id = 77 WHERE name = 'purged'": "has an agent 'purged' of its own",
+    "UPDATE settings SET value = 'other' WHERE name = 'embedding_model'": "has vectors of another embedding model",
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_nothing_is_lost(source: str, database: str, run: Run, loss: str) -> None:
+    """A target that has what the source has not is refused and left as it is."""
+    copy(run, source, database)
+    change(database, loss)
+    change(source, "UPDATE agents SET last_seq = last_seq + 5 WHERE id = 1")
+    before = rows(database)
+    assert LOSSES[loss] in sentence(run("copy", "--from", source, "--to", database))
+    assert rows(database) == before
+
+
+def test_in_use(source: str, database: str, run: Run, serve: Serve) -> None:
+    """A database that a server uses may be copied, but not be copied to."""
+    server = serve(db=database)
+    assert "stop the memws server" in sentence(run("copy", "--from", source, "--to", database))
+    server.stop()
+    server = serve(db=source)
+    copy(run, source, database)
+
+
+DIE = """if True:
+    import itertools, os, signal, sys
+    sys.path.insert(0, sys.argv.pop(1))
+    import memws
+    calls, index_memory = itertools.count(1), memws.index_memory
+
+    def die(*values):
+        index_memory(*values)
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    memws.index_memory = die
+    memws.main(sys.argv[1:])
+"""
+
+
+def test_killed(source: str, database: str, run: Run) -> None:
+    """A copy that is killed in the middle of an agent leaves those before it, and goes on with it."""
+    words = [str(Path(memws.__file__).parent), "copy", "--from", source, "--to", database]
+    done = subprocess.run([sys.executable, "-c", DIE, *words], env=environment(), check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [row[0] for row in rows(database)["agents"]] == [row[0] for row in rows(source)["agents"]][:2]
+    copy(run, source, database)
+
+
+def test_progress(source: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes long says how much of all is done, on standard error."""
+    index_memory, shown = memws.index_memory, threading.Event()
+
+    class Stderr(io.StringIO):
+        def write(self, text: str) -> int:
+            shown.set() if "rows" in text else None
+            return super().write(text)
+
+    def index(*values: Any) -> None:
+        assert shown.wait(10)
+        index_memory(*values)
+
+    monkeypatch.setattr(memws, "PROGRESS_DELAY", 0.1)
+    monkeypatch.setattr(memws, "index_memory", index)
+    monkeypatch.setattr(sys, "stderr", Stderr())
+    assert memws.main(["copy", "--from", source, "--to", str(tmp_path / "copy.db")]) == 0
+    told = re.match(
+        r"(?:memws: copy, 0 s\n)*memws: copy, \d s, 0 of 4 agents, \d+ of (\d+) rows\n", sys.stderr.getvalue()
+    )  # type: ignore[attr-defined]
+    counts = (len(rows(source)[table]) for table in ("agents", "messages", "memory", "events", "requests"))
+    assert told is not None
+    assert int(told[1]) == sum(counts)
+
+
+def test_no_password_is_told(source: str, postgres_address: str, tmp_path: Path, run: Run) -> None:
+    """Neither of an address that works nor of one that cannot be read."""
+    password = postgres_address.split(":")[2].partition("@")[0]
+    told = [run("copy", "--from", source, "--to", postgres_address), run("check", "--db", postgres_address)]
+    told += [run("vacuum", "--db", postgres_address), run("export", "none", "--db", postgres_address)]
+    for wrong in (f"{password}x", f"%zz{password}", f"x@{password}", f"1/{password}", f"%00{password}"):
+        address = postgres_address.replace(password, wrong)
+        told += [run("copy", "--from", address, "--to", tmp_path / "copy.db"), run("backup", "file", "--db", address)]
+        assert "address" in sentence(told[-2])
+    assert password not in "".join(done.stdout + done.stderr for done in told)
+
+
+def test_backup(source: str, postgres_address: str, tmp_path: Path, run: Run) -> None:
+    """Of PostgreSQL it tells the command that makes one."""
+    copy(run, source, postgres_address)
+    target = tmp_path / "my backup"
+    told = sentence(run("backup", target, "--db", postgres_address)).strip().partition("pg_dump")
+    programs, password = find_programs(), postgres_address.split(":")[2].partition("@")[0]
+    words = [str(programs / "pg_dump"), *shlex.split(told[2])]  # type: ignore[operator]
+    subprocess.run(words, env={**os.environ, "PGPASSWORD": password}, check=True)
+    assert target.read_bytes()[:5] == b"PGDMP"
