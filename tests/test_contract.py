@@ -56,16 +56,16 @@ create, load, config, names: server test_create_agent test_load_agent test_names
   test_create_agent_warns_of_what_it_ignores
 hello, list, get, update: server test_hello_and_the_message_types test_hello_counts_what_each_model_needed
   test_list_agents_and_get_agent_tell_what_runs test_update_agent
-rename, delete, restore, purge: server test_an_agent_that_is_renamed_deleted_and_restored; machine
-  test_whatever_clients_do; store test_a_purged_agent_is_gone
+rename, delete, restore, purge: machine test_whatever_clients_do; client test_rename_and_delete; store
+  test_a_purged_agent_is_gone
 messages and search: server test_get_messages_pages_backwards test_search_memory; store test_search_is_filtered
 blocks and passages: server test_edits_of_memory test_blocks_are_reshaped; tools test_the_one_place_is_edited_or_none
 wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_message
 """
 BAD_INPUT = """
-not JSON, no object, wrong types, too deep, huge numbers, NaN: server
-  test_bad_frames_get_one_answer_and_the_connection_stays; wire test_hostile_frames_get_one_named_error
-  test_depth_is_counted_exactly; soak test_every_figure_is_met
+not JSON, no object, wrong types, too deep, huge numbers, NaN: wire test_hostile_frames_get_one_named_error
+  test_depth_is_counted_exactly; server test_an_id_is_on_answers_starts_terminals_and_refusals; soak
+  test_every_figure_is_met
 at most 80 characters quoted, at most 4 KiB: wire test_no_error_quotes_more_than_80_characters; errors
   test_an_answer_to_any_error_fits_in_4_kib
 lone surrogates, NUL: wire test_what_no_text_can_hold_is_read_as_u_fffd; python_api
@@ -85,7 +85,7 @@ EVENTS = """
 classic types in their order: server test_the_flow_of_memgpt_0_2_7; agent
   test_the_events_of_a_step_are_in_the_order_of_0_2_7
 more types: server test_hello_and_the_message_types test_deltas_are_live
-a turn: server test_a_turn_begins_and_ends_once; machine test_whatever_clients_do
+a turn: machine test_whatever_clients_do; kill test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
 exactly one terminal frame, whatever befalls a reader: soak test_every_figure_is_met
 a message that never becomes a turn: server test_eight_messages_of_a_connection_wait
   test_thirty_two_messages_wait_for_an_agent; machine test_whatever_clients_do

@@ -430,35 +430,6 @@ async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
 
 
 @on_both
-async def test_an_agent_that_is_renamed_deleted_and_restored(client: Wire, server: Server) -> None:
-    """Subscribers follow a rename, a delete frees the name, a restore brings all back (test_machine.py has more)."""
-    async with wire(server, "*") as other:
-        await other.ok("load_agent", name="sam")
-        await other.ok("subscribe")
-        await client.turn("My name is Ada", turn_id="t")
-        await other.ended()
-        assert (await client.refused("rename_agent", new_name="a b"))["code"] == "bad_config"
-        assert await client.ok("rename_agent", new_name="new") == {"agent_name": "new"}
-        change = await other.receive()
-        assert (change["agent_name"], change["change"], change["new_name"]) == ("sam", "renamed", "new")
-        for turn_id in ("t", "t2"):
-            assert {frame["agent_name"] for frame in await client.turn("My name is Ada", turn_id=turn_id)} == {"new"}
-        last = await other.ended()
-        assert (last["agent_name"], last["turn_id"]) == ("new", "t2")
-        assert await client.ok("delete_agent") == {}
-        change = await other.receive()
-        assert (change["message_type"], change["change"], change["seq"]) == ("agent_change", "deleted", last["seq"] + 1)
-        for each in (client, other):
-            assert (await each.refused("get_agent"))["code"] == "no_agent"
-        await client.ok("create_agent", config={"name": "new"})
-        await client.turn("hi")
-        await other.nothing_more()  # its subscription was the old agent's
-        restored = await client.ok("restore_agent", agent_name="new", new_name="ada")
-        assert restored == {"agent_name": "ada", "last_seq": change["seq"]}
-        assert [await messages_of(client, name) for name in ("ada", "new")] == [["My name is Ada"] * 2, ["hi"]]
-
-
-@on_both
 async def test_list_agents_tells_what_can_be_restored(server: Server) -> None:
     """Of each name the agent deleted last is listed, page by page, as live ones are; no purged and no living one."""
     async with wire(server) as client:
@@ -695,21 +666,6 @@ async def test_timed_heartbeats(server: Server, endpoint: Endpoint, monkeypatch:
         assert timer is None or timer.cancelled()  # it rests until a user speaks
 
 
-async def test_bad_frames_get_one_answer_and_the_connection_stays(server: Server) -> None:
-    """Each frame that is no request gets exactly one server_error, and the connection goes on."""
-    frames: list[tuple[Any, str]] = [
-        ("", "not_json"), ('{"type": "user_message", "message": NaN}', "not_json"), (b"{}", "not_json"),
-        ("[]", "not_object"), ("[" * 100_000, "too_deep"), ({"type": "smell" * 50_000}, "bad_type"),
-        ({"type": "command", "command": "__init__"}, "unknown_command"), ({"type": "user_message"}, "missing_field"),
-        ({"type": "user_message", "message": "x", "when_busy": "maybe"}, "bad_field"),
-        ({"type": "command", "command": "get_messages", "limit": 10**400}, "bad_field"),
-    ]  # fmt: skip
-    async with wire(server) as client:
-        for frame, code in frames:
-            assert (await client.misread(frame))["code"] == code
-        await client.nothing_more()
-
-
 @pytest.mark.parametrize("request_id", ["", "x" * 128, "\u20ac" * 128, 0, -(2**53), 2**53, None])
 async def test_an_id_is_on_answers_starts_terminals_and_refusals(server: Server, request_id: Any) -> None:
     """An id comes back as it was sent on everything that answers its request, and on nothing else; null is none."""
@@ -803,33 +759,6 @@ async def test_the_flow_of_memgpt_0_2_7(server: Server, endpoint: Endpoint) -> N
         assert (await client.receive())["status"] == "OK: Agent 'agent_1' loaded"
         await client.send_raw({"type": "user_message", "message": "hi", "agent_id": None})
         assert shape(await client.until(is_terminal))[2] == ("assistant_message", "Hello!")
-
-
-@on_both
-async def test_a_turn_begins_and_ends_once(client: Wire, server: Server, endpoint: Endpoint) -> None:
-    """At its start a turn's message is on disk, once, at its one end all of it; seq, time and step count."""
-    async with wire(server) as other:
-        frames = [await hold(client, endpoint, "hi", turn_id="t")]
-        await other.say("waits", agent_name="sam")
-        await other.nothing_more()
-        with beside(server) as connection:
-            said = connection.execute("SELECT text FROM messages WHERE role = 'user'").fetchall()
-        assert said == [("hi",)]
-        endpoint.release()
-        frames += await client.until(is_terminal)
-        with beside(server) as connection:
-            on_disk = [seq for (seq,) in connection.execute("SELECT seq FROM events ORDER BY seq")]
-        start, user, *_, end = frames
-        assert (start["type"], user["message_type"], user["message"]) == ("agent_response_start", "user_message", "hi")
-        assert (end["type"], end["stop_reason"]) == ("agent_response_end", "done")
-        assert end["usage"].keys() == {"input_tokens", "output_tokens", "model_calls", "estimated"}
-        assert {frame["type"] for frame in frames[1:-1]} == {"agent_response"}
-        assert seqs(frames) == on_disk[: end["seq"]] == list(range(1, end["seq"] + 1))
-        assert ({frame["turn_id"] for frame in frames}, {frame["step"] for frame in frames[1:-1]}) == ({"t"}, {1})
-        times = [frame["time"] for frame in frames if "seq" in frame]
-        assert times == sorted(times)
-        assert all(len(time) == 24 and time.endswith("Z") for time in times)
-        await client.nothing_more()
 
 
 async def test_deltas_are_live(client: Wire, endpoint: Endpoint) -> None:

@@ -829,15 +829,3 @@ async def test_days_are_the_agents(lab: Lab, zone: str, own: bool, move: Callabl
     told = datetime.strptime(re.sub(" [^ ]+([+-]....)$", r"\1", now), "%Y-%m-%d %I:%M:%S %p%z")
     assert told.utcoffset() == datetime.now(ZoneInfo(zone)).utcoffset()
     assert abs(told - datetime.now(UTC)) < timedelta(minutes=1)
-
-
-async def test_any_page_can_be_asked_for(lab: Lab) -> None:
-    """Pages that there are not get a result like any (test_memory.py and test_embeddings.py have every query)."""
-    agent = await lab.create(context_window=200_000, max_steps=200)
-    await lab.say(agent, "My locker has the number 7")
-    words, days = {"query": "locker"}, {"start_date": "2020-01-01", "end_date": "2099-01-01"}
-    asked = {"conversation_search": words, "archival_memory_search": words, "conversation_search_date": days}
-    calls = [(name, each | {"page": page}) for name, each in asked.items() for page in (-1, 99, 10**9, 2**63, 10**30)]
-    turn = await lab.say(agent, "Look it up", Reply(calls=calls))
-    assert turn.stop_reason == "done"
-    assert all(text.startswith(("Showing", "No results found")) for text in turn.texts("tool_return")[: len(calls)])

@@ -143,10 +143,11 @@ class Wire:
         return error
 
     async def misread(self, frame: Any) -> JSON:
-        """The server_error that a frame gets which is no request."""
+        """The server_error that a frame gets which is no request, and the only one."""
         await self.send_raw(frame)
         answer = await self.receive()
         assert answer["type"] == "server_error", answer
+        await self.nothing_more()
         return answer
 
     async def say(self, message: str, **fields: Any) -> Any:
