@@ -215,7 +215,7 @@ def test_command_line_table(tmp_path: Path) -> None:
     assert listed is not None
     found = [line.split()[0] for line in listed[1].splitlines() if re.match(r"    \w", line)]
     assert {word[0] for word in words if word} | {"serve"} == set(found)
-    assert [word[1] for word in words if len(word) > 1] == ["NAME", "FILE", "FILE"]
+    assert [word[1] for word in words if len(word) > 1] == ["NAME", "FILE", "FILE", "--from"]
     assert README.count("\n") <= 400
 
 
