@@ -1,5 +1,6 @@
 """What all tests share: the endpoint, the loop that async tests run on, and the rule that in CI a skip is a failure."""
 
+import gc
 import os
 import re
 import threading
@@ -97,6 +98,12 @@ async def lab(endpoint: Endpoint) -> AsyncIterator[Lab]:
 async def agent(lab: Lab) -> memws.Agent:
     """An agent of the lab."""
     return await lab.create()
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test is looked at by no collection of garbage later: those are quick then."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)
