@@ -5793,7 +5793,7 @@ PANEL_STYLE: Final = r"""
   .memws-form { background: var(--raised); border: 1px solid var(--line); }
   .memws-mark, .memws-model, .memws-status, .memws-quiet, .memws-link, .memws-trace > summary, .memws-monologue,
   .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text:empty,
-  .memws-empty p, .memws-menu > summary, .memws-days summary, .memws-form dd { color: var(--soft); }
+  .memws-empty p, .memws-menu > summary, .memws-days summary { color: var(--soft); }
   .memws-mark, .memws-step, .memws-copy, .memws-used { font-size: 12.5px; }
   .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-older, .memws-trace > summary,
   .memws-note, .memws-change, .memws-days summary, .memws-fold summary { font-size: 13px; }
@@ -5853,12 +5853,9 @@ PANEL_STYLE: Final = r"""
     p { white-space: pre-wrap; } li > p { white-space: pre-line; margin: 0; }
     h3, h4, h5, h6 { font-size: 1em; margin: 1em 0 .3em; } ul, ol { margin: .5em 0; padding-left: 1.6em; }
     code { font: 13px var(--mono); background: var(--wash); border-radius: 4px; padding: 1px 4px; }
-    a { color: var(--accent); } blockquote { padding-left: 12px; border-left: 3px solid var(--line); }
-    table { border-collapse: collapse; font-size: 14px; }
-    th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line); }
-    blockquote, th { color: var(--soft); }
+    a { color: var(--accent); }
+    blockquote { padding-left: 12px; border-left: 3px solid var(--line); color: var(--soft); }
   }
-  .memws-scroll { overflow-x: auto; }
   .memws-fence { position: relative; background: var(--wash); border-radius: 8px; padding: 4px 12px; margin: .6em 0;
     pre { white-space: pre; overflow-x: auto; } code { padding: 0; background: none; }
     .memws-copy { position: absolute; top: 4px; right: 6px; background: var(--wash); }
@@ -5878,7 +5875,7 @@ PANEL_STYLE: Final = r"""
   .memws-form { width: min(560px, calc(100% - 40px)); margin: 16px auto; padding: 16px 20px; border-radius: 12px;
     box-shadow: 0 6px 24px #0002;
     label { display: grid; gap: 2px; margin: 8px 0; }
-    dl { display: grid; grid-template-columns: auto 1fr; gap: 4px 16px; font-size: 14px; } dd { margin: 0; }
+    label:not(:has(:is(input, textarea))) { grid-template-columns: 9em 1fr; align-items: baseline; margin: 2px 0; }
   }
   .memws-right { flex: 0 0 clamp(300px, 33%, 440px); min-width: 0; min-height: 0; border-left: 1px solid var(--line);
     padding: 12px 16px; display: flex; flex-direction: column; gap: 6px; font-size: 14px; }
@@ -5905,7 +5902,7 @@ PANEL_STYLE: Final = r"""
     &:empty::before { content: "nothing yet"; font-style: italic; } } .memws-flash { animation: memws-flash 1.6s; }
   .memws-editor, .memws-editing :is(.memws-text, header button) { display: none; }
   .memws-editing .memws-editor { display: block; } .memws-editor textarea { width: 100%; font: 13px/1.5 var(--mono); }
-  .memws-stored { background: var(--wash); border-radius: 6px; padding: 6px 8px; }
+  .memws-stored { color: var(--ink); background: var(--wash); border-radius: 6px; padding: 6px 8px; }
   .memws-fold, .memws-found { border-bottom: 1px solid var(--line); } .memws-fold summary { padding: 4px 0; }
   .memws-found { padding: 6px 0; .memws-mark { display: flex; justify-content: space-between; } }
   @container (max-width: 720px) {
@@ -5955,7 +5952,7 @@ const copyButton = (text) => button("copy", "copy", async ({ target }) => {
   setTimeout(() => { target.textContent = "copy"; }, 1200);
 });
 
-const number = (value) => new Intl.NumberFormat("en").format(value ?? 0);
+const { format: number } = new Intl.NumberFormat("en");
 const counted = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 const clock = (time) => new Date(time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
 const seconds = (ms, before) => (ms >= 100 ? `${before}${(ms / 1000).toFixed(1)} s` : "");
@@ -5965,13 +5962,13 @@ const oneLine = (text) => text.slice(0, 300).replace(/\s+/g, " "); // the style 
 const rowsOf = (diff) => diff.map((row) => node({ "+": "ins", "-": "del" }[row[0]] ?? "div", {}, row.slice(1) || " "));
 const valuesOf = (form) => Object.fromEntries([...new FormData(form)].filter(([, value]) => value.trim()));
 const isFull = (value) => value !== null && typeof value === "object" && Object.keys(value).length > 0;
-const pretty = (value, margin = "") => {
+function pretty(value, margin = "") { // as YAML, where texts keep their lines
   const text = typeof value === "string" ? value : JSON.stringify(value);
   if (!isFull(value)) return text.replaceAll("\n", "\n" + margin);
   const name = (key) => (Array.isArray(value) ? "-" : key + ":");
   const row = ([key, item]) => `${margin}${name(key)}${isFull(item) ? "\n" : " "}${pretty(item, margin + "  ")}`;
   return Object.entries(value).map(row).join("\n");
-};
+}
 
 // ---- Markdown: a small part of it, as nodes. No HTML, no images, links to http(s) only; every pattern is bounded ----
 
@@ -5981,18 +5978,17 @@ const EMPHASIS = /(?<![\w*])[*_](?=\S)([^*_\n]{0,500}?\S)[*_](?![\w*])/.source;
 const LINK = /\[([^\]\n]{1,300})\]\((https?:\/\/[^\s)]{1,2000})\)/.source;
 const ADDRESS = /(https?:\/\/[^\s<>"')\]]{0,2000}[^\s<>"')\].,;:!?])/.source;
 const INLINE = new RegExp([CODE, STRONG, EMPHASIS, LINK, ADDRESS].join("|"), "g");
-// A block is a fence to its end, a heading, a rule, a quote, a list or a table up to an empty row, or rows up to these.
+// A block is a fence to its end, a heading, a rule, a quote, a table, a list up to an empty row, or rows up to these.
 const FENCE = /^ {0,3}(?<fence>```+|~~~+)(?<language>.*)\n?(?<code>[^]*?)(?:(?<=\n) *\k<fence> *$|$(?![^]))/.source;
 const HEADING = /^(?<level>#{1,6})[ \t](?<title>.*)/.source;
 const RULE = /^ {0,3}(?<rule>(?:[-*_] *){3,})$/.source;
 const QUOTE = /(?<quote>(?:^ {0,3}>.*\n?)+)/.source;
+const TABLE = /(?<table>(?:^ {0,3}\|.*\n?)+)/.source;
 const MARK = /(?:[-*+]|\d{1,9}[.)])[ \t]/.source;
 const ROW = /(?:^(?! {0,3}(?:```|~~~)|#{1,6}[ \t]).*\S.*\n?)/.source;
-const RULED = /[ \t]*\|?[ \t]*:?-+:?(?:[ \t]*\|[ \t]*:?-+:?)*[ \t]*\|?[ \t]*$\n?/.source;
 const LIST = `(?<list>^[ \\t]*${MARK}.*\\n?${ROW}*)`;
-const TABLE = `^(?=.*\\|)(?<head>.*)\\n${RULED}(?<body>${ROW}*)`;
-const ROWS = `(?:(?!^[ \\t]*(?:>|${MARK}))${ROW})+`;
-const BLOCK = new RegExp([FENCE, HEADING, RULE, QUOTE, LIST, TABLE, ROWS].join("|"), "gm");
+const ROWS = `(?:(?!^[ \\t]*(?:[>|]|${MARK}))${ROW})+`;
+const BLOCK = new RegExp([FENCE, HEADING, RULE, QUOTE, TABLE, LIST, ROWS].join("|"), "gm");
 const DEEPEST = 8;
 
 const markdown = (text, depth) =>
@@ -6015,23 +6011,15 @@ function inline(text) {
 }
 
 function block({ 0: source, groups }, depth) {
-  const { fence, language, code, level, title, rule, quote, list: items, head, body } = groups;
+  const { fence, language, code, level, title, rule, quote, table, list: items } = groups;
   const shown = () => code.replace(/\n$/, "");
   if (fence) return div("fence", copyButton(shown), span("mark", language), node("pre", {}, node("code", {}, shown())));
   if (level) return node("h" + Math.min(6, level.length + 2), {}, ...inline(title));
   if (rule) return node("hr");
   if (quote) return node("blockquote", {}, ...markdown(quote.replace(/^ {0,3}> ?/gm, ""), depth + 1));
+  if (table) return node("pre", {}, table.trimEnd());
   if (items) return list(items, depth);
-  if (head) return table(head, body);
   return node("p", {}, ...inline(source.trimEnd()));
-}
-
-function table(head, body) {
-  const cell = (tag, text) => node(tag, {}, ...inline(text.trim().replaceAll("\\|", "|")));
-  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
-  const made = (tag, row) => node("tr", {}, ...cells(row).map((text) => cell(tag, text)));
-  const rows = (body.match(/.+/g) ?? []).map((row) => made("td", row));
-  return div("scroll", node("table", {}, node("thead", {}, made("th", head)), node("tbody", {}, ...rows)));
 }
 
 function list(source, depth) { // an item begins where the margin is about that of the first
@@ -6055,11 +6043,10 @@ const overSocket = (client) => {
   let [delay, wasOpen, socket] = [500, false];
   const open = () => {
     const token = sessionStorage.getItem("memws-token") ?? "";
-    const fits = /^[\w!#$%&'*+.^`|~-]+$/.test(token); // other characters are in no subprotocol
-    const url = new URL(".", location); // also below a proxy's prefix
-    if (token && !fits) url.searchParams.set("token", token);
+    const fits = /^[\w!#$%&'*+.^`|~-]*$/.test(token); // other characters are in no subprotocol
+    const url = new URL(fits ? "." : `.?token=${encodeURIComponent(token)}`, location); // also below a proxy's prefix
     url.protocol = url.protocol.replace("http", "ws");
-    socket = new WebSocket(url, fits ? ["memws", token] : []);
+    socket = new WebSocket(url, token && fits ? ["memws", token] : []);
     socket.onopen = () => {
       [wasOpen, delay] = [true, 500];
       client.changed("connected");
@@ -6070,20 +6057,18 @@ const overSocket = (client) => {
   const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
     client.changed("offline");
     const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
-    if (health.token && !wasOpen) return client.panel.askToken();
-    wasOpen = false;
-    setTimeout(open, delay);
-    delay = Math.min(2 * delay, 8000);
+    if (health.token && !wasOpen) return client.panel.askToken(open);
+    [wasOpen, delay] = [false, Math.min(2 * delay, 8000)];
+    setTimeout(open, delay / 2);
   };
   open();
-  return { open, send: (text) => socket.send(text) };
+  return { send: (text) => socket.send(text) };
 };
 
 // In a notebook the kernel holds the WebSocket, which works wherever the notebook does. A comm loses messages, though:
 // so each of ours holds all frames that are not acknowledged, and a gap in the kernel's is as a new connection.
 const overComm = (model) => (client) => {
-  const session = newId();
-  const unheard = [];
+  const [session, unheard] = [newId(), []];
   let [first, last, silent] = [1, 0, 0]; // the number of the first unheard, that of the kernel's last, seconds
   const post = (about) => {
     try { model.send({ session, first, frames: [...unheard], ...about }); } catch { silent = 9; } // the kernel has gone
@@ -6142,7 +6127,7 @@ class Client {
     this.panel.frames?.take("→", text);
     this.transport.send(text);
   }
-  async command(command, more = {}) {
+  async command(command, more) {
     if (this.state !== "connected") throw new Error("there is no connection to the server; try again when it is back");
     const id = newId();
     this.post({ type: "command", command, id, ...more });
@@ -6162,15 +6147,18 @@ class Client {
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
 
 class Turn {
-  streams = new Map(); // texts that are being made, by step and kind
+  streams = new Map(); // texts that are being made, by kind
   calls = new Map();
-  steps = []; // their contexts, as events
   trace = null; // the thoughts and calls that stand in one line
+  element = node("article", { class: "memws-turn" });
   constructor(panel, id) {
-    Object.assign(this, { panel, id, element: node("article", { class: "memws-turn" }) });
+    Object.assign(this, { panel, id });
     this.element.turn = this;
   }
-  take(event) { this["on_" + (event.message_type ?? event.type)]?.(event); }
+  take(event) {
+    this.seq ??= event.seq;
+    this["on_" + (event.message_type ?? event.type)]?.(event);
+  }
   note(text, kind) { this.element.append(div(`item memws-note memws-${kind}`, text)); }
   said(text, ...state) { // by the user, and what has become of it
     this.text = text;
@@ -6178,7 +6166,6 @@ class Turn {
     this.user = div("item memws-user", div("bubble", text), div("mark", ...state));
     this.element.prepend(this.user);
   }
-  wait(state) { this.said(this.text, `${state} · `, button("take back", "link", () => this.panel.takeBack(this))); }
   refused(why) {
     const again = () => { if (this.panel.submit(this.text)) this.element.remove(); };
     this.said(this.text, `not sent: ${why} · `, button("try again", "link", again));
@@ -6198,20 +6185,19 @@ class Turn {
     trace.element.classList.toggle("memws-running", !trace.isOver);
     if (trace.isOver) trace.live.textContent = "";
   }
-  endTrace() { if (this.trace) this.tell(this.trace, { isOver: true }); }
   row(kind, { step, time }, ...kids) { // in the trace that an event of this step belongs to
     if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
-    const row = div(kind, ...kids);
+    const { rows, step: former } = this.trace;
     const show = () => this.panel.show("Context", { turn_id: this.id, step });
-    const isNew = step && step !== this.trace.step && !this.panel.isCompact;
-    this.trace.rows.append(isNew ? button(`step ${step}: what the model got`, "step", show) : "", row);
+    const about = { disabled: this.panel.isCompact };
+    if (step && step !== former) rows.append(button(`step ${step}: what the model got`, "step", show, about));
+    rows.append(div(kind, ...kids));
     this.tell(this.trace, { step, to: Date.parse(time) });
-    return row;
+    return rows.lastChild;
   }
-  stream(event, of) {
-    const key = `${event.step}/${of}`;
-    const made = this.streams.get(key) ?? (of === "assistant_message" ? this.reply(event) : this.thought(event));
-    this.streams.set(key, Object.assign(made, { key }));
+  stream(event, of) { // the text of this kind that is being made
+    const made = this.streams.get(of) ?? (of === "assistant_message" ? this.reply(event) : this.thought(event));
+    this.streams.set(of, made);
     return made;
   }
   thought(event) { return { element: this.row("monologue", event), trace: this.trace, text: "" }; }
@@ -6228,30 +6214,25 @@ class Turn {
     made.frame = null;
     if (made.prose) return drawProse(made);
     made.element.textContent = made.text;
-    made.trace.live.textContent = made.isDone || made.trace.isOver ? "" : "…" + oneLine(made.text.slice(-72));
+    made.trace.live.textContent = made.trace.isOver ? "" : "…" + oneLine(made.text.slice(-72));
   }
-  finish(event, kind) { // the whole text; what has streamed beyond it is the next one's
-    const made = this.stream(event, kind);
-    const rest = made.text.startsWith(event.message) ? made.text.slice(event.message.length) : "";
-    this.draw(Object.assign(made, { text: event.message, isDone: true }));
+  finish(event) { // the whole text
+    const made = this.stream(event, event.message_type);
+    this.draw(Object.assign(made, { text: event.message }));
     if (event.partial) made.mark.append(" · cut short");
-    this.streams.delete(made.key);
-    if (rest) this.on_delta({ ...event, of: kind, message: rest });
+    this.streams.delete(event.message_type);
   }
-  end() {
-    this.endTrace();
-    this.streams.clear();
-  }
+  endTrace() { if (this.trace) this.tell(this.trace, { isOver: true }); }
   on_user_message({ message, from, time }) { this.said(message, (from ? `${from} · ` : "") + clock(time)); }
-  on_internal_monologue(event) { this.finish(event, "internal_monologue"); }
-  on_assistant_message(event) { this.finish(event, "assistant_message"); }
-  on_context(event) {
-    this.steps.push(event);
-    if (event.warning) this.note(event.warning, "warn");
-  }
+  on_internal_monologue(event) { this.finish(event); }
+  on_assistant_message(event) { this.finish(event); }
+  on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
   on_heartbeat() { if (!this.user && !this.trace) this.note("a heartbeat woke the agent", ""); }
   on_correction(event) { this.row("remark", event, event.message); }
-  on_queue(event) { this.wait(`waits, number ${event.position}`); }
+  on_queue({ position, turn_id }) {
+    const cancel = () => this.panel.command("cancel", { turn_id });
+    this.said(this.text, `waits, number ${position} · `, button("take back", "link", cancel));
+  }
   on_agent_response_start(event) { this.since = Date.parse(event.time); }
   on_delta(event) {
     const made = this.stream(event, event.of);
@@ -6267,24 +6248,23 @@ class Turn {
     this.calls.set(event.tool_call_id, { row, state, result, trace: this.trace });
   }
   on_tool_return({ tool_call_id, status, duration_ms, message, time }) {
-    const call = this.calls.get(tool_call_id);
-    if (!call) return;
-    const isBad = status === "Failed";
-    call.state.textContent = isBad ? "failed" : `${number(duration_ms)} ms`;
-    call.result.textContent = message;
-    call.row.classList.toggle("memws-bad", isBad);
-    if (isBad) call.trace.why.textContent = `failed: ${oneLine(message)}`;
-    this.tell(call.trace, { to: Date.parse(time) });
+    if (!this.calls.has(tool_call_id)) return;
+    const { row, state, result, trace } = this.calls.get(tool_call_id);
+    result.textContent = message;
+    state.textContent = `${number(duration_ms)} ms`;
+    this.tell(trace, { to: Date.parse(time) });
+    if (status !== "Failed") return;
+    row.classList.add("memws-bad");
+    state.textContent = "failed";
+    trace.why.textContent = `failed: ${oneLine(message)}`;
   }
   on_memory_change(event) {
     const name = event.what === "core" ? event.label : "the archive";
     const did = event.after === null ? "forgot from" : "remembered in";
     const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
-    const rows = event.diff.split("\n").filter((row) => row.slice(1).trim());
-    const show = () => this.panel.show("Memory", event);
-    const chip = button(told, "chip", show, { disabled: this.panel.isCompact });
-    const item = div("item memws-change", chip, div("diff", ...rowsOf(rows)));
-    (this.trace?.changes ?? this.element).append(item);
+    const rows = rowsOf(event.diff.split("\n").filter((row) => row.slice(1).trim()));
+    const chip = button(told, "chip", () => this.panel.show("Memory", event), { disabled: this.panel.isCompact });
+    (this.trace?.changes ?? this.element).append(div("item memws-change", chip, div("diff", ...rows)));
   }
   on_compaction({ tokens_before, tokens_after, summary }) {
     const sizes = `${number(tokens_before)} → ${counted(tokens_after, "token")}`;
@@ -6296,13 +6276,13 @@ class Turn {
     this.row("remark", event, event.message);
   }
   on_agent_response_end({ stop_reason, usage, time }) {
-    this.end();
+    this.endTrace();
     if (stop_reason !== "done") this.note(`stopped: ${titleOf(stop_reason)}`, "warn");
     const spent = counted(usage.input_tokens + usage.output_tokens, "token");
     this.replied?.mark.append(seconds(Date.parse(time) - this.since, " · "), ` · ${spent}`);
   }
   on_agent_response_error(event) {
-    this.end();
+    this.endTrace();
     if (event.seq == null && this.user) this.refused(event.message);
     else this.note(event.message, "bad");
   }
@@ -6313,7 +6293,6 @@ const MOST = 200; // turns that stay when the newest are looked at
 const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
 class Log {
-  turns = new Map(); // by id
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => this.toNewest(), { hidden: true });
@@ -6324,7 +6303,7 @@ class Log {
     this.element = node("div", { ...about, onscroll: () => this.scrolled() }, this.inner);
   }
   clear(welcome, asked = 0, last = 0) { // the events above seq `asked` are on their way
-    Object.assign(this, { turns: new Map(), asked, first: asked && last + 1, page: null });
+    Object.assign(this, { turns: new Map(), asked, first: asked && last + 1 });
     this.older.hidden = !asked;
     this.inner.replaceChildren(this.older, welcome);
   }
@@ -6341,10 +6320,10 @@ class Log {
   }
   trim() { // what goes is fetched again when somebody scrolls there
     while (this.inner.children.length > MOST + 1) {
-      const { turn, nextSibling } = this.inner.children[1];
+      const [, { turn }, next] = this.inner.children;
       turn.element.remove();
       this.turns.delete(turn.id);
-      this.first = nextSibling.turn.seq ?? this.panel.last + 1;
+      this.first = next.turn.seq ?? this.panel.last + 1;
       [this.asked, this.older.hidden] = [this.first - 1, false];
     }
   }
@@ -6387,77 +6366,81 @@ class View { // {tab, side}
   out = div("folds");
   constructor(panel, title, ...kids) {
     Object.assign(this, { panel, title });
-    const onclick = () => {
-      panel.show(title);
-      this.side.querySelector("[type=search]")?.focus();
-    };
-    this.tab = button(title, "tab", onclick, { role: "tab" });
+    this.tab = button(title, "tab", () => this.open(), { role: "tab" });
     const about = { class: "memws-side", role: "tabpanel", "aria-label": title };
     this.side = node("div", about, div(title.toLowerCase(), ...kids, this.out));
+  }
+  open() {
+    this.panel.show(this.title);
+    this.side.querySelector("[type=search]")?.focus();
   }
   shown() {} // with what is wanted of it
 }
 
+const card = (title, size, action, ...kids) =>
+  node("section", { class: "memws-card" }, node("header", {}, node("h4", {}, title), size, action), ...kids);
+
 class Memory extends View {
-  cards = new Map();
+  blocks = new Map(); // by label
   constructor(panel) {
     const [cards, passages, placeholder] = [div("cards"), span("mark"), "A passage to keep"];
-    const about = { rows: "1", name: "text", placeholder, "aria-label": placeholder };
-    const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
-    const head = node("header", {}, node("h4", {}, "archive"), passages, list);
     const onsubmit = ({ target }) => panel.command("insert_passage", valuesOf(target)).then(() => target.reset());
-    const form = node("form", { class: "memws-actions", onsubmit }, node("textarea", about), button("add", "quiet"));
-    super(panel, "Memory", cards, node("section", { class: "memws-card" }, head, form));
-    Object.assign(this, { list: cards, passages });
+    const field = node("textarea", { rows: "1", name: "text", placeholder, "aria-label": placeholder });
+    const form = node("form", { class: "memws-actions", onsubmit }, field, button("add", "quiet"));
+    const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
+    super(panel, "Memory", cards, card("archive", passages, list, form));
+    Object.assign(this, { cards, passages });
   }
-  shown(change) { this.cards.get(change?.label)?.flash(); }
+  shown(change) { this.blocks.get(change?.label)?.flash(); }
   take({ blocks, counts }) {
-    if (blocks.map(({ label }) => label).join() !== [...this.cards.keys()].join()) {
-      this.cards = new Map(blocks.map(({ label }) => [label, new Card(this.panel, label)]));
-      this.list.replaceChildren(...[...this.cards.values()].map((card) => card.element));
+    if (blocks.map(({ label }) => label).join() !== [...this.blocks.keys()].join()) {
+      this.blocks = new Map(blocks.map((block) => [block.label, new Block(this.panel, block)]));
+      this.cards.replaceChildren(...Array.from(this.blocks.values(), ({ element }) => element));
     }
-    for (const block of blocks) this.cards.get(block.label).set(block);
+    for (const block of blocks) this.blocks.get(block.label).set(block);
     this.passages.textContent = counted(counts.passages, "passage");
     const told = `${counted(counts.messages, "message")} in recall memory, ${number(counts.in_context)} in view`;
     this.out.replaceChildren(div("mark", told));
   }
 }
 
-class Card { // a block of core memory, edited in place
-  constructor(panel, label) {
-    Object.assign(this, { panel, label, text: div("text"), size: span("mark"), gauge: node("i"), wrong: div("said") });
-    this.field = node("textarea", { rows: "6", "aria-label": `core memory ${label}`, oninput: () => this.measure() });
+class Block { // of core memory, edited in place
+  constructor(panel, block) {
+    Object.assign(this, { panel, block, text: div("text"), size: span("mark"), gauge: node("i"), wrong: div("said") });
+    const about = { rows: "6", "aria-label": `core memory ${block.label}`, oninput: () => this.measure() };
+    this.field = node("textarea", about);
     const cancel = button("cancel", "quiet", () => this.edit(null));
     const actions = div("actions", button("save", "main"), cancel, span("mark", "Ctrl+Enter saves, Esc leaves"));
-    const keys = { onsubmit: () => this.save(), onkeydown: (event) => this.typed(event) };
+    const keys = { onsubmit: () => this.save(), onkeydown: (event) => this.pressed(event) };
     const editor = node("form", { class: "memws-editor", ...keys }, this.field, this.wrong, actions);
     const edit = button("edit", "quiet", () => this.edit(this.block));
-    const head = node("header", {}, node("h4", {}, label), this.size, edit);
-    this.element = node("section", { class: "memws-card" }, head, div("gauge", this.gauge), this.text, editor);
+    this.element = card(block.label, this.size, edit, div("gauge", this.gauge), this.text, editor);
+    this.settle();
   }
   set(block) {
-    const former = this.block;
+    const [before, after] = [this.block, block].map(({ value }) => (value ? value.split("\n") : []));
+    const isSame = this.block.version === block.version;
     this.block = block;
     this.measure();
-    if (former?.version === block.version) return;
-    clearTimeout(this.timer);
-    if (!former) return this.settle();
-    const [before, after] = [former, block].map(({ value }) => (value ? value.split("\n") : []));
+    if (isSame) return;
     const shown = after.map((row) => (before.includes(row) ? " " : "+") + row);
     const gone = before.filter((row) => row && !after.includes(row)).map((row) => "-" + row);
     this.text.replaceChildren(...rowsOf([...shown, ...gone]));
     this.flash();
-    this.timer = setTimeout(() => this.settle(), GLOW); // where motion is reduced no animation ends it
   }
-  settle() { this.text.textContent = this.block.value; }
   flash() {
     this.element.scrollIntoView({ block: "nearest" });
     this.element.classList.add("memws-flash");
-    setTimeout(() => this.element.classList.remove("memws-flash"), 1600);
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.settle(), GLOW); // where motion is reduced no animation ends it
+  }
+  settle() {
+    this.text.textContent = this.block.value;
+    this.element.classList.remove("memws-flash");
   }
   measure() {
-    const { limit } = this.block;
     const size = [...(this.base ? this.field : this.block).value].length; // characters, as the server counts them
+    const { limit } = this.block;
     this.size.textContent = `${number(size)} / ${number(limit)}`;
     this.size.classList.toggle("memws-bad", size > limit);
     this.gauge.style.width = `${Math.min(100, (100 * size) / limit)}%`;
@@ -6470,44 +6453,35 @@ class Card { // a block of core memory, edited in place
     this.wrong.replaceChildren();
     this.measure();
   }
-  typed(event) {
-    if (event.key === "Escape") this.edit(null);
-    return event.key === "Enter" && (event.ctrlKey || event.metaKey) ? this.save() : null;
+  pressed({ key, ctrlKey, metaKey }) {
+    if (key === "Escape") this.edit(null);
+    return key === "Enter" && (ctrlKey || metaKey) ? this.save() : null;
   }
   async save() {
-    const { label, base, field } = this;
+    const { block: { label }, base: { version }, field: { value } } = this;
     try {
-      await this.panel.command("set_block", { label, value: field.value, version: base.version });
+      await this.panel.command("set_block", { label, value, version });
       this.edit(null);
-    } catch ({ code, message, value, version }) {
-      if (code !== "conflict") return this.wrong.replaceChildren(message);
-      this.set({ ...this.block, value, version });
-      this.base = this.block;
-      const told = "It was changed while you wrote. Save again to replace what is there now:";
-      const theirs = button("take theirs", "quiet", () => this.edit(this.block));
-      this.wrong.replaceChildren(told, node("pre", { class: "memws-stored" }, value), theirs);
+    } catch (error) {
+      this.wrong.replaceChildren(error.message);
+      if (error.code === "conflict") this.differ(error);
     }
+  }
+  differ({ value, version }) { // both texts are shown, and the next save is on top of this version
+    this.set({ ...this.block, value, version });
+    this.base = this.block;
+    const told = "It was changed while you wrote. Save again to replace what is there now:";
+    const theirs = button("take theirs", "quiet", () => this.edit(this.block));
+    this.wrong.replaceChildren(told, node("pre", { class: "memws-stored" }, value), theirs);
   }
 }
 
-class Context extends View {
-  constructor(panel) {
-    const pick = node("select", { "aria-label": "Step", onchange: () => this.look() });
-    super(panel, "Context", div("actions", pick));
-    this.pick = pick;
-  }
-  shown({ turn_id, step, section } = {}) { // the request of a step, or the prompt as it is now
-    this.steps = [...this.panel.log.turns.values()].flatMap((turn) => turn.steps);
-    this.steps.sort((one, other) => other.time.localeCompare(one.time));
-    const options = this.steps.map((each) => new Option(`${clock(each.time)}, step ${each.step}`));
-    this.pick.replaceChildren(new Option("what the model sees now"), ...options);
-    this.pick.selectedIndex = 1 + this.steps.findIndex((each) => each.turn_id === turn_id && each.step === step);
-    return this.look(section);
-  }
-  async look(section) {
-    const step = this.steps[this.pick.selectedIndex - 1];
-    const rows = await (step ? this.request(step) : this.now(section));
-    this.out.replaceChildren(...rows);
+class Context extends View { // the prompt as it is now, or the request of a step
+  constructor(panel) { super(panel, "Context"); }
+  async shown({ turn_id, step, section } = {}) {
+    const rows = await (step ? this.request({ turn_id, step }) : this.now(section));
+    const title = step ? `what the model got in step ${step}` : "what the model sees now";
+    this.out.replaceChildren(div("mark", title), ...rows);
   }
   async now(section) {
     const { sections, more } = await this.panel.command("get_context");
@@ -6516,13 +6490,12 @@ class Context extends View {
     const used = sections.filter((each) => each.tokens);
     return used.map((each) => fold(told(each), each.text.trim(), each.name === section));
   }
-  async request({ turn_id, step }) {
-    const { request, response, ...about } = await this.panel.command("get_request", { turn_id, step });
+  async request(of) {
+    const { request, response, ...about } = await this.panel.command("get_request", of);
     const { messages, ...settings } = request;
     const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"))}`;
-    const sent = messages.map((each) => fold(told(each), pretty(each)));
-    return [fold("answer", pretty(response), true), fold("tokens and times", pretty(about)), ...sent,
-      fold("tools and settings", pretty(settings))];
+    return [fold("answer", pretty(response), true), fold("tokens and times", pretty(about)),
+      ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(settings))];
   }
 }
 
@@ -6605,8 +6578,7 @@ class Frames extends View { // of the connection, so the same one for all agents
     if (!this.isHeld) this.shown();
   }
   save() {
-    const rows = this.kept.map((each) => JSON.stringify(each) + "\n");
-    const href = URL.createObjectURL(new Blob(rows));
+    const href = URL.createObjectURL(new Blob(this.kept.map((each) => JSON.stringify(each) + "\n")));
     node("a", { href, download: "memws-frames.jsonl" }).click();
     setTimeout(() => URL.revokeObjectURL(href), 1000);
   }
@@ -6628,41 +6600,42 @@ class Panel {
   outbox = new Map(); // turns without their receipt, by id; each {agent, text, isSent}
   running = null; // the turn that runs
   views = []; // of the agent; none where the panel is compact
+  log = new Log(this);
+  pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value) });
+  model = span("model");
+  word = node("span");
+  field = node("textarea", { placeholder: "Message", rows: "2", "aria-label": "Message" });
+  send = button("Send", "main", () => this.submit(this.field.value));
+  stop = button("Stop", "stop", () => this.command("cancel"));
+  told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
+  dialog = div("dialog");
+  aside = node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
   constructor(parent, transport, { agent, compact = false }) {
-    Object.assign(this, { isCompact: compact, wanted: agent, log: new Log(this) });
-    this.aside = compact ? div("none") : node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
-    const onkeydown = (event) => this.pressed(event);
-    const onsubmit = (event) => event.preventDefault(); // a form goes to no address
-    const about = { class: "memws-panel", onkeydown, onsubmit, "onmemws-fail": ({ detail }) => this.fail(detail) };
-    about["data-lm-suppress-shortcuts"] = "true"; // JupyterLab's keys are not for who types here
-    this.root = node("div", about, this.top(), div("columns", this.left(), this.aside));
-    this.frames = compact ? null : new Frames(this);
+    Object.assign(this, { wanted: agent, isCompact: compact, frames: compact ? null : new Frames(this) });
+    const about = { class: "memws-panel", "data-lm-suppress-shortcuts": "true" }; // JupyterLab's keys are not ours
+    about.onkeydown = (event) => this.pressed(event);
+    about.onsubmit = (event) => event.preventDefault(); // a form goes to no address
+    about["onmemws-fail"] = ({ detail }) => this.fail(detail);
+    const status = span("status", node("i"), this.word);
+    const name = node("b", {}, "memws");
+    const top = node("header", { class: "memws-top" }, name, this.pick, this.menu(), this.model, status);
+    const over = div("over", this.log.newest, this.told);
+    const composer = div("composer", this.field, this.stop, this.send);
+    const left = node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
+    this.root = node("div", about, top, div("columns", left, !compact && this.aside));
     parent.append(this.root);
     this.client = new Client(this, transport);
     this.state();
   }
-  top() {
-    this.pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value) });
-    [this.model, this.word] = [span("model"), node("span")];
+  menu() {
     const works = { "new agent…": () => this.askAgent(), "rename…": () => this.askName(),
-      "delete": () => this.remove(), "keys": () => this.help() };
+      "delete": () => this.remove(), "keys": () => this.ask("Keys", KEYS) };
     const entries = Object.entries(works).map(([label, work]) => button(label, "entry", work));
     this.ofAgent = [this.pick, this.aside, ...entries.slice(1, 3)];
-    const list = node("div", { class: "memws-entries", onclick: () => { menu.open = false; } }, ...entries);
     const dots = node("summary", { "aria-label": "Agents and keys" }, "⋯");
+    const list = node("div", { class: "memws-entries", onclick: () => { menu.open = false; } }, ...entries);
     const menu = node("details", { class: "memws-menu" }, dots, list);
-    const status = span("status", node("i"), this.word);
-    return node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick, menu, this.model, status);
-  }
-  left() {
-    this.field = node("textarea", { placeholder: "Message", rows: "2", "aria-label": "Message" });
-    this.send = button("Send", "main", () => this.submit(this.field.value));
-    this.stop = button("Stop", "stop", () => this.command("cancel"));
-    this.told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
-    this.dialog = div("dialog");
-    const over = div("over", this.log.newest, this.told);
-    const composer = div("composer", this.field, this.stop, this.send);
-    return node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
+    return menu;
   }
   mind() { // anew for each agent
     this.bar = div("bar");
@@ -6679,7 +6652,7 @@ class Panel {
     event.stopPropagation(); // JupyterLab would prevent line breaks typed inside a cell
     const view = event.altKey && this.views[Number(event.code.slice(-1)) - 1];
     const key = event.target === this.field && !event.isComposing && !event.shiftKey ? event.key : "";
-    if (view) view.tab.click();
+    if (view) view.open();
     else if (key === "Enter") this.send.click();
     else if (key === "Escape") this.stop.click();
     else if (key === "ArrowUp" && !this.field.value) this.field.value = this.latest ?? "";
@@ -6693,18 +6666,18 @@ class Panel {
     next.tab.focus();
   }
   show(title, wanted) {
+    this.view = this.views.find((view) => view.title === title);
     for (const view of this.views) {
-      view.side.hidden = view.title !== title;
-      view.tab.setAttribute("aria-selected", String(!view.side.hidden));
-      view.tab.tabIndex = view.side.hidden ? -1 : 0;
-      if (!view.side.hidden) this.view = view;
+      view.side.hidden = view !== this.view;
+      view.tab.setAttribute("aria-selected", String(view === this.view));
+      view.tab.tabIndex = view === this.view ? 0 : -1;
     }
-    if (this.agent && this.view) attempt(this.root, () => this.view.shown(wanted));
+    if (this.view) attempt(this.root, () => this.view.shown(wanted));
   }
-  fail(error) {
-    if (error.code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
-    if (["lost", "no_agent"].includes(error.code)) return null; // what went is shown already
-    this.tell(error.message);
+  fail({ code, message }) {
+    if (code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
+    if (["lost", "no_agent"].includes(code)) return null; // what went is shown already
+    this.tell(message);
     return this.told.classList.add("memws-bad");
   }
   tell(text, label, work) { // with what can be done about it, for a quarter of a minute
@@ -6713,7 +6686,7 @@ class Panel {
     this.told.replaceChildren(text, " ", label ? button(label, "link", work) : "");
     this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
   }
-  ask(title, content, label, work) { // a small form over the conversation
+  ask(title, fields, label, work) { // over the conversation; `fields`: by name what is told, or a field's attributes
     const wrong = div("said");
     const close = () => {
       this.dialog.replaceChildren();
@@ -6723,32 +6696,25 @@ class Panel {
       try { close(await work(valuesOf(target))); } catch (error) { wrong.textContent = error.message; }
     };
     const onkeydown = ({ key }) => { if (key === "Escape") close(); };
+    const field = (name, about) => node(about.rows ? "textarea" : "input", { name, ...about });
+    const rows = Object.entries(fields).map(([name, about]) =>
+      node("label", {}, span("mark", titleOf(name)), typeof about === "string" ? about : field(name, about)));
     const actions = div("actions", label && button(label, "main"), button(label ? "cancel" : "close", "quiet", close));
-    const form = node("form", { class: "memws-form", onsubmit, onkeydown });
-    form.append(node("h3", {}, title), ...content, wrong, actions);
-    this.dialog.replaceChildren(form);
+    const about = { class: "memws-form", onsubmit, onkeydown };
+    this.dialog.replaceChildren(node("form", about, node("h3", {}, title), ...rows, wrong, actions));
     this.dialog.querySelector("input, button").focus();
   }
-  askFor(title, fields, label, work) { // `fields`: attributes by name
-    const field = (name, about) => node(about.rows ? "textarea" : "input", { name, ...about });
-    const labels = Object.entries(fields).map(([name, about]) =>
-      node("label", {}, span("mark", titleOf(name)), field(name, about)));
-    this.ask(title, labels, label, work);
-  }
-  askToken() {
-    this.askFor("This server asks for its token", { token: { type: "password" } }, "connect", ({ token = "" }) => {
+  askToken(open) {
+    const connect = ({ token = "" }) => {
       sessionStorage.setItem("memws-token", token);
-      this.client.transport.open();
-    });
+      open();
+    };
+    this.ask("This server asks for its token", { token: { type: "password" } }, "connect", connect);
   }
-  askAgent() { this.askFor("A new agent", CONFIG, "create", (config) => this.create(config)); }
+  askAgent() { this.ask("A new agent", CONFIG, "create", (config) => this.create(config)); }
   askName() {
     const rename = ({ name = "" }) => this.command("rename_agent", { new_name: name });
-    this.askFor("Another name", { name: { value: this.agent } }, "rename", rename);
-  }
-  help() {
-    const rows = Object.entries(KEYS).flatMap(([key, does]) => [node("dt", {}, key), node("dd", {}, does)]);
-    this.ask("Keys", [node("dl", {}, ...rows)]);
+    this.ask("Another name", { name: { value: this.agent } }, "rename", rename);
   }
 
   // -- the connection, and agents --
@@ -6761,7 +6727,7 @@ class Panel {
     attempt(this.root, () => this.greet().finally(ready));
   }
   async greet() {
-    this.limits = (await this.client.command("hello", { message_types: ["*"] })).limits;
+    this.limits = (await this.command("hello", { message_types: ["*"] })).limits;
     await this.choose(this.agent ?? this.wanted);
     for (const turn of this.outbox.values()) turn.isSent = false; // under its id none runs twice
     this.flush();
@@ -6770,7 +6736,7 @@ class Panel {
     const agents = [];
     let page;
     do {
-      page = await this.client.command("list_agents", { after: agents.at(-1)?.agent_name });
+      page = await this.command("list_agents", { after: agents.at(-1)?.agent_name });
       agents.push(...page.agents);
     } while (page.agents.length && agents.length < page.total);
     const names = agents.map((each) => each.agent_name);
@@ -6786,25 +6752,26 @@ class Panel {
   async load(agent) { // also one that is open: then what was missed comes
     const isNew = agent !== this.agent;
     if (isNew && this.agent) await this.command("unsubscribe");
-    const { model, last_seq, repaired, warnings } = await this.client.command("load_agent", { name: agent });
+    const { model, last_seq, repaired, warnings } = await this.command("load_agent", { agent_name: agent });
     this.last = isNew ? Math.max(0, last_seq - REPLAYED) : Math.min(this.last, last_seq);
-    this.agent = this.pick.value = agent;
-    this.known = last_seq;
+    Object.assign(this, { agent, known: last_seq });
+    this.pick.value = agent;
     if (isNew && !this.isCompact) this.mind();
     const { blocks } = await this.refresh();
-    if (isNew) this.log.clear(this.welcome(blocks), this.last, last_seq);
     this.log.page = null;
+    if (isNew) this.log.clear(this.welcome(blocks), this.last, last_seq);
     await this.command("subscribe", { after: this.last });
     if (isNew) this.opened(model, [...repaired, ...warnings]);
   }
   opened(model, news) {
     this.model.classList.toggle("memws-warn", model === "offline");
     this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
-    if (news.length) this.tell(news.join(" · "));
+    this.warn(news);
     this.client.transport.chosen?.(this.agent);
     this.show(this.view?.title ?? "Memory");
     if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
   }
+  warn(news) { if (news.length) this.tell(news.join(" · ")); }
   welcome(memory) {
     const persona = memory.find(({ label }) => label === "persona")?.value ?? "";
     const sentences = persona.split(/(?<=[.!?])\s/).slice(0, 2).join(" ");
@@ -6820,16 +6787,16 @@ class Panel {
     this.state({ agent: null, running: null });
   }
   async create({ context_window: size, ...config }) {
-    const given = { ...config, context_window: size && Number(size) };
-    const { agent_name, warnings } = await this.client.command("create_agent", { config: given });
+    config.context_window = size && Number(size);
+    const { agent_name, warnings } = await this.command("create_agent", { config });
     await this.choose(agent_name);
-    if (warnings.length) this.tell(warnings.join(" · "));
+    this.warn(warnings);
   }
   async remove() {
-    const agent_name = this.agent;
-    const restored = () => this.client.command("restore_agent", { agent_name });
+    const { agent } = this;
+    const restore = () => this.command("restore_agent", { agent_name: agent }).then(() => this.choose(agent));
     await this.command("delete_agent");
-    this.tell(`${agent_name} was deleted.`, "undo", () => restored().then(() => this.choose(agent_name)));
+    this.tell(`${agent} was deleted.`, "undo", restore);
   }
   async refresh() { // memory and the bar, as they are now
     const agent = await this.command("get_agent");
@@ -6845,13 +6812,14 @@ class Panel {
     }, 100);
   }
   drawBar({ sections, used, window: total }) {
-    const parts = sections.filter((each) => each.tokens).map(({ name, tokens }) => {
+    const part = ({ name, tokens }) => {
       const title = `${titleOf(name)}: ${counted(tokens, "token")}`;
-      const part = button("", name, () => this.show("Context", { section: name }), { title, "aria-label": title });
-      part.style.width = `${(100 * tokens) / Math.max(total, used)}%`;
-      return part;
-    });
-    this.bar.replaceChildren(...parts, node("i", { title: "75 %: here the agent is told to save what matters" }));
+      const made = button("", name, () => this.show("Context", { section: name }), { title, "aria-label": title });
+      made.style.width = `${(100 * tokens) / Math.max(total, used)}%`;
+      return made;
+    };
+    const tick = node("i", { title: "75 %: here the agent is told to save what matters" });
+    this.bar.replaceChildren(...sections.filter((each) => each.tokens).map(part), tick);
     const share = node("b", {}, `${Math.round((100 * used) / total)} %`);
     this.used.replaceChildren(share, ` of the context window · ${number(used)} of ${counted(total, "token")}`);
   }
@@ -6900,16 +6868,11 @@ class Panel {
   flush() { // as many as may wait at the server, in their order
     const unsent = [...this.outbox.values()].filter((turn) => !turn.isSent);
     const room = this.client.state === "connected" ? IN_FLIGHT - (this.outbox.size - unsent.length) : 0;
-    for (const turn of unsent.slice(room)) turn.wait("waits");
     for (const turn of unsent.slice(0, room)) {
       turn.isSent = true;
-      const { agent: agent_name, text, id: turn_id } = turn;
-      this.client.post({ type: "user_message", agent_name, message: text, turn_id });
+      const { agent: agent_name, text: message, id: turn_id } = turn;
+      this.client.post({ type: "user_message", agent_name, message, turn_id });
     }
-  }
-  takeBack(turn) {
-    if (turn.isSent || !this.outbox.delete(turn.id)) return this.command("cancel", { turn_id: turn.id });
-    return turn.refused("taken back");
   }
   state(news) {
     Object.assign(this, news);
