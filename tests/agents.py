@@ -31,11 +31,9 @@ class Told:
         self.events = list(events)
 
     def of(self, *kinds: str) -> list[Body]:
-        """The frames of these message types."""
         return [event for event in self.events if event.get("message_type") in kinds]
 
     def texts(self, *kinds: str) -> list[str]:
-        """What the events of these message types say."""
         return [frame["message"] for frame in self.of(*kinds)]
 
     @property

@@ -421,8 +421,6 @@ def prompt_tokens(body: Body) -> tuple[int, int]:
 
 
 class Request(NamedTuple):
-    """One HTTP request."""
-
     method: str
     path: str
     headers: dict[str, str]

@@ -99,7 +99,6 @@ class Window:
         assert self.faults == []
 
     def open(self, url: str, fragment: str = "") -> None:
-        """Open a server's page."""
         self.page.goto(memws.page_address(url) + fragment)
 
     def open_notebook(self, folder: Path, jupyter: str) -> None:
@@ -146,12 +145,10 @@ class Window:
         return self.panel.get_by_role("tab", name=name)
 
     def choose(self, entry: str) -> None:
-        """Choose an entry of the menu."""
         self.panel.locator(".memws-menu summary").click()
         self.button(entry).click()
 
     def fill(self, **fields: str) -> None:
-        """Fill the form that asks."""
         for name, value in fields.items():
             self.panel.get_by_label(name, exact=True).fill(value)
 

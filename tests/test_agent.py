@@ -48,7 +48,6 @@ ran: list[int] = []
 
 
 def count(number: int) -> str:
-    """Count."""
     ran.append(number)
     return f"{number} done"
 
@@ -717,7 +716,6 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
     """What is longer than the window is shown in part, kept whole, and quoted by the summary where it waits."""
 
     def flood(number: int) -> str:
-        """Return much."""
         return f"{number} words; " * 100
 
     async with Lab(endpoint, tools=[flood]) as lab:
@@ -1044,7 +1042,6 @@ WANTS += ["user after tool and nine-character ids and known fields"]
 
 
 async def play(lab: Lab, agent: Agent, scene: str) -> None:
-    """Have a scene happen to an agent."""
     answer, what = SCENES[scene]
     lab.endpoint.script(answer)
     if what == "cancel":

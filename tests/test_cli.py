@@ -51,7 +51,6 @@ def main(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Patch)
 
 
 def requested(url: str, command: str, **fields: Any) -> Any:
-    """The result of one command."""
     options = {name: fields.pop(name) for name in ("additional_headers", "origin") if name in fields}
     with connect(url, proxy=None, **options) as client:
         client.send(json.dumps({"type": "command", "command": command, **fields}))

@@ -56,7 +56,6 @@ class States(asyncio.Queue[str]):
     """What a client reports of its connection."""
 
     async def reach(self, state: str) -> None:
-        """Wait for a state."""
         async with asyncio.timeout(10):
             while await self.get() != state:
                 pass

@@ -27,7 +27,6 @@ SOURCE = PROGRAM.read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    """README's code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 

@@ -56,7 +56,6 @@ def query(database: str | Path, sql: str) -> list[Any]:
 
 
 def kept(database: str | Path) -> dict[str, bytes]:
-    """The vectors by their texts."""
     return dict(query(database, "SELECT text, vector FROM memory WHERE length(vector) > 0"))
 
 
@@ -81,7 +80,6 @@ async def fill(client: Wire, texts: Iterable[str] = PASSAGES) -> list[int]:
 
 
 async def found(client: Wire, text: str = QUERY, **more: Any) -> list[str]:
-    """The texts that a search gives."""
     return [item["text"] for item in (await client.ok("search_memory", query=text, **more))["items"]]
 
 

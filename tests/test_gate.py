@@ -33,8 +33,6 @@ class Answer(NamedTuple):
 
 
 class Tcp:
-    """A TCP connection to a server."""
-
     def __init__(self, server: memws.WebSocketServer) -> None:
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=10)
 

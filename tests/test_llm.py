@@ -36,7 +36,6 @@ async def model(endpoint: Endpoint) -> AsyncIterator[memws.Model]:
 
 @contextlib.asynccontextmanager
 async def closing(models: memws.Models) -> AsyncIterator[memws.Models]:
-    """Models, closed at the end."""
     try:
         yield models
     finally:
@@ -55,7 +54,6 @@ async def ask(model: memws.Model, **settings: Any) -> memws.Reply:
 
 
 async def fail(model: memws.Model, **settings: Any) -> memws.ModelError:
-    """The error that a request ends in."""
     with pytest.raises(memws.ModelError) as caught:
         await ask(model, **settings)
     return caught.value
@@ -930,7 +928,6 @@ def test_what_a_full_reply_may_have_lost_is_cut() -> None:
 
 @pytest.fixture
 async def embedder(endpoint: Endpoint) -> AsyncIterator[memws.Embedder]:
-    """The embedder of the endpoint."""
     pytest.importorskip("numpy")
     async with closing(memws.Models("test-model", endpoint.url, KEY, embedding_model="e")) as models:
         assert models.embedder is not None

@@ -36,7 +36,6 @@ OFTEN = {
 
 
 def note(number: int) -> int:
-    """Note a number."""
     return number
 
 

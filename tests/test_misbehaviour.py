@@ -57,13 +57,11 @@ ran: list[int] = []
 
 
 def note(number: int) -> int:
-    """Note a number."""
     ran.append(number)
     return number
 
 
 async def fail(text: str = "") -> str:
-    """Fail."""
     await asyncio.sleep(0)
     raise RuntimeError(text)
 

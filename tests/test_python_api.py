@@ -36,7 +36,6 @@ MODULE = Path(memws.__file__)
 
 @pytest.fixture
 def port() -> int:
-    """A port that nobody holds."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 

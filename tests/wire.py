@@ -162,11 +162,9 @@ class Wire:
         return await self.until(lambda frame: is_terminal(frame) and frame.get("id") == request_id)
 
     async def started(self) -> JSON:
-        """The next start of a turn."""
         return (await self.until(lambda frame: frame["type"] == "agent_response_start"))[-1]
 
     async def ended(self) -> JSON:
-        """The next terminal frame."""
         return (await self.until(is_terminal))[-1]
 
     async def closed(self) -> int | None:

@@ -54,8 +54,6 @@ _CLOSE = arguments('"}')
 
 
 class Model(asyncio.Protocol):
-    """One connection."""
-
     last = b"{}"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

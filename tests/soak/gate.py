@@ -24,7 +24,6 @@ def foreign_host(rng: random.Random) -> str:
 
 
 def foreign_origin(rng: random.Random) -> str:
-    """An Origin that is not ours."""
     if rng.random() < 0.4:
         return rng.choice([*BAD_ORIGINS, *FOREIGN])
     return f"{rng.choice(['http', 'https'])}://{foreign_host(rng)}"
@@ -39,7 +38,6 @@ def wrong_token(rng: random.Random) -> tuple[list[str], str]:
 
 
 async def knock_rightly(soak: Soak, port: int, *headers: str) -> None:
-    """Knock with what is right."""
     status, _ = await knock(port, handshake(f"Host: 127.0.0.1:{port}", *headers))
     if status != "101":
         soak.fault("the right ones refused", f"{status} {headers}")

@@ -119,7 +119,6 @@ class Maker:
             place[key] = self.value()
 
     def frame(self) -> str | bytes:
-        """A hostile frame."""
         rng = self.rng
         request = self.request()
         for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):

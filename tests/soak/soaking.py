@@ -70,7 +70,6 @@ class Soak:
         self._progress.total = total
 
     def step(self, steps: float = 1) -> None:
-        """Move the progress bar."""
         self._progress.step("with faults" if any(self.faults.values()) else "no faults", steps)
 
     def fault(self, kind: str, detail: object) -> None:
