@@ -1414,6 +1414,7 @@ class Sqlite:
 
     size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     size_of = "coalesce(length(CAST({} AS BLOB)), 0)"
+    advice = "name another file with --db"
 
     def __init__(self, path: str, sync: str = "full") -> None:
         self.memory = path == ":memory:"
@@ -1498,6 +1499,7 @@ class Postgres:
     memory = False
     size = "SELECT pg_database_size(current_database())"
     size_of = "coalesce(pg_column_size({}), 0)"
+    advice = "check the address, and whether PostgreSQL runs there; or name another database with --db"
 
     def __init__(self, address: str, sync: str = "full", patience: float = LEASE_TIMEOUT) -> None:
         try:
@@ -1508,17 +1510,13 @@ class Postgres:
         self.path = public_url(address)
         self._address, self._sync, self._patience = address, sync, patience
         self._connections: list[SqlConnection] = []
-        if re.search(
-            "%00|%(?![0-9A-Fa-f]{2})|[@/?#].*@", address.partition("://")[2]
-        ):  # errors would tell the password
-            advice = "in user and password write what is no letter or digit like %40 for @"
-            raise UsageError(f"cannot read the address {self.path!r}; {advice}")
 
     def open(self) -> SqlConnection:
         """A connection to write with; a new database gets its tables. Raises UsageError where it cannot be used."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
-            connection = self.connect()
+            with usable(self.path, self.advice):
+                connection = self.connect()
             with transaction(connection), usable(self.path, "name another database with --db"):
                 connection.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))  # others may start as well
                 if not self.has_schema(connection):
@@ -1531,9 +1529,8 @@ class Postgres:
         return connection
 
     def connect(self) -> SqlConnection:
-        """A connection for one thread. Raises UsageError."""
-        with usable(self.path, "check the address, and whether PostgreSQL runs there"):
-            connection = cast(SqlConnection, PostgresConnection(self))
+        """A connection for one thread."""
+        connection = cast(SqlConnection, PostgresConnection(self))
         self._connections.append(connection)
         return connection
 
@@ -2386,7 +2383,7 @@ def read_database(path: str) -> Iterator[SqlConnection]:
     database = database_at(path, patience=0)
     if isinstance(database, Sqlite) and not pathlib.Path(path).is_file():
         raise UsageError(f"there is no database {path!r}; name one with --db")
-    with usable(database.path), contextlib.closing(database):
+    with usable(database.path, database.advice), contextlib.closing(database):
         connection = database.connect()
         if not database.has_schema(connection):
             raise UsageError(f"{database.path!r} is no memws database; name one with --db")
