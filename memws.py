@@ -2210,6 +2210,8 @@ class Store:
                 self._local.connection = self._database.connect()
             with transaction(self._local.connection, "BEGIN"):
                 return job(self._local.connection)
+        except UsageError as error:  # there is no connection to be had now
+            raise StoreFailed(str(error)) from error
         except sqlite3.Error as error:
             raise store_error(error) from error
 
@@ -2266,10 +2268,10 @@ _TAKE_FREE = (
 )
 
 
-def find_owner(db: SqlConnection, agent: int) -> tuple[str, str, int]:
-    """(name, owner, last seq) of an agent that several servers share. Raises Refused (unknown_agent)."""
-    sql = f"SELECT name, owner, last_seq FROM agents WHERE id = ? AND {_LIVE}"
-    row: tuple[str, str, int] | None = db.execute(sql, (agent,)).fetchone()
+def find_name(db: SqlConnection, agent: int) -> tuple[str, int]:
+    """(name, last seq) of an agent that another server may run. Raises Refused (unknown_agent)."""
+    sql = f"SELECT name, last_seq FROM agents WHERE id = ? AND {_LIVE}"
+    row: tuple[str, int] | None = db.execute(sql, (agent,)).fetchone()
     if row is None:
         raise Refused("unknown_agent", "the agent was deleted")
     return row
@@ -2286,14 +2288,15 @@ class Leases:
     def __init__(self, database: Postgres) -> None:
         self.address = ""  # under which the others reach this server
         self._database, self._failure, self._seen = database, "", time.monotonic()
-        self._wanted: dict[int, Callable[[str], None]] = {}
+        self._wanted: dict[int, Callable[[str, bool], None]] = {}
         self._news, self._over = threading.Event(), False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._keep, name="memws-leases", daemon=True)
         self._thread.start()
 
-    def want(self, agent: int, told: Callable[[str], None]) -> None:
-        """Ask for the lease of an agent; `told` hears on this loop of its owner, that is us, and "" once it is lost."""
+    def want(self, agent: int, told: Callable[[str, bool], None]) -> None:
+        """Ask for the lease of an agent; `told` hears on this loop of each new owner and whether that is us, and of ""
+        once we are not any more."""
         self._loop = asyncio.get_running_loop()
         self._wanted[agent] = told
         self._news.set()
@@ -2334,31 +2337,36 @@ class Leases:
 
     def _hold(self, connection: PostgresConnection) -> None:
         """Take and give back leases, for as long as the connection lasts. Raises sqlite3.Error."""
-        address, held = self.address, dict[int, Callable[[str], None]]()
-        owner = f"{address}#{secrets.token_hex(8)}"
+        address, held = self.address, set[int]()
+        lease = f"{address}#{secrets.token_hex(8)}"
+        known: dict[int, tuple[Callable[[str, bool], None], str]] = {}  # who was told of which owner
         try:
             while address == self.address and not self._over:
                 wanted = dict(self._wanted)
-                for agent in held.keys() - wanted.keys():
+                for agent in held - wanted.keys():
                     connection.execute("SELECT pg_advisory_unlock(?, ?)", (APPLICATION_ID, agent))
-                    del held[agent]
-                free = connection.execute(_TAKE_FREE, (list(wanted.keys() - held.keys()), APPLICATION_ID))
+                    held.remove(agent)
+                free = connection.execute(_TAKE_FREE, (list(wanted.keys() - held), APPLICATION_ID))
                 taken = [agent for (agent,) in free]
-                connection.execute("UPDATE agents SET owner = ? WHERE id = ANY(?)", (owner, taken))
-                for agent, told in wanted.items():
-                    if agent in taken or held.get(agent, told) is not told:
-                        held[agent] = told
-                        self._tell(told, owner)
+                connection.execute("UPDATE agents SET owner = ? WHERE id = ANY(?)", (lease, taken))
+                held.update(taken)
+                sql = "SELECT id, owner FROM agents WHERE id = ANY(?)"
+                others = connection.execute(sql, (list(wanted.keys() - held),)).fetchall()
+                for agent, owner in [*((agent, lease) for agent in held), *others]:
+                    news = wanted[agent], owner
+                    if known.get(agent) != news:
+                        known[agent] = news
+                        self._tell(*news, agent in held)
                 self._failure, self._seen = "", time.monotonic()
                 self._news.wait(LEASE_PULSE)
                 self._news.clear()
         finally:
-            for told in held.values():
-                self._tell(told, "")
+            for agent in held & known.keys():
+                self._tell(known[agent][0], "", False)
 
-    def _tell(self, told: Callable[[str], None], owner: str) -> None:
+    def _tell(self, told: Callable[[str, bool], None], owner: str, is_ours: bool) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
-            cast(asyncio.AbstractEventLoop, self._loop).call_soon_threadsafe(told, owner)
+            cast(asyncio.AbstractEventLoop, self._loop).call_soon_threadsafe(told, owner, is_ours)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -7475,12 +7483,15 @@ class LiveAgent:
             return
         if when_busy == "reject" and self.here:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or let the message queue")
-        waiting = (other for live in self.agents.live.values() for other in live.waiting if not other.step)
-        own = sum(other.sender is item.sender for other in waiting)
+        own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.queued())
         if own >= MAX_WAITING_SESSION and item.sender is not None:
             raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
         if len(self.waiting) >= MAX_WAITING_AGENT:
             raise Refused("queue_full", f"{len(self.waiting)} messages wait for agent {self.name!r}; try again later")
+
+    def queued(self) -> Iterable[Turn]:
+        """The turns that wait for another to end."""
+        return self.waiting
 
     def _kick(self) -> None:
         if self.here and self.waiting and not (self.current or self.agents.stopping):
@@ -7583,19 +7594,19 @@ class SharedAgent(LiveAgent):
         self.here = False
         self._client: Client | None = None  # of the server that is followed
         self._failure: StoreFailed | None = None  # why neither is possible
-        self._leases, self._lease_news = leases, asyncio.Event()
-        leases.want(record.id, self._take_lease)
+        self._leases, self._owner, self._owner_news = leases, "", asyncio.Event()
+        leases.want(record.id, self._take_owner)
         agents.spawn(self._keep())
 
-    def _take_lease(self, owner: str) -> None:
-        self.lease = owner
-        self._lease_news.set()
+    def _take_owner(self, owner: str, is_ours: bool) -> None:
+        self._owner, self.lease = owner, owner if is_ours else ""
+        self._owner_news.set()
 
     async def _keep(self) -> None:
         while not self.gone:
-            self._lease_news.clear()
+            self._owner_news.clear()
             work = self.agents.spawn(self._run_here() if self.lease else self._follow())
-            await self._lease_news.wait()
+            await self._owner_news.wait()
             work.cancel()
             await asyncio.wait([work])
             self.here = False
@@ -7619,7 +7630,7 @@ class SharedAgent(LiveAgent):
         """Open the agent, whose turn another server may have left open, and go on with what waits."""
         while not self.here:
             with self._failing():
-                name, _, last_seq = await self.agents.store.read(find_owner, self.id)
+                name, last_seq = await self.agents.store.read(find_name, self.id)
                 self._ring.clear()  # it misses what others stored: readers find that in the store
                 self.count, self.last_seq = self.count + 1, last_seq
                 await self.open(await self.agents.store.read(find_agent, name))
@@ -7655,9 +7666,8 @@ class SharedAgent(LiveAgent):
     async def _follow(self) -> None:
         while True:
             with self._failing():
-                name, owner, _ = await self.agents.store.read(find_owner, self.id)
-                self.take_name(name)
-                address = owner.rpartition("#")[0]
+                self.take_name((await self.agents.store.read(find_name, self.id))[0])
+                address = self._owner.rpartition("#")[0]
                 if address not in ("", self._leases.address):
                     await self._relay(address)
             await asyncio.sleep(LEASE_PULSE)
@@ -7711,7 +7721,7 @@ class SharedAgent(LiveAgent):
         super().close()
         if self.gone:
             self._leases.drop(self.id)
-            self._lease_news.set()
+            self._owner_news.set()
 
     def enqueue(self, item: Turn, when_busy: WhenBusy = "queue") -> None:
         if self.here:
@@ -7722,6 +7732,9 @@ class SharedAgent(LiveAgent):
         self.waiting.append(item)
         if self._client:
             self._forward(self._client, item)
+
+    def queued(self) -> Iterable[Turn]:
+        return list(self.waiting)[0 if self.here else 1 :]  # elsewhere the first of them runs, or will at once
 
     def _forward(self, client: Client, item: Turn) -> None:
         turn = client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
@@ -7860,7 +7873,7 @@ class Agents:
             return
         if self.leases:  # one of the servers does it
             leads = asyncio.Event()
-            self.leases.want(0, lambda owner: leads.set())
+            self.leases.want(0, lambda owner, is_ours: leads.set())
             await leads.wait()
         if self.store.settings.get("embedding_model") != embedder.name:
             cleared: int | None = 0
@@ -8100,7 +8113,11 @@ class Session:
         if "live" in function.call.__annotations__:
             live = arguments["live"] = await self._live(arguments.pop("agent_name", None))
             if isinstance(live, SharedAgent) and function.name not in SHARED and (client := await live.runner()):
-                return await live.forward(client, request)
+                answered = await live.forward(client, request)
+                if function.name == "wake":
+                    reader = self._reader(live)
+                    reader.follow(answered["turn_id"], None, None, replay=reader.floor is None)
+                return answered
         result: JSON | None = await function.call(self, **arguments)
         return result
 
@@ -8171,7 +8188,7 @@ class Session:
         Result: {last_seq}."""
         last_seq = live.last_seq
         if await live.runner():  # what other clients have seen may be ahead of what is known here
-            last_seq = max(last_seq, (await self._agents.store.read(find_owner, live.id))[2])
+            last_seq = max(last_seq, (await self._agents.store.read(find_name, live.id))[1])
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)

@@ -1,0 +1,90 @@
+"""Several servers on one PostgreSQL database: what clients of any of them see of an agent that one of them runs."""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, ExitStack
+from pathlib import Path
+
+import pytest
+from commandline import Serving
+from endpoint import Endpoint, say
+from wire import Wire, events_of, is_terminal, messages_of, of_kind, wire
+
+import memws
+
+pytestmark = pytest.mark.anyio
+Online = Callable[..., memws.WebSocketServer]
+
+
+@pytest.fixture
+async def pair(postgres_address: str, online: Online) -> AsyncIterator[tuple[Wire, Wire]]:
+    """Clients of the server that runs agent sam, and of another one that has the agent in use."""
+    servers = online(db=postgres_address), online(db=postgres_address)
+    async with wire(servers[0], "*", agent={"name": "sam"}) as owner, wire(servers[1], "*") as other:
+        await owner.turn("Hello")
+        await other.ok("load_agent", name="sam")
+        yield owner, other
+
+
+async def test_a_paused_server_is_followed_no_longer(postgres_address: str, endpoint: Endpoint, tmp_path: Path) -> None:
+    """Clients of all other servers get the end of its turn and go on; once it goes on, it follows as they do."""
+    flags = ("--host", "127.0.0.1", "--db", postgres_address, "--model", "test-model", "--base-url", endpoint.url)
+    async with AsyncExitStack() as stack:
+        with ExitStack() as started:
+            start = (Serving(*flags, cwd=tmp_path, variables={"OPENAI_API_KEY": "sk-x"}) for _ in range(3))
+            servers = [started.enter_context(each) for each in start]
+            owner, *others = [await stack.enter_async_context(wire(each, "*")) for each in servers]
+            await owner.ok("create_agent", config={"name": "sam"})
+            endpoint.script(say("held", hold=True), say("held", hold=True))
+            await others[0].say("Wait", agent_name="sam", turn_id="t0")
+            await others[0].started()
+            await others[1].say("Wait", agent_name="sam", turn_id="t1")
+            await others[1].until(lambda frame: frame.get("message_type") == "queue")
+            await asyncio.to_thread(endpoint.wait_requests, 1)
+            servers[0].process.send_signal(signal.SIGSTOP)
+            assert (await others[0].ended())["stop_reason"] == "interrupted"
+            assert (await others[1].started())["turn_id"] == "t1"
+            servers[0].process.send_signal(signal.SIGCONT)
+            await asyncio.to_thread(endpoint.wait_requests, 2)
+            endpoint.release()
+            assert (await others[1].ended())["stop_reason"] == "done"
+            assert (await owner.turn("And now?", agent_name="sam"))[-1]["stop_reason"] == "done"
+            assert await messages_of(owner, "sam") == ["Wait", "Wait", "And now?"]
+            assert [event["turn_id"] for event in await events_of(owner) if is_terminal(event)][:2] == ["t0", "t1"]
+
+
+async def test_as_many_wait_elsewhere_as_here(pair: tuple[Wire, Wire], endpoint: Endpoint) -> None:
+    """Beside the turn that runs eight messages of a connection may wait, with any server."""
+    for client in pair:
+        before = len(endpoint.requests)
+        endpoint.script(say("held", hold=True))
+        for number in range(11):
+            await client.say(f"message {number}", agent_name="sam", id=number)
+        refused = [await client.until(is_terminal) for _ in range(2)]
+        assert [(frames[-1]["id"], frames[-1]["code"]) for frames in refused] == [(9, "queue_full"), (10, "queue_full")]
+        await asyncio.to_thread(endpoint.wait_requests, before + 1)
+        endpoint.release()
+        await client.until(lambda frame: is_terminal(frame) and frame.get("id") == 8)
+
+
+async def test_a_turn_that_a_client_wakes_is_told_to_it(pair: tuple[Wire, Wire]) -> None:
+    """Also where another server runs the agent; once, whether it subscribes or not."""
+    for client in pair:
+        for subscribes in (False, True):
+            if subscribes:
+                await client.ok("subscribe", agent_name="sam")
+            turn_id = (await client.ok("wake", agent_name="sam"))["turn_id"]
+            frames = [*client.before_answer, *await client.until(is_terminal)]
+            assert frames[-1]["turn_id"] == turn_id
+            assert len(of_kind(frames, "heartbeat")) == 1
+
+
+async def test_a_memory_change_is_told_alike_by_all(pair: tuple[Wire, Wire]) -> None:
+    """The event of a passage has its id."""
+    for client in pair:
+        await client.ok("subscribe", agent_name="sam")
+    for client in pair:
+        result, event = await client.edit("insert_passage", agent_name="sam", text="Tea")
+        assert event["id"] == result["id"]
+        await next(each for each in pair if each is not client).receive()
