@@ -124,12 +124,20 @@ LIKED = ["1 Ann: I like sushi with ginger.", "2 Ann: Do you like sushi with ging
 ASKED = ["1 Ann: Where do you ski, Bob?", "1 Bob: In Davos!", "1 Ann: I ski in Zermatt."]
 FOOD = ["1 A: What is your favourite food?", "1 B: Lasagna!", "2 A: Nice", "2 B: Hm"]
 LONG = ["1 user: I want to run a marathon in May", f"2 assistant: {ANSWER}"]
+SKIED = ["1 user: They ski in Davos", "2 assistant: They ski in Davos", "3 user: They ski in Davos"]
 RANKED = {  # turns as "date speaker: text", the query, the positions in order
     "an answer is found by its question's words, within a session": (FOOD, "favourite food", [1, 0]),
     "a brief statement comes before a long answer": (LONG, "When do I run a marathon?", [0, 1]),
     "a statement comes before a question": (LIKED, "sushi ginger", [0, 1]),
-    "what a named speaker said comes before what was asked": (ASKED, "Where does Bob ski?", [1, 0, 2]),
+    "what a named speaker said comes before what was asked": (ASKED, "Where does Bob ski?", [1, 2, 0]),
     "a named speaker's turns come first": (["1 Ann: I ski", "2 Bob: I ski"], "Where does Ann ski?", [0, 1]),
+    "you are the assistant": (SKIED, "Where did you ski?", [1, 2, 0]),
+    "what I tell you is not the assistant's": (SKIED, "Where did I tell you to ski?", [2, 1, 0]),
+    "a speaker's name is a weak word": (["1 C: Ski today", "2 A: Hi Bob", "2 Bob: Hm"], "Does Bob ski?", [0, 1, 2]),
+    "the first turn of a session comes first": (["1 u: Tea and cake", "1 u: Bread and cake"], "cake", [0, 1]),
+    "who speaks of oneself comes first": (["1 u: I bake", "2 u: They bake"], "bake", [0, 1]),
+    "words about a talk are weak": (["1 u: A pasta", "2 u: A list"], "list the pasta", [0, 1]),
+    "what is said twice weighs more": (["1 u: Tea", "2 u: Cake"], "Tea or cake? Tea!", [0, 1]),
     "rare words weigh more than common ones": (KITES, "kite zeppelin", [3, 5, 4, 2, 1, 0]),
     "long turns lend nothing": (["1 u: cake " + "word " * 90, "1 u: tea"], "cake", [0]),
     "of equals the newest comes first": ([f"{n} u: the same" for n in range(4)], "same", [3, 2, 1, 0]),
