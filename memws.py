@@ -187,6 +187,7 @@ FIRST_TOKEN_TIMEOUT = 120.0  # local models read a long prompt slowly
 IDLE_TIMEOUT = 30.0  # the longest silence inside a model's answer
 END_PATIENCE = 1.0  # from an answer's last chunk to the end of its stream
 TOOL_TIMEOUT = 60.0
+APPROVAL_TIMEOUT = 600.0  # how long a call waits until somebody allows it
 TOOL_STEP = 0.25  # an async tool that keeps the loop from running for longer is named in the log
 RETRY_PAUSE = 0.5  # before the first retry of a failed model call; doubled for the next
 LOADING_PATIENCE, LOADING_PAUSE = 60.0, 2.0  # how long an endpoint may load its model, and before it is asked again
@@ -768,13 +769,15 @@ _EDIT = {"what": Literal["core", "archival"], "label": str, "id": int, "by": Lit
 _TEXTS = {"before": str | None, "after": str | None, "diff": str}
 _SIZES = {"sections": list[JSON], "used": int, "window": int, "warning": str}
 _CHANGE = {"change": Literal["renamed", "updated", "deleted", "imported"], "new_name": str}
+_SAID: JSON = {"from": str, "steered": str, "id": str | int}
 EVENTS: dict[str, tuple[str, dict[str, Any]]] = {  # message type: what it tells, its further fields
     "internal_monologue": ("the model's private text beside its calls", {}),
     "assistant_message": ("what the agent says to the user; partial: it was cut", {"partial": bool}),
     "function_message": ("'Running name(args)', 'Success: result' or 'Error: reason'", {}),
-    "user_message": ("what a client wrote; from: who spoke", {"from": str}),
+    "user_message": ("what a client wrote; steered: its turn_id, within the turn of another", _SAID),
     "delta": ("the next piece of a text that is being made", {"of": Literal[CLASSIC_TYPES[:2]]}),
     "tool_call": ("a call as the model asked for it; message: its arguments as JSON", _CALL | {"arguments": dict}),
+    "approval_request": ("a call waits until somebody allows it", _CALL | {"arguments": dict, "seconds": float}),
     "tool_return": ("the answer to a call", _CALL | {"status": Literal["OK", "Failed"], "duration_ms": int}),
     "memory_change": ("an edit of core or archival memory, whoever made it", _EDIT | _TEXTS),
     "context": ("how full the context window is, by section {name, tokens}", _SIZES),
@@ -1420,6 +1423,11 @@ CREATE TABLE requests (  -- pieces: a compressed JSON list of head, system, summ
     PRIMARY KEY (agent, turn_id, step)) STRICT;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;  -- of the database as a whole
 """
+LATER_SCHEMA = """
+CREATE TABLE IF NOT EXISTS steered (  -- messages that entered the turn of another, by their own turn_id
+    agent INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE, turn_id TEXT NOT NULL, seq INTEGER NOT NULL,
+    PRIMARY KEY (agent, turn_id)) STRICT;
+"""  # of databases that were made before, too
 
 SqlConnection = sqlite3.Connection
 
@@ -1449,7 +1457,7 @@ class Sqlite:
                 self._lock()
             if is_new:
                 marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
-                connection.executescript(f"BEGIN; {SCHEMA}; {marks}; COMMIT")
+                connection.executescript(f"BEGIN; {SCHEMA}; {LATER_SCHEMA}; {marks}; COMMIT")
             settings = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = {self._sync}; PRAGMA foreign_keys = ON"
             connection.executescript(settings)
             stack.pop_all()
@@ -1478,6 +1486,7 @@ class Sqlite:
         if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise UsageError(f"{self.path!r} is a database of another program; name another file with --db")
         check_version(self.path, connection.execute("PRAGMA user_version").fetchone()[0])
+        connection.executescript(LATER_SCHEMA)
         return True
 
     def faults(self, connection: SqlConnection) -> list[str]:
@@ -1501,6 +1510,14 @@ _POSTGRES_SCHEMA = {  # what the schema says otherwise there; times and names ar
     "BLOB": "BYTEA",
     "TEXT": 'TEXT COLLATE "C"',
 }
+
+
+def _in_postgres(schema: str) -> str:
+    for name, instead in _POSTGRES_SCHEMA.items():
+        schema = re.sub(rf"\b{name}\b", instead, schema)
+    return schema
+
+
 _POSTGRES_BEGIN = {"BEGIN IMMEDIATE": "BEGIN", "BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
 
 
@@ -1523,50 +1540,47 @@ class Postgres:
             text = f'PostgreSQL needs psycopg ({error}): pip install "psycopg[binary]"'
             raise UsageError(text) from None
         self.path = public_url(address)
-        self._address, self._sync, self._patience = address, sync, patience
+        self._sync, self._patience = sync, patience
         self._connections: list[SqlConnection] = []
+        try:
+            if re.search("%00|[@/?#].*@", address.partition("://")[2]):
+                raise ValueError
+            self._about = self.driver.conninfo.conninfo_to_dict(address)
+        except (ValueError, self.driver.Error):  # what stands in a wrong place may be secret: nothing is quoted
+            text = "expected postgresql://user:password@host/database, in a password %40 for @, %2F for / and %25 for %"
+            raise UsageError(f"cannot read the address {self.path!r}; {text}") from None
 
     def open(self) -> SqlConnection:
         """A connection to write with; a new database gets its tables. Raises UsageError where it cannot be used."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.close)
             with usable(self.path, self.advice):
-                connection = self.connect()
+                connection = self.connect(idle_in_transaction_session_timeout=f"{self._patience:g}s")
             with transaction(connection), usable(self.path, "name another database with --db"):
                 connection.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))  # others may start as well
                 if not self.has_schema(connection):
-                    schema = SCHEMA
-                    for name, instead in _POSTGRES_SCHEMA.items():
-                        schema = re.sub(rf"\b{name}\b", instead, schema)
                     owner = "ALTER TABLE agents ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
-                    connection.execute(f"{schema}; {owner}; COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'")
+                    mark = f"COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'"
+                    connection.execute(_in_postgres(f"{SCHEMA}; {owner}; {mark}"))
+                connection.execute(_in_postgres(LATER_SCHEMA))
             stack.pop_all()
         return connection
 
-    def connect(self) -> SqlConnection:
+    def connect(self, **settings: str) -> SqlConnection:
         """A connection for one thread."""
-        connection = cast(SqlConnection, PostgresConnection(self))
+        connection = cast(SqlConnection, PostgresConnection(self, **settings))
         self._connections.append(connection)
         return connection
 
-    def dial(self, **settings: str | int) -> Any:
-        """A connection of psycopg. What keeps others waiting ends where this process is paused or cut off."""
+    def dial(self, **settings: str) -> Any:
+        """A connection of psycopg."""
         settings |= {"synchronous_commit": "on" if self._sync == "full" else "off"}
-        settings |= {"idle_in_transaction_session_timeout": f"{self._patience:g}s"}
         seconds = int(BUSY_TIMEOUT)
         about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
-        connection = self.driver.connect(**(about | self._parts()), autocommit=True)
+        connection = self.driver.connect(**(about | self._about), autocommit=True)
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
         return connection
-
-    def _parts(self) -> JSON:
-        """What the address says. Raises UsageError, quoting nothing: what stands in a wrong place may be secret."""
-        with contextlib.suppress(self.driver.Error):
-            if re.fullmatch(r"\w+://([^@/?]*@)?[^@?]*(\?.*)?", self._address):
-                return cast(JSON, self.driver.conninfo.conninfo_to_dict(self._address))
-        text = "expected postgresql://user:password@host/database, in a password %40 for @, %2F for / and %25 for %"
-        raise UsageError(f"cannot read the address {self.path!r}; {text}")
 
     def has_schema(self, connection: SqlConnection) -> bool:
         """Whether there are tables; a new database has none. Raises UsageError for those of another program."""
@@ -1586,8 +1600,7 @@ class Postgres:
 
     def dump_command(self, file: str) -> str:
         """What a shell is told to make a backup."""
-        about = self.driver.conninfo.conninfo_to_dict(self._address)
-        about = {name: value for name, value in about.items() if "password" not in name}
+        about = {name: value for name, value in self._about.items() if "password" not in name}
         return shlex.join(["pg_dump", "--format=custom", f"--file={file}", self.driver.conninfo.make_conninfo(**about)])
 
     def expect(self, connection: SqlConnection, last: int) -> None:
@@ -1607,7 +1620,7 @@ class PostgresConnection:
     """A connection to PostgreSQL that is spoken to as one of sqlite3, and raises its errors. One that has broken is
     made anew at the next BEGIN."""
 
-    def __init__(self, database: Postgres, **settings: str | int) -> None:
+    def __init__(self, database: Postgres, **settings: str) -> None:
         self._database, self._settings = database, settings
         with self._translated():
             self._connection = database.dial(**settings)
@@ -1949,6 +1962,9 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str = "") -> 
     ]
     sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
     db.executemany(sql, [(agent, *event) for event in stored])
+    for event, (seq, *_) in zip(changes.events, stored, strict=True):
+        if "steered" in event:
+            insert(db, "steered", agent=agent, turn_id=event["steered"], seq=seq)
     for message in changes.messages:
         message.seq = row[0]
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
@@ -2014,15 +2030,20 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     return page
 
 
-def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, str | None] | None:
-    """The user's message and who spoke, (None, None) for a turn without one; None: it never began."""
+def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, str | None, str] | None:
+    """The user's message, who spoke, and the event that is all there is of a message which entered the turn of another;
+    (None, None, "") for a turn without one. None: there is nothing of that id."""
     sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ?
         AND kind IN ('agent_response_start', 'user_message') ORDER BY seq DESC"""
-    texts = dict(db.execute(sql, (agent, turn_id)).fetchall())  # of several user_messages the first
+    texts, receipt = dict(db.execute(sql, (agent, turn_id)).fetchall()), ""  # of several user_messages the first
     if "agent_response_start" not in texts:
-        return None
+        sql = """SELECT text FROM steered JOIN events ON events.agent = steered.agent AND events.seq = steered.seq
+            WHERE steered.agent = ? AND steered.turn_id = ?"""
+        if (row := db.execute(sql, (agent, turn_id)).fetchone()) is None:
+            return None
+        texts["user_message"] = receipt = row[0]
     event = decode_json(texts.get("user_message", "{}"))
-    return event.get("message"), event.get("from")
+    return event.get("message"), event.get("from"), receipt
 
 
 def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> JSON:
@@ -2092,9 +2113,12 @@ def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False
 def _claiming(db: SqlConnection, name: str) -> Iterator[int]:
     """Around what gives an agent the name: the highest seq seen under it, above which the agent goes on. Raises Refused
     (name_taken)."""
-    sql = "SELECT coalesce(max(last_seq), 0) FROM agents WHERE name = ?"
+    sql = f"SELECT coalesce(max(last_seq), 0), count(CASE WHEN {_LIVE} THEN 1 END) FROM agents WHERE name = ?"
+    last_seq, taken = db.execute(sql, (name,)).fetchone()
     try:
-        yield int(db.execute(sql, (name,)).fetchone()[0])
+        if taken:
+            raise sqlite3.IntegrityError("UNIQUE constraint failed")  # as where another server is a little faster
+        yield int(last_seq)
     except sqlite3.IntegrityError as error:
         if not str(error).startswith("UNIQUE"):
             raise
@@ -2400,6 +2424,7 @@ _EXPORTED = {  # table: its columns in a file
     "messages": "id, role, time, text, body, turn_id, step, seq",
     "memory": "store, item, role, time, text",
     "events": "seq, turn_id, kind, text",
+    "steered": "turn_id, seq",
     "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
 }
 _TABLES = list(_EXPORTED)[1:]  # whose rows belong to an agent
@@ -2409,7 +2434,7 @@ CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent 
 @contextlib.contextmanager
 def read_database(path: str) -> Iterator[SqlConnection]:
     """A connection that only reads, as of one moment. Raises UsageError where there is no database of ours."""
-    database = database_at(path, patience=0)
+    database = database_at(path)
     if isinstance(database, Sqlite) and not pathlib.Path(path).is_file():
         raise UsageError(f"there is no database {path!r}; name one with --db")
     with usable(database.path, database.advice), contextlib.closing(database):
@@ -2562,7 +2587,7 @@ def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
     """Store the rows of an export. Raises UsageError with the place of what is damaged."""
     for table in _TABLES:
         with damage_at(table):
-            rows = check(data.get(table), schema_of(list[dict[str, Any]]))
+            rows = check(data.get(table, [] if table == "steered" else None), schema_of(list[dict[str, Any]]))
         for number, row in enumerate(rows):
             with damage_at(f"{table}[{number}]"):
                 _import_row(db, agent, table, row)
@@ -3851,6 +3876,7 @@ class Tool:
     spec: str  # the encoded entry of a request's tools
     builtin: bool  # a memory tool: it gets the step's transaction as its first argument and runs inside it
     timeout: float  # seconds
+    approve: bool | Callable[[JSON], bool] = False  # whether a call, by its arguments, waits until somebody allows it
 
 
 _TYPES = [{"type": json_type} for json_type in ("string", "number", "boolean", "object")]
@@ -3912,7 +3938,11 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
 
 
 def make_tool(
-    call: Callable[..., Any], name: str | None = None, timeout: float = TOOL_TIMEOUT, builtin: bool = False
+    call: Callable[..., Any],
+    name: str | None = None,
+    timeout: float = TOOL_TIMEOUT,
+    builtin: bool = False,
+    approve: bool | Callable[[JSON], bool] = False,
 ) -> Tool:
     """The Tool of a function: schema from the signature, description from the docstring. Raises UsageError for one that
     no model could call."""
@@ -3929,7 +3959,16 @@ def make_tool(
         }
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
     spec = clean_text(encode_json({"type": "function", "function": about}))
-    return Tool(function.name, function, spec, builtin, timeout)
+    return Tool(function.name, function, spec, builtin, timeout, approve)
+
+
+def needs_approval(tool: Tool, arguments: JSON) -> bool:
+    """Whether a call has to be allowed by somebody: also where the tool's own rule fails."""
+    try:
+        return bool(tool.approve(dict(arguments)) if callable(tool.approve) else tool.approve)
+    except Exception:
+        logger.warning("the rule of %s on what has to be allowed failed", tool.name, exc_info=True)
+        return True
 
 
 NOT_KEPT = "they are not kept, ask for less"  # what a result leaves out
@@ -4571,6 +4610,7 @@ class Turn:
     reply: Reply | None = None
     sender: object = None  # whose queue it counts against
     when_busy: str = "queue"  # as a client asked for it
+    steered: list[Turn] = field(default_factory=list)  # messages that enter this turn before its next step
     # Ends with it, or with why it will not be.
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     _task: asyncio.Task[Any] | None = None
@@ -4599,6 +4639,17 @@ class Turn:
             self._task = None
 
 
+@dataclass(eq=False)
+class Approval:
+    """A call that waits until somebody allows it."""
+
+    tool: Tool
+    call: ToolCall
+    until: str  # a time
+    # Whether it may run, other arguments, and why not.
+    answer: asyncio.Future[tuple[bool, JSON | None, str]]
+
+
 _USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
@@ -4625,6 +4676,7 @@ class Agent:
         self.memory, self.record, self._timezone = Memory(store, record, emit, self.configure), record, timezone
         self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
         self.repairs: list[str] = []  # what the opening had to mend
+        self.approvals: dict[str, Approval] = {}  # by the id of the call
         # What a request holds beside chat messages, as text.
         self._sections = dict.fromkeys(("system", "tools", "core_memory", "summary"), "")
         self._cut_prompts = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
@@ -4778,15 +4830,18 @@ class Agent:
                 change.add_event("heartbeat", turn.reason, reason=turn.reason)
                 change.add_notice("heartbeat", turn.reason, reason=turn.reason)
                 return
-            last, now = change.state["last_user"], now_text()
-            speaker = {"from": turn.speaker} if turn.speaker else {}
-            content = self.memory.pack("user_message", **speaker, message=self._fitting(turn.message))
-            if last is None or seconds_between(last, now) > LOGIN_SILENCE:
-                login = self.memory.clock(last) if last else "Never (first login)"
-                content = f"{self.memory.pack('login', last_login=login)}\n{content}"
-            change.state["last_user"] = now
-            change.add_message("user", turn.message, {"role": "user", "content": content}, turn.message, turn.speaker)
-            change.add_event("user_message", turn.message, **speaker)
+            self._add_user_message(change, turn, turn.message)
+
+    def _add_user_message(self, change: Transaction, turn: Turn, message: str, **fields: Any) -> None:
+        last, now = change.state["last_user"], now_text()
+        speaker = {"from": turn.speaker} if turn.speaker else {}
+        content = self.memory.pack("user_message", **speaker, message=self._fitting(message))
+        if last is None or seconds_between(last, now) > LOGIN_SILENCE:
+            login = self.memory.clock(last) if last else "Never (first login)"
+            content = f"{self.memory.pack('login', last_login=login)}\n{content}"
+        change.state["last_user"] = now
+        change.add_message("user", message, {"role": "user", "content": content}, message, turn.speaker)
+        change.add_event("user_message", message, **speaker, **fields)
 
     async def _step(self, turn: Turn) -> None:
         """One model call and the tool calls it asks for.
@@ -4795,6 +4850,8 @@ class Agent:
         its call, the next begins with its result.
         """
         turn.step, turn.reply, turn.request = turn.step + 1, None, None
+        if turn.steered:
+            await self._take_steered(turn)
         if self.used() + MIN_REPLY_TOKENS > self.window:
             await self.compact(turn)
         reply = await self._ask(turn)
@@ -4807,6 +4864,17 @@ class Agent:
             self._add_partial(change, reply, dict(reply.corrections).get(reply.fault, ""))
             turn.replied = turn.replied or change.spoke
             self._finish(change, turn, reply, all(results))
+
+    async def _take_steered(self, turn: Turn) -> None:
+        """Let in what was said meanwhile."""
+        heard = list(turn.steered)
+        async with self._change(turn) as change:
+            for item in heard:
+                self._add_user_message(change, item, item.message or "", steered=item.turn_id)
+        turn.replied = False
+        for item in heard:
+            turn.steered.remove(item)
+            item.done.set_result(None)
 
     def _change(self, turn: Turn) -> Transaction:
         return Transaction(self.memory, turn.turn_id, turn.step, turn.before)
@@ -5045,14 +5113,46 @@ class Agent:
             raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
         arguments = tool.function.bind(call.arguments, lenient=True)
         if not tool.builtin:
+            waits = needs_approval(tool, arguments)
+            if waits:
+                about = {"tool_call_id": call.id, "name": call.name, "arguments": call.arguments}
+                change.add_event("approval_request", f"may {call.name} run?", **about, seconds=APPROVAL_TIMEOUT)
             async with change.apart():
                 with turn.interruptible():
-                    return await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
+                    arguments, note = await self._approved(tool, call, arguments) if waits else (arguments, "")
+                    return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
         try:
             result = tool.function.call(change, **arguments)
             return str(await result if inspect.isawaitable(result) else result)
         except StoreFailed as error:  # of a search, which changes nothing
             raise ToolError(str(error)) from error
+
+    async def _approved(self, tool: Tool, call: ToolCall, arguments: JSON) -> tuple[JSON, str]:
+        """The arguments that a call may run with, and a note of it. Raises ToolError where nobody allows it."""
+        now, patience = datetime.datetime.now(datetime.UTC), datetime.timedelta(seconds=APPROVAL_TIMEOUT)
+        answer: asyncio.Future[tuple[bool, JSON | None, str]] = asyncio.get_running_loop().create_future()
+        self.approvals[call.id] = Approval(tool, call, utc_text(now + patience), answer)
+        try:
+            allowed, edited, reason = await asyncio.wait_for(answer, APPROVAL_TIMEOUT)
+        except TimeoutError:
+            raise ToolError(f"not run: nobody allowed it within {APPROVAL_TIMEOUT:g} s") from None
+        finally:
+            del self.approvals[call.id]
+        if not allowed:
+            raise ToolError(f"not run: a person denied it{f' ({reason})' if reason else ''}")
+        if edited is None:
+            return arguments, ""
+        return tool.function.bind(edited, lenient=True), f"a person had it run with {encode_json(edited)}: "
+
+    def approve(self, call_id: str, allow: bool, arguments: JSON | None, reason: str) -> None:
+        """Answer a call that waits for it. Raises Refused (not_found), InvalidRequest for arguments that do not fit."""
+        approval = self.approvals.get(call_id)
+        if approval is None or approval.answer.done():
+            text = f"no call {quote(call_id)} waits to be allowed: it was answered, withdrawn, or too late"
+            raise Refused("not_found", text)
+        if allow and arguments is not None:
+            approval.tool.function.bind(arguments, lenient=True)
+        approval.answer.set_result((allow, arguments, reason))
 
     def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
         """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
@@ -5074,7 +5174,7 @@ class Agent:
         is_full = sum(sizes.values()) > WARNING_FRACTION * self.window
         warn = is_full and not (change.state["warned"] or turn.compactions)
         reason = self._reason_to_go_on(turn, reply, succeeded)
-        outcome = self._reason_to_stop(change, turn, bool(reason or warn))
+        outcome = self._reason_to_stop(change, turn, bool(reason or warn or turn.steered))
         if warn:
             change.state["warned"] = True
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
@@ -5392,7 +5492,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         if not self.turn_id:  # a refusal is for its sender alone
             return is_same_agent and (event["type"] not in TERMINAL_TYPES or "seq" in event)
         is_answer = event.get("id") == self._request["id"]  # perhaps the server chose the agent
-        return event.get("turn_id") == self.turn_id and (is_same_agent or is_answer)
+        return self.turn_id in (event.get("turn_id"), event.get("steered")) and (is_same_agent or is_answer)
 
     def _take(self, event: Frame) -> None:
         """Take in an event, if it is one of ours and new."""
@@ -5401,6 +5501,10 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         kind, seq = kind_of(event), event.get("seq")
         if self.turn_id and kind == "agent_response_start":
             self.agent_name, self._has_begun = event["agent_name"], True
+        if self.turn_id and event.get("steered") == self.turn_id:  # it has no turn of its own
+            self._add(event)
+            self._end()
+            return
         # A refusal and a place in the queue come before the start, and are not stored.
         is_early = self.turn_id and (kind == "queue" or (kind in TERMINAL_TYPES and seq is None))
         is_new = self._has_begun and (seq is None or seq > (self._cursor or 0))
@@ -7384,7 +7488,7 @@ def _secrets(request: http11.Request) -> list[bytes]:
 
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
-WhenBusy = Literal["queue", "reject", "interrupt"]
+WhenBusy = Literal["queue", "reject", "interrupt", "steer"]
 
 
 def new_turn_id() -> str:
@@ -7482,17 +7586,25 @@ class LiveAgent:
             if self.agent.memory.stale:
                 await self.open(await self.agents.store.read(find_agent, self.name))
 
+    @property
+    def queued(self) -> list[Turn]:
+        """What waits for its turn, or for the next step of the one that runs."""
+        return [*(self.current.steered if self.current else ()), *self.waiting]
+
     def find(self, turn_id: str) -> Turn | None:
-        return next((item for item in (self.current, *self.waiting) if item and item.turn_id == turn_id), None)
+        return next((item for item in (self.current, *self.queued) if item and item.turn_id == turn_id), None)
 
     def enqueue(self, item: Turn, when_busy: WhenBusy = "queue") -> None:
         """Let a turn wait for its time, which may be now. Raises Refused where it may not."""
         self._check(item, when_busy)
-        if when_busy == "interrupt" and self.current is not None:
-            self.current.stop("superseded")
-        self.waiting.insert(0 if when_busy == "interrupt" else len(self.waiting), item)
         if item.message is not None:
             self._beats = 0
+        if when_busy == "interrupt" and self.current is not None:
+            self.current.stop("superseded")
+        if when_busy == "steer" and self.current and self.current.turn_id and not self.current.over:
+            self.current.steered.append(item)
+            return
+        self.waiting.insert(0 if when_busy == "interrupt" else len(self.waiting), item)
         self._kick()
 
     def _check(self, item: Turn, when_busy: WhenBusy) -> None:
@@ -7504,15 +7616,15 @@ class LiveAgent:
             return
         if when_busy == "reject" and self.here:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or let the message queue")
-        own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.queued())
+        own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.counted())
         if own >= MAX_WAITING_SESSION and item.sender is not None:
             raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
-        if len(self.waiting) >= MAX_WAITING_AGENT:
-            raise Refused("queue_full", f"{len(self.waiting)} messages wait for agent {self.name!r}; try again later")
+        if (count := len(self.counted())) >= MAX_WAITING_AGENT:
+            raise Refused("queue_full", f"{count} messages wait for agent {self.name!r}; try again later")
 
-    def queued(self) -> Iterable[Turn]:
-        """The turns that wait for another to end."""
-        return self.waiting
+    def counted(self) -> list[Turn]:
+        """What waits for a turn to end."""
+        return self.queued
 
     def _kick(self) -> None:
         if self.here and self.waiting and not (self.current or self.agents.stopping):
@@ -7536,6 +7648,7 @@ class LiveAgent:
     def _finish(self, item: Turn) -> None:
         if not item.done.done():
             item.done.set_result(None)
+        self.waiting.extendleft(reversed(item.steered))  # it ended before it took them in
         self.current = None
         self.agents.memory_growth.set()
         self._kick()
@@ -7543,8 +7656,9 @@ class LiveAgent:
 
     def refuse(self, item: Turn, error: MemwsError) -> None:
         """Tell whoever waits for a turn that it will not be."""
-        if item in self.waiting:
-            self.waiting.remove(item)
+        for line in (self.waiting, self.current.steered if self.current else []):
+            if item in line:
+                line.remove(item)
         item.done.set_exception(error)
         item.done.exception()  # nobody may wait for it
 
@@ -7555,7 +7669,7 @@ class LiveAgent:
 
     async def stop_turns(self, reason: str) -> None:
         """Stop what runs, refuse what waits, and wait until the agent is idle."""
-        for item in list(self.waiting):
+        for item in self.queued:
             self.refuse(item, self.gone_error())
         if self.current is not None:
             self.current.stop(reason)
@@ -7714,18 +7828,24 @@ class SharedAgent(LiveAgent):
         """Tell an event of the other server here, and do what it says."""
         kind, seq, turn_id = kind_of(frame), frame.get("seq", 0), frame.get("turn_id", "")
         event = {name: value for name, value in frame.items() if name != "agent_name"}
-        if frame["type"] != "agent_response":  # there it is not the id of a message, but that of a passage
+        if frame["type"] != "agent_response" or "steered" in frame:  # else it is the id of a passage, not of a message
             event.pop("id", None)
-        item = self.find(turn_id)
+        item = self.find(frame.get("steered") or turn_id)
         if item and kind == "agent_response_start":
             item.step = 1
-        elif item and kind in TERMINAL_TYPES:
+        elif item and (kind in TERMINAL_TYPES or "steered" in frame):
             self._end(item)
         self.publish(StoredEvent(seq, kind, turn_id, encode_json(event)))
         if frame.get("change") == "renamed":
             self.take_name(frame["new_name"])
         elif frame.get("change") == "deleted":
-            self._leave()
+            self.agents.spawn(self._look())
+
+    async def _look(self) -> None:
+        """The agent was deleted; it may have been restored since."""
+        with self._failing():
+            await self.agents.store.read(find_name, self.id)
+            self._owner_news.set()  # it is followed anew
 
     def _end(self, item: Turn) -> None:
         """It has run elsewhere: its readers get its end as an event."""
@@ -7754,8 +7874,8 @@ class SharedAgent(LiveAgent):
         if self._client:
             self._forward(self._client, item)
 
-    def queued(self) -> Iterable[Turn]:
-        return list(self.waiting)[0 if self.here else 1 :]  # elsewhere the first of them runs, or will at once
+    def counted(self) -> list[Turn]:
+        return self.queued[0 if self.here else 1 :]  # elsewhere the first of them runs, or will at once
 
     def _forward(self, client: Client, item: Turn) -> None:
         turn = client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
@@ -7774,6 +7894,8 @@ class SharedAgent(LiveAgent):
         try:
             return await client.command(request["command"], **arguments | {"agent_name": self.name})
         except ConnectionLost as error:
+            if self.gone and request["command"] == "delete_agent":
+                return {}
             raise StoreFailed("the server that ran the agent was lost; see what is stored, then ask again") from error
 
 
@@ -8013,8 +8135,15 @@ class Reader:
         if event.seq and event.seq <= self.cursor:
             return
         self.cursor = event.seq or self.cursor
-        if event.turn_id in self.turns or (self.floor is not None and (event.seq > self.floor or not event.seq)):
+        if event.kind == "user_message" and (receipt := self._receipt(event)):
+            await self.session.websocket.send(receipt)
+        elif event.turn_id in self.turns or (self.floor is not None and (event.seq > self.floor or not event.seq)):
             await self._send(event)
+
+    def _receipt(self, event: StoredEvent) -> str:
+        """The event as the receipt of a message of one's own that entered a turn, which is all there will be of it."""
+        steered = next((turn_id for turn_id in self.turns if f'"steered":{encode_json(turn_id)}' in event.text), None)
+        return "" if steered is None else with_fields(event.text, id=self.turns.pop(steered))
 
     async def _send(self, event: StoredEvent) -> None:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
@@ -8168,20 +8297,26 @@ class Session:
         item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender)
         live.enqueue(item, when_busy)
         self._reader(live).follow(item.turn_id, self._request_id, item)
-        if live.here and item in live.waiting and when_busy == "queue":
+        if live.here and item in live.waiting and when_busy in ("queue", "steer"):
             live.agent.emit_live(item, "queue", "waits for its turn", position=len(live.waiting))
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
         if not live.gone:
             await live.runner()  # the end of a turn could not be stored then; it can be by now
+        waited = live.find(turn_id)
         record = await self._agents.store.read(find_turn, live.id, turn_id)
         item = live.find(turn_id)  # looked for last: it may have begun meanwhile
-        if item is None and record is None:
+        if waited and not (item or record):  # it has entered the turn of another
+            record = await self._agents.store.read(find_turn, live.id, turn_id)
+        if not (item or record):
             return False
-        if (message, speaker) != ((item.message, item.speaker) if item else record):
+        if (message, speaker) != ((item.message, item.speaker) if item else (record or ())[:2]):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
-        self._reader(live).follow(turn_id, self._request_id, item, replay=True)
+        if item is None and record and record[2]:
+            await self._reply(with_fields(record[2], agent_name=live.name, id=self._request_id))
+        else:
+            self._reader(live).follow(turn_id, self._request_id, item, replay=True)
         return True
 
     async def cancel(self, live: LiveAgent, turn_id: TurnId | None = None) -> JSON:
@@ -8191,7 +8326,7 @@ class Session:
             if turn_id is not None and await self._agents.store.read(find_turn, live.id, turn_id) is None:
                 raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
             return {"state": "over"}
-        if item in live.waiting:
+        if item in live.queued:
             live.refuse(item, Refused("cancelled", "cancelled before it ran"))
             return {"state": "removed"}
         item.stop("cancelled")
@@ -8286,13 +8421,23 @@ class Session:
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
         agent, memory, running = live.agent, live.agent.memory, live.current
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
+        turn = {"turn_id": running.turn_id, "step": running.step} if running else {}
+        turn["approvals"] = [
+            {
+                "tool_call_id": each.call.id,
+                "name": each.call.name,
+                "arguments": each.call.arguments,
+                "until": each.until,
+            }
+            for each in agent.approvals.values()
+        ]
         return {
             "agent_name": live.name,
             "settings": agent.settings(),
             "blocks": [asdict(block) for block in memory.blocks.values()],
             "counts": counts | memory.tokens,
             "last_seq": live.last_seq,
-            "turn": {"turn_id": running.turn_id, "step": running.step} if running and running.turn_id else None,
+            "turn": turn if running and running.turn_id else None,
         }
 
     async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
@@ -8424,6 +8569,23 @@ class Session:
         """Turn the oldest messages of the context window into a summary now. Result: {tokens_before, tokens_after}."""
         return await live.compact()
 
+    async def approve(
+        self,
+        live: LiveAgent,
+        tool_call_id: Annotated[str, 0, 10_000],
+        allow: bool,
+        arguments: dict[str, Any] | None = None,
+        reason: Annotated[str, 0, MAX_QUERY] = "",
+    ) -> JSON:
+        """Allow a call that waits for it, or deny it.
+
+        Args:
+            arguments: others than the model's, with which it is to run
+            reason: why not, for the model
+        """
+        (await live.fresh()).approve(tool_call_id, allow, arguments, clean_text(reason))
+        return {}
+
 
 SHARED = "user_message", "subscribe", "unsubscribe"  # also where another server runs the agent
 
@@ -8542,11 +8704,17 @@ class WebSocketServer:
         return self.agent.name if self.agent else None
 
     def tool(
-        self, function: Callable[..., Any] | None = None, *, name: str | None = None, timeout: float = TOOL_TIMEOUT
+        self,
+        function: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        timeout: float = TOOL_TIMEOUT,
+        approve: bool | Callable[[JSON], bool] = False,
     ) -> Any:
         """Register a function as a tool, for agents whose config names it; also as a decorator with arguments.
 
         A sync function runs in a daemon thread of its own, an async one on the server's loop; `timeout` in seconds.
+        approve: True, or a function of the arguments that says so: a call waits until a client allows it.
         The docstring is the description, Annotated[str, "…"] that of a parameter; one of type memws.Agent gets the
         agent. What a model sends is read loosely; types but Python's own and Literal are pydantic's to read:
 
@@ -8556,8 +8724,8 @@ class WebSocketServer:
         Raises UsageError for a function that no model could call.
         """
         if function is None:
-            return lambda decorated: self.tool(decorated, name=name, timeout=timeout)
-        tool = make_tool(function, name, timeout)
+            return lambda decorated: self.tool(decorated, name=name, timeout=timeout, approve=approve)
+        tool = make_tool(function, name, timeout, approve=approve)
         if tool.name in MEMORY_TOOLS:
             raise UsageError(f"{tool.name!r} is a memory tool; give your function another name")
         self.tools[tool.name] = tool
@@ -8830,6 +8998,7 @@ FORMS = {  # how events are shown: by message type, or type, the line and its st
     "assistant_message": ("{agent_name}: {message}", ""),
     "user_message": ("{from}: {message}", "cyan"),
     "tool_call": ("> {name}({message})", "dim"),
+    "approval_request": ("? {name}({message})", "yellow"),
     "tool_return": ("< {message}", "dim"),
     "memory_change": ("[{label}, changed by the {by}]", "dim"),
     "context": ("[context: {warning}]", "yellow"),
@@ -9014,12 +9183,22 @@ class Chat:
                     turn.cancel()
                 for event in turn:
                     self.screen.show(event)
+                    if kind_of(event) == "approval_request":
+                        self._answer_request(event)
                 break
             except KeyboardInterrupt:
                 if self._leaves:
                     raise
                 self._leaves = True
         self._leaves = False
+
+    def _answer_request(self, event: Frame) -> None:
+        """Ask the user whether a call may run; any text but y or n is the reason why not."""
+        said = self.screen.ask(f"may {printable(event['name'])} run? [y/N, or why not] ").strip()
+        allow, reason = said.lower() in ("y", "yes"), "" if said.lower() in ("n", "no") else said
+        with contextlib.suppress(RemoteError):  # somebody else has answered
+            about = {"tool_call_id": event["tool_call_id"], "agent_name": event["agent_name"]}
+            self.client.command("approve", allow=allow, reason=reason, **about)
 
     def _switch(self, command: str, **arguments: Any) -> None:
         """Enter an agent, and show from now on what others make it do."""

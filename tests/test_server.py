@@ -311,7 +311,7 @@ async def test_list_agents_and_get_agent_tell_what_runs(server: Server, endpoint
         page = await client.ok("list_agents", after="ant", limit=1)
         assert ([agent["agent_name"] for agent in page["agents"]], page["total"]) == (["bee"], 3)
         assert (await client.ok("list_agents", after="cat"))["agents"] == []
-        assert (await client.ok("get_agent", agent_name="bee"))["turn"] == {"turn_id": "t", "step": 1}
+        assert (await client.ok("get_agent", agent_name="bee"))["turn"] == {"turn_id": "t", "step": 1, "approvals": []}
         endpoint.release()
         end = await client.ended()
         agent = await client.ok("get_agent", agent_name="bee")

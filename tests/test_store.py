@@ -456,7 +456,7 @@ async def test_a_former_export_is_read(database: str, tmp_path: Path) -> None:
         events = await store.read(read_events, agent.id, 0, 100)
         assert [event.text for event in events] == [row["text"] for row in data["events"]]
         turn_id = data["turns"][0]["turn_id"]
-        assert await store.read(memws.find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", None)
+        assert await store.read(memws.find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", None, "")
         assert len(await find(store, agent, "otters")) == 3
         for number in (1, 2):
             await store.read(memws.find_request, agent.id, turn_id, number)  # which compares it with its digest

@@ -254,9 +254,9 @@ def parts(value: Any) -> Iterator[Any]:
 
 LISTED_COMMANDS = """user_message create_agent load_agent hello list_agents get_agent update_agent rename_agent
 delete_agent restore_agent get_messages search_memory get_context get_request set_block insert_passage delete_passage
-cancel subscribe unsubscribe wake compact"""
+cancel subscribe unsubscribe wake compact approve"""
 LISTED_TYPES = """internal_monologue assistant_message function_message user_message delta tool_call tool_return
-memory_change context compaction heartbeat retry correction queue agent_change"""
+memory_change context compaction heartbeat retry correction queue agent_change approval_request"""
 LISTED_REASONS = "done cancelled superseded interrupted max_steps budget repeated_call"
 
 
