@@ -8083,9 +8083,10 @@ class Reader:
     def _refuse(self, turn_id: str, error: MemwsError) -> None:
         """End a turn of one's own that will have no other terminal frame."""
         request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
-        text = failure(request | {"id": self.turns.pop(turn_id)}, error)
+        text = self.session.failure(request | {"id": self.turns.pop(turn_id)}, error)
         self._refused.add(turn_id)
-        self.live.agents.spawn(self.session._reply(text))
+        if text:
+            self.live.agents.spawn(self.session._reply(text))
         self.live.wake()
 
     async def _run(self) -> None:
@@ -8214,6 +8215,10 @@ class Session:
         self._request_id: RequestId = None  # of the request that is being answered
         self._unsent = self._looks = 0  # bytes that waited at the last look; looks at which these were as many
 
+    def failure(self, request: JSON, error: MemwsError) -> str:
+        """What a request gets that fails; a server that passes it on asks the next one, where this one stops."""
+        return "" if self.sender is None and self._agents.stopping else failure(request, error)
+
     async def _reply(self, text: str) -> None:
         """Send a frame to a client that may have left."""
         with contextlib.suppress(ConnectionClosed):
@@ -8253,7 +8258,7 @@ class Session:
             if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
                 logger.exception("connection %s: a request failed", self.websocket.id)
             turn = {} if request.get("type") == "command" else {"turn_id": request.get("turn_id") or new_turn_id()}
-            text = failure(request | turn, refusal)
+            text = self.failure(request | turn, refusal)
         if text:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first
             await self._reply(text)

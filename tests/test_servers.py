@@ -88,3 +88,20 @@ async def test_a_memory_change_is_told_alike_by_all(pair: tuple[Wire, Wire]) -> 
         result, event = await client.edit("insert_passage", agent_name="sam", text="Tea")
         assert event["id"] == result["id"]
         await next(each for each in pair if each is not client).receive()
+
+
+async def test_what_waits_at_a_server_that_stops_goes_on_at_the_next(
+    postgres_address: str, online: Online, endpoint: Endpoint
+) -> None:
+    """Its turn is interrupted; a message that another server has passed on is answered by that one, and once."""
+    stopping, staying = online(db=postgres_address), online(db=postgres_address)
+    async with wire(stopping, "*", agent={"name": "sam"}), wire(staying, "*") as client:
+        endpoint.script(say("held", hold=True))
+        await client.say("Wait", agent_name="sam", turn_id="t1")
+        await client.started()
+        await client.say("And then?", agent_name="sam", turn_id="t2")
+        await client.until(lambda frame: frame.get("message_type") == "queue")
+        await asyncio.to_thread(stopping.stop)
+        ends = [await client.ended(), await client.ended()]
+        assert [(end["turn_id"], end["stop_reason"]) for end in ends] == [("t1", "interrupted"), ("t2", "done")]
+        assert await messages_of(client, "sam") == ["Wait", "And then?"]
