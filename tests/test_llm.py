@@ -888,20 +888,6 @@ def test_what_no_rung_reads_is_an_error(reply: memws.Reply, code: str, words: st
     assert caught.value.code == code
 
 
-NO_OBJECTS = ["no JSON", "[1]", "5", '"text"', "null", "\x00\ud800", "[" * 90_000]
-
-
-@pytest.mark.parametrize("arguments", NO_OBJECTS, ids=lambda text: ascii(text[:9]))
-def test_arguments_that_are_no_object_are_advice(arguments: str) -> None:
-    """Such a call has no arguments and a problem that quotes what came, or is empty; it is no error."""
-    reply = reply_of("", arguments)
-    memws.read_reply(reply, TOOLS)
-    (call,) = reply.calls
-    assert call.arguments == {}
-    assert not call.problem or call.problem.startswith("the arguments are no JSON object: ")
-    assert len(call.problem) < 120
-
-
 def test_names_and_ids_that_no_api_takes_are_changed() -> None:
     """Tool names become such as endpoints take; an id that came before becomes nine letters, any other stays."""
     reply = memws.Reply()
@@ -914,16 +900,6 @@ def test_names_and_ids_that_no_api_takes_are_changed() -> None:
     assert len(reply.calls[1].id) == 9
     assert reply.calls[1].id.isalnum()
     assert [what for what, _ in reply.corrections].count("tool_call_id") == 1
-
-
-def test_what_a_full_reply_may_have_lost_is_cut() -> None:
-    """A call whose arguments may have been dropped never runs; ever more calls make an answer full as well."""
-    reply, calls = reply_of("x" * 100_000, "", name="core_memory_append"), memws.Reply()
-    memws.read_reply(reply, TOOLS)
-    assert (reply.calls, len(reply.text)) == ([], 100_000)
-    for index in range(1_001):
-        calls.feed(piece(index, None, "a", ""))
-    assert calls.full
 
 
 @pytest.fixture
