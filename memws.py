@@ -5968,7 +5968,7 @@ PANEL_STYLE: Final = r"""
   .memws-live { font-style: italic; opacity: .85; }
   .memws-running .memws-told { animation: memws-pulse 1.4s ease-in-out infinite; }
   .memws-rows { border-left: 2px solid var(--line); margin: 6px 0 2px 4px; padding-left: 14px; font-size: 13.5px;
-    display: grid; grid-template-columns: minmax(0, 1fr); gap: 6px; } .memws-changes { display: contents; }
+    display: grid; grid-template-columns: minmax(0, 1fr); gap: 6px; }
   .memws-monologue { font-style: italic; white-space: pre-wrap; } .memws-step { justify-self: start; padding: 0; }
   .memws-step:hover, .memws-chip:not(:disabled):hover { text-decoration: underline; }
   .memws-tool summary { display: flex; gap: 8px; } .memws-tool b { font: 600 12.5px/1.7 var(--mono); }
@@ -6214,7 +6214,7 @@ const overComm = (model) => (client) => {
   };
   const tick = () => {
     if (++silent > 5) client.changed("offline: the kernel does not answer; if it was restarted, run the cell again");
-    if (silent > 1 || unheard.length) post();
+    post();
   };
   const send = (frame) => {
     unheard.push(frame);
@@ -6304,9 +6304,8 @@ class Turn {
   newTrace(time) {
     const [told, live, why, rows] = [span("told"), span("live"), span("why"), div("rows")];
     const element = node("details", { class: "memws-item memws-trace" }, node("summary", {}, told, live, why), rows);
-    const changes = div("changes"); // of memory, not below a reply that streams already
-    this.trace = { from: Date.parse(time), told, live, why, rows, element, changes, tools: new Set() };
-    this.element.append(element, changes);
+    this.trace = { from: Date.parse(time), told, live, why, rows, element, tools: new Set() };
+    this.element.append(element);
   }
   tell(trace, news) {
     Object.assign(trace, news);
@@ -6335,9 +6334,8 @@ class Turn {
     this.endTrace();
     const made = { prose: div("prose"), mark: div("mark", clock(time)), text: "" };
     const foot = div("foot", made.mark, copyButton(() => made.text)); // the place for what can be done with a turn
-    made.element = div("item memws-agent", made.prose, foot);
-    this.element.append(made.element);
-    this.replied = made;
+    this.element.append(div("item memws-agent", made.prose, foot));
+    this.replied = Object.assign(made, { element: this.element.lastChild });
     return made;
   }
   draw(made) {
@@ -6394,7 +6392,8 @@ class Turn {
     const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
     const rows = rowsOf(event.diff.split("\n").filter((row) => row.slice(1).trim()));
     const chip = button(told, "chip", () => this.panel.show("Memory", event), { disabled: this.panel.isCompact });
-    (this.trace?.changes ?? this.element).append(div("item memws-change", chip, div("diff", ...rows)));
+    const streaming = this.streams.get("assistant_message")?.element ?? null; // a reply that comes after it
+    this.element.insertBefore(div("item memws-change", chip, div("diff", ...rows)), streaming);
   }
   on_compaction({ tokens_before, tokens_after, summary }) {
     const sizes = `${number(tokens_before)} → ${counted(tokens_after, "token")}`;
@@ -6593,16 +6592,14 @@ class Block { // of core memory, edited in place
       await this.panel.command("set_block", { label, value, version });
       this.edit(null);
     } catch (error) {
-      this.wrong.replaceChildren(error.message);
-      if (error.code === "conflict") this.differ(error);
+      this.wrong.replaceChildren(...(error.code === "conflict" ? this.conflict(error) : [error.message]));
     }
   }
-  differ({ value, version }) { // both texts are shown, and the next save is on top of this version
+  conflict({ value, version }) { // both texts are shown, and the next save is on top of this version
     this.set({ ...this.block, value, version });
     this.base = this.block;
-    const told = "It was changed while you wrote. Save again to replace what is there now:";
-    const theirs = button("take theirs", "quiet", () => this.edit(this.block));
-    this.wrong.replaceChildren(told, node("pre", { class: "memws-stored" }, value), theirs);
+    return ["It was changed while you wrote. Save again to replace what is there now:",
+      node("pre", { class: "memws-stored" }, value), button("take theirs", "quiet", () => this.edit(this.block))];
   }
 }
 
@@ -6936,10 +6933,8 @@ class Panel {
     return agent;
   }
   soon() { // once for all that comes in a moment
-    this.refreshing ??= setTimeout(() => {
-      this.refreshing = null;
-      if (this.isReady && this.agent) attempt(this.root, () => this.refresh());
-    }, 100);
+    clearTimeout(this.refreshing);
+    this.refreshing = setTimeout(() => attempt(this.root, () => this.isReady && this.agent && this.refresh()), 100);
   }
   drawBar({ sections, used, window: total }) {
     const part = ({ name, tokens }) => {
@@ -6973,9 +6968,8 @@ class Panel {
     this.log.take(event);
     return this.state();
   }
-  agentChanged({ change, new_name }) {
-    if (change === "deleted") this.agent = null;
-    if (change === "renamed") this.agent = new_name;
+  agentChanged({ change, new_name = this.agent }) {
+    this.agent = change === "deleted" ? null : new_name;
     return this.choose(this.agent);
   }
 
