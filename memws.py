@@ -6357,8 +6357,8 @@ class Turn {
   on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
   on_heartbeat() { if (!this.user && !this.trace) this.note("a heartbeat woke the agent", ""); }
   on_correction(event) { this.row("remark", event, event.message); }
-  on_queue({ position, turn_id }) {
-    const cancel = () => this.panel.command("cancel", { turn_id });
+  on_queue({ position }) {
+    const cancel = () => this.panel.command("cancel", { turn_id: this.id });
     this.said(this.text, `waits, number ${position} · `, button("take back", "link", cancel));
   }
   on_agent_response_start(event) { this.since = Date.parse(event.time); }
@@ -6438,7 +6438,7 @@ class Log {
   }
   turnOf({ turn_id, seq, message_type }, place = null) {
     const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
-    if (id && !this.turns.has(id)) this.add(new Turn(this.panel, id), place);
+    if (id && !this.turns.has(id)) this.add(this.panel.outbox.get(id) ?? new Turn(this.panel, id), place);
     return this.turns.get(id);
   }
   add(turn, place) {
@@ -7060,10 +7060,14 @@ def page_address(url: str) -> str:
     return f"http{local.removeprefix('ws').rstrip('/')}/"
 
 
-# ---- the static copy: what a notebook shows where no kernel runs -----------------------------------------------------
+# ---- the notebook: the script in a widget, whose comm is a pipe to a WebSocket; a copy for where no kernel runs ------
 
-STATIC_MESSAGES, STATIC_TEXT = 200, 4_000
-"The newest chat messages that the static copy shows, and characters of each text of theirs."
+BATCH = 0.04  # seconds in which frames for a browser are gathered into one message
+STATIC_MESSAGES, STATIC_TEXT = 200, 4_000  # chat messages in the static copy, the newest, and characters of their texts
+COPY_INTERVAL = 1.0  # seconds in which turns are gathered into one update of the static copy
+COPY_PATIENCE = 3.0  # seconds that it waits for the server at most
+MAX_PIPES = 8  # browser views of one panel; the one that was silent for longest gives way
+_numbers = itertools.count(2**32, 2**32)  # where each connection begins to number its messages
 
 
 def static_row(message: Frame) -> str:
@@ -7082,17 +7086,6 @@ def static_page(agent_name: str, messages: Iterable[Frame]) -> str:
     rows = [static_row(message) for message in messages if message["role"] in ("user", "assistant")]
     body = "".join(rows) or "<p>Nothing was said yet.</p>"
     return f"<p><b>memws · {html.escape(agent_name)}</b>, as it was saved</p>{body}"
-
-
-# ---- the notebook: the page's script in a widget, whose comm is a pipe to a WebSocket --------------------------------
-
-BATCH: Final = 0.04
-"Seconds in which frames for a browser are gathered into one message."
-COPY_INTERVAL, COPY_PATIENCE = 1.0, 3.0
-"Seconds in which turns are gathered into one update of the static copy; that it waits for the server at most."
-MAX_PIPES: Final = 8
-"Browser views of one panel; the one that was silent for longest gives way."
-_numbers = itertools.count(2**32, 2**32)  # where each connection begins to number its messages
 
 
 def make_widget(agent: str, compact: bool, hidden: str) -> Any:
@@ -7202,10 +7195,12 @@ class Panel:
         self._copying: asyncio.Task[None] | None = None
         self._mark = f"memws-static-{secrets.token_hex(6)}"
         self.ui = make_widget(agent or "", compact, self._mark)
-        former = live_panels().pop((__name__, self.name), None)
+        # The panels of this process: they outlive a re-run cell and a reloaded module.
+        self._alive: dict[tuple[str, str], Any] = process_wide("panels", {})
+        former = self._alive.pop((__name__, self.name), None)
         if former is not None:
             former.close()
-        live_panels()[__name__, self.name] = self
+        self._alive[__name__, self.name] = self
         self._lock = asyncio.Lock()
         self._thread = LoopThread(f"memws-panel-{self.name}")
         if self.ui is not None:
@@ -7225,8 +7220,8 @@ class Panel:
 
     def close(self) -> None:
         """Close connections, thread and widget; the static copy stays."""
-        if live_panels().get((__name__, self.name)) is self:
-            del live_panels()[__name__, self.name]
+        if self._alive.get((__name__, self.name)) is self:
+            del self._alive[__name__, self.name]
         self._thread.stop()
         for widget in (self.ui, self.ui.layout) if self.ui is not None else ():
             widget.close()
@@ -7321,12 +7316,6 @@ class Panel:
         copy = {"text/html": await self._copy()}
         for handle in self._copies:
             handle.update(copy, raw=True)
-
-
-def live_panels() -> dict[tuple[str, str], Any]:
-    """The panels of this process: they outlive a re-run cell and a reloaded module."""
-    panels: dict[tuple[str, str], Any] = process_wide("panels", {})
-    return panels
 
 
 # ======================================================================================================================
