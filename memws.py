@@ -178,6 +178,7 @@ STOP_GRACE = 2.0  # from a signal or stop() until open turns are closed by force
 READER_PATIENCE, READER_LOOKS = 60.0, 12  # a reader that takes no byte for so long, at so many looks, is closed
 PING_INTERVAL, PING_TIMEOUT = 20.0, 40.0  # a connection that answers no ping for so long is closed
 OPEN_TIMEOUT = 10.0
+COPY_PIECE = 0.01  # about so long one piece of an agent's copy keeps others from writing
 BUSY_TIMEOUT = 5.0  # another program may hold the database for so long before a write or an opening fails
 CONNECT_TIMEOUT = 5.0
 LEASE_TIMEOUT = 3.0  # a server that is paused or cut off from PostgreSQL for so long may not run its agents any more
@@ -279,7 +280,7 @@ CORRECTIVE = _ALERT + "Your last answer could not be used ({problem}). Answer ag
 # The client.
 RECONNECT_DELAY, RECONNECT_DELAY_MAX = 0.5, 8.0  # seconds before the first attempt, and, doubled each time, at most
 CLOSE_TIMEOUT = 2.0  # seconds that closing a client may take
-PROGRESS_DELAY = 2.0  # seconds until a command line at work says so on a terminal
+PROGRESS_DELAY = 2.0  # seconds until a command line at work, or a fork, says so, and before it says it again
 
 
 # ---- what all sections share -----------------------------------------------------------------------------------------
@@ -759,17 +760,18 @@ def resolve(request: JSON, functions: Mapping[str, Function]) -> tuple[Function,
 Event = JSON  # a frame without what its copies differ in (agent_name, id); its seq and time come with the transaction
 
 CLASSIC_TYPES = ("internal_monologue", "assistant_message", "function_message")  # MemGPT 0.2.7's, and the default
-LIVE_TYPES = ("delta", "retry", "queue")  # not stored, without seq, never replayed
+LIVE_TYPES = ("delta", "retry", "queue", "progress")  # not stored, without seq, never replayed
 TERMINAL_TYPES = ("agent_response_end", "agent_response_error")
 STOP_REASONS = ("done", "cancelled", "superseded", "interrupted", "max_steps", "budget", "repeated_call")
 
 _CALL = {"tool_call_id": str, "name": str}
 _TOKENS = dict.fromkeys(("messages_before", "messages_after", "tokens_before", "tokens_after"), int)
-_EDIT = {"what": Literal["core", "archival"], "label": str, "id": int, "by": Literal["agent", "client"]}
+_EDIT = {"what": Literal["core", "archival"], "label": str, "id": int, "by": Literal["agent", "client"], "since": str}
 _TEXTS = {"before": str | None, "after": str | None, "diff": str}
 _SIZES = {"sections": list[JSON], "used": int, "window": int, "warning": str}
-_CHANGE = {"change": Literal["renamed", "updated", "deleted", "imported"], "new_name": str}
 _SAID: JSON = {"from": str, "steered": str, "id": str | int}
+_CHANGES = Literal["renamed", "updated", "deleted", "imported", "rewound"]
+_CHANGE = {"change": _CHANGES, "new_name": str, "kept_as": str}
 EVENTS: dict[str, tuple[str, dict[str, Any]]] = {  # message type: what it tells, its further fields
     "internal_monologue": ("the model's private text beside its calls", {}),
     "assistant_message": ("what the agent says to the user; partial: it was cut", {"partial": bool}),
@@ -779,14 +781,15 @@ EVENTS: dict[str, tuple[str, dict[str, Any]]] = {  # message type: what it tells
     "tool_call": ("a call as the model asked for it; message: its arguments as JSON", _CALL | {"arguments": dict}),
     "approval_request": ("a call waits until somebody allows it", _CALL | {"arguments": dict, "seconds": float}),
     "tool_return": ("the answer to a call", _CALL | {"status": Literal["OK", "Failed"], "duration_ms": int}),
-    "memory_change": ("an edit of core or archival memory, whoever made it", _EDIT | _TEXTS),
+    "memory_change": ("an edit of core or archival memory; since: when what goes was kept", _EDIT | _TEXTS),
     "context": ("how full the context window is, by section {name, tokens}", _SIZES),
     "compaction": ("the oldest messages became a summary", _TOKENS | {"summary": str}),
     "heartbeat": ("why the next step starts without the user", {"reason": str}),
     "retry": ("a model call failed and is made again", {"attempt": int, "of": int, "delay_ms": int, "code": str}),
     "correction": ("a model's output or a stored agent that had to be mended, and how", {"what": str}),
     "queue": ("a message waits for its turn", {"position": int}),
-    "agent_change": ("the agent was renamed, updated, deleted or imported", _CHANGE),
+    "progress": ("how far a fork or rewind of a long history is", {"done": int, "total": int}),
+    "agent_change": ("the agent was renamed, updated, deleted, imported or rewound", _CHANGE),
 }
 
 
@@ -1416,7 +1419,8 @@ CREATE TABLE events (
     kind TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY (agent, seq)) STRICT;
 CREATE INDEX events_turn ON events (agent, turn_id, seq);
 CREATE UNIQUE INDEX events_start ON events (agent, turn_id) WHERE kind = 'agent_response_start';
-CREATE TABLE requests (  -- pieces: a compressed JSON list of head, system, summary, tools, extra, shape
+CREATE TABLE requests (  -- pieces: a compressed JSON list of head, system, summary, tools, extra, shape; of step 0,
+    -- which is the end of a turn: of the agent's config, state, blocks as of then
     agent INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE, turn_id TEXT NOT NULL, step INTEGER NOT NULL,
     time TEXT NOT NULL, pieces BLOB NOT NULL, first INTEGER NOT NULL, last INTEGER NOT NULL, digest BLOB NOT NULL,
     response TEXT NOT NULL, usage TEXT NOT NULL, first_token_ms INTEGER, total_ms INTEGER NOT NULL,
@@ -1751,8 +1755,9 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
     joined: whether it belongs to the session of the one before; None: by SESSION_GAP.
     """
     low = (agent * 2 + STORES.index(document.store)) * PLACES
-    sql = "SELECT doc, time, words, asking FROM memory WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT 1"
-    last = db.execute(sql, (low, low + PLACES - 1)).fetchone()
+    sql = """SELECT doc, time, words, asking FROM memory WHERE doc BETWEEN ? AND ? AND item < ?
+        ORDER BY doc DESC LIMIT 1"""
+    last = db.execute(sql, (low, low + PLACES - 1, document.id)).fetchone()
     text, moment = clean_text(document.text), clean_text(document.time)
     words, terms, doc, asked = count_words(text), split_terms(text), low, -1
     if last is not None:
@@ -1948,7 +1953,8 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str = "") -> 
     now, count = now_text(), len(changes.events)
     fence = "AND owner = ?" if owner else ""
     sql = f"""UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
-        last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL {fence} RETURNING last_seq"""
+        last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL {fence}
+        RETURNING last_seq, config, state, blocks"""
     columns = changes.config, changes.state, changes.blocks
     texts = [None if value is None else encode_json(value) for value in columns]
     row = db.execute(sql, (*texts, count, now, agent, *filter(None, [owner]))).fetchone()
@@ -1975,6 +1981,10 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str = "") -> 
         forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
     if changes.request:
         _insert_request(db, agent, changes.request)
+    if stored and stored[-1].kind in TERMINAL_TYPES:
+        pieces = zlib.compress(f"[{','.join(row[1:])}]".encode(), 1)
+        end: JSON = {"turn_id": stored[-1].turn_id, "step": 0, "time": now, "pieces": pieces, "digest": b""}
+        insert(db, "requests", agent=agent, **end, first=0, last=0, response={}, usage={}, total_ms=0)
     return stored
 
 
@@ -2125,11 +2135,12 @@ def _claiming(db: SqlConnection, name: str) -> Iterator[int]:
         raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it") from None
 
 
-def _name_agent(db: SqlConnection, agent: int, name: str) -> int:
-    """Give an agent, live or deleted, the name; its last seq there. Raises Refused (name_taken)."""
+def name_agent(db: SqlConnection, agent: int, name: str, least: int = 0) -> int:
+    """Give an agent, live or deleted, the name; its last seq there, at least so much. Raises Refused (name_taken)."""
     sql = """UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END
         WHERE id = ? RETURNING last_seq"""
     with _claiming(db, name) as last_seq:
+        last_seq = max(last_seq, least)
         return int(db.execute(sql, (name, last_seq, last_seq, agent)).fetchone()[0])
 
 
@@ -2138,6 +2149,18 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
     sql = """INSERT INTO agents (name, config, state, blocks, created, last_active, last_seq, deleted)
         SELECT name, '{}', '{}', '[]', created, last_active, last_seq, '' FROM agents WHERE id = ?"""
     db.execute(sql, (agent,))
+
+
+def _purge(db: SqlConnection, agent: int) -> None:
+    forget(db, "agent = ?", agent)
+    db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
+
+
+def forget_copies(db: SqlConnection, where: str = "1 = 1", *values: object) -> None:
+    """Take away copies of agents that never got their name."""
+    sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
+    for (copy,) in db.execute(sql, values).fetchall():
+        _purge(db, copy)
 
 
 def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
@@ -2153,7 +2176,7 @@ def rename_agent(
     db: SqlConnection, agent: int, new_name: str, event: Event, owner: str
 ) -> tuple[list[StoredEvent], int]:
     """Give the agent another name; the event of it, stored, and its last seq. Raises Refused (name_taken)."""
-    return commit(db, agent, Changes([event]), owner), _name_agent(db, agent, new_name)
+    return commit(db, agent, Changes([event]), owner), name_agent(db, agent, new_name)
 
 
 def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool, owner: str = "") -> list[StoredEvent]:
@@ -2161,8 +2184,7 @@ def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool
     stored = commit(db, agent, Changes([event]), owner) if event else []
     if purge:
         _leave_name(db, agent)
-        forget(db, "agent = ?", agent)
-        db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
+        _purge(db, agent)
     else:
         db.execute("UPDATE agents SET deleted = ? WHERE id = ?", (now_text(), agent))
     return stored
@@ -2173,7 +2195,7 @@ def restore_agent(db: SqlConnection, name: str, new_name: str | None) -> AgentRe
     agent = find_agent(db, name, deleted=True)
     if new_name not in (None, agent.name):
         _leave_name(db, agent.id)
-    _name_agent(db, agent.id, new_name or agent.name)
+    name_agent(db, agent.id, new_name or agent.name)
     return find_agent(db, new_name or agent.name)
 
 
@@ -2224,6 +2246,8 @@ class Store:
         self._connection = database.open()
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()  # None: there will be no more
+        if isinstance(database, Sqlite):  # nobody else makes copies there
+            self._jobs.put((forget_copies, concurrent.futures.Future()))
         self._local = threading.local()  # .connection: of a reader's thread
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
         self._closed = False
@@ -2313,10 +2337,12 @@ _TAKE_FREE = (
 )
 
 
-def find_name(db: SqlConnection, agent: int) -> tuple[str, int]:
-    """(name, last seq) of an agent that another server may run. Raises Refused (unknown_agent)."""
-    sql = f"SELECT name, last_seq FROM agents WHERE id = ? AND {_LIVE}"
-    row: tuple[str, int] | None = db.execute(sql, (agent,)).fetchone()
+def find_name(db: SqlConnection, agent: int, name: str) -> tuple[int, str, int]:
+    """(id, name, last seq) of an agent that another server may run; where it was rewound, of what took its name and is
+    known by the time of its creation. Raises Refused (unknown_agent)."""
+    sql = f"""SELECT id, name, last_seq FROM agents WHERE {_LIVE} AND (id = ? OR (name = ? AND
+        created = (SELECT created FROM agents WHERE id = ?))) ORDER BY name = ? DESC LIMIT 1"""
+    row: tuple[int, str, int] | None = db.execute(sql, (agent, name, agent, name)).fetchone()
     if row is None:
         raise Refused("unknown_agent", "the agent was deleted")
     return row
@@ -2463,8 +2489,11 @@ def vacuum_database(path: str, keep_requests: float) -> int:
     with usable(database.path), contextlib.closing(database):
         db = database.open()
         before = db.execute(database.size).fetchone()[0]
-        oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=keep_requests)
+        now = datetime.datetime.now(datetime.UTC)
+        oldest = now - datetime.timedelta(days=keep_requests)
         db.execute("DELETE FROM requests WHERE time <= ?", (utc_text(oldest),))
+        with transaction(db):
+            forget_copies(db, "last_active < ?", utc_text(now - datetime.timedelta(hours=1)))
         db.execute("VACUUM")
         return int(before - db.execute(database.size).fetchone()[0])
 
@@ -2625,7 +2654,7 @@ def copy_database(address: str, goal: str, done: collections.Counter[str]) -> No
 
     done: counts agents and rows, and first all of them. Raises UsageError, StoreFailed.
     """
-    sql = "SELECT id, name, created, last_seq, last_active, deleted FROM agents ORDER BY id"
+    sql = "SELECT id, name, created, last_seq, last_active, deleted FROM agents WHERE name <> '' ORDER BY id"
     with read_database(address) as source, contextlib.closing(database_at(goal, patience=0)) as database:
         target = database.open()
         with transaction(target):
@@ -2681,6 +2710,88 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, row: Any, done: co
             target.executemany(f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(block[0]))})", block)
             done["rows"] += len(block)
     index_memory(target, agent)
+
+
+# ---- copies of agents ------------------------------------------------------------------------------------------------
+# They are made piece by piece, so that others get in between, and are nobody's until the last has given them a name.
+
+COPIED = {  # in this order: what the rows are, and by what number they are cut into pieces
+    "messages": ("messages", "id"),
+    "recall": ("memory", "store = 'recall' AND item"),
+    "archival": ("memory", "store = 'archival' AND item"),
+    "events": ("events", "seq"),
+    "steered": ("steered", "seq"),
+    "requests": ("events JOIN requests USING (agent, turn_id)", "kind = 'agent_response_start' AND seq"),
+}
+
+
+def find_turn_end(db: SqlConnection, agent: int, turn_id: str) -> AgentRecord:
+    """The agent as it was at the end of a turn, its last seq then. Raises Refused (unknown_turn, busy, not_found)."""
+    sql = "SELECT seq, kind FROM events WHERE agent = ? AND turn_id = ? ORDER BY seq DESC LIMIT 1"
+    seq, kind = db.execute(sql, (agent, turn_id)).fetchone() or (0, "")
+    if not kind:
+        raise Refused("unknown_turn", f"the agent never had a turn {quote(turn_id)}; get_messages shows their ids")
+    if kind not in TERMINAL_TYPES:
+        raise Refused("busy", f"turn {quote(turn_id)} is not over; wait for its end")
+    sql = "SELECT pieces FROM requests WHERE agent = ? AND turn_id = ? AND step = 0"
+    if (row := db.execute(sql, (agent, turn_id)).fetchone()) is None:
+        since = db.execute("SELECT min(time) FROM requests WHERE agent = ? AND step = 0", (agent,)).fetchone()[0]
+        reason = f"of turns that end from {since or 'now'} on it is, unless vacuum --keep-requests drops it"
+        raise Refused("not_found", f"what the agent was at the end of turn {quote(turn_id)} is not kept: {reason}")
+    config, state, blocks = decode_json(zlib.decompress(row[0]))
+    record = AgentRecord(*db.execute(f"SELECT {_AGENT_COLUMNS} FROM agents WHERE id = ?", (agent,)).fetchone())
+    return replace(record, config=config, state=state, blocks=blocks, last_seq=seq)
+
+
+def find_last_message(db: SqlConnection, agent: int, seq: int) -> int:
+    """The id of the last chat message as of that seq; 0: there was none."""
+    sql = "SELECT coalesce(max(id), 0) FROM messages WHERE agent = ? AND seq <= ?"
+    return int(db.execute(sql, (agent, seq)).fetchone()[0])
+
+
+def begin_copy(db: SqlConnection, record: AgentRecord) -> int:
+    """The id of a copy that is to get the record's name. Raises Refused (name_taken)."""
+    copy = create_agent(db, record).id
+    db.execute("UPDATE agents SET name = '', deleted = '' WHERE id = ?", (copy,))
+    return copy
+
+
+def copy_rows(db: SqlConnection, agent: int, copy: int, part: str, first: int, last: int) -> list[tuple[int, str]]:
+    """Copy the rows with these numbers; of memory (doc, terms), without the postings."""
+    rows, number = COPIED[part]
+    where = f"FROM {rows} WHERE agent = ? AND {number} BETWEEN ? AND ?"
+    values: tuple[object, ...] = (copy, agent, first, last)
+    if part not in STORES:
+        columns = _EXPORTED[part]
+        db.execute(f"INSERT INTO {part} (agent, {columns}) SELECT ?, {columns} {where}", values)
+        return []
+    columns = "store, item, role, time, text, terms, words, asking, asked, vector"
+    sql = f"INSERT INTO memory (agent, doc, {columns}) SELECT ?, doc + ?, {columns} {where} RETURNING doc, terms"
+    return db.execute(sql, (copy, (copy - agent) * 2 * PLACES, *values[1:])).fetchall()
+
+
+def find_deleted_passages(db: SqlConnection, agent: int, seq: int, last: int) -> list[Document]:
+    """The passages up to that id that have been deleted since that seq, by what the events of it tell."""
+    sql = "SELECT text FROM events WHERE agent = ? AND seq > ? AND kind = 'memory_change'"
+    events = [decode_json(text) for (text,) in db.execute(sql, (agent, seq))]
+    gone = [event for event in events if event.get("id", last + 1) <= last and event["after"] is None]
+    passages = [Document(event["id"], "archival", "", event.get("since", ""), event["before"]) for event in gone]
+    return sorted(passages)
+
+
+def restore_passage(db: SqlConnection, copy: int, passage: Document) -> None:
+    """Give a copy a passage, unless it has it, among those that it has: there is room where it was."""
+    if find_passage(db, copy, passage.id) is None:
+        insert_postings(db, remember(db, copy, passage))
+
+
+def finish_rewind(db: SqlConnection, agent: int, copy: int, name: str, kept_as: str, owner: str) -> list[StoredEvent]:
+    """Give a whole copy the agent's name, and that another; the event of it, stored. Raises Refused (name_taken)."""
+    renamed = response("agent_change", f"the agent is now {kept_as!r}", change="renamed", new_name=kept_as)
+    last_seq = rename_agent(db, agent, kept_as, renamed, owner)[0][0].seq - 1
+    name_agent(db, copy, name, last_seq)
+    text = f"the agent was taken back to an earlier turn; as it was then, it goes on as {kept_as!r}"
+    return commit(db, copy, Changes([response("agent_change", text, change="rewound", kept_as=kept_as)]))
 
 
 # ======================================================================================================================
@@ -4248,7 +4359,7 @@ class Transaction:
         if passage is None:
             raise Refused("not_found", f"no passage {passage_id}; search_memory lists passages with their ids")
         self.changes.removed.append(passage.id)
-        self._add_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id)
+        self._add_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id, since=passage.time)
 
     def say(self, message: str, *, partial: bool = False) -> None:
         """Say something to the user."""
@@ -4690,6 +4801,12 @@ class Agent:
         """Core memory by label: a copy, so that a tool may read it from its thread."""
         return dict(self.memory.blocks)
 
+    def as_stored(self) -> AgentRecord:
+        """What a copy of the agent begins with; while a turn runs, what there was before it."""
+        if self.record.state["turn"]:
+            return self._before
+        return replace(self.record, blocks=[asdict(block) for block in self.memory.blocks.values()])
+
     # -- opening, configuring --
 
     async def open(self) -> typing.Self:
@@ -4823,6 +4940,7 @@ class Agent:
         """Store the user's message, or why there is a turn without one; the start is its receipt."""
         turn.before = self.memory.last_message
         async with Transaction(self.memory, turn.turn_id, 1, turn.before) as change:
+            self._before = self.as_stored()
             change.changes.events.append({"type": "agent_response_start", "turn_id": turn.turn_id})
             change.state["turn"] = turn.turn_id
             if turn.message is None:
@@ -7474,6 +7592,11 @@ def _secrets(request: http11.Request) -> list[bytes]:
 WhenBusy = Literal["queue", "reject", "interrupt", "steer"]
 
 
+def name_like(name: str) -> str:
+    """A new name that tells where the agent comes from."""
+    return f"{name[: MAX_NAME - 9]}_{secrets.token_hex(4)}"
+
+
 def new_turn_id() -> str:
     return f"turn_{secrets.token_hex(12)}"
 
@@ -7508,6 +7631,11 @@ class LiveAgent:
         await self.agent.open()
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
+
+    async def become(self, agent: int) -> None:
+        """Be the agent of that id from now on, for whoever reads or speaks here. Raises StoreFailed."""
+        self.id, self.agent.memory.stale = agent, True
+        await self._mend()
 
     def take_name(self, name: str) -> None:
         """Be known under the name from now on."""
@@ -7658,20 +7786,27 @@ class LiveAgent:
             self.current.stop(reason)
             await asyncio.wait([self.current.done])
 
-    async def compact(self) -> JSON:
-        """Turn the oldest messages of the context window into a summary now. Raises Refused."""
+    @contextlib.contextmanager
+    def occupied(self, what: str) -> Iterator[Turn]:
+        """Around what is no turn and goes on beside none; stopped as one. Raises Refused (busy, cancelled)."""
         if self.current:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         item = self.current = Turn("", None)
         try:
-            await self._mend()
-            return await self.agent.compact(item)
-        except ModelError as error:
-            raise Refused("not_found", f"there is nothing to compact: {error}") from error
+            yield item
         except Stopped:
-            raise Refused("cancelled", f"the compaction was {item.stop_reason}") from None
+            raise Refused("cancelled", f"the {what} was {item.stop_reason}") from None
         finally:
             self._finish(item)
+
+    async def compact(self) -> JSON:
+        """Turn the oldest messages of the context window into a summary now. Raises Refused."""
+        with self.occupied("compaction") as item:
+            try:
+                await self._mend()
+                return await self.agent.compact(item)
+            except ModelError as error:
+                raise Refused("not_found", f"there is nothing to compact: {error}") from error
 
     def rest(self) -> None:
         """The agent is idle, or gone: set the timer of the next heartbeat, if there is to be one."""
@@ -7742,16 +7877,30 @@ class SharedAgent(LiveAgent):
             return self._client or await super().runner()
         raise self._failure or StoreFailed(f"no server runs agent {self.name!r} now; send it again later")
 
+    async def become(self, agent: int) -> None:
+        self._leases.drop(self.id)
+        self.here, self.id = False, agent
+        self._take_owner("", False)
+        self._leases.want(agent, self._take_owner)
+
+    async def look_up(self) -> int:
+        """The last seq, once id and name are as the database has them. Raises StoreFailed, Refused."""
+        agent, name, last_seq = await self.agents.store.read(find_name, self.id, self.name)
+        if agent != self.id:
+            await self.become(agent)
+        self.take_name(name)
+        return last_seq
+
     # -- run by this server --
 
     async def _run_here(self) -> None:
         """Open the agent, whose turn another server may have left open, and go on with what waits."""
         while not self.here:
             with self._failing():
-                name, last_seq = await self.agents.store.read(find_name, self.id)
+                last_seq = await self.look_up()
                 self._ring.clear()  # it misses what others stored: readers find that in the store
                 self.count, self.last_seq = self.count + 1, last_seq
-                await self.open(await self.agents.store.read(find_agent, name))
+                await self.open(await self.agents.store.read(find_agent, self.name))
                 for item in list(self.waiting):
                     if await self.agents.store.read(find_turn, self.id, item.turn_id):
                         self._end(item)
@@ -7784,7 +7933,7 @@ class SharedAgent(LiveAgent):
     async def _follow(self) -> None:
         while True:
             with self._failing():
-                self.take_name((await self.agents.store.read(find_name, self.id))[0])
+                await self.look_up()
                 address = self._owner.rpartition("#")[0]
                 if address not in ("", self._leases.address):
                     await self._relay(address)
@@ -7802,6 +7951,8 @@ class SharedAgent(LiveAgent):
                     self._forward(client, item)
                 async for event in events:
                     self._take_in(event)
+                    if event.get("change") == "rewound":
+                        await self.look_up()
             finally:
                 self._client = None
                 if client._websocket:
@@ -7827,7 +7978,7 @@ class SharedAgent(LiveAgent):
     async def _look(self) -> None:
         """The agent was deleted; it may have been restored since."""
         with self._failing():
-            await self.agents.store.read(find_name, self.id)
+            await self.look_up()
             self._owner_news.set()  # it is followed anew
 
     def _end(self, item: Turn) -> None:
@@ -7927,7 +8078,9 @@ class Agents:
     async def _use(self, record: AgentRecord) -> LiveAgent:
         if self.leases:
             known = next((live for live in self.live.values() if live.id == record.id), None)
-            shared = known or SharedAgent(self, record, self.leases)
+            if isinstance(known, SharedAgent):
+                await known.look_up()
+            shared = known if known and known.id == record.id else SharedAgent(self, record, self.leases)
             shared.take_name(record.name)
             return shared
         live = LiveAgent(self, record)
@@ -7967,7 +8120,9 @@ class Agents:
             live.publish(*events)
             live.take_name(name)
             live.agent.record.name = name
-            live.last_seq = last_seq  # under a name that was in use before, they go on above that
+            live.agent.record.last_seq = live.last_seq = (
+                last_seq  # under a name that was in use before, they go on above that
+            )
         return name
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
@@ -7992,6 +8147,74 @@ class Agents:
         async with self._lock:
             record = await self.store.write(restore_agent, name, None if new_name is None else check_name(new_name))
             return await self._use(record)
+
+    async def fork(self, live: LiveAgent, new_name: str | None, turn_id: str | None) -> LiveAgent:
+        """Another agent as this one is, or was at the end of a turn. Raises Refused."""
+        name, agent = check_name(new_name or name_like(live.name)), await live.fresh()
+        record = await self.store.read(find_turn_end, live.id, turn_id) if turn_id else agent.as_stored()
+        async with (
+            self._copied(live, replace(record, name=name, created=now_text()), Turn("", None)) as copy,
+            self._lock,
+        ):
+            await self.store.write(name_agent, copy, name)
+            return await self._use(await self.store.read(find_agent, name))
+
+    async def rewind(self, live: LiveAgent, turn_id: str, keep_as: str | None) -> str:
+        """Make of an agent what it was at the end of a turn; the name as which it goes on as it is. Raises Refused."""
+        kept_as = check_name(keep_as or name_like(live.name))
+        with live.occupied("rewind") as item:
+            record = replace(await self.store.read(find_turn_end, live.id, turn_id), name=kept_as)
+            async with self._copied(live, record, item) as copy, self._lock, live.agent.memory.lock:
+                names = live.name, kept_as, live.lease
+                live.publish(*await self.store.write(finish_rewind, live.id, copy, *names))
+                live.agent.record.id = 0  # an edit that waits for its lock finds nothing to edit
+            await live.become(copy)
+        return kept_as
+
+    @contextlib.asynccontextmanager
+    async def _copied(self, live: LiveAgent, record: AgentRecord, item: Turn) -> AsyncGenerator[int, None]:
+        """A copy of what the agent had stored up to the record's last seq, forgotten if the block gives it no name; its
+        id. Raises Refused (name_taken, unknown_agent), Stopped where the item is stopped."""
+        agent, store, seq, passages = live.id, self.store, record.last_seq, record.state["last_passage"]
+        copy = await store.write(begin_copy, replace(record, last_active=now_text()))
+        self.api_keys[copy] = self.api_keys.get(agent)
+        try:
+            messages = await store.read(find_last_message, agent, seq)
+            postings = collections.defaultdict[str, list[int]](list)
+            for part, last in zip(COPIED, (messages, messages, passages, seq, seq, seq), strict=True):
+                async for piece in self._pieces(live, item, part, last):
+                    for doc, terms in await store.write(copy_rows, agent, copy, part, *piece):
+                        for term in set(terms.split()):
+                            postings[term].append(doc)
+            for passage in await store.read(find_deleted_passages, agent, seq, passages):
+                await store.write(restore_passage, copy, passage)
+            rows = ((term, doc) for term in sorted(postings) for doc in postings[term])  # neighbours share a page
+            async for first, last in self._pieces(live, item, "words", sum(map(len, postings.values()))):
+                await store.write(insert_postings, list(itertools.islice(rows, last - first + 1)))
+            if live.gone:
+                raise live.gone_error()
+            yield copy
+        finally:
+            with contextlib.suppress(MemwsError):
+                await store.write(forget_copies, "id = ?", copy)
+
+    async def _pieces(
+        self, live: LiveAgent, item: Turn, part: str, total: int
+    ) -> AsyncGenerator[tuple[int, int], None]:
+        """The first and last numbers of pieces, each about as many as take COPY_PIECE; tells how far it is where it
+        takes long. Raises Stopped."""
+        done, size, told = 0, 64, time.monotonic()
+        while done < total:
+            if item.stop_reason:
+                raise Stopped
+            started = time.monotonic()
+            yield done + 1, min(done + size, total)
+            done, now = done + size, time.monotonic()
+            size = max(64, size // 2) if now - started > COPY_PIECE else size * 2
+            if now - told > PROGRESS_DELAY and done < total:
+                told = now
+                text = f"{done:,} of {total:,} {part} are copied"
+                live.agent.emit_live(item, "progress", text, done=done, total=total)
 
     async def embed(self) -> None:
         """Give vectors to what has none yet, in the background, for ever."""
@@ -8119,6 +8342,8 @@ class Reader:
         if event.seq and event.seq <= self.cursor:
             return
         self.cursor = event.seq or self.cursor
+        if event.kind == "agent_change" and decode_json(event.text).get("change") == "rewound":
+            await self._end_lost()
         if event.kind == "user_message" and (receipt := self._receipt(event)):
             await self.session.websocket.send(receipt)
         elif event.turn_id in self.turns or (self.floor is not None and (event.seq > self.floor or not event.seq)):
@@ -8128,6 +8353,13 @@ class Reader:
         """The event as the receipt of a message of one's own that entered a turn, which is all there will be of it."""
         steered = next((turn_id for turn_id in self.turns if f'"steered":{encode_json(turn_id)}' in event.text), None)
         return "" if steered is None else with_fields(event.text, id=self.turns.pop(steered))
+
+    async def _end_lost(self) -> None:
+        """Turns that the agent never had, since it was rewound, will have no terminal frame."""
+        for turn_id in list(self.turns):
+            known = await self.live.agents.store.read(find_turn, self.live.id, turn_id)
+            if turn_id in self.turns and not (known or self.live.find(turn_id)):
+                self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
 
     async def _send(self, event: StoredEvent) -> None:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
@@ -8332,7 +8564,7 @@ class Session:
         Result: {last_seq}."""
         last_seq = live.last_seq
         if await live.runner():  # what other clients have seen may be ahead of what is known here
-            last_seq = max(last_seq, (await self._agents.store.read(find_name, live.id))[1])
+            last_seq = max(last_seq, (await self._agents.store.read(find_name, live.id, live.name))[2])
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
@@ -8464,6 +8696,19 @@ class Session:
         """Bring back the agent that was deleted last under a name. Result: {agent_name, last_seq}."""
         live = await self._agents.restore(agent_name, new_name)
         return {"agent_name": live.name, "last_seq": live.last_seq}
+
+    async def fork_agent(self, live: LiveAgent, new_name: AgentName = None, turn_id: TurnId | None = None) -> JSON:
+        """Make another agent: a copy with all memory and history, as of now or of the end of a turn. A turn that runs
+        is no part of it. Result: {agent_name, last_seq}."""
+        fork = await self._agents.fork(live, new_name, turn_id)
+        return {"agent_name": fork.name, "last_seq": fork.last_seq}
+
+    async def rewind_agent(self, live: LiveAgent, turn_id: TurnId, keep_as: AgentName = None) -> JSON:
+        """Make an agent what it was at the end of a turn; as it is now it goes on under another name.
+        Result: {agent_name, last_seq, kept_as}."""
+        await live.fresh()
+        kept_as = await self._agents.rewind(live, turn_id, keep_as)
+        return {"agent_name": live.name, "last_seq": live.last_seq, "kept_as": kept_as}
 
     # -- memory --
 
@@ -8990,7 +9235,9 @@ FORMS = {  # how events are shown: by message type, or type, the line and its st
     "tool_return": ("< {message}", "dim"),
     "memory_change": ("[{label}, changed by the {by}]", "dim"),
     "context": ("[context: {warning}]", "yellow"),
-    **dict.fromkeys(("compaction", "heartbeat", "retry", "correction", "queue"), ("[{kind}: {message}]", "dim")),
+    **dict.fromkeys(
+        ("compaction", "heartbeat", "retry", "correction", "queue", "progress"), ("[{kind}: {message}]", "dim")
+    ),
     "agent_change": ("[{agent_name}: {message}]", "dim"),
     "agent_response_end": ("[{stop_reason}]", "yellow"),
     "agent_response_error": ("error: {message}", "red"),
@@ -9243,6 +9490,22 @@ class Chat:
     def do_restore(self, name: str) -> None:
         """NAME: bring back a deleted agent and talk to it"""
         self.do_load(self.client.command("restore_agent", agent_name=name)["agent_name"])
+
+    def do_fork(self, name: str) -> None:
+        """[NAME]: copy the agent with all that it knows, and talk to the copy"""
+        self.do_load(self.client.command("fork_agent", new_name=name or None)["agent_name"])
+
+    def do_rewind(self, count: str) -> None:
+        """[COUNT]: take back so many turns; without a number, list the last ones"""
+        messages = self.client.command("get_messages", limit=200)["messages"]
+        turns = list({message["turn_id"]: message for message in messages[::-1]}.values())  # each by what it began with
+        ids = {str(place): message["turn_id"] for place, message in enumerate(turns)}
+        if count in ids:
+            kept_as = self.client.command("rewind_agent", turn_id=ids[count])["kept_as"]
+            self.screen.line(f"[/load {printable(kept_as)} goes on as it was]", "yellow")
+            return
+        for place, message in reversed(list(enumerate(turns[:10], 1))):
+            self.screen.line(f"{place:7} {local_time(message['time'])} {clipped(message['text'], 80)}")
 
     def do_memory(self, label: str) -> None:
         """[LABEL]: what the agent keeps in core memory, or in one block of it"""
