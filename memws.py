@@ -1777,10 +1777,11 @@ def insert_postings(db: SqlConnection, postings: Iterable[tuple[str, int]]) -> N
 
 
 def forget(db: SqlConnection, where: str, *values: object) -> None:
-    """Take documents out of memory."""
-    for doc, terms in stream(db, f"SELECT doc, terms FROM memory WHERE {where}", *values):
-        rows = [(term, doc) for term in set(terms.split())]
-        db.executemany("DELETE FROM postings WHERE term = ? AND doc = ?", rows)
+    """Take one document or all of an agent out of memory: no other's doc lies between theirs."""
+    low, high = db.execute(f"SELECT min(doc), max(doc) FROM memory WHERE {where}", values).fetchone()
+    texts = stream(db, f"SELECT terms FROM memory WHERE {where}", *values)
+    rows = [(term, low, high) for term in {term for (text,) in texts for term in text.split()}]
+    db.executemany("DELETE FROM postings WHERE term = ? AND doc BETWEEN ? AND ?", rows)
     db.execute(f"DELETE FROM memory WHERE {where}", values)
 
 

@@ -112,7 +112,7 @@ def test_a_later_copy(source: str, database: str, run: Run, serve: Serve) -> Non
     with memws.connect(server.url) as client:
         client.command("restore_agent", agent_name="deleted")
         client.ask("One thing more.", "deleted")
-        for name, new_name in (("sam", "x"), ("deleted", "sam"), ("x", "deleted")):
+        for name, new_name in (("sam", "x"), ("Zoë", "sam"), ("x", "Zoë")):
             client.command("rename_agent", agent_name=name, new_name=new_name)
     server.stop()
     copy(run, source, database)
