@@ -2699,8 +2699,8 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, row: Any, done: co
     """Put an agent in the place of what is older."""
     agent, name, _, last_seq, last_active, deleted = row
     forget(target, "agent = ?", agent)
-    sql = "DELETE FROM agents WHERE id = ? AND last_seq <= ? AND last_active <= ?"  # else the insert fails
-    target.execute(sql, (agent, last_seq, last_active))
+    older = "id = ? AND last_seq <= ? AND last_active <= ?"  # else the insert fails
+    target.execute(f"DELETE FROM agents WHERE {older}", (agent, last_seq, last_active))
     if deleted is None:  # who has the name there has lost it here, and is still to be copied
         target.execute("UPDATE agents SET deleted = last_active WHERE name = ? AND deleted IS NULL", (name,))
     for table in _EXPORTED:
@@ -9728,8 +9728,8 @@ def copy_command(flags: argparse.Namespace) -> None:
         raise UsageError(str(error).replace("--db", "--from or --to")) from error
     except StoreFailed as error:
         raise UsageError(f"{error}; run the same copy again: it goes on from here") from error
-    counts = f"{flags.done['agents']:,} agents with {flags.done['rows']:,} rows"
-    print(f"{counts} are in {database_at(flags.to_).path}")
+    done, path = flags.done, database_at(flags.to_).path
+    print(f"{done['agents']:,} agents with {done['rows']:,} rows are in {path}")
 
 
 def tell_progress(name: str, over: threading.Event, done: Mapping[str, int]) -> None:
