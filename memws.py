@@ -1948,18 +1948,18 @@ def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> No
     insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
 
 
-def commit(db: SqlConnection, agent: int, changes: Changes, owner: str = "") -> list[StoredEvent]:
+def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = None) -> list[StoredEvent]:
     """Store all of `changes`, only for that `owner` where several servers share the database; the events with their
     seq. Raises StoreFailed where the agent is gone, LeaseLost."""
     now, count = now_text(), len(changes.events)
-    fence = "AND owner = ?" if owner else ""
+    fence, owners = ("", ()) if owner is None else ("AND owner = ?", (owner,))
     sql = f"""UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
         last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL {fence}
         RETURNING last_seq, config, state, blocks"""
     columns = changes.config, changes.state, changes.blocks
     texts = [None if value is None else encode_json(value) for value in columns]
-    row = db.execute(sql, (*texts, count, now, agent, *filter(None, [owner]))).fetchone()
-    if row is None and owner:
+    row = db.execute(sql, (*texts, count, now, agent, *owners)).fetchone()
+    if row is None and owners:
         raise LeaseLost("another server runs the agent by now; send it again")
     if row is None:
         raise StoreFailed("the agent was deleted meanwhile")
@@ -2174,13 +2174,15 @@ def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
 
 
 def rename_agent(
-    db: SqlConnection, agent: int, new_name: str, event: Event, owner: str
+    db: SqlConnection, agent: int, new_name: str, event: Event, owner: str | None
 ) -> tuple[list[StoredEvent], int]:
     """Give the agent another name; the event of it, stored, and its last seq. Raises Refused (name_taken)."""
     return commit(db, agent, Changes([event]), owner), name_agent(db, agent, new_name)
 
 
-def delete_agent(db: SqlConnection, agent: int, event: Event | None, purge: bool, owner: str = "") -> list[StoredEvent]:
+def delete_agent(
+    db: SqlConnection, agent: int, event: Event | None, purge: bool, owner: str | None = None
+) -> list[StoredEvent]:
     """Keep the agent aside, or forget all of it; its name is free at once. No event: it is aside already."""
     stored = commit(db, agent, Changes([event]), owner) if event else []
     if purge:
@@ -2786,7 +2788,9 @@ def restore_passage(db: SqlConnection, copy: int, passage: Document) -> None:
         insert_postings(db, remember(db, copy, passage))
 
 
-def finish_rewind(db: SqlConnection, agent: int, copy: int, name: str, kept_as: str, owner: str) -> list[StoredEvent]:
+def finish_rewind(
+    db: SqlConnection, agent: int, copy: int, name: str, kept_as: str, owner: str | None
+) -> list[StoredEvent]:
     """Give a whole copy the agent's name, and that another; the event of it, stored. Raises Refused (name_taken)."""
     renamed = response("agent_change", f"the agent is now {kept_as!r}", change="renamed", new_name=kept_as)
     last_seq = rename_agent(db, agent, kept_as, renamed, owner)[0][0].seq - 1
@@ -4210,7 +4214,7 @@ class Memory:
     last_message: int = 0  # the id of the last chat message
     archival: int = 0  # the number of passages
     tokens: dict[str, int] = field(default_factory=dict)  # of all model calls; the next transaction stores them
-    owner: str = ""  # the lease under which this server runs the agent, where several share the database
+    owner: str | None = None  # the lease under which this server runs the agent, where several share the database
     stale: bool = False  # a transaction failed: what is here may differ from what is on disk
     zone: datetime.tzinfo | None = None  # of the times that the model sees, and of its days; None: the machine's
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
@@ -7612,7 +7616,8 @@ class LiveAgent:
     def __init__(self, agents: Agents, record: AgentRecord) -> None:
         self.agents, self.name, self.id = agents, record.name, record.id
         self.agent: Agent  # set by open()
-        self.here, self.lease = True, ""  # whether this server runs it, and by what lease: see SharedAgent
+        self.here = True  # whether this server runs it
+        self.lease: str | None = None  # by what lease; "": it has none, see SharedAgent
         self.waiting: collections.deque[Turn] = collections.deque()
         self.current: Turn | None = None  # what runs: a turn, or a compaction that a client asked for
         self.gone = False  # deleted
@@ -7627,9 +7632,9 @@ class LiveAgent:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
         agents = self.agents
         common = (agents.models, agents.tools, agents.options.max_steps, agents.api_keys.get(record.id))
-        self.agent = Agent(agents.store, record, *common, self.publish, agents.timezone)
-        self.agent.memory.owner = self.lease
-        await self.agent.open()
+        agent = Agent(agents.store, record, *common, self.publish, agents.timezone)
+        agent.memory.owner = self.lease
+        self.agent = await agent.open()
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
@@ -7845,7 +7850,7 @@ class SharedAgent(LiveAgent):
 
     def __init__(self, agents: Agents, record: AgentRecord, leases: Leases) -> None:
         super().__init__(agents, record)
-        self.here = False
+        self.here, self.lease = False, ""
         self._client: Client | None = None  # of the server that is followed
         self._failure: StoreFailed | None = None  # why neither is possible
         self._leases, self._owner, self._owner_news = leases, "", asyncio.Event()

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -52,6 +52,18 @@ async def test_a_paused_server_is_followed_no_longer(postgres_address: str, endp
             assert (await owner.turn("And now?", agent_name="sam"))[-1]["stop_reason"] == "done"
             assert await messages_of(owner, "sam") == ["Wait", "Wait", "And now?"]
             assert [event["turn_id"] for event in await events_of(owner) if is_terminal(event)][:2] == ["t0", "t1"]
+
+
+async def test_a_server_without_the_lease_stores_nothing(pair: tuple[Wire, Wire], postgres_address: str) -> None:
+    """Neither one that has another lease nor one that has none."""
+    last_seq = (await pair[0].ok("get_agent", agent_name="sam"))["last_seq"]
+    with closing(memws.database_at(postgres_address)) as database:
+        connection = database.open()
+        agent = memws.find_agent(connection, "sam").id
+        for owner in ("", "ws://127.0.0.1:1#former"):
+            with pytest.raises(memws.LeaseLost), memws.transaction(connection):
+                memws.commit(connection, agent, memws.Changes([memws.response("correction", "late")]), owner)
+    assert (await pair[1].ok("get_agent", agent_name="sam"))["last_seq"] == last_seq
 
 
 async def test_as_many_wait_elsewhere_as_here(pair: tuple[Wire, Wire], endpoint: Endpoint) -> None:
