@@ -117,3 +117,23 @@ async def test_what_waits_at_a_server_that_stops_goes_on_at_the_next(
         ends = [await client.ended(), await client.ended()]
         assert [(end["turn_id"], end["stop_reason"]) for end in ends] == [("t1", "interrupted"), ("t2", "done")]
         assert await messages_of(client, "sam") == ["Wait", "And then?"]
+
+
+async def test_a_text_enters_a_turn_that_runs_elsewhere(pair: tuple[Wire, Wire], endpoint: Endpoint) -> None:
+    """Its receipt is the only frame that its sender gets of the turn, once; sent again it gives that again."""
+    owner, other = pair
+    endpoint.script(say("held", hold=True), say("tea it is"))
+    count = len(endpoint.requests)
+    await owner.say("go", turn_id="t")
+    await asyncio.to_thread(endpoint.wait_requests, count + 1)
+    for request_id in ("first", "second"):
+        await other.say("tea", id=request_id, turn_id="steer", when_busy="steer")
+    await other.ok("get_agent")  # it is done where the agent runs, after what was sent before
+    endpoint.release()
+    receipt = await other.receive()
+    about = {"id": "second", "turn_id": "t", "steered": "steer", "message_type": "user_message"}
+    assert about.items() <= receipt.items()
+    await owner.ended()
+    await other.say("tea", id="third", turn_id="steer")
+    assert await other.receive() == receipt | {"id": "third"}
+    assert await messages_of(other, "sam") == ["Hello", "go", "tea"]
