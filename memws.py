@@ -1537,14 +1537,14 @@ class Postgres:
     size_of = "coalesce(pg_column_size({}), 0)"
     advice = "check the address, and whether PostgreSQL runs there; or name another database with --db"
 
-    def __init__(self, address: str, sync: str = "full", patience: float = LEASE_TIMEOUT) -> None:
+    def __init__(self, address: str, patience: float = LEASE_TIMEOUT) -> None:
         try:
             self.driver: Any = importlib.import_module("psycopg")
         except ImportError as error:
             text = f'PostgreSQL needs psycopg ({error}): pip install "psycopg[binary]"'
             raise UsageError(text) from None
         self.path = public_url(address)
-        self._sync, self._patience = sync, patience
+        self._patience = patience
         self._connections: list[SqlConnection] = []
         try:
             if re.search("%00|[@/?#].*@", address.partition("://")[2]):
@@ -1578,7 +1578,6 @@ class Postgres:
 
     def dial(self, **settings: str) -> Any:
         """A connection of psycopg."""
-        settings |= {"synchronous_commit": "on" if self._sync == "full" else "off"}
         seconds = int(BUSY_TIMEOUT)
         about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
         connection = self.driver.connect(**(about | self._about), autocommit=True)
@@ -1679,7 +1678,7 @@ Database = Sqlite | Postgres
 
 def database_at(address: str, sync: str = "full", patience: float = LEASE_TIMEOUT) -> Database:
     """The database of a file name, ":memory:" or a postgresql:// address. Raises UsageError without its driver."""
-    return Postgres(address, sync, patience) if address.startswith(POSTGRES) else Sqlite(address, sync)
+    return Postgres(address, patience) if address.startswith(POSTGRES) else Sqlite(address, sync)
 
 
 @contextlib.contextmanager
@@ -2336,7 +2335,7 @@ class Store:
 # ---- leases ----------------------------------------------------------------------------------------------------------
 
 _TAKE_FREE = (
-    "SELECT id FROM unnest(CAST(? AS bigint[])) AS wanted (id) WHERE pg_try_advisory_lock(?, CAST(id AS integer))"
+    "SELECT id FROM unnest(CAST(? AS integer[])) AS wanted (id) WHERE pg_try_advisory_lock('agents'::regclass::int, id)"
 )
 
 
@@ -2418,9 +2417,9 @@ class Leases:
             while address == self.address and not self._over:
                 wanted = dict(self._wanted)
                 for agent in held - wanted.keys():
-                    connection.execute("SELECT pg_advisory_unlock(?, ?)", (APPLICATION_ID, agent))
+                    connection.execute("SELECT pg_advisory_unlock('agents'::regclass::int, ?)", (agent,))
                     held.remove(agent)
-                free = connection.execute(_TAKE_FREE, (list(wanted.keys() - held), APPLICATION_ID))
+                free = connection.execute(_TAKE_FREE, (list(wanted.keys() - held),))
                 taken = [agent for (agent,) in free]
                 connection.execute("UPDATE agents SET owner = ? WHERE id = ANY(?)", (lease, taken))
                 held.update(taken)
@@ -7469,7 +7468,7 @@ class Options:
     allow_origin: Sequence[str] = option((), "web origin whose pages may connect: https://lab.example (repeatable)")
     allow_host: Sequence[str] = option((), "further host name under which clients reach the server (repeatable)")
     max_connections: Annotated[int, 1, 1_000_000] = option(4_096, "connections at once", int)
-    sync: Literal["full", "normal"] = option("full", "full: survives a power cut; normal: a killed process")
+    sync: Literal["full", "normal"] = option("full", "of SQLite; full: survives a power cut; normal: a killed process")
     advertise: Annotated[str, 1, 2_000] | None = option(
         None, "URL under which other servers of the database reach this"
     )
@@ -8009,6 +8008,8 @@ class SharedAgent(LiveAgent):
             super().enqueue(item, when_busy)
             return
         self._check(item, when_busy)
+        if self._failure and not self._client:
+            raise self._failure
         item.when_busy = when_busy
         self.waiting.append(item)
         if self._client:

@@ -804,6 +804,17 @@ async def test_a_message_that_cannot_be_stored_is_refused(
     assert await messages_of(client, "sam") == ["hi"]
 
 
+@on_both
+async def test_an_agent_that_cannot_be_read_is_read_later(client: Wire, server: Server) -> None:
+    """Once the database gives again what it could not, an agent whose turn met that goes on."""
+    with beside(server) as connection:
+        connection.execute("ALTER TABLE messages RENAME TO lost")
+        assert (await client.turn("hi", turn_id="t"))[-1]["code"] == "store_failed"
+        connection.execute("ALTER TABLE lost RENAME TO messages")
+    assert (await client.ok("get_agent"))["counts"]["messages"] == 0
+    assert (await client.turn("hi", turn_id="t"))[-1]["stop_reason"] == "done"
+
+
 async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
     """when_busy rejects, waits and tells the place, or supersedes and goes first (test_machine.py has every order)."""
     await hold(client, endpoint, id="runs", when_busy="reject")
