@@ -116,10 +116,6 @@ class Fleet:
             raise RuntimeError(f"a server did not start: {server.log}")
         return server
 
-    async def agents(self) -> dict[str, tuple[str, int]]:
-        """Who owns each agent, and its last seq, as the database has them."""
-        return {name: (owner, seq) for name, owner, seq in await self.query(AGENTS_SQL)}
-
     async def query(self, sql: str) -> list[Any]:
         return await asyncio.to_thread(self.cluster.run, sql, self.database.rpartition("/")[2])
 
@@ -167,14 +163,12 @@ class Fleet:
     async def strike(self, server: Serving, number: signal.Signals) -> None:
         """Send a signal, and note which agents others have to take over because somebody waits for them."""
         self.forget()
-        owned = {
-            name: owner for name, (owner, _) in (await self.agents()).items() if owner.startswith(f"{server.url}#")
-        }
+        owned = {name for name, owner, _ in await self.query(AGENTS_SQL) if owner.startswith(f"{server.url}#")}
         begin = time.monotonic()
         server.process.send_signal(number)
         if number == signal.SIGKILL:
             await asyncio.to_thread(server.wait)
-        for name, (_, last_seq) in (await self.agents()).items():
+        for name, _, last_seq in await self.query(AGENTS_SQL):
             for each in self.clients:
                 if name in owned and each.server is not server and name in each.waits():
                     self.pending[each, name] = Takeover(server, begin, last_seq)
@@ -271,7 +265,8 @@ class Client:
             with contextlib.suppress(*GONE):
                 async with asyncio.timeout(patience) as limit:
                     async with client(self.server, "*", open_timeout=PATIENCE[0], close_timeout=1) as wire:
-                        await self.follow(wire)
+                        for name in self.logs:
+                            await self.ask(wire, "subscribe", agent_name=name, after=self.last[name])
                         while self.open or not self.fleet.over:
                             limit.reschedule(asyncio.get_running_loop().time() + patience)
                             await self.talk(wire)
@@ -279,10 +274,6 @@ class Client:
                 self.soak.fault("clients that wait too long", f"{self.number}: {self.marks}")
             self.marks.clear()
             await asyncio.sleep(self.rng.random() / 4)
-
-    async def follow(self, wire: Wire) -> None:
-        for name in self.logs:
-            await self.ask(wire, "subscribe", agent_name=name, after=self.last[name])
 
     async def ask(self, wire: Wire, command: str, **fields: Any) -> None:
         """Send a command that works. Raises ConnectionError where the database is away."""
@@ -301,11 +292,13 @@ class Client:
             self.passages[text] = False
             await self.ask(wire, "insert_passage", agent_name=self.rng.choice([*self.logs]), text=text)
             self.passages[text] = True
-        if not self.fleet.over and len(self.open) < 3:
-            for _ in range(self.rng.choice([1, 1, 2, 3])):
-                self.say()
+        fresh = 0 if self.fleet.over or len(self.open) > 2 else self.rng.choice([1, 1, 2, 3])
+        for _ in range(fresh):
+            log = self.rng.choice([*self.logs.values()])
+            self.open[log.message(f"{self.number}-{next(self.fresh)}")[0]] = log
         for turn_id, log in self.open.items():
-            mark = await wire.say(log.sent[turn_id], agent_name=log.name, turn_id=turn_id)
+            way = self.rng.choice(["queue"] * 9 + ["interrupt"])
+            mark = await wire.say(log.sent[turn_id], agent_name=log.name, turn_id=turn_id, when_busy=way)
             self.marks[mark] = turn_id
         if self.marks and self.rng.random() < 0.1:
             turn_id = self.rng.choice([*self.open])
@@ -315,12 +308,6 @@ class Client:
         while self.marks:
             self.hear(await wire.receive())
         await asyncio.sleep(self.rng.random())
-
-    def say(self) -> None:
-        """A fresh message."""
-        log = self.rng.choice([*self.logs.values()])
-        turn_id, _ = log.message(f"{self.number}-{next(self.fresh)}")
-        self.open[turn_id] = log
 
     def hear(self, frame: JSON) -> None:
         """Take note of a frame. Raises ConnectionError for a subscription that ends because the database is away."""
@@ -347,7 +334,7 @@ class Client:
         """Exactly one frame ends what was said, or says why it was not taken."""
         turn_id = self.marks.pop(frame["id"], None)
         reason = frame.get("code") or frame["stop_reason"]
-        expected = {"done", "interrupted", "max_steps"} if "seq" in frame else {"store_failed"}
+        expected = {"done", "interrupted", "superseded", "max_steps"} if "seq" in frame else {"store_failed"}
         if turn_id is None:
             self.soak.fault("ends told twice", frame)
         elif reason not in expected | ({"cancelled"} if turn_id in self.cancelled else set()):
