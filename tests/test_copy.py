@@ -150,6 +150,24 @@ def test_in_use(source: str, database: str, run: Run, serve: Serve) -> None:
     copy(run, source, database)
 
 
+def test_gone_on_meanwhile(source: str, postgres_address: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that somebody changes while others are copied is not copied over."""
+    copy(run, source, postgres_address)
+    change(source, "UPDATE agents SET last_seq = last_seq + 5")
+    index_memory = memws.index_memory
+
+    def index(db: Any, agent: int) -> None:
+        index_memory(db, agent)
+        if agent == 1:
+            change(postgres_address, "UPDATE agents SET last_seq = 1000 WHERE id = 2")
+
+    monkeypatch.setattr(memws, "index_memory", index)
+    words = ("copy", "--from", source, "--to", postgres_address)
+    assert "run the same copy again" in sentence(run(*words))
+    assert "agent 'sam' has gone on in" in sentence(run(*words))
+    assert [row[7] for row in rows(postgres_address)["agents"] if row[0] == 2] == [1000]
+
+
 DIE = """if True:
     import itertools, os, signal, sys
     sys.path.insert(0, sys.argv.pop(1))
