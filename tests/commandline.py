@@ -8,8 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
-
-import pytest
+from unittest import mock
 
 import memws
 
@@ -44,13 +43,11 @@ class Done(NamedTuple):
     stderr: str
 
 
-def call(capsys: pytest.CaptureFixture[str], *words: object, variables: Variables = None) -> Done:
+def call(capsys: Any, *words: object, variables: Variables = None) -> Done:
     """Call memws.main in this process, where no process needs to be seen; its logging is taken back."""
     logger, handlers, level = memws.logger, list(memws.logger.handlers), memws.logger.level
     capsys.readouterr()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"COLUMNS": "120", **(variables or {})}.items():
-            patch.setenv(name, value)
+    with mock.patch.dict(os.environ, {"COLUMNS": "120", **(variables or {})}):
         try:
             status = memws.main([str(word) for word in words])
         except SystemExit as leaving:  # of --help

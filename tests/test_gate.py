@@ -10,14 +10,13 @@ from typing import Any, NamedTuple, Self
 import pytest
 from websockets.datastructures import Headers
 from websockets.http11 import Request
+from wire import UPGRADE
 
 import memws
 
 Serve = Callable[..., memws.WebSocketServer]
 TOKEN = "Secret-token_1~"
 BEARER = f"Authorization: Bearer {TOKEN}"
-UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
-UPGRADE += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
 
 
 def words(text: str) -> list[str]:

@@ -8,7 +8,6 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -17,6 +16,8 @@ import memws
 JSON = dict[str, Any]
 LIMIT = 10.0  # seconds after which a frame that does not come has failed the test
 MAX_ERROR_BYTES = 4096
+UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"]
+UPGRADE += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
 TERMINALS = ("agent_response_end", "agent_response_error")
 
 SCHEMA = memws.protocol_schema(memws.COMMANDS)
@@ -25,7 +26,9 @@ _DEFINITIONS = SCHEMA["$defs"]
 
 @functools.cache
 def _validator(name: str) -> Any:
-    """Importing jsonschema may take a second, which a soak server that checks nothing need not wait for."""
+    """Importing these may take a second, which a soak server that checks nothing need not wait for."""
+    import pytest
+
     return pytest.importorskip("jsonschema").Draft202012Validator(_DEFINITIONS[name])
 
 
@@ -41,9 +44,13 @@ def check_request(frame: JSON) -> None:
     _check(frame, "request", frame["command"] if frame["type"] == "command" else frame["type"])
 
 
+def _refuse(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON")
+
+
 def check_event(text: str) -> JSON:
     """The frame of the server, if the protocol describes it, it fits, and its errors are small."""
-    frame: JSON = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    frame: JSON = json.loads(text, parse_constant=_refuse)
     size = len(text.encode())
     assert size <= memws.MAX_FRAME
     named = f"event_{frame.get('message_type')}" if frame["type"] == "agent_response" else frame["type"]

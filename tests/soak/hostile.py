@@ -230,7 +230,7 @@ class Attack:
             frame: JSON = memws.decode_json(text)
             if self.answers % 20 == 0:
                 check_event(text)
-        except Exception as error:  # pytest.fail raises a class of its own; whatever it is, the frame is wrong
+        except Exception as error:  # whatever it is, the frame is wrong
             soak.fault(NOT_JSON, f"{text[:300]} ({error!r:.200})")
             return {}
         codes = frame.get("code"), frame.get("error", {}).get("code")

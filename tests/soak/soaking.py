@@ -32,9 +32,8 @@ sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 from commandline import Serving
 from endpoint import Answer, Endpoint
 from measure import Progress, machine, percentile
-from test_gate import UPGRADE
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
-from wire import JSON, Wire, bare, events_of, is_terminal, messages_of, wire
+from wire import JSON, UPGRADE, Wire, bare, events_of, is_terminal, messages_of, wire
 
 import memws
 
