@@ -7858,6 +7858,7 @@ class SharedAgent(LiveAgent):
 
     def _take_owner(self, owner: str, is_ours: bool) -> None:
         self._owner, self.lease = owner, owner if is_ours else ""
+        self._failure = None if owner else self._failure  # the database answers again
         self._owner_news.set()
 
     async def _keep(self) -> None:
