@@ -6127,7 +6127,7 @@ PANEL_STYLE: Final = r"""
   .memws-form { width: min(560px, calc(100% - 40px)); margin: 16px auto; padding: 16px 20px; border-radius: 12px;
     box-shadow: 0 6px 24px #0002;
     label { display: grid; gap: 2px; margin: 8px 0; }
-    label:not(:has(:is(input, textarea))) { grid-template-columns: 9em 1fr; align-items: baseline; margin: 2px 0; }
+    label:not(:has(:is(input, textarea))) { grid-template-columns: 9em 1fr; align-items: baseline; font-size: 14px; }
   }
   .memws-right { flex: 0 0 clamp(300px, 33%, 440px); min-width: 0; min-height: 0; border-left: 1px solid var(--line);
     padding: 12px 16px; display: flex; flex-direction: column; gap: 6px; font-size: 14px; }
@@ -6546,7 +6546,7 @@ const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: 
 class Log {
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
-  newest = button("↓ newest", "newest", () => this.toNewest(), { hidden: true });
+  newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
   older = button("earlier messages", "link memws-older", () => this.fetchOlder());
   constructor(panel) {
     this.panel = panel;
@@ -6569,7 +6569,7 @@ class Log {
     this.inner.insertBefore(turn.element, place);
     if (!place && this.element.scrollTop > -40) this.trim();
   }
-  trim() { // what goes is fetched again when somebody scrolls there
+  trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
     while (this.inner.children.length > MOST + 1) {
       const [, { turn }, next] = this.inner.children;
       turn.element.remove();
@@ -6581,11 +6581,8 @@ class Log {
   scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.element; // scrollTop is 0 at the bottom, negative above
     this.newest.hidden = scrollTop > -200;
+    if (scrollTop > -40) this.trim();
     return !this.older.hidden && scrollHeight - clientHeight + scrollTop < 400 ? this.fetchOlder() : null;
-  }
-  toNewest() {
-    this.element.scrollTop = 0;
-    this.trim();
   }
   take(event) { // the end of a turn alone is not shown: it comes with its beginning, when that is fetched
     if (event.type === "agent_response_start") this.first = Math.min(this.first, event.seq);
@@ -6908,11 +6905,10 @@ class Panel {
     else return;
     event.preventDefault();
   }
-  stepTabs({ key }) {
-    const way = { ArrowRight: 1, ArrowLeft: -1 }[key] ?? 0;
-    const next = this.views.at((this.views.indexOf(this.view) + way) % this.views.length);
-    if (way) this.show(next.title);
-    next.tab.focus();
+  stepTabs({ key, target }) {
+    const next = { ArrowRight: target.nextSibling, ArrowLeft: target.previousSibling }[key];
+    next?.click();
+    next?.focus();
   }
   show(title, wanted) {
     this.view = this.views.find((view) => view.title === title);
@@ -7107,7 +7103,7 @@ class Panel {
     this.latest = turn.text;
     this.told.replaceChildren();
     this.field.value = "";
-    this.log.toNewest();
+    this.log.newest.click();
     this.flush();
     return true;
   }

@@ -371,6 +371,8 @@ def test_long_history(serve: Serve, show: Show) -> None:
     """Of a long history the end is shown; older turns come as somebody scrolls up, each once, and go at the bottom."""
     server = serve(db=":memory:")
     server.create_new_agent({"name": "old"})
+    with memws.connect(server.url) as client:
+        client.command("set_block", agent_name="old", label="human", value="edited before all turns")
     for number in range(300):
         server.run_step(f"turn {number} of many")
     window = show(server)
@@ -382,6 +384,7 @@ def test_long_history(serve: Serve, show: Show) -> None:
         window.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
         expect(bubbles.nth(before)).to_be_attached()
     expect(bubbles).to_have_text([f"turn {number} of many" for number in range(300)])
+    expect(window.log.get_by_role("button", name="human was edited")).to_have_count(1)
     window.button("↓ newest").click()
     expect(bubbles).to_have_count(200)
     expect(bubbles.last).to_be_in_viewport()
