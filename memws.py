@@ -2497,7 +2497,7 @@ def vacuum_database(path: str, keep_requests: float) -> int:
         with transaction(db):
             forget_copies(db, "last_active < ?", utc_text(now - datetime.timedelta(hours=1)))
         db.execute("VACUUM")
-        return int(before - db.execute(database.size).fetchone()[0])
+        return max(0, int(before - db.execute(database.size).fetchone()[0]))
 
 
 def table_sizes(db: SqlConnection, size_of: str) -> Iterator[tuple[str, bool, dict[str, tuple[int, int]]]]:

@@ -230,6 +230,13 @@ def test_no_password_is_told(source: str, postgres_address: str, tmp_path: Path,
     assert password not in "".join(done.stdout + done.stderr for done in told)
 
 
+def test_vacuum(source: str, postgres_address: str, run: Run) -> None:
+    """It never says that less than nothing was given back: PostgreSQL takes more for its maps at first."""
+    copy(run, source, postgres_address)
+    for _ in range(2):
+        assert re.search(r": [\d,.]+ kB given back\n$", run("vacuum", "--db", postgres_address).stdout)
+
+
 def test_backup(source: str, postgres_address: str, tmp_path: Path, run: Run) -> None:
     """Of PostgreSQL it tells the command that makes one."""
     copy(run, source, postgres_address)
