@@ -1544,8 +1544,9 @@ class Postgres:
             text = f'PostgreSQL needs psycopg ({error}): pip install "psycopg[binary]"'
             raise UsageError(text) from None
         self.path = public_url(address)
-        self._patience = patience
+        self._patience, self._is_over = patience, False
         self._connections: list[SqlConnection] = []
+        self.lines: weakref.WeakSet[Any] = weakref.WeakSet()  # psycopg's connections, also those of leases
         try:
             if re.search("%00|[@/?#].*@", address.partition("://")[2]):
                 raise ValueError
@@ -1578,9 +1579,12 @@ class Postgres:
 
     def dial(self, **settings: str) -> Any:
         """A connection of psycopg."""
+        if self._is_over:
+            raise self.driver.OperationalError("this server stops")
         seconds = int(BUSY_TIMEOUT)
         about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
         connection = self.driver.connect(**(about | self._about), autocommit=True)
+        self.lines.add(connection)
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
         return connection
@@ -1613,6 +1617,13 @@ class Postgres:
         if connection.execute(sql).fetchone():
             raise UsageError(f"{self.path!r} is in use; stop the memws servers that use it, then copy")
         connection.execute("SELECT setval('agents_id_seq', ?) FROM agents_id_seq WHERE last_value < ?", (last, last))
+
+    def hang_up(self) -> None:
+        """Let nobody wait any longer for a database that does not answer."""
+        self._is_over = True
+        for connection in list(self.lines):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
+                line.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         while self._connections:
@@ -2360,7 +2371,7 @@ class Leases:
 
     def __init__(self, database: Postgres) -> None:
         self.address = ""  # under which the others reach this server
-        self._database, self._failure, self._seen = database, "", time.monotonic()
+        self.database, self._failure, self._seen = database, "", time.monotonic()
         self._wanted: dict[int, Callable[[str, bool], None]] = {}
         self._news, self._over = threading.Event(), False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -2399,7 +2410,7 @@ class Leases:
     def _keep(self) -> None:
         while not self._over:
             try:
-                connection = PostgresConnection(self._database, idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
+                connection = PostgresConnection(self.database, idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
                 with contextlib.closing(connection):
                     self._hold(connection)
             except sqlite3.Error as error:
@@ -7848,6 +7859,7 @@ class SharedAgent(LiveAgent):
         self.here, self.lease = False, ""
         self._client: Client | None = None  # of the server that is followed
         self._failure: StoreFailed | None = None  # why neither is possible
+        self._obstacle = ""  # why it could not be followed
         self._leases, self._owner, self._owner_news = leases, "", asyncio.Event()
         leases.want(record.id, self._take_owner)
         agents.spawn(self._keep())
@@ -7877,7 +7889,8 @@ class SharedAgent(LiveAgent):
                     await self.news.wait()
         if self._client or self.here or self.gone:
             return self._client or await super().runner()
-        raise self._failure or StoreFailed(f"no server runs agent {self.name!r} now; send it again later")
+        text = f"no server runs agent {self.name!r} now{self._obstacle}; send it again later"
+        raise self._failure or StoreFailed(text)
 
     async def become(self, agent: int) -> None:
         self._leases.drop(self.id)
@@ -7923,7 +7936,8 @@ class SharedAgent(LiveAgent):
         except Refused:
             self._leave()
         except MemwsError as error:
-            logger.info("agent %s: %s", self.name, error)
+            self._obstacle = f" ({error})"
+            logger.info("agent %s%s", self.name, self._obstacle)
         self.wake()
 
     async def _mend(self) -> None:
@@ -8067,6 +8081,7 @@ class Agents:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self.leases:
+            asyncio.get_running_loop().call_later(STOP_GRACE / 4, self.leases.database.hang_up)
             await in_thread("memws-leases-close", self.leases.close)
         await self.models.close()
         await self.store.close()
