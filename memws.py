@@ -956,6 +956,7 @@ class Query(NamedTuple):
     offset: int = 0
     newest: int = 2**53  # the last chat message that may be found
     vector: bytes | None = None  # of the query, where an embedding model is used
+    zone: datetime.tzinfo | None = datetime.UTC  # of the days that the text names; None: the machine's
 
 
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -1203,12 +1204,13 @@ SCANNED = 100_000  # Documents, the newest, in which a text that the index does 
 CONTEXT = {-5: 0.15, -4: 0.2, -3: 0.25, -2: 0.35, -1: 0.5, 1: 0.4, 2: 0.2}
 ASKED = 0.3  # What a term counts more in a question just before: answers seldom repeat it. +.3, MRR +2.3 / 0 / 0 / 0
 ASKING = 0.15  # What a turn loses that only asks: people look for what was said. +.1, MRR +1.6 / 0 / 0 / 0
-SPEAKER = 0.2  # What the turns of a speaker gain whom the query names, "you" the assistant. +1.3, MRR +3.5 / 0 / 0 / 0
-NAMED = 0.5  # What a speaker's name counts as a word: others address him by it. +1.0 / 0 / 0 / 0
-OPENING = 0.2  # What the first turn of a session gains: no turn before it lends it words. +.7, MRR +1.2 / 0 / 0 / 0
-ONESELF = 0.15  # What a turn gains that says "I": people look for what was told of oneself. +1.1, MRR +1.5 / 0 / 0 / 0
-FAINT = 0.3  # What a word counts that says little, see _FAINT. +.2 / +.1 / 0 / 0; own long-answer sets: +1.4, +.5, +2.4
-AGAIN = 0.4  # What a word gains said twice, times the logarithm of how often. 0 / +.3, MRR +2.3 / 0, MRR +1.4 / 0
+SPEAKER = 0.2  # What the turns of a speaker gain whom the query names, "you": the assistant. +1.3, MRR +3.5 / 0 / 0 / 0
+NAMED = 0.5  # What a speaker's name counts as a word: others address him by it. +.5, MRR +.3 / 0 / 0 / 0
+OPENING = 0.2  # What the first turn of a session gains: no turn before it lends it words. +.6, MRR +1.2 / 0 / 0 / 0
+ONESELF = 0.15  # What a turn gains that says "I": people look for what was told of oneself. +1.3, MRR +1.1 / 0 / 0 / 0
+FAINT = 0.3  # What a word counts that says little. +.2 / -.2, MRR +1.4 / 0 / 0; own long-answer sets: +1.3, +.5, +2.5
+AGAIN = 0.4  # What a word gains by being said twice (* log). 0 / +.9, MRR +2.4 / 0, MRR +1.4 / 0; long answers: +.6
+DATED, DAYS = 2.0, 4  # What a date counts of a word as rare; how many are read. +1.5, MRR +.9 / 0 / 0 / 0
 PRIOR = 0.8  # Exponent of min(1, TURN_WORDS / words), of recall. 0 / 0 / 0 / 0; own long-answer set: +3.3, MRR +23
 K1, B = 1.2, 0.2  # BM25: how soon repeated terms count no more, how much length counts. B .75: -1.2 / -1.3 / -1.8 / -.1
 
@@ -1219,12 +1221,32 @@ NEAR, NEAR_PLACE = 0.3, 20
 NEAR_BESIDE = 0.2  # What the likeness of the turns beside counts for a turn. With MiniLM +.2 / 0 / 0 / 0
 VECTOR_BLOCK = 4_096  # Vectors that a search has in memory at once
 
-_FAINT = """mention discuss conversation chat session describe explain list order sequence aspect topic detail item
-    throughout across thing something someone everyone anything kind type sort part way really actually probably maybe
-    still also even well yes yeah hey hi hello oh hmm haha wow ok okay please thank sure right lot bit super always
-    never ever often already much many great good nice cool awesome amazing""".split()  # noqa: SIM905
+_FAINT = """mention discuss conversation chat session describe explain list order aspect topic detail item thing
+    something anything kind type part way really actually still also even well please thank sure right lot bit super
+    always never ever often already much many great good nice""".split()  # noqa: SIM905
 _ONESELF = re.compile(r"\b(?:i|my|me|we|our|us)\b|\u6211", re.IGNORECASE)
-_YOU = re.compile(r"\byour?\b", re.IGNORECASE)
+
+_MONTHS = """january february march april may june july august september october november december
+    enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre""".split()  # noqa: SIM905
+_DATE = (  # 2026-03-07, 2026-03; 7 March, 2026, 7th of March, 7 de marzo de 2026, March 7th, 2026, in March
+    r"(?<!\d)(\d{4})[-/\u5e74](\d\d?)(?:[-/\u6708](\d\d?))?(?!\d)|"
+    r"\b(?:(\d\d?)(?:st|nd|rd|th)? (?:of |de )?|(in|during|en) )?"
+    r"\b(?:(\d\d?)(?:st|nd|rd|th)? (?:of |de )?|(in|during|en) )?"
+    r"(?: (\d\d?)(?:st|nd|rd|th)?\b)?(?:,? (?:del? )?(\d{4})\b)?"
+)
+
+
+def named_days(text: str, today: datetime.date) -> Iterator[tuple[datetime.date, int]]:
+    """Each date in the text, without a year the last: its first day, and how many days count: the next one as well."""
+    for year, month, day, before, within, name, after, later in re.findall(_DATE, text[:2_000].casefold()):
+        with contextlib.suppress(ValueError):  # no such day
+            number = int(month or [form[:3] for form in _MONTHS].index(name[:3]) % 12 + 1)
+            on = day or before or after
+            first = datetime.date(int(year or later or today.year), number, int(on or 1))
+            if not (year or later) and first > today:
+                first = first.replace(year=first.year - 1)
+            if 1970 < first.year < 9999 and (on or within or year or later):
+                yield first, 2 if on else 32
 
 
 class MemoryRow(NamedTuple):
@@ -1265,7 +1287,7 @@ def score_row(row: MemoryRow, holders: dict[str, set[int]], weights: dict[str, f
     norm = 1 - B + B * counts.total() / max(1.0, length)
     score = 0.0
     for term, docs in holders.items():
-        count = counts[term] / norm
+        count = counts[term] / norm or float(row.doc in docs)  # a day is no word of the row
         if row.store == "recall":
             for step, share in CONTEXT.items():
                 if row.doc + step in docs:
@@ -1826,6 +1848,20 @@ def _holders(db: SqlConnection, terms: Iterable[str], spans: list[Span]) -> dict
     return found
 
 
+def _dated(db: SqlConnection, agent: int, query: Query) -> dict[str, set[int]]:
+    """The docs of each date that the query names, the newest first."""
+    sql = "SELECT doc FROM memory WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT ?"
+    found = {}
+    for first, days in itertools.islice(named_days(query.text, datetime.datetime.now(query.zone).date()), DAYS):
+        start = datetime.datetime.combine(first, datetime.time(), query.zone).timestamp()
+        ends = (datetime.datetime.fromtimestamp(start + 86_400 * day, datetime.UTC) for day in (0, days))
+        since, until = map(utc_text, ends)
+        part = query._replace(since=max(query.since, since), until=min(query.until, until))
+        spans = [_span(db, agent, store, part) for store in query.stores]
+        found[since + until] = {doc for span in spans for (doc,) in db.execute(sql, (*span, POSTINGS // DAYS))}
+    return found
+
+
 def _rows(db: SqlConnection, docs: list[int]) -> dict[int, MemoryRow]:
     rows = {}
     for start in range(0, len(docs), 500):
@@ -1835,17 +1871,19 @@ def _rows(db: SqlConnection, docs: list[int]) -> dict[int, MemoryRow]:
     return rows
 
 
-def _ranked(db: SqlConnection, words: list[str], text: str, spans: list[Span], last: int) -> list[tuple[int, float]]:
-    """(doc, score) of the documents that hold one of the text's words, and of the turns beside the best of them.
+def _ranked(db: SqlConnection, agent: int, query: Query, spans: list[Span]) -> list[tuple[int, float]]:
+    """(doc, score) of the documents that hold a word of the query or are of its days, and of the turns beside the best.
 
     The best CANDIDATES are ranked in full; the others follow, with score 0, in order where the page reaches them.
     """
-    terms = dict(itertools.islice(collections.Counter(words).items(), QUERY_TERMS))
-    holders = _holders(db, terms, spans)
+    terms = dict(itertools.islice(collections.Counter(split_terms(query.text)).items(), QUERY_TERMS))
+    days = _dated(db, agent, query)
+    holders = _holders(db, terms, spans) | days
     sql = "SELECT item FROM memory WHERE doc BETWEEN ? AND ? ORDER BY doc DESC LIMIT 1"  # about their number
     size = max([sum(item for span in spans for (item,) in db.execute(sql, span)), *map(len, holders.values())])
     weights = {term: math.log(1 + (size - len(docs) + 0.5) / (len(docs) + 0.5)) for term, docs in holders.items()}
-    weights = {term: weight * (1 + AGAIN * math.log(terms[term])) for term, weight in weights.items()}
+    weights = {term: weight * (1 + AGAIN * math.log(terms.get(term, 1))) for term, weight in weights.items()}
+    weights |= {day: DATED * weights[day] for day in days}
     weights |= {term: FAINT * weights[term] for term in holders.keys() & map(stem, _FAINT)}
     own, rough = rough_scores(holders, weights)
     best = heapq.nlargest(CANDIDATES, rough, key=lambda doc: (rough[doc], doc))
@@ -1853,7 +1891,7 @@ def _ranked(db: SqlConnection, words: list[str], text: str, spans: list[Span], l
     length = sum(row.terms.count(" ") + 1 for row in rows.values()) / max(1, len(rows))
     names = {role: set(split_terms(role)) for role in {row.role for row in rows.values()}}
     weights |= {name: NAMED * weights[name] for name in holders.keys() & set[str]().union(*names.values())}
-    you = "assistant" if _YOU.search(text) and not _ONESELF.search(text) else None
+    you = "assistant" if re.search(r"(?i)\byour?\b", query.text) and not _ONESELF.search(query.text) else None
     named = {role: role == you or not parts.isdisjoint(terms) for role, parts in names.items()}
     scored: list[tuple[float, str, int]] = []
     for doc, row in rows.items():
@@ -1861,7 +1899,7 @@ def _ranked(db: SqlConnection, words: list[str], text: str, spans: list[Span], l
         scored.append((score, row.time if len(spans) > 1 else "", doc))
     rest = [(own[doc], doc) for doc in own.keys() - rows.keys()]
     scored.sort(reverse=True)
-    if last > len(scored):
+    if query.offset + query.limit > len(scored):
         rest.sort(reverse=True)
     return [(doc, score) for score, _, doc in scored] + [(doc, 0.0) for _, doc in rest]
 
@@ -1901,16 +1939,16 @@ def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
 
 def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document], int]:
     """The hits from `offset` on, best first and newest first on ties, and the number of all."""
-    text, last = clean_text(query.text[:QUERY_CHARACTERS]).strip(), query.offset + query.limit
+    query = query._replace(text=clean_text(query.text[:QUERY_CHARACTERS]).strip())
     spans = [_span(db, agent, store, query) for store in query.stores]
-    terms = split_terms(text)
-    ranking = _ranked(db, terms, text, spans, last) if terms else []
-    if not ranking and text:
-        ranking = _newest(db, spans, SCANNED, text.lower())
-    if query.vector and text:
+    ranking = _ranked(db, agent, query, spans)
+    if not ranking and query.text:
+        ranking = _newest(db, spans, SCANNED, query.text.lower())
+    if query.vector and query.text:
         ranking = fuse(ranking, nearest(db, spans, query.vector))
     total = len(ranking)
-    if not ranking and not terms:
+    last = query.offset + query.limit
+    if not ranking and not split_terms(query.text):
         ranking, total = _newest(db, spans, last), _count(db, agent, query.stores, spans)
     page = ranking[query.offset : last]
     rows = _rows(db, [doc for doc, _ in page])
@@ -2227,7 +2265,8 @@ class MemoryIndex:
         with transaction(self._connection):
             self._agent = create_agent(self._connection, AgentRecord("", {}, [])).id
             for item, (speaker, date, text) in enumerate(turns, 1):
-                document = Document(item, kind, speaker, "", text)
+                moment = next((f"{day}T12" for day, _ in named_days(date, datetime.date.min)), "")
+                document = Document(item, kind, speaker, moment, text)
                 insert_postings(self._connection, remember(self._connection, self._agent, document, date == before))
                 before = date
 
@@ -4390,7 +4429,7 @@ class Transaction:
         """A page of results as a model reads them; the newest first where nothing is searched for."""
         memory, page = self.memory, min(max(0, page), 1_000_000)
         span = (since, until, SEARCH_PAGE, page * SEARCH_PAGE)
-        wanted = Query(query, (store,), *span, self.before, self.vectors.get(query))
+        wanted = Query(query, (store,), *span, self.before, self.vectors.get(query), memory.zone)
         documents, total = await memory.store.read(search, memory.record.id, wanted)
         if not documents:
             return f"No results found in {store} memory" + (f" for {quote(query)}." if query else ".")
@@ -8757,10 +8796,10 @@ class Session:
             from: a day or time of the agent's timezone, inclusive
             to: a day or time of the agent's timezone, inclusive
         """
-        since, until = date_range(from_ or "", to or "", live.agent.memory.zone)
+        zone, vector = live.agent.memory.zone, await live.agent.query_vector(query)
+        since, until = date_range(from_ or "", to or "", zone)
         stores = ("recall", "archival") if store == "all" else (store,)
-        vector = await live.agent.query_vector(query)
-        wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector)
+        wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
         documents, total = await self._agents.store.read(search, live.id, wanted)
         items = answer_part([search_item(document) for document in documents])
         more = {"more": True} if len(items) < len(documents) else {}

@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -150,6 +151,34 @@ def test_ranking(what: str) -> None:
     lines, query, order = RANKED[what]
     turns = [(line.split()[1][:-1], line.split()[0], line.partition(": ")[2]) for line in lines]
     assert memory_index(turns).search(query) == order
+
+
+BAKED = ["2025-12-24", "2026-03-06", "2026-03-07", "2026-03-08", "2026-03-31", "2026-04-03"]
+
+
+@pytest.mark.parametrize(
+    ("days", "found"),
+    [
+        *((f"on {day}", [3, 2]) for day in ("2026-03-07", "2026/3/7", "7 March, 2026", "the 7th of mar 2026")),
+        *((f"on {day}", [3, 2]) for day in ("March 7th, 2026", "Mar. 7 2026", "7 de Marzo de 2026", "2026年3月7日")),
+        *((f"in {month}", [4, 3, 2, 1]) for month in ("2026-03", "March 2026", "marzo del 2026", "march, 2026")),
+        ("in march 2026 or on 24 dec 2025", [0, 4, 3, 2, 1]),
+        *((no_day, []) for no_day in ("31 February 2026", "2026/27", "may march", "march in 2026", "on 7 March 1026")),
+    ],
+)
+@pytest.mark.parametrize("kind", ["recall", "archival"])
+def test_days_are_found(days: str, found: list[int], kind: str) -> None:
+    """What was told on a day or in a month that the query names, or on the day after, comes first."""
+    order = [*found, *(place for place in reversed(range(len(BAKED))) if place not in found)]
+    assert memory_index([("u", f"{day} 10:00", "We bake") for day in BAKED], kind).search(f"bake {days}") == order
+
+
+def test_a_day_without_a_year_is_the_last_one() -> None:
+    """A day or month of no year is the last that has come, in a year of its own none."""
+    days = [datetime.now(UTC).date() - timedelta(days=ago) for ago in (500, 400, 40, 3)]
+    index = memory_index([("u", str(day), "We bake") for day in days])
+    for place, date in ((2, f"on {days[2]:%d %B}"), (3, f"on {days[3]:%B %d}"), (2, f"in {days[2]:%B}")):
+        assert index.search(f"bake {date}")[0] == place
 
 
 def test_fused_rankings() -> None:

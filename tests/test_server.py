@@ -520,7 +520,7 @@ async def test_search_memory(client: Wire) -> None:
     await client.turn("Yesterday I saw a walrus")
 
     async def search(**fields: Any) -> JSON:
-        return await client.ok("search_memory", query="walrus", **fields)
+        return await client.ok("search_memory", **({"query": "walrus"} | fields))
 
     everything = await search(limit=50)
     assert (everything["total"], everything["page"], everything["pages"]) == (len(everything["items"]), 1, 1)
@@ -543,6 +543,7 @@ async def test_search_memory(client: Wire) -> None:
         local = datetime.fromisoformat(moment).astimezone(ZoneInfo(zone)).date()
         days = [str(local + timedelta(days=days)) for days in (-1, 0, 1)]
         assert [bool((await search(**{"from": day, "to": day}))["total"]) for day in days] == [False, True, False]
+        assert [bool((await search(query=day))["total"]) for day in days] == [True, True, False]  # and the day after
     for wrong in ({"from": "today"}, {"to": "2026-02-30"}, {"store": "core"}, {"limit": 51}, {"page": 0}):
         answer = await client.misread({"type": "command", "command": "search_memory", "query": "x", **wrong})
         assert (answer["code"], next(iter(wrong)) in answer["message"]) == ("bad_field", True)

@@ -825,6 +825,8 @@ async def test_days_are_the_agents(lab: Lab, zone: str, own: bool, move: Callabl
     _, result = await call(lab, await lab.open(), "conversation_search_date", start_date=day, end_date=day)
     local = [f"{when.astimezone(ZoneInfo(zone)):%Y-%m-%d %H:%M}" for when in times]
     assert [(item["time"], item["text"]) for item in listed(result)] == list(zip(local, stored, strict=True))[2:0:-1]
+    found = await call(lab, await lab.open(), "conversation_search", query=f"{datetime.fromisoformat(day):%d %B %Y}")
+    assert listed(found[1])[-1]["text"] == stored[0]  # the day after counts as well
     now = json.loads(lab.endpoint.requests[-1]["messages"][-1]["content"])["time"]
     told = datetime.strptime(re.sub(" [^ ]+([+-]....)$", r"\1", now), "%Y-%m-%d %I:%M:%S %p%z")
     assert told.utcoffset() == datetime.now(ZoneInfo(zone)).utcoffset()
