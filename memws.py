@@ -2870,7 +2870,6 @@ class Model(Protocol):
 
     name: str
     window: int  # the context window in tokens, where nobody says otherwise
-    ratio: float  # calibrates estimated tokens: the endpoint's count over ours, within 0.5 to 2
     learned: Learned
 
     def head(self, settings: JSON) -> str:
@@ -3578,8 +3577,6 @@ class OpenAIModel:
     The request's bytes are ours and chunks stay dicts: the client's typed walk over 100 messages costs 15 ms.
     """
 
-    ratio = 1.0
-
     def __init__(self, name: str, endpoint: Endpoint, recalled: Mapping[str, str]) -> None:
         self.name, self.endpoint = name, endpoint
         sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
@@ -3928,7 +3925,7 @@ def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]
 class OfflineModel:
     """The embedded model: rules, no network, the real agent loop. It says that it is no language model."""
 
-    name, window, ratio, learned = OFFLINE, CONTEXT_WINDOWS[OFFLINE], 1.0, Learned([OFFLINE])
+    name, window, learned = OFFLINE, CONTEXT_WINDOWS[OFFLINE], Learned([OFFLINE])
 
     def head(self, settings: JSON) -> str:
         return encode_json({"model": OFFLINE, "stream": True})
@@ -4000,6 +3997,7 @@ class Models:
         self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
         self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)  # by name
+        self.ratios: dict[tuple[int, str], float] = {}  # by agent and model, see Agent.ratio
 
     @property
     def described(self) -> str:
@@ -4861,6 +4859,11 @@ class Agent:
             return self._before
         return replace(self.record, blocks=[asdict(block) for block in self.memory.blocks.values()])
 
+    @property
+    def ratio(self) -> float:
+        """The endpoint's count of tokens over our estimate, within 0.5 to 2: agents and languages differ in it."""
+        return self._models.ratios.get((self.record.id, self.model.name), 1.0)
+
     # -- opening, configuring --
 
     async def open(self) -> typing.Self:
@@ -5192,10 +5195,11 @@ class Agent:
         usage = reply.usage
         if usage is None:
             output = estimate_tokens(reply.monologue) + sum(estimate_tokens(call.text) for call in reply.calls)
-            usage = {"input_tokens": round(estimated * self.model.ratio), "output_tokens": output}
+            usage = {"input_tokens": round(estimated * self.ratio), "output_tokens": output}
         elif (ratio := usage["input_tokens"] / estimated) and request.step:  # no summary, which has to save tokens
             self._cut_prompts = self._cut_prompts + 1 if ratio < 0.5 and estimated > 1000 else 0
-            self.model.ratio += 0.3 * (min(2.0, max(0.5, ratio)) - self.model.ratio)
+            ratio = self.ratio + 0.3 * (min(2.0, max(0.5, ratio)) - self.ratio)
+            self._models.ratios[self.record.id, self.model.name] = ratio
         request.usage = {**usage, "estimated": reply.usage is None}
         for totals in (turn.usage, self.memory.tokens):
             totals["input_tokens"] += usage["input_tokens"]
@@ -5427,7 +5431,7 @@ class Agent:
         texts = self._sections | other
         tokens = {name: estimate_tokens(text) if text else 0 for name, text in texts.items()}
         tokens["messages"] = sum(message.tokens for message in messages)
-        return {name: round(count * self.model.ratio) for name, count in tokens.items()}
+        return {name: round(count * self.ratio) for name, count in tokens.items()}
 
     def used(self) -> int:
         """Estimated tokens of the next request."""
@@ -5457,12 +5461,12 @@ class Agent:
 
     def _fitting(self, text: str, advice: str = "search finds them") -> str:
         """`text`, or an excerpt of it that leaves two thirds of the room for messages to others."""
-        tokens, most = estimate_tokens(text) * self.model.ratio, max(128, (self._room - MIN_REPLY_TOKENS) // 3)
+        tokens, most = estimate_tokens(text) * self.ratio, max(128, (self._room - MIN_REPLY_TOKENS) // 3)
         return text if tokens <= most else excerpt(text, int(len(text) * most / tokens), advice)
 
     async def compact(self, turn: Turn) -> JSON:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
-        memory, before, room = self.memory, self.used(), self._room / self.model.ratio
+        memory, before, room = self.memory, self.used(), self._room / self.ratio
         tokens = sum(message.tokens for message in memory.messages)
         cut = self._cut_at(min(room, tokens) * KEEP_FRACTION / 2**turn.compactions)
         if cut == 0 or turn.compactions >= 3:
@@ -5505,7 +5509,7 @@ class Agent:
             text = message.said or (message.text if whole else decode_json(message.body)["content"])
             about = f"{message.speaker} ({memory.clock(message.time, MINUTES)})"
             lines += [f"{about}: {excerpt(text, 1_000)}"] if text else []
-        transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.model.ratio)) :]
+        transcript = "\n".join(lines)[-max(400, round((self.window - 800) * 2 / self.ratio)) :]
         if gist := self.record.state["gist"]:
             transcript = f"Summary of what came before: {gist}\n{transcript}"
         system = encode_json({"role": "system", "content": SUMMARY_SYSTEM})

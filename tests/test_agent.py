@@ -760,7 +760,7 @@ async def test_estimates_are_calibrated_within_bounds(endpoint: Endpoint, lab: L
             await lab.say(agent, "Hi")
         tools = next(section["tokens"] for section in agent.context([]) if section["name"] == "tools")
         specs = sum(memws.estimate_tokens(tool.spec) for tool in agent.tools.values())
-        assert low <= agent.model.ratio <= high
+        assert low <= agent.ratio <= high
         assert low - 0.01 <= tools / specs <= high + 0.01, "the sizes told are calibrated"
 
 
@@ -1163,9 +1163,9 @@ async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_pat
         memws.import_agent(database.open(), data, memws.check_record)
     async with Lab(endpoint, tmp_path / "other.db") as lab:
         await check(lab, agent := await lab.open(), is_maker=True)
-        ratio = agent.model.ratio
+        ratio = agent.ratio
         await compact(agent)
-        assert agent.model.ratio == ratio, "a summary calibrates nothing"
+        assert agent.ratio == ratio, "a summary calibrates nothing"
     (summary,) = filter(is_summary, endpoint.requests)
     assert not re.search("I think it over|walrus|c2lnbmVk", str(summary))
 

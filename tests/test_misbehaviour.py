@@ -147,7 +147,6 @@ class Bench:
         self.count += 1
         name = f"agent{self.count}"
         agent = await self.lab.create(name, context_window=window, max_steps=6)
-        agent.model.ratio = 1.0  # what earlier examples taught it would make this one another each time
         for trial in wrong:
             script = iter(trial.script)
             self.endpoint.default = lambda body, script=script: next(script, None) or greet(body)
