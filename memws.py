@@ -1588,8 +1588,7 @@ class Postgres:
                 if not self.has_schema(connection):
                     owner = "ALTER TABLE agents ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
                     mark = f"COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'"
-                    connection.execute(_in_postgres(f"{SCHEMA}; {owner}; {mark}"))
-                connection.execute(_in_postgres(LATER_SCHEMA))
+                    connection.execute(_in_postgres(f"{SCHEMA}; {owner}; {mark}; {LATER_SCHEMA}"))
             stack.pop_all()
         return connection
 
@@ -1621,6 +1620,7 @@ class Postgres:
         if name != "memws":
             raise UsageError(f"{self.path!r} has tables of another program; name another database with --db")
         check_version(self.path, version)
+        connection.execute(_in_postgres(LATER_SCHEMA))
         return True
 
     def faults(self, connection: SqlConnection) -> list[str]:
@@ -1712,6 +1712,11 @@ Database = Sqlite | Postgres
 def database_at(address: str, sync: str = "full", patience: float = LEASE_TIMEOUT) -> Database:
     """The database of a file name, ":memory:" or a postgresql:// address. Raises UsageError without its driver."""
     return Postgres(address, patience) if address.startswith(POSTGRES) else Sqlite(address, sync)
+
+
+def shown(address: str) -> str:
+    """The name of a database as it may be told: of an address without the password."""
+    return public_url(address) if address.startswith(POSTGRES) else address
 
 
 @contextlib.contextmanager
@@ -9058,7 +9063,7 @@ class WebSocketServer:
         self._bind()
         print(f"memws {__version__} listening on {self.url}", flush=True)
         print(f"open {page_address(self.url)}", flush=True)
-        print(f"model: {self.open().models.described}; agents: {public_url(self.options.db)}", flush=True)
+        print(f"model: {self.open().models.described}; agents: {shown(self.options.db)}", flush=True)
 
     async def listen(self) -> None:
         """Accept connections on the running loop. Raises UsageError."""
@@ -9746,7 +9751,7 @@ def vacuum_command(flags: argparse.Namespace) -> None:
     """Give disk space back and say how much. Raises UsageError."""
     if not 0 <= flags.keep_requests <= 36_500:
         raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {flags.keep_requests}")
-    print(f"{public_url(flags.db)}: {vacuum_database(flags.db, flags.keep_requests) / 1000:,.1f} kB given back")
+    print(f"{shown(flags.db)}: {vacuum_database(flags.db, flags.keep_requests) / 1000:,.1f} kB given back")
 
 
 def export_command(flags: argparse.Namespace) -> None:
@@ -9768,7 +9773,7 @@ def import_command(flags: argparse.Namespace) -> None:
         raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
     with contextlib.closing(database_at(flags.db, patience=0)) as database:
         name = import_agent(database.open(), data, check_record, flags.name)
-    print(f"agent {name!r} is in {public_url(flags.db)}")
+    print(f"agent {name!r} is in {shown(flags.db)}")
 
 
 def backup_command(flags: argparse.Namespace) -> None:
