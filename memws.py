@@ -8629,8 +8629,9 @@ class Session:
     async def subscribe(self, live: LiveAgent, after: Any = None) -> None:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
+        await live.runner()
         last_seq = live.last_seq
-        if await live.runner():  # what other clients have seen may be ahead of what is known here
+        if isinstance(live, SharedAgent):  # what other clients have seen may be ahead of what is known here
             last_seq = max(last_seq, (await self._agents.store.read(find_name, live.id, live.name))[2])
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"

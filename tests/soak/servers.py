@@ -204,9 +204,9 @@ class Fleet:
         for task in late:
             task.cancel()
         for each in self.clients:
-            for turn_id in each.open:
-                self.soak.fault("messages without an end", turn_id)
-        await asyncio.gather(*working, return_exceptions=not late)
+            for turn_id, log in each.open.items():
+                self.soak.fault("messages without an end", f"{turn_id} to {log.name}: {each.refusals.get(turn_id)}")
+        await asyncio.gather(*working, return_exceptions=bool(late))
         await self.compare()
         for server in self.servers:
             if await asyncio.to_thread(server.end) != 0:
@@ -249,6 +249,7 @@ class Client:
         self.last = dict.fromkeys(self.logs, 0)  # the newest seq that it was told
         self.fresh = itertools.count(1)
         self.open: dict[str, Log] = {}  # by turn_id: messages whose end it was not told
+        self.refusals: dict[str, JSON] = {}  # why a message became no turn the last time
         self.cancelled: set[str] = set()
         self.passages: dict[str, bool] = {}  # whether each was acknowledged
         self.server: Serving | None = None
@@ -334,13 +335,15 @@ class Client:
         """Exactly one frame ends what was said, or says why it was not taken."""
         turn_id = self.marks.pop(frame["id"], None)
         reason = frame.get("code") or frame["stop_reason"]
-        expected = {"done", "interrupted", "superseded", "max_steps"} if "seq" in frame else {"store_failed"}
+        expected = {"store_failed"} | ({"done", "interrupted", "superseded", "max_steps"} if "seq" in frame else set())
         if turn_id is None:
             self.soak.fault("ends told twice", frame)
         elif reason not in expected | ({"cancelled"} if turn_id in self.cancelled else set()):
             self.soak.fault("turns that end for no reason", frame)
         elif "seq" in frame:
             del self.open[turn_id]
+        else:
+            self.refusals[turn_id] = frame
 
 
 async def main(soak: Soak) -> None:
