@@ -52,7 +52,7 @@ id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_b
 agent_name, agent_id: server test_naming_an_agent_does_not_switch test_without_an_agent_nothing_is_current
 when_busy: server test_when_busy
 every command: wire test_the_protocol_is_that_of_the_contract test_schema_and_check_agree_on_every_field
-create, load, config, names: server test_create_agent test_load_agent test_names_are_words
+create, load, config, names: server test_create_agent test_naming_an_agent_does_not_switch test_names_are_words
   test_create_agent_warns_of_what_it_ignores
 hello, list, get, update: server test_hello_and_the_message_types test_hello_counts_what_each_model_needed
   test_list_agents_and_get_agent_tell_what_runs test_update_agent

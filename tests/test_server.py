@@ -195,20 +195,6 @@ async def test_bad_configs_change_nothing(server: Server) -> None:
         assert (await client.ok("list_agents"))["total"] == 0
 
 
-@on_both
-async def test_load_agent(client: Wire) -> None:
-    """load_agent answers with what the agent is, takes the name from either field, and makes it the current one."""
-    await client.ok("create_agent", config={"name": "ada"})
-    response = await client.command("load_agent", name="sam")
-    assert response["status"] == "OK: Agent 'sam' loaded"
-    expected = {"agent_name": "sam", "model": "offline", "last_seq": 0, "repaired": [], "warnings": []}
-    assert response["result"] == expected
-    assert (await client.ok("get_agent"))["agent_name"] == "sam"
-    assert (await client.ok("load_agent", agent_name="ada"))["agent_name"] == "ada"
-    assert (await client.ok("get_agent"))["agent_name"] == "ada"
-    assert (await client.misread({"type": "command", "command": "load_agent"}))["code"] == "missing_field"
-
-
 AGENT_COMMANDS: list[tuple[str, JSON]] = [
     ("get_agent", {}), ("update_agent", {"config": {}}), ("rename_agent", {"new_name": "b"}), ("delete_agent", {}),
     ("get_messages", {}), ("search_memory", {"query": "tea"}), ("get_context", {}), ("cancel", {}), ("wake", {}),
@@ -243,10 +229,16 @@ async def test_without_an_agent_nothing_is_current(client: Wire, server: Server)
         assert (refusal["type"], refusal["code"], refusal["turn_id"]) == ("agent_response_error", "no_agent", "t")
 
 
+@on_both
 async def test_naming_an_agent_does_not_switch(client: Wire) -> None:
-    """Naming another agent leaves the current one; agent_id names it as well, and must be a text that agrees."""
+    """Loading an agent, by either field, switches to it, naming one does not; agent_id must be a text that agrees."""
     await client.ok("create_agent", config={"name": "ada"})
-    await client.ok("load_agent", name="sam")
+    await client.ok("load_agent", agent_name="sam")
+    assert (await client.ok("get_agent"))["agent_name"] == "sam"
+    await client.ok("load_agent", name="ada")
+    assert (await client.misread({"type": "command", "command": "load_agent"}))["code"] == "missing_field"
+    expected = {"agent_name": "sam", "model": "offline", "last_seq": 0, "repaired": [], "warnings": []}
+    assert await client.ok("load_agent", name="sam") == expected
     assert (await client.ok("get_agent", agent_name="ada"))["agent_name"] == "ada"
     for fields, name in (
         ({"agent_name": "ada"}, "ada"), ({"agent_id": "ada"}, "ada"), ({"agent_name": None}, "sam"), ({}, "sam"),
