@@ -100,6 +100,7 @@ class Fleet:
         self.keys: dict[Serving, str] = {}
         self.pending: dict[tuple[Client, str], Takeover] = {}  # by agent and who waits for it
         self.takeovers: list[float] = []
+        self.stopped: set[Serving] = set()  # those that are paused now
         self.over = False  # there will be no more messages
         self._resuming: set[asyncio.Task[None]] = set()
 
@@ -145,11 +146,13 @@ class Fleet:
         """Stop a server for longer than its leases last."""
         server = self.rng.choice(self.servers)
         self.model.paused[self.keys[server]] = time.monotonic()
+        self.stopped.add(server)
         await self.strike(server, signal.SIGSTOP)
 
         async def resume() -> None:
             await asyncio.sleep(LEASE + self.rng.uniform(2.0, 6.0))
             server.process.send_signal(signal.SIGCONT)
+            self.stopped.discard(server)
 
         self._resuming.add(asyncio.create_task(resume()))
 
@@ -169,8 +172,8 @@ class Fleet:
         if number == signal.SIGKILL:
             await asyncio.to_thread(server.wait)
         for name, _, last_seq in await self.query(AGENTS_SQL):
-            for each in self.clients:
-                if name in owned and each.server is not server and name in each.waits():
+            for each in self.clients if name in owned else ():
+                if each.server not in {server, *self.stopped} and name in each.waits():
                     self.pending[each, name] = Takeover(server, begin, last_seq)
 
     def hear(self, told: Client, name: str, seq: int) -> None:
