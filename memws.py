@@ -6271,7 +6271,8 @@ const titleOf = (name) => name.replace("_", " ");
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
 const oneLine = (text) => text.slice(0, 300).replace(/\s+/g, " "); // the style cuts it where its line ends
 const rowsOf = (diff) => diff.map((row) => node({ "+": "ins", "-": "del" }[row[0]] ?? "div", {}, row.slice(1) || " "));
-const valuesOf = (form) => Object.fromEntries([...new FormData(form)].filter(([, value]) => value.trim()));
+const valuesOf = (form) => // without empty ones
+  Object.fromEntries(Array.from(new FormData(form), ([name, text]) => [name, text.trim()]).filter(([, text]) => text));
 const isFull = (value) => value !== null && typeof value === "object" && Object.keys(value).length > 0;
 function pretty(value, margin = "") { // as YAML, where texts keep their lines
   const text = typeof value === "string" ? value : JSON.stringify(value);
@@ -6612,21 +6613,20 @@ class Log {
     const about = { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation", "aria-live": "off" };
     this.element = node("div", { ...about, onscroll: () => this.scrolled() }, this.inner);
   }
-  clear(welcome, asked = 0, last = 0) { // the events above seq `asked` are on their way
-    Object.assign(this, { turns: new Map(), asked, first: asked && last + 1 });
+  clear(agent, welcome, asked = 0, last = 0) { // the events above seq `asked` are on their way
+    Object.assign(this, { agent, turns: new Map(), asked, first: asked && last + 1 });
     this.older.hidden = !asked;
     this.inner.replaceChildren(this.older, welcome);
   }
   turnOf({ turn_id, seq, message_type }, place = null) {
     const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
-    if (id && !this.turns.has(id)) this.add(this.panel.outbox.get(id) ?? new Turn(this.panel, id), place);
-    return this.turns.get(id);
-  }
-  add(turn, place) {
+    if (!id || this.turns.has(id)) return this.turns.get(id);
+    const turn = this.panel.outbox.get(id) ?? new Turn(this.panel, id);
     if (!this.turns.size) this.inner.replaceChildren(this.older);
-    this.turns.set(turn.id, turn);
+    this.turns.set(id, turn);
     this.inner.insertBefore(turn.element, place);
     if (!place && this.element.scrollTop > -40) this.trim();
+    return turn;
   }
   trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
     while (this.inner.children.length > MOST + 1) {
@@ -6669,19 +6669,14 @@ class Log {
 
 const GLOW = 6000; // milliseconds for which a change is marked
 
-class View { // {tab, side}
+class View { // {tab, side, shown}: the last of these hears what is wanted of it
   out = div("folds");
   constructor(panel, title, ...kids) {
     Object.assign(this, { panel, title });
-    this.tab = button(title, "tab", () => this.open(), { role: "tab" });
+    this.tab = button(title, "tab", () => panel.show(title), { role: "tab" });
     const about = { class: "memws-side", role: "tabpanel", "aria-label": title };
     this.side = node("div", about, div(title.toLowerCase(), ...kids, this.out));
   }
-  open() {
-    this.panel.show(this.title);
-    this.side.querySelector("[type=search]")?.focus();
-  }
-  shown() {} // with what is wanted of it
 }
 
 const card = (title, size, action, ...kids) =>
@@ -6756,7 +6751,7 @@ class Block { // of core memory, edited in place
     this.base = base;
     this.element.classList.toggle("memws-editing", base !== null);
     this.field.value = this.block.value;
-    this.field.focus();
+    (base ? this.field : this.element.querySelector("header button")).focus();
     this.wrong.replaceChildren();
     this.measure();
   }
@@ -6819,7 +6814,7 @@ class Search extends View {
     this.out.append(div("mark", "All that was ever said, and what the agent chose to keep."));
   }
   shown(wanted) {
-    if (!wanted) return null;
+    if (!wanted) return this.form.elements.query.focus();
     this.form.reset();
     this.form.elements.store.value = wanted.store;
     return this.find(1);
@@ -6861,6 +6856,7 @@ class Frames extends View { // of the connection, so the same one for all agents
     if (this.panel.view === this && !this.isHeld) this.draw(this.kept.at(-1));
   }
   shown() {
+    if (this.isHeld) return;
     this.out.replaceChildren();
     this.kept.forEach((frame) => this.draw(frame));
   }
@@ -6880,7 +6876,7 @@ class Frames extends View { // of the connection, so the same one for all agents
   hold(button) {
     this.isHeld = !this.isHeld;
     button.textContent = this.isHeld ? "go on" : "pause";
-    if (!this.isHeld) this.shown();
+    this.shown();
   }
   save() {
     const href = URL.createObjectURL(new Blob(this.kept.map((each) => JSON.stringify(each) + "\n")));
@@ -6957,7 +6953,7 @@ class Panel {
     event.stopPropagation(); // JupyterLab would prevent line breaks typed inside a cell
     const view = event.altKey && this.views[Number(event.code.slice(-1)) - 1];
     const key = event.target === this.field && !event.isComposing && !event.shiftKey ? event.key : "";
-    if (view) view.open();
+    if (view) this.show(view.title);
     else if (key === "Enter") this.send.click();
     else if (key === "Escape") this.stop.click();
     else if (key === "ArrowUp" && !this.field.value) this.field.value = this.latest ?? "";
@@ -6970,12 +6966,14 @@ class Panel {
     next?.focus();
   }
   show(title, wanted) {
+    const isLeft = this.view?.side.contains(document.activeElement); // the focus would be lost there
     this.view = this.views.find((view) => view.title === title);
     for (const view of this.views) {
       view.side.hidden = view !== this.view;
       view.tab.setAttribute("aria-selected", String(view === this.view));
       view.tab.tabIndex = view === this.view ? 0 : -1;
     }
+    if (isLeft) this.view.tab.focus();
     if (this.view) attempt(this.root, () => this.view.shown(wanted));
   }
   fail({ code, message }) {
@@ -7054,7 +7052,7 @@ class Panel {
     return this.opening;
   }
   async load(agent) { // also one that is open: then what was missed comes
-    const isNew = agent !== this.agent;
+    const isNew = agent !== this.log.agent;
     if (isNew && this.agent) await this.command("unsubscribe");
     const { model, last_seq, repaired, warnings } = await this.command("load_agent", { agent_name: agent });
     this.last = isNew ? Math.max(0, last_seq - REPLAYED) : Math.min(this.last, last_seq);
@@ -7063,9 +7061,9 @@ class Panel {
     if (isNew && !this.isCompact) this.mind();
     const { blocks } = await this.refresh();
     this.log.page = null;
-    if (isNew) this.log.clear(this.welcome(blocks), this.last, last_seq);
-    await this.command("subscribe", { after: this.last });
+    if (isNew) this.log.clear(agent, this.welcome(blocks), this.last, last_seq);
     if (isNew) this.opened(model, [...repaired, ...warnings]);
+    await this.command("subscribe", { after: this.last });
   }
   opened(model, news) {
     this.model.classList.toggle("memws-warn", model === "offline");
@@ -7087,7 +7085,7 @@ class Panel {
     const start = button(`Start with ${name}`, "main", () => this.create({ name }));
     const other = button("or make your own", "link", () => this.askAgent());
     this.model.textContent = "";
-    this.log.clear(div("empty", node("h3", {}, "No agent yet"), told, start, other));
+    this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start, other));
     this.state({ agent: null, running: null });
   }
   async create({ context_window: size, ...config }) {
@@ -7146,7 +7144,7 @@ class Panel {
     return this.state();
   }
   agentChanged({ change, new_name = this.agent }) {
-    this.agent = change === "deleted" ? null : new_name;
+    this.agent = this.log.agent = change === "deleted" ? null : new_name;
     return this.choose(this.agent);
   }
 

@@ -347,6 +347,19 @@ def test_what_was_on_its_way(serve: Serve, page: Window) -> None:
     expect(page.log.locator(".memws-bubble")).to_have_text(["I like tea"])
 
 
+@pytest.mark.parametrize("word", ["load_agent", "get_agent", "subscribe"])
+def test_lost_while_it_opens(serve: Serve, page: Window, word: str) -> None:
+    """A page whose connection is lost while it opens an agent shows it as soon as there is another connection."""
+    server = serve()
+    server.create_new_agent({"name": "sam"})
+    server.run_step("I like tea")
+    lost = lose(page, f'"{word}"')
+    page.open(server.url)
+    page.sees("I like tea")
+    expect(page.mind.get_by_role("tabpanel")).to_have_count(1)
+    assert len(lost) == 1
+
+
 def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
     """Older turns come on asking again where the connection was lost while they were asked for."""
     server = serve(db=":memory:")
@@ -570,14 +583,16 @@ def test_keyboard_alone(serve: Serve, page: Window) -> None:
     keys.press("ArrowRight")
     expect(page.tab("Context")).to_be_focused()
     expect(page.mind.get_by_text("what the model sees now")).to_be_visible()
-    keys.press("Alt+3")
-    expect(page.mind.get_by_placeholder("Words to look for")).to_be_focused()
     keys.press("Alt+1")
     reach(".memws-card button")
     keys.press("Enter")
     keys.type("I am Tom.")
     keys.press("Control+Enter")
     expect(page.mind.locator(".memws-card").first).to_contain_text("I am Tom.")
+    keys.press("Alt+3")
+    expect(page.mind.get_by_placeholder("Words to look for")).to_be_focused()
+    keys.press("Alt+1")
+    expect(page.tab("Memory")).to_be_focused()
     page.field.focus()
     keys.press("Shift+Tab")
     reach(".memws-menu summary")
