@@ -233,6 +233,19 @@ def test_names(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     chat.line("hi", "you said hi", "bob> ")
 
 
+def test_forks(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+    """/fork goes on with a copy; /rewind lists turns, takes some back, and says where they are."""
+    chat = terminal(proxy.url, "--agent", "sam")
+    for text in ("one", "two", "three"):
+        chat.line(text, f"you said {text}", "sam> ")
+    chat.line("/fork kim", "[kim, model test-model]", "kim> ")
+    chat.line("/rewind", " 3 ", "one", " 2 ", "two", " 1 ", "three", "kim> ")
+    chat.line("/rewind 2", "[/load kim_", " goes on as it was]", "kim> ")
+    chat.line("/rewind 1", " 1 ", "one", "kim> ")
+    chat.line("/load sam", "[sam, model test-model]", "sam> ")
+    chat.line("/rewind", " 3 ", "one", "sam> ")
+
+
 def test_local_times(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     """Times are those of the agent's zone, those of no agent the machine's."""
     chat = terminal(proxy.url, TZ="Asia/Kolkata")

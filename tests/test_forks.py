@@ -1,0 +1,178 @@
+"""fork_agent and rewind_agent on both databases: what a copy holds, who follows it, and what a kill leaves.
+
+tests/soak/forks.py compares many such moves with a model in memory.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from endpoint import Endpoint, Reply, say
+from wire import JSON, Wire, is_terminal, messages_of, seqs, wire
+
+import memws
+
+pytestmark = pytest.mark.anyio
+Serve = Callable[..., memws.WebSocketServer]
+HELD = Reply("Let me think.", hold=True)
+
+
+@contextlib.contextmanager
+def rows(database: str) -> Iterator[Any]:
+    """A connection of another program to the server's database."""
+    with contextlib.closing(memws.database_at(database)) as opened:
+        yield opened.connect()
+
+
+async def talked(client: Wire, *texts: str, name: str = "sam") -> None:
+    """An agent that was told these texts, in turns t0, t1, …"""
+    await client.ok("create_agent", config={"name": name})
+    for number, text in enumerate(texts):
+        await client.turn(text, turn_id=f"t{number}")
+
+
+async def about(client: Wire, name: str) -> JSON:
+    seen = await client.ok("get_agent", agent_name=name)
+    return {key: seen[key] for key in ("settings", "blocks", "counts")}
+
+
+async def history(client: Wire, name: str = "sam") -> list[JSON]:
+    """All stored events of an agent, whatever it is called; a rewind leaves a gap in their seqs."""
+    last_seq = (await client.ok("subscribe", agent_name=name, after=0))["last_seq"]
+    events = await client.until(lambda frame: frame.get("seq") == last_seq)
+    await client.ok("unsubscribe", agent_name=name)
+    return [{key: value for key, value in event.items() if key != "agent_name"} for event in events]
+
+
+async def test_a_fork_is_a_copy_and_then_its_own(database: str, serve: Serve) -> None:
+    """It holds all that the agent did, exact requests too, and neither hears of the other from then on."""
+    async with wire(serve(), "*") as client:
+        await talked(client, "My name is Ada", "I love otters")
+        passage = (await client.ok("insert_passage", text="A walrus"))["id"]
+        told, seen = await history(client), await about(client, "sam")
+        answer = await client.ok("fork_agent", new_name="kim")
+        assert answer == {"agent_name": "kim", "last_seq": told[-1]["seq"]}
+        assert (await about(client, "kim"), await history(client, "kim")) == (seen, told)
+        for name in ("sam", "kim"):
+            exact = await client.ok("get_request", agent_name=name, turn_id="t1", step=1)
+            assert "otters" in str(exact["request"])
+        found = [await client.ok("search_memory", agent_name=name, query="walrus name") for name in ("sam", "kim")]
+        assert found[0] == found[1]
+        await client.ok("delete_passage", agent_name="kim", passage_id=passage)
+        await client.turn("I love herons", agent_name="kim", turn_id="t2")
+        await client.ok("delete_agent", agent_name="kim", purge=True)
+        assert (await about(client, "sam"), await history(client)) == (seen, told)
+        assert (await client.ok("search_memory", agent_name="sam", query="walrus"))["total"] == 1
+
+
+async def test_a_rewind_puts_aside_what_came_after(database: str, serve: Serve) -> None:
+    """The name goes on from that turn, its seqs above; readers and sessions stay with it; nothing is lost."""
+    async with wire(serve(), "*") as client:
+        await talked(client, "My name is Ada")
+        then = await about(client, "sam"), await history(client)
+        passages = [
+            (await client.ok("insert_passage", text=text))["id"] for text in ("A heron", "A walrus", "A badger")
+        ]
+        await client.turn("I love otters", turn_id="t1")
+        found = (await client.ok("search_memory", query="", store="archival"))["items"]
+        for passage in (passages[2], passages[0]):
+            await client.ok("delete_passage", passage_id=passage)
+        await client.ok("set_block", label="human", value="Somebody else")
+        now, last = await about(client, "sam"), (await history(client))[-1]["seq"]
+        await client.ok("subscribe")
+        back = await client.ok("rewind_agent", turn_id="t1", keep_as="later")
+        assert back == {"agent_name": "sam", "last_seq": last + 1, "kept_as": "later"}
+        (event,) = client.before_answer
+        assert (event["change"], event["kept_as"], event["seq"]) == ("rewound", "later", last + 1)
+        assert (await client.ok("search_memory", query="", store="archival"))["items"] == found
+        assert await about(client, "later") == now
+        assert await messages_of(client, "later") == ["My name is Ada", "I love otters"]
+        again = await client.ok("rewind_agent", turn_id="t0")
+        seen = await client.ok("get_agent")
+        assert {key: seen[key] for key in then[0]} == then[0]
+        assert (await client.refused("rewind_agent", turn_id="t1"))["code"] == "unknown_turn"
+        turn = await client.turn("I love herons", turn_id="t1")
+        assert (turn[0]["seq"], turn[-1]["stop_reason"]) == (again["last_seq"] + 1, "done")
+        assert (await history(client))[: len(then[1])] == then[1]
+        assert sorted(await messages_of(client, again["kept_as"])) == ["I love otters", "My name is Ada"]
+
+
+async def test_what_cannot_be_copied(database: str, online: Serve, endpoint: Endpoint) -> None:
+    """Each refusal has its code and leaves nothing behind; beside a turn that runs, a fork is as before it."""
+    server = online()
+    async with wire(server, "*") as client, wire(server, "*") as other:
+        await talked(client, "Hello")
+        await other.ok("set_block", agent_name="sam", label="human", value="Edited since")
+        before = await about(other, "sam"), len(await history(other))
+        endpoint.script(HELD, say("Well?"))
+        await client.say("And now?", turn_id="t1")
+        await client.started()
+        cases: list[tuple[str, str, JSON]] = [
+            ("fork_agent", "busy", {"turn_id": "t1"}),
+            ("fork_agent", "unknown_turn", {"turn_id": "t9"}),
+            ("fork_agent", "name_taken", {"new_name": "sam"}),
+            ("fork_agent", "bad_config", {"new_name": "a b"}),
+            ("rewind_agent", "busy", {"turn_id": "t0"}),
+        ]
+        for command, code, fields in cases:
+            assert (await other.refused(command, agent_name="sam", **fields))["code"] == code
+        fork = (await other.ok("fork_agent", agent_name="sam"))["agent_name"]
+        assert (await about(other, fork), len(await history(other, fork))) == before
+        await asyncio.to_thread(endpoint.wait_requests, 2)
+        endpoint.release()
+        await client.ended()
+        fields = {"agent_name": "sam", "turn_id": "t0"}
+        assert (await other.refused("rewind_agent", **fields, keep_as=fork))["code"] == "name_taken"
+        with rows(database) as db:
+            db.execute("DELETE FROM requests WHERE step = 0")
+            assert (await other.refused("fork_agent", **fields))["code"] == "not_found"
+            assert db.execute("SELECT count(*) FROM agents").fetchone() == (2,)
+        await client.ok("delete_agent")
+        assert (await other.refused("fork_agent", agent_name="sam"))["code"] == "unknown_agent"
+
+
+async def test_servers_that_share_a_database(postgres_address: str, online: Serve, endpoint: Endpoint) -> None:
+    """A rewind that any of them is asked for reaches the clients of all; one that takes over goes on with the copy."""
+    first, second = online(db=postgres_address), online(db=postgres_address)
+    async with wire(first, "*") as owner, wire(second, "*") as other:
+        await talked(owner, "One", "Two")
+        await other.ok("load_agent", name="sam")
+        await other.ok("subscribe")
+        back = await other.ok("rewind_agent", turn_id="t0", keep_as="later")
+        event = (other.before_answer or await other.until(lambda frame: frame.get("change") == "rewound"))[-1]
+        assert (event["change"], event["seq"]) == ("rewound", back["last_seq"])
+        assert [await history(each) for each in (owner, other)] == [await history(owner)] * 2
+        assert await messages_of(other, "later") == ["One", "Two"]
+        assert await messages_of(other, "sam") == ["One"]
+        assert seqs(await other.turn("Three"))[0] == back["last_seq"] + 1
+        assert (await owner.ok("fork_agent", new_name="kim", turn_id="t0"))["agent_name"] == "kim"
+        await asyncio.to_thread(first.stop)
+        assert is_terminal((await other.turn("Four"))[-1])
+        assert await messages_of(other, "sam") == ["One", "Three", "Four"]
+        assert await messages_of(other, "kim") == ["One"]
+
+
+def test_what_a_crash_leaves_of_a_copy(database: str, serve: Serve) -> None:
+    """A copy that never got its name is seen by nobody and taken away: at the next start, or where servers share the
+    database, by vacuum once it is old."""
+    server = serve()
+    with memws.connect(server.url) as client:
+        client.create_agent("sam")
+        client.ask("Hello")
+    server.stop()
+    with contextlib.closing(memws.database_at(database)) as opened:
+        db = opened.open()
+        record = memws.find_agent(db, "sam")
+        copy = memws.begin_copy(db, memws.replace(record, name="kim", last_active="2026"))
+        memws.copy_rows(db, record.id, copy, "messages", 1, 100)
+    with memws.connect(serve().url) as client:
+        assert [each["agent_name"] for each in client.command("list_agents")["agents"]] == ["sam"]
+        assert client.command("list_agents", deleted=True)["total"] == 0
+        client.create_agent("kim")
+    if "://" in database:
+        memws.vacuum_database(database, 1)
+    with rows(database) as db:
+        assert db.execute("SELECT count(*) FROM agents").fetchone() == (2,)
+        assert db.execute("SELECT count(*) FROM messages WHERE agent = ?", (copy,)).fetchone() == (0,)
