@@ -3479,17 +3479,113 @@ class Refusal:
         return rules
 
 
+# ---- tapes: what models were asked and answered, on file -------------------------------------------------------------
+
+_SECRET = re.compile(
+    r"\b(?:sk[-_]|Bearer )[\w*.~+/=-]{6,}|\bAIza[\w-]{9,}"
+    r"|(?<![a-z])(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}",
+    re.IGNORECASE,
+)
+_MADE = re.compile(  # ids that are made up, days and clock times, the login that a silence brings
+    r"""
+    (?<=id":")(?:[^"\\]|\\.)* | (?:turn|call|agent)_[0-9a-f]{8,32}\b
+    | \b[0-9a-f]{8}(?:-?[0-9a-f]{4}){3}-?[0-9a-f]{12}\b | \b\d{4}-\d\d-\d\d(?![\dT]|\ \d)
+    | \b(?:\d{4}-\d\d-\d\d[T ])?\d\d?:\d\d(?::\d\d(?:\.\d+)?)?
+        (?:\ ?[AP]M(?:\ [^"\\]{0,40}?[+-]\d{4})? | [+-]\d\d:\d\d | Z)?\b
+    | \{\\"type\\":\\"login\\".*?\}\\n
+    """,
+    re.VERBOSE,
+)
+_STOPPED: JSON = {"code": "model_timeout", "message": "on the tape the turn was stopped here"}
+
+
+@functools.lru_cache(maxsize=1_000)
+def _lasting(text: str) -> str:
+    """A part of a request without secrets, and without what differs from run to run."""
+    return _MADE.sub("", _SECRET.sub("", text))
+
+
+class Tape:
+    """Calls of models on file, a line of JSON each: recorded as they end, or replayed, each to the same prompt.
+
+    Raises UsageError where the file cannot be used.
+    """
+
+    def __init__(self, path: str, replays: bool) -> None:
+        self.path, self.replays = path, replays
+        self.stream = self._replay if replays else self._record  # the chunks of a model's answer to parts of a request
+        self.secrets: set[str] = set()  # what no line may hold
+        self._recorded: dict[str, str] = {}  # whose calls an agent gets
+        opener = functools.partial(os.open, mode=0o600)
+        self._open = functools.partial(open, path, encoding="utf-8", errors="surrogatepass", opener=opener)
+        try:
+            with self._open(mode="r" if replays else "a+") as file:
+                file.seek(0)
+                self._lines = sorted(map(decode_json, file), key=lambda line: float(line["start"]))
+            self.about: JSON = self._lines[0]["server"] if replays or self._lines else {}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no tape"
+            flag = "--replay" if replays else "--record"
+            raise UsageError(f"{flag}: cannot use the tape {path!r} ({reason}); name another file") from error
+
+    def keep(self, start: float, **line: Any) -> None:
+        text = encode_json({"start": start, "seconds": round(time.time() - start, 3), **line})
+        for secret in (each for each in self.secrets if len(each) >= 8):
+            text = text.replace(encode_json(secret)[1:-1], "")
+        with self._open(mode="a") as file:
+            file.write(f"{text}\n")
+
+    async def _record(self, model: Model, body: str, parts: list[str], agent: str) -> AsyncGenerator[JSON, None]:
+        start, chunks, end = time.time(), list[Any](), cast(Any, _STOPPED)
+        try:
+            async with contextlib.aclosing(model.stream(body)) as answer:
+                async for chunk in answer:
+                    chunks.append([round(time.time() - start, 3), chunk])
+                    yield chunk
+            end = None
+        except ModelError as error:
+            end = vars(error) | {"message": str(error)}
+            raise
+        finally:
+            prompt, learned = "\n".join(map(_lasting, parts)), vars(model.learned)
+            self.keep(start, agent=agent, prompt=prompt, chunks=chunks, end=end, learned=learned)
+
+    async def _replay(self, model: Model, body: str, parts: list[str], agent: str) -> AsyncGenerator[JSON, None]:
+        prompt, whose = "\n".join(map(_lasting, parts)), self._recorded.get(agent, agent)
+        calls = [line for line in self._lines if line.get("agent") == whose] or self._lines[1:]
+        call = next((call for call in calls if call.get("prompt") == prompt), None)
+        if call is None:
+            raise MemwsError(self._missing(prompt, calls), "model_refused")
+        self._lines.remove(call)
+        self._recorded[agent] = call["agent"]
+        for _, chunk in call["chunks"]:
+            yield chunk
+        await asyncio.sleep(IDLE_TIMEOUT if call["end"] == _STOPPED else 0)
+        model.learned = Learned(**call["learned"])
+        if call["end"]:
+            raise ModelError(**call["end"])
+
+    def _missing(self, prompt: str, calls: Sequence[JSON]) -> str:
+        """How a prompt differs from the first that is left of those calls."""
+        expected = next((call["prompt"] for call in calls if "prompt" in call), "(the end)")
+        start = max(0, len(os.path.commonprefix([prompt, expected])) - 20)  # noqa: RUF071 (texts, no paths)
+        ours, theirs = (quote(text[start:].replace("\\", "")) for text in (prompt, expected))
+        return f"the tape {self.path!r} has {theirs} where this prompt has {ours}; record it anew"
+
+    def vector(self, text: str) -> bytes:
+        """The next vector of a text, its last one again and again; b"": it had none."""
+        found = [line for line in self._lines if line.get("text") == text]
+        if len(found) > 1:
+            self._lines.remove(found[0])
+        return base64.b64decode(found[0]["vector"] if found else "")
+
+
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
 
 MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
 _ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?", re.IGNORECASE)
 _DONE: JSON = {"done": True}  # the last chunk: [DONE]
-_SECRET = re.compile(
-    r"\b(?:sk[-_]|Bearer )[\w*.~+/=-]{6,}|\bAIza[\w-]{9,}"
-    r"|(?<![a-z])(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}",
-    re.IGNORECASE,
-)
 
 
 def import_openai() -> Any:
@@ -3511,6 +3607,7 @@ class Endpoint:
         self.base_url, self.idle_timeout = base_url, idle_timeout
         self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
         self.options: JSON = {"api_key": self.key or "none", "max_retries": 0}
+        self.secrets = {self.key}
         self.place = "api.openai.com/v1"  # its address without a scheme and a user
         if base_url:
             if not _ADDRESS.fullmatch(base_url.strip()):
@@ -3520,6 +3617,7 @@ class Endpoint:
             query = dict(urllib.parse.parse_qsl(parts.query))
             headers = {"api-key": self.key} if "api-version" in query else {}  # as Azure has it
             self.place = f"{parts.netloc.rpartition('@')[2]}{path}"
+            self.secrets.add(parts.password or "")
             address = f"{parts.scheme}://{parts.netloc}{path}"
             self.options |= {"base_url": address, "default_query": query, "default_headers": headers}
         self._requests = collections.Counter[Any]()  # under way, by client
@@ -3712,10 +3810,11 @@ class Embedder:
     A failure is logged once, and nothing is asked for EMBEDDING_PAUSE: searches go by words alone meanwhile.
     """
 
-    def __init__(self, name: str, endpoint: Endpoint) -> None:
+    def __init__(self, name: str, endpoint: Endpoint, tape: Tape | None = None) -> None:
         import_numpy()
-        self.name, self._endpoint = name, endpoint
+        self.name, self._endpoint, self._tape = name, endpoint, tape
         self.ready = False  # whether all vectors in the database are of this model
+        self.catch_up: Callable[[], Coroutine[Any, Any, None]]  # gives vectors to what has none yet
         self._paused_until = 0.0  # 0: the last call went well
         self._recent: dict[str, bytes] = {}  # vectors of the last queries: their next page asks for them again
 
@@ -3735,6 +3834,16 @@ class Embedder:
 
     async def vectors(self, texts: Sequence[str], patience: float | None = None) -> list[bytes] | None:
         """The vectors of texts, b"" for one that the endpoint refuses; None where it fails or has just failed."""
+        if self._tape and self._tape.replays:
+            return list(map(self._tape.vector, texts))
+        start, vectors = time.time(), await self._fetch(texts, patience)
+        known = vectors or [b""] * (patience is not None)  # that a query got none is kept, too
+        for text, vector in zip(texts, known, strict=False):
+            if self._tape:
+                self._tape.keep(start, text=text, vector=base64.b64encode(vector).decode())
+        return vectors
+
+    async def _fetch(self, texts: Sequence[str], patience: float | None) -> list[bytes] | None:
         if self.pause:
             return None
         try:
@@ -3984,34 +4093,41 @@ class Models:
         context_window: int | None = None,
         idle_timeout: float = IDLE_TIMEOUT,
         embedding_model: str | None = None,
+        tape: Tape | None = None,
     ) -> None:
+        self.tape, self.replays = tape, tape is not None and tape.replays
         self.context_window = context_window  # where an agent's config says nothing; None: as its model's name says
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
+        base_url = base_url or (None if self.replays else os.environ.get("OPENAI_BASE_URL"))
         self.endpoint = Endpoint(base_url, api_key, idle_timeout)
         fallback = DEFAULT_MODEL if self.endpoint.key else OFFLINE
         self.default = model or (self.endpoint.only_model() if base_url else fallback)
         self.offline = self.default == OFFLINE
-        if embedding_model or not self.offline:
+        if (embedding_model or not self.offline) and not self.replays:
             if not (self.endpoint.base_url or self.endpoint.key):
                 advice = "set OPENAI_API_KEY, or name its server with --base-url; --model offline needs none"
                 raise UsageError(f"{quote(embedding_model or self.default)} needs an endpoint: {advice}")
             if importlib.util.find_spec("openai") is None:
                 raise UsageError(MISSING_OPENAI)
-        self.embedder = Embedder(embedding_model, self.endpoint) if embedding_model else None
+        self.embedder = Embedder(embedding_model, self.endpoint, tape) if embedding_model else None
         self.recalled: Mapping[str, str] = {}  # settings of the database: what endpoints have taught before
         self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
         self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)  # by name
         self.ratios: dict[tuple[int, str], float] = {}  # by agent and model, see Agent.ratio
+        if tape and not tape.replays:
+            address = f"http://{self.endpoint.place}" if self.endpoint.base_url or self.endpoint.key else None
+            about = {"model": self.default, "base_url": address, "embedding_model": embedding_model}
+            tape.keep(time.time(), server=about | {"context_window": context_window})
 
     @property
     def described(self) -> str:
         """The default model, for the banner."""
+        tape = f", {'replayed from' if self.replays else 'recorded on'} {self.tape.path}" if self.tape else ""
         if self.offline:
-            text = "offline, a rule-based stand-in, not a language model"
+            text = f"offline, a rule-based stand-in, not a language model{tape}"
             return f"{text}; for a real one set OPENAI_API_KEY, or --base-url and --model"
         vectors = f", embeddings by {self.embedder.name}" if self.embedder else ""
-        return f"{self.default} at {self.endpoint.place}{vectors}"
+        return f"{self.default} at {self.endpoint.place}{vectors}{tape}"
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
@@ -4023,6 +4139,8 @@ class Models:
             return OfflineModel(), [f"{text}; set OPENAI_API_KEY or --base-url"]
         own = Endpoint(base_url or self.endpoint.base_url, api_key, self.endpoint.idle_timeout)
         endpoint = self._endpoints.setdefault((base_url, api_key), own)
+        if self.tape:
+            self.tape.secrets |= endpoint.secrets
         return self._models.setdefault((endpoint, name), OpenAIModel(name, endpoint, self.recalled)), []
 
     async def close(self) -> None:
@@ -5142,7 +5260,7 @@ class Agent:
         fields = {"attempt": attempt, "of": of, "delay_ms": round(pause * 1000), "code": error.code}
         self.emit_live(turn, "retry", f"{error}; trying again", **fields)
         with turn.interruptible():
-            await asyncio.sleep(pause)
+            await asyncio.sleep(0 if self._models.replays else pause)
 
     def emit_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
         """Tell something that is not stored, at once."""
@@ -5164,9 +5282,13 @@ class Agent:
         with turn.interruptible():
             turn.usage["model_calls"] += 1
             self._counts["calls"] += 1
-            started = time.monotonic()
+            started, tape, answer = time.monotonic(), self._models.tape, self.model.stream(body)
+            if tape:
+                head = encode_json({"model": self.model.name, **self.record.config["settings"]})
+                parts = [head, request.system, request.summary, *(message.body for message in messages)]
+                answer = tape.stream(self.model, body, [*parts, request.extra, request.tools], self.name)
             try:
-                async with contextlib.aclosing(self.model.stream(body)) as chunks:
+                async with contextlib.aclosing(answer) as chunks:
                     async for chunk in chunks:
                         reply.feed(chunk)
                         if request.first_token_ms is None:
@@ -5221,6 +5343,9 @@ class Agent:
         human = self.blocks.get("human")
         names = [self.name, *(_USER_NAME.findall(human.value) if human else ())]
         text = unnamed(clean_text(query[:EMBEDDING_TEXT]), names)
+        if self._models.tape:  # what is found must not depend on how far the background is
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(embedder.catch_up(), EMBEDDING_PATIENCE)
         return await embedder.vector(text) if text.strip() else None
 
     async def _query_vectors(self, calls: Iterable[ToolCall]) -> dict[str, bytes | None]:
@@ -7515,6 +7640,8 @@ class Options:
     api_key: str | None = option(None, "the endpoint's key: only from Python, or as OPENAI_API_KEY")
     embedding_model: Annotated[str, 1, MAX_MODEL_NAME] | None = option(None, "model for search by vectors; needs numpy")
     context_window: Annotated[int, 1, 100_000_000] | None = option(None, "tokens of the model's context window", int)
+    record: Annotated[str, 1, 4_096] | None = option(None, "file that keeps what models are asked and answer, a tape")
+    replay: Annotated[str, 1, 4_096] | None = option(None, "tape that answers for the models, without key and network")
     max_steps: Annotated[int, 1, 1_000] = option(MAX_STEPS, "steps of one turn at most", int)
     timezone: str | None = option(None, "timezone of new agents' days, like Europe/Berlin (default the machine's)")
     token: str | None = option(None, "secret that clients have to show")
@@ -7530,7 +7657,9 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "db", os.fspath(self.db))
+        for name in ("db", "record", "replay"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.fspath(value))
         for name in ("allow_origin", "allow_host"):
             value = getattr(self, name)
             object.__setattr__(self, name, value.split(",") if isinstance(value, str) else value)
@@ -7540,6 +7669,8 @@ class Options:
                 check(value, schema_of(hint))
             except ValueError as error:
                 raise UsageError(f"{name}: {error}, but got {quote(value)}") from None
+        if self.record and self.replay:
+            raise UsageError("a tape is recorded or replayed: leave out --record or --replay")
         if self.token is not None and not re.fullmatch(r"[\x21-\x7e]{1,512}", self.token):
             raise UsageError("token: expected 1 to 512 printable characters without spaces")
         if self.advertise is not None and not re.match(r"wss?://[^/\s]", self.advertise):
@@ -8104,7 +8235,10 @@ class Agents:
         self.options, self.tools, self.stopping = options, tools, False
         self.timezone = options.timezone or machine_timezone()
         names = ("model", "base_url", "api_key", "context_window", "idle_timeout", "embedding_model")
-        self.models = Models(*(getattr(options, name) for name in names))
+        path = options.replay or options.record
+        tape = Tape(path, bool(options.replay)) if path else None
+        given = {name: getattr(options, name) for name in names} | (tape.about if tape and tape.replays else {})
+        self.models = Models(**given, tape=tape)
         self.database = database_at(options.db, options.sync)
         self.store = Store(self.database)
         self.models.recalled = self.store.settings
@@ -8293,13 +8427,15 @@ class Agents:
             cleared: int | None = 0
             while cleared is not None:
                 cleared = await self.store.write(clear_vectors, embedder.name, cleared)
-        embedder.ready = True
+        embedder.ready, embedder.catch_up = True, functools.partial(self._embed_all, embedder)
         while True:
             self.memory_growth.clear()  # before the look: what comes beside it is looked for again
-            rows = await self.store.read(without_vector, EMBEDDING_BATCH)
-            if not rows:
-                await self.memory_growth.wait()
-            elif (vectors := await embedder.vectors([text for _, text in rows])) is None:
+            await embedder.catch_up()
+            await self.memory_growth.wait()
+
+    async def _embed_all(self, embedder: Embedder) -> None:
+        while rows := await self.store.read(without_vector, EMBEDDING_BATCH):
+            if (vectors := await embedder.vectors([text for _, text in rows])) is None:
                 await asyncio.sleep(embedder.pause)
             else:
                 entries = [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
@@ -8665,7 +8801,8 @@ class Session:
 
     async def hello(self, message_types: list[str] | None = None) -> JSON:
         """Ask who answers, and choose the message types to receive ("*": all).
-        Result: {version, protocol, model, models, offline, limits, corrections, commands, message_types, unknown}."""
+        Result: {version, protocol, model, models, offline, tape, limits, corrections, commands, message_types,
+        unknown}; tape: recorded, replayed or null."""
         if message_types is not None:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
@@ -8680,6 +8817,7 @@ class Session:
             "model": models.default,
             "models": list(dict.fromkeys((models.default, OFFLINE))),
             "offline": models.offline,
+            "tape": models.tape and ("replayed" if models.replays else "recorded"),
             "limits": limits,
             "corrections": {name: dict(counts) for name, counts in [*models.corrections.items()][:100] if counts},
             "commands": [name for name in COMMANDS if name != "user_message"],
@@ -9091,7 +9229,7 @@ class WebSocketServer:
 
     async def _warm_up(self, agents: Agents) -> None:
         """Import openai while nobody waits for it yet."""
-        if not agents.models.offline:
+        if not (agents.models.offline or agents.models.replays):
             with contextlib.suppress(UsageError):  # the first turn tells it
                 async with agents.models.endpoint.client():
                     pass

@@ -78,6 +78,8 @@ FLAGS = {  # for each flag of serve a value that shows, and one that is bad or w
     "--context-window": ("9000", "-1"),
     "--max-steps": ("7", "0"),
     "--timezone": ("Asia/Tokyo", "Mars"),
+    "--record": ("run.tape", "missing/run.tape"),
+    "--replay": ("run.tape", "missing/run.tape"),
     "--token": ("right", "a b"),
     "--allow-origin": ("https://a.example, https://b.example", "https://other.example"),
     "--allow-host": ("lab.example", "other.example"),
@@ -113,7 +115,8 @@ def test_help(tmp_path: Path, main: Callable[..., Done]) -> None:
 @pytest.mark.parametrize("way", ["flags", "variables"])
 def test_flags_and_variables(way: str, tmp_path: Path) -> None:
     """Each flag of serve does what it says, has a variable MEMWS_<FLAG>, which may be a list, and wins over it."""
-    flags = {flag: values for flag, values in FLAGS.items() if flag != "--embedding-model"}  # needs an endpoint
+    others = ("--embedding-model", "--replay")  # which need an endpoint, and a tape
+    flags = {flag: values for flag, values in FLAGS.items() if flag not in others}
     if way == "flags":
         words = [word for flag, (value, _) in flags.items() for each in value.split(", ") for word in (flag, each)]
         server = Serving(*words, cwd=tmp_path, variables={variable(flag): bad for flag, (_, bad) in flags.items()})
