@@ -6729,6 +6729,7 @@ const MOST = 200; // turns that stay when the newest are looked at
 const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
 class Log {
+  turns = new Map(); // by id
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });

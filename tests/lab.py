@@ -96,7 +96,8 @@ class Window:
     def close(self) -> None:
         """Close the window. Fails for what it should not have done."""
         self.context.close()
-        assert self.faults == []
+        # JupyterLab itself complains so of what a kernel that ends has not answered.
+        assert [fault for fault in self.faults if "Canceled future for" not in fault] == []
 
     def open(self, url: str, fragment: str = "") -> None:
         self.page.goto(memws.page_address(url) + fragment)
