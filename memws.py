@@ -8208,8 +8208,9 @@ class SharedAgent(LiveAgent):
         return self.queued[0 if self.here else 1 :]  # elsewhere the first of them runs, or will at once
 
     def _forward(self, client: Client, item: Turn) -> None:
-        turn = client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
-        self.agents.spawn(self._hear(item, turn))
+        with contextlib.suppress(ConnectionLost):  # the next one gets it
+            turn = client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
+            self.agents.spawn(self._hear(item, turn))
 
     async def _hear(self, item: Turn, turn: Stream) -> None:
         """Pass on why a turn will not be; all else comes as events."""
