@@ -7365,8 +7365,7 @@ def page_address(url: str) -> str:
 
 BATCH = 0.04  # seconds in which frames for a browser are gathered into one message
 STATIC_MESSAGES, STATIC_TEXT = 200, 4_000  # chat messages in the static copy, the newest, and characters of their texts
-COPY_INTERVAL = 1.0  # seconds in which turns are gathered into one update of the static copy
-COPY_PATIENCE = 3.0  # seconds that it waits for the server at most
+COPY_INTERVAL, COPY_PATIENCE = 1.0, 3.0  # seconds in which turns make one static copy; that it waits for the server
 MAX_PIPES = 8  # browser views of one panel; the one that was silent for longest gives way
 _numbers = itertools.count(2**32, 2**32)  # where each connection begins to number its messages
 
