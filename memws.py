@@ -2817,14 +2817,13 @@ def copy_rows(db: SqlConnection, agent: int, copy: int, part: str, first: int, l
     """Copy the rows with these numbers; of memory (doc, terms), without the postings."""
     rows, number = COPIED[part]
     where = f"FROM {rows} WHERE agent = ? AND {number} BETWEEN ? AND ?"
-    values: tuple[object, ...] = (copy, agent, first, last)
     if part not in STORES:
-        columns = _EXPORTED[part]
-        db.execute(f"INSERT INTO {part} (agent, {columns}) SELECT ?, {columns} {where}", values)
+        sql = f"INSERT INTO {part} (agent, {_EXPORTED[part]}) SELECT ?, {_EXPORTED[part]} {where}"
+        db.execute(sql, (copy, agent, first, last))
         return []
     columns = "store, item, role, time, text, terms, words, asking, asked, vector"
     sql = f"INSERT INTO memory (agent, doc, {columns}) SELECT ?, doc + ?, {columns} {where} RETURNING doc, terms"
-    return db.execute(sql, (copy, (copy - agent) * 2 * PLACES, *values[1:])).fetchall()
+    return db.execute(sql, (copy, (copy - agent) * 2 * PLACES, agent, first, last)).fetchall()
 
 
 def find_deleted_passages(db: SqlConnection, agent: int, seq: int, last: int) -> list[Document]:
@@ -8320,9 +8319,8 @@ class Agents:
             live.publish(*events)
             live.take_name(name)
             live.agent.record.name = name
-            live.agent.record.last_seq = live.last_seq = (
-                last_seq  # under a name that was in use before, they go on above that
-            )
+            # Under a name that was in use before, they go on above that.
+            live.last_seq = live.agent.record.last_seq = last_seq
         return name
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
@@ -8352,10 +8350,8 @@ class Agents:
         """Another agent as this one is, or was at the end of a turn. Raises Refused."""
         name, agent = check_name(new_name or name_like(live.name)), await live.fresh()
         record = await self.store.read(find_turn_end, live.id, turn_id) if turn_id else agent.as_stored()
-        async with (
-            self._copied(live, replace(record, name=name, created=now_text()), Turn("", None)) as copy,
-            self._lock,
-        ):
+        record = replace(record, name=name, created=now_text())
+        async with self._copied(live, record, Turn("", None)) as copy, self._lock:
             await self.store.write(name_agent, copy, name)
             return await self._use(await self.store.read(find_agent, name))
 
@@ -8398,11 +8394,9 @@ class Agents:
             with contextlib.suppress(MemwsError):
                 await store.write(forget_copies, "id = ?", copy)
 
-    async def _pieces(
-        self, live: LiveAgent, item: Turn, part: str, total: int
-    ) -> AsyncGenerator[tuple[int, int], None]:
-        """The first and last numbers of pieces, each about as many as take COPY_PIECE; tells how far it is where it
-        takes long. Raises Stopped."""
+    async def _pieces(self, live: LiveAgent, item: Turn, part: str, total: int) -> AsyncGenerator[Span, None]:
+        """The first and last number of each piece, for which about COPY_PIECE is needed; tells how far they are where
+        all take long. Raises Stopped."""
         done, size, told = 0, 64, time.monotonic()
         while done < total:
             if item.stop_reason:
@@ -8412,9 +8406,8 @@ class Agents:
             done, now = done + size, time.monotonic()
             size = max(64, size // 2) if now - started > COPY_PIECE else size * 2
             if now - told > PROGRESS_DELAY and done < total:
+                live.agent.emit_live(item, "progress", f"copied {done:,} of {total:,} {part}", done=done, total=total)
                 told = now
-                text = f"{done:,} of {total:,} {part} are copied"
-                live.agent.emit_live(item, "progress", text, done=done, total=total)
 
     async def embed(self) -> None:
         """Give vectors to what has none yet, in the background, for ever."""
@@ -9440,9 +9433,8 @@ FORMS = {  # how events are shown: by message type, or type, the line and its st
     "tool_return": ("< {message}", "dim"),
     "memory_change": ("[{label}, changed by the {by}]", "dim"),
     "context": ("[context: {warning}]", "yellow"),
-    **dict.fromkeys(
-        ("compaction", "heartbeat", "retry", "correction", "queue", "progress"), ("[{kind}: {message}]", "dim")
-    ),
+    **dict.fromkeys(("compaction", "heartbeat", "retry", "correction"), ("[{kind}: {message}]", "dim")),
+    **dict.fromkeys(("queue", "progress"), ("[{kind}: {message}]", "dim")),
     "agent_change": ("[{agent_name}: {message}]", "dim"),
     "agent_response_end": ("[{stop_reason}]", "yellow"),
     "agent_response_error": ("error: {message}", "red"),
