@@ -1638,7 +1638,7 @@ class Postgres:
         sql = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'memws'"
         if connection.execute(sql).fetchone():
             raise UsageError(f"{self.path!r} is in use; stop the memws servers that use it, then copy")
-        connection.execute("SELECT setval('agents_id_seq', ?) FROM agents_id_seq WHERE last_value < ?", (last, last))
+        connection.execute("SELECT setval('agents_id_seq', ?) FROM agents_id_seq WHERE last_value <= ?", (last, last))
 
     def hang_up(self) -> None:
         """Let nobody wait any longer for a database that does not answer."""
