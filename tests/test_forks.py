@@ -176,3 +176,19 @@ def test_what_a_crash_leaves_of_a_copy(database: str, serve: Serve) -> None:
     with rows(database) as db:
         assert db.execute("SELECT count(*) FROM agents").fetchone() == (2,)
         assert db.execute("SELECT count(*) FROM messages WHERE agent = ?", (copy,)).fetchone() == (0,)
+
+
+def test_an_endpoint_of_its_own(database: str, serve: Serve, endpoint: Endpoint) -> None:
+    """A fork, and what an agent was made by a rewind, have the endpoint and the key that Python gave it."""
+    endpoint.api_key, server = "own", serve()
+    server.create_new_agent({"name": "sam", "model": "m", "base_url": endpoint.url, "api_key": "own"})
+    with memws.connect(server.url) as client:
+        client.load_agent("sam")
+        client.ask("Hello")
+        turn_id = client.command("get_messages")["messages"][0]["turn_id"]
+        client.command("fork_agent", new_name="kim")
+        client.command("rewind_agent", turn_id=turn_id)
+        for name in ("sam", "kim"):
+            before = len(endpoint.requests)
+            client.ask("Hello", name)
+            assert len(endpoint.requests) == before + 1
