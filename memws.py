@@ -1203,11 +1203,11 @@ SCANNED = 100_000  # Documents, the newest, in which a text that the index does 
 # What a term counts that stands so many turns before (-) or after. +16.7 / 0 / 0 / 0; only -2 and -1: +13.3
 CONTEXT = {-5: 0.15, -4: 0.2, -3: 0.25, -2: 0.35, -1: 0.5, 1: 0.4, 2: 0.2}
 ASKED = 0.3  # What a term counts more in a question just before: answers seldom repeat it. +.3, MRR +2.3 / 0 / 0 / 0
-ASKING = 0.15  # What a turn loses that only asks: people look for what was said. +.1, MRR +1.6 / 0 / 0 / 0
+# What a turn loses that only asks, and gains that says "I": people look for what is told of oneself. +1.4, MRR +2.7 / 0
+ASKING = 0.15
 SPEAKER = 0.2  # What the turns of a speaker gain whom the query names, "you": the assistant. +1.3, MRR +3.5 / 0 / 0 / 0
 NAMED = 0.5  # What a speaker's name counts as a word: others address him by it. +.5, MRR +.3 / 0 / 0 / 0
 OPENING = 0.2  # What the first turn of a session gains: no turn before it lends it words. +.6, MRR +1.2 / 0 / 0 / 0
-ONESELF = 0.15  # What a turn gains that says "I": people look for what was told of oneself. +1.3, MRR +1.1 / 0 / 0 / 0
 FAINT = 0.3  # What a word counts that says little. +.2 / -.2, MRR +1.4 / 0 / 0; own long-answer sets: +1.3, +.5, +2.5
 AGAIN = 0.4  # What a word gains by being said twice (* log). 0 / +.9, MRR +2.4 / 0, MRR +1.4 / 0; long answers: +.6
 DATED, DAYS = 2.0, 4  # What a date counts of a word as rare; how many are read. +1.5, MRR +.9 / 0 / 0 / 0
@@ -1260,7 +1260,7 @@ class MemoryRow(NamedTuple):
     text: str
     terms: str
     words: int
-    asking: float  # the share of its sentences that are questions
+    asking: float  # the share of its sentences that are questions, less 1 where it says "I"
     asked: int  # 1: the turn before, of the same session, asks; -1: it is the first of its session
 
 
@@ -1296,9 +1296,7 @@ def score_row(row: MemoryRow, holders: dict[str, set[int]], weights: dict[str, f
     if row.store == "archival":
         return score
     score *= math.pow(min(1.0, TURN_WORDS / max(1, row.words)), PRIOR) * (1 - ASKING * row.asking)
-    if row.asked < 0 and row.asking < 1:
-        score *= 1 + OPENING
-    return score * (1 + ONESELF * bool(_ONESELF.search(row.text[:4096])))
+    return score * (1 + OPENING) if row.asked < 0 and row.asking < 1 else score
 
 
 def fuse(by_words: list[tuple[int, float]], near: Sequence[int]) -> list[tuple[int, float]]:
@@ -1792,7 +1790,7 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
     joined: whether it belongs to the session of the one before; None: by SESSION_GAP.
     """
     low = (agent * 2 + STORES.index(document.store)) * PLACES
-    sql = """SELECT doc, time, words, asking FROM memory WHERE doc BETWEEN ? AND ? AND item < ?
+    sql = """SELECT doc, time, words, text FROM memory WHERE doc BETWEEN ? AND ? AND item < ?
         ORDER BY doc DESC LIMIT 1"""
     last = db.execute(sql, (low, low + PLACES - 1, document.id)).fetchone()
     text, moment = clean_text(document.text), clean_text(document.time)
@@ -1800,10 +1798,10 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
     if last is not None:
         joined = seconds_between(last[1], moment) <= SESSION_GAP if joined is None else joined
         beside = joined and document.store == "recall" and words <= TURN_WORDS and last[2] <= TURN_WORDS
-        doc, asked = last[0] + (1 if beside else APART), int(beside and last[3] > 0) if joined else -1
+        doc, asked = last[0] + (1 if beside else APART), int(beside and asking(last[3]) > 0) if joined else -1
         moment = max(moment, last[1])  # a clock may be set back; searches by time rely on the order of docs
     about = document.store, document.id, clean_text(document.role), moment, text
-    row = (doc, agent, *about, " ".join(terms), words, asking(text), asked)
+    row = (doc, agent, *about, " ".join(terms), words, asking(text) - bool(_ONESELF.search(text[:4096])), asked)
     db.execute("INSERT INTO memory VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
     return [(term, doc) for term in set(terms)]
 

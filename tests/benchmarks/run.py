@@ -407,7 +407,7 @@ def start(bench: Bench) -> Iterator[str]:
 
 SINGLES, QUERIES = 300, 200  # rows that are inserted with a commit each, and queries that are timed, for each size
 DEVELOPMENT = {  # recall@10 and MRR in the development sets, as the README has them
-    "locomo": (0.847, 0.638), "madial-en": (0.576, 0.502), "madial-zh": (0.533, 0.466), "xquad-es": (0.987, 0.935),
+    "locomo": (0.846, 0.638), "madial-en": (0.576, 0.502), "madial-zh": (0.533, 0.466), "xquad-es": (0.987, 0.935),
 }  # fmt: skip
 
 
