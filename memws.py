@@ -2199,20 +2199,8 @@ def name_agent(db: SqlConnection, agent: int, name: str, least: int = 0) -> int:
 def _leave_name(db: SqlConnection, agent: int) -> None:
     """Keep the name and its last seq after the agent."""
     sql = """INSERT INTO agents (name, config, state, blocks, created, last_active, last_seq, deleted)
-        SELECT name, '{}', '{}', '[]', created, last_active, last_seq, '' FROM agents WHERE id = ?"""
+        SELECT name, '{}', '{}', '[]', created, last_active, last_seq, '' FROM agents WHERE id = ? AND name <> ''"""
     db.execute(sql, (agent,))
-
-
-def _purge(db: SqlConnection, agent: int) -> None:
-    forget(db, "agent = ?", agent)
-    db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
-
-
-def forget_copies(db: SqlConnection, where: str = "1 = 1", *values: object) -> None:
-    """Take away copies of agents that never got their name."""
-    sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
-    for (copy,) in db.execute(sql, values).fetchall():
-        _purge(db, copy)
 
 
 def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
@@ -2238,10 +2226,18 @@ def delete_agent(
     stored = commit(db, agent, Changes([event]), owner) if event else []
     if purge:
         _leave_name(db, agent)
-        _purge(db, agent)
+        forget(db, "agent = ?", agent)
+        db.execute("DELETE FROM agents WHERE id = ?", (agent,))  # and all that belongs to it
     else:
         db.execute("UPDATE agents SET deleted = ? WHERE id = ?", (now_text(), agent))
     return stored
+
+
+def forget_copies(db: SqlConnection, where: str = "1 = 1", *values: object) -> None:
+    """Take away copies of agents that never got their name."""
+    sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
+    for (copy,) in db.execute(sql, values).fetchall():
+        delete_agent(db, copy, None, purge=True)
 
 
 def restore_agent(db: SqlConnection, name: str, new_name: str | None) -> AgentRecord:
