@@ -133,6 +133,30 @@ async def test_what_cannot_be_copied(database: str, online: Serve, endpoint: End
         assert (await other.refused("fork_agent", agent_name="sam"))["code"] == "unknown_agent"
 
 
+async def test_a_long_copy(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subscribers hear how far it is; what is said meanwhile waits; a cancel ends it and leaves nothing behind."""
+    monkeypatch.setattr(memws, "PROGRESS_DELAY", 0.0)
+    server = serve()
+    async with wire(server, "*") as client, wire(server) as other:
+        await talked(client, *(f"I love thing number {number}" for number in range(5)))
+        await client.ok("subscribe")
+        await client.ok("fork_agent")
+        done = [event["done"] for event in client.before_answer if event["message"].endswith(" events")]
+        assert done == sorted(set(done)) != []
+        with rows(server.options.db) as db:
+            db.execute("BEGIN IMMEDIATE")  # now nothing is copied
+            await client.request("rewind_agent", turn_id="t0")
+            while await other.ok("cancel", agent_name="sam") != {"state": "cancelling"}:
+                pass
+            await other.say("And now?", agent_name="sam")
+            db.execute("ROLLBACK")
+            answer = (await client.until(lambda frame: frame["type"] == "command_response"))[-1]
+            assert answer["error"]["code"] == "cancelled"
+            assert (await other.ended())["stop_reason"] == "done"
+            assert db.execute("SELECT count(*) FROM agents").fetchone() == (2,)
+        assert len(await messages_of(other, "sam")) == 6
+
+
 async def test_servers_that_share_a_database(postgres_address: str, online: Serve, endpoint: Endpoint) -> None:
     """A rewind that any of them is asked for reaches the clients of all; one that takes over goes on with the copy."""
     first, second = online(db=postgres_address), online(db=postgres_address)
