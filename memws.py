@@ -1229,7 +1229,7 @@ _ONESELF = re.compile(r"\b(?:i|my|me|we|our|us)\b|\u6211", re.IGNORECASE)
 _MONTHS = """january february march april may june july august september october november december
     enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre""".split()  # noqa: SIM905
 _DATE = (  # 2026-03-07, 2026-03; 7 March, 2026, 7th of March, 7 de marzo de 2026, March 7th, 2026, in March
-    r"(?<!\d)(\d{4})[-/\u5e74](\d\d?)(?:[-/\u6708](\d\d?))?(?!\d)|"
+    r"(?<!\d)(\d{4})[-/\u5e74\ub144] ?(\d\d?)(?:[-/\u6708\uc6d4] ?(\d\d?))?(?!\d)|"
     r"\b(?:(\d\d?)(?:st|nd|rd|th)? (?:of |de )?|(in|during|en) )?"
     rf"({'|'.join([*_MONTHS, 'sept', *(name[:3] for name in _MONTHS)])})\b\.?"
     r"(?: (\d\d?)(?:st|nd|rd|th)?\b)?(?:,? (?:del? )?(\d{4})\b)?"

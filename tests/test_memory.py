@@ -161,6 +161,7 @@ BAKED = ["2025-12-24", "2026-03-06", "2026-03-07", "2026-03-08", "2026-03-31", "
     [
         *((f"on {day}", [3, 2]) for day in ("2026-03-07", "2026/3/7", "7 March, 2026", "the 7th of mar 2026")),
         *((f"on {day}", [3, 2]) for day in ("March 7th, 2026", "Mar. 7 2026", "7 de Marzo de 2026", "2026年3月7日")),
+        *((f"{day} bake", [3, 2]) for day in ("２０２６年０３月０７日", "2026년 3월 7일")),
         *((f"in {month}", [4, 3, 2, 1]) for month in ("2026-03", "March 2026", "marzo del 2026", "march, 2026")),
         ("in march 2026 or on 24 dec 2025", [0, 4, 3, 2, 1]),
         *((no_day, []) for no_day in ("31 February 2026", "2026/27", "may march", "march in 2026", "on 7 March 1026")),
