@@ -33,7 +33,7 @@ from measure import Progress, machine, memory, percentile, rows_of  # noqa: E402
 from postgres import Cluster  # noqa: E402
 from retrieval import STEP, Filled, load, quality  # noqa: E402
 from websockets.asyncio.client import connect  # noqa: E402
-from wire import JSON, TERMINALS, Wire, wire  # noqa: E402
+from wire import JSON, TERMINALS, Wire, events_of, wire  # noqa: E402
 
 WINDOW = 200_000  # tokens of the context window of the agents here: none of them compacts by itself
 
@@ -239,6 +239,34 @@ def throughput(bench: Bench) -> Iterator[str]:
     what = "the same with 128 clients / `AsyncOpenAI` alone with 128, in the same run"
     told, floor = f"{median(shares):.2f} of the ideal", f"{median(plain):.2f} of the ideal"
     bench.add(what, told, floor, [ours / other for ours, other in got[128]], 2.9, higher=True)
+
+
+async def converse(server: Peer) -> tuple[float, list[JSON]]:
+    """Seconds of 100 turns of one agent, and its events without times and made-up ids."""
+    async with client(server) as connection:
+        await create(connection, "taped", model="ms-200")
+        seconds = [await turn(connection, "taped", f"How are you for the {number}th time?") for number in range(100)]
+        await connection.ok("hello", message_types=["*"])
+        events = await events_of(connection, "taped")
+    varying = {"time", "turn_id", "duration_ms"}
+    return sum(seconds), [{name: value for name, value in each.items() if name not in varying} for each in events]
+
+
+def tape(bench: Bench) -> Iterator[str]:
+    """100 turns with a model of 200 ms, recorded, and their replays."""
+    path = str(bench.folder / "bench.tape")
+    with bench.serve(bench.database(), "--record", path) as server:
+        recorded, events = asyncio.run(converse(server))
+    yield "tape: recorded"
+    got = []
+    for _ in range(bench.repeat):
+        with bench.serve(bench.database(), "--replay", path) as server:
+            seconds, replayed = asyncio.run(converse(server))
+        assert replayed == events
+        got.append(seconds)
+        yield "tape: replayed"
+    what, told = "100 turns recorded with a model of 200 ms / replayed: the same events", f"{median(got):.2f} s"
+    bench.add(what, told, f"recorded in {recorded:.1f} s", [recorded / each for each in got], 20, higher=True)
 
 
 async def for_a_while(work: Callable[[], Any]) -> None:
@@ -508,6 +536,7 @@ BENCHES: dict[str, tuple[Callable[[Bench], Iterator[str]], int, int]] = {
     "turn": (turns, 3, 3),
     "throughput": (throughput, 0, 3),
     "bystander": (bystanders, 1 + 1_000_000 // STEP, 5),
+    "tape": (tape, 1, 1),
     "idle": (idle, 0, 1),
     "start": (start, 0, 1),
     "search": (search, 2, 0),
