@@ -120,7 +120,7 @@ def test_faults(name: str, record: Serve, replay: Serve, endpoint: Endpoint) -> 
     assert lasting(talk(replay(), "I love otters", "And now?")) == lasting(recorded)
 
 
-def test_compaction(record: Serve, replay: Serve, endpoint: Endpoint) -> None:
+def test_compaction(record: Serve, replay: Serve, endpoint: Endpoint, monkeypatch: Patch) -> None:
     """Overflows, what an endpoint says of its window, and summaries are replayed; a summary must match as well."""
     endpoint.context_window = 2_700
     endpoint.default = lambda body: say("Oh!") if "tools" in body else Reply("They talked of it.")
@@ -128,6 +128,9 @@ def test_compaction(record: Serve, replay: Serve, endpoint: Endpoint) -> None:
     recorded = talk(record(context_window=4_000), *texts)
     assert sum(event.get("message_type") == "compaction" for event in recorded) >= 2
     assert lasting(talk(replay(), *texts)) == lasting(recorded)
+    monkeypatch.setattr(memws, "SUMMARY_SYSTEM", "Be short.")
+    failed = [event["message"] for event in talk(replay(), *texts) if event["type"] == "agent_response_error"]
+    assert "Be short." in failed[0]
 
 
 def test_other_times(record: Serve, replay: Serve, endpoint: Endpoint, monkeypatch: Patch) -> None:
@@ -181,6 +184,21 @@ async def test_agents_at_once(record: Serve, replay: Serve, endpoint: Endpoint) 
     assert await all_told(await asyncio.to_thread(record), "abcdef") == await all_told(replay(), "fedcba")
 
 
+def test_other_names(record: Serve, replay: Serve, endpoint: Endpoint) -> None:
+    """An agent of another name goes on with the calls that it has begun with, whoever asks first."""
+    endpoint.script(say("Hi"), say("Hi"), say("one"), say("two"))
+
+    def told(server: Any, names: str, order: str) -> list[str]:
+        with memws.connect(server.url) as client:
+            for name in names:
+                client.create_agent(name)
+                client.ask("Hello", name)
+            said = {name: client.ask("And now?", name) for name in order}
+        return [said[name] for name in names]
+
+    assert told(record(), "ab", "ab") == told(replay(), "xy", "yx") == ["one", "two"]
+
+
 @pytest.mark.anyio
 async def test_stopped_turns(record: Serve, replay: Serve, endpoint: Endpoint) -> None:
     """A turn that was stopped while its model spoke waits there until it is stopped again."""
@@ -203,16 +221,17 @@ def test_vectors(record: Serve, replay: Serve, endpoint: Endpoint, monkeypatch: 
     pytest.importorskip("numpy")
     monkeypatch.setattr(memws, "EMBEDDING_PAUSE", 0.0)
     endpoint.synonyms = {"feline": "cat", "naps": "sleeps"}
-    texts = ["My cat sleeps", "Rain fell", "It is late", "Any pets?", "Any pets?", "Any pets?"]
-    find = Reply(calls=[("conversation_search", {"query": "feline naps"})])
-    failing = iter([Reply(status=500)])
-    endpoint.script(echo, echo, echo, find, echo, find, echo, find)
+    texts = ["My cat sleeps", "Keep these", "Any pets?", "Any pets?", "Any pets?"]
+    find = Reply(calls=[(f"{store}_search", {"query": "feline naps"}) for store in ("conversation", "archival_memory")])
+    keep = Reply(calls=[("archival_memory_insert", {"content": f"Cat {number} sleeps"}) for number in range(100)])
+    failing = iter([Reply(status=500)] * 2)
+    endpoint.script(echo, keep, echo, find, echo, find, echo, find)
 
     def embed(body: Body) -> Reply | None:
         return next(failing, None) if body["input"] == ["feline naps"] else None
 
     endpoint.overrides["/v1/embeddings"] = embed
-    recorded = talk(record(embedding_model="test-embedding"), *texts)
+    recorded = talk(record(embedding_model="test-embedding", context_window=99_000), *texts)
     found = [event["message"] for event in recorded if event.get("name") == "conversation_search" and "status" in event]
     assert ("My cat sleeps" in found[0], "My cat sleeps" in found[-1]) == (False, True)
     assert lasting(talk(replay(), *texts)) == lasting(recorded)
@@ -278,4 +297,4 @@ def test_files(name: str, tape: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert sign in told("--record", tape)
         assert tape.read_text("utf-8") == text
     assert "No such file" in told("--record", tape / "x") or "Not a directory" in told("--record", tape / "x")
-    assert "--replay" in told("--record", tape, "--replay", tape)
+    assert "leave out" in told("--record", tape, "--replay", tape)
