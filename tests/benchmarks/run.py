@@ -91,7 +91,8 @@ class Bench:
     def serve(self, path: str, *flags: str, part: str = "serve") -> Iterator[Peer]:
         flags = ("--port", "0", "--db", path, "--base-url", self.model.url, "--model", "now", *flags)
         with Peer(part, *flags, folder=self.folder) as server:
-            server.line()
+            for _ in ("page", "model"):
+                server.line()
             yield server
 
 
