@@ -3489,6 +3489,7 @@ _MADE = re.compile(  # ids that are made up, days and clock times, the login tha
     """,
     re.VERBOSE,
 )
+_SERVER = ("model", "base_url", "embedding_model", "context_window")  # what a tape tells of the server
 _STOPPED: JSON = {"code": "model_timeout", "message": "on the tape the turn was stopped here"}
 
 
@@ -3509,15 +3510,20 @@ class Tape:
         self.stream = self._replay if replays else self._record  # the chunks of a model's answer to parts of a request
         self.secrets: set[str] = set()  # what no line may hold
         self._recorded: dict[str, str] = {}  # whose calls an agent gets
+        self._lines: list[JSON] = []
         opener = functools.partial(os.open, mode=0o600)
         self._open = functools.partial(open, path, encoding="utf-8", errors="surrogatepass", opener=opener)
         try:
             with self._open(mode="r" if replays else "a+") as file:
                 file.seek(0)
-                self._lines = sorted(map(decode_json, file), key=lambda line: float(line["start"]))
-            self.about: JSON = self._lines[0]["server"] if replays or self._lines else {}
+                for line in map(decode_json, file):
+                    self._lines.append(line | {"start": float(line["start"])})
+            self._lines.sort(key=lambda line: float(line["start"]))
+            server: JSON = self._lines[0]["server"] if replays or self._lines else dict.fromkeys(_SERVER)
+            self.about = {name: server[name] for name in _SERVER}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no tape"
+            damage = f"it is no tape, or damaged in line {len(self._lines) + 1}"
+            reason = error.strerror if isinstance(error, OSError) else damage
             flag = "--replay" if replays else "--record"
             raise UsageError(f"{flag}: cannot use the tape {path!r} ({reason}); name another file") from error
 
@@ -3560,7 +3566,9 @@ class Tape:
 
     def _missing(self, prompt: str, calls: Sequence[JSON]) -> str:
         """How a prompt differs from the first that is left of those calls."""
-        expected = next((call["prompt"] for call in calls if "prompt" in call), "(the end)")
+        expected = next((call["prompt"] for call in calls if "prompt" in call), None)
+        if expected is None:
+            return f"the tape {self.path!r} has no more calls; record it anew"
         start = max(0, len(os.path.commonprefix([prompt, expected])) - 20)  # noqa: RUF071 (texts, no paths)
         ours, theirs = (quote(text[start:].replace("\\", "")) for text in (prompt, expected))
         return f"the tape {self.path!r} has {theirs} where this prompt has {ours}; record it anew"
@@ -4109,8 +4117,8 @@ class Models:
         self.ratios: dict[tuple[int, str], float] = {}  # by agent and model, see Agent.ratio
         if tape and not tape.replays:
             address = f"http://{self.endpoint.place}" if self.endpoint.base_url or self.endpoint.key else None
-            about = {"model": self.default, "base_url": address, "embedding_model": embedding_model}
-            tape.keep(time.time(), server=about | {"context_window": context_window})
+            values = (self.default, address, embedding_model, context_window)
+            tape.keep(time.time(), server=dict(zip(_SERVER, values, strict=True)))
 
     @property
     def described(self) -> str:

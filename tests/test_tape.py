@@ -150,7 +150,7 @@ def test_other_times(record: Serve, replay: Serve, endpoint: Endpoint, monkeypat
 CHANGES = {  # what is said instead, and what has to be quoted
     "a word": (["I live in Rome", "And now?"], ["Rome", "Paris"]),
     "later": (["I live in Paris", "And then?"], ["now?", "then?"]),
-    "too much": (["I live in Paris", "And now?", "More?"], ["(the end)"]),
+    "too much": (["I live in Paris", "And now?", "More?"], ["no more calls"]),
 }
 
 
@@ -278,7 +278,8 @@ BROKEN = {  # what is in the file, and what the sentence says
     "empty": ("", "no tape"),
     "text": ("What is this?", "no tape"),
     "other JSON": ("[1]\n", "no tape"),
-    "cut": ('{"start": 1, "server": {}}\n{"sta', "no tape"),
+    "other server": ('{"start": 1, "server": {"x": 1}}\n', "no tape"),
+    "cut": ('{"start": 1, "server": {}}\n{"sta', "line 2"),
 }
 
 
