@@ -1542,6 +1542,8 @@ def _in_postgres(schema: str) -> str:
     return schema
 
 
+COPIED_ROWS = 500  # from so many on rows are copied
+_WAITING = "RELEASE", "ROLLBACK TO", "ROLLBACK", "COMMIT"  # the first two within a transaction
 _POSTGRES_BEGIN = {"BEGIN IMMEDIATE": "BEGIN", "BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
 
 
@@ -1587,6 +1589,7 @@ class Postgres:
                     owner = "ALTER TABLE agents ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
                     mark = f"COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'"
                     connection.execute(_in_postgres(f"{SCHEMA}; {owner}; {mark}; {LATER_SCHEMA}"))
+            cast(PostgresConnection, connection).sends_ahead = self.driver.Pipeline.is_supported()
             stack.pop_all()
         return connection
 
@@ -1656,6 +1659,8 @@ class PostgresConnection:
 
     def __init__(self, database: Postgres, **settings: str) -> None:
         self._database, self._settings = database, settings
+        self.sends_ahead = False  # whether the statements of a transaction are sent without waiting for one another
+        self._pipeline: Any = None  # where they are
         with self._translated():
             self._connection = database.dial(**settings)
 
@@ -1673,30 +1678,58 @@ class PostgresConnection:
 
     @property
     def in_transaction(self) -> bool:
-        return self._connection.info.transaction_status in (2, 3)  # also in one that has failed
+        return self._connection.info.transaction_status in (1, 2, 3)  # also while it waits, or has failed
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
         with self._translated():
-            if sql not in _POSTGRES_BEGIN:
-                return self._connection.execute(sql.replace("?", "%s"), values or None)
-            try:
-                return self._connection.execute(_POSTGRES_BEGIN[sql])
-            except self._database.driver.OperationalError:
-                self._connection.close()
-                self._connection = self._database.dial(**self._settings)
-                return self._connection.execute(_POSTGRES_BEGIN[sql])
+            if sql in _POSTGRES_BEGIN:
+                return self._begin(_POSTGRES_BEGIN[sql])
+            if sql.startswith("ROLLBACK"):
+                with contextlib.suppress(self._database.driver.Error):  # what has failed fails what was sent after it
+                    self._wait()
+            cursor = self._connection.execute(sql.replace("?", "%s"), values or None)
+            if sql.startswith(_WAITING):
+                self._wait()
+            if sql.startswith(_WAITING[:2]):
+                self._send_ahead()
+            return cursor
+
+    def _begin(self, sql: str) -> None:
+        try:
+            self._connection.execute(sql)
+        except self._database.driver.OperationalError:
+            self._connection.close()
+            self._connection = self._database.dial(**self._settings)
+            self._connection.execute(sql)
+        self._send_ahead()
+
+    def _send_ahead(self) -> None:
+        if self.sends_ahead:
+            self._pipeline = self._connection.pipeline()
+            self._pipeline.__enter__()
+
+    def _wait(self) -> bool:
+        """Wait for what was sent ahead, if there is such, and raise what of it has failed."""
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.__exit__(None, None, None)
+        return pipeline is not None
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
-        table = re.fullmatch(r"INSERT INTO (\w+(?: \([\w, ]+\))?) VALUES \([?, ]+\)", sql)
+        table, rows = re.fullmatch(r"INSERT INTO (\w+(?: \([\w, ]+\))?) VALUES \([?, ]+\)", sql), list(rows)
         with self._translated(), self._connection.cursor() as cursor:
-            if table is None:
+            if table is None or len(rows) < COPIED_ROWS:
                 cursor.executemany(sql.replace("?", "%s"), rows)
                 return
+            sends_ahead = self._wait()
             with cursor.copy(f"COPY {table[1]} FROM STDIN") as copy:  # several times as fast
                 for row in rows:
                     copy.write_row(row)
+            if sends_ahead:
+                self._send_ahead()
 
     def stream(self, sql: str, values: Sequence[Any]) -> Iterator[Any]:
+        self._wait()  # the cursors of a server want that
         with self._translated(), self._connection.cursor("stream") as cursor:
             yield from cursor.execute(sql.replace("?", "%s"), values)
 
@@ -1756,7 +1789,7 @@ def store_error(error: Exception) -> MemwsError:
     return StoreFailed(f"the database refused: {error}")
 
 
-def stream(db: SqlConnection, sql: str, *values: object) -> Iterator[Any]:
+def stream(db: SqlConnection, sql: str, *values: object) -> Any:
     """The rows of a result that is never whole in memory."""
     return db.stream(sql, values) if isinstance(db, PostgresConnection) else db.execute(sql, values)
 
@@ -2756,10 +2789,12 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, row: Any, done: co
     for table in _EXPORTED:
         names = [column[0] for column in source.execute(f"SELECT * FROM {table} LIMIT 0").description]
         columns, key = ", ".join(names).removesuffix(", owner"), "id" if table == "agents" else "agent"
+        sql = f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(columns.split(', ')))})"
         rows = stream(source, f"SELECT {columns} FROM {table} WHERE {key} = ? ORDER BY 1, 2", agent)
-        while block := list(itertools.islice(rows, COPY_BLOCK)):
-            target.executemany(f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(block[0]))})", block)
-            done["rows"] += len(block)
+        with contextlib.closing(rows):
+            while block := list(itertools.islice(rows, COPY_BLOCK)):
+                target.executemany(sql, block)
+                done["rows"] += len(block)
     index_memory(target, agent)
 
 

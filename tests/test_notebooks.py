@@ -70,9 +70,10 @@ def run(path: Path, folder: Path) -> Any:
     return notebook
 
 
-def printed(notebook: Any) -> list[list[str]]:
-    """What each cell put out, without what differs from run to run; of pictures only that they are there."""
-    return [["".join(kind(output)) for output in cell.get("outputs", ())] for cell in notebook.cells]
+def printed(notebook: Any) -> list[str]:
+    """What each cell put out, in whatever pieces, without what differs from run to run; of pictures only that they are
+    there."""
+    return ["".join(text for output in cell.get("outputs", ()) for text in kind(output)) for cell in notebook.cells]
 
 
 def kind(output: Any) -> Iterator[str]:
