@@ -8073,6 +8073,7 @@ class SharedAgent(LiveAgent):
         self._client: Client | None = None  # of the server that is followed
         self._failure: StoreFailed | None = None  # why neither is possible
         self._obstacle = ""  # why it could not be followed
+        self._asking = 0  # commands that it has not answered yet
         self._leases, self._owner, self._owner_news = leases, "", asyncio.Event()
         leases.want(record.id, self._take_owner)
         agents.spawn(self._keep())
@@ -8184,6 +8185,10 @@ class SharedAgent(LiveAgent):
                         await self.look_up()
             finally:
                 self._client = None
+                with contextlib.suppress(TimeoutError):  # what it was asked for last may be what ended this
+                    async with asyncio.timeout(LEASE_PULSE):
+                        while self._asking:
+                            await self.news.wait()
                 if client._websocket:
                     client._websocket.transport.abort()  # a paused server would let the goodbye wait
 
@@ -8257,12 +8262,14 @@ class SharedAgent(LiveAgent):
     async def forward(self, client: Client, request: JSON) -> JSON:
         """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
         arguments = {name: value for name, value in request.items() if name not in ("type", "command", "id")}
+        self._asking += 1
         try:
             return await client.command(request["command"], **arguments | {"agent_name": self.name})
         except ConnectionLost as error:
-            if self.gone and request["command"] == "delete_agent":
-                return {}
             raise StoreFailed("the server that ran the agent was lost; see what is stored, then ask again") from error
+        finally:
+            self._asking -= 1
+            self.wake()
 
 
 class Agents:
