@@ -1203,13 +1203,14 @@ SCANNED = 100_000  # Documents, the newest, in which a text that the index does 
 # What a term counts that stands so many turns before (-) or after. +16.7 / 0 / 0 / 0; only -2 and -1: +13.3
 CONTEXT = {-5: 0.15, -4: 0.2, -3: 0.25, -2: 0.35, -1: 0.5, 1: 0.4, 2: 0.2}
 ASKED = 0.3  # What a term counts more in a question just before: answers seldom repeat it. +.3, MRR +2.3 / 0 / 0 / 0
-# What a turn loses that only asks, and gains that says "I": people look for what is told of oneself. +1.4, MRR +2.7 / 0
+# What a turn loses that only asks, and gains that says "I": people look for what is told of oneself. +1.5, MRR +2.6 / 0
+# / 0 / 0; own long-answer sets (LoCoMo asked by "I", by names; MADial): +.3 / 0 / -1.0
 ASKING = 0.15
-SPEAKER = 0.2  # What the turns of a speaker gain whom the query names, "you": the assistant. +1.3, MRR +3.5 / 0 / 0 / 0
-NAMED = 0.5  # What a speaker's name counts as a word: others address him by it. +.5, MRR +.3 / 0 / 0 / 0
-OPENING = 0.2  # What the first turn of a session gains: no turn before it lends it words. +.6, MRR +1.2 / 0 / 0 / 0
-FAINT = 0.3  # What a word counts that says little. +.2 / -.2, MRR +1.4 / 0 / 0; own long-answer sets: +1.3, +.5, +2.5
-AGAIN = 0.4  # What a word gains by being said twice (* log). 0 / +.9, MRR +2.4 / 0, MRR +1.4 / 0; long answers: +.6
+SPEAKER = 0.2  # What the turns of a speaker gain whom the query names, "you": the assistant. +1.9, MRR +1.9 / 0 / 0 / 0
+NAMED = 0.5  # What a speaker's name counts as a word: others address him by it. +.4, MRR +.3 / 0 / 0 / 0
+OPENING = 0.2  # What the first turn of a session gains: no turn before it lends it words. +.5, MRR +1.2 / 0 / 0 / 0
+FAINT = 0.3  # What a word counts that says little. +.2 / -.2, MRR +1.4 / 0 / 0; own long-answer sets: +1.3 / +.5 / +2.5
+AGAIN = 0.4  # What a word gains by being said twice (* log). 0 / +.9, MRR +2.4 / 0, MRR +1.4 / 0; long: 0 / 0 / +1.9
 DATED, DAYS = 2.0, 4  # What a date counts of a word as rare; how many are read. +1.5, MRR +.9 / 0 / 0 / 0
 PRIOR = 0.8  # Exponent of min(1, TURN_WORDS / words), of recall. 0 / 0 / 0 / 0; own long-answer set: +3.3, MRR +23
 K1, B = 1.2, 0.2  # BM25: how soon repeated terms count no more, how much length counts. B .75: -1.2 / -1.3 / -1.8 / -.1
