@@ -8173,11 +8173,11 @@ class SharedAgent(LiveAgent):
     async def _relay(self, address: str) -> None:
         """Follow a server until the connection ends. Raises ConnectFailed, ConnectionLost."""
         async with Client(f"{address.rstrip('/')}/{BY_SERVER}", self.agents.options.token, reconnect=False) as client:
-            await client.hello(["*"])
-            events = client.subscribe(self.name, after=self.last_seq)
-            self._client = client
-            self.wake()
             try:
+                await client.hello(["*"])
+                events = client.subscribe(self.name, after=self.last_seq)
+                self._client = client
+                self.wake()
                 for item in self.waiting:
                     self._forward(client, item)
                 async for event in events:
