@@ -3558,8 +3558,7 @@ class Tape:
             server: JSON = self._lines[0]["server"] if replays or self._lines else dict.fromkeys(_SERVER)
             self.about = {name: server[name] for name in _SERVER}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            damage = f"it is no tape, or damaged in line {len(self._lines) + 1}"
-            reason = error.strerror if isinstance(error, OSError) else damage
+            reason = getattr(error, "strerror", f"it is no tape, or damaged in line {len(self._lines) + 1}")
             flag = "--replay" if replays else "--record"
             raise UsageError(f"{flag}: cannot use the tape {path!r} ({reason}); name another file") from error
 
@@ -3873,18 +3872,16 @@ class Embedder:
         """The vectors of texts, b"" for one that the endpoint refuses; None where it fails or has just failed."""
         if self._tape and self._tape.replays:
             return list(map(self._tape.vector, texts))
-        start, vectors = time.time(), await self._fetch(texts, patience)
-        known = vectors or [b""] * (patience is not None)  # that a query got none is kept, too
-        for text, vector in zip(texts, known, strict=False):
+        start = time.time()
+        vectors = None if self.pause else await self._fetch(texts, patience or self._endpoint.idle_timeout)
+        for text, vector in zip(texts, vectors or [b""] * (patience is not None), strict=False):
             if self._tape:
                 self._tape.keep(start, text=text, vector=base64.b64encode(vector).decode())
         return vectors
 
-    async def _fetch(self, texts: Sequence[str], patience: float | None) -> list[bytes] | None:
-        if self.pause:
-            return None
+    async def _fetch(self, texts: Sequence[str], patience: float) -> list[bytes] | None:
         try:
-            async with asyncio.timeout(patience or self._endpoint.idle_timeout):
+            async with asyncio.timeout(patience):
                 vectors = await self._ask([text[:EMBEDDING_TEXT] or " " for text in texts])
         except Exception as error:  # of the client, of the transport, of vectors that are none
             if not self._paused_until:
@@ -4145,7 +4142,8 @@ class Models:
                 raise UsageError(f"{quote(embedding_model or self.default)} needs an endpoint: {advice}")
             if importlib.util.find_spec("openai") is None:
                 raise UsageError(MISSING_OPENAI)
-        self.embedder = Embedder(embedding_model, self.endpoint, tape) if embedding_model else None
+        mark = ", replayed" if self.replays else ""  # a later server makes its vectors anew
+        self.embedder = Embedder(f"{embedding_model}{mark}", self.endpoint, tape) if embedding_model else None
         self.recalled: Mapping[str, str] = {}  # settings of the database: what endpoints have taught before
         self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
