@@ -7856,10 +7856,9 @@ class LiveAgent:
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
-    async def become(self, agent: int) -> None:
-        """Be the agent of that id from now on, for whoever reads or speaks here. Raises StoreFailed."""
+    def become(self, agent: int) -> None:
+        """Be the agent of that id from now on, for whoever reads or speaks here."""
         self.id, self.agent.memory.stale = agent, True
-        await self._mend()
 
     def take_name(self, name: str) -> None:
         """Be known under the name from now on."""
@@ -8105,7 +8104,7 @@ class SharedAgent(LiveAgent):
         text = f"no server runs agent {self.name!r} now{self._obstacle}; send it again later"
         raise self._failure or StoreFailed(text)
 
-    async def become(self, agent: int) -> None:
+    def become(self, agent: int) -> None:
         self._leases.drop(self.id)
         self.here, self.id = False, agent
         self._take_owner("", False)
@@ -8115,7 +8114,7 @@ class SharedAgent(LiveAgent):
         """The last seq, once id and name are as the database has them. Raises StoreFailed, Refused."""
         agent, name, last_seq = await self.agents.store.read(find_name, self.id, self.name)
         if agent != self.id:
-            await self.become(agent)
+            self.become(agent)
         self.take_name(name)
         return last_seq
 
@@ -8269,6 +8268,9 @@ class SharedAgent(LiveAgent):
         finally:
             self._asking -= 1
             self.wake()
+            if request["command"] == "rewind_agent":
+                with self._failing():
+                    await self.look_up()  # whoever has the answer finds the agent as it is by now
 
 
 class Agents:
@@ -8403,11 +8405,14 @@ class Agents:
         kept_as = check_name(keep_as or name_like(live.name))
         with live.occupied("rewind") as item:
             record = replace(await self.store.read(find_turn_end, live.id, turn_id), name=kept_as)
-            async with self._copied(live, record, item) as copy, self._lock, live.agent.memory.lock:
-                names = live.name, kept_as, live.lease
-                live.publish(*await self.store.write(finish_rewind, live.id, copy, *names))
-                live.agent.record.id = 0  # an edit that waits for its lock finds nothing to edit
-            await live.become(copy)
+            async with self._copied(live, record, item) as copy, self._lock:
+                async with live.agent.memory.lock:
+                    names = live.name, kept_as, live.lease
+                    events = await self.store.write(finish_rewind, live.id, copy, *names)
+                    live.agent.record.id = 0  # an edit that waits for its lock finds nothing to edit
+                    live.become(copy)
+                await live._mend()  # before it is told: who hears of it may ask at once
+                live.publish(*events)
         return kept_as
 
     @contextlib.asynccontextmanager
@@ -8416,19 +8421,20 @@ class Agents:
         id. Raises Refused (name_taken, unknown_agent), Stopped where the item is stopped."""
         agent, store, seq, passages = live.id, self.store, record.last_seq, record.state["last_passage"]
         copy = await store.write(begin_copy, replace(record, last_active=now_text()))
-        self.api_keys[copy] = self.api_keys.get(agent)
+        self.api_keys[copy], begun = self.api_keys.get(agent), time.monotonic()
         try:
             messages = await store.read(find_last_message, agent, seq)
             postings = collections.defaultdict[str, list[int]](list)
             for part, last in zip(COPIED, (messages, messages, passages, seq, seq, seq), strict=True):
-                async for piece in self._pieces(live, item, part, last):
+                async for piece in self._pieces(live, item, part, last, begun):
                     for doc, terms in await store.write(copy_rows, agent, copy, part, *piece):
                         for term in set(terms.split()):
                             postings[term].append(doc)
             for passage in await store.read(find_deleted_passages, agent, seq, passages):
                 await store.write(restore_passage, copy, passage)
             rows = ((term, doc) for term in sorted(postings) for doc in postings[term])  # neighbours share a page
-            async for first, last in self._pieces(live, item, "words", sum(map(len, postings.values()))):
+            total = sum(map(len, postings.values()))
+            async for first, last in self._pieces(live, item, "words", total, begun):
                 await store.write(insert_postings, list(itertools.islice(rows, last - first + 1)))
             if live.gone:
                 raise live.gone_error()
@@ -8437,10 +8443,12 @@ class Agents:
             with contextlib.suppress(MemwsError):
                 await store.write(forget_copies, "id = ?", copy)
 
-    async def _pieces(self, live: LiveAgent, item: Turn, part: str, total: int) -> AsyncGenerator[Span, None]:
+    async def _pieces(
+        self, live: LiveAgent, item: Turn, part: str, total: int, told: float
+    ) -> AsyncGenerator[Span, None]:
         """The first and last number of each piece, for which about COPY_PIECE is needed; tells how far they are where
-        all take long. Raises Stopped."""
-        done, size, told = 0, 64, time.monotonic()
+        that was not told for a while. Raises Stopped."""
+        done, size = 0, 64
         while done < total:
             if item.stop_reason:
                 raise Stopped
