@@ -1584,6 +1584,8 @@ class Postgres:
             stack.callback(self.close)
             with usable(self.path, self.advice):
                 connection = self.connect(idle_in_transaction_session_timeout=f"{self._patience:g}s")
+            if int(connection.execute("SHOW server_version_num").fetchone()[0]) < 140_000:
+                raise UsageError(f"{self.path!r} is older than PostgreSQL 14, from which on idle sessions end in time")
             with transaction(connection), usable(self.path, "name another database with --db"):
                 connection.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))  # others may start as well
                 if not self.has_schema(connection):

@@ -115,6 +115,7 @@ INSTALL = ["pip", "install", "-r", "requirements.txt"]
 OTHER_COMMANDS = [INSTALL, ["python", "-m", "pytest"], [*INSTALL, "jupyterlab"]]
 OTHER_COMMANDS += [["python3", "-m", "venv", ".venv"], [".", ".venv/bin/activate"]]  # the suite runs in such a one
 OTHER_COMMANDS += [["jupyter", "lab", "notebooks/01_quickstart.ipynb"]]
+OTHER_COMMANDS += [["pip", "install", "psycopg[binary]"]]
 
 
 def commands() -> Iterator[tuple[dict[str, str], list[str]]]:
@@ -131,7 +132,8 @@ def commands() -> Iterator[tuple[dict[str, str], list[str]]]:
                     assert words in OTHER_COMMANDS, line
 
 
-SERVES = [(variables, words) for variables, words in commands() if words[:1] != ["chat"]]
+SHARED = [words for _, words in commands() if any(word.startswith(memws.POSTGRES) for word in words)]
+SERVES = [(variables, words) for variables, words in commands() if words[:1] != ["chat"] and words not in SHARED]
 
 
 @pytest.mark.parametrize(("variables", "words"), SERVES, ids=[" ".join(words) or "serve" for _, words in SERVES])
@@ -146,6 +148,12 @@ def test_serve_commands(variables: dict[str, str], words: list[str], tmp_path: P
             if "--context-window" in words:
                 client.create_agent()
                 assert str(client.command("get_context")["window"]) == words[words.index("--context-window") + 1]
+
+
+@pytest.mark.parametrize("words", SHARED, ids=" ".join)
+def test_commands_of_several_servers(words: list[str]) -> None:
+    """Each has the flags that README gives it."""
+    assert memws.make_parser().parse_args(words if words[0] == "copy" else ["serve", *words])
 
 
 ADDRESSES = [word for _, words in SERVES for word in words if word.startswith("https://")]
@@ -288,5 +296,5 @@ def test_script_metadata() -> None:
     words = [word for line in shown for word in line.split()]
     assert words == ["chat", "--help"]
     assert [name for name in memws.__all__ if inspect.getdoc(getattr(memws, name)) is None] == []
-    addresses = re.findall(r"https?://(?!localhost)\S+", README)
+    addresses = re.findall(r"https?://(?!localhost|memws;)\S+", README)
     assert [*re.findall(r"/(?:home|root|work|tmp|Users)/", README), *addresses] == ADDRESSES
