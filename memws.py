@@ -6374,7 +6374,9 @@ PANEL_STYLE: Final = r"""
   .memws-text { white-space: pre-wrap; ins, del { margin: 0 -6px; }
     &:empty::before { content: "nothing yet"; font-style: italic; } } .memws-flash { animation: memws-flash 1.6s; }
   .memws-editor, .memws-editing :is(.memws-text, header button) { display: none; }
-  .memws-editing .memws-editor { display: block; } .memws-editor textarea { width: 100%; font: 13px/1.5 var(--mono); }
+  .memws-editing .memws-editor { display: block; }
+  .memws-request { margin: 0 0 12px; .memws-card { border-color: var(--warn); } .memws-mark { margin-left: auto; } }
+  :is(.memws-editor, .memws-request) textarea { width: 100%; font: 13px/1.5 var(--mono); }
   .memws-stored { color: var(--ink); background: var(--wash); border-radius: 6px; padding: 6px 8px; }
   .memws-fold, .memws-found { border-bottom: 1px solid var(--line); } .memws-fold summary { padding: 4px 0; }
   .memws-found { padding: 6px 0; .memws-mark { display: flex; justify-content: space-between; } }
@@ -6719,9 +6721,16 @@ class Turn {
     this.tell(this.trace, { tools: this.trace.tools.add(name) });
     this.calls.set(event.tool_call_id, { row, state, result, trace: this.trace });
   }
-  on_tool_return({ tool_call_id, status, duration_ms, message, time }) {
+  on_approval_request({ tool_call_id }) {
+    const call = this.calls.get(tool_call_id);
+    if (!call) return;
+    call.isAsked = true;
+    call.state.textContent = "waits to be allowed";
+  }
+  on_tool_return({ tool_call_id, name, status, duration_ms, message, time }) {
     if (!this.calls.has(tool_call_id)) return;
-    const { row, state, result, trace } = this.calls.get(tool_call_id);
+    const { row, state, result, trace, isAsked } = this.calls.get(tool_call_id);
+    if (isAsked) this.note(`${name} · ${oneLine(message)}`, "");
     result.textContent = message;
     state.textContent = `${number(duration_ms)} ms`;
     this.tell(trace, { to: Date.parse(time) });
@@ -6761,25 +6770,78 @@ class Turn {
   }
 }
 
+class Request { // a call that waits until somebody allows it, as a card
+  constructor(panel, { tool_call_id, name, arguments: given, until }) {
+    Object.assign(this, { panel, tool_call_id, given, wrong: node("div", { class: "memws-said", role: "alert" }) });
+    const text = JSON.stringify(given, null, 2);
+    const rows = Math.min(12, text.split("\n").length);
+    this.field = node("textarea", { rows, spellcheck: "false", "aria-label": "Arguments" }, text);
+    this.reason = node("input", { placeholder: "why not, for the model", "aria-label": "Why not" });
+    const allow = button("Allow", "main", () => this.answer(() => ({ allow: true, ...this.edited() })));
+    const actions = div("actions", allow, this.reason, button("Deny", "stop"));
+    const deny = () => this.answer(() => ({ allow: false, reason: this.reason.value })); // also by Enter in the reason
+    const about = { class: "memws-request", "aria-label": `${name} waits to be allowed`, onsubmit: deny };
+    const shown = card(`May ${name} run?`, span("mark", `until ${clock(until)}`), "", this.field, this.wrong, actions);
+    this.element = node("form", about, shown);
+  }
+  edited() { // the arguments, where a person changed them
+    const edited = JSON.parse(this.field.value);
+    if (edited === null) throw new Error("the arguments are an object, as { … }");
+    return JSON.stringify(edited) === JSON.stringify(this.given) ? {} : { arguments: edited };
+  }
+  async answer(answerOf) {
+    try {
+      await this.panel.command("approve", { tool_call_id: this.tool_call_id, ...answerOf() });
+      this.panel.log.withdraw(this);
+    } catch (error) {
+      this.wrong.textContent = error.message;
+      this.panel.soon(); // somebody else may have been first
+    }
+  }
+}
+
 const REPLAYED = 600; // stored events that are fetched at once
 const MOST = 200; // turns that stay when the newest are looked at
 const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
 class Log {
   turns = new Map(); // by id
-  inner = div("inner");
+  inner = div("turns");
+  requests = new Map(); // calls that wait to be allowed, below the turns
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
   older = button("earlier messages", "link memws-older", () => this.fetchOlder());
   constructor(panel) {
     this.panel = panel;
     const about = { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation", "aria-live": "off" };
-    this.element = node("div", { ...about, onscroll: () => this.scrolled() }, this.inner);
+    this.waiting = div("waiting");
+    const whole = div("inner", this.inner, this.waiting);
+    this.element = node("div", { ...about, onscroll: () => this.scrolled() }, whole);
   }
   clear(agent, welcome, asked = 0, last = 0) { // the events above seq `asked` are on their way
     Object.assign(this, { agent, turns: new Map(), asked, first: asked && last + 1 });
     this.older.hidden = !asked;
     this.inner.replaceChildren(this.older, welcome);
+  }
+  ask(waits) { // for all calls that wait now, and for no others
+    const idOf = ({ tool_call_id, until }) => `${tool_call_id} ${until}`; // a model may give an id twice
+    const ids = waits.map(idOf);
+    for (const [id, request] of this.requests) {
+      if (ids.includes(id)) continue;
+      this.requests.delete(id);
+      this.withdraw(request);
+    }
+    for (const each of waits.filter((one) => !this.requests.has(idOf(one)))) {
+      const request = new Request(this.panel, each);
+      this.requests.set(idOf(each), request);
+      this.waiting.append(request.element);
+      this.heard.textContent = `${each.name} waits to be allowed`;
+    }
+  }
+  withdraw({ element }) {
+    const hadFocus = element.contains(document.activeElement);
+    element.remove();
+    if (hadFocus) this.panel.field.focus();
   }
   turnOf({ turn_id, seq, message_type }, place = null) {
     const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
@@ -7188,7 +7250,10 @@ class Panel {
   changed() {
     this.state({ isReady: false });
     if (this.client.state !== "connected") return;
-    const ready = () => this.state({ isReady: this.client.state === "connected" });
+    const ready = () => {
+      this.state({ isReady: this.client.state === "connected" });
+      this.soon(); // a call may have begun to wait meanwhile
+    };
     attempt(this.root, () => this.greet().finally(ready));
   }
   async greet() {
@@ -7249,6 +7314,7 @@ class Panel {
     const other = button("or make your own", "link", () => this.askAgent());
     this.model.textContent = "";
     this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start, other));
+    this.log.ask([]);
     this.state({ agent: null, running: null });
   }
   async create({ context_window: size, ...config }) {
@@ -7266,6 +7332,7 @@ class Panel {
   async refresh() { // memory and the bar, as they are now
     const agent = await this.command("get_agent");
     this.views[0]?.take(agent);
+    this.log.ask(agent.turn?.approvals ?? []);
     if (this.bar) this.drawBar(await this.command("get_context", { limit: 1 }));
     this.state({ running: agent.turn?.turn_id ?? null });
     return agent;
@@ -7300,7 +7367,8 @@ class Panel {
     if (begins) this.running = event.turn_id;
     if (ends && event.turn_id === this.running) this.running = null;
     if (kind === "context" && this.bar) this.drawBar(event);
-    if (kind === "memory_change" || ends) this.soon();
+    const isAnswered = kind === "tool_return" && this.log.requests.size > 0;
+    if (kind === "memory_change" || kind === "approval_request" || isAnswered || ends) this.soon();
     if (kind === "assistant_message") this.log.heard.textContent = event.message;
     if (kind === "agent_change" && event.seq > this.known) attempt(this.root, () => this.agentChanged(event));
     this.log.take(event);

@@ -170,6 +170,74 @@ def test_a_turn_is_told(online: Serve, endpoint: Endpoint, show: Show) -> None:
         window.sees("Bob · ", "Hello, Bob.")
 
 
+def test_calls_are_allowed(online: Serve, endpoint: Endpoint, show: Show) -> None:
+    """A call that waits is a card: allowed as it is or with other arguments, denied with a reason, and gone when
+    another client answers or the turn is stopped; the conversation says what came of it."""
+    server = online()
+    spent: list[tuple[int, str]] = []
+
+    @server.tool(approve=True)
+    def spend(amount: int, what: str) -> str:
+        spent.append((amount, what))
+        return f"spent {amount} on {what}"
+
+    server.create_new_agent({"name": "sam", "tools": ["spend"]})
+    window = show(server, agent="")
+    card = window.log.get_by_role("form", name="spend waits to be allowed")
+
+    def ask(**then: bool) -> None:
+        expect(card).to_have_count(0)
+        endpoint.script(Reply(calls=[("spend", {"amount": 50, "what": "<b>tea"})]), Reply("So be it.", **then))
+        window.say("spend it")
+        expect(card).to_be_visible()
+
+    ask()
+    field = card.get_by_label("Arguments")
+    expect(field).to_have_value('{\n  "amount": 50,\n  "what": "<b>tea"\n}')
+    for wrong, told in {"{": "JSON", "null": "object", '{"amount": "much"}': "amount"}.items():
+        field.fill(wrong)
+        card.get_by_role("button", name="Allow").click()
+        expect(card.get_by_role("alert")).to_contain_text(told)
+    field.fill('{"amount": 20, "what": "tea"}')
+    card.get_by_role("button", name="Allow").click()
+    window.sees('spend · a person had it run with {"amount":20,"what":"tea"}: spent 20 on tea')
+    ask()
+    card.get_by_label("Why not").fill("too dear")
+    card.get_by_label("Why not").press("Enter")
+    window.sees("spend · not run: a person denied it (too dear)")
+    expect(window.field).to_be_focused()
+    ask(hold=True)
+    with memws.connect(server.url) as client:
+        (waits,) = client.command("get_agent", agent_name="sam")["turn"]["approvals"]
+        client.command("approve", agent_name="sam", tool_call_id=waits["tool_call_id"], allow=True)
+    window.sees("spend · spent 50 on <b>tea")
+    expect(card).to_have_count(0)
+    endpoint.release()
+    window.await_status("connected")
+    ask()
+    window.button("Stop").click()
+    window.sees("stopped: cancelled")
+    expect(card).to_have_count(0)
+    assert spent == [(20, "tea"), (50, "<b>tea")]
+
+
+def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Window) -> None:
+    """A call that waits stands there again, and runs as it was asked."""
+    server = online()
+    spent: list[int] = []
+    server.tool(lambda amount: spent.append(amount) or "spent", name="spend", approve=True)
+    server.create_new_agent({"name": "sam", "tools": ["spend"]})
+    page.open(server.url)
+    page.await_status("connected")
+    endpoint.script(Reply(calls=[("spend", {"amount": 50})]), say("So be it."))
+    page.say("spend it")
+    page.button("Allow").wait_for()
+    page.page.reload()
+    page.button("Allow").click()
+    page.sees("spend · spent", "So be it.")
+    assert spent == [50]
+
+
 def test_memory_is_edited(serve: Serve, show: Show) -> None:
     """A block is edited in place with its own keys; where it changed meanwhile both texts are shown."""
     server = serve()
