@@ -6342,6 +6342,7 @@ PANEL_STYLE: Final = r"""
     &:focus-within { border-color: var(--accent); }
     textarea { flex: 1; border: 0; background: none; resize: none; outline: 0; padding: 5px 8px; max-height: 200px;
       field-sizing: content; } .memws-stop { border: 1px solid var(--line); }
+    select { border: 0; background: none; color: var(--soft); font-size: 13px; align-self: center; }
   }
   .memws-dialog { position: absolute; z-index: 2; inset: 0; display: grid; align-items: start; overflow: auto;
     background: color-mix(in srgb, var(--paper) 75%, transparent); &:empty { display: none; } }
@@ -6697,7 +6698,12 @@ class Turn {
     this.streams.delete(event.message_type);
   }
   endTrace() { if (this.trace) this.tell(this.trace, { isOver: true }); }
-  on_user_message({ message, from, time }) { this.said(message, (from ? `${from} · ` : "") + clock(time)); }
+  on_user_message({ message, from, time, steered }) {
+    const about = (from ? `${from} · ` : "") + clock(time);
+    if (!steered) return this.said(message, about);
+    this.endTrace(); // it stands where it entered
+    return this.element.append(div("item memws-user", div("bubble", message), div("mark", about)));
+  }
   on_internal_monologue(event) { this.finish(event); }
   on_assistant_message(event) { this.finish(event); }
   on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
@@ -6852,6 +6858,10 @@ class Log {
     this.inner.insertBefore(turn.element, place);
     if (!place && this.element.scrollTop > -40) this.trim();
     return turn;
+  }
+  drop(id) {
+    this.turns.get(id)?.element.remove();
+    this.turns.delete(id);
   }
   trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
     while (this.inner.children.length > MOST + 1) {
@@ -7123,7 +7133,7 @@ const CONFIG = { name: { placeholder: "made up when empty" },
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 
 class Panel {
-  outbox = new Map(); // turns without their receipt, by id; each {agent, text, isSent}
+  outbox = new Map(); // turns without their receipt, by id; each {agent, text, when_busy, isSent}
   running = null; // the turn that runs
   views = []; // of the agent; none where the panel is compact
   log = new Log(this);
@@ -7132,6 +7142,8 @@ class Panel {
   word = node("span");
   field = node("textarea", { placeholder: "Message", rows: "2", "aria-label": "Message" });
   send = button("Send", "main", () => this.submit(this.field.value));
+  busy = node("select", { "aria-label": "While a turn runs", title: "a message waits for its end, or enters it" },
+    new Option("queue"), new Option("steer"));
   stop = button("Stop", "stop", () => this.command("cancel"));
   told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
   dialog = div("dialog");
@@ -7146,7 +7158,7 @@ class Panel {
     const name = node("b", {}, "memws");
     const top = node("header", { class: "memws-top" }, name, this.pick, this.menu(), this.model, status);
     const over = div("over", this.log.newest, this.told);
-    const composer = div("composer", this.field, this.stop, this.send);
+    const composer = div("composer", this.field, this.busy, this.stop, this.send);
     const left = node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
     this.root = node("div", about, top, div("columns", left, !compact && this.aside));
     parent.append(this.root);
@@ -7333,8 +7345,8 @@ class Panel {
     const agent = await this.command("get_agent");
     this.views[0]?.take(agent);
     this.log.ask(agent.turn?.approvals ?? []);
-    if (this.bar) this.drawBar(await this.command("get_context", { limit: 1 }));
     this.state({ running: agent.turn?.turn_id ?? null });
+    if (this.bar) this.drawBar(await this.command("get_context", { limit: 1 }));
     return agent;
   }
   soon() { // once for all that comes in a moment
@@ -7359,7 +7371,8 @@ class Panel {
   take(event) {
     const kind = event.message_type ?? event.type;
     const [begins, ends] = [kind === "agent_response_start", /^agent_response_e/.test(kind)];
-    if ((begins || ends) && this.outbox.delete(event.turn_id)) this.flush();
+    if (this.outbox.delete(begins || ends ? event.turn_id : event.steered)) this.flush();
+    if (event.steered) this.log.drop(event.steered); // it has no turn of its own
     if (kind === "server_error") return this.fail(event);
     if (event.agent_name !== this.agent) return null;
     if (event.seq <= this.last) return this.log.takeOlder(event);
@@ -7385,9 +7398,10 @@ class Panel {
     if (!text.trim() || this.send.disabled) return false;
     const most = this.limits.max_text;
     if (text.length > most) throw new Error(`a message has at most ${number(most)} characters; send it in parts`);
+    const when_busy = this.running ? this.busy.value : "queue";
     const turn = this.log.turnOf({ turn_id: newId() });
     turn.said(text.trim(), "sending");
-    this.outbox.set(turn.id, Object.assign(turn, { agent: this.agent }));
+    this.outbox.set(turn.id, Object.assign(turn, { agent: this.agent, when_busy }));
     this.latest = turn.text;
     this.told.replaceChildren();
     this.field.value = "";
@@ -7395,13 +7409,15 @@ class Panel {
     this.flush();
     return true;
   }
-  flush() { // as many as may wait at the server, in their order
+  flush() { // as many as may wait at the server, in their order; what steers goes at once
+    if (this.client.state !== "connected") return;
     const unsent = [...this.outbox.values()].filter((turn) => !turn.isSent);
-    const room = this.client.state === "connected" ? IN_FLIGHT - (this.outbox.size - unsent.length) : 0;
-    for (const turn of unsent.slice(0, room)) {
+    let room = IN_FLIGHT - (this.outbox.size - unsent.length);
+    for (const turn of unsent) {
+      const { agent: agent_name, text: message, id: turn_id, when_busy } = turn;
+      if (when_busy === "queue" && room-- <= 0) continue;
       turn.isSent = true;
-      const { agent: agent_name, text: message, id: turn_id } = turn;
-      this.client.post({ type: "user_message", agent_name, message, turn_id });
+      this.client.post({ type: "user_message", agent_name, message, turn_id, when_busy });
     }
   }
   state(news) {
@@ -7412,6 +7428,7 @@ class Panel {
     this.root.dataset.state = isRunning ? "running" : state.split(":")[0];
     if (this.word.textContent !== word) this.word.textContent = word;
     this.stop.disabled = !isRunning;
+    this.busy.hidden = !isRunning;
     this.send.disabled = !this.isReady || !this.agent;
     for (const each of this.ofAgent) each.hidden = !this.agent;
   }

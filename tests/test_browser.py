@@ -221,6 +221,42 @@ def test_calls_are_allowed(online: Serve, endpoint: Endpoint, show: Show) -> Non
     assert spent == [(20, "tea"), (50, "<b>tea")]
 
 
+def test_steering(online: Serve, endpoint: Endpoint, show: Show) -> None:
+    """While a turn runs a message waits for its end, or enters it before its next step and stands there; where the turn
+    ends first it is the next."""
+    window = show(online())
+    busy, turns = window.panel.get_by_label("While a turn runs"), window.log.locator(".memws-turn")
+    expect(busy).to_be_hidden()
+    endpoint.script(Reply("I keep that.", [NOTED], hold=True), Reply(text="With tea."))
+    window.say("first")
+    window.await_status("connected · thinking")
+    for number in range(5):
+        window.say(f"later {number}")
+    window.sees("waits, number 4")
+    busy.select_option("steer")
+    window.say("tea, <b>please")
+    expect(turns.last.locator(".memws-mark")).to_have_text("sending")
+    endpoint.wait_requests(1)
+    endpoint.release()
+    window.sees("With tea.")
+    expect(turns).to_have_count(6)
+    expect(turns.first.locator(".memws-bubble")).to_have_text(["first", "tea, <b>please"])
+    expect(turns.first.locator(".memws-item")).to_contain_text(
+        ["first", "core_memory_append", "remembered in human", "tea, <b>please", "With tea."]
+    )
+    expect(turns.locator(".memws-agent")).to_have_count(6)
+    window.await_status("connected")
+    expect(busy).to_be_hidden()
+    endpoint.script(Reply(status=401, hold=True))
+    window.say("again")
+    expect(busy).to_have_value("steer")
+    window.say("too late")
+    expect(turns.last.locator(".memws-mark")).to_have_text("sending")
+    endpoint.release()
+    expect(turns.last.locator(".memws-agent")).to_be_visible()
+    expect(turns.last.locator(".memws-bubble")).to_have_text(["too late"])
+
+
 def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Window) -> None:
     """A call that waits stands there again, and runs as it was asked."""
     server = online()
