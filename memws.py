@@ -1592,7 +1592,6 @@ class Postgres:
                     owner = "ALTER TABLE agents ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
                     mark = f"COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'"
                     connection.execute(_in_postgres(f"{SCHEMA}; {owner}; {mark}; {LATER_SCHEMA}"))
-            cast(PostgresConnection, connection).sends_ahead = self.driver.Pipeline.is_supported()
             stack.pop_all()
         return connection
 
@@ -1707,7 +1706,7 @@ class PostgresConnection:
         self._send_ahead()
 
     def _send_ahead(self) -> None:
-        if self.sends_ahead:
+        if self.sends_ahead and self._database.driver.Pipeline.is_supported():
             self._pipeline = self._connection.pipeline()
             self._pipeline.__enter__()
 
@@ -2331,6 +2330,8 @@ class Store:
         """Open the database. Raises UsageError where it cannot be used."""
         self._database = database
         self._connection = database.open()
+        if isinstance(self._connection, PostgresConnection):
+            self._connection.sends_ahead = True
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()  # None: there will be no more
         if isinstance(database, Sqlite):  # nobody else makes copies there

@@ -254,9 +254,10 @@ def parts(value: Any) -> Iterator[Any]:
 
 LISTED_COMMANDS = """user_message create_agent load_agent hello list_agents get_agent update_agent rename_agent
 delete_agent restore_agent get_messages search_memory get_context get_request set_block insert_passage delete_passage
-cancel subscribe unsubscribe wake compact approve"""
+cancel subscribe unsubscribe wake compact approve fork_agent rewind_agent"""
 LISTED_TYPES = """internal_monologue assistant_message function_message user_message delta tool_call tool_return
-memory_change context compaction heartbeat retry correction queue agent_change approval_request"""
+memory_change context compaction heartbeat retry correction queue agent_change approval_request
+progress"""
 LISTED_REASONS = "done cancelled superseded interrupted max_steps budget repeated_call"
 
 
@@ -265,7 +266,7 @@ def test_the_protocol_is_that_of_the_contract() -> None:
     assert sorted(COMMANDS) == sorted(LISTED_COMMANDS.split())
     assert sorted(memws.EVENTS) == sorted(LISTED_TYPES.split())
     assert memws.CLASSIC_TYPES == ("internal_monologue", "assistant_message", "function_message")
-    assert set(memws.LIVE_TYPES) == {"delta", "retry", "queue"}
+    assert set(memws.LIVE_TYPES) == {"delta", "retry", "queue", "progress"}
     assert sorted(memws.STOP_REASONS) == sorted(LISTED_REASONS.split())
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     definitions = SCHEMA["$defs"]
