@@ -6291,6 +6291,7 @@ PANEL_STYLE: Final = r"""
   .memws-menu { position: relative; } .memws-menu > summary { padding: 2px 8px; border-radius: 8px; }
   .memws-entries { position: absolute; z-index: 3; top: 100%; left: 0; width: max-content; padding: 4px; display: grid;
     border-radius: 10px; box-shadow: 0 6px 24px #0002; }
+  .memws-foot .memws-entries { top: auto; bottom: 100%; }
   .memws-entry { text-align: left; padding: 5px 24px 5px 10px; }
   .memws-columns { flex: 1; min-height: 0; display: flex; }
   .memws-left { position: relative; flex: 1 1 0; min-width: 0; min-height: 0; display: flex; flex-direction: column;
@@ -6428,6 +6429,13 @@ const copyButton = (text) => button("copy", "copy", async ({ target }) => {
   target.textContent = "copied";
   setTimeout(() => { target.textContent = "copy"; }, 1200);
 });
+
+function menu(label, works) { // of entries by their names
+  const entries = Object.entries(works).map(([name, work]) => button(name, "entry", work));
+  const list = node("div", { class: "memws-entries", onclick: () => { element.open = false; } }, ...entries);
+  const element = node("details", { class: "memws-menu" }, node("summary", { "aria-label": label }, "⋯"), list);
+  return { element, entries };
+}
 
 const { format: number } = new Intl.NumberFormat("en");
 const counted = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
@@ -6681,8 +6689,8 @@ class Turn {
   reply({ time }) {
     this.endTrace();
     const made = { prose: div("prose"), mark: div("mark", clock(time)), text: "" };
-    const foot = div("foot", made.mark, copyButton(() => made.text)); // the place for what can be done with a turn
-    this.element.append(div("item memws-agent", made.prose, foot));
+    this.foot = div("foot", made.mark, copyButton(() => made.text));
+    this.element.append(div("item memws-agent", made.prose, this.foot));
     this.replied = Object.assign(made, { element: this.element.lastChild });
     return made;
   }
@@ -6765,15 +6773,40 @@ class Turn {
     this.row("remark", event, event.message);
   }
   on_agent_response_end({ stop_reason, usage, time }) {
-    this.endTrace();
     if (stop_reason !== "done") this.note(`stopped: ${titleOf(stop_reason)}`, "warn");
     const spent = counted(usage.input_tokens + usage.output_tokens, "token");
     this.replied?.mark.append(seconds(Date.parse(time) - this.since, " · "), ` · ${spent}`);
+    this.ended();
   }
   on_agent_response_error(event) {
     this.endTrace();
-    if (event.seq == null && this.user) this.refused(event.message);
-    else this.note(event.message, "bad");
+    if (event.seq == null && this.user) return this.refused(event.message);
+    this.note(event.message, "bad");
+    return this.ended();
+  }
+  ended() { // what can be done with it from now on
+    this.endTrace();
+    const saw = () => this.panel.show("Context", { turn_id: this.id, step: this.trace?.step ?? 1 });
+    const works = { "fork here…": () => this.fork(), "rewind to here…": () => this.rewind() };
+    if (!this.panel.isCompact) works["what the model saw"] = saw;
+    this.foot ??= this.element.appendChild(div("foot"));
+    this.foot.append(menu("This turn", works).element);
+  }
+  fork() {
+    const fork = ({ name }) => this.copied("fork_agent", { new_name: name });
+    this.panel.ask("Another agent, as this one was after this turn", { name: CONFIG.name }, "fork", fork);
+  }
+  rewind() {
+    const { agent } = this.panel;
+    const what = `${agent} will know nothing of what came after this turn. As it is now it goes on under this name:`;
+    const rewind = (given) => this.copied("rewind_agent", given);
+    const fields = { "what it does": what, keep_as: { value: `${agent}-later` } };
+    this.panel.ask(`${agent} as it was after this turn`, fields, "rewind", rewind);
+  }
+  async copied(command, more) {
+    const { agent_name, kept_as: name = agent_name } = await this.panel.command(command, { turn_id: this.id, ...more });
+    this.panel.pick.append(new Option(name));
+    this.panel.tell(`There is ${name} now.`, "open it", () => this.panel.choose(name));
   }
 }
 
@@ -6833,8 +6866,7 @@ class Log {
   ask(waits) { // for all calls that wait now, and for no others
     const idOf = ({ tool_call_id, until }) => `${tool_call_id} ${until}`; // a model may give an id twice
     const ids = waits.map(idOf);
-    for (const [id, request] of this.requests) {
-      if (ids.includes(id)) continue;
+    for (const [id, request] of [...this.requests].filter(([known]) => !ids.includes(known))) {
       this.requests.delete(id);
       this.withdraw(request);
     }
@@ -6867,8 +6899,7 @@ class Log {
   trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
     while (this.inner.children.length > MOST + 1) {
       const [, { turn }, next] = this.inner.children;
-      turn.element.remove();
-      this.turns.delete(turn.id);
+      this.drop(turn.id);
       this.first = next.turn.seq ?? this.panel.last + 1;
       [this.asked, this.older.hidden] = [this.first - 1, false];
     }
@@ -7169,12 +7200,9 @@ class Panel {
   menu() {
     const works = { "new agent…": () => this.askAgent(), "rename…": () => this.askName(),
       "delete": () => this.remove(), "keys": () => this.ask("Keys", KEYS) };
-    const entries = Object.entries(works).map(([label, work]) => button(label, "entry", work));
+    const { element, entries } = menu("Agents and keys", works);
     this.ofAgent = [this.pick, this.aside, ...entries.slice(1, 3)];
-    const dots = node("summary", { "aria-label": "Agents and keys" }, "⋯");
-    const list = node("div", { class: "memws-entries", onclick: () => { menu.open = false; } }, ...entries);
-    const menu = node("details", { class: "memws-menu" }, dots, list);
-    return menu;
+    return element;
   }
   mind() { // anew for each agent
     this.bar = div("bar");
@@ -7389,7 +7417,8 @@ class Panel {
     return this.state();
   }
   agentChanged({ change, new_name = this.agent }) {
-    this.agent = this.log.agent = change === "deleted" ? null : new_name;
+    this.agent = change === "deleted" ? null : new_name;
+    this.log.agent = change === "rewound" ? null : this.agent; // then its conversation is shown anew
     return this.choose(this.agent);
   }
 

@@ -146,7 +146,7 @@ class Window:
         return self.panel.get_by_role("tab", name=name)
 
     def choose(self, entry: str) -> None:
-        self.panel.locator(".memws-menu summary").click()
+        self.panel.get_by_label("Agents and keys").click()
         self.button(entry).click()
 
     def fill(self, **fields: str) -> None:

@@ -274,6 +274,43 @@ def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Windo
     assert spent == [50]
 
 
+def test_a_turns_menu(serve: Serve, show: Show) -> None:
+    """From a turn another agent is made, the agent goes back there and what it was goes on under another name, and what
+    the model saw is shown."""
+    window = show(serve())
+    agents, bubbles = window.panel.get_by_label("Agent", exact=True), window.log.locator(".memws-bubble")
+
+    def choose(entry: str) -> None:
+        window.log.get_by_label("This turn").first.click()
+        window.button(entry).click()
+
+    for number, text in enumerate(("My name is Ada", "I like tea"), 1):
+        window.say(text)
+        window.await_turns(number)
+    choose("fork here…")
+    window.fill(name="no/name")
+    window.button("fork").click()
+    expect(window.panel.locator(".memws-form .memws-said")).to_contain_text("no/name")
+    window.fill(name="kim")
+    window.button("fork").click()
+    window.button("open it").click()
+    expect(bubbles).to_have_text(["My name is Ada"])
+    expect(agents).to_have_value("kim")
+    agents.select_option("sam")
+    expect(bubbles).to_have_text(["My name is Ada", "I like tea"])
+    choose("rewind to here…")
+    expect(window.panel.get_by_text("sam will know nothing")).to_be_visible()
+    expect(window.panel.get_by_label("keep as")).to_have_value("sam-later")
+    window.button("rewind").click()
+    expect(bubbles).to_have_text(["My name is Ada"])
+    expect(window.mind.get_by_text("I like tea")).to_have_count(0)
+    window.button("open it").click()
+    expect(bubbles).to_have_text(["My name is Ada", "I like tea"])
+    expect(agents).to_have_value("sam-later")
+    choose("what the model saw")
+    expect(window.mind.get_by_text("what the model got in step 2")).to_be_visible()
+
+
 def test_memory_is_edited(serve: Serve, show: Show) -> None:
     """A block is edited in place with its own keys; where it changed meanwhile both texts are shown."""
     server = serve()
