@@ -4290,7 +4290,7 @@ def needs_approval(tool: Tool, arguments: JSON) -> bool:
     """Whether a call has to be allowed by somebody: also where the tool's own rule fails."""
     try:
         return bool(tool.approve(dict(arguments)) if callable(tool.approve) else tool.approve)
-    except Exception:
+    except Exception:  # the rule is its author's code; where it fails nothing runs unasked
         logger.warning("the rule of %s on what has to be allowed failed", tool.name, exc_info=True)
         return True
 
