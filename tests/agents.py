@@ -61,10 +61,14 @@ class Told:
 
 
 class Lab:
-    """A database and the models of one endpoint, while the `async with` block lasts."""
+    """A database and the models of one endpoint, or the offline model, while the `async with` block lasts."""
 
     def __init__(
-        self, endpoint: Endpoint, path: Path | str = ":memory:", tools: Tools = (), timeout: float = memws.TOOL_TIMEOUT
+        self,
+        endpoint: Endpoint | None,
+        path: Path | str = ":memory:",
+        tools: Tools = (),
+        timeout: float = memws.TOOL_TIMEOUT,
     ) -> None:
         self.endpoint, self.path = endpoint, str(path)
         own = [memws.make_tool(tool, timeout=timeout) for tool in tools]
@@ -72,7 +76,7 @@ class Lab:
         self._numbers = itertools.count(1)
 
     async def __aenter__(self) -> Self:
-        self.models = memws.Models("test-model", self.endpoint.url, "sk-lab")
+        self.models = memws.Models(*("test-model", self.endpoint.url, "sk-lab") if self.endpoint else ("offline",))
         self.store = memws.Store(memws.database_at(self.path, "normal"))
         self.models.recalled = self.store.settings
         return self
@@ -100,7 +104,8 @@ class Lab:
 
     async def say(self, agent: memws.Agent, message: str | None, *answers: Answer, **options: Any) -> Told:
         """Run a turn, to which the model answers so, to its end."""
-        self.endpoint.script(*answers)
+        if self.endpoint:
+            self.endpoint.script(*answers)
         return await self.run(agent, self.turn(message, **options))
 
     async def run(self, agent: memws.Agent, turn: memws.Turn, on_event: OnEvent | None = None) -> Told:

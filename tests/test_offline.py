@@ -1,111 +1,70 @@
-"""The offline model, through its replies to requests: a small harness has the agent's loop and memory, no server."""
+"""The offline model: what an agent that it drives keeps, finds and says, with its memory and search as they are."""
 
-import asyncio
-import json
-import math
-import re
-from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from agents import request_of
+from agents import Lab, request_of
 
 import memws
-from memws import HEARTBEAT_NO_REPLY, HEARTBEAT_REQUESTED, HEARTBEAT_TIMER, HEARTBEAT_WAKE
+from memws import HEARTBEAT_NO_REPLY, HEARTBEAT_TIMER, HEARTBEAT_WAKE
 
-JSON = dict[str, Any]
+pytestmark = pytest.mark.anyio
 TOOLS = ["send_message", "core_memory_append", "core_memory_replace"]
 TOOLS += ["archival_memory_insert", "archival_memory_search", "conversation_search"]
 
 
-def ask(messages: list[JSON], tools: list[str]) -> tuple[str, list[tuple[str, JSON]]]:
-    """(monologue, calls) of the answer to a request, read from its stream as an agent reads it."""
+def roll_dice(sides: int) -> str:
+    if sides < 2:
+        raise ValueError("no such dice")
+    return "4"
 
-    async def read() -> memws.Reply:
-        model, reply = memws.Models("offline").get(None)[0], memws.Reply()
-        specs = json.dumps([{"type": "function", "function": {"name": name}} for name in tools]) if tools else ""
-        async for chunk in model.stream(request_of(model.head({}), map(json.dumps, messages), specs)):
-            reply.feed(chunk)
+
+class Talk:
+    """A conversation with one agent."""
+
+    day = "2026-11-24"
+
+    def __init__(self, lab: Lab, agent: memws.Agent) -> None:
+        self.lab, self.agent = lab, agent
+
+    async def say(self, text: str) -> str:
+        """The reply to a user's message."""
+        self.turn = await self.lab.say(self.agent, memws.clean_value(text))
+        self.calls = [(call["name"], call["arguments"]) for call in self.turn.of("tool_call")]
+        plain = [] if "send_message" in self.agent.tools else ["plain_text"]
+        assert (self.turn.corrections, self.turn.stop_reason) == (plain, "done")
+        (reply,) = self.turn.replies
         return reply
 
-    reply = asyncio.run(read())
-    memws.read_reply(reply, tools)
-    assert (reply.corrections, reply.finish) == ([], "tool_calls" if reply.calls else "stop")
-    return reply.text, [(call.name, call.arguments) for call in reply.calls]
-
-
-class Harness:
-    """An agent in memory: a block, recall and archival memory, and their search."""
-
-    def __init__(self, human: str = "", limit: int = 2000, tools: list[str] = TOOLS) -> None:
-        self.human, self.limit, self.tools = human, limit, tools
-        self.stores: dict[str, list[JSON]] = {"recall": [], "archival": []}
-        self.messages: list[JSON] = []
-        self.day = "2026-11-24"
-        self.calls: list[tuple[str, JSON]] = []
-        self.results: dict[str, tuple[bool, Any]] = {}
-
-    def restart(self) -> None:
+    async def restart(self) -> None:
         """Forget the context window and core memory; recall and archival memory stay."""
-        self.messages, self.human = [], ""
+        async with memws.Transaction(self.agent.memory) as change:
+            change.write("human", "")
+            change.state["cut"] = self.agent.memory.last_message + 1
+        self.agent = await self.lab.open()
 
-    def pack(self, kind: str, **fields: str) -> None:
-        """An event as the agent packs it."""
-        event = {"type": kind, **fields, "time": f"{self.day} 10:02"}
-        self.messages.append({"role": "user", "content": json.dumps(event)})
+    @property
+    def human(self) -> str:
+        """The block about the user."""
+        return self.agent.blocks["human"].value
 
-    def say(self, text: str) -> str:
-        """The reply to a user's message."""
-        self.stores["recall"].append({"time": f"{self.day} 10:00", "role": "user", "text": text})
-        self.pack("user_message", message=text)
-        (sent,) = self.run()
-        self.stores["recall"].append({"time": f"{self.day} 10:00", "role": "assistant", "text": sent})
-        return sent
 
-    def run(self) -> list[str]:
-        """Steps until no heartbeat is asked for; what was sent to the user."""
-        self.calls = []
-        while True:
-            block = f'<human characters="{len(self.human)}/{self.limit}">\n{self.human}\n</human>'
-            system = {"role": "system", "content": f"You are an agent.\n{block}"}
-            monologue, calls = ask([system, *self.messages], self.tools)
-            if "send_message" not in self.tools and not calls:
-                return [monologue]
-            functions = [{"name": name, "arguments": json.dumps(arguments)} for name, arguments in calls]
-            named = [{"id": f"c{len(self.messages)}.{n}", "function": each} for n, each in enumerate(functions)]
-            self.messages.append({"role": "assistant", "content": monologue, "tool_calls": named})
-            for call, (name, arguments) in zip(named, calls, strict=True):
-                assert (name, arguments) not in self.calls, "the same call twice"
-                self.calls.append((name, arguments))
-                ok, result = self.results.get(name) or self.run_tool(name, **arguments)
-                content = json.dumps({"status": "OK" if ok else "Failed", "message": result})
-                self.messages.append({"role": "tool", "tool_call_id": call["id"], "content": content})
-            if not any(arguments.get("request_heartbeat") for _, arguments in calls):
-                return [arguments["message"] for name, arguments in calls if name == "send_message"]
-            self.pack("heartbeat", reason=HEARTBEAT_REQUESTED)
+Begin = Callable[..., Awaitable[Talk]]
 
-    def run_tool(self, name: str, /, content: str = "", query: str = "", **arguments: Any) -> tuple[bool, Any]:
-        """Whether a memory tool worked, and its result."""
-        if name == "core_memory_append":
-            self.human = f"{self.human}\n{content}".strip("\n")
-        elif name == "core_memory_replace":
-            assert arguments["old_content"] in self.human
-            self.human = self.human.replace(arguments["old_content"], arguments["new_content"])
-        elif name == "archival_memory_insert":
-            self.stores["archival"].append({"time": f"{self.day} 10:00", "text": content})
-        elif name != "send_message":
-            return True, self.search(self.stores["recall" if name == "conversation_search" else "archival"], query)
-        assert len(self.human) <= self.limit
-        return True, None
 
-    def search(self, rows: list[JSON], query: str) -> str:
-        """The ten rows that share the rarest words with the query."""
-        bags = [set(re.findall(r"\w+", row["text"].lower())) for row in rows]
-        counts, wanted = Counter(word for bag in bags for word in bag), set(re.findall(r"\w+", query.lower()))
-        scores = [sum(math.log(1 + len(rows) / counts[word]) for word in wanted & bag) / (4 + len(bag)) for bag in bags]
-        ranked = sorted(zip(scores, range(len(rows)), strict=True), reverse=True)
-        hits = [rows[place] for score, place in ranked if score]
-        return f"Showing {len(hits[:10])} of {len(hits)} results (page 0 of {len(hits) // 10}): {json.dumps(hits[:10])}"
+@pytest.fixture
+async def begin(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Begin]:
+    """Begins a conversation with an agent whose clock stands at ten."""
+
+    async def start(human: str = "", limit: int = 2_000, **config: Any) -> Talk:
+        blocks = [{"label": "human", "value": human, "limit": limit}]
+        talk = Talk(lab, await lab.create(blocks=blocks, timezone="UTC", **config))
+        monkeypatch.setattr(memws, "now_text", lambda: f"{talk.day}T10:00:00.000Z")
+        return talk
+
+    async with Lab(None, tools=[roll_dice]) as lab:
+        yield start
 
 
 CASES = [
@@ -134,40 +93,39 @@ CASES = [
 
 
 @pytest.mark.parametrize(("statement", "question", "answer"), CASES, ids=[case[1] for case in CASES])
-def test_what_was_told_is_found_again(statement: str, question: str, answer: str) -> None:
+async def test_what_was_told_is_found_again(begin: Begin, statement: str, question: str, answer: str) -> None:
     """What a person states is in the answer, from core memory, and from recall memory once core memory has lost it."""
-    harness = Harness()
+    talk = await begin()
     for text in (statement, "It rains a lot here.", "Thanks!", "Tell me a joke."):
-        harness.say(text)
-    assert answer in harness.human
-    assert answer in harness.say(question)
-    for _ in range(4):  # asked before: questions like this one are in recall memory
-        harness.restart()
-        reply = harness.say(question)
-    assert answer in reply
-    assert f'"{question}' not in reply
+        await talk.say(text)
+    assert answer in talk.human
+    assert answer in await talk.say(question)
+    for _ in range(3):  # asked before: questions like this one are in recall memory
+        await talk.restart()
+        reply = await talk.say(question)
+    assert (answer in reply, f'"{question}' in reply) == (True, False)
     assert f'{"Me lo dijiste el" if "¿" in question else "You told me on"} 2026-11-24: "' in reply
 
 
-def test_facts_are_kept_and_found_as_in_the_readme() -> None:
+async def test_facts_are_kept_and_found_as_in_the_readme(begin: Begin) -> None:
     """Facts of one message go to core memory in one call, a greeting is no fact, and an answer quotes with its day."""
-    harness = Harness()
-    reply = harness.say("Hi, my name is Ada and I like green tea")
+    talk = await begin()
+    reply = await talk.say("Hi, my name is Ada and I like green tea")
     assert reply == "I noted in core memory: my name is Ada; I like green tea."
-    assert harness.human == "my name is Ada\nI like green tea"
-    assert [name for name, _ in harness.calls] == ["core_memory_append", "send_message"]
-    harness.day = "2026-11-25"
-    harness.say("I like green tea")
-    assert harness.human == "my name is Ada\nI like green tea"
-    assert harness.say("What is my name?") == 'You told me on 2026-11-24: "my name is Ada".'
-    assert [name for name, _ in harness.calls] == ["conversation_search", "archival_memory_search", "send_message"]
-    assert all(arguments["request_heartbeat"] for _, arguments in harness.calls[:-1])
-    assert "my name is Ada; I like green tea" in harness.say("What is my shoe size?")
-    assert "noted" not in harness.say("What do I like?"), "its own words are no facts"
-    harness.say("My wife is Eva")
-    assert harness.say("What is my wife's name?") == 'You told me on 2026-11-25: "My wife is Eva".'
-    harness.say("/call nope my shoe size is 40")
-    assert "40" not in harness.say("What is my shoe size?")
+    assert talk.human == "my name is Ada\nI like green tea"
+    assert [name for name, _ in talk.calls] == ["core_memory_append", "send_message"]
+    talk.day = "2026-11-25"
+    await talk.say("I like green tea")
+    assert talk.human == "my name is Ada\nI like green tea"
+    assert await talk.say("What is my name?") == 'You told me on 2026-11-24: "my name is Ada".'
+    assert [name for name, _ in talk.calls] == ["conversation_search", "archival_memory_search", "send_message"]
+    assert all(arguments["request_heartbeat"] for _, arguments in talk.calls[:-1])
+    assert "my name is Ada; I like green tea" in await talk.say("What is my shoe size?")
+    assert "noted" not in await talk.say("What do I like?"), "its own words are no facts"
+    await talk.say("My wife is Eva")
+    assert await talk.say("What is my wife's name?") == 'You told me on 2026-11-25: "My wife is Eva".'
+    await talk.say("/call nope my shoe size is 40")
+    assert "40" not in await talk.say("What is my shoe size?")
 
 
 CHANGES = [
@@ -190,18 +148,20 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("first", "then", "question", "old", "new"), CHANGES, ids=[change[1] for change in CHANGES])
-def test_a_changed_fact_replaces_the_old_one(first: str, then: str, question: str, old: str, new: str) -> None:
+async def test_a_changed_fact_replaces_the_old_one(
+    begin: Begin, first: str, then: str, question: str, old: str, new: str
+) -> None:
     """What a person has one of is replaced in core memory, and the answer is the new one; other facts stay."""
-    harness = Harness("I have a dog called Rex")
-    harness.say(first)
-    harness.day = "2026-11-25"
-    harness.say(then)
-    assert [name for name, _ in harness.calls] == ["core_memory_replace", "send_message"]
-    assert (old in harness.human, new in harness.human, "Rex" in harness.human) == (False, True, True)
+    talk = await begin("I have a dog called Rex")
+    await talk.say(first)
+    talk.day = "2026-11-25"
+    await talk.say(then)
+    assert [name for name, _ in talk.calls] == ["core_memory_replace", "send_message"]
+    assert (old in talk.human, new in talk.human, "Rex" in talk.human) == (False, True, True)
     for _ in range(2):
-        reply = harness.say(question)
+        reply = await talk.say(question)
         assert (old in reply, new in reply) == (False, True)
-        harness.restart()
+        await talk.restart()
 
 
 JOBS = [
@@ -211,13 +171,13 @@ JOBS = [
 
 
 @pytest.mark.parametrize(("first", "then", "question"), JOBS)
-def test_who_says_what_they_are_states_their_job(first: str, then: str, question: str) -> None:
+async def test_who_says_what_they_are_states_their_job(begin: Begin, first: str, then: str, question: str) -> None:
     """A newer job takes the older one's place also where no word of work is said."""
-    harness = Harness("I have a dog called Rex")
-    harness.say(first)
-    harness.say(then)
-    assert (harness.human, first in harness.say(question)) == (f"I have a dog called Rex\n{then}", False)
-    assert then in harness.say(question)
+    talk = await begin("I have a dog called Rex")
+    await talk.say(first)
+    await talk.say(then)
+    assert (talk.human, first in await talk.say(question)) == (f"I have a dog called Rex\n{then}", False)
+    assert then in await talk.say(question)
 
 
 BESIDE = [
@@ -230,12 +190,12 @@ BESIDE = [
 
 
 @pytest.mark.parametrize(("first", "then"), BESIDE)
-def test_other_facts_stand_beside_each_other(first: str, then: str) -> None:
+async def test_other_facts_stand_beside_each_other(begin: Begin, first: str, then: str) -> None:
     """What people may have several of, or what is another thing, takes no other fact's place."""
-    harness = Harness()
+    talk = await begin()
     for text in (first, then):
-        harness.say(text)
-    assert harness.human == f"{first}\n{then}"
+        await talk.say(text)
+    assert talk.human == f"{first}\n{then}"
 
 
 IN_OTHER_WORDS = [
@@ -249,12 +209,12 @@ IN_OTHER_WORDS = [
 
 
 @pytest.mark.parametrize(("statement", "question"), IN_OTHER_WORDS)
-def test_core_memory_may_have_it_in_other_words(statement: str, question: str) -> None:
+async def test_core_memory_may_have_it_in_other_words(begin: Begin, statement: str, question: str) -> None:
     """Where no words agree, a line of core memory that may be about anything is shown, before nothing is found."""
-    harness = Harness()
+    talk = await begin()
     for text in ("My sister lives in Lagos" if "job" in question else "I work as a cook", statement):
-        harness.say(text)
-    reply = harness.say(question)
+        await talk.say(text)
+    reply = await talk.say(question)
     assert (f'"{statement}"' in reply, "found nothing" in reply, "No encontré" in reply) == (True, False, False)
 
 
@@ -274,116 +234,131 @@ LANGUAGES = [
 
 
 @pytest.mark.parametrize(("text", "reply"), LANGUAGES)
-def test_it_answers_in_the_language_it_was_spoken_to(text: str, reply: str) -> None:
+async def test_it_answers_in_the_language_it_was_spoken_to(begin: Begin, text: str, reply: str) -> None:
     """Sentences are Spanish to who speaks that, else English; facts stay in the words in which they were told."""
-    harness = Harness("I live in Rome")
-    assert harness.say(text).startswith(reply)
+    assert (await (await begin("I live in Rome")).say(text)).startswith(reply)
 
 
-def test_facts_of_other_languages_are_found_again() -> None:
+async def test_facts_of_other_languages_are_found_again(begin: Begin) -> None:
     """What was said in another language answers a question in it."""
-    harness = Harness()
+    talk = await begin()
     for statement, question in (("Ich heiße Ada", "Wie heiße ich?"), ("我叫小明，住在上海", "我叫什么？")):
-        harness.say(statement)
-        assert f'"{statement}"' in harness.say(question)
+        await talk.say(statement)
+        assert f'"{statement}"' in await talk.say(question)
 
 
 @pytest.mark.parametrize("question", ["What is my shoe size?", "Where does my brother live?", "¿Cuál es mi talla?"])
-def test_what_was_never_told_is_admitted(question: str) -> None:
+async def test_what_was_never_told_is_admitted(begin: Begin, question: str) -> None:
     """Nothing found is said so, and what core memory holds is shown; the question does not pass for an answer."""
-    harness = Harness()
+    talk = await begin()
     core, nothing = "In core memory", f"I found nothing about {question.strip('¿?')!r}."
     if "¿" in question:
         core, nothing = "En la memoria central", nothing.replace("I found nothing about", "No encontré nada sobre")
-    assert harness.say(question) == nothing
-    harness.say("My name is Ada and I live in Porto")
+    assert await talk.say(question) == nothing
+    await talk.say("My name is Ada and I live in Porto")
     for _ in range(3):
-        assert harness.say(question) == f"{core}: My name is Ada; I live in Porto. {nothing}"
+        assert await talk.say(question) == f"{core}: My name is Ada; I live in Porto. {nothing}"
 
 
-def test_what_does_not_fit_goes_to_archival_memory() -> None:
+async def test_what_does_not_fit_goes_to_archival_memory(begin: Begin) -> None:
     """When the human block has no room, what is said becomes a passage, and is found there."""
-    harness = Harness("x" * 95, limit=100)
-    assert "in archival memory" in harness.say("My sister plays the cello")
-    assert harness.stores["archival"][-1]["text"] == "My sister plays the cello"
-    harness.stores["recall"] = []
-    reply = harness.say("What does my sister play?")
-    assert 'In archival memory since 2026-11-24: "My sister plays the cello".' in reply
+    talk = await begin("x" * 95, limit=100)
+    assert "in archival memory" in await talk.say("My sister plays the cello")
+    assert talk.turn.of("memory_change")[0]["after"] == "My sister plays the cello"
+    async with memws.Transaction(talk.agent.memory) as change:
+        change.insert("My brother plays the oboe")
+    reply = await talk.say("What does my brother play?")
+    assert 'In archival memory since 2026-11-24: "My brother plays the oboe".' in reply
 
 
 NOTHING_TO_DO = ["What are you?", "who are you", "Are you an AI?", "hello", "It rains.", "Forget my name", ""]
 
 
 @pytest.mark.parametrize("text", NOTHING_TO_DO)
-def test_it_says_what_it_is(text: str) -> None:
+async def test_it_says_what_it_is(begin: Begin, text: str) -> None:
     """Asked what it is, and where it has nothing to keep or to look up, it says that it is no language model."""
-    reply = Harness().say(text)
+    reply = await (await begin()).say(text)
     assert ("not a language model" in reply, "--base-url" in reply) == (True, True)
 
 
-def test_a_tool_is_called_by_name() -> None:
+async def test_a_tool_is_called_by_name(begin: Begin) -> None:
     """A tool is called by /call NAME with JSON, and its result told; what fails is told why, and not called again."""
-    harness = Harness(tools=[*TOOLS, "roll_dice"])
-    harness.results = {"roll_dice": (True, "4")}
-    assert harness.say('/call roll_dice {"sides": 6}') == "roll_dice returned: 4"
-    assert harness.calls[0] == ("roll_dice", {"sides": 6, "request_heartbeat": True})
-    harness.results = dict.fromkeys(("roll_dice", "nope", "core_memory_append"), (False, "no such luck"))
-    for name in ("roll_dice", "nope"):
-        assert harness.say(f"/call {name}") == f"{name} failed: no such luck"
-    assert harness.say("I play the oboe") == "core_memory_append failed: no such luck"
+    talk = await begin()
+    assert await talk.say('/call roll_dice {"sides": 6}') == "roll_dice returned: 4"
+    assert talk.calls[0] == ("roll_dice", {"sides": 6, "request_heartbeat": True})
+    for text, told in (
+        ('roll_dice {"sides": 1}', "roll_dice failed: ValueError: no such dice"),
+        ("nope", "nope failed: "),
+    ):
+        assert (await talk.say(f"/call {text}")).startswith(told)
+        assert len(talk.calls) == 2
 
 
 @pytest.mark.parametrize("missing", TOOLS)
-def test_a_tool_that_is_not_offered_is_not_called(missing: str) -> None:
+async def test_a_tool_that_is_not_offered_is_not_called(begin: Begin, missing: str) -> None:
     """Each memory tool may be missing; a reply comes all the same, as plain text without send_message."""
-    harness = Harness(tools=[tool for tool in TOOLS if tool != missing])
+    talk = await begin(tools=[tool for tool in TOOLS if tool != missing])
     for text in ("My name is Ada.", "No, my name is Bea.", "What is my name?", "Forget my name"):
-        assert harness.say(text)
-        assert missing not in [name for name, _ in harness.calls]
+        assert await talk.say(text)
+        assert missing not in [name for name, _ in talk.calls]
 
 
-def test_what_may_stand_before_a_reply() -> None:
+async def answer(messages: list[tuple[str, str]], tools: list[str] = TOOLS) -> tuple[str, list[str]]:
+    """The text of the answer to a request, and what it sends to the user."""
+    model, reply = memws.Models("offline").get(None)[0], memws.Reply()
+    body = [memws.encode_json({"role": role, "content": content}) for role, content in messages]
+    specs = memws.encode_json([{"type": "function", "function": {"name": name}} for name in tools]) if tools else ""
+    async for chunk in model.stream(request_of(model.head({}), body, specs)):
+        reply.feed(chunk)
+    memws.read_reply(reply, tools)
+    return reply.text, [call.arguments["message"] for call in reply.calls]
+
+
+def packed(kind: str, **fields: str) -> tuple[str, str]:
+    """An event as the agent packs it."""
+    return "user", memws.encode_json({"type": kind, **fields, "time": "2026-11-24 10:02"})
+
+
+SYSTEM = ("system", 'You are an agent.\n<human characters="15/2000">\nI live in Porto\n</human>')
+ASKED = packed("user_message", message="Where do I live?")
+WAITS = packed("system_alert", message=f"Summary:\n- I like tea\n{memws.WAITING_NOTE}Where do I live?")
+TIMED, WOKEN = (packed("heartbeat", reason=reason) for reason in (HEARTBEAT_TIMER, HEARTBEAT_WAKE))
+HISTORIES: dict[str, tuple[list[tuple[str, str]], bool]] = {  # what stands before a reply, and whether one follows
+    "a timed heartbeat": ([TIMED], False),
+    "a wake": ([WOKEN], False),
+    "a login": ([packed("login", last_login="2026-11-20")], False),
+    "a timed heartbeat after a message": ([ASKED, TIMED], False),
+    "a wake after a message": ([ASKED, WOKEN], False),
+    "a thought": ([ASKED, ("assistant", "I think."), packed("heartbeat", reason=HEARTBEAT_NO_REPLY)], True),
+    "a login with a message": ([("user", f'{{"type": "login", "last_login": "x"}}\n{ASKED[1]}')], True),
+    "a summary of a message that waits": ([WAITS], True),
+}
+
+
+@pytest.mark.parametrize(("history", "replies"), HISTORIES.values(), ids=HISTORIES)
+async def test_what_may_stand_before_a_reply(history: list[tuple[str, str]], replies: bool) -> None:
     """Timed heartbeats and logins get a monologue and no call; heartbeats in a turn and summaries lead to the reply."""
-    harness = Harness()
-    harness.say("I like tea")
-    for reason in (HEARTBEAT_TIMER, HEARTBEAT_WAKE):
-        for kind, fields in (("heartbeat", {"reason": reason}), ("login", {"last_login": "2026-11-20"})):
-            harness.pack(kind, **fields)
-            assert (harness.run(), harness.calls) == ([], [])
-        harness.pack("user_message", message="I like jazz")
-        harness.pack("heartbeat", reason=reason)
-        assert harness.run() == []
-    harness = Harness("I live in Porto")
-    harness.pack("user_message", message="Where do I live?")
-    harness.messages.append({"role": "assistant", "content": "I think."})
-    harness.pack("heartbeat", reason=HEARTBEAT_NO_REPLY)
-    assert harness.run() == ['In core memory: "I live in Porto".']
-    events = '{"type": "login", "last_login": "x"}\n{"type": "user_message", "message": "I sing"}'
-    harness.messages = [{"role": "user", "content": events}]
-    assert harness.run() == ["I noted in core memory: I sing."]
-    harness.messages = []
-    harness.pack("system_alert", message=f"Summary:\n- I like tea\n{memws.WAITING_NOTE}Where do I live?")
-    assert harness.run() == ['In core memory: "I live in Porto".']
+    text, sent = await answer([SYSTEM, *history], ["send_message"])
+    assert (sent, text != "") == (['In core memory: "I live in Porto".'] * replies, True)
 
 
-def test_a_summary_keeps_the_facts() -> None:
+async def test_a_summary_keeps_the_facts() -> None:
     """A summary keeps within its limit what the user stated, the newest, and carries an earlier summary on."""
 
-    def summarize(transcript: str) -> str:
-        messages = [{"role": "system", "content": memws.SUMMARY_SYSTEM + "."}, {"role": "user", "content": transcript}]
-        text, calls = ask(messages, [])
-        assert (calls, len(text) <= memws.SUMMARY_LIMIT) == ([], True)
+    async def summarize(transcript: str) -> str:
+        text, sent = await answer([("system", memws.SUMMARY_SYSTEM + "."), ("user", transcript)], [])
+        assert (sent, len(text) <= memws.SUMMARY_LIMIT) == ([], True)
         return text
 
-    once = summarize(
+    once = await summarize(
         "user (2026-11-24 10:00): My name is Ada and I live in Porto.\nassistant (2026-11-24 10:00): I like you.\n"
         "user (2026-11-24 10:01): What is up?\ntool: I am a tool"
     )
     assert once.split("\n") == ["The user stated:", "- My name is Ada", "- I live in Porto"]
-    again = summarize(f"Summary of what came before: {once}\nuser: I have a cat.")
+    again = await summarize(f"Summary of what came before: {once}\nuser: I have a cat.")
     assert again.split("\n") == [*once.split("\n"), "- I have a cat"]
-    assert "I own 499 herons" in summarize("\n".join(f"user: I own {number} herons." for number in range(500)))
-    assert summarize("") == "The user stated:"
+    assert "I own 499 herons" in await summarize("\n".join(f"user: I own {number} herons." for number in range(500)))
+    assert await summarize("") == "The user stated:"
 
 
 HOSTILE = ["\x00", "????" * 16_384, "I " * 32_768, "my " * 21_000, "(" * 65_536, "I like " * 9_000, "and i " * 10_000]
@@ -392,6 +367,6 @@ HOSTILE += ["/call x " + "{" * 60_000, "what is my name and " * 3_000, "你好" 
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
-def test_hostile_texts_get_a_reply(text: str) -> None:
+async def test_hostile_texts_get_a_reply(begin: Begin, text: str) -> None:
     """Any text, up to 65,536 characters, gets its one reply."""
-    assert Harness().say(text)
+    assert await (await begin(context_window=200_000)).say(text)
