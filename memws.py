@@ -456,8 +456,7 @@ class ToolError(MemwsError):
 
 
 class RemoteError(MemwsError):
-    def __init__(self, code: str, message: str, **details: Any) -> None:
-        super().__init__(message, code, **details)
+    """The server answered a client with an error."""
 
 
 class ConnectFailed(MemwsError):
@@ -475,6 +474,14 @@ class ConnectionLost(MemwsError):
 
     def __init__(self, url: str) -> None:
         super().__init__(f"no connection to {url}; connect again, and send a message again with its turn_id")
+
+
+def needed(package: str, advice: str) -> Any:
+    """A package that not everybody has. Raises UsageError with the advice where it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(f"{advice} ({error})") from error
 
 
 # ======================================================================================================================
@@ -1313,13 +1320,7 @@ def fuse(by_words: list[tuple[int, float]], near: Sequence[int]) -> list[tuple[i
 # ---- vectors ---------------------------------------------------------------------------------------------------------
 
 
-def import_numpy() -> Any:
-    """The numpy package. Raises UsageError where it is missing."""
-    try:
-        import numpy
-    except ImportError as error:
-        raise UsageError("embeddings need the numpy package: pip install numpy") from error
-    return numpy
+NUMPY = "numpy", "embeddings need the numpy package: pip install numpy"
 
 
 def pack_vector(values: Sequence[float]) -> bytes:
@@ -1561,11 +1562,7 @@ class Postgres:
     advice = "check the address, and whether PostgreSQL runs there; or name another database with --db"
 
     def __init__(self, address: str, patience: float = LEASE_TIMEOUT) -> None:
-        try:
-            self.driver: Any = importlib.import_module("psycopg")
-        except ImportError as error:
-            text = f'PostgreSQL needs psycopg ({error}): pip install "psycopg[binary]"'
-            raise UsageError(text) from None
+        self.driver = needed("psycopg", 'PostgreSQL needs psycopg: pip install "psycopg[binary]"')
         self.path = public_url(address)
         self._patience, self._is_over = patience, False
         self._connections: list[SqlConnection] = []
@@ -1957,7 +1954,7 @@ def _count(db: SqlConnection, agent: int, stores: tuple[str, ...], spans: list[S
 
 def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
     """The CANDIDATES docs whose vectors are most like the query's, a turn's with those of the turns beside it."""
-    numpy = import_numpy()
+    numpy = needed(*NUMPY)
     query = numpy.frombuffer(vector, numpy.float16).astype(numpy.float32)
     sql = "SELECT doc, vector FROM memory WHERE doc BETWEEN ? AND ? AND length(vector) = ? ORDER BY doc"
     docs: list[int] = []
@@ -2088,42 +2085,28 @@ def read_messages(
 
 
 def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
-    """The chat messages from id `first` on that can be read, and counts: last_message, passages, last_passage,
-    unreadable (messages)."""
-    messages = read_messages(db, agent, first=first)
-    readable = [message for message in messages if read_body(message) is not None]
+    """The chat messages from id `first` on, and counts: last_message, passages, last_passage."""
     sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
         FROM memory WHERE agent = ? AND store = 'archival'"""
     last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
     counts = {"last_message": last, "passages": passages, "last_passage": last_passage}
-    return readable, counts | {"unreadable": len(messages) - len(readable)}
-
-
-def _whole(event: StoredEvent) -> StoredEvent:
-    """The event, or what stands for one whose text is damaged: a terminal event ends its turn still."""
-    with contextlib.suppress(ValueError):
-        if isinstance(decode_json(event.text), dict):
-            return event
-    text = "this event is damaged on disk"
-    instead = response("correction", text, event.turn_id, what="damaged")
-    if event.kind in TERMINAL_TYPES:
-        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "message": text, "stop_reason": "error"}
-        instead |= {"code": "store_failed"}
-    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
+    return read_messages(db, agent, first=first), counts
 
 
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
     """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
 
-    At most `limit`, and none more after EVENT_PAGE characters.
+    At most `limit`, and none more after EVENT_PAGE characters. Raises ValueError where one is damaged.
     """
     turn, values = ("", ()) if turn_id is None else ("AND turn_id = ?", (turn_id,))
     sql = f"SELECT seq, kind, turn_id, text FROM events WHERE agent = ? AND seq > ? {turn} ORDER BY seq LIMIT ?"
     rows, size = db.execute(sql, (agent, after, *values, limit)), 0
     page: list[StoredEvent] = []
     while size < EVENT_PAGE and (row := rows.fetchone()):
-        page.append(_whole(StoredEvent(*row)))
-        size += len(page[-1].text)
+        event = StoredEvent(*row)
+        decode_json(event.text)  # nobody is sent what is no JSON
+        page.append(event)
+        size += len(event.text)
     return page
 
 
@@ -3629,13 +3612,9 @@ _DONE: JSON = {"done": True}  # the last chunk: [DONE]
 
 def import_openai() -> Any:
     """The openai package, which takes half a second to import. Raises UsageError where it is missing or too old."""
-    try:
-        import openai
-
-        if tuple(map(int, openai.__version__.split(".")[:2])) < (2, 16):
-            raise ImportError("it cannot post bytes")
-    except ImportError as error:
-        raise UsageError(MISSING_OPENAI) from error
+    openai = needed("openai", MISSING_OPENAI)
+    if tuple(map(int, openai.__version__.split(".")[:2])) < (2, 16):
+        raise UsageError(MISSING_OPENAI)
     return openai
 
 
@@ -3850,7 +3829,7 @@ class Embedder:
     """
 
     def __init__(self, name: str, endpoint: Endpoint, tape: Tape | None = None) -> None:
-        import_numpy()
+        needed(*NUMPY)
         self.name, self._endpoint, self._tape = name, endpoint, tape
         self.ready = False  # whether all vectors in the database are of this model
         self.catch_up: Callable[[], Coroutine[Any, Any, None]]  # gives vectors to what has none yet
@@ -4211,12 +4190,9 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any, JSON], Any]]
     """Schema and reader by pydantic of a hint that schema_of does not know; None for the agent. Raises UsageError."""
     if any(getattr(each, "calls_tools", False) for each in (hint, *typing.get_args(hint))):
         return None
+    pydantic = needed("pydantic", f"{place}: {hint} needs pydantic: pip install pydantic")
     try:
-        from pydantic import TypeAdapter, ValidationError
-    except ImportError:
-        raise UsageError(f"{place}: {hint} needs pydantic: pip install pydantic") from None
-    try:
-        adapter = TypeAdapter[Any](hint)
+        adapter = pydantic.TypeAdapter(hint)
         schema = adapter.json_schema()
         for value in schema.get("enum", ()):
             adapter.validate_json(encode_json(value))  # those of some enumerations can only be read in Python
@@ -4229,7 +4205,7 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any, JSON], Any]]
     def read(value: Any, part: JSON) -> Any:
         try:
             return adapter.validate_json(encode_json(value))
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             problem = error.errors()[0]
         for step in problem["loc"]:
             part = part.get("properties", {}).get(step) or part.get("items") or part
@@ -4428,15 +4404,14 @@ class Memory:
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def load(self) -> int:
-        """Read all of it; the number of messages that cannot be read and are left out. Raises StoreFailed."""
+    async def load(self) -> None:
+        """Read all of it. Raises StoreFailed."""
         state = self.record.state
         self.messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
         state["last_passage"] = max(counts["last_passage"], state["last_passage"])
         self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
-        return counts["unreadable"]
 
     def clock(self, moment: str = "", style: str = "%Y-%m-%d %I:%M:%S %p %Z%z") -> str:
         """A stored time, or now, as a model reads it; by default in the style of MemGPT 0.2.7 (utils.py)."""
@@ -5031,29 +5006,29 @@ class Agent:
         """Load the agent and repair what a crash left; itself. Raises StoreFailed."""
         try:
             check_record(self.record)
-            unreadable = await self.memory.load()
+            await self.memory.load()
             self.configure()
             if told := self.model.learned.window:
                 self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
-            await self._repair(unreadable)
+            await self._repair()
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
             raise StoreFailed(text) from error
         return self
 
-    async def _repair(self, unreadable: int) -> None:
+    async def _repair(self) -> None:
         """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
         memory, turn_id = self.memory, self.record.state["turn"]
         faults, open_calls = history_faults(memory.messages)
         broken = max((index for index, _ in faults), default=0)
-        if not (unreadable or broken or open_calls or turn_id):
+        if not (broken or open_calls or turn_id):
             return
         turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
         async with self._change(turn) as change:
             for call_id, name in open_calls.items():
                 self.repairs.append(f"the call of {name} was interrupted and got a result")
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            if broken or unreadable:
+            if broken:
                 text = "chat messages that are damaged or lack a tool's result left the context window"
                 self.repairs.append(text)
                 kept = memory.messages[broken:] + change.changes.messages
@@ -5809,7 +5784,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         lines: list[str] = []
         async for event in self:
             if event["type"] == "agent_response_error":
-                raise RemoteError(event["code"], event["message"])
+                raise RemoteError(event["message"], event["code"])
             if event.get("message_type") == "assistant_message":
                 lines.append(event["message"])
         return "\n".join(lines)
@@ -8372,7 +8347,7 @@ class SharedAgent(LiveAgent):
         with contextlib.suppress(ConnectionLost):  # it is sent again
             async for event in turn:
                 if event["type"] == "agent_response_error" and "seq" not in event and item in self.waiting:
-                    self.refuse(item, RemoteError(event["code"], event["message"]))
+                    self.refuse(item, RemoteError(event["message"], event["code"]))
 
     async def forward(self, client: Client, request: JSON) -> JSON:
         """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
