@@ -5820,17 +5820,14 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         kind, seq = kind_of(event), event.get("seq")
         if self.turn_id and kind == "agent_response_start":
             self.agent_name, self._has_begun = event["agent_name"], True
-        if self.turn_id and event.get("steered") == self.turn_id:  # it has no turn of its own
-            self._add(event)
-            self._end()
-            return
-        # A refusal and a place in the queue come before the start, and are not stored.
-        is_early = self.turn_id and (kind == "queue" or (kind in TERMINAL_TYPES and seq is None))
+        is_last = self.turn_id and (kind in TERMINAL_TYPES or event.get("steered") == self.turn_id)
+        # A place in the queue, a refusal, and the receipt of what entered the turn of another come without a start.
+        is_early = (self.turn_id and kind == "queue") or (is_last and (seq is None or kind == "user_message"))
         is_new = self._has_begun and (seq is None or seq > (self._cursor or 0))
         if is_early or is_new:
             self._cursor = seq or self._cursor
             self._add(event)
-            if self.turn_id and kind in TERMINAL_TYPES:
+            if is_last:
                 self._end()
 
     def _end(self, error: MemwsError | None = None) -> None:
@@ -5847,8 +5844,7 @@ class Client:
     token goes as `Authorization: Bearer`. reconnect: True tries for ever after a loss, False never, a number for as
     many seconds; then all that waits ends with an error. On a new connection it says hello, loads its agent, subscribes
     from its cursors and sends messages whose turns are not over again.
-    on_state is called with "lost", "restored" and "failed"; on_frame with "sent" or "received" and each frame.
-    Not thread-safe: all calls belong on the loop of `connect`.
+    on_state is called with "lost", "restored" and "failed". Not thread-safe: all calls belong on the loop of `connect`.
     """
 
     def __init__(
@@ -5858,14 +5854,13 @@ class Client:
         *,
         reconnect: bool | float = True,
         on_state: Callable[[str], None] = lambda state: None,
-        on_frame: Callable[[str, str], None] = lambda direction, text: None,
     ) -> None:
         if token is not None and not re.fullmatch("[!-~]+", token):
             raise UsageError("token: expected printable ASCII characters without spaces")
         self.url = public_url(url)
         self.agent_name: str | None = None  # the connection's current agent: the one created or loaded last
         self._address, self._token = url, token
-        self._reconnect, self._on_state, self._on_frame = reconnect, on_state, on_frame
+        self._reconnect, self._on_state = reconnect, on_state
         self._message_types: list[str] | None = None
         self._task: asyncio.Task[None] | None = None
         self._websocket: Connection | None = None  # None: no connection
@@ -6061,13 +6056,11 @@ class Client:
             answer(ConnectionLost(self.url))
         else:
             broadcast([self._websocket], text)  # unlike send, at once: requests are few and small
-            self._on_frame("sent", text)
             self._pending[request["id"]] = (request, answer)
 
     def _route(self, text: str | bytes) -> None:
         """Hand one frame to whoever waits for it."""
         try:
-            self._on_frame("received", str(text))
             frame = decode_json(text)
             if frame["type"] in ("command_response", "server_error"):
                 self._settle(frame)
@@ -7776,22 +7769,17 @@ class Options:
     allow_host: Sequence[str] = option((), "further host name under which clients reach the server (repeatable)")
     max_connections: Annotated[int, 1, 1_000_000] = option(4_096, "connections at once", int)
     sync: Literal["full", "normal"] = option("full", "of SQLite; full: survives a power cut; normal: a killed process")
-    advertise: Annotated[str, 1, 2_000] | None = option(
-        None, "URL under which other servers of the database reach this"
-    )
-    idle_timeout: Annotated[float, 0.001, 86_400] = option(
-        IDLE_TIMEOUT, "seconds of silence in a model's answer", float
-    )
+    advertise: Annotated[str, 1, 2_000] | None = option(None, "URL by which other servers of the database reach this")
+    idle_timeout: Annotated[float, 0.001, 86_400] = option(IDLE_TIMEOUT, "seconds a model's answer may pause", float)
 
     def __post_init__(self) -> None:
-        for name in ("db", "record", "replay"):
-            if (value := getattr(self, name)) is not None:
-                object.__setattr__(self, name, os.fspath(value))
-        for name in ("allow_origin", "allow_host"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, value.split(",") if isinstance(value, str) else value)
         for name, hint in typing.get_type_hints(Options, include_extras=True).items():
             value = getattr(self, name)
+            if isinstance(value, str) and hint == Sequence[str]:
+                value = value.split(",")
+            elif isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            object.__setattr__(self, name, value)
             try:
                 check(value, schema_of(hint))
             except ValueError as error:
@@ -8088,13 +8076,11 @@ class LiveAgent:
         item.done.set_exception(error)
         item.done.exception()  # nobody may wait for it
 
-    def check_idle(self, force: bool) -> None:
-        """Raises Refused (busy) where a turn runs that is not to be ended by `force`."""
+    async def stop_turns(self, reason: str, force: bool = True) -> None:
+        """Stop what runs, refuse what waits, and wait until the agent is idle. Raises Refused (busy) where something
+        runs and it is not to be ended by `force`."""
         if self.current and not force:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or send force true")
-
-    async def stop_turns(self, reason: str) -> None:
-        """Stop what runs, refuse what waits, and wait until the agent is idle."""
         for item in self.queued:
             self.refuse(item, self.gone_error())
         if self.current is not None:
@@ -8113,15 +8099,6 @@ class LiveAgent:
             raise Refused("cancelled", f"the {what} was {item.stop_reason}") from None
         finally:
             self._finish(item)
-
-    async def compact(self) -> JSON:
-        """Turn the oldest messages of the context window into a summary now. Raises Refused."""
-        with self.occupied("compaction") as item:
-            try:
-                await self._mend()
-                return await self.agent.compact(item)
-            except ModelError as error:
-                raise Refused("not_found", f"there is nothing to compact: {error}") from error
 
     def rest(self) -> None:
         """The agent is idle, or gone: set the timer of the next heartbeat, if there is to be one."""
@@ -8383,7 +8360,7 @@ class Agents:
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.memory_growth = asyncio.Event()  # something may have no vector yet
-        self._lock = asyncio.Lock()  # held while a name changes hands
+        self.lock = asyncio.Lock()  # held while a name changes hands
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -8408,10 +8385,11 @@ class Agents:
         name = unicodedata.normalize("NFC", name)
         if name in self.live:
             return self.live[name]
-        async with self._lock:
-            return self.live.get(name) or await self._use(await self.store.read(find_agent, name))
+        async with self.lock:
+            return self.live.get(name) or await self.use(await self.store.read(find_agent, name))
 
-    async def _use(self, record: AgentRecord) -> LiveAgent:
+    async def use(self, record: AgentRecord) -> LiveAgent:
+        """The agent, opened; to be called under the lock."""
         if self.leases:
             known = next((live for live in self.live.values() if live.id == record.id), None)
             if isinstance(known, SharedAgent):
@@ -8435,40 +8413,21 @@ class Agents:
         name = f"agent_{secrets.token_hex(4)}" if values.get("name") is None else check_name(values["name"])
         model, _ = self.models.get(config["model"], base_url, api_key)
         check_window(config, self.models.context_window or model.window, self.tools, blocks)
-        async with self._lock:
+        async with self.lock:
             record = AgentRecord(name, config, [asdict(block) for block in blocks], base_url)
             record = await self.store.write(create_agent, record)
             self.api_keys[record.id] = api_key
-            live = await self._use(record)
+            live = await self.use(record)
         return live, [*warnings, *(() if await live.runner() else live.agent.warnings)]
-
-    async def rename(self, live: LiveAgent, new_name: str, force: bool) -> str:
-        """Give an agent another name, which its sessions and readers follow. Raises Refused (name_taken), and busy
-        unless `force` ends its turns first."""
-        name = check_name(new_name)
-        live.check_idle(force)
-        await live.stop_turns("cancelled")
-        async with self._lock, live.agent.memory.lock:
-            if live.gone:
-                raise live.gone_error()
-            event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
-            events, last_seq = await self.store.write(rename_agent, live.id, name, event, live.lease)
-            live.publish(*events)
-            live.take_name(name)
-            live.agent.record.name = name
-            # Under a name that was in use before, they go on above that.
-            live.last_seq = live.agent.record.last_seq = last_seq
-        return name
 
     async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
         """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
         if live.gone:
             raise live.gone_error()
-        live.check_idle(force)
         live.gone = True
         try:
-            await live.stop_turns("cancelled")
-            async with self._lock, live.agent.memory.lock:
+            await live.stop_turns("cancelled", force)
+            async with self.lock, live.agent.memory.lock:
                 event = response("agent_change", "the agent was deleted", change="deleted")
                 live.publish(*await self.store.write(delete_agent, live.id, event, purge, live.lease))
                 del self.live[live.name]
@@ -8477,27 +8436,21 @@ class Agents:
             live.gone = False
             raise
 
-    async def restore(self, name: str, new_name: str | None) -> LiveAgent:
-        """Bring back a deleted agent. Raises UnknownAgent, Refused (name_taken)."""
-        async with self._lock:
-            record = await self.store.write(restore_agent, name, None if new_name is None else check_name(new_name))
-            return await self._use(record)
-
     async def fork(self, live: LiveAgent, new_name: str | None, turn_id: str | None) -> LiveAgent:
         """Another agent as this one is, or was at the end of a turn. Raises Refused."""
         name, agent = check_name(new_name or name_like(live.name)), await live.fresh()
         record = await self.store.read(find_turn_end, live.id, turn_id) if turn_id else agent.as_stored()
         record = replace(record, name=name, created=now_text())
-        async with self._copied(live, record, Turn("", None)) as copy, self._lock:
+        async with self._copied(live, record, Turn("", None)) as copy, self.lock:
             await self.store.write(name_agent, copy, name)
-            return await self._use(await self.store.read(find_agent, name))
+            return await self.use(await self.store.read(find_agent, name))
 
     async def rewind(self, live: LiveAgent, turn_id: str, keep_as: str | None) -> str:
         """Make of an agent what it was at the end of a turn; the name as which it goes on as it is. Raises Refused."""
         kept_as = check_name(keep_as or name_like(live.name))
         with live.occupied("rewind") as item:
             record = replace(await self.store.read(find_turn_end, live.id, turn_id), name=kept_as)
-            async with self._copied(live, record, item) as copy, self._lock:
+            async with self._copied(live, record, item) as copy, self.lock:
                 async with live.agent.memory.lock:
                     names = live.name, kept_as, live.lease
                     events = await self.store.write(finish_rewind, live.id, copy, *names)
@@ -8590,30 +8543,27 @@ class Reader:
 
     def __init__(self, session: Session, live: LiveAgent) -> None:
         self.session, self.live = session, live
-        # All up to seq `cursor` was sent or passed by; `place` is the next event's number, or -1 where the store comes
-        # first. A turn that is followed late is replayed up to the cursor of then.
+        # All up to seq `cursor` was sent or passed by; `place`: number of the next event, -1: the store comes first.
         self.cursor, self.place = live.last_seq, live.count
         self.floor: int | None = None  # a subscription gets all stored events above it; None: there is none
         self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
-        self._replays: dict[str, int] = {}  # of them those that are sent from their start, and up to which seq
-        self._refused: set[str] = set()  # turns that ended with a refusal, whatever is stored of them later
+        self._replays: set[str] = set()  # of them those that are to be sent from their start up to the cursor
         session.readers[live] = self
         self.task = live.agents.spawn(self._run())
 
     def subscribe(self, floor: int | None) -> None:
         """Get all events above that seq; None: end the subscription."""
         self.floor = floor
-        if floor is not None and floor < self.cursor:
+        if floor is not None and (floor < self.cursor or not self.turns):
             self.cursor, self.place = floor, -1
         self.live.wake()
 
     def follow(self, turn_id: str, request_id: RequestId, item: Turn | None, *, replay: bool = False) -> None:
         """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor. `item`:
         where it waits or runs; it may be refused, which overtakes what else is to be sent."""
-        self._refused.discard(turn_id)
         if turn_id not in self.turns:
             if replay:
-                self._replays[turn_id] = self.cursor
+                self._replays.add(turn_id)
             if item is not None:
                 item.done.add_done_callback(functools.partial(self._end, turn_id))
         self.turns[turn_id] = request_id
@@ -8628,7 +8578,6 @@ class Reader:
         """End a turn of one's own that will have no other terminal frame."""
         request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
         text = self.session.failure(request | {"id": self.turns.pop(turn_id)}, error)
-        self._refused.add(turn_id)
         if text:
             self.live.agents.spawn(self.session._reply(text))
         self.live.wake()
@@ -8652,9 +8601,10 @@ class Reader:
         live = self.live
         while self.floor is not None or self.turns:
             if self._replays:
-                turn_id, until = self._replays.popitem()
-                async for event in live.events(0, min(until, self.cursor), turn_id):
-                    await self._send(event)
+                turn_id = self._replays.pop()
+                async for event in live.events(0, self.cursor, turn_id):
+                    if turn_id in self.turns:  # it may have been refused meanwhile
+                        await self._send(event)
             elif self.place == live.count:
                 if live.closed:
                     return
@@ -8666,14 +8616,12 @@ class Reader:
                 await self._deliver(news)
 
     async def _catch_up(self) -> None:
-        last_seq, place = self.live.last_seq, self.live.count
-        self.place = place
-        async for event in self.live.events(self.cursor, last_seq):
-            if self._replays or self.place != place:  # a subscription went back meanwhile
+        self.place = place = self.live.count
+        async for event in self.live.events(self.cursor, self.live.last_seq):
+            if self._replays or self.place != place:  # a subscription began elsewhere meanwhile
                 self.place = -1
                 return
             await self._deliver(event)
-        self.cursor = max(self.cursor, last_seq)
 
     async def _deliver(self, event: StoredEvent) -> None:
         """Send an event, if it is new and wanted here."""
@@ -8703,8 +8651,6 @@ class Reader:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
         request_id: RequestId = None
         if event.kind in TERMINAL_TYPES:
-            if event.turn_id in self._refused and self.floor is None:
-                return
             request_id = self.turns.pop(event.turn_id, None)
         elif event.kind == "agent_response_start":
             request_id = self.turns.get(event.turn_id)
@@ -9012,7 +8958,19 @@ class Session:
     async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
         """Give an agent another name; its readers follow. force: cancel what runs or waits first. Result:
         {agent_name}."""
-        return {"agent_name": await self._agents.rename(live, new_name, force)}
+        name, agents = check_name(new_name), self._agents
+        await live.stop_turns("cancelled", force)
+        async with agents.lock, live.agent.memory.lock:
+            if live.gone:
+                raise live.gone_error()
+            event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
+            events, last_seq = await agents.store.write(rename_agent, live.id, name, event, live.lease)
+            live.publish(*events)
+            live.take_name(name)
+            live.agent.record.name = name
+            # Under a name that was in use before, they go on above that.
+            live.last_seq = live.agent.record.last_seq = last_seq
+        return {"agent_name": name}
 
     async def delete_agent(self, agent_name: AgentName = None, force: bool = False, purge: bool = False) -> JSON:
         """Put an agent aside until it is purged; its name is free at once.
@@ -9035,7 +8993,9 @@ class Session:
 
     async def restore_agent(self, agent_name: Annotated[str, 0, 1_000], new_name: AgentName = None) -> JSON:
         """Bring back the agent that was deleted last under a name. Result: {agent_name, last_seq}."""
-        live = await self._agents.restore(agent_name, new_name)
+        name, agents = None if new_name is None else check_name(new_name), self._agents
+        async with agents.lock:
+            live = await agents.use(await agents.store.write(restore_agent, agent_name, name))
         return {"agent_name": live.name, "last_seq": live.last_seq}
 
     async def fork_agent(self, live: LiveAgent, new_name: AgentName = None, turn_id: TurnId | None = None) -> JSON:
@@ -9141,7 +9101,12 @@ class Session:
 
     async def compact(self, live: LiveAgent) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Result: {tokens_before, tokens_after}."""
-        return await live.compact()
+        agent = await live.fresh()
+        with live.occupied("compaction") as item:
+            try:
+                return await agent.compact(item)
+            except ModelError as error:
+                raise Refused("not_found", f"there is nothing to compact: {error}") from error
 
     async def approve(
         self,
