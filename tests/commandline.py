@@ -17,20 +17,26 @@ Variables = Mapping[str, str] | None
 
 
 def environment(variables: Variables = None) -> dict[str, str]:
-    """This process's environment without settings of memws, OpenAI and proxies, and with `variables`."""
-    rest = {name: value for name, value in os.environ.items() if not name.startswith(("MEMWS_", "OPENAI_"))}
-    rest = {name: value for name, value in rest.items() if not name.lower().endswith("_proxy") and name != "NO_COLOR"}
-    return {**rest, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120", **(variables or {})}
+    """This process's environment without settings of memws, OpenAI and proxies, and with `variables`.
+
+    memws can be imported, and Python keeps what it has compiled, as it usually does.
+    """
+    foreign = re.compile(r"(MEMWS|OPENAI)_.*|(?i:.*_proxy)|NO_COLOR|PYTHONDONTWRITEBYTECODE")
+    rest = {name: value for name, value in os.environ.items() if not foreign.fullmatch(name)}
+    more = dict(variables or {})
+    paths = filter(None, (more.pop("PYTHONPATH", ""), str(PROGRAM.parent)))
+    return {**rest, "PYTHONIOENCODING": "utf-8", "COLUMNS": "120", "PYTHONPATH": os.pathsep.join(paths), **more}
 
 
 def command(*flags: str, program: Path = PROGRAM) -> list[str]:
-    return [sys.executable, str(program), *flags]
+    """memws itself as a module: Python compiles a script anew at each start, which takes as long as all the rest."""
+    return [sys.executable, *(["-m", "memws"] if program == PROGRAM else [str(program)]), *flags]
 
 
 def run(
     *flags: str, cwd: Path, variables: Variables = None, text: str = "", program: Path = PROGRAM, timeout: float = 30
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python memws.py FLAGS…` with `text` as its standard input, to its end."""
+    """Run `python -m memws FLAGS…` with `text` as its standard input, to its end."""
     options: dict[str, Any] = {"cwd": cwd, "env": environment(variables), "encoding": "utf-8", "timeout": timeout}
     return subprocess.run(command(*flags, program=program), input=text, capture_output=True, check=False, **options)
 

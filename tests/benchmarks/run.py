@@ -38,16 +38,11 @@ from wire import JSON, TERMINALS, Wire, events_of, wire  # noqa: E402
 WINDOW = 200_000  # tokens of the context window of the agents here: none of them compacts by itself
 
 
-def clean_environment(**variables: str) -> dict[str, str]:
-    """An environment without settings of memws, in which imported modules keep their bytecode, as they usually do."""
-    return {name: value for name, value in environment(variables).items() if name != "PYTHONDONTWRITEBYTECODE"}
-
-
 class Peer(Process):
     """A process of peers.py, while a `with` block lasts."""
 
     def __init__(self, *command: str, folder: Path) -> None:
-        super().__init__(sys.executable, str(HERE / "peers.py"), *command, cwd=folder, variables=clean_environment())
+        super().__init__(sys.executable, str(HERE / "peers.py"), *command, cwd=folder, variables=environment())
 
     def ask(self, **request: Any) -> Any:
         assert self.process.stdin is not None
@@ -404,7 +399,7 @@ def start(bench: Bench) -> Iterator[str]:
     """From the call to the first accepted connection, beside importing websockets; imports."""
     samples: dict[str, list[float]] = {"script": [], "websockets": [], "memws": []}
     held: list[float] = []
-    variables = clean_environment(PYTHONPYCACHEPREFIX=str(bench.folder / "bytecode"))
+    variables = environment({"PYTHONPYCACHEPREFIX": str(bench.folder / "bytecode")})
 
     def until_imported(module: str) -> float:
         begin = time.perf_counter()
