@@ -194,7 +194,6 @@ RETRY_PAUSE = 0.5  # before the first retry of a failed model call; doubled for 
 LOADING_PATIENCE, LOADING_PAUSE = 60.0, 2.0  # how long an endpoint may load its model, and before it is asked again
 MAX_RETRY_AFTER = 30.0  # the longest Retry-After that is waited for; a longer one ends the turn
 LOGIN_SILENCE = 3600.0  # a message after so long a silence is preceded by a login event
-MIN_HEARTBEAT_INTERVAL = 60
 SWITCH_INTERVAL = 0.001  # how long a thread that computes may keep the others waiting; Python's own is 0.005
 DELTA_INTERVAL = 0.02  # pieces of text that arrive within this time become one delta
 
@@ -383,8 +382,7 @@ class MemwsError(Exception):
     MemwsError
     ├── UsageError          wrong options, a port in use, a missing package: the command line exits with 2
     ├── Refused             a request that cannot be done as things stand; nothing was changed
-    │   ├── InvalidRequest  it is no valid request
-    │   └── UnknownAgent
+    │   └── InvalidRequest  it is no valid request
     ├── StoreFailed         the database refused a read or a write; nothing of the transaction was kept
     │   └── LeaseLost       for another server runs the agent by now
     ├── ModelError          a model call failed
@@ -414,15 +412,6 @@ class Refused(MemwsError):
 
 class InvalidRequest(Refused):
     """A frame that is no valid request."""
-
-
-class UnknownAgent(Refused):
-    """No agent of that name: the sentence holds the ten nearest names and the count."""
-
-    def __init__(self, name: str, nearest: Sequence[str], total: int) -> None:
-        more = ", …" if total > len(nearest) > 0 else ""
-        agents = f"{total} known: {', '.join(map(repr, nearest))}{more}" if nearest else "there are none yet"
-        super().__init__("unknown_agent", f"unknown agent {quote(name)}; {agents}; send create_agent first")
 
 
 class StoreFailed(MemwsError):
@@ -859,30 +848,24 @@ _FRAMES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def protocol_schema(commands: Mapping[str, Function]) -> JSON:
     """A schema that every frame of the protocol validates against, in either direction."""
-    requests, frames = {}, {}
+    definitions: JSON = {}
     for name, function in commands.items():
         kind = {"type": name} if name == "user_message" else {"type": "command", "command": name}
-        requests[name] = _object_schema(function.doc, kind, {"id?": Id})
-        requests[name]["properties"] |= function.parameters["properties"]
-        requests[name]["required"] += function.parameters["required"]
+        definitions[name] = _object_schema(function.doc, kind, {"id?": Id})
+        definitions[name]["properties"] |= function.parameters["properties"]
+        definitions[name]["required"] += function.parameters["required"]
     for name, (doc, row) in _FRAMES.items():
-        frames[name] = _object_schema(doc, {"type": name}, row)
-    names = [name for name in commands if name != "user_message"]
-    frames["command_response"]["properties"]["command"] = {"enum": names}
+        definitions[name] = _object_schema(doc, {"type": name}, row)
     for name, (doc, own) in EVENTS.items():
         row = _EVENT | {f"{field}?": hint for field, hint in own.items()}
         if name in LIVE_TYPES:
             doc += " (live: not stored, no seq)"
         else:
             row["seq"] = int
-        frames[f"event_{name}"] = _object_schema(doc, {"type": "agent_response", "message_type": name}, row)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "memws protocol",
-        "version": PROTOCOL,
-        **_any_of(["request", "event"]),
-        "$defs": {"request": _any_of(requests), "event": _any_of(frames), **requests, **frames},
-    }
+        definitions[f"event_{name}"] = _object_schema(doc, {"type": "agent_response", "message_type": name}, row)
+    definitions |= {"request": _any_of(commands), "event": _any_of(definitions.keys() - commands.keys())}
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "memws protocol", "version": PROTOCOL}
+    return about | _any_of(["request", "event"]) | {"$defs": definitions}
 
 
 def _object_schema(doc: str, constants: dict[str, str], fields: dict[str, Any]) -> JSON:
@@ -893,7 +876,7 @@ def _object_schema(doc: str, constants: dict[str, str], fields: dict[str, Any]) 
 
 
 def _any_of(names: Iterable[str]) -> JSON:
-    return {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in names]}
+    return {"anyOf": [{"$ref": f"#/$defs/{name}"} for name in sorted(names)]}
 
 
 # ======================================================================================================================
@@ -2171,13 +2154,17 @@ def _decoded(record: AgentRecord) -> AgentRecord:
 
 
 def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
-    """The agent of that name, or the one deleted last under it. Raises UnknownAgent with the nearest names."""
+    """The agent of that name, or the one deleted last under it. Raises Refused (unknown_agent) with the nearest names
+    and the count."""
     where, name = _DELETED if deleted else _LIVE, unicodedata.normalize("NFC", name)
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
         return _decoded(AgentRecord(*row))
     names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where}")]
-    raise UnknownAgent(name, difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0), len(names))
+    nearest = [repr(each) for each in difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0)]
+    nearest += ["…"] if len(names) > len(nearest) else []
+    known = f"{len(names)} known: {', '.join(nearest)}" if names else "there are none yet"
+    raise Refused("unknown_agent", f"unknown agent {quote(name)}; {known}; send create_agent first")
 
 
 def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False) -> tuple[list[AgentRecord], int]:
@@ -2259,7 +2246,7 @@ def forget_copies(db: SqlConnection, where: str = "1 = 1", *values: object) -> N
 
 
 def restore_agent(db: SqlConnection, name: str, new_name: str | None) -> AgentRecord:
-    """Bring back the agent deleted last under that name. Raises UnknownAgent, Refused (name_taken)."""
+    """Bring back the agent deleted last under that name. Raises Refused (unknown_agent, name_taken)."""
     agent = find_agent(db, name, deleted=True)
     if new_name not in (None, agent.name):
         _leave_name(db, agent.id)
@@ -2582,15 +2569,14 @@ def table_sizes(db: SqlConnection, size_of: str) -> Iterator[tuple[str, bool, di
         yield name, deleted is not None, sizes
 
 
-def _agent_faults(db: SqlConnection, name: str, check_record: CheckRecord) -> list[str]:
+def _agent_faults(db: SqlConnection, record: AgentRecord, check_record: CheckRecord) -> list[str]:
     """What a load refuses or leaves out."""
     try:
-        record = find_agent(db, name)
         check_record(record)
+        messages = read_messages(db, record.id, first=record.state["cut"])
+        return [fault for _, fault in history_faults(messages)[0]]
     except (MemwsError, ValueError, TypeError) as error:
         return [str(error)]
-    messages = read_messages(db, record.id, first=record.state["cut"])
-    return [fault for _, fault in history_faults(messages)[0]]
 
 
 def check_database(path: str, check_record: CheckRecord) -> list[str]:
@@ -2599,15 +2585,15 @@ def check_database(path: str, check_record: CheckRecord) -> list[str]:
     try:
         with read_database(path) as db:
             faults += [f"the file: {fault}" for fault in database_at(path).faults(db)]
-            for (name,) in db.execute(f"SELECT name FROM agents WHERE {_LIVE} ORDER BY name").fetchall():
-                faults += [f"agent {name}: {fault}" for fault in _agent_faults(db, name, check_record)]
+            for record in list_agents(db, "", 2**53)[0]:
+                faults += [f"agent {record.name}: {fault}" for fault in _agent_faults(db, record, check_record)]
     except StoreFailed as error:
         faults.append(f"the file cannot be read: {error}")
     return faults
 
 
 def export_agent(db: SqlConnection, name: str) -> JSON:
-    """One agent, memory and history, as JSON: its rows as they are, bytes in hexadecimal. Raises UnknownAgent."""
+    """One agent, memory and history, as JSON: its rows as they are, bytes in hexadecimal. Raises Refused."""
     agent, tables = find_agent(db, name).id, {}
     for table, columns in _EXPORTED.items():
         owner, order = "id" if table == "agents" else "agent", "doc" if table == "memory" else "1, 2"
@@ -4771,7 +4757,7 @@ class Config:
     tools: list[str] | None = None  # None: the memory tools
     system: Annotated[str, 1, 20_000] | None = None
     max_steps: Annotated[int, 1, 1_000] | None = None
-    heartbeat_interval: Annotated[int, MIN_HEARTBEAT_INTERVAL, 10_000_000] | Literal[0] = 0  # seconds; 0: none
+    heartbeat_interval: Annotated[int, 60, 10_000_000] | Literal[0] = 0  # seconds; 0: none
     timezone: Annotated[str, 1, MAX_NAME] | None = None  # an IANA name
     settings: dict[str, Any] = field(default_factory=dict)  # those of Settings that are not None
 
@@ -7685,7 +7671,7 @@ class Panel:
             self._pipes.pop(gone).task.cancel()
 
     async def _connected(self) -> str:
-        """The agent that is shown, once there is a connection of our own. Raises ConnectFailed, UnknownAgent."""
+        """The agent that is shown, once there is a connection of our own. Raises ConnectFailed, RemoteError."""
         async with self._lock:
             await self._client.connect()
         if self._agent is None:
@@ -8381,7 +8367,7 @@ class Agents:
         await self.store.close()
 
     async def get(self, name: str) -> LiveAgent:
-        """The agent of that name, opened where it is not in use yet. Raises UnknownAgent, StoreFailed."""
+        """The agent of that name, opened where it is not in use yet. Raises Refused (unknown_agent), StoreFailed."""
         name = unicodedata.normalize("NFC", name)
         if name in self.live:
             return self.live[name]
@@ -8776,7 +8762,7 @@ class Session:
         return result
 
     async def _live(self, name: str | None) -> LiveAgent:
-        """The agent that a request means. Raises Refused (no_agent), UnknownAgent."""
+        """The agent that a request means. Raises Refused (no_agent, unknown_agent)."""
         live = self._current if name is None else await self._agents.get(name)
         if live is None or (name is None and live.gone):
             raise Refused("no_agent", "no agent has been initialized; send create_agent or load_agent, or name one")
@@ -8984,8 +8970,8 @@ class Session:
             if isinstance(live, SharedAgent) and (client := await live.runner()):
                 return await live.forward(client, {"command": "delete_agent", "force": force, "purge": purge})
             await self._agents.delete(live, force, purge)
-        except UnknownAgent:
-            if not purge:
+        except Refused as error:
+            if not purge or error.code != "unknown_agent":
                 raise
             record = await self._agents.store.read(find_agent, agent_name or "", deleted=True)
             await self._agents.store.write(delete_agent, record.id, None, True)
@@ -9485,7 +9471,7 @@ class WebSocketServer:
         return live.agent
 
     def load_agent(self, agent_name: str) -> Agent:
-        """The agent of that name. Raises UnknownAgent with the ten nearest names."""
+        """The agent of that name. Raises Refused with the ten nearest names."""
         return self._call(self.load_agent_async, agent_name)
 
     async def load_agent_async(self, agent_name: str) -> Agent:
@@ -9993,7 +9979,7 @@ def vacuum_command(flags: argparse.Namespace) -> None:
 
 
 def export_command(flags: argparse.Namespace) -> None:
-    """Write an agent as JSON in UTF-8, whatever the console's encoding. Raises UsageError, UnknownAgent."""
+    """Write an agent as JSON in UTF-8, whatever the console's encoding. Raises UsageError, Refused."""
     with read_database(flags.db) as database:
         data = encode_json(export_agent(database, flags.name)).encode() + b"\n"
     if flags.file is None:

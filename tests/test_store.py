@@ -291,7 +291,7 @@ async def test_deleted_agents_are_kept_aside(store: Store) -> None:
         assert (back.id, back.name, back.last_seq) == (expected.id, f"sam{number}", 3)
     reads = store.read(find_agent, "sam", deleted=True), store.read(find_agent, "sam")
     for job in (store.write(memws.restore_agent, "sam", "sam9"), *reads):
-        with pytest.raises(memws.UnknownAgent):
+        with pytest.raises(memws.Refused, match="unknown agent"):
             await job
     assert (await new_agent(store)).last_seq == 3
     after = await everything(store, agent.id)
@@ -317,7 +317,7 @@ async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
     assert store._connection.execute(postings).fetchone()[0] == held / 2
     sql = "SELECT name, last_seq, config, blocks FROM agents WHERE id <> ?"
     assert store._connection.execute(sql, (other.id,)).fetchall() == [("sam", 3, "{}", "[]")]
-    with pytest.raises(memws.UnknownAgent):
+    with pytest.raises(memws.Refused, match="unknown agent"):
         await store.write(memws.restore_agent, "sam", "sam")
     assert await everything(store, other.id) == [before[0], 1, *before[2:]]
     assert (await new_agent(store)).last_seq == 3
