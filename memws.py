@@ -3332,23 +3332,23 @@ _REASON_KEYS = ("error", "errors", "message", "detail", "msg", "error_descriptio
 _LOADING = "loading|being loaded|loaded yet|initiali[sz]ing|cold start|warm|starting|scaled to|not (?:yet )?ready"
 _UNREAD = "(?:tool use|output parse|tool call validation) failed|failed to (?:call a|parse (?:tool|input))|parsing tool"
 _USED_UP = "^402|insufficient (?:quota|balance|credits)|credit balance is too low"
-_ACCESS = "key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given"
-_NO_KEY = "^401|(?:invalid|incorrect|expired) .{0,12}api key|api key .{0,30}(?:valid|expired)"
+_NO_KEY = (
+    "^401|(?:invalid|incorrect|expired) .{0,12}api key|api key .{0,30}(?:valid|expired)|^403(?!.*(?:quota|limit|country"
+    "|region|location|page)).*(?:key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given)"
+)
 _NO_TOOLS = r"support .{0,9}tool|(?:tools?|function)\b.{0,12} (?:not (?:support|enabl)|requires)"
-_MEANINGS = (  # a status, phrases; our code, a sentence, what may help: of the rows that fit the first
-    ("", "(?:error|failed|while) loading", "model_unavailable", "the endpoint cannot load the model", "retry"),
-    ("5..|404|409|425|429", _LOADING, "model_unavailable", "the endpoint is loading the model", "wait"),
-    ("", _UNREAD, "bad_output", "the endpoint could not read the model's tool call", ""),
-    ("", _USED_UP, "model_rate_limit", "the account at the endpoint is used up", ""),
-    ("403", "quota|limit|country|region|location|page", "model_refused", "the endpoint refused the request", ""),
-    ("403", _ACCESS, "model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
-    ("", _NO_KEY, "model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
-    ("", "^429|rate limit", "model_rate_limit", "the endpoint limits the rate", "retry"),
-    ("", _NO_TOOLS, "model_refused", "memws needs a model and an endpoint that take tools", ""),
-    ("(?!5|40[13])", "an html page", "model_unavailable", "check --base-url, does it end with /v1?", "retry"),
-    ("404", "", "model_unavailable", "the endpoint does not know the model or the address", ""),
-    ("4(?!08|09)..", "", "model_refused", "the endpoint refused the request", ""),
-    ("", "", "model_unavailable", "the endpoint failed", "retry"),
+_MEANINGS = (  # phrases; our code, a sentence, what may help: of the rows that fit the first
+    ("(?:error|failed|while) loading", "model_unavailable", "the endpoint cannot load the model", "retry"),
+    (f"^(?:5..|404|409|425|429) .*(?:{_LOADING})", "model_unavailable", "the endpoint is loading the model", "wait"),
+    (_UNREAD, "bad_output", "the endpoint could not read the model's tool call", ""),
+    (_USED_UP, "model_rate_limit", "the account at the endpoint is used up", ""),
+    (_NO_KEY, "model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
+    ("^429|rate limit", "model_rate_limit", "the endpoint limits the rate", "retry"),
+    (_NO_TOOLS, "model_refused", "memws needs a model and an endpoint that take tools", ""),
+    ("^(?!5|40[13]).*an html page", "model_unavailable", "check --base-url, does it end with /v1?", "retry"),
+    ("^404", "model_unavailable", "the endpoint does not know the model or the address", ""),
+    ("^4(?!08|09)..", "model_refused", "the endpoint refused the request", ""),
+    ("", "model_unavailable", "the endpoint failed", "retry"),
 )
 
 _PROMPT = "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )token|conversation|string|current length"
@@ -3802,7 +3802,7 @@ class OpenAIModel:
             if 2 * MIN_REPLY_TOKENS <= window < (learned.window or sys.maxsize):
                 self.learned = replace(learned, window=window)
             return "context_overflow", "the endpoint finds the prompt too long", ""
-        meaning = next(row[2:] for row in _MEANINGS if re.match(row[0], refusal.words) and says(refusal.words, row[1]))
+        meaning = next(row[1:] for row in _MEANINGS if says(refusal.words, row[0]))
         if meaning[0] in ("model_refused", "model_unavailable"):  # maybe of the history
             self.learned = replace(learned, shape=list(dict.fromkeys([*learned.shape, *refusal.rules(sent)])))
         return meaning
@@ -3840,23 +3840,19 @@ class Embedder:
         """The vectors of texts, b"" for one that the endpoint refuses; None where it fails or has just failed."""
         if self._tape and self._tape.replays:
             return list(map(self._tape.vector, texts))
-        start = time.time()
-        vectors = None if self.pause else await self._fetch(texts, patience or self._endpoint.idle_timeout)
-        for text, vector in zip(texts, vectors or [b""] * (patience is not None), strict=False):
-            if self._tape:
-                self._tape.keep(start, text=text, vector=base64.b64encode(vector).decode())
-        return vectors
-
-    async def _fetch(self, texts: Sequence[str], patience: float) -> list[bytes] | None:
+        start, vectors = time.time(), None
         try:
-            async with asyncio.timeout(patience):
-                vectors = await self._ask([text[:EMBEDDING_TEXT] or " " for text in texts])
+            if not self.pause:
+                async with asyncio.timeout(patience or self._endpoint.idle_timeout):
+                    vectors = await self._ask([text[:EMBEDDING_TEXT] or " " for text in texts])
+                self._paused_until = 0.0
         except Exception as error:  # of the client, of the transport, of vectors that are none
             if not self._paused_until:
                 logger.warning("embeddings of %s fail (%s): words alone decide", self.name, self._endpoint.hide(error))
             self._paused_until = time.monotonic() + EMBEDDING_PAUSE
-            return None
-        self._paused_until = 0.0
+        for text, vector in zip(texts, vectors or [b""] * (patience is not None), strict=False):
+            if self._tape:
+                self._tape.keep(start, text=text, vector=base64.b64encode(vector).decode())
         return vectors
 
     async def _ask(self, texts: list[str]) -> list[bytes]:
@@ -3932,8 +3928,8 @@ _ORDER = re.compile(r"\s*/call\s+([\w.-]+)\s*(.*)", re.DOTALL)
 
 def _own_idea(text: str) -> str:
     """What somebody states of which people have one, such as a name; "" for any other."""
-    text = re.sub(r"(?i)^((actually|now|well|no|but|ahora|bueno|pero)\b,? )+", "", text.replace("\u2019", "'"))
-    return next((idea for idea, opening in _OWN.items() if re.match(rf"(?i:{opening})\b", text)), "")
+    start, text = r"((actually|now|well|no|but|ahora|bueno|pero)\b,? )*", text.replace("\u2019", "'")
+    return next((idea for idea, opening in _OWN.items() if re.match(rf"(?i:{start}({opening}))\b", text)), "")
 
 
 def _topic(text: str) -> set[str]:
@@ -3954,20 +3950,20 @@ def _split(text: str) -> tuple[list[str], list[str]]:
 
 def _offline_turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSON, JSON]]]:
     """What waits for an answer, if anything, and name, arguments and result of each call made since it came."""
-    text, calls, results = None, list[JSON](), list[JSON]()
+    text, calls, done = None, dict[str, JSON](), list[tuple[str, JSON, JSON]]()
     for message in messages:
         for event in map(decode_json, message["content"].split("\n") if message["role"] == "user" else ()):
             said = event.get("message") or event.get("reason") or ""
             if event["type"] == "user_message" or WAITING_NOTE in said:
-                text, calls, results = said.rpartition(WAITING_NOTE)[2], [], []
+                text, done = said.rpartition(WAITING_NOTE)[2], []
             elif said in (HEARTBEAT_TIMER, HEARTBEAT_WAKE):
                 text = None
-        calls += [call["function"] for call in message.get("tool_calls") or ()]
+        calls |= {call["id"]: call["function"] for call in message.get("tool_calls") or ()}
         if message["role"] == "tool":
-            results.append(decode_json(message["content"]))
-    done = [(call["name"], decode_json(call["arguments"]), result) for call, result in zip(calls, results, strict=True)]
-    is_answered = any(name == "send_message" and result["status"] == "OK" for name, _, result in done)
-    return None if is_answered else text, done
+            call, result = calls[message["tool_call_id"]], decode_json(message["content"])
+            done.append((call["name"], decode_json(call["arguments"]), result))
+            text = None if call["name"] == "send_message" and result["status"] == "OK" else text
+    return text, done
 
 
 def _offline_calls(text: str, core: list[str], room: int) -> Iterator[tuple[str, JSON]]:
