@@ -2961,15 +2961,10 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_
 
 # ---- what a model answers --------------------------------------------------------------------------------------------
 
-_SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrogate for what follows it
-    r"""
-    "message"\s*:\s*"
-    ( (?: [^"\\]++ | \\[^u] | \\u(?!d[89ab])[0-9a-f]{4} | \\ud[89ab][0-9a-f]{2} (?=[^\\]|\\[^u]|\\u[0-9a-f]{4}) )* )
-    """,
-    re.IGNORECASE | re.VERBOSE,
+_SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrogate for its other half
+    r'"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)', re.IGNORECASE
 )
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
-_THOUGHT_PARTS = ("thinking", "reasoning")  # types of parts of a content that are none of it
 _FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
     "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexp|other", "model_unavailable", "broke off"),
     "filtered": (r"filter|safe|sensitive|guard|block|prohibit|recit|refus|spii", "model_refused", "was filtered"),
@@ -3044,35 +3039,35 @@ class Reply:
     def feed(self, chunk: JSON) -> None:
         """Take one chunk. Raises ModelError for what is none."""
         try:
-            usage, choices = chunk.get("usage") or {}, chunk.get("choices") or [{}]
+            usage, choices = chunk.get("usage") or {}, chunk.get("choices") or []
             if type(usage.get("prompt_tokens")) is int:
                 output = int(usage.get("completion_tokens") or 0)
                 self.usage = {"input_tokens": usage["prompt_tokens"], "output_tokens": output}
-            self._choice = choices[0].get("index") if self._choice is None else self._choice
-            choice: JSON = next((each for each in choices if each.get("index") in (None, self._choice)), {})
-            self.finish = choice.get("finish_reason") or self.finish
-            delta = choice.get("delta") or {}
-            self._streams = self._streams or bool(delta.get("content") or delta.get("tool_calls"))
-            message = {} if self._streams else choice.get("message") or {}  # some end a stream with all of it again
-            self._feed_delta(delta | message)
+            for choice in choices:  # some split one answer over several without an index
+                self._choice = choice.get("index") if self._choice is None else self._choice
+                if choice.get("index") in (None, self._choice):
+                    self._feed_choice(choice)
             self.full = self._size > MAX_REPLY
         except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
             text = f"the endpoint's answer is no chat completion ({type(error).__name__})"
             raise ModelError("model_unavailable", text, retry=True) from None
 
-    def _feed_delta(self, delta: JSON) -> None:
-        content, thoughts = delta.get("content"), []
-        if isinstance(content, list):
-            thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS]
-            content = [part for part in content if part not in thoughts]
-        self.text += self._take(content)
+    def _feed_choice(self, choice: JSON) -> None:
+        self.finish = choice.get("finish_reason") or self.finish
+        delta = choice.get("delta") or {}
+        self._streams = self._streams or bool(delta.get("content") or delta.get("tool_calls"))
+        if not self._streams:  # some end a stream with all of it again
+            delta = delta | (choice.get("message") or {})
+        content = delta.get("content")
+        parts = content if isinstance(content, list) else [content]
+        thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")]
+        self.text += self._take([part for part in parts if part not in thoughts])
         self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
         self.refusal += self._take(delta.get("refusal"))
         self._keep(self.own, delta)
-        for piece in delta.get("tool_calls") or ():
-            self._feed_call(piece)
-        if function := delta.get("function_call"):  # as before there were tools
-            self._feed_call(function)
+        for piece in delta.get("tool_calls") or [delta.get("function_call")]:  # as before there were tools
+            if piece:
+                self._feed_call(piece)
 
     def _feed_call(self, piece: JSON) -> None:
         """Take a piece of a call. Endpoints that number all calls 0, or none, are read by ids and names."""
@@ -3594,6 +3589,7 @@ MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip ins
 _IMPORT_THREAD = "memws-import"
 _ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?", re.IGNORECASE)
 _DONE: JSON = {"done": True}  # the last chunk: [DONE]
+_EVENT_END = re.compile(rb"(?>\r\n|\n|\r){2}")
 
 
 def import_openai() -> Any:
@@ -3742,21 +3738,18 @@ class OpenAIModel:
         options["options"] = {"headers": {"Content-Type": "application/json"}}
         # openai's reader stops at [DONE]; the four generators that it leaves behind cost a tenth of a turn's time.
         async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
-            pieces, text, rest, data = stream.response.aiter_bytes(), b"", b"", b"\n"
-            page: list[bytes] | None = []  # what comes before the first event; None: there was one
+            pieces, data, rest, page, is_stream = stream.response.aiter_bytes(), b"\n", b"", b"", False
             while data:
                 data = await anext(pieces, b"")
-                lines = (rest + (data or b"\n\n")).splitlines(keepends=True)
-                rest = b"" if lines[-1].endswith(b"\n") else lines.pop()  # one after CR may still come
-                for line in (line.removeprefix(codecs.BOM_UTF8) for line in lines):
-                    if line.startswith(b"data:"):
-                        text += line[5:].strip()
-                    elif text and not line.strip():
+                *events, rest = _EVENT_END.split(rest + (data or b"\n\n"))
+                for event in events:
+                    lines = event.removeprefix(codecs.BOM_UTF8).splitlines()
+                    if text := b"".join(line[5:].strip() for line in lines if line.startswith(b"data:")):
                         yield _DONE if text == b"[DONE]" else decode_json(text)
-                        text, page = b"", None
-                    elif page is not None:
-                        page.append(line)
-            if answer := b"".join(page or ()).strip():
+                        is_stream = True
+                    elif not is_stream:
+                        page += event + b"\n"
+            if not is_stream and (answer := page.strip()):
                 yield decode_json(answer) if answer.startswith(b"{") else answer.decode(errors="replace")
 
     def _failure(self, error: Any, has_words: bool, body: str) -> ModelError:
