@@ -178,7 +178,7 @@ STOP_GRACE = 2.0  # from a signal or stop() until open turns are closed by force
 READER_PATIENCE, READER_LOOKS = 60.0, 12  # a reader that takes no byte for so long, at so many looks, is closed
 PING_INTERVAL, PING_TIMEOUT = 20.0, 40.0  # a connection that answers no ping for so long is closed
 OPEN_TIMEOUT = 10.0
-COPY_PIECE = 0.01  # about so long one piece of an agent's copy keeps others from writing
+COPY_PIECE = 0.005  # about so long one piece of an agent's copy keeps others from writing
 BUSY_TIMEOUT = 5.0  # another program may hold the database for so long before a write or an opening fails
 CONNECT_TIMEOUT = 5.0
 LEASE_TIMEOUT = 3.0  # a server that is paused or cut off from PostgreSQL for so long may not run its agents any more
@@ -800,6 +800,11 @@ def kind_of(event: Event) -> str:
     return str(event.get("message_type") or event["type"])
 
 
+def own_turn_id(event: Event) -> str:
+    """Of a message that entered the turn of another, its own."""
+    return str(event.get("steered") or event.get("turn_id", ""))
+
+
 def answer(request: JSON, result: JSON) -> str:
     """The good answer to a command."""
     command = request["command"]
@@ -1342,7 +1347,10 @@ class AgentRecord:
 
 
 class StoredEvent(NamedTuple):
-    """An event as it is on disk; `text` is its frame with seq and time, but without agent_name: names change."""
+    """An event as it is on disk; `text` is its frame with seq and time, but without agent_name: names change.
+
+    turn_id: of a message that entered the turn of another, its own.
+    """
 
     seq: int
     kind: str
@@ -1419,7 +1427,7 @@ CREATE TABLE memory (  -- doc: agent, store and place, see remember; terms: thos
 CREATE INDEX memory_times ON memory (agent, store, time, doc);
 CREATE INDEX memory_unembedded ON memory (doc) WHERE vector IS NULL;
 CREATE TABLE postings (term TEXT NOT NULL, doc INTEGER NOT NULL, PRIMARY KEY (term, doc)) STRICT, WITHOUT ROWID;
-CREATE TABLE events (
+CREATE TABLE events (  -- turn_id: of a message that entered the turn of another, its own
     agent INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE, seq INTEGER NOT NULL, turn_id TEXT NOT NULL,
     kind TEXT NOT NULL, text TEXT NOT NULL, PRIMARY KEY (agent, seq)) STRICT;
 CREATE INDEX events_turn ON events (agent, turn_id, seq);
@@ -1432,11 +1440,6 @@ CREATE TABLE requests (  -- pieces: a compressed JSON list of head, system, summ
     PRIMARY KEY (agent, turn_id, step)) STRICT;
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;  -- of the database as a whole
 """
-LATER_SCHEMA = """
-CREATE TABLE IF NOT EXISTS steered (  -- messages that entered the turn of another, by their own turn_id
-    agent INTEGER NOT NULL REFERENCES agents ON DELETE CASCADE, turn_id TEXT NOT NULL, seq INTEGER NOT NULL,
-    PRIMARY KEY (agent, turn_id)) STRICT;
-"""  # of databases that were made before, too
 
 SqlConnection = sqlite3.Connection
 
@@ -1466,7 +1469,7 @@ class Sqlite:
                 self._lock()
             if is_new:
                 marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
-                connection.executescript(f"BEGIN; {SCHEMA}; {LATER_SCHEMA}; {marks}; COMMIT")
+                connection.executescript(f"BEGIN; {SCHEMA}; {marks}; COMMIT")
             settings = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = {self._sync}; PRAGMA foreign_keys = ON"
             connection.executescript(settings)
             stack.pop_all()
@@ -1495,7 +1498,6 @@ class Sqlite:
         if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise UsageError(f"{self.path!r} is a database of another program; name another file with --db")
         check_version(self.path, connection.execute("PRAGMA user_version").fetchone()[0])
-        connection.executescript(LATER_SCHEMA)
         return True
 
     def faults(self, connection: SqlConnection) -> list[str]:
@@ -1571,7 +1573,7 @@ class Postgres:
                 if not self.has_schema(connection):
                     owner = "ALTER TABLE agents ADD COLUMN owner TEXT NOT NULL DEFAULT ''"
                     mark = f"COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'"
-                    connection.execute(_in_postgres(f"{SCHEMA}; {owner}; {mark}; {LATER_SCHEMA}"))
+                    connection.execute(_in_postgres(f"{SCHEMA}; {owner}; {mark}"))
             stack.pop_all()
         return connection
 
@@ -1603,7 +1605,6 @@ class Postgres:
         if name != "memws":
             raise UsageError(f"{self.path!r} has tables of another program; name another database with --db")
         check_version(self.path, version)
-        connection.execute(_in_postgres(LATER_SCHEMA))
         return True
 
     def faults(self, connection: SqlConnection) -> list[str]:
@@ -2030,14 +2031,11 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     if row is None:
         raise StoreFailed("the agent was deleted meanwhile")
     stored = [
-        StoredEvent(seq, kind_of(event), event.get("turn_id", ""), encode_json(event | {"seq": seq, "time": now}))
+        StoredEvent(seq, kind_of(event), own_turn_id(event), encode_json(event | {"seq": seq, "time": now}))
         for seq, event in enumerate(changes.events, row[0] - count + 1)
     ]
     sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
     db.executemany(sql, [(agent, *event) for event in stored])
-    for event, (seq, *_) in zip(changes.events, stored, strict=True):
-        if "steered" in event:
-            insert(db, "steered", agent=agent, turn_id=event["steered"], seq=seq)
     for message in changes.messages:
         message.seq = row[0]
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
@@ -2081,9 +2079,11 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
 
     At most `limit`, and none more after EVENT_PAGE characters. Raises ValueError where one is damaged.
     """
-    turn, values = ("", ()) if turn_id is None else ("AND turn_id = ?", (turn_id,))
-    sql = f"SELECT seq, kind, turn_id, text FROM events WHERE agent = ? AND seq > ? {turn} ORDER BY seq LIMIT ?"
-    rows, size = db.execute(sql, (agent, after, *values, limit)), 0
+    edge = "(SELECT {}(seq) FROM events WHERE agent = ? AND turn_id = ?)"
+    whole = f"turn_id <> '' AND seq BETWEEN {edge.format('min')} AND {edge.format('max')} AND"  # with what entered it
+    turn, values = ("", ()) if turn_id is None else (whole, (agent, turn_id) * 2)
+    sql = f"SELECT seq, kind, turn_id, text FROM events WHERE {turn} agent = ? AND seq > ? ORDER BY seq LIMIT ?"
+    rows, size = db.execute(sql, (*values, agent, after, limit)), 0
     page: list[StoredEvent] = []
     while size < EVENT_PAGE and (row := rows.fetchone()):
         event = StoredEvent(*row)
@@ -2097,16 +2097,13 @@ def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, 
     """The user's message, who spoke, and the event that is all there is of a message which entered the turn of another;
     (None, None, "") for a turn without one. None: there is nothing of that id."""
     sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ?
-        AND kind IN ('agent_response_start', 'user_message') ORDER BY seq DESC"""
-    texts, receipt = dict(db.execute(sql, (agent, turn_id)).fetchall()), ""  # of several user_messages the first
-    if "agent_response_start" not in texts:
-        sql = """SELECT text FROM steered JOIN events ON events.agent = steered.agent AND events.seq = steered.seq
-            WHERE steered.agent = ? AND steered.turn_id = ?"""
-        if (row := db.execute(sql, (agent, turn_id)).fetchone()) is None:
-            return None
-        texts["user_message"] = receipt = row[0]
-    event = decode_json(texts.get("user_message", "{}"))
-    return event.get("message"), event.get("from"), receipt
+        AND kind IN ('agent_response_start', 'user_message')"""
+    texts = dict(db.execute(sql, (agent, turn_id)).fetchall())
+    if not texts:
+        return None
+    message = texts.get("user_message", "{}")
+    event = decode_json(message)
+    return event.get("message"), event.get("from"), "" if "agent_response_start" in texts else message
 
 
 def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> JSON:
@@ -2508,7 +2505,6 @@ _EXPORTED = {  # table: its columns in a file
     "messages": "id, role, time, text, body, turn_id, step, seq",
     "memory": "store, item, role, time, text",
     "events": "seq, turn_id, kind, text",
-    "steered": "turn_id, seq",
     "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
 }
 _TABLES = list(_EXPORTED)[1:]  # whose rows belong to an agent
@@ -2673,7 +2669,7 @@ def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
     """Store the rows of an export. Raises UsageError with the place of what is damaged."""
     for table in _TABLES:
         with damage_at(table):
-            rows = check(data.get(table, [] if table == "steered" else None), schema_of(list[dict[str, Any]]))
+            rows = check(data.get(table), schema_of(list[dict[str, Any]]))
         for number, row in enumerate(rows):
             with damage_at(f"{table}[{number}]"):
                 _import_row(db, agent, table, row)
@@ -2772,40 +2768,29 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, row: Any, done: co
 
 
 # ---- copies of agents ------------------------------------------------------------------------------------------------
-# They are made piece by piece, so that others get in between, and are nobody's until the last has given them a name.
+# They are made piece by piece, so that others get in between, and are nobody's until they are given a name.
 
-COPIED = {  # in this order: what the rows are, and by what number they are cut into pieces
-    "messages": ("messages", "id"),
-    "recall": ("memory", "store = 'recall' AND item"),
-    "archival": ("memory", "store = 'archival' AND item"),
-    "events": ("events", "seq"),
-    "steered": ("steered", "seq"),
-    "requests": ("events JOIN requests USING (agent, turn_id)", "kind = 'agent_response_start' AND seq"),
-}
+COPY_STEP = 100  # rows of one statement
+_COPIED = _EXPORTED | {"memory": "doc, store, item, role, time, text, terms, words, asking, asked, vector"}
+Step = tuple[str, int, int]  # how far a copy is: what was copied, up to which number, and of how many
 
 
 def find_turn_end(db: SqlConnection, agent: int, turn_id: str) -> AgentRecord:
     """The agent as it was at the end of a turn, its last seq then. Raises Refused (unknown_turn, busy, not_found)."""
-    sql = "SELECT seq, kind FROM events WHERE agent = ? AND turn_id = ? ORDER BY seq DESC LIMIT 1"
-    seq, kind = db.execute(sql, (agent, turn_id)).fetchone() or (0, "")
+    sql = """SELECT seq, kind, pieces FROM events LEFT JOIN requests ON requests.agent = events.agent
+        AND requests.turn_id = events.turn_id AND step = 0 WHERE events.agent = ? AND events.turn_id = ?
+        AND kind <> 'user_message' ORDER BY seq DESC LIMIT 1"""
+    seq, kind, pieces = db.execute(sql, (agent, turn_id)).fetchone() or (0, "", None)
     if not kind:
         raise Refused("unknown_turn", f"the agent never had a turn {quote(turn_id)}; get_messages shows their ids")
     if kind not in TERMINAL_TYPES:
         raise Refused("busy", f"turn {quote(turn_id)} is not over; wait for its end")
-    sql = "SELECT pieces FROM requests WHERE agent = ? AND turn_id = ? AND step = 0"
-    if (row := db.execute(sql, (agent, turn_id)).fetchone()) is None:
-        since = db.execute("SELECT min(time) FROM requests WHERE agent = ? AND step = 0", (agent,)).fetchone()[0]
-        reason = f"of turns that end from {since or 'now'} on it is, unless vacuum --keep-requests drops it"
-        raise Refused("not_found", f"what the agent was at the end of turn {quote(turn_id)} is not kept: {reason}")
-    config, state, blocks = decode_json(zlib.decompress(row[0]))
+    if pieces is None:
+        reason = "vacuum --keep-requests has dropped it, or an earlier memws did not keep it"
+        raise Refused("not_found", f"what the agent was at the end of turn {quote(turn_id)} is gone: {reason}")
+    config, state, blocks = decode_json(zlib.decompress(pieces))
     record = AgentRecord(*db.execute(f"SELECT {_AGENT_COLUMNS} FROM agents WHERE id = ?", (agent,)).fetchone())
     return replace(record, config=config, state=state, blocks=blocks, last_seq=seq)
-
-
-def find_last_message(db: SqlConnection, agent: int, seq: int) -> int:
-    """The id of the last chat message as of that seq; 0: there was none."""
-    sql = "SELECT coalesce(max(id), 0) FROM messages WHERE agent = ? AND seq <= ?"
-    return int(db.execute(sql, (agent, seq)).fetchone()[0])
 
 
 def begin_copy(db: SqlConnection, record: AgentRecord) -> int:
@@ -2815,32 +2800,61 @@ def begin_copy(db: SqlConnection, record: AgentRecord) -> int:
     return copy
 
 
-def copy_rows(db: SqlConnection, agent: int, copy: int, part: str, first: int, last: int) -> list[tuple[int, str]]:
-    """Copy the rows with these numbers; of memory (doc, terms), without the postings."""
-    rows, number = COPIED[part]
-    where = f"FROM {rows} WHERE agent = ? AND {number} BETWEEN ? AND ?"
-    if part not in STORES:
-        sql = f"INSERT INTO {part} (agent, {_EXPORTED[part]}) SELECT ?, {_EXPORTED[part]} {where}"
-        db.execute(sql, (copy, agent, first, last))
-        return []
-    columns = "store, item, role, time, text, terms, words, asking, asked, vector"
-    sql = f"INSERT INTO memory (agent, doc, {columns}) SELECT ?, doc + ?, {columns} {where} RETURNING doc, terms"
-    return db.execute(sql, (copy, (copy - agent) * 2 * PLACES, agent, first, last)).fetchall()
+def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) -> Iterator[Step]:
+    """Copy all that an agent had stored up to the record's last seq, a step at a time."""
+    seq, shift = record.last_seq, f"doc + {(copy - agent) * 2 * PLACES}"
+    last = db.execute("SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?", (agent,)).fetchone()[0]
+    newest = f"(SELECT max(id) FROM messages WHERE agent = {copy})"
+    parts = [  # the table, its rows with the numbers that cut them into steps, the last of these
+        ("messages", f"messages WHERE seq <= {seq} AND id", last),
+        ("memory", f"memory WHERE store = 'recall' AND item <= {newest} AND item", last),
+        ("memory", "memory WHERE store = 'archival' AND item", record.state["last_passage"]),
+        ("events", "events WHERE seq", seq),
+        ("requests", "events JOIN requests USING (agent, turn_id) WHERE kind = 'agent_response_start' AND seq", seq),
+    ]
+    docs = collections.defaultdict[str, list[int]](list)  # by term
+    for table, rows, last in parts:
+        columns, found = _COPIED[table], "doc, terms" if table == "memory" else "0, ''"
+        values = columns.replace("doc", shift)
+        sql = f"""INSERT INTO {table} (agent, {columns}) SELECT {copy}, {values} FROM {rows} BETWEEN ? AND ?
+            AND agent = {agent} RETURNING {found}"""
+        for first in range(1, last + 1, COPY_STEP):
+            done = min(first + COPY_STEP - 1, last)
+            for doc, terms in db.execute(sql, (first, done)).fetchall():
+                for term in set(terms.split()):
+                    docs[term].append(doc)
+            yield table, done, last
+    yield from _restore_passages(db, agent, copy, record, docs)
+    postings = ((term, doc) for term in sorted(docs) for doc in docs[term])  # neighbours share a page
+    total = sum(map(len, docs.values()))
+    for first in range(1, total + 1, COPY_STEP):
+        insert_postings(db, itertools.islice(postings, COPY_STEP))
+        yield "words", min(first + COPY_STEP - 1, total), total
 
 
-def find_deleted_passages(db: SqlConnection, agent: int, seq: int, last: int) -> list[Document]:
-    """The passages up to that id that have been deleted since that seq, by what the events of it tell."""
-    sql = "SELECT text FROM events WHERE agent = ? AND seq > ? AND kind = 'memory_change'"
-    events = [decode_json(text) for (text,) in db.execute(sql, (agent, seq))]
-    gone = [event for event in events if event.get("id", last + 1) <= last and event["after"] is None]
-    passages = [Document(event["id"], "archival", "", event.get("since", ""), event["before"]) for event in gone]
-    return sorted(passages)
+def _restore_passages(
+    db: SqlConnection, agent: int, copy: int, record: AgentRecord, docs: dict[str, list[int]]
+) -> Iterator[Step]:
+    """Give a copy what was deleted since, by what the events of it tell: there is room among its other passages."""
+    sql = "SELECT text FROM events WHERE agent = ? AND kind = 'memory_change' AND seq BETWEEN ? AND ?"
+    last = db.execute("SELECT last_seq FROM agents WHERE id = ?", (agent,)).fetchone()[0]
+    passages: list[Document] = []
+    for first in range(record.last_seq + 1, last + 1, COPY_STEP):
+        for (text,) in db.execute(sql, (agent, first, first + COPY_STEP - 1)).fetchall():
+            event = decode_json(text)
+            if "id" in event and event["after"] is None and event["id"] <= record.state["last_passage"]:
+                passages.append(Document(event["id"], "archival", "", event.get("since", ""), event["before"]))
+        yield "changes", first, last
+    for passage in sorted(passages):
+        if find_passage(db, copy, passage.id) is None:
+            for term, doc in remember(db, copy, passage):
+                docs[term].append(doc)
 
 
-def restore_passage(db: SqlConnection, copy: int, passage: Document) -> None:
-    """Give a copy a passage, unless it has it, among those that it has: there is room where it was."""
-    if find_passage(db, copy, passage.id) is None:
-        insert_postings(db, remember(db, copy, passage))
+def copy_piece(db: SqlConnection, steps: Iterator[Step]) -> Step | None:
+    """Take so many steps of a copy that others get in soon; the last of them, None where all is copied."""
+    until = time.monotonic() + COPY_PIECE
+    return next((step for step in steps if time.monotonic() > until), None)
 
 
 def finish_rewind(
@@ -8236,11 +8250,11 @@ class SharedAgent(LiveAgent):
 
     def _take_in(self, frame: Frame) -> None:
         """Tell an event of the other server here, and do what it says."""
-        kind, seq, turn_id = kind_of(frame), frame.get("seq", 0), frame.get("turn_id", "")
+        kind, seq, turn_id = kind_of(frame), frame.get("seq", 0), own_turn_id(frame)
         event = {name: value for name, value in frame.items() if name != "agent_name"}
         if frame["type"] != "agent_response" or "steered" in frame:  # else it is the id of a passage, not of a message
             event.pop("id", None)
-        item = self.find(frame.get("steered") or turn_id)
+        item = self.find(turn_id)
         if item and kind == "agent_response_start":
             item.step = 1
         elif item and (kind in TERMINAL_TYPES or "steered" in frame):
@@ -8439,46 +8453,23 @@ class Agents:
     async def _copied(self, live: LiveAgent, record: AgentRecord, item: Turn) -> AsyncGenerator[int, None]:
         """A copy of what the agent had stored up to the record's last seq, forgotten if the block gives it no name; its
         id. Raises Refused (name_taken, unknown_agent), Stopped where the item is stopped."""
-        agent, store, seq, passages = live.id, self.store, record.last_seq, record.state["last_passage"]
+        agent, store, told = live.id, self.store, time.monotonic()
         copy = await store.write(begin_copy, replace(record, last_active=now_text()))
-        self.api_keys[copy], begun = self.api_keys.get(agent), time.monotonic()
+        self.api_keys[copy] = self.api_keys.get(agent)
         try:
-            messages = await store.read(find_last_message, agent, seq)
-            postings = collections.defaultdict[str, list[int]](list)
-            for part, last in zip(COPIED, (messages, messages, passages, seq, seq, seq), strict=True):
-                async for piece in self._pieces(live, item, part, last, begun):
-                    for doc, terms in await store.write(copy_rows, agent, copy, part, *piece):
-                        for term in set(terms.split()):
-                            postings[term].append(doc)
-            for passage in await store.read(find_deleted_passages, agent, seq, passages):
-                await store.write(restore_passage, copy, passage)
-            rows = ((term, doc) for term in sorted(postings) for doc in postings[term])  # neighbours share a page
-            total = sum(map(len, postings.values()))
-            async for first, last in self._pieces(live, item, "words", total, begun):
-                await store.write(insert_postings, list(itertools.islice(rows, last - first + 1)))
+            steps = await store.write(copy_steps, agent, copy, record)
+            with item.interruptible():
+                while step := await store.write(copy_piece, steps):
+                    if time.monotonic() - told > PROGRESS_DELAY:
+                        text = "copied {1:,} of {2:,} {0}".format(*step)
+                        live.agent.emit_live(item, "progress", text, done=step[1], total=step[2])
+                        told = time.monotonic()
             if live.gone:
                 raise live.gone_error()
             yield copy
         finally:
             with contextlib.suppress(MemwsError):
                 await store.write(forget_copies, "id = ?", copy)
-
-    async def _pieces(
-        self, live: LiveAgent, item: Turn, part: str, total: int, told: float
-    ) -> AsyncGenerator[Span, None]:
-        """The first and last number of each piece, for which about COPY_PIECE is needed; tells how far they are where
-        that was not told for a while. Raises Stopped."""
-        done, size = 0, 64
-        while done < total:
-            if item.stop_reason:
-                raise Stopped
-            started = time.monotonic()
-            yield done + 1, min(done + size, total)
-            done, now = done + size, time.monotonic()
-            size = max(64, size // 2) if now - started > COPY_PIECE else size * 2
-            if now - told > PROGRESS_DELAY and done < total:
-                live.agent.emit_live(item, "progress", f"copied {done:,} of {total:,} {part}", done=done, total=total)
-                told = now
 
     async def embed(self) -> None:
         """Give vectors to what has none yet, in the background, for ever."""
@@ -8605,15 +8596,13 @@ class Reader:
         self.cursor = event.seq or self.cursor
         if event.kind == "agent_change" and decode_json(event.text).get("change") == "rewound":
             await self._end_lost()
-        if event.kind == "user_message" and (receipt := self._receipt(event)):
-            await self.session.websocket.send(receipt)
-        elif event.turn_id in self.turns or (self.floor is not None and (event.seq > self.floor or not event.seq)):
+        is_steered = event.kind == "user_message" and '"steered":' in event.text
+        if is_steered and event.turn_id in self.turns:  # the receipt is all there will be of a message of one's own
+            await self.session.websocket.send(with_fields(event.text, id=self.turns.pop(event.turn_id)))
+            return
+        turn_id = decode_json(event.text)["turn_id"] if is_steered else event.turn_id
+        if turn_id in self.turns or (self.floor is not None and (event.seq > self.floor or not event.seq)):
             await self._send(event)
-
-    def _receipt(self, event: StoredEvent) -> str:
-        """The event as the receipt of a message of one's own that entered a turn, which is all there will be of it."""
-        steered = next((turn_id for turn_id in self.turns if f'"steered":{encode_json(turn_id)}' in event.text), None)
-        return "" if steered is None else with_fields(event.text, id=self.turns.pop(steered))
 
     async def _end_lost(self) -> None:
         """Turns that the agent never had, since it was rewound, will have no terminal frame."""

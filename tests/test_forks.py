@@ -136,6 +136,7 @@ async def test_what_cannot_be_copied(database: str, online: Serve, endpoint: End
 async def test_a_long_copy(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     """Subscribers hear how far it is; what is said meanwhile waits; a cancel ends it and leaves nothing behind."""
     monkeypatch.setattr(memws, "PROGRESS_DELAY", 0.0)
+    monkeypatch.setattr(memws, "COPY_PIECE", 0.0)
     server = serve()
     async with wire(server, "*") as client, wire(server) as other:
         await talked(client, *(f"I love thing number {number}" for number in range(5)))
@@ -190,7 +191,7 @@ def test_what_a_crash_leaves_of_a_copy(database: str, serve: Serve) -> None:
         db = opened.open()
         record = memws.find_agent(db, "sam")
         copy = memws.begin_copy(db, memws.replace(record, name="kim", last_active="2026"))
-        memws.copy_rows(db, record.id, copy, "messages", 1, 100)
+        next(memws.copy_steps(db, record.id, copy, record))
     with memws.connect(serve().url) as client:
         assert [each["agent_name"] for each in client.command("list_agents")["agents"]] == ["sam"]
         assert client.command("list_agents", deleted=True)["total"] == 0

@@ -58,6 +58,8 @@ async def test_a_text_enters_a_running_turn(client: Wire, server: Any, endpoint:
     frames = await client.until(is_terminal)
     assert frames[-1]["stop_reason"] == "done"
     assert [frame["message"] for frame in of_kind(frames, "assistant_message")] == ["done", "and tea"]
+    for whole in (frames, await client.turn("go", turn_id=turn_id)):
+        assert of_kind(whole, "user_message")[-1]["steered"] == "steer"
     assert "tea, please" in endpoint.requests[1]["messages"][-1]["content"]
     assert await messages_of(client, "sam") == ["go", "tea, please"]
     assert len([frame for frame in await events_of(client) if frame["type"] == "agent_response_start"]) == 1
