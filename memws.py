@@ -8634,15 +8634,10 @@ MessageId = Annotated[int, 0, 2**53] | None
 Moment = Annotated[str, 0, 40] | None
 
 
-def answer_part(items: list[Any], beside: Any = None) -> list[Any]:
+def fitting(items: list[Any], beside: Any = None) -> list[Any]:
     """The first items that fit one answer together with what stands beside them, at least one."""
     sizes = itertools.accumulate(len(encode_json(item).encode()) + 1 for item in (beside, *items))
     return items[: max(1, sum(size <= MAX_FRAME - 4_096 for size in sizes) - 1)]
-
-
-def answer_page(items: list[Any], limit: int, beside: Any = None) -> list[Any]:
-    """The last items, so many at most, that fit one answer."""
-    return answer_part(items[: -limit - 1 : -1], beside)[::-1]
 
 
 def search_item(document: Document) -> JSON:
@@ -8983,7 +8978,7 @@ class Session:
         memory = live.agent.memory
         messages = await self._agents.store.read(read_messages, memory.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
-        items = answer_page([message_item(message, first) for message in messages], limit)
+        items = fitting([message_item(message, first) for message in reversed(messages)])[::-1]
         return {"messages": items, "total": memory.last_message, "more": bool(items) and items[0]["id"] > 1}
 
     async def search_memory(
@@ -9008,7 +9003,7 @@ class Session:
         stores = ("recall", "archival") if store == "all" else (store,)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
         documents, total = await self._agents.store.read(search, live.id, wanted)
-        items = answer_part([search_item(document) for document in documents])
+        items = fitting([search_item(document) for document in documents])
         more = {"more": True} if len(items) < len(documents) else {}
         return {"items": items, "total": total, "page": page, "pages": -(-total // limit), **more}
 
@@ -9017,7 +9012,7 @@ class Session:
         Result: {sections: [{name, tokens, text}], used, window, estimated, more, first}."""
         agent = live.agent
         older = [message for message in agent.memory.messages if before is None or message.id < before]
-        bodies = answer_page([message.body for message in older], limit, agent.context([]))
+        bodies = fitting([message.body for message in older[: -limit - 1 : -1]], agent.context([]))
         newest = older[len(older) - len(bodies) :]
         about = {"sections": agent.context(newest), "used": agent.used(), "window": agent.window, "estimated": True}
         return about | {"more": len(newest) < len(older), "first": newest[0].id if newest else None}
@@ -9033,7 +9028,7 @@ class Session:
         """
         result = await self._agents.store.read(find_request, live.id, turn_id, step)
         older = result["request"].pop("messages")[:before]
-        messages = result["request"]["messages"] = answer_page(older, limit, result)
+        messages = result["request"]["messages"] = fitting(older[: -limit - 1 : -1], result)[::-1]
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
 
     async def set_block(
@@ -9129,9 +9124,9 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
             if is_taken:
                 text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
             raise UsageError(text) from None
-    for bound in sockets:
-        bound.setblocking(False)
-        # Inherited by accepted sockets; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
+    for (
+        bound
+    ) in sockets:  # those accepted inherit it; asyncio leaves it out here, and a turn would wait for a delayed ACK
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sockets
 
@@ -9407,19 +9402,14 @@ class WebSocketServer:
         """Serve until interrupted. Inside a running loop (a notebook cell) start in a thread and return; with `block`
         keep the cell there through nest-asyncio until it is interrupted, which frees the port."""
         loop = running_loop()
-        if loop is None:
-            with contextlib.suppress(KeyboardInterrupt):
-                asyncio.run(self.start_server())
+        if loop and not block:
+            self.start()
+            print(f"memws {__version__} listening on {self.url} in a thread of its own; stop() ends it")
             return
-        if block:
+        if loop:
             nest(loop)
-        self.start()
-        print(f"memws {__version__} listening on {self.url} in a thread of its own; stop() ends it")
-        if block:
-            try:
-                loop.run_until_complete(asyncio.wrap_future(self._over, loop=loop))
-            except KeyboardInterrupt:
-                self.stop()
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(self.start_server())
 
     async def start_server(self) -> None:
         """Serve until cancelled, on the caller's loop, or where blocking calls came before on their thread. Raises
@@ -9542,8 +9532,7 @@ class Screen:
         self._colour = out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
         if self._colour and os.name == "nt":
             os.system("")  # noqa: S605, S607 (a classic console shows colours once cmd.exe has run in it)
-        self._out, self._prompt, self._mid_line = out, "", False
-        self._step = 0
+        self._out, self._prompt, self._mid_line, self._step = out, "", False, 0
         self._kind = ""  # of the text on the current line
         self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
 
@@ -9584,18 +9573,15 @@ class Screen:
         if step != self._step:
             self._step, self._kind, self._streamed = step, "", {}
         if kind == "delta":
-            self._stream(event["of"], text, str(event.get("agent_name")))
+            kind = event["of"]
+            if kind != self._kind:
+                self.end_line()
+                self.write(FORMS[kind][0].format(agent_name=printable(event.get("agent_name")), message=""), "bold")
+            self.write(printable(text), FORMS[kind][1])
+            self._kind, self._streamed[kind] = kind, self._streamed.get(kind, "") + text
         elif kind != "user_message" and text not in self._streamed.get(kind, ""):
             self._kind = ""
             self.show_line(event)
-
-    def _stream(self, kind: str, text: str, agent_name: str) -> None:
-        if kind != self._kind:
-            self.end_line()
-            self.write(FORMS[kind][0].format(agent_name=printable(agent_name), message=""), "bold")
-        self.write(printable(text), FORMS[kind][1])
-        self._kind = kind
-        self._streamed[kind] = self._streamed.get(kind, "") + text
 
     def show_line(self, event: Frame) -> None:
         """Show an event as FORMS has it; of types that are not there, and of what goes without saying, nothing."""
@@ -9925,8 +9911,7 @@ def serve_command(flags: argparse.Namespace) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     options = {name: value for name, value in vars(flags).items() if name not in ("log_level", "run")}
     for name in ("allow_origin", "allow_host"):
-        hosts = options[name]
-        options[name] = (os.environ.get(f"MEMWS_{name.upper()}") or ()) if hosts is None else ",".join(hosts)
+        options[name] = options[name] or os.environ.get(f"MEMWS_{name.upper()}") or ()
     server = WebSocketServer(**options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
     for name in {"SIGTERM", "SIGBREAK"} & vars(signal).keys():  # Windows: Ctrl-Break, with which programs stop others
