@@ -8915,8 +8915,7 @@ class Session:
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
     async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
-        """Give an agent another name; its readers follow. force: cancel what runs or waits first. Result:
-        {agent_name}."""
+        """Give an agent another name; its readers follow. force: cancel what waits or runs. Result: {agent_name}."""
         name, agents = check_name(new_name), self._agents
         await live.stop_turns("cancelled", force)
         async with agents.lock, live.agent.memory.lock:
@@ -8932,12 +8931,8 @@ class Session:
         return {"agent_name": name}
 
     async def delete_agent(self, agent_name: AgentName = None, force: bool = False, purge: bool = False) -> JSON:
-        """Put an agent aside until it is purged; its name is free at once.
-
-        Args:
-            force: cancel what runs or waits first
-            purge: forget the agent for ever instead of keeping it aside
-        """
+        """Put an agent aside until it is purged; its name is free at once. force: cancel what runs or waits first;
+        purge: forget the agent for ever instead."""
         try:
             live = await self._live(agent_name)
             if isinstance(live, SharedAgent) and (client := await live.runner()):
@@ -8974,7 +8969,7 @@ class Session:
 
     async def get_messages(self, live: LiveAgent, before: MessageId = None, limit: Annotated[int, 1, 200] = 50) -> JSON:
         """Page backwards through recall memory: the newest messages before an id, oldest first.
-        Result: {messages: [{id, seq, role, time, text, tool_calls, turn_id, step, in_context}], total, more}."""
+        Result: {messages: [{id, seq, role, time, from, text, tool_calls, turn_id, step, in_context}], total, more}."""
         memory = live.agent.memory
         messages = await self._agents.store.read(read_messages, memory.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
@@ -8991,12 +8986,8 @@ class Session:
         page: Count = 1,
         limit: Annotated[int, 1, 50] = SEARCH_PAGE,
     ) -> JSON:
-        """Search recall and archival memory; an empty query lists the newest first.
-        Result: {items: [{id, store, role, time, text, score}], total, page, pages}.
-
-        Args:
-            from: a day or time of the agent's timezone, inclusive
-            to: a day or time of the agent's timezone, inclusive
+        """Search recall and archival memory; an empty query lists the newest first. from, to: days or times of the
+        agent's timezone, inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages}.
         """
         zone, vector = live.agent.memory.zone, await live.agent.query_vector(query)
         since, until = date_range(from_ or "", to or "", zone)
@@ -9020,12 +9011,8 @@ class Session:
     async def get_request(
         self, live: LiveAgent, turn_id: TurnId, step: Count, before: MessageId = None, limit: Count = 1_000
     ) -> JSON:
-        """Read what was really sent to the model for a step, and what came back; of its messages the newest `limit`.
-        Result: {request, response, usage, first_token_ms, total_ms, more, first}.
-
-        Args:
-            before: a message's place in the request, from 0: those before it
-        """
+        """Read what was really sent to the model for a step, and what came back; of its messages the newest `limit`
+        before a place, from 0. Result: {request, response, usage, first_token_ms, total_ms, more, first}."""
         result = await self._agents.store.read(find_request, live.id, turn_id, step)
         older = result["request"].pop("messages")[:before]
         messages = result["request"]["messages"] = fitting(older[: -limit - 1 : -1], result)[::-1]
