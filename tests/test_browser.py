@@ -93,10 +93,21 @@ def test_first_conversation(serve: Serve, show: Show) -> None:
     window.sees("You told me")
     expect(window.field).to_have_value("")
     expect(window.log.locator(".memws-bubble").last).to_have_text("What do\nI like?")
-    expect(window.mind.locator("ins")).to_have_count(0, timeout=20_000)  # what is new glows for six seconds
-    expect(window.mind.get_by_text("my name is Ada")).to_be_visible()
     window.field.press("ArrowUp")
     expect(window.field).to_have_value("What do\nI like?")
+
+
+def test_what_is_new_glows(serve: Serve, page: Window) -> None:
+    """For six seconds, and stands there then."""
+    page.page.clock.install()
+    page.open(serve().url)
+    page.button("Start with sam").click()
+    page.say("I like tea")
+    page.await_turns(1)
+    expect(page.mind.locator("ins")).to_have_text("I like tea")
+    page.page.clock.fast_forward(6_000)
+    expect(page.mind.locator("ins")).to_have_count(0)
+    expect(page.mind.get_by_text("I like tea")).to_be_visible()
 
 
 def test_nothing_typed_is_lost(serve: Serve, show: Show) -> None:
@@ -345,13 +356,16 @@ def test_memory_is_edited(serve: Serve, show: Show) -> None:
 
 def test_search_and_archive(serve: Serve, show: Show) -> None:
     """Passages are added, listed, deleted and brought back; a search marks its words, and days narrow it."""
-    window = show(serve())
+    server = serve()
+    window = show(server)
     window.say("I like tea")
     window.sees("I noted")
-    for number in range(12):
-        window.mind.get_by_placeholder("A passage to keep").fill(f"Tea number {number}")
-        window.button("add").click()
-        window.mind.get_by_text(f"{number + 1} passage").wait_for()
+    with memws.connect(server.url) as client:
+        for number in range(11):
+            client.command("insert_passage", agent_name="sam", text=f"Tea number {number}")
+    window.mind.get_by_placeholder("A passage to keep").fill("Tea number 11")
+    window.button("add").click()
+    window.mind.get_by_text("12 passages").wait_for()
     window.button("list").click()
     found = window.mind.locator(".memws-found")
     expect(found).to_have_count(10)
@@ -527,17 +541,17 @@ def test_long_history(serve: Serve, show: Show) -> None:
     server.create_new_agent({"name": "old"})
     with memws.connect(server.url) as client:
         client.command("set_block", agent_name="old", label="human", value="edited before all turns")
-    for number in range(300):
+    for number in range(220):
         server.run_step(f"turn {number} of many")
     window = show(server)
     window.panel.get_by_label("Agent", exact=True).select_option("old")
-    window.sees("turn 299 of many")
+    window.sees("turn 219 of many")
     bubbles = window.log.locator(".memws-bubble")
     assert bubbles.count() < 100
-    while (before := bubbles.count()) < 300:
+    while (before := bubbles.count()) < 220:
         window.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
         expect(bubbles.nth(before)).to_be_attached()
-    expect(bubbles).to_have_text([f"turn {number} of many" for number in range(300)])
+    expect(bubbles).to_have_text([f"turn {number} of many" for number in range(220)])
     expect(window.log.get_by_role("button", name="human was edited")).to_have_count(1)
     window.button("↓ newest").click()
     expect(bubbles).to_have_count(200)
@@ -545,9 +559,7 @@ def test_long_history(serve: Serve, show: Show) -> None:
 
 
 HOSTILE = """</script></style></textarea><img src=x onerror="window.hurt=1"><script>window.hurt=1</script>"""
-HOSTILE += (
-    """[a](javascript:window.hurt=1) ![b](https://evil.example/x.png) <a href="javascript:hurt=1">c</a> {{7*7}}"""
-)
+HOSTILE += '[a](javascript:hurt=1) ![b](https://evil.example/x.png) <a href="javascript:hurt=1">c</a> {{7*7}}'
 PLAIN = {"A", "BLOCKQUOTE", "BUTTON", "CODE", "DIV", "EM", "H3", "H4", "H5", "H6", "HR", "LI", "OL", "P", "PRE"}
 PLAIN |= {"SPAN", "STRONG", "TABLE", "TBODY", "TD", "TH", "THEAD", "TR", "UL"}
 
@@ -590,40 +602,32 @@ def test_texts_stay_texts(online: Serve, endpoint: Endpoint, show: Show) -> None
 def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -> None:
     """Any mixture of Markdown's signs becomes nothing but plain elements, with all its words."""
     draw = random.Random(7)
-    signs = [
-        "`",
-        "```",
-        "**",
-        "*",
-        "_",
-        "# ",
-        "> ",
-        "- ",
-        "1. ",
-        "| ",
-        "|-|-|",
-        "\n",
-        "\n\n",
-        "    ",
-        "[x](",
-        ")",
-        "]",
+    signs = ["`", "```", "**", "*", "_", "# ", "> ", "- ", "1. ", "| ", "|-|-|", "\n", "\n\n", "    ", "[x](", ")", "]"]
+    signs += [
         "\\",
         "~~~",
+        "https://a.example/b",
+        "javascript:x",
+        "<b>",
+        "&amp;",
+        "\u202e",
+        "word ",
+        "é",
+        "漢字 ",
+        HOSTILE,
     ]
-    signs += ["https://a.example/b", "javascript:x", "<b>", "&amp;", "\u202e", "word ", "é", "漢字 ", HOSTILE]
     texts = ["".join(draw.choices(signs, k=draw.randrange(1, 60))) + " end" for _ in range(60)]
-    texts += [
-        sign * 6_000 + " end" for sign in ("[", "**a ", "`", "> ", ">", "- ", "_a", "|", "https://", "![](", "  - a\n")
-    ]
+    alone = ("[", "**a ", "`", "> ", ">", "- ", "_a", "|", "https://", "![](", "  - a\n")
+    replies = [texts[start : start + 12] for start in range(0, len(texts), 12)]
+    replies += [[sign * 6_000 + " end"] for sign in alone]
     server = online()
     server.create_new_agent({"name": "sam", "context_window": 1_000_000})
     page.open(server.url, "#agent=sam")
     page.await_status("connected")
-    for number, text in enumerate(texts):
-        endpoint.script(say(text))
+    for number, reply in enumerate(replies, 1):
+        endpoint.script(say(*reply))
         page.say(f"number {number}")
-        page.await_turns(number + 1)
+        page.await_turns(sum(map(len, replies[:number])))
     prose = page.log.locator(".memws-prose")
     assert set(prose.locator("*").evaluate_all("all => all.map((each) => each.tagName)")) <= PLAIN
     assert [text for text in prose.all_text_contents() if "end" not in text] == []
