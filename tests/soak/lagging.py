@@ -55,7 +55,7 @@ class Lag:
         await asyncio.to_thread(self.place.endpoint.wait_requests, asked + 1)
         for number in range(waiting):
             await self.say(f"And then {number}?")
-        for _ in range(FILLING // 20_000):
+        for _ in range(FILLING // 60_000):
             await self.late.request("search_memory", agent_name="filler", query="")
         await self.events()
 
@@ -120,7 +120,7 @@ async def serving(soak: Soak) -> AsyncIterator[tuple[Site, Serving]]:
     async with site(soak, answer) as place:
         with place.serve(constants=constants, fail=True, sync="normal") as server:
             async with client(server, agent={"name": "filler"}) as wire:
-                await wire.ok("insert_passage", text="x" * 20_000)
+                await wire.ok("insert_passage", text="x" * 60_000)
             yield place, server
 
 
