@@ -129,7 +129,7 @@ class Fleet:
         for fault in faults:
             if self.rng.random() < 0.7:
                 await until(lambda: not self.pending, 2 * TAKEOVER)
-            await asyncio.sleep(self.rng.uniform(0.2, 3.0))
+            await asyncio.sleep(self.rng.uniform(0.2, 2.0))
             await fault()
             self.soak.step()
         await until(lambda: not self.pending, 2 * TAKEOVER)
@@ -150,7 +150,7 @@ class Fleet:
         await self.strike(server, signal.SIGSTOP)
 
         async def resume() -> None:
-            await asyncio.sleep(LEASE + self.rng.uniform(2.0, 6.0))
+            await asyncio.sleep(LEASE + self.rng.uniform(1.0, 5.0))
             server.process.send_signal(signal.SIGCONT)
             self.stopped.discard(server)
 
