@@ -449,13 +449,9 @@ class RemoteError(MemwsError):
 
 
 class ConnectFailed(MemwsError):
-    """No connection came about; `status` is the HTTP status of a server that refused (None: nothing answered)."""
+    """No connection came about; details: the HTTP `status` of a server that refused (None: nothing answered)."""
 
     code = "cannot_connect"
-
-    def __init__(self, url: str, advice: str, status: int | None = None) -> None:
-        super().__init__(f"cannot connect to {url}: {advice}")
-        self.status = status
 
 
 class ConnectionLost(MemwsError):
@@ -766,8 +762,7 @@ _EDIT = {"what": Literal["core", "archival"], "label": str, "id": int, "by": Lit
 _TEXTS = {"before": str | None, "after": str | None, "diff": str}
 _SIZES = {"sections": list[JSON], "used": int, "window": int, "warning": str}
 _SAID: JSON = {"from": str, "steered": str, "id": str | int}
-_CHANGES = Literal["renamed", "updated", "deleted", "imported", "rewound"]
-_CHANGE = {"change": _CHANGES, "new_name": str, "kept_as": str}
+_CHANGE = {"change": Literal["renamed", "updated", "deleted", "imported", "rewound"], "new_name": str, "kept_as": str}
 EVENTS: dict[str, tuple[str, dict[str, Any]]] = {  # message type: what it tells, its further fields
     "internal_monologue": ("the model's private text beside its calls", {}),
     "assistant_message": ("what the agent says to the user; partial: it was cut", {"partial": bool}),
@@ -954,23 +949,20 @@ class Query(NamedTuple):
     zone: datetime.tzinfo | None = datetime.UTC  # of the days that the text names; None: the machine's
 
 
-_TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-
-
-def read_body(message: ChatMessage) -> JSON | None:
-    """What a model gets, decoded; None where no endpoint would take it."""
+def read_body(role: str, text: str) -> JSON | None:
+    """What a model gets of a chat message, decoded; None where no endpoint would take it."""
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError):
-        body: JSON = decode_json(message.body)
+        body: JSON = decode_json(text)
         calls = body.get("tool_calls", [])
-        texts = [call["id"] for call in calls]
+        functions = {call["id"]: call["function"] for call in calls if call["type"] == "function"}
+        texts = [*functions, *([body["tool_call_id"]] if role == "tool" else [])]
         texts += [body["content"]] if body.get("content") is not None or not calls else []
-        texts += [body["tool_call_id"]] if message.role == "tool" else []
-        role = message.role if message.role in ("assistant", "tool") else "user"
-        objects = [decode_json(call["function"]["arguments"]) for call in calls if call["type"] == "function"]
-        whole = len(objects) == len(calls) and all(isinstance(value, dict) for value in objects)
-        whole = whole and all(_TOOL_NAME.fullmatch(call["function"]["name"]) for call in calls)
-        if body["role"] == role and whole and all(isinstance(text, str) for text in texts):
-            return body
+        is_whole = body["role"] == (role if role in ("assistant", "tool") else "user") and len(functions) == len(calls)
+        is_whole = is_whole and all(isinstance(each, str) for each in texts)
+        for call in functions.values():
+            is_named = re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", call["name"])
+            is_whole = is_whole and is_named is not None and isinstance(decode_json(call["arguments"]), dict)
+        return body if is_whole else None
     return None
 
 
@@ -980,18 +972,17 @@ def history_faults(messages: Sequence[ChatMessage]) -> tuple[list[tuple[int, str
     faults: list[tuple[int, str]] = []
     waiting: dict[str, str] = {}
     for index, message in enumerate(messages):
-        body = read_body(message)
-        if body is not None and message.role == "tool":
-            if waiting.pop(body["tool_call_id"], None) is None:
-                faults.append((index + 1, f"chat message {message.id} answers a call that is not there"))
-            continue
-        if waiting:
-            faults.append((index, f"calls before chat message {message.id} have no result: {', '.join(waiting)}"))
-        calls = () if body is None else body.get("tool_calls", ())
-        waiting = {call["id"]: call["function"]["name"] for call in calls}
-        if body is None or len(waiting) < len(calls):
+        body = read_body(message.role, message.body)
+        if body is None:
             faults.append((index + 1, f"chat message {message.id} is damaged"))
             waiting = {}
+        elif message.role == "tool":
+            if waiting.pop(body["tool_call_id"], None) is None:
+                faults.append((index + 1, f"chat message {message.id} answers a call that is not there"))
+        else:
+            if waiting:
+                faults.append((index, f"calls before chat message {message.id} have no result: {', '.join(waiting)}"))
+            waiting = {call["id"]: call["function"]["name"] for call in body.get("tool_calls", ())}
     return faults, waiting
 
 
@@ -1838,14 +1829,12 @@ def forget(db: SqlConnection, where: str, *values: object) -> None:
 
 def _span(db: SqlConnection, agent: int, store: str, query: Query) -> Span:
     """The first and the last doc that may be found: docs grow with times and items."""
-    edges: list[tuple[str, str | int]] = [
-        ("time >= ? ORDER BY time, doc", query.since),
-        ("time < ? ORDER BY time DESC, doc DESC", query.until),
-    ]
+    edges: dict[str, Any] = {"time >= ? ORDER BY time, doc": query.since}
+    edges["time < ? ORDER BY time DESC, doc DESC"] = query.until
     if store == "recall":
-        edges.append(("item <= ? ORDER BY item DESC", query.newest))
+        edges["item <= ? ORDER BY item DESC"] = query.newest
     docs = []
-    for edge, value in edges:
+    for edge, value in edges.items():
         sql = f"SELECT doc FROM memory WHERE agent = ? AND store = ? AND {edge} LIMIT 1"
         docs += [doc for (doc,) in db.execute(sql, (agent, store, value))]
     return (docs[0], min(docs[1:])) if len(docs) == len(edges) else (0, -1)
@@ -1930,12 +1919,6 @@ def _newest(db: SqlConnection, spans: list[Span], limit: int, part: str = "") ->
     return [(doc, 0.0) for _, doc in sorted(found, reverse=True)]
 
 
-def _count(db: SqlConnection, agent: int, stores: tuple[str, ...], spans: list[Span]) -> int:
-    """The number of documents; by an index, which "+ 0" makes the database use."""
-    sql = "SELECT count(*) FROM memory WHERE agent = ? AND store = ? AND doc + 0 BETWEEN ? AND ?"
-    return sum(db.execute(sql, (agent, store, *span)).fetchone()[0] for store, span in zip(stores, spans, strict=True))
-
-
 def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
     """The CANDIDATES docs whose vectors are most like the query's, a turn's with those of the turns beside it."""
     numpy = needed(*NUMPY)
@@ -1968,7 +1951,12 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
     total = len(ranking)
     last = query.offset + query.limit
     if not ranking and not split_terms(query.text):
-        ranking, total = _newest(db, spans, last), _count(db, agent, query.stores, spans)
+        ranking, total = _newest(db, spans, last), 0
+        sql = (
+            "SELECT count(*) FROM memory WHERE agent = ? AND store = ? AND doc + 0 BETWEEN ? AND ?"  # + 0: by an index
+        )
+        for store, span in zip(query.stores, spans, strict=True):
+            total += db.execute(sql, (agent, store, *span)).fetchone()[0]
     page = ranking[query.offset : last]
     rows = _rows(db, [doc for doc, _ in page])
     found = [(rows[doc], score) for doc, score in page if doc in rows]
@@ -2334,9 +2322,7 @@ class Store:
                 self._local.connection = self._database.connect()
             with transaction(self._local.connection, "BEGIN"):
                 return job(self._local.connection)
-        except UsageError as error:  # there is no connection to be had now
-            raise StoreFailed(str(error)) from error
-        except sqlite3.Error as error:
+        except sqlite3.Error as error:  # there is no connection to be had now
             raise store_error(error) from error
 
     def _write_all(self) -> None:
@@ -2658,22 +2644,11 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
         body = clean_value(decode_json(row["body"]))
         names = ("role", "content") if row["role"] in ("user", "system") else ("by", "role", *body)  # as shape wants it
         row["body"] = encode_json({name: body[name] for name in names if name in body})
-        if read_body(ChatMessage(0, row["role"], "", "", row["body"])) is None:
+        if read_body(row["role"], row["body"]) is None:
             raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
     columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
     blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
     insert(db, table, agent=agent, **columns | blobs)
-
-
-def _import_rows(db: SqlConnection, agent: int, data: JSON) -> None:
-    """Store the rows of an export. Raises UsageError with the place of what is damaged."""
-    for table in _TABLES:
-        with damage_at(table):
-            rows = check(data.get(table), schema_of(list[dict[str, Any]]))
-        for number, row in enumerate(rows):
-            with damage_at(f"{table}[{number}]"):
-                _import_row(db, agent, table, row)
-    index_memory(db, agent)
 
 
 def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: str | None = None) -> str:
@@ -2694,7 +2669,13 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
             record.name = check_name(record.name if name is None else name)
             check_record(record)
             agent = create_agent(db, record).id
-        _import_rows(db, agent, data)
+        for table in _TABLES:
+            with damage_at(table):
+                rows = check(data.get(table), schema_of(list[dict[str, Any]]))
+            for number, row in enumerate(rows):
+                with damage_at(f"{table}[{number}]"):
+                    _import_row(db, agent, table, row)
+        index_memory(db, agent)
         last_seq = db.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
         sql = "UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?"
         db.execute(sql, (last_seq, agent, last_seq))
@@ -6017,7 +5998,7 @@ class Client:
             advice = f"{error}; check the address"
             if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):  # at each address
                 advice = "start the server with `python memws.py`"
-        raise ConnectFailed(self.url, advice, status)
+        raise ConnectFailed(f"cannot connect to {self.url}: {advice}", status=status)
 
     async def _reopen(self) -> Connection:
         """Connect again, later and later, until time is over (ConnectionLost) or we are refused (ConnectFailed)."""
@@ -6029,7 +6010,7 @@ class Client:
             try:
                 return await self._open()
             except ConnectFailed as failure:
-                if failure.status in (401, 403):
+                if failure.details["status"] in (401, 403):
                     raise
         raise ConnectionLost(self.url)
 
@@ -7546,7 +7527,7 @@ class Pipe:
                 self._tell("offline")
             except ConnectFailed as failure:
                 self._tell(f"offline: {failure}")
-                if failure.status in (401, 403):
+                if failure.details["status"] in (401, 403):
                     return
             await asyncio.sleep(delay)
             delay = min(2 * delay, RECONNECT_DELAY_MAX)
@@ -8648,7 +8629,7 @@ def search_item(document: Document) -> JSON:
 
 def message_item(message: ChatMessage, first: int) -> JSON:
     """A chat message as get_messages lists it; `first` is the first one in view."""
-    body = read_body(message) if message.role == "assistant" else None
+    body = read_body(message.role, message.body) if message.role == "assistant" else None
     calls = []
     for call in (body or {}).get("tool_calls", ()):
         arguments = clean_value(decode_json(call["function"]["arguments"]))

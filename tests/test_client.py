@@ -392,7 +392,7 @@ async def test_secrets(serve: Callable[..., memws.WebSocketServer], caplog: pyte
     refused = memws.Client(f"{server.url}/?token=s3cre", "s3cre")
     with pytest.raises(memws.ConnectFailed, match="MEMWS_TOKEN") as caught:
         await refused.connect()
-    assert caught.value.status == 401
+    assert caught.value.details == {"status": 401}
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("memws")]
     assert lines
     assert "s3cre" not in str(caught.value) + repr(refused) + repr(client) + "".join(lines)
