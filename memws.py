@@ -2376,6 +2376,10 @@ class Store:
 _TAKE_FREE = (
     "SELECT id FROM unnest(CAST(? AS integer[])) AS wanted (id) WHERE pg_try_advisory_lock('agents'::regclass::int, id)"
 )
+# A server that is paused in mid-transaction may have sent it ahead; then PostgreSQL does not see that it is idle.
+_END_STUCK = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()
+    AND application_name = 'memws' AND state = 'active' AND wait_event = 'ClientRead'
+    AND state_change < now() - interval '2 s'"""
 
 
 def find_name(db: SqlConnection, agent: int, name: str) -> tuple[int, str, int]:
@@ -2399,16 +2403,17 @@ class Leases:
 
     def __init__(self, database: Postgres) -> None:
         self.address = ""  # under which the others reach this server
+        self.lease = ""  # how this server is written down as an owner
         self.database, self._failure, self._seen = database, "", time.monotonic()
-        self._wanted: dict[int, Callable[[str, bool], None]] = {}
+        self._wanted: dict[int, Callable[[str], None]] = {}
         self._news, self._over = threading.Event(), False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._keep, name="memws-leases", daemon=True)
         self._thread.start()
 
-    def want(self, agent: int, told: Callable[[str, bool], None]) -> None:
-        """Ask for the lease of an agent; `told` hears on this loop of each new owner and whether that is us, and of ""
-        once we are not any more."""
+    def want(self, agent: int, told: Callable[[str], None]) -> None:
+        """Ask for the lease of an agent; `told` hears on this loop again and again who is the owner, and "" once we are
+        not any more."""
         self._loop = asyncio.get_running_loop()
         self._wanted[agent] = told
         self._news.set()
@@ -2416,11 +2421,6 @@ class Leases:
     def drop(self, agent: int) -> None:
         """Ask no longer, and give back what there is."""
         self._wanted.pop(agent, None)
-        self._news.set()
-
-    def move(self, address: str) -> None:
-        """Be reached under another address from now on."""
-        self.address = address
         self._news.set()
 
     @property
@@ -2450,35 +2450,35 @@ class Leases:
     def _hold(self, connection: PostgresConnection) -> None:
         """Take and give back leases, for as long as the connection lasts. Raises sqlite3.Error."""
         address, held = self.address, set[int]()
-        lease = f"{address}#{secrets.token_hex(8)}"
-        known: dict[int, tuple[Callable[[str, bool], None], str]] = {}  # who was told of which owner
+        self.lease = lease = f"{address}#{secrets.token_hex(8)}"
         try:
             while address == self.address and not self._over:
-                wanted = dict(self._wanted)
-                for agent in held - wanted.keys():
+                wanted = set(self._wanted)
+                for agent in held - wanted:
                     connection.execute("SELECT pg_advisory_unlock('agents'::regclass::int, ?)", (agent,))
                     held.remove(agent)
-                free = connection.execute(_TAKE_FREE, (list(wanted.keys() - held),))
-                taken = [agent for (agent,) in free]
-                connection.execute("UPDATE agents SET owner = ? WHERE id = ANY(?)", (lease, taken))
-                held.update(taken)
-                sql = "SELECT id, owner FROM agents WHERE id = ANY(?)"
-                others = connection.execute(sql, (list(wanted.keys() - held),)).fetchall()
-                for agent, owner in [*((agent, lease) for agent in held), *others]:
-                    news = wanted[agent], owner
-                    if known.get(agent) != news:
-                        known[agent] = news
-                        self._tell(*news, agent in held)
+                taken = [agent for (agent,) in connection.execute(_TAKE_FREE, (list(wanted - held),))]
+                if taken:
+                    connection.execute(_END_STUCK)
+                    connection.execute("UPDATE agents SET owner = ? WHERE id = ANY(?)", (lease, taken))
+                    held.update(taken)
+                owners = connection.execute("SELECT id, owner FROM agents WHERE id = ANY(?)", (list(wanted),))
+                self._tell(dict(owners.fetchall()) | dict.fromkeys(held, lease))
                 self._failure, self._seen = "", time.monotonic()
                 self._news.wait(LEASE_PULSE)
                 self._news.clear()
         finally:
-            for agent in held & known.keys():
-                self._tell(known[agent][0], "", False)
+            self._tell(dict.fromkeys(held, ""))
 
-    def _tell(self, told: Callable[[str, bool], None], owner: str, is_ours: bool) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            cast(asyncio.AbstractEventLoop, self._loop).call_soon_threadsafe(told, owner, is_ours)
+    def _tell(self, owners: dict[int, str]) -> None:
+        if self._loop:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._hear, owners)
+
+    def _hear(self, owners: dict[int, str]) -> None:
+        for agent, owner in owners.items():
+            if told := self._wanted.get(agent):
+                told(owner)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -2845,6 +2845,8 @@ def finish_rewind(
     renamed = response("agent_change", f"the agent is now {kept_as!r}", change="renamed", new_name=kept_as)
     last_seq = rename_agent(db, agent, kept_as, renamed, owner)[0][0].seq - 1
     name_agent(db, copy, name, last_seq)
+    if owner is not None:
+        db.execute("UPDATE agents SET owner = ? WHERE id = ?", (owner, copy))
     text = f"the agent was taken back to an earlier turn; as it was then, it goes on as {kept_as!r}"
     return commit(db, copy, Changes([response("agent_change", text, change="rewound", kept_as=kept_as)]))
 
@@ -7908,13 +7910,17 @@ class LiveAgent:
 
     def become(self, agent: int) -> None:
         """Be the agent of that id from now on, for whoever reads or speaks here."""
-        self.id, self.agent.memory.stale = agent, True
+        self.id = agent
 
     def take_name(self, name: str) -> None:
         """Be known under the name from now on."""
-        self.agents.live.pop(self.name, None)
+        self.leave_name()
         self.agents.live[name] = self
         self.name = name
+
+    def leave_name(self) -> None:
+        if self.agents.live.get(self.name) is self:
+            del self.agents.live[self.name]
 
     def gone_error(self) -> Refused:
         """What a message to an agent gets that is no longer in use."""
@@ -8000,15 +8006,16 @@ class LiveAgent:
             return
         if when_busy == "reject" and self.here:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or let the message queue")
-        own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.counted())
+        own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.counted)
         if own >= MAX_WAITING_SESSION and item.sender is not None:
             raise Refused("queue_full", f"{own} messages of this connection wait already; wait for their turns")
-        if (count := len(self.counted())) >= MAX_WAITING_AGENT:
+        if (count := len(self.counted)) >= MAX_WAITING_AGENT:
             raise Refused("queue_full", f"{count} messages wait for agent {self.name!r}; try again later")
 
+    @property
     def counted(self) -> list[Turn]:
-        """What waits for a turn to end."""
-        return self.queued
+        """What waits for a turn to end: elsewhere the first of them runs, or will at once."""
+        return self.queued[0 if self.here else 1 :]
 
     def _kick(self) -> None:
         if self.here and self.waiting and not (self.current or self.agents.stopping):
@@ -8023,17 +8030,26 @@ class LiveAgent:
         except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
-            is_ended_elsewhere = isinstance(error, LeaseLost) and item.step > 0
-            if not is_ended_elsewhere and (item.step == 0 or self.gone or self.agent.memory.stale):
+            if isinstance(error, LeaseLost):
+                self._give_up(item)
+            elif item.step == 0 or self.gone or self.agent.memory.stale:
                 self.refuse(item, error if isinstance(error, MemwsError) else self.gone_error())
         finally:
             self._finish(item)
 
+    def _give_up(self, item: Turn) -> None:
+        """Another server runs the agent by now: it ends what was begun, and gets what was not."""
+        self.here = False
+        if item.step == 0:
+            item.over, item.stop_reason = False, None
+            self.waiting.appendleft(item)
+
     def _finish(self, item: Turn) -> None:
-        if not item.done.done():
+        if not (item.done.done() or item in self.waiting):
             item.done.set_result(None)
         self.waiting.extendleft(reversed(item.steered))  # it ended before it took them in
         self.current = None
+        self.wake()
         self.agents.memory_growth.set()
         self._kick()
         self.rest()
@@ -8053,9 +8069,15 @@ class LiveAgent:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or send force true")
         for item in self.queued:
             self.refuse(item, self.gone_error())
-        if self.current is not None:
-            self.current.stop(reason)
-            await asyncio.wait([self.current.done])
+        await self.stop_current(reason)
+
+    async def stop_current(self, reason: str) -> None:
+        """Stop what runs, and wait until it has ended."""
+        item = self.current
+        if item:
+            item.stop(reason)
+        while item and self.current is item:
+            await self.news.wait()
 
     @contextlib.contextmanager
     def occupied(self, what: str) -> Iterator[Turn]:
@@ -8088,8 +8110,10 @@ class LiveAgent:
             self._beats += 1
 
     def close(self) -> None:
-        """Let go of the timer, and of readers once they have read all."""
+        """Let go of the timer, and of readers once they have read all; where it is gone, of the name."""
         self.closed = True
+        if self.gone:
+            self.leave_name()
         self.wake()
         self.rest()
 
@@ -8108,46 +8132,39 @@ class SharedAgent(LiveAgent):
         super().__init__(agents, record)
         self.here, self.lease = False, ""
         self._client: Client | None = None  # of the server that is followed
-        self._failure: StoreFailed | None = None  # why neither is possible
-        self._obstacle = ""  # why it could not be followed
-        self._asking = 0  # commands that it has not answered yet
-        self._leases, self._owner, self._owner_news = leases, "", asyncio.Event()
+        self._problem: MemwsError | None = None  # why it is neither run nor followed
+        self._leases, self._owner, self._settling = leases, "", asyncio.Lock()
+        self._work = agents.spawn(self._settle())
         leases.want(record.id, self._take_owner)
-        agents.spawn(self._keep())
 
-    def _take_owner(self, owner: str, is_ours: bool) -> None:
-        self._owner, self.lease = owner, owner if is_ours else ""
-        self._failure = None if owner else self._failure  # the database answers again
-        self._owner_news.set()
+    def _take_owner(self, owner: str) -> None:
+        if owner != self._owner:
+            self._owner, self.lease = owner, owner if owner == self._leases.lease else ""
+            self.here, self._problem = False, None
+            self._work.cancel()
+            self._work = self.agents.spawn(self._settle())
 
-    async def _keep(self) -> None:
-        while not self.gone:
-            self._owner_news.clear()
-            work = self.agents.spawn(self._run_here() if self.lease else self._follow())
-            await self._owner_news.wait()
-            work.cancel()
-            await asyncio.wait([work])
-            self.here = False
+    async def _settle(self) -> None:
+        """Run the agent where this server has the lease, else follow the server that has, until there is another."""
+        async with self._settling:
             self.rest()
-            if self.current is not None:
-                self.current.stop("interrupted")
-                await asyncio.wait([self.current.done])
-
-    async def runner(self) -> Client | None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_TIMEOUT):
-                while not (self.here or self._client or self._failure or self.gone):
-                    await self.news.wait()
-        if self._client or self.here or self.gone:
-            return self._client or await super().runner()
-        text = f"no server runs agent {self.name!r} now{self._obstacle}; send it again later"
-        raise self._failure or StoreFailed(text)
-
-    def become(self, agent: int) -> None:
-        self._leases.drop(self.id)
-        self.here, self.id = False, agent
-        self._take_owner("", False)
-        self._leases.want(agent, self._take_owner)
+            await self.stop_current("interrupted")
+            while True:
+                try:
+                    last_seq, address = await self.look_up(), self._owner.rpartition("#")[0]
+                    if self.lease:
+                        return await self._run_here(last_seq)
+                    if address not in ("", self._leases.address):
+                        await self._follow(address)
+                        continue
+                except Refused:
+                    self.gone = True
+                    return self.close()
+                except MemwsError as error:
+                    logger.info("agent %s: %s", self.name, error)
+                    self._problem = error
+                    self.wake()
+                await asyncio.sleep(LEASE_PULSE)
 
     async def look_up(self) -> int:
         """The last seq, once id and name are as the database has them. Raises StoreFailed, Refused."""
@@ -8157,132 +8174,90 @@ class SharedAgent(LiveAgent):
         self.take_name(name)
         return last_seq
 
+    def become(self, agent: int) -> None:
+        self._leases.drop(self.id)
+        self._leases.want(agent, self._take_owner)
+        super().become(agent)
+
+    async def runner(self) -> Client | None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_TIMEOUT):
+                while not (self.here or self._client or self.gone or isinstance(self._problem, StoreFailed)):
+                    await self.news.wait()
+        if self._client or self.here or self.gone:
+            return self._client or await super().runner()
+        raise self._unsettled()
+
+    def _unsettled(self) -> StoreFailed:
+        reason = f" ({self._problem})" if self._problem else ""
+        return StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
+
     # -- run by this server --
 
-    async def _run_here(self) -> None:
+    async def _run_here(self, last_seq: int) -> None:
         """Open the agent, whose turn another server may have left open, and go on with what waits."""
-        while not self.here:
-            with self._failing():
-                last_seq = await self.look_up()
-                self._ring.clear()  # it misses what others stored: readers find that in the store
-                self.count, self.last_seq = self.count + 1, last_seq
-                await self.open(await self.agents.store.read(find_agent, self.name))
-                for item in list(self.waiting):
-                    if await self.agents.store.read(find_turn, self.id, item.turn_id):
-                        self._end(item)
-                self.here = True
-            await asyncio.sleep(0 if self.here else LEASE_PULSE)
+        self._ring.clear()  # it misses what others stored: readers find that in the store
+        self.count, self.last_seq = self.count + 1, last_seq
+        await self.open(await self.agents.store.read(find_agent, self.name))
+        for item in list(self.waiting):
+            if await self.agents.store.read(find_turn, self.id, item.turn_id):
+                self._end(item)
+        self.here, self._problem = True, None
         self.agents.memory_growth.set()
+        self.wake()
         self.rest()
         self._kick()
-
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        """Around what may not succeed, and is tried again: whoever waits hears of it."""
-        try:
-            yield
-            self._failure = None
-        except StoreFailed as error:
-            self._failure = error
-        except Refused:
-            self._leave()
-        except MemwsError as error:
-            self._obstacle = f" ({error})"
-            logger.info("agent %s%s", self.name, self._obstacle)
-        self.wake()
-
-    async def _mend(self) -> None:
-        if self.here:
-            await super()._mend()
-
-    # -- run by another --
-
-    async def _follow(self) -> None:
-        while True:
-            with self._failing():
-                await self.look_up()
-                address = self._owner.rpartition("#")[0]
-                if address not in ("", self._leases.address):
-                    await self._relay(address)
-            await asyncio.sleep(LEASE_PULSE)
-
-    async def _relay(self, address: str) -> None:
-        """Follow a server until the connection ends. Raises ConnectFailed, ConnectionLost."""
-        async with Client(f"{address.rstrip('/')}/{BY_SERVER}", self.agents.options.token, reconnect=False) as client:
-            try:
-                await client.hello(["*"])
-                events = client.subscribe(self.name, after=self.last_seq)
-                self._client = client
-                self.wake()
-                for item in self.waiting:
-                    self._forward(client, item)
-                async for event in events:
-                    self._take_in(event)
-                    if event.get("change") == "rewound":
-                        await self.look_up()
-            finally:
-                self._client = None
-                with contextlib.suppress(TimeoutError):  # what it was asked for last may be what ended this
-                    async with asyncio.timeout(LEASE_PULSE):
-                        while self._asking:
-                            await self.news.wait()
-                if client._websocket:
-                    client._websocket.transport.abort()  # a paused server would let the goodbye wait
-
-    def _take_in(self, frame: Frame) -> None:
-        """Tell an event of the other server here, and do what it says."""
-        kind, seq, turn_id = kind_of(frame), frame.get("seq", 0), own_turn_id(frame)
-        event = {name: value for name, value in frame.items() if name != "agent_name"}
-        if frame["type"] != "agent_response" or "steered" in frame:  # else it is the id of a passage, not of a message
-            event.pop("id", None)
-        item = self.find(turn_id)
-        if item and kind == "agent_response_start":
-            item.step = 1
-        elif item and (kind in TERMINAL_TYPES or "steered" in frame):
-            self._end(item)
-        self.publish(StoredEvent(seq, kind, turn_id, encode_json(event)))
-        if frame.get("change") == "renamed":
-            self.take_name(frame["new_name"])
-        elif frame.get("change") == "deleted":
-            self.agents.spawn(self._look())
-
-    async def _look(self) -> None:
-        """The agent was deleted; it may have been restored since."""
-        with self._failing():
-            await self.look_up()
-            self._owner_news.set()  # it is followed anew
 
     def _end(self, item: Turn) -> None:
         """It has run elsewhere: its readers get its end as an event."""
         self.waiting.remove(item)
         item.done.set_result(None)
 
-    def _leave(self) -> None:
-        """The agent was deleted."""
-        self.gone = True
-        self.agents.live.pop(self.name, None)
-        self.close()
+    # -- run by another --
 
-    def close(self) -> None:
-        super().close()
-        if self.gone:
-            self._leases.drop(self.id)
-            self._owner_news.set()
+    async def _follow(self, address: str) -> None:
+        """Follow a server until the agent is deleted. Raises ConnectFailed, ConnectionLost, RemoteError."""
+        async with Client(f"{address.rstrip('/')}/{BY_SERVER}", self.agents.options.token, reconnect=False) as client:
+            try:
+                await client.hello(["*"])
+                events = client.subscribe(self.name, after=self.last_seq)
+                self._client, self._problem = client, None
+                self.wake()
+                for item in self.waiting:
+                    self._forward(client, item)
+                async for event in events:
+                    if event.get("change") == "rewound":
+                        await self.look_up()  # first: whoever hears of it may ask at once
+                    self._take_in(event)
+                    if event.get("change") == "deleted":
+                        await client.hello()  # what was asked for before has its answer
+                        return
+            finally:
+                self._client = None
+                if client._websocket:
+                    client._websocket.transport.abort()  # a paused server would let the goodbye wait
+
+    def _take_in(self, frame: Frame) -> None:
+        """Tell an event of the other server here."""
+        event = {name: value for name, value in frame.items() if name != "agent_name"}
+        if frame["type"] != "agent_response" or "steered" in frame:  # else it is the id of a passage, not of a message
+            event.pop("id", None)
+        stored = StoredEvent(frame.get("seq", 0), kind_of(frame), own_turn_id(frame), encode_json(event))
+        self.publish(stored)
+        if frame.get("change") == "renamed":
+            self.take_name(frame["new_name"])
 
     def enqueue(self, item: Turn, when_busy: WhenBusy = "queue") -> None:
         if self.here:
             super().enqueue(item, when_busy)
             return
         self._check(item, when_busy)
-        if self._failure and not self._client:
-            raise self._failure
+        if isinstance(self._problem, StoreFailed):
+            raise self._unsettled()
         item.when_busy = when_busy
         self.waiting.append(item)
         if self._client:
             self._forward(self._client, item)
-
-    def counted(self) -> list[Turn]:
-        return self.queued[0 if self.here else 1 :]  # elsewhere the first of them runs, or will at once
 
     def _forward(self, client: Client, item: Turn) -> None:
         with contextlib.suppress(ConnectionLost):  # the next one gets it
@@ -8290,26 +8265,29 @@ class SharedAgent(LiveAgent):
             self.agents.spawn(self._hear(item, turn))
 
     async def _hear(self, item: Turn, turn: Stream) -> None:
-        """Pass on why a turn will not be; all else comes as events."""
+        """Wait for the end of a turn, or for why it will not be."""
         with contextlib.suppress(ConnectionLost):  # it is sent again
             async for event in turn:
                 if event["type"] == "agent_response_error" and "seq" not in event and item in self.waiting:
-                    self.refuse(item, RemoteError(event["message"], event["code"]))
+                    self.refuse(item, RemoteError(event["code"], event["message"]))
+            if item in self.waiting:
+                self._end(item)
 
     async def forward(self, client: Client, request: JSON) -> JSON:
         """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
         arguments = {name: value for name, value in request.items() if name not in ("type", "command", "id")}
-        self._asking += 1
         try:
-            return await client.command(request["command"], **arguments | {"agent_name": self.name})
+            answered = await client.command(request["command"], **arguments | {"agent_name": self.name})
         except ConnectionLost as error:
             raise StoreFailed("the server that ran the agent was lost; see what is stored, then ask again") from error
-        finally:
-            self._asking -= 1
-            self.wake()
-            if request["command"] == "rewind_agent":
-                with self._failing():
-                    await self.look_up()  # whoever has the answer finds the agent as it is by now
+        if request["command"] == "rewind_agent":
+            await self.look_up()  # whoever has the answer finds the agent as it is by now
+        return answered
+
+    def close(self) -> None:
+        super().close()
+        if self.gone:
+            self._leases.drop(self.id)
 
 
 class Agents:
@@ -8400,7 +8378,6 @@ class Agents:
             async with self.lock, live.agent.memory.lock:
                 event = response("agent_change", "the agent was deleted", change="deleted")
                 live.publish(*await self.store.write(delete_agent, live.id, event, purge, live.lease))
-                del self.live[live.name]
                 live.close()
         except MemwsError:
             live.gone = False
@@ -8424,7 +8401,7 @@ class Agents:
                 async with live.agent.memory.lock:
                     names = live.name, kept_as, live.lease
                     events = await self.store.write(finish_rewind, live.id, copy, *names)
-                    live.agent.record.id = 0  # an edit that waits for its lock finds nothing to edit
+                    live.agent.record.id, live.agent.memory.stale = 0, True  # who waits for the lock edits nothing
                     live.become(copy)
                 await live._mend()  # before it is told: who hears of it may ask at once
                 live.publish(*events)
@@ -8458,7 +8435,7 @@ class Agents:
             return
         if self.leases:  # one of the servers does it
             leads = asyncio.Event()
-            self.leases.want(0, lambda owner, is_ours: leads.set())
+            self.leases.want(0, lambda owner: leads.set())
             await leads.wait()
         if self.store.settings.get("embedding_model") != embedder.name:
             cleared: int | None = 0
@@ -9236,7 +9213,7 @@ class WebSocketServer:
         self._bind()
         self._loop, agents = asyncio.get_running_loop(), self.open()
         if agents.leases:
-            agents.leases.move(advertised(self.options, self.host, self.port))
+            agents.leases.address = advertised(self.options, self.host, self.port)
         for bound in self._sockets:
             listener = await websockets.asyncio.server.serve(
                 self.handle_client,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from commandline import Serving
 from endpoint import Endpoint, say
+from postgres import Cluster
 from wire import Wire, events_of, is_terminal, messages_of, of_kind, wire
 
 import memws
@@ -137,3 +138,29 @@ async def test_a_text_enters_a_turn_that_runs_elsewhere(pair: tuple[Wire, Wire],
     await other.say("tea", id="third", turn_id="steer")
     assert await other.receive() == receipt | {"id": "third"}
     assert await messages_of(other, "sam") == ["Hello", "go", "tea"]
+
+
+async def test_a_message_to_a_server_that_has_lost_the_lease(
+    pair: tuple[Wire, Wire], postgres: Cluster, postgres_address: str
+) -> None:
+    """It waits for the next owner, also where the server hears of the loss from the message alone."""
+    postgres.run("UPDATE agents SET owner = 'ws://127.0.0.1:1#another'", postgres_address.rpartition("/")[2])
+    await pair[0].say("Still there?", turn_id="t1")
+    await pair[0].ok("list_agents")
+    postgres.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT id, owner FROM%'")
+    assert (await pair[0].ended())["stop_reason"] == "done"
+
+
+async def test_what_a_paused_server_has_half_written_holds_up_nobody(postgres_address: str, online: Online) -> None:
+    """Its transaction ends with its lease, though PostgreSQL does not see that it is idle."""
+    paused = online(db=postgres_address)
+    async with wire(paused, agent={"name": "sam"}):
+        await asyncio.to_thread(paused.stop)
+    with closing(memws.database_at(postgres_address)) as database:
+        writing, lease = database.open(), database.connect(idle_session_timeout="3s")
+        lease.execute("SELECT pg_advisory_lock('agents'::regclass::int, 1)")
+        writing.sends_ahead = True
+        writing.execute("BEGIN IMMEDIATE")
+        writing.execute("UPDATE agents SET owner = 'ws://127.0.0.1:1#paused' RETURNING id").fetchone()
+        async with wire(online(db=postgres_address), agent={"name": "other"}) as client:
+            assert (await client.turn("Hello", agent_name="sam"))[-1]["stop_reason"] == "done"
