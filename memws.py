@@ -2062,10 +2062,23 @@ def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatM
     return read_messages(db, agent, first=first), counts
 
 
+def _whole(event: StoredEvent) -> StoredEvent:
+    """The event, or what stands for one that is damaged on disk: an error where a turn ends, else a correction."""
+    with contextlib.suppress(ValueError):
+        decode_json(event.text)
+        return event
+    text = "this event is damaged on disk"
+    instead = response("correction", text, event.turn_id, what="damaged")
+    if event.kind in TERMINAL_TYPES:
+        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "stop_reason": "error"}
+        instead |= {"message": text, "code": "store_failed"}
+    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
+
+
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
     """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
 
-    At most `limit`, and none more after EVENT_PAGE characters. Raises ValueError where one is damaged.
+    At most `limit`, and none more after EVENT_PAGE characters.
     """
     edge = "(SELECT {}(seq) FROM events WHERE agent = ? AND turn_id = ?)"
     whole = f"turn_id <> '' AND seq BETWEEN {edge.format('min')} AND {edge.format('max')} AND"  # with what entered it
@@ -2074,10 +2087,8 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     rows, size = db.execute(sql, (*values, agent, after, limit)), 0
     page: list[StoredEvent] = []
     while size < EVENT_PAGE and (row := rows.fetchone()):
-        event = StoredEvent(*row)
-        decode_json(event.text)  # nobody is sent what is no JSON
-        page.append(event)
-        size += len(event.text)
+        page.append(_whole(StoredEvent(*row)))
+        size += len(page[-1].text)
     return page
 
 
@@ -4376,14 +4387,16 @@ class Memory:
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def load(self) -> None:
-        """Read all of it. Raises StoreFailed."""
+    async def load(self) -> int:
+        """Read all of it; how many messages no endpoint would take, which are left out. Raises StoreFailed."""
         state = self.record.state
-        self.messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
+        messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
+        self.messages = [message for message in messages if read_body(message) is not None]
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
         state["last_passage"] = max(counts["last_passage"], state["last_passage"])
         self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
+        return len(messages) - len(self.messages)
 
     def clock(self, moment: str = "", style: str = "%Y-%m-%d %I:%M:%S %p %Z%z") -> str:
         """A stored time, or now, as a model reads it; by default in the style of MemGPT 0.2.7 (utils.py)."""
@@ -4978,29 +4991,29 @@ class Agent:
         """Load the agent and repair what a crash left; itself. Raises StoreFailed."""
         try:
             check_record(self.record)
-            await self.memory.load()
+            unreadable = await self.memory.load()
             self.configure()
             if told := self.model.learned.window:
                 self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
-            await self._repair()
+            await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
             raise StoreFailed(text) from error
         return self
 
-    async def _repair(self) -> None:
+    async def _repair(self, unreadable: int) -> None:
         """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
         memory, turn_id = self.memory, self.record.state["turn"]
         faults, open_calls = history_faults(memory.messages)
         broken = max((index for index, _ in faults), default=0)
-        if not (broken or open_calls or turn_id):
+        if not (unreadable or broken or open_calls or turn_id):
             return
         turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
         async with self._change(turn) as change:
             for call_id, name in open_calls.items():
                 self.repairs.append(f"the call of {name} was interrupted and got a result")
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            if broken:
+            if broken or unreadable:
                 text = "chat messages that are damaged or lack a tool's result left the context window"
                 self.repairs.append(text)
                 kept = memory.messages[broken:] + change.changes.messages

@@ -223,13 +223,16 @@ async def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         assert message.text == "A\ufffd"
 
 
-async def test_a_damaged_event_ends_its_replay(store: Store) -> None:
-    """No reader is sent what is no JSON; what stands behind it can be read."""
+@pytest.mark.parametrize("text", ["", "{", '{"type":"agent'])
+async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None:
+    """In its place stands a correction, in that of a turn's end an end that says so."""
     agent = await new_agent(store)
-    events = await store.write(commit, agent.id, Changes([start(), tell(), tell("whole"), start("t1", "end")]))
-    store._connection.execute("UPDATE events SET text = '{' WHERE seq = 2")
-    await fails(store.read(read_events, agent.id, 0, 10))
-    assert await store.read(read_events, agent.id, 2, 10) == events[2:]
+    before = await store.write(commit, agent.id, Changes([start(), tell(), tell("whole"), start("t1", "end")]))
+    store._connection.execute("UPDATE events SET text = ? WHERE seq IN (2, 4)", (text,))
+    events = await store.read(read_events, agent.id, 0, 10)
+    assert events[::2] == before[::2]
+    assert [event[:3] for event in events[1::2]] == [(2, "correction", "t1"), (4, "agent_response_error", "t1")]
+    assert all("this event is damaged on disk" in event.text for event in events[1::2])
 
 
 @pytest.mark.parametrize("text", ["cake", "", "ake ", "cake of 7 November, 2026"])
