@@ -4391,7 +4391,7 @@ class Memory:
         """Read all of it; how many messages no endpoint would take, which are left out. Raises StoreFailed."""
         state = self.record.state
         messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
-        self.messages = [message for message in messages if read_body(message) is not None]
+        self.messages = [message for message in messages if read_body(message.role, message.body) is not None]
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         self.archival, self.last_message = counts["passages"], counts["last_message"]
         state["last_passage"] = max(counts["last_passage"], state["last_passage"])
