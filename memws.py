@@ -2980,6 +2980,11 @@ _FAULTS = {  # of an answer, by words in its finish reason: the error's code, an
 }
 
 
+def without_heartbeat(arguments: JSON) -> JSON:
+    """The arguments of a call as people see them."""
+    return {name: value for name, value in arguments.items() if name != REQUEST_HEARTBEAT}
+
+
 @dataclass(slots=True)
 class ToolCall:
     """A tool call: its arguments as the model writes them, then what they were read as."""
@@ -3000,9 +3005,8 @@ class ToolCall:
 
     @property
     def line(self) -> str:
-        """The call as MemGPT 0.2.7 shows it, without its request_heartbeat."""
-        arguments = {name: value for name, value in self.arguments.items() if name != REQUEST_HEARTBEAT}
-        return f"Running {self.name}({arguments!r})"
+        """The call as MemGPT 0.2.7 shows it."""
+        return f"Running {self.name}({without_heartbeat(self.arguments)!r})"
 
     @property
     def heartbeat(self) -> bool:
@@ -4246,7 +4250,7 @@ def make_tool(
 
 
 def needs_approval(tool: Tool, arguments: JSON) -> bool:
-    """Whether a call has to be allowed by somebody: also where the tool's own rule fails."""
+    """Whether somebody has to allow a call."""
     try:
         return bool(tool.approve(dict(arguments)) if callable(tool.approve) else tool.approve)
     except Exception:  # the rule is its author's code; where it fails nothing runs unasked
@@ -4923,17 +4927,6 @@ class Turn:
             self._task = None
 
 
-@dataclass(eq=False)
-class Approval:
-    """A call that waits until somebody allows it."""
-
-    tool: Tool
-    call: ToolCall
-    until: str  # a time
-    # Whether it may run, other arguments, and why not.
-    answer: asyncio.Future[tuple[bool, JSON | None, str]]
-
-
 _USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
 
 
@@ -4960,7 +4953,8 @@ class Agent:
         self.memory, self.record, self._timezone = Memory(store, record, emit, self.configure), record, timezone
         self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
         self.repairs: list[str] = []  # what the opening had to mend
-        self.approvals: dict[str, Approval] = {}  # by the id of the call
+        # Calls that wait until somebody allows them, by id: about them; their tool; arguments to take instead, a note.
+        self.approvals: dict[str, tuple[JSON, Tool, asyncio.Future[tuple[JSON, str] | None]]] = {}
         # What a request holds beside chat messages, as text.
         self._sections = dict.fromkeys(("system", "tools", "core_memory", "summary"), "")
         self._cut_prompts = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
@@ -5418,12 +5412,12 @@ class Agent:
         arguments = tool.function.bind(call.arguments, lenient=True)
         if not tool.builtin:
             waits = needs_approval(tool, arguments)
+            about: JSON = {"tool_call_id": call.id, "name": call.name, "arguments": without_heartbeat(call.arguments)}
             if waits:
-                about = {"tool_call_id": call.id, "name": call.name, "arguments": call.arguments}
                 change.add_event("approval_request", f"may {call.name} run?", **about, seconds=APPROVAL_TIMEOUT)
             async with change.apart():
                 with turn.interruptible():
-                    arguments, note = await self._approved(tool, call, arguments) if waits else (arguments, "")
+                    arguments, note = (waits and await self._allowed(tool, about)) or (arguments, "")
                     return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
         try:
             result = tool.function.call(change, **arguments)
@@ -5431,32 +5425,31 @@ class Agent:
         except StoreFailed as error:  # of a search, which changes nothing
             raise ToolError(str(error)) from error
 
-    async def _approved(self, tool: Tool, call: ToolCall, arguments: JSON) -> tuple[JSON, str]:
-        """The arguments that a call may run with, and a note of it. Raises ToolError where nobody allows it."""
-        now, patience = datetime.datetime.now(datetime.UTC), datetime.timedelta(seconds=APPROVAL_TIMEOUT)
-        answer: asyncio.Future[tuple[bool, JSON | None, str]] = asyncio.get_running_loop().create_future()
-        self.approvals[call.id] = Approval(tool, call, utc_text(now + patience), answer)
+    async def _allowed(self, tool: Tool, about: JSON) -> tuple[JSON, str] | None:
+        """Wait until a call may run; the arguments to take instead, and a note of it. Raises ToolError."""
+        until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=APPROVAL_TIMEOUT)
+        answer = asyncio.get_running_loop().create_future()
+        self.approvals[about["tool_call_id"]] = about | {"until": utc_text(until)}, tool, answer
         try:
-            allowed, edited, reason = await asyncio.wait_for(answer, APPROVAL_TIMEOUT)
+            return await asyncio.wait_for(answer, APPROVAL_TIMEOUT)
         except TimeoutError:
             raise ToolError(f"not run: nobody allowed it within {APPROVAL_TIMEOUT:g} s") from None
         finally:
-            del self.approvals[call.id]
-        if not allowed:
-            raise ToolError(f"not run: a person denied it{f' ({reason})' if reason else ''}")
-        if edited is None:
-            return arguments, ""
-        return tool.function.bind(edited, lenient=True), f"a person had it run with {encode_json(edited)}: "
+            del self.approvals[about["tool_call_id"]]
 
     def approve(self, call_id: str, allow: bool, arguments: JSON | None, reason: str) -> None:
         """Answer a call that waits for it. Raises Refused (not_found), InvalidRequest for arguments that do not fit."""
-        approval = self.approvals.get(call_id)
-        if approval is None or approval.answer.done():
+        _, tool, answer = self.approvals.get(call_id, (None, None, None))
+        if answer is None or tool is None or answer.done():
             text = f"no call {quote(call_id)} waits to be allowed: it was answered, withdrawn, or too late"
             raise Refused("not_found", text)
-        if allow and arguments is not None:
-            approval.tool.function.bind(arguments, lenient=True)
-        approval.answer.set_result((allow, arguments, reason))
+        if not allow:
+            answer.set_exception(ToolError(f"not run: a person denied it{f' ({reason})' if reason else ''}"))
+        elif arguments is None:
+            answer.set_result(None)
+        else:
+            bound, shown = tool.function.bind(arguments, lenient=True), encode_json(without_heartbeat(arguments))
+            answer.set_result((bound, f"a person had it run with {shown}: "))
 
     def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
         """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
@@ -8859,15 +8852,7 @@ class Session:
         agent, memory, running = live.agent, live.agent.memory, live.current
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
         turn = {"turn_id": running.turn_id, "step": running.step} if running else {}
-        turn["approvals"] = [
-            {
-                "tool_call_id": each.call.id,
-                "name": each.call.name,
-                "arguments": each.call.arguments,
-                "until": each.until,
-            }
-            for each in agent.approvals.values()
-        ]
+        turn["approvals"] = [about for about, *_ in agent.approvals.values()]
         return {
             "agent_name": live.name,
             "settings": agent.settings(),

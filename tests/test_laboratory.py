@@ -120,7 +120,7 @@ def spent(server: Any) -> list[int]:
     return sums
 
 
-SPENDS = Reply(calls=[("spend", {"amount": 50})])
+SPENDS = Reply(calls=[("spend", {"amount": 50, "request_heartbeat": True})])
 
 
 async def asked(client: Wire, endpoint: Endpoint, *then: Reply) -> JSON:
@@ -141,7 +141,8 @@ async def buyer(server: Any, spent: list[int]) -> AsyncIterator[Wire]:
 ANSWERS: dict[str, tuple[JSON, list[int], str]] = {
     "allowed": ({"allow": True}, [50], "spent 50"),
     "with other arguments": (
-        {"allow": True, "arguments": {"amount": 20}}, [20], 'a person had it run with {"amount":20}: spent 20',
+        {"allow": True, "arguments": {"amount": 20, "request_heartbeat": True}}, [20],
+        'a person had it run with {"amount":20}: spent 20',
     ),
     "denied": ({"allow": False}, [], "not run: a person denied it"),
     "denied, and why": ({"allow": False, "reason": "too dear"}, [], "not run: a person denied it (too dear)"),
