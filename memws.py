@@ -3524,16 +3524,14 @@ class Tape:
         self.path, self.replays = path, replays
         self.stream = self._replay if replays else self._record  # the chunks of a model's answer to parts of a request
         self.secrets: set[str] = set()  # what no line may hold
-        self._recorded: dict[str, str] = {}  # whose calls an agent gets
         self._lines: list[JSON] = []
         opener = functools.partial(os.open, mode=0o600)
         self._open = functools.partial(open, path, encoding="utf-8", errors="surrogatepass", opener=opener)
         try:
             with self._open(mode="r" if replays else "a+") as file:
                 file.seek(0)
-                for line in map(decode_json, file):
-                    self._lines.append(line | {"start": float(line["start"])})
-            self._lines.sort(key=lambda line: float(line["start"]))
+                for line in file:
+                    self._lines.append(decode_json(line))
             server: JSON = self._lines[0]["server"] if replays or self._lines else dict.fromkeys(_SERVER)
             self.about = {name: server[name] for name in _SERVER}
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -3564,13 +3562,12 @@ class Tape:
             self.keep(start, agent=agent, prompt=prompt, chunks=chunks, end=end, learned=learned)
 
     async def _replay(self, model: Model, body: str, parts: list[str], agent: str) -> AsyncGenerator[JSON, None]:
-        prompt, whose = "\n".join(map(_lasting, parts)), self._recorded.get(agent, agent)
-        calls = [line for line in self._lines if line.get("agent") == whose] or self._lines[1:]
-        call = next((call for call in calls if call.get("prompt") == prompt), None)
+        prompt, lines = "\n".join(map(_lasting, parts)), [line for line in self._lines if "prompt" in line]
+        calls = [line for line in lines if line["agent"] == agent] or lines
+        call = next((call for call in calls if call["prompt"] == prompt), None)
         if call is None:
             raise MemwsError(self._missing(prompt, calls), "model_refused")
         self._lines.remove(call)
-        self._recorded[agent] = call["agent"]
         for _, chunk in call["chunks"]:
             yield chunk
         await asyncio.sleep(IDLE_TIMEOUT if call["end"] == _STOPPED else 0)
@@ -3580,9 +3577,9 @@ class Tape:
 
     def _missing(self, prompt: str, calls: Sequence[JSON]) -> str:
         """How a prompt differs from the first that is left of those calls."""
-        expected = next((call["prompt"] for call in calls if "prompt" in call), None)
-        if expected is None:
+        if not calls:
             return f"the tape {self.path!r} has no more calls; record it anew"
+        expected = calls[0]["prompt"]
         start = max(0, len(os.path.commonprefix([prompt, expected])) - 20)  # noqa: RUF071 (texts, no paths)
         ours, theirs = (quote(text[start:].replace("\\", "")) for text in (prompt, expected))
         return f"the tape {self.path!r} has {theirs} where this prompt has {ours}; record it anew"
@@ -8731,11 +8728,9 @@ class Session:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
         if not live.gone:
             await live.runner()  # the end of a turn could not be stored then; it can be by now
-        waited = live.find(turn_id)
-        record = await self._agents.store.read(find_turn, live.id, turn_id)
-        item = live.find(turn_id)  # looked for last: it may have begun meanwhile
-        if waited and not (item or record):  # it has entered the turn of another
-            record = await self._agents.store.read(find_turn, live.id, turn_id)
+        item = live.find(turn_id)
+        record = None if item else await self._agents.store.read(find_turn, live.id, turn_id)
+        item = item or live.find(turn_id)  # another connection may have sent it meanwhile
         if not (item or record):
             return False
         if (message, speaker) != ((item.message, item.speaker) if item else (record or ())[:2]):

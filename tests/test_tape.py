@@ -172,21 +172,6 @@ async def test_agents_at_once(record: Serve, replay: Serve, endpoint: Endpoint) 
     assert await all_told(await asyncio.to_thread(record), "abcdef") == await all_told(replay(), "fedcba")
 
 
-def test_other_names(record: Serve, replay: Serve, endpoint: Endpoint) -> None:
-    """An agent of another name goes on with the calls that it has begun with, whoever asks first."""
-    endpoint.script(say("Hi"), say("Hi"), say("one"), say("two"))
-
-    def told(server: Any, names: str, order: str) -> list[str]:
-        with memws.connect(server.url) as client:
-            for name in names:
-                client.create_agent(name)
-                client.ask("Hello", name)
-            said = {name: client.ask("And now?", name) for name in order}
-        return [said[name] for name in names]
-
-    assert told(record(), "ab", "ab") == told(replay(), "xy", "yx") == ["one", "two"]
-
-
 @pytest.mark.anyio
 async def test_stopped_turns(record: Serve, replay: Serve, endpoint: Endpoint) -> None:
     """A turn that was stopped while its model spoke waits there until it is stopped again."""
