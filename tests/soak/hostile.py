@@ -1,7 +1,8 @@
 """Hostile frames and handshakes: python tests/soak/hostile.py [--seed N] [--count N]
 
 Eight clients send, on one server, requests that are nearly right, JSON that is none, bytes that are no WebSocket and
-handshakes that are no HTTP, while a healthy client talks to it.
+handshakes that are no HTTP, while a healthy client talks to it. Then they knock with foreign Origins and Hosts, a tenth
+as many of each, and with a fiftieth as many wrong tokens: those of test_gate.py, and what is made of them at random.
 """
 
 import asyncio
@@ -14,19 +15,19 @@ import re
 from pathlib import Path
 from typing import Any
 
-from soaking import GONE, Soak, handshake, healthy_client, knock_in_vain, run, site, until
+from soaking import GONE, Soak, handshake, healthy_client, knock, run, site, until
 
 # isort: split
 from commandline import Serving
 from measure import memory
-from test_gate import BAD_HOSTS, BAD_ORIGINS, BREACHES
+from test_gate import ADDRESSES, BAD_HOSTS, BAD_ORIGINS, BREACHES, FOREIGN, TOKEN, WRONG_TOKENS
 from websockets.asyncio.client import ClientConnection, connect
 from wire import JSON, MAX_ERROR_BYTES, TERMINALS, check_event
 
 import memws
 
 WHAT, COUNT = "hostile frames and handshakes", 100_000
-TOKEN, KEY = "canary-token-7d1f", "sk-canary-key-93ab"
+KEY = "sk-canary-key-93ab"
 LEAK = re.compile(rf'Traceback|File "|site-packages|/usr/lib|memws-soak-|memws\.py|\.py:\d|{TOKEN}|{KEY}')
 BATCH = 25
 WORKERS = 8
@@ -204,10 +205,33 @@ def wrong_handshake(rng: random.Random, port: int) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode("latin-1", "replace")
 
 
+HOSTS = [*BAD_HOSTS, *ADDRESSES, "\x00", "\xff\xfe", "localhost%00.evil.example", "169.254.169.254", "a" * 7_000]
+
+
+def foreign_host(rng: random.Random) -> str:
+    """A Host that is not ours: one, or several joined."""
+    return rng.choice("@,#:. ").join(rng.choices(HOSTS, k=rng.choice([1, 1, 2, 3])))
+
+
+def foreign_origin(rng: random.Random) -> str:
+    known = rng.random() < 0.4
+    return rng.choice([*BAD_ORIGINS, *FOREIGN]) if known else f"{rng.choice(['http', 'https'])}://{foreign_host(rng)}"
+
+
+def wrong_token(rng: random.Random) -> tuple[list[str], str]:
+    """Headers and a path with a token that is not ours: one of the known, or ours with a character changed."""
+    at = rng.randrange(len(TOKEN))
+    token = TOKEN[:at] + rng.choice(["", "x", "%00", "\xff", '"']) + TOKEN[at + 1 :]
+    changed = [([f"Authorization: Bearer {token}"], "/"), ([], f"/?token={token}")]
+    return rng.choice([*changed, ([f"Sec-WebSocket-Protocol: memws, {token}"], "/"), rng.choice(WRONG_TOKENS)])
+
+
 CLOSED, UNANSWERED = "connections closed for a frame, or with 1011", "unanswered, or answered twice"
 NOT_JSON, INTERNAL = "replies that are no strict JSON of the protocol", "answers with the code internal"
 LARGE, LEAKS = "replies over 4 KiB", "file paths, tracebacks, secrets in replies"
 LET_IN, LOGGED = "handshakes let in", "file paths, secrets in the log"
+ORIGINS, FOREIGN_HOSTS, TOKENS = (f"{what} upgraded" for what in ("foreign Origins", "foreign Hosts", "wrong tokens"))
+FAILED = "handshakes not answered, or 5xx"
 
 
 class Attack:
@@ -353,6 +377,51 @@ def marks_of(text: str | bytes) -> tuple[Any, str | None]:
     return None, None
 
 
+async def knock_in_vain(soak: Soak, kind: str, port: int, data: bytes) -> bytes:
+    """Send what must not open a WebSocket; the answer. It is a fault of this kind if it does."""
+    status, reply = "", b""
+    with contextlib.suppress(OSError):  # such as a TimeoutError
+        status, reply = await knock(port, data)
+    if status == "101":
+        soak.fault(kind, data)
+    elif status == "" or status.startswith("5"):
+        soak.fault(FAILED, f"{status} {data!r}")
+    soak.step()
+    return reply
+
+
+async def knock_rightly(soak: Soak, port: int, *headers: str) -> None:
+    status, _ = await knock(port, handshake(f"Host: 127.0.0.1:{port}", *headers))
+    if status != "101":
+        soak.fault("the right ones refused", f"{status} {headers}")
+
+
+async def origins_and_hosts(soak: Soak, port: int) -> None:
+    """Clients with no token to know, half of the foreign Hosts with an Origin that agrees."""
+
+    async def work(number: int) -> None:
+        rng = random.Random(f"{soak.seed} foreign {number}")
+        for case in range(number, soak.count // 10, WORKERS):
+            data = handshake(f"Host: 127.0.0.1:{port}", f"Origin: {foreign_origin(rng)}")
+            await knock_in_vain(soak, ORIGINS, port, data)
+            host = foreign_host(rng)
+            agreeing = [f"Origin: {rng.choice(['http', 'https'])}://{host}"] if case % 2 else []
+            await knock_in_vain(soak, FOREIGN_HOSTS, port, handshake(f"Host: {host}", *agreeing))
+
+    await asyncio.gather(*map(work, range(WORKERS)))
+    await knock_rightly(soak, port, f"Origin: http://127.0.0.1:{port}")
+
+
+async def tokens(soak: Soak, port: int) -> None:
+    """Clients that do not know the token."""
+    rng = random.Random(f"{soak.seed} tokens")
+    for _ in range(soak.count // 50):
+        headers, path = wrong_token(rng)
+        data = handshake(f"Host: 127.0.0.1:{port}", *headers, line=f"GET {path} HTTP/1.1")
+        await knock_in_vain(soak, TOKENS, port, data)
+    await knock_rightly(soak, port, f"Authorization: Bearer {TOKEN}")
+
+
 async def wave(attack: Attack, name: str, cases: int) -> None:
     """So many cases, by all clients at once."""
     async with asyncio.TaskGroup() as group:
@@ -368,12 +437,14 @@ def entries(pid: int, folder: str) -> int:
 
 
 async def main(soak: Soak) -> None:
-    soak.none(CLOSED, UNANSWERED, LARGE, NOT_JSON, INTERNAL, LET_IN, "handshakes not answered, or 5xx", LEAKS, LOGGED)
-    flags = ("--model", "offline", "--sync", "normal", "--token", TOKEN, "--log-level", "debug")
+    soak.none(CLOSED, UNANSWERED, LARGE, NOT_JSON, INTERNAL, LET_IN, FAILED, LEAKS, LOGGED)
+    soak.none(ORIGINS, FOREIGN_HOSTS, TOKENS, "the right ones refused")
+    soak.total(soak.count + 2 * (soak.count // 10) + soak.count // 50)
+    flags = ("--model", "offline", "--sync", "normal", "--log-level", "debug")
     variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}  # where nobody answers
     async with site(soak) as place:
         place.gapless = False
-        with place.command_line(*flags, **variables) as server:
+        with place.command_line(*flags, MEMWS_TOKEN=TOKEN, **variables) as server:
             pid = server.process.pid
             attack = Attack(soak, server)
             with healthy_client(soak, server.url, TOKEN):
@@ -388,9 +459,12 @@ async def main(soak: Soak) -> None:
                 soak.most("memory growth, MiB", memory(pid) - before, 16)
                 soak.most("threads more than at the start", entries(pid, "task") - threads, spare)
                 soak.most("descriptors more than at the start", entries(pid, "fd") - fds, 3 * spare)
+            await tokens(soak, server.port)
         for line in server.log.splitlines():
             if (found := LEAK.search(line)) and not line.startswith("    "):  # the lines of a traceback are indented
                 soak.fault(LOGGED, f"{found[0]!r} in {line[:200]}")
+        with place.command_line(*flags) as server:
+            await origins_and_hosts(soak, server.port)
 
 
 if __name__ == "__main__":

@@ -313,19 +313,6 @@ async def knock(port: int, data: bytes) -> tuple[str, bytes]:
     return reply.split(b" ", 2)[1].decode() if reply.startswith(b"HTTP/1.1 ") else "closed", reply
 
 
-async def knock_in_vain(soak: Soak, kind: str, port: int, data: bytes) -> bytes:
-    """Send what must not open a WebSocket; the answer. It is a fault of this kind if it does."""
-    status, reply = "", b""
-    with contextlib.suppress(OSError):  # such as a TimeoutError
-        status, reply = await knock(port, data)
-    if status == "101":
-        soak.fault(kind, data)
-    elif status == "" or status.startswith("5"):
-        soak.fault("handshakes not answered, or 5xx", f"{status} {data!r}")
-    soak.step()
-    return reply
-
-
 def stored(frames: list[JSON]) -> dict[int, JSON]:
     """The stored events among frames, by seq."""
     return {frame["seq"]: bare(frame) for frame in frames if "seq" in frame}
