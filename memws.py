@@ -1959,8 +1959,7 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
             total += db.execute(sql, (agent, store, *span)).fetchone()[0]
     page = ranking[query.offset : last]
     rows = _rows(db, [doc for doc, _ in page])
-    found = [(rows[doc], score) for doc, score in page if doc in rows]
-    return [Document(row.item, row.store, row.role, row.time, row.text, score) for row, score in found], total
+    return [Document(*rows[doc][1:6], score) for doc, score in page], total
 
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------
@@ -2505,6 +2504,8 @@ _EXPORTED = {  # table: its columns in a file
     "requests": "turn_id, step, time, pieces, first, last, digest, response, usage, first_token_ms, total_ms",
 }
 _TABLES = list(_EXPORTED)[1:]  # whose rows belong to an agent
+_REFUSED = sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError  # not Operational: a full disk, a lock
+_DAMAGE = *_REFUSED, ValueError, TypeError, LookupError, AttributeError, OverflowError
 CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
 
 
@@ -2622,19 +2623,6 @@ def _convert_export(data: JSON) -> None:
         row |= {"time": agent["last_active"], "pieces": zlib.compress(encode_json(texts).encode()).hex()}
 
 
-_DAMAGE = sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError  # not Operational: a full disk, a lock
-
-
-@contextlib.contextmanager
-def damage_at(place: str) -> Iterator[None]:
-    """Raises UsageError with the place where what is inside cannot be read or stored."""
-    try:
-        yield
-    except (*_DAMAGE, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UsageError(f"damaged: {place}: {reason}") from None
-
-
 def index_memory(db: SqlConnection, agent: int) -> None:
     """Store the postings of all that an agent's memory holds: sorted first, that is several times as fast."""
     documents = stream(db, "SELECT doc, terms FROM memory WHERE agent = ?", agent)
@@ -2669,23 +2657,25 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
     """
     if not isinstance(data, dict) or data.get("memws_agent") not in (1, EXPORT_FORMAT):
         raise UsageError("the file is no agent that memws exported")
-    data = clean_value(data)
-    with damage_at("the former format"):
-        if data["memws_agent"] != EXPORT_FORMAT:
-            _convert_export(data)
+    data, place = clean_value(data), "the former format"
     with transaction(db):
-        with damage_at("agent"):
+        try:
+            if data["memws_agent"] != EXPORT_FORMAT:
+                _convert_export(data)
+            place = "agent"
             record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
             record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
             record.name = check_name(record.name if name is None else name)
             check_record(record)
             agent = create_agent(db, record).id
-        for table in _TABLES:
-            with damage_at(table):
-                rows = check(data.get(table), schema_of(list[dict[str, Any]]))
-            for number, row in enumerate(rows):
-                with damage_at(f"{table}[{number}]"):
+            for table in _TABLES:
+                place = table
+                for number, row in enumerate(check(data.get(table), schema_of(list[dict[str, Any]]))):
+                    place = f"{table}[{number}]"
                     _import_row(db, agent, table, row)
+        except _DAMAGE as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise UsageError(f"damaged: {place}: {reason}") from None
         index_memory(db, agent)
         last_seq = db.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
         sql = "UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?"
