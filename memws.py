@@ -203,7 +203,6 @@ TURN_TOKEN_BUDGET = 2_000_000  # tokens, in and out, of one turn
 TRANSPORT_RETRIES = 2
 MAX_FAILED_CALLS = 6  # failed model calls of one turn; with the last good ones a failing turn stays within eight
 MAX_FAILED_TOOLS = 3  # in a row
-MAX_REPEATED_CALLS = 3
 IDLE_HEARTBEATS = 10  # timed heartbeats without a user's message before they pause
 WARNING_FRACTION = 0.75  # of the context window: above it the agent is warned once (MemGPT 0.2.7, constants.py)
 KEEP_FRACTION = 0.3  # of the room for messages: what a compaction keeps of the newest ones
@@ -212,7 +211,6 @@ MINUTES = "%Y-%m-%d %H:%M"  # how lists that a model reads tell a time
 SEARCH_PAGE = 10  # results of one page; MemGPT's five lose a tenth of the evidence
 
 # Embeddings.
-EMBEDDING_BATCH = 16  # texts in one call of an embedding model
 EMBEDDING_PATIENCE = 3.0  # seconds that a search waits for its query's vector before words alone decide
 EMBEDDING_PAUSE = 60.0  # seconds without a call after one that failed
 EMBEDDING_TEXT = 2_000  # characters of a query that is embedded
@@ -423,10 +421,8 @@ class LeaseLost(StoreFailed):
 
 
 class ModelError(MemwsError):
-    """A model call failed.
-
-    Codes: context_overflow, model_auth, model_rate_limit, model_timeout, model_unavailable, model_refused, bad_output.
-    """
+    """A model call failed: context_overflow, model_auth, model_rate_limit, model_timeout, model_unavailable,
+    model_refused or bad_output."""
 
     most = 3_300  # its event holds it once
     retry = False  # whether the same call may succeed later
@@ -925,13 +921,18 @@ class ChatMessage:
 
 
 class Document(NamedTuple):
-    """What search finds: a chat message of recall memory or a passage of archival memory."""
+    """What search finds, a chat message of recall memory or a passage of archival memory, and what it is ranked by."""
 
     id: int
     store: str
     role: str  # "user Ada" where a user gave a name; of a passage empty
     time: str
     text: str
+    doc: int = 0  # turns that lend each other words have theirs side by side, see section 5
+    terms: str = ""
+    words: int = 0
+    asking: float = 0.0  # the share of its sentences that are questions, less 1 where it says "I"
+    asked: int = 0  # 1: the turn before, of the same session, asks; -1: it is the first of its session
     score: float = 0.0
 
 
@@ -1236,26 +1237,9 @@ def named_days(text: str, today: datetime.date) -> Iterator[tuple[datetime.date,
                 yield first, 2 if on else 32
 
 
-class MemoryRow(NamedTuple):
-    """A document as it is ranked. Turns that lend each other words have a `doc` side by side, see section 5."""
-
-    doc: int
-    item: int  # the id of the chat message or passage
-    store: str
-    role: str
-    time: str
-    text: str
-    terms: str
-    words: int
-    asking: float  # the share of its sentences that are questions, less 1 where it says "I"
-    asked: int  # 1: the turn before, of the same session, asks; -1: it is the first of its session
-
-
 def rough_scores(holders: dict[str, set[int]], weights: dict[str, float]) -> tuple[dict[int, float], dict[int, float]]:
-    """The weights of the terms that each doc holds; the same with those that its neighbours lend, for the best LENDERS.
-
-    The second also names docs that are not there: only the rows tell where a session ends.
-    """
+    """The weights of the terms that each doc holds; the same with those that its neighbours lend, for the best LENDERS:
+    also of docs that are not there, since only the rows tell where a session ends."""
     own: dict[int, float] = {}
     for term, docs in holders.items():
         for doc in docs:
@@ -1268,7 +1252,7 @@ def rough_scores(holders: dict[str, set[int]], weights: dict[str, float]) -> tup
     return own, rough
 
 
-def score_row(row: MemoryRow, holders: dict[str, set[int]], weights: dict[str, float], length: float) -> float:
+def score_row(row: Document, holders: dict[str, set[int]], weights: dict[str, float], length: float) -> float:
     """BM25 of the row's own terms and, lower, of those in the turns around it, times what its length and form say."""
     counts = collections.Counter(row.terms.split())
     norm = 1 - B + B * counts.total() / max(1.0, length)
@@ -1338,15 +1322,12 @@ class AgentRecord:
 
 
 class StoredEvent(NamedTuple):
-    """An event as it is on disk; `text` is its frame with seq and time, but without agent_name: names change.
-
-    turn_id: of a message that entered the turn of another, its own.
-    """
+    """An event as it is on disk."""
 
     seq: int
     kind: str
-    turn_id: str
-    text: str
+    turn_id: str  # of a message that entered the turn of another, its own
+    text: str  # its frame with seq and time, but without agent_name: names change
 
 
 @dataclass(slots=True)
@@ -1786,16 +1767,14 @@ def write_setting(db: SqlConnection, name: str, value: str) -> None:
 
 PLACES, APART = 1 << 32, 8
 STORES = ("recall", "archival")
-_ROW_COLUMNS = ", ".join(MemoryRow._fields)
+_DOCUMENT = "item, store, role, time, text, doc, terms, words, asking, asked"
 
 Span = tuple[int, int]
 
 
 def remember(db: SqlConnection, agent: int, document: Document, joined: bool | None = None) -> list[tuple[str, int]]:
-    """Store what a search is to find; its postings, which the caller stores.
-
-    joined: whether it belongs to the session of the one before; None: by SESSION_GAP.
-    """
+    """Store what a search is to find; its postings, which the caller stores. joined: whether it belongs to the session
+    of the one before; None: by SESSION_GAP."""
     low = (agent * 2 + STORES.index(document.store)) * PLACES
     sql = """SELECT doc, time, words, text FROM memory WHERE doc BETWEEN ? AND ? AND item < ?
         ORDER BY doc DESC LIMIT 1"""
@@ -1870,20 +1849,18 @@ def _dated(db: SqlConnection, agent: int, query: Query) -> dict[str, set[int]]:
     return found
 
 
-def _rows(db: SqlConnection, docs: list[int]) -> dict[int, MemoryRow]:
-    rows = {}
+def _rows(db: SqlConnection, docs: list[int]) -> dict[int, Document]:
+    rows: dict[int, Document] = {}
     for start in range(0, len(docs), 500):
         some = docs[start : start + 500]
-        sql = f"SELECT {_ROW_COLUMNS} FROM memory WHERE doc IN ({', '.join('?' * len(some))})"
-        rows.update({row[0]: MemoryRow(*row) for row in db.execute(sql, some)})
+        sql = f"SELECT {_DOCUMENT} FROM memory WHERE doc IN ({', '.join('?' * len(some))})"
+        rows |= {row.doc: row for row in itertools.starmap(Document, db.execute(sql, some))}
     return rows
 
 
 def _ranked(db: SqlConnection, agent: int, query: Query, spans: list[Span]) -> list[tuple[int, float]]:
     """(doc, score) of the documents that hold a word of the query or are of its days, and of the turns beside the best.
-
-    The best CANDIDATES are ranked in full; the others follow, with score 0, in order where the page reaches them.
-    """
+    The best CANDIDATES are ranked in full; the others follow, with score 0, in order where the page reaches them."""
     terms = dict(itertools.islice(collections.Counter(split_terms(query.text)).items(), QUERY_TERMS))
     days = _dated(db, agent, query)
     holders = _holders(db, terms, spans) | days
@@ -1959,7 +1936,7 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
             total += db.execute(sql, (agent, store, *span)).fetchone()[0]
     page = ranking[query.offset : last]
     rows = _rows(db, [doc for doc, _ in page])
-    return [Document(*rows[doc][1:6], score) for doc, score in page], total
+    return [rows[doc]._replace(score=score) for doc, score in page], total
 
 
 # ---- vectors ---------------------------------------------------------------------------------------------------------
@@ -1981,9 +1958,8 @@ def without_vector(db: SqlConnection, limit: int) -> list[tuple[int, str]]:
     return db.execute("SELECT doc, text FROM memory WHERE vector IS NULL ORDER BY doc LIMIT ?", (limit,)).fetchall()
 
 
-def keep_vectors(db: SqlConnection, vectors: Iterable[tuple[int, str, bytes]]) -> None:
-    """Store (doc, text, vector), an empty vector for a text that the model refuses; what is gone gets none."""
-    rows = [(vector, doc, text) for doc, text, vector in vectors]
+def keep_vectors(db: SqlConnection, rows: list[tuple[bytes, int, str]]) -> None:
+    """Store (vector, doc, text), an empty vector for a text that the model refuses; what is gone gets none."""
     db.executemany("UPDATE memory SET vector = ? WHERE doc = ? AND text = ?", rows)
 
 
@@ -2075,10 +2051,8 @@ def _whole(event: StoredEvent) -> StoredEvent:
 
 
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
-    """Stored events above `after`, in order; those of one turn where one is named. Empty: there are none.
-
-    At most `limit`, and none more after EVENT_PAGE characters.
-    """
+    """Stored events above `after`, in order, those of one turn where one is named: at most `limit`, and none more after
+    EVENT_PAGE characters."""
     edge = "(SELECT {}(seq) FROM events WHERE agent = ? AND turn_id = ?)"
     whole = f"turn_id <> '' AND seq BETWEEN {edge.format('min')} AND {edge.format('max')} AND"  # with what entered it
     turn, values = ("", ()) if turn_id is None else (whole, (agent, turn_id) * 2)
@@ -2126,7 +2100,7 @@ def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> JSON
 
 def find_passage(db: SqlConnection, agent: int, item: int) -> Document | None:
     """One passage of archival memory."""
-    sql = "SELECT item, store, role, time, text FROM memory WHERE agent = ? AND store = 'archival' AND item = ?"
+    sql = f"SELECT {_DOCUMENT} FROM memory WHERE agent = ? AND store = 'archival' AND item = ?"
     row = db.execute(sql, (agent, item)).fetchone()
     return Document(*row) if row else None
 
@@ -2149,8 +2123,7 @@ def _decoded(record: AgentRecord) -> AgentRecord:
 
 
 def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
-    """The agent of that name, or the one deleted last under it. Raises Refused (unknown_agent) with the nearest names
-    and the count."""
+    """The agent of that name, or the one deleted last under it. Raises Refused (unknown_agent): with the nearest."""
     where, name = _DELETED if deleted else _LIVE, unicodedata.normalize("NFC", name)
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
@@ -2173,8 +2146,7 @@ def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False
 
 @contextlib.contextmanager
 def _claiming(db: SqlConnection, name: str) -> Iterator[int]:
-    """Around what gives an agent the name: the highest seq seen under it, above which the agent goes on. Raises Refused
-    (name_taken)."""
+    """Around what gives an agent the name: the highest seq seen under it. Raises Refused (name_taken)."""
     sql = f"SELECT coalesce(max(last_seq), 0), count(CASE WHEN {_LIVE} THEN 1 END) FROM agents WHERE name = ?"
     last_seq, taken = db.execute(sql, (name,)).fetchone()
     try:
@@ -2651,10 +2623,8 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
 
 
 def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: str | None = None) -> str:
-    """Store what export_agent gave, also that of an earlier memws, under its name or another one; the name.
-
-    Raises UsageError with the place of what is damaged, Refused; then nothing is stored.
-    """
+    """Store what export_agent gave, also that of an earlier memws, under its name or another one; the name. Raises
+    UsageError with the place of what is damaged, Refused; then nothing is stored."""
     if not isinstance(data, dict) or data.get("memws_agent") not in (1, EXPORT_FORMAT):
         raise UsageError("the file is no agent that memws exported")
     data, place = clean_value(data), "the former format"
@@ -5492,7 +5462,7 @@ class Agent:
         if turn.failed_tools >= MAX_FAILED_TOOLS:
             problem = change.changes.messages[-1].text
             return ModelError("bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {problem}")
-        if max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
+        if max(turn.calls.values(), default=0) >= 3:
             return "repeated_call"
         if not more:
             return "done"
@@ -8441,12 +8411,13 @@ class Agents:
             await self.memory_growth.wait()
 
     async def _embed_all(self, embedder: Embedder) -> None:
-        while rows := await self.store.read(without_vector, EMBEDDING_BATCH):
+        while rows := await self.store.read(without_vector, 16):
             if (vectors := await embedder.vectors([text for _, text in rows])) is None:
                 await asyncio.sleep(embedder.pause)
             else:
-                entries = [(*row, vector) for row, vector in zip(rows, vectors, strict=True)]
-                await self.store.write(keep_vectors, entries)
+                await self.store.write(
+                    keep_vectors, [(vector, *row) for vector, row in zip(vectors, rows, strict=True)]
+                )
 
 
 # ---- what a connection gets of an agent ------------------------------------------------------------------------------
@@ -8594,7 +8565,8 @@ def fitting(items: list[Any], beside: Any = None) -> list[Any]:
 def search_item(document: Document) -> JSON:
     """What search_memory finds."""
     role, _, name = document.role.partition(" ")
-    return document._asdict() | {"role": role or None, "from": name or None, "score": round(document.score, 4)}
+    about = {"id": document.id, "store": document.store, "time": document.time, "text": document.text}
+    return about | {"role": role or None, "from": name or None, "score": round(document.score, 4)}
 
 
 def message_item(message: ChatMessage, first: int) -> JSON:
