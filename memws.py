@@ -7726,8 +7726,7 @@ class Options:
         if self.advertise is not None and not re.match(r"wss?://[^/\s]", self.advertise):
             raise UsageError(f"advertise: expected an address like ws://host:8282, but got {quote(self.advertise)}")
         if not is_loopback(self.host) and self.token is None:
-            text = f"listening on {self.host!r} lets other machines in"
-            raise UsageError(f"{text}: set --token SECRET, or use --host localhost")
+            raise UsageError(f"listening on {self.host!r} lets others in: set --token SECRET, or use --host localhost")
         find_zone(self.timezone)
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
             check_window(vars(Config()), self.context_window, MEMORY_TOOLS, core_memory("", ""))
@@ -9013,21 +9012,20 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
         address = name, sockets[0].getsockname()[1] if sockets else port
         family = socket.AF_INET6 if ":" in name else socket.AF_INET
         try:
-            sockets.append(socket.create_server(address, family=family, backlog=1024))
+            bound = socket.create_server(address, family=family, backlog=1024)
         except OSError as error:
             is_taken = error.errno == errno.EADDRINUSE
             if sockets and not (port and is_taken):
                 break
-            for bound in sockets:
-                bound.close()
+            for former in sockets:
+                former.close()
             text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
             if is_taken:
                 text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
             raise UsageError(text) from None
-    for (
-        bound
-    ) in sockets:  # those accepted inherit it; asyncio leaves it out here, and a turn would wait for a delayed ACK
+        # Accepted sockets inherit it; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sockets.append(bound)
     return sockets
 
 
@@ -9051,8 +9049,7 @@ def nest(loop: asyncio.AbstractEventLoop) -> None:
         is_new = sys.version_info >= (3, 14) or importlib.util.find_spec("nest_asyncio2")
         importlib.import_module("nest_asyncio2" if is_new else "nest_asyncio").apply(loop)
     except (ImportError, ValueError, RuntimeError) as error:
-        text = f"run(block=True) cannot block here ({error}); use start(), which serves from a thread"
-        raise UsageError(text) from error
+        raise UsageError(f"run(block=True) cannot block here ({error}); use start(), which serves by thread") from error
 
 
 class WebSocketServer:
@@ -9780,16 +9777,14 @@ class _LogFormatter(logging.Formatter):
 
     def __init__(self, token: str | None) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        self._secrets = [secret for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
+        known = [re.escape(secret) for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
+        self._secrets = re.compile("|".join([*known, r"\bsk-[\w*-]{6,}"]))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         return super().formatMessage(record).replace("\n", "\\n")
 
     def format(self, record: logging.LogRecord) -> str:
-        text = printable(super().format(record)).replace("\n", "\n    ")
-        for secret in self._secrets:
-            text = text.replace(secret, "…")
-        return re.sub(r"\bsk-[\w*-]{6,}", "…", text)
+        return self._secrets.sub("…", printable(super().format(record)).replace("\n", "\n    "))
 
 
 def serve_command(flags: argparse.Namespace) -> None:
