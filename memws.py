@@ -8593,7 +8593,6 @@ class Session:
         self._agents = agents
         self._current: LiveAgent | None = None  # the one that this connection created or loaded last
         self._request_id: RequestId = None  # of the request that is being answered
-        self._unsent = self._looks = 0  # bytes that waited at the last look; looks at which these were as many
 
     def failure(self, request: JSON, error: MemwsError) -> str:
         """What a request gets that fails; a server that passes it on asks the next one, where this one stops."""
@@ -8603,12 +8602,6 @@ class Session:
         """Send a frame to a client that may have left."""
         with contextlib.suppress(ConnectionClosed):
             await self.websocket.send(text)
-
-    def stalled(self) -> int:
-        """At how many looks, of which this is the last, the client has taken no byte of what waits for it."""
-        before, self._unsent = self._unsent, self.websocket.transport.get_write_buffer_size()
-        self._looks = self._looks + 1 if self._unsent and self._unsent == before else 0
-        return self._looks
 
     async def _take(self, frame: str | bytes) -> None:
         """Answer a request; what waits for a model is answered beside the others that follow."""
@@ -9193,10 +9186,14 @@ class WebSocketServer:
                     pass
 
     async def _close_stalled(self, agents: Agents) -> None:
+        sizes: dict[ServerConnection, int] = {}  # bytes that wait for each client
+        looks: dict[ServerConnection, int] = {}  # at how many looks they were as many as before
         while True:
             await asyncio.sleep(READER_PATIENCE / READER_LOOKS)
-            for websocket, session in list(self.clients.items()):
-                if session.stalled() >= READER_LOOKS:
+            before, sizes = sizes, {each: each.transport.get_write_buffer_size() for each in self.clients}
+            looks = {each: looks.get(each, 0) + 1 for each, size in sizes.items() if size and size == before.get(each)}
+            for websocket, count in looks.items():
+                if count >= READER_LOOKS:
                     logger.warning("connection %s takes nothing and is closed", websocket.id)
                     agents.spawn(websocket.close(1013, "this client takes nothing; connect again"))
 
@@ -9414,11 +9411,6 @@ def clipped(text: object, length: int = 160) -> str:
     return printable(line if len(line) <= length else line[: length - 1] + "…")
 
 
-def has_more() -> bool:
-    """Whether a console of Windows, which does not mark pastes, holds more of one."""
-    return os.name == "nt" and bool(importlib.import_module("msvcrt").kbhit())
-
-
 class Screen:
     """The terminal: streamed text, whole lines, and the prompt, which comes again below what others make an agent do.
 
@@ -9457,7 +9449,9 @@ class Screen:
         self._prompt, self._mid_line = prompt, True
         try:
             text = input(prompt)
-            while text.count(PASTE[0]) > text.count(PASTE[1]) or has_more():
+            # A console of Windows does not mark pastes, but holds what is left of one.
+            console = importlib.import_module("msvcrt") if os.name == "nt" else None
+            while text.count(PASTE[0]) > text.count(PASTE[1]) or (console and console.kbhit()):
                 text += f"\n{input()}"
         finally:
             self._prompt = ""
@@ -9716,12 +9710,6 @@ def all_agents(client: BlockingClient) -> list[Frame]:
     return agents
 
 
-def latest_agent(client: BlockingClient) -> str:
-    """The agent that was active last; "sam" where there is none."""
-    agents = sorted(all_agents(client), key=lambda agent: agent["last_active"] or "")
-    return str(agents[-1]["agent_name"]) if agents else "sam"
-
-
 def edit_lines() -> None:
     """Line editing, and a history from chat to chat, where Python has readline."""
     with contextlib.suppress(ImportError, OSError):  # Windows; no home that can be written
@@ -9762,11 +9750,14 @@ def chat_command(flags: argparse.Namespace) -> None:
     logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
     options: JSON = {"on_state": lambda state: screen.line(f"[connection {state}]", "dim")}
     with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, **options) as client:
-        agent_name = latest_agent(client) if flags.agent is None else flags.agent
+        name = flags.agent
+        if name is None:  # the one that was active last
+            agents = sorted(all_agents(client), key=lambda agent: agent["last_active"] or "")
+            name = str(agents[-1]["agent_name"]) if agents else "sam"
         if is_terminal:
-            Chat(client, screen).run(agent_name)
+            Chat(client, screen).run(name)
         else:
-            answer_once(client, agent_name, sys.stdin.read().strip())
+            answer_once(client, name, sys.stdin.read().strip())
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
