@@ -5619,6 +5619,7 @@ class Agent:
 # ======================================================================================================================
 
 Frame = JSON  # one object of the wire as a client sees it: unknown types and fields of later servers pass through
+BOTH_ENDS: JSON = {"compression": None, "max_size": MAX_FRAME, "logger": _ws_logger}  # of a connection
 REFUSALS = {  # what to do about the HTTP status that refuses a connection
     401: "the server asks for its token; give it as token, --token or MEMWS_TOKEN",
     403: "the server refuses this host or origin; start it with --allow-host or --allow-origin",
@@ -5947,12 +5948,10 @@ class Client:
             return await connect(
                 self._address,
                 additional_headers={"Authorization": f"Bearer {self._token}"} if self._token else None,
-                compression=None,
-                max_size=MAX_FRAME,
-                logger=_ws_logger,
                 open_timeout=OPEN_TIMEOUT,
                 close_timeout=CLOSE_TIMEOUT,
                 proxy=None if is_loopback else True,  # a proxy that the environment names cannot reach our loopback
+                **BOTH_ENDS,
             )
         except InvalidStatus as refusal:
             status = refusal.response.status_code
@@ -6011,8 +6010,7 @@ class Client:
         """Answer a request, and keep in mind what it changed about this connection."""
         request, answer = self._pending.pop(frame["id"])
         if not frame.get("ok"):
-            error = {"code": "internal", "message": "", **frame.get("error", frame)}
-            return answer(RemoteError(**error))
+            return answer(RemoteError(**frame.get("error", frame)))
         result, command = frame["result"], request["command"]
         if command == "hello" and request.get("message_types") is not None:
             self._message_types = request["message_types"]
@@ -7856,7 +7854,7 @@ class LiveAgent:
         self.closed = False  # there will be no more events
         self.last_seq, self.count = record.last_seq, 0  # count: of the events ever published here
         self.news = asyncio.Event()  # set at the next event, when another takes its place
-        self._ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
+        self.ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
 
@@ -7893,7 +7891,7 @@ class LiveAgent:
     def publish(self, *events: StoredEvent) -> None:
         for event in events:
             self.last_seq = event.seq or self.last_seq
-            self._ring.append(self._with_name(event))
+            self.ring.append(self._with_name(event))
             self.count += 1
         self.wake()
 
@@ -7903,11 +7901,6 @@ class LiveAgent:
 
     def _with_name(self, event: StoredEvent) -> StoredEvent:
         return event._replace(text=with_fields(event.text, agent_name=self.name))
-
-    def event(self, place: int) -> StoredEvent | None:
-        """The event of that number, counted from 0; None where it is no longer in the ring."""
-        first = self.count - len(self._ring)
-        return self._ring[place - first] if place >= first else None
 
     async def events(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
@@ -8158,7 +8151,7 @@ class SharedAgent(LiveAgent):
 
     async def _run_here(self, last_seq: int) -> None:
         """Open the agent, whose turn another server may have left open, and go on with what waits."""
-        self._ring.clear()  # it misses what others stored: readers find that in the store
+        self.ring.clear()  # it misses what others stored: readers find that in the store
         self.count, self.last_seq = self.count + 1, last_seq
         await self.open(await self.agents.store.read(find_agent, self.name))
         for item in list(self.waiting):
@@ -8452,17 +8445,14 @@ class Reader:
             if replay:
                 self._replays.add(turn_id)
             if item is not None:
-                item.done.add_done_callback(functools.partial(self._end, turn_id))
+                item.done.add_done_callback(lambda done: self._refuse(turn_id, done.exception()))
         self.turns[turn_id] = request_id
         self.live.wake()
 
-    def _end(self, turn_id: str, done: asyncio.Future[None]) -> None:
-        error = done.exception()
-        if isinstance(error, MemwsError) and turn_id in self.turns:
-            self._refuse(turn_id, error)
-
-    def _refuse(self, turn_id: str, error: MemwsError) -> None:
-        """End a turn of one's own that will have no other terminal frame."""
+    def _refuse(self, turn_id: str, error: BaseException | None) -> None:
+        """End a turn of one's own that will have no other terminal frame, where there is an error to tell."""
+        if turn_id not in self.turns or not isinstance(error, MemwsError):
+            return
         request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
         text = self.session.failure(request | {"id": self.turns.pop(turn_id)}, error)
         if text:
@@ -8496,11 +8486,11 @@ class Reader:
                 if live.closed:
                     return
                 await live.news.wait()
-            elif (news := live.event(self.place)) is None:
+            elif live.count - self.place > len(live.ring):
                 await self._catch_up()
             else:
                 self.place += 1
-                await self._deliver(news)
+                await self._deliver(live.ring[self.place - 1 - live.count])
 
     async def _catch_up(self) -> None:
         self.place = place = self.live.count
@@ -8529,7 +8519,7 @@ class Reader:
         """Turns that the agent never had, since it was rewound, will have no terminal frame."""
         for turn_id in list(self.turns):
             known = await self.live.agents.store.read(find_turn, self.live.id, turn_id)
-            if turn_id in self.turns and not (known or self.live.find(turn_id)):
+            if not (known or self.live.find(turn_id)):
                 self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
 
     async def _send(self, event: StoredEvent) -> None:
@@ -9165,14 +9155,12 @@ class WebSocketServer:
                 sock=bound,
                 process_request=self._process_request,
                 select_subprotocol=lambda _, offered: cast(Any, "memws") if "memws" in offered else None,
-                compression=None,
-                max_size=MAX_FRAME,
                 ping_interval=PING_INTERVAL,
                 ping_timeout=PING_TIMEOUT,
                 open_timeout=OPEN_TIMEOUT,
                 close_timeout=STOP_GRACE,
                 server_header=None,
-                logger=_ws_logger,
+                **BOTH_ENDS,
             )
             self._listeners.append(listener)
         for work in (self._warm_up(agents), self._close_stalled(agents), agents.embed()):
