@@ -2184,11 +2184,10 @@ def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
     return find_agent(db, record.name)
 
 
-def rename_agent(
-    db: SqlConnection, agent: int, new_name: str, event: Event, owner: str | None
-) -> tuple[list[StoredEvent], int]:
+def rename_agent(db: SqlConnection, agent: int, name: str, owner: str | None) -> tuple[list[StoredEvent], int]:
     """Give the agent another name; the event of it, stored, and its last seq. Raises Refused (name_taken)."""
-    return commit(db, agent, Changes([event]), owner), name_agent(db, agent, new_name)
+    event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
+    return commit(db, agent, Changes([event]), owner), name_agent(db, agent, name)
 
 
 def delete_agent(
@@ -2752,6 +2751,14 @@ def begin_copy(db: SqlConnection, record: AgentRecord) -> int:
     return copy
 
 
+def _deleted_passages(db: SqlConnection, agent: int, seq: int, last: int) -> list[Document]:
+    """The passages up to that id which were deleted after that seq, by what the events of it tell."""
+    sql = "SELECT text FROM events WHERE agent = ? AND seq > ? AND kind = 'memory_change' AND text LIKE ?"
+    events = [decode_json(text) for (text,) in db.execute(sql, (agent, seq, '%"after":null%'))]
+    gone = [event for event in events if event["what"] == "archival" and event["id"] <= last]
+    return sorted(Document(event["id"], "archival", "", event.get("since", ""), event["before"]) for event in gone)
+
+
 def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) -> Iterator[Step]:
     """Copy all that an agent had stored up to the record's last seq, a step at a time."""
     seq, shift = record.last_seq, f"doc + {(copy - agent) * 2 * PLACES}"
@@ -2776,31 +2783,16 @@ def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) ->
                 for term in set(terms.split()):
                     docs[term].append(doc)
             yield table, done, last
-    yield from _restore_passages(db, agent, copy, record, docs)
+    for passage in _deleted_passages(db, agent, seq, record.state["last_passage"]):
+        if find_passage(db, copy, passage.id) is None:  # there is room for it among those that it has
+            for term, doc in remember(db, copy, passage):
+                docs[term].append(doc)
+            yield "passages", passage.id, record.state["last_passage"]
     postings = ((term, doc) for term in sorted(docs) for doc in docs[term])  # neighbours share a page
     total = sum(map(len, docs.values()))
     for first in range(1, total + 1, COPY_STEP):
         insert_postings(db, itertools.islice(postings, COPY_STEP))
         yield "words", min(first + COPY_STEP - 1, total), total
-
-
-def _restore_passages(
-    db: SqlConnection, agent: int, copy: int, record: AgentRecord, docs: dict[str, list[int]]
-) -> Iterator[Step]:
-    """Give a copy what was deleted since, by what the events of it tell: there is room among its other passages."""
-    sql = "SELECT text FROM events WHERE agent = ? AND kind = 'memory_change' AND seq BETWEEN ? AND ?"
-    last = db.execute("SELECT last_seq FROM agents WHERE id = ?", (agent,)).fetchone()[0]
-    passages: list[Document] = []
-    for first in range(record.last_seq + 1, last + 1, COPY_STEP):
-        for (text,) in db.execute(sql, (agent, first, first + COPY_STEP - 1)).fetchall():
-            event = decode_json(text)
-            if "id" in event and event["after"] is None and event["id"] <= record.state["last_passage"]:
-                passages.append(Document(event["id"], "archival", "", event.get("since", ""), event["before"]))
-        yield "changes", first, last
-    for passage in sorted(passages):
-        if find_passage(db, copy, passage.id) is None:
-            for term, doc in remember(db, copy, passage):
-                docs[term].append(doc)
 
 
 def copy_piece(db: SqlConnection, steps: Iterator[Step]) -> Step | None:
@@ -2813,9 +2805,8 @@ def finish_rewind(
     db: SqlConnection, agent: int, copy: int, name: str, kept_as: str, owner: str | None
 ) -> list[StoredEvent]:
     """Give a whole copy the agent's name, and that another; the event of it, stored. Raises Refused (name_taken)."""
-    renamed = response("agent_change", f"the agent is now {kept_as!r}", change="renamed", new_name=kept_as)
-    last_seq = rename_agent(db, agent, kept_as, renamed, owner)[0][0].seq - 1
-    name_agent(db, copy, name, last_seq)
+    (renamed,), _ = rename_agent(db, agent, kept_as, owner)
+    name_agent(db, copy, name, renamed.seq - 1)
     if owner is not None:
         db.execute("UPDATE agents SET owner = ? WHERE id = ?", (owner, copy))
     text = f"the agent was taken back to an earlier turn; as it was then, it goes on as {kept_as!r}"
@@ -3485,11 +3476,11 @@ class Tape:
         self.stream = self._replay if replays else self._record  # the chunks of a model's answer to parts of a request
         self.secrets: set[str] = set()  # what no line may hold
         self._lines: list[JSON] = []
-        opener = functools.partial(os.open, mode=0o600)
-        self._open = functools.partial(open, path, encoding="utf-8", errors="surrogatepass", opener=opener)
+        self._open = functools.partial(open, path, encoding="utf-8", errors="surrogatepass")
         try:
-            with self._open(mode="r" if replays else "a+") as file:
-                file.seek(0)
+            if not replays:
+                pathlib.Path(path).touch(0o600)
+            with self._open() as file:
                 for line in file:
                     self._lines.append(decode_json(line))
             server: JSON = self._lines[0]["server"] if replays or self._lines else dict.fromkeys(_SERVER)
@@ -8338,32 +8329,8 @@ class Agents:
             live.gone = False
             raise
 
-    async def fork(self, live: LiveAgent, new_name: str | None, turn_id: str | None) -> LiveAgent:
-        """Another agent as this one is, or was at the end of a turn. Raises Refused."""
-        name, agent = check_name(new_name or name_like(live.name)), await live.fresh()
-        record = await self.store.read(find_turn_end, live.id, turn_id) if turn_id else agent.as_stored()
-        record = replace(record, name=name, created=now_text())
-        async with self._copied(live, record, Turn("", None)) as copy, self.lock:
-            await self.store.write(name_agent, copy, name)
-            return await self.use(await self.store.read(find_agent, name))
-
-    async def rewind(self, live: LiveAgent, turn_id: str, keep_as: str | None) -> str:
-        """Make of an agent what it was at the end of a turn; the name as which it goes on as it is. Raises Refused."""
-        kept_as = check_name(keep_as or name_like(live.name))
-        with live.occupied("rewind") as item:
-            record = replace(await self.store.read(find_turn_end, live.id, turn_id), name=kept_as)
-            async with self._copied(live, record, item) as copy, self.lock:
-                async with live.agent.memory.lock:
-                    names = live.name, kept_as, live.lease
-                    events = await self.store.write(finish_rewind, live.id, copy, *names)
-                    live.agent.record.id, live.agent.memory.stale = 0, True  # who waits for the lock edits nothing
-                    live.become(copy)
-                await live._mend()  # before it is told: who hears of it may ask at once
-                live.publish(*events)
-        return kept_as
-
     @contextlib.asynccontextmanager
-    async def _copied(self, live: LiveAgent, record: AgentRecord, item: Turn) -> AsyncGenerator[int, None]:
+    async def copied(self, live: LiveAgent, record: AgentRecord, item: Turn) -> AsyncGenerator[int, None]:
         """A copy of what the agent had stored up to the record's last seq, forgotten if the block gives it no name; its
         id. Raises Refused (name_taken, unknown_agent), Stopped where the item is stopped."""
         agent, store, told = live.id, self.store, time.monotonic()
@@ -8816,8 +8783,7 @@ class Session:
         async with agents.lock, live.agent.memory.lock:
             if live.gone:
                 raise live.gone_error()
-            event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
-            events, last_seq = await agents.store.write(rename_agent, live.id, name, event, live.lease)
+            events, last_seq = await agents.store.write(rename_agent, live.id, name, live.lease)
             live.publish(*events)
             live.take_name(name)
             live.agent.record.name = name
@@ -8850,14 +8816,29 @@ class Session:
     async def fork_agent(self, live: LiveAgent, new_name: AgentName = None, turn_id: TurnId | None = None) -> JSON:
         """Make another agent: a copy with all memory and history, as of now or of the end of a turn. A turn that runs
         is no part of it. Result: {agent_name, last_seq}."""
-        fork = await self._agents.fork(live, new_name, turn_id)
+        name, agents, agent = check_name(new_name or name_like(live.name)), self._agents, await live.fresh()
+        record = await agents.store.read(find_turn_end, live.id, turn_id) if turn_id else agent.as_stored()
+        record = replace(record, name=name, created=now_text())
+        async with agents.copied(live, record, Turn("", None)) as copy, agents.lock:
+            await agents.store.write(name_agent, copy, name)
+            fork = await agents.use(await agents.store.read(find_agent, name))
         return {"agent_name": fork.name, "last_seq": fork.last_seq}
 
     async def rewind_agent(self, live: LiveAgent, turn_id: TurnId, keep_as: AgentName = None) -> JSON:
         """Make an agent what it was at the end of a turn; as it is now it goes on under another name.
         Result: {agent_name, last_seq, kept_as}."""
+        kept_as, agents = check_name(keep_as or name_like(live.name)), self._agents
         await live.fresh()
-        kept_as = await self._agents.rewind(live, turn_id, keep_as)
+        with live.occupied("rewind") as item:
+            record = replace(await agents.store.read(find_turn_end, live.id, turn_id), name=kept_as)
+            async with agents.copied(live, record, item) as copy, agents.lock:
+                async with live.agent.memory.lock:
+                    names = live.name, kept_as, live.lease
+                    events = await agents.store.write(finish_rewind, live.id, copy, *names)
+                    live.agent.record.id, live.agent.memory.stale = 0, True  # who waits for the lock edits nothing
+                    live.become(copy)
+                await live._mend()  # before it is told: who hears of it may ask at once
+                live.publish(*events)
         return {"agent_name": live.name, "last_seq": live.last_seq, "kept_as": kept_as}
 
     # -- memory --
@@ -8957,12 +8938,8 @@ class Session:
         arguments: dict[str, Any] | None = None,
         reason: Annotated[str, 0, MAX_QUERY] = "",
     ) -> JSON:
-        """Allow a call that waits for it, or deny it.
-
-        Args:
-            arguments: others than the model's, with which it is to run
-            reason: why not, for the model
-        """
+        """Allow a call that waits for it, also with other `arguments` than the model's, or deny it; the model reads the
+        `reason`."""
         (await live.fresh()).approve(tool_call_id, allow, arguments, clean_text(reason))
         return {}
 
