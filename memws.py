@@ -1502,7 +1502,6 @@ def _in_postgres(schema: str) -> str:
 
 
 COPIED_ROWS = 500  # from so many on rows are copied
-_WAITING = "RELEASE", "ROLLBACK TO", "ROLLBACK", "COMMIT"  # the first two within a transaction
 _POSTGRES_BEGIN = {"BEGIN IMMEDIATE": "BEGIN", "BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
 
 
@@ -1522,8 +1521,7 @@ class Postgres:
         self.driver = needed("psycopg", 'PostgreSQL needs psycopg: pip install "psycopg[binary]"')
         self.path = public_url(address)
         self._patience, self._is_over = patience, False
-        self._connections: list[SqlConnection] = []
-        self.lines: weakref.WeakSet[Any] = weakref.WeakSet()  # psycopg's connections, also those of leases
+        self._lines: list[Any] = []  # psycopg's connections
         try:
             if re.search("%00|[@/?#].*@", address.partition("://")[2]):
                 raise ValueError
@@ -1551,9 +1549,7 @@ class Postgres:
 
     def connect(self, **settings: str) -> SqlConnection:
         """A connection for one thread."""
-        connection = cast(SqlConnection, PostgresConnection(self, **settings))
-        self._connections.append(connection)
-        return connection
+        return cast(SqlConnection, PostgresConnection(self, **settings))
 
     def dial(self, **settings: str) -> Any:
         """A connection of psycopg."""
@@ -1562,7 +1558,7 @@ class Postgres:
         seconds = int(BUSY_TIMEOUT)
         about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
         connection = self.driver.connect(**(about | self._about), autocommit=True)
-        self.lines.add(connection)
+        self._lines = [*(line for line in self._lines if not line.closed), connection]
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
         return connection
@@ -1599,13 +1595,16 @@ class Postgres:
     def hang_up(self) -> None:
         """Let nobody wait any longer for a database that does not answer."""
         self._is_over = True
-        for connection in list(self.lines):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as line:
-                line.shutdown(socket.SHUT_RDWR)
+        for line in self._lines:
+            with (
+                contextlib.suppress(OSError, self.driver.Error),
+                socket.socket(fileno=os.dup(line.fileno())) as end,
+            ):
+                end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        while self._connections:
-            self._connections.pop().close()
+        for line in self._lines:
+            line.close()
 
 
 class PostgresConnection:
@@ -1615,7 +1614,7 @@ class PostgresConnection:
     def __init__(self, database: Postgres, **settings: str) -> None:
         self._database, self._settings = database, settings
         self.sends_ahead = False  # whether the statements of a transaction are sent without waiting for one another
-        self._pipeline: Any = None  # where they are
+        self._ahead = contextlib.ExitStack()  # where they are, psycopg's pipeline
         with self._translated():
             self._connection = database.dial(**settings)
 
@@ -1641,12 +1640,12 @@ class PostgresConnection:
                 return self._begin(_POSTGRES_BEGIN[sql])
             if sql.startswith("ROLLBACK"):
                 with contextlib.suppress(self._database.driver.Error):  # what has failed fails what was sent after it
-                    self._wait()
+                    self._ahead.close()
+            elif self.sends_ahead and not self._connection.pgconn.pipeline_status:
+                self._ahead.enter_context(self._connection.pipeline())
             cursor = self._connection.execute(sql.replace("?", "%s"), values or None)
-            if sql.startswith(_WAITING):
-                self._wait()
-            if sql.startswith(_WAITING[:2]):
-                self._send_ahead()
+            if sql.startswith(("RELEASE", "COMMIT")):
+                self._ahead.close()  # which waits for all, and raises what has failed
             return cursor
 
     def _begin(self, sql: str) -> None:
@@ -1656,19 +1655,6 @@ class PostgresConnection:
             self._connection.close()
             self._connection = self._database.dial(**self._settings)
             self._connection.execute(sql)
-        self._send_ahead()
-
-    def _send_ahead(self) -> None:
-        if self.sends_ahead and self._database.driver.Pipeline.is_supported():
-            self._pipeline = self._connection.pipeline()
-            self._pipeline.__enter__()
-
-    def _wait(self) -> bool:
-        """Wait for what was sent ahead, if there is such, and raise what of it has failed."""
-        pipeline, self._pipeline = self._pipeline, None
-        if pipeline is not None:
-            pipeline.__exit__(None, None, None)
-        return pipeline is not None
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
         table, rows = re.fullmatch(r"INSERT INTO (\w+(?: \([\w, ]+\))?) VALUES \([?, ]+\)", sql), list(rows)
@@ -1676,15 +1662,13 @@ class PostgresConnection:
             if table is None or len(rows) < COPIED_ROWS:
                 cursor.executemany(sql.replace("?", "%s"), rows)
                 return
-            sends_ahead = self._wait()
+            self._ahead.close()
             with cursor.copy(f"COPY {table[1]} FROM STDIN") as copy:  # several times as fast
                 for row in rows:
                     copy.write_row(row)
-            if sends_ahead:
-                self._send_ahead()
 
     def stream(self, sql: str, values: Sequence[Any]) -> Iterator[Any]:
-        self._wait()  # the cursors of a server want that
+        self._ahead.close()  # the cursors of a server want that
         with self._translated(), self._connection.cursor("stream") as cursor:
             yield from cursor.execute(sql.replace("?", "%s"), values)
 
@@ -2419,8 +2403,9 @@ class Leases:
     def _keep(self) -> None:
         while not self._over:
             try:
-                connection = PostgresConnection(self.database, idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
-                with contextlib.closing(connection):
+                with contextlib.closing(
+                    self.database.connect(idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
+                ) as connection:
                     self._hold(connection)
             except sqlite3.Error as error:
                 if not self._failure:
@@ -2428,7 +2413,7 @@ class Leases:
                 self._failure = str(error)
                 self._news.wait(LEASE_PULSE)
 
-    def _hold(self, connection: PostgresConnection) -> None:
+    def _hold(self, connection: SqlConnection) -> None:
         """Take and give back leases, for as long as the connection lasts. Raises sqlite3.Error."""
         address, held = self.address, set[int]()
         self.lease = lease = f"{address}#{secrets.token_hex(8)}"
