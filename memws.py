@@ -4114,7 +4114,7 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any, JSON], Any]]
     try:
         adapter = pydantic.TypeAdapter(hint)
         schema = adapter.json_schema()
-        for value in schema.get("enum", ()):
+        for value in schema.get("enum", [schema["const"]] if "const" in schema else ()):
             adapter.validate_json(encode_json(value))  # those of some enumerations can only be read in Python
     except Exception as error:  # pydantic's, or of the type itself
         raise UsageError(f"{place}: no model can write a {hint}: {str(error).splitlines()[0]}") from error
@@ -4147,7 +4147,7 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
     if name := schema.get("$ref", "").rpartition("/")[2]:
         within = {**models[name], **schema, "$ref": ""}
         return ANYTHING if name in inside else _portable(within, models, (*inside, name))
-    whole = {key: value for key, value in schema.items() if key not in ("$ref", "title")}
+    whole = {key: value for key, value in schema.items() if key not in ("$ref", "title", "discriminator")}
     for key in whole.keys() - {"default", "properties"}:
         whole[key] = _portable(whole[key], models, inside)
     if "properties" in whole:
@@ -4231,38 +4231,37 @@ async def _run_tool(tool: Tool, arguments: JSON) -> str:
     while not isinstance(result, str):
         if isinstance(result, concurrent.futures.Future):
             result = asyncio.wrap_future(result)
-        is_stream = isinstance(result, collections.abc.AsyncIterable)
-        result = result_text(await (_collected(result) if is_stream else result))
+        if isinstance(result, collections.abc.AsyncIterable):
+            pieces = []
+            async for piece in result:
+                pieces.append(piece)
+                if len(pieces) > TOOL_RESULT_LIMIT:
+                    break
+            result = result_text(pieces)
+        else:
+            result = result_text(await result)
     return result
-
-
-async def _collected(stream: collections.abc.AsyncIterable[Any]) -> list[Any]:
-    pieces = []
-    async for piece in stream:
-        pieces.append(piece)
-        if len(pieces) > TOOL_RESULT_LIMIT:
-            break
-    return pieces
 
 
 @types.coroutine
 def _watched(name: str, coroutine: Coroutine[Any, Any, str]) -> collections.abc.Generator[Any, None, str]:
     """Run a coroutine; warn where one of its steps keeps everything else on the loop from running."""
-    step: Callable[[], Any] = functools.partial(coroutine.send, None)
+    step: Callable[[Any], Any] = coroutine.send
+    value: Any = None
     while True:
         started = time.monotonic()
         try:
-            awaited = step()
+            awaited = step(value)
         except StopIteration as end:
             return str(end.value)
         finally:
             if (seconds := time.monotonic() - started) > TOOL_STEP:
                 logger.warning("tool %s blocked the server for %.1f s: let it await, or not be async", name, seconds)
         try:
-            yield awaited
-            step = functools.partial(coroutine.send, None)
+            value = yield awaited
+            step = coroutine.send
         except BaseException as error:  # a cancel too is the tool's to see
-            step = functools.partial(coroutine.throw, error)
+            step, value = coroutine.throw, error
 
 
 def result_text(result: Any) -> Any:
@@ -4562,7 +4561,7 @@ def edit_text(text: str, old: str, new: str) -> str:
         old, new = old.strip("\n"), new.strip("\n")
     text = unicodedata.normalize("NFC", text)
     (signs, places), (old, _) = _signs(text), _signs(unicodedata.normalize("NFC", old))
-    old = old if old in signs else old.strip()
+    old = old if old in signs and old.strip() else old.strip()
     if not old or old not in signs:
         line = next((line for line in old.split("\n") if line not in signs), "")[:300]
         near = difflib.get_close_matches(line, [each[:300] for each in text.split("\n")], 1, 0.0)
@@ -4571,8 +4570,10 @@ def edit_text(text: str, old: str, new: str) -> str:
     if (count := signs.count(old)) > 1:
         raise ToolError(f"old_content stands in the block {count} times; give more of the line, or the lines beside it")
     first = signs.index(old)
-    start, end = places[first][0], places[first + len(old) - 1][1]
-    if _IN_WORD.match(text, start) or _IN_WORD.match(text, end):
+    last = first + len(old) - 1
+    start, end = places[first][0], places[last][1]
+    letters = "".join("a" if unicodedata.category(sign)[0] == "M" else sign for sign in signs)  # a vowel sign is one
+    if _IN_WORD.match(letters, first) or _IN_WORD.match(letters, last + 1):
         raise ToolError("old_content is only part of a word or number in the block; give more of the line")
     head, tail = text[:start], text[end:]
     if not (head.rpartition("\n")[2] + new + tail.partition("\n")[0]).strip():
@@ -4690,7 +4691,7 @@ class Config:
 
     model: Annotated[str, 1, MAX_MODEL_NAME] | None = None
     context_window: Annotated[int, 1, 100_000_000] | None = None  # tokens
-    tools: list[str] | None = None  # None: the memory tools
+    tools: Annotated[list[str], 1, 1_000] | None = None  # None: the memory tools
     system: Annotated[str, 1, 20_000] | None = None
     max_steps: Annotated[int, 1, 1_000] | None = None
     heartbeat_interval: Annotated[int, 60, 10_000_000] | Literal[0] = 0  # seconds; 0: none
@@ -4771,8 +4772,6 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
     others = [key for key in values if key not in known][:20]
     warnings = [f"{quote(key)} is ignored; known: {', '.join(known)}" for key in others]
     stored = base or {}
-    if values.get("tools") == []:
-        raise Refused("bad_config", "tools: expected at least one name, but got []; null is the memory tools")
     if isinstance(values.get("settings"), dict):
         values = values | {"settings": {**stored.get("settings", {}), **values["settings"]}}
     config = vars(apply(Config, {**stored, **values}))
@@ -5082,11 +5081,9 @@ class Agent:
             vectors = await self._query_vectors(reply.calls)
         async with self._change(turn) as change:
             change.vectors = vectors
-            self._add_reply(change, reply, "" if reply.calls or reply.partial or turn.replied else reply.text)
-            results = [await self._call_tool(change, turn, call) for call in reply.calls]
-            self._add_partial(change, reply, dict(reply.corrections).get(reply.fault, ""))
+            succeeded = await self._take_reply(change, turn, reply)
             turn.replied = turn.replied or change.spoke
-            self._finish(change, turn, reply, all(results))
+            self._finish(change, turn, reply, succeeded)
 
     async def _take_steered(self, turn: Turn) -> None:
         """Let in what was said meanwhile."""
@@ -5113,7 +5110,6 @@ class Agent:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
                 read_reply(turn.reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
-                self._drop_surplus(turn.reply)
                 self._check_reply(turn, turn.reply, has_to_send=turn.verify and not extra)
                 return turn.reply
             except ModelError as error:
@@ -5154,16 +5150,6 @@ class Agent:
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
                 return reply
         raise error
-
-    def _drop_surplus(self, reply: Reply) -> None:
-        """Take out of calls what their tools do not take, where these have all that they need."""
-        for call in (call for call in reply.calls if call.name in self.tools):
-            parameters, keys = self.tools[call.name].function.parameters, call.arguments.keys()
-            names = sorted(keys - {*parameters["properties"], REQUEST_HEARTBEAT})
-            if names and keys >= set(parameters["required"]):
-                call.arguments = {name: call.arguments[name] for name in keys if name not in names}
-                text = f"{call.name} was called without {quote(', '.join(names))}, which it does not take"
-                reply.corrections.append(("arguments", text))
 
     def _check_reply(self, turn: Turn, reply: Reply, *, has_to_send: bool) -> None:
         """Raises ModelError for a reply that says nothing, or half of what it should, to a user who waits for one."""
@@ -5278,25 +5264,35 @@ class Agent:
         queries = [str(call.arguments.get("query", "")) for call in calls if call.name in MEMORY_TOOLS]
         return {query: await self.query_vector(query) for query in queries}
 
-    def _add_reply(self, change: Transaction, reply: Reply, plain: str) -> None:
-        """The assistant's message with its monologue; `plain` text is the reply that the user waits for."""
-        if plain:
+    async def _take_reply(self, change: Transaction, turn: Turn, reply: Reply) -> bool:
+        """Tell and keep an answer, and make its calls; whether all succeeded. Text alone is the reply that a user waits
+        for; what send_message said before it was cut is kept as a call whose result says so."""
+        calls, plain, monologue = reply.calls.copy(), "", reply.monologue
+        if reply.partial:
+            calls.append(ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial}))
+        elif reply.text and not (calls or turn.replied or turn.stop_reason):
+            plain, monologue = reply.text, reply.reasoning
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
         self._counts.update(list(dict(reply.corrections)))
         for what, text in dict.fromkeys(reply.corrections):
             change.add_event("correction", text, what=what)
-        monologue = reply.reasoning if plain else reply.monologue
         if monologue:
             change.add_event("internal_monologue", monologue)
         if plain:
             change.say(plain, partial=bool(reply.fault))
-        if reply.calls or (reply.text and not reply.partial):
-            messages = [call.arguments.get("message") for call in reply.calls if call.name == "send_message"]
-            spoken = "\n".join(text for text in messages if isinstance(text, str)) or plain
-            self._add_assistant(change, reply, reply.calls, monologue, spoken)
+        if calls or reply.text:
+            messages = [call.arguments.get("message") for call in calls if call.name == "send_message"]
+            said = "\n".join(text for text in messages if isinstance(text, str)) or plain
+            change.add_message("assistant", monologue, self._body_of(reply, calls), said=said)
+        results = [await self._call_tool(change, turn, call) for call in reply.calls]
+        if reply.partial:
+            reason = turn.stop_reason or dict(reply.corrections)[reply.fault]
+            change.say(reply.partial, partial=True)
+            self._add_result(change, calls[-1], ToolError(f"{reason}: the user has seen only this much"))
+        return all(results)
 
-    def _add_assistant(self, change: Transaction, reply: Reply, calls: list[ToolCall], text: str, said: str) -> None:
-        """The chat message of what an agent said and called, with what its maker needs back."""
+    def _body_of(self, reply: Reply, calls: list[ToolCall]) -> JSON:
+        """The assistant's chat message, with what its maker needs back."""
         maker, *rules = self.model.learned.shape
         own = {name: value for name, value in clean_value(reply.own).items() if f"without {name}" not in rules}
         body: JSON = {"role": "assistant", "content": reply.text or None, **own}
@@ -5304,16 +5300,7 @@ class Agent:
             function = {"name": call.name, "arguments": encode_json(call.arguments)}
             whole = {"id": call.id, "type": "function", "function": function, **clean_value(call.own)}
             body.setdefault("tool_calls", []).append(whole)
-        mark = {"by": maker} if own or any(call.own for call in calls) else {}
-        change.add_message("assistant", text, mark | body, said=said)
-
-    def _add_partial(self, change: Transaction, reply: Reply, reason: str) -> None:
-        """What an answer said with send_message before it was cut, as a call with a result that says so."""
-        if reply.partial:
-            call = ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial})
-            self._add_assistant(change, reply, [call], reply.monologue, reply.partial)
-            change.say(reply.partial, partial=True)
-            self._add_result(change, call, ToolError(f"{reason}: the user has seen only this much"))
+        return {"by": maker, **body} if own or any(call.own for call in calls) else body
 
     async def _call_tool(self, change: Transaction, turn: Turn, call: ToolCall) -> bool:
         """Make a tool call and tell of it; whether it succeeded."""
@@ -5325,7 +5312,7 @@ class Agent:
             outcome: str | MemwsError = await self._run(change, turn, call)
         except Stopped:
             outcome = ToolError(f"{turn.stop_reason}: result unknown")
-        except (ToolError, InvalidRequest, Refused) as error:
+        except (ToolError, Refused) as error:
             outcome = error
         self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
         succeeded = isinstance(outcome, str)
@@ -5333,7 +5320,7 @@ class Agent:
         return succeeded
 
     async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str:
-        """A call's result. Raises ToolError, InvalidRequest, Refused, Stopped; StoreFailed of what came before it."""
+        """A call's result. Raises ToolError, Refused, Stopped; StoreFailed of what came before it."""
         if turn.stop_reason is not None:
             raise ToolError(f"{turn.stop_reason} before it ran")
         if turn.failed_tools >= MAX_FAILED_TOOLS:
@@ -5343,6 +5330,10 @@ class Agent:
         if (tool := self.tools.get(call.name)) is None:
             raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
         arguments = tool.function.bind(call.arguments, lenient=True)
+        if surplus := call.arguments.keys() - {*tool.function.parameters["properties"], REQUEST_HEARTBEAT}:
+            self._counts["arguments"] += 1
+            names = quote(", ".join(sorted(surplus)))
+            change.add_event("correction", f"{call.name} ran without {names}, which it does not take", what="arguments")
         if not tool.builtin:
             waits = needs_approval(tool, arguments)
             about: JSON = {"tool_call_id": call.id, "name": call.name, "arguments": without_heartbeat(call.arguments)}
@@ -5452,11 +5443,10 @@ class Agent:
         reply = turn.reply or Reply()
         reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
         reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
-        reply.calls, reason = [], turn.stop_reason or "cancelled"
+        reply.calls = []
         async with self._change(turn) as change:
-            self._add_reply(change, reply, "")
-            self._add_partial(change, reply, reason)
-            self._end(change, turn, reason)
+            await self._take_reply(change, turn, reply)
+            self._end(change, turn, turn.stop_reason or "cancelled")
 
     async def _fail(self, turn: Turn, error: MemwsError) -> None:
         """End a turn with an error; open calls get a result. Raises StoreFailed."""
