@@ -545,8 +545,11 @@ _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", type(
 
 def schema_of(hint: Any) -> JSON:
     """The JSON Schema of a type hint; {} where anything goes. Annotated[int, 1, 9] is from 1 to 9, Annotated[str, 1, 9]
-    of so many characters. Raises LookupError for any other hint."""
+    of so many characters, a text at the end the description. Raises LookupError for any other hint."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is Annotated and isinstance(arguments[-1], str):
+        rest = Annotated[arguments[:-1]] if len(arguments) > 2 else arguments[0]
+        return {"description": arguments[-1]} | schema_of(rest)
     if origin is Annotated and isinstance(arguments[1], (int, float)):
         schema = schema_of(arguments[0])
         _, _, low, high, _ = _KINDS[schema["type"]]
@@ -583,10 +586,14 @@ def check(value: Any, schema: JSON) -> Any:
 def from_text(value: Any) -> Any:
     """What a model may have meant by a text or number, or those in a list, that do not fit:
 
-    '5' and 5.0 are 5, 'True' and 'true' are true, 'None' and 'null' are null, '["tea"]' is ["tea"], ['5'] is [5]
+    '5' and 5.0 are 5, 'True' and 'true' are true, 'None' and 'null' are null, "['tea']" is ["tea"], ['5'] is [5]
     """
     if isinstance(value, list):
         return [from_text(item) for item in value]
+    if isinstance(value, dict):
+        return {key: from_text(item) for key, item in value.items()}
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        return read_json(value)[0] or value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return decode_json({"True": "true", "False": "false", "None": "null"}.get(value, value))
@@ -617,7 +624,8 @@ class Function:
         """The arguments that the function takes, checked, without others. Raises InvalidRequest naming the field."""
         bound = {}
         for name, schema in self.parameters["properties"].items():
-            is_default = lenient and from_text(arguments.get(name)) is None and "'null'" not in str(schema)
+            is_null = lenient and arguments.get(name) in (None, "null", "None")
+            is_default = is_null and "'null'" not in str(schema)
             if name in self.parameters["required"] or (name in arguments and not is_default):
                 bound[f"{name}_" if name == "from" else name] = self.argument(arguments, name, lenient)
         return bound
@@ -4148,6 +4156,8 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
         within = {**models[name], **schema, "$ref": ""}
         return ANYTHING if name in inside else _portable(within, models, (*inside, name))
     whole = {key: value for key, value in schema.items() if key not in ("$ref", "title", "discriminator")}
+    if "oneOf" in whole:
+        whole["anyOf"] = whole.pop("oneOf")
     for key in whole.keys() - {"default", "properties"}:
         whole[key] = _portable(whole[key], models, inside)
     if "properties" in whole:
@@ -4164,8 +4174,7 @@ def make_tool(
     builtin: bool = False,
     approve: bool | Callable[[JSON], bool] = False,
 ) -> Tool:
-    """The Tool of a function: schema from the signature, description from the docstring. Raises UsageError for one that
-    no model could call."""
+    """The Tool of a function, by its signature and docstring. Raises UsageError for one that no model could call."""
     if isinstance(call, type):
         raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
     if not isinstance(timeout, (int, float)) or not timeout > 0:
@@ -4265,8 +4274,7 @@ def _watched(name: str, coroutine: Coroutine[Any, Any, str]) -> collections.abc.
 
 
 def result_text(result: Any) -> Any:
-    """A tool's result as text: a text as it is, anything else as JSON; at most TOOL_RESULT_LIMIT characters of it. What
-    has to be awaited first comes back as it is."""
+    """A result as text, at most TOOL_RESULT_LIMIT characters: what is none as JSON. What is to be awaited stays so."""
     if isinstance(result, _PENDING):
         return result
     value = "None" if result is None else plain(result, itertools.repeat(True, TOOL_RESULT_LIMIT))
@@ -4297,7 +4305,8 @@ def plain(value: Any, room: Iterator[bool], inside: tuple[int, ...] = ()) -> Any
     if isinstance(value, Iterable):
         pieces = [below(piece) for _, piece in zip(room, value, strict=False)]
         return pieces if next(room, False) else [*pieces, "… and more"]
-    own = {name: item for name, item in getattr(value, "__dict__", {}).items() if name[0] != "_"}
+    names: Iterable[str] = getattr(value, "__dict__", ()) or getattr(kind, "__slots__", ())
+    own = {name: getattr(value, name, None) for name in names if name[0] != "_"}
     return str(value) if callable(value) or not own or kind.__str__ is not object.__str__ else below(own)
 
 
@@ -4423,6 +4432,11 @@ class Transaction:
         """A chat message by which the model hears of something, packed as a user's message."""
         self.add_message("system", text, {"role": "user", "content": self.memory.pack(kind, **fields)})
 
+    def wake(self, reason: str) -> None:
+        """The reason for which the next step starts without the user."""
+        self.add_event("heartbeat", reason, reason=reason)
+        self.add_notice("heartbeat", reason, reason=reason)
+
     # -- what memory tools do --
 
     def block(self, label: str) -> Block:
@@ -4463,8 +4477,7 @@ class Transaction:
 
     async def remove(self, passage_id: int) -> None:
         """Take a passage out; the event keeps its text. Raises Refused (not_found)."""
-        memory = self.memory
-        passage = await memory.store.read(find_passage, memory.record.id, passage_id)
+        passage = await self.memory.store.read(find_passage, self.memory.record.id, passage_id)
         if passage is None:
             raise Refused("not_found", f"no passage {passage_id}; search_memory lists passages with their ids")
         self.changes.removed.append(passage.id)
@@ -4518,8 +4531,7 @@ def find_zone(name: str | None) -> datetime.tzinfo | None:
 
 
 def date_range(start: str, end: str, zone: datetime.tzinfo | None) -> tuple[str, str]:
-    """From `start` up to `end` inclusive, days or times in a timezone: (first time, time after the last), in UTC.
-    Raises InvalidRequest."""
+    """(first time, time after the last), in UTC, of days or times from `start` to `end`. Raises InvalidRequest."""
     return _moment(start, zone), _moment(end, zone, is_end=True) or "~"
 
 
@@ -4589,23 +4601,20 @@ def send_message(memory: Transaction, message: str) -> None:
     memory.say(message)
 
 
-def core_memory_append(memory: Transaction, name: str, content: str) -> None:
-    """Add a line to a block of core memory.
+_Name = Annotated[str, "the block's label, like persona or human"]
+_Old = Annotated[str, "what stands there, to the letter and only once"]
+_New = Annotated[str, "empty to delete"]
+_Day = Annotated[str, "YYYY-MM-DD, inclusive"]
 
-    Args:
-        name: the block's label, like persona or human
-    """
+
+def core_memory_append(memory: Transaction, name: _Name, content: str) -> None:
+    """Add a line to a block of core memory."""
     before = memory.block(name).value
     memory.write(name, f"{before}\n{content}" if before else content)
 
 
-def core_memory_replace(memory: Transaction, name: str, old_content: str, new_content: str) -> None:
-    """Replace text in a block of core memory.
-
-    Args:
-        old_content: what stands there, to the letter and only once
-        new_content: empty to delete
-    """
+def core_memory_replace(memory: Transaction, name: _Name, old_content: _Old, new_content: _New) -> None:
+    """Replace text in a block of core memory."""
     memory.write(name, edit_text(memory.block(name).value, old_content, new_content))
 
 
@@ -4614,13 +4623,8 @@ async def conversation_search(memory: Transaction, query: str, page: int = 0) ->
     return await memory.search("recall", query, page)
 
 
-async def conversation_search_date(memory: Transaction, start_date: str, end_date: str, page: int = 0) -> str:
-    """List what the user and you said between two days, the newest first.
-
-    Args:
-        start_date: YYYY-MM-DD
-        end_date: YYYY-MM-DD, inclusive
-    """
+async def conversation_search_date(memory: Transaction, start_date: _Day, end_date: _Day, page: int = 0) -> str:
+    """List what the user and you said between two days, the newest first."""
     return await memory.search("recall", "", page, *date_range(start_date, end_date, memory.memory.zone))
 
 
@@ -4636,12 +4640,8 @@ async def archival_memory_search(memory: Transaction, query: str, page: int = 0)
     return await memory.search("archival", query, page)
 
 
-def pause_heartbeats(memory: Transaction, minutes: int) -> str:
-    """Ignore timed heartbeats for some minutes.
-
-    Args:
-        minutes: at most 360
-    """
+def pause_heartbeats(memory: Transaction, minutes: Annotated[int, "at most 360"]) -> str:
+    """Ignore timed heartbeats for some minutes."""
     minutes = max(0, min(minutes, 360))  # MemGPT 0.2.7, constants.py: MAX_PAUSE_HEARTBEATS
     memory.state["paused_until"] = time.time() + 60 * minutes
     return f"Pausing timed heartbeats for {minutes} min"
@@ -4827,7 +4827,7 @@ class Turn:
     calls: collections.Counter[str] = field(default_factory=collections.Counter)  # in how many steps each call came
     usage: JSON = field(default_factory=_NO_USAGE.copy)
     request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
-    reply: Reply | None = None
+    reply: Reply = field(default_factory=Reply)
     sender: object = None  # whose queue it counts against
     when_busy: str = "queue"  # as a client asked for it
     steered: list[Turn] = field(default_factory=list)  # messages that enter this turn before its next step
@@ -4887,8 +4887,6 @@ class Agent:
         self.repairs: list[str] = []  # what the opening had to mend
         # Calls that wait until somebody allows them, by id: about them; their tool; arguments to take instead, a note.
         self.approvals: dict[str, tuple[JSON, Tool, asyncio.Future[tuple[JSON, str] | None]]] = {}
-        # What a request holds beside chat messages, as text.
-        self._sections = dict.fromkeys(("system", "tools", "core_memory", "summary"), "")
         self._cut_prompts = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
 
     @property
@@ -4919,8 +4917,6 @@ class Agent:
             check_record(self.record)
             unreadable = await self.memory.load()
             self.configure()
-            if told := self.model.learned.window:
-                self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
             await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
@@ -4964,14 +4960,15 @@ class Agent:
         self.max_steps: int = config["max_steps"] or self._max_steps
         if missing := [name for name in config["tools"] or () if name not in self._all_tools]:
             self.warnings.append(f"tools that are not registered now are left out: {', '.join(missing)}")
-        self.take_tools()
         parts = [f"\n\nRecall memory: {memory.last_message} messages. Archival memory: {memory.archival} passages."]
         for block in memory.blocks.values():
             text = f"{block.value}\n" if block.value else ""
             parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
         prompt, core = (config["system"] or SYSTEM_PROMPT).rstrip(), "\n".join(parts)
         summary = encode_json({"role": "user", "content": summary}) if summary else ""
-        self._sections |= {"system": prompt, "core_memory": core, "summary": summary}
+        # What a request holds beside chat messages, as text.
+        self._sections = {"system": prompt, "tools": "", "core_memory": core, "summary": summary}
+        self.take_tools()
         self._system_body = encode_json({"role": "system", "content": prompt + core})
 
     async def _store_learned(self) -> None:
@@ -5047,12 +5044,11 @@ class Agent:
             self._before = self.as_stored()
             change.changes.events.append({"type": "agent_response_start", "turn_id": turn.turn_id})
             change.state["turn"] = turn.turn_id
-            if turn.message is None:
+            if turn.message is not None:
+                self._add_user_message(change, turn, turn.message)
+            else:
                 turn.replied = True
-                change.add_event("heartbeat", turn.reason, reason=turn.reason)
-                change.add_notice("heartbeat", turn.reason, reason=turn.reason)
-                return
-            self._add_user_message(change, turn, turn.message)
+                change.wake(turn.reason)
 
     def _add_user_message(self, change: Transaction, turn: Turn, message: str, **fields: Any) -> None:
         last, now = change.state["last_user"], now_text()
@@ -5066,19 +5062,17 @@ class Agent:
         change.add_event("user_message", message, **speaker, **fields)
 
     async def _step(self, turn: Turn) -> None:
-        """One model call and the tool calls it asks for.
-
-        Memory tools run inside the step's transaction. A user's tool runs between two: the first holds the step up to
-        its call, the next begins with its result.
-        """
-        turn.step, turn.reply, turn.request = turn.step + 1, None, None
+        """One model call and the tool calls it asks for. Memory tools run inside the step's transaction, a user's tool
+        between two: the first holds the step up to its call, the next begins with its result."""
+        turn.step, turn.reply, turn.request = turn.step + 1, Reply(), None
         if turn.steered:
             await self._take_steered(turn)
         if self.used() + MIN_REPLY_TOKENS > self.window:
             await self.compact(turn)
         reply = await self._ask(turn)
-        with turn.interruptible():
-            vectors = await self._query_vectors(reply.calls)
+        queries = [str(call.arguments.get("query", "")) for call in reply.calls if call.name in MEMORY_TOOLS]
+        with turn.interruptible():  # before the transaction: no network call happens inside of one
+            vectors = {query: await self.query_vector(query) for query in queries}
         async with self._change(turn) as change:
             change.vectors = vectors
             succeeded = await self._take_reply(change, turn, reply)
@@ -5143,7 +5137,7 @@ class Agent:
 
     def _half(self, turn: Turn, error: ModelError) -> Reply:
         """What there is of an answer that came no further. Raises the error where that tells a waiting user nothing."""
-        reply = turn.reply or Reply()
+        reply = turn.reply
         reply.finish, reply.full, reply.error = reply.finish or "aborted", True, error
         with contextlib.suppress(ModelError):
             read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
@@ -5205,7 +5199,7 @@ class Agent:
                         if request.first_token_ms is None:
                             request.first_token_ms = round((time.monotonic() - started) * 1000)
                         if timer is None or timer.when() <= loop.time():
-                            timer = loop.call_later(DELTA_INTERVAL, self._emit_deltas, turn, reply)
+                            timer = loop.call_later(DELTA_INTERVAL, self._emit_deltas, turn)
                         if reply.full:
                             break
             except ModelError as error:
@@ -5216,14 +5210,13 @@ class Agent:
             finally:
                 if timer is not None:
                     timer.cancel()
-                self._emit_deltas(turn, reply)
+                self._emit_deltas(turn)
                 request.total_ms = round((time.monotonic() - started) * 1000)
                 self._count(turn, request, reply, estimate_tokens(body))
 
-    def _emit_deltas(self, turn: Turn, reply: Reply) -> None:
-        if reply is turn.reply:  # and no summary
-            for of, text in reply.news():
-                self.emit_live(turn, "delta", text, of=of)
+    def _emit_deltas(self, turn: Turn) -> None:
+        for of, text in turn.reply.news():
+            self.emit_live(turn, "delta", text, of=of)
 
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
         """Keep what came of a call and what it used, and calibrate the estimate by what the endpoint counted."""
@@ -5258,11 +5251,6 @@ class Agent:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(embedder.catch_up(), EMBEDDING_PATIENCE)
         return await embedder.vector(text) if text.strip() else None
-
-    async def _query_vectors(self, calls: Iterable[ToolCall]) -> dict[str, bytes | None]:
-        """The vectors of what memory tools search for: no network call happens inside a transaction."""
-        queries = [str(call.arguments.get("query", "")) for call in calls if call.name in MEMORY_TOOLS]
-        return {query: await self.query_vector(query) for query in queries}
 
     async def _take_reply(self, change: Transaction, turn: Turn, reply: Reply) -> bool:
         """Tell and keep an answer, and make its calls; whether all succeeded. Text alone is the reply that a user waits
@@ -5315,9 +5303,8 @@ class Agent:
         except (ToolError, Refused) as error:
             outcome = error
         self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
-        succeeded = isinstance(outcome, str)
-        turn.failed_tools = 0 if succeeded else turn.failed_tools + 1
-        return succeeded
+        turn.failed_tools = 0 if isinstance(outcome, str) else turn.failed_tools + 1
+        return turn.failed_tools == 0
 
     async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str:
         """A call's result. Raises ToolError, Refused, Stopped; StoreFailed of what came before it."""
@@ -5400,8 +5387,7 @@ class Agent:
             change.state["warned"] = True
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
         if reason and outcome is None:
-            change.add_event("heartbeat", reason, reason=reason)
-            change.add_notice("heartbeat", reason, reason=reason)
+            change.wake(reason)
         self._add_context(change, sizes, warn)
         if isinstance(outcome, str) and not turn.replied and reply.text and turn.stop_reason is None:
             self._counts["no_reply"] += 1
@@ -5424,7 +5410,7 @@ class Agent:
         """The turn's stop reason, or the error it ends with; None: another step follows."""
         if turn.stop_reason is not None:
             return turn.stop_reason
-        if turn.reply and turn.reply.fault == "broken" and turn.reply.error:
+        if turn.reply.fault == "broken" and turn.reply.error:
             return turn.reply.error
         if turn.failed_tools >= MAX_FAILED_TOOLS:
             problem = change.changes.messages[-1].text
@@ -5440,7 +5426,7 @@ class Agent:
 
     async def _end_stopped(self, turn: Turn) -> None:
         """End a turn that was stopped while its model answered; what had come of the answer is kept."""
-        reply = turn.reply or Reply()
+        reply = turn.reply
         reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
         reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
         reply.calls = []
