@@ -18,6 +18,9 @@ import memws
 CI = bool(os.environ.get("CI"))
 # A run with requirements.txt alone, as a newcomer's: tests may skip for want of tests/requirements.txt.
 BARE = bool(os.environ.get("MEMWS_BARE"))
+# Nothing here speaks TLS: openai need not read all certificates for each of a thousand clients.
+os.environ.pop("SSL_CERT_FILE", None)
+os.environ["SSL_CERT_DIR"] = os.curdir
 
 
 @pytest.fixture
