@@ -114,13 +114,9 @@ async def test_ask(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
 
 
 WAYS: list[tuple[tuple[Any, ...], dict[str, Any]]] = [  # to say that an agent is to be called ada
-    (("ada",), {}),
-    (({"name": "ada"},), {}),
-    ((), {"name": "ada"}),
-    ((), {"config": {"name": "ada"}}),
-    (({"name": "bob", "max_steps": 9},), {"name": "ada"}),
-    ((types.MappingProxyType({"name": "ada"}),), {}),
-]
+    (("ada",), {}), (({"name": "ada"},), {}), ((), {"name": "ada"}), ((), {"config": {"name": "ada"}}),
+    (({"name": "bob", "max_steps": 9},), {"name": "ada"}), ((types.MappingProxyType({"name": "ada"}),), {}),
+]  # fmt: skip
 
 
 async def test_ways_to_create_an_agent(server: memws.WebSocketServer) -> None:

@@ -98,7 +98,7 @@ a turn_id sent again: server test_a_waiting_turn_sent_again test_a_running_turn_
   test_whatever_clients_do; server test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_behind
 a crash: kill test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
   test_a_repair_is_made_once_and_before_all_else; soak test_every_figure_is_met
-subscribe: server test_an_unknown_seq_subscribes_nothing test_a_replay_that_cannot_be_read_ends_alone; machine
+subscribe: server test_an_unknown_seq_subscribes_nothing test_what_cannot_be_read_is_read_later; machine
   test_whatever_clients_do
 turns never overlap, agents never wait for each other: server test_a_blocking_tool_stops_nobody; machine
   test_whatever_clients_do

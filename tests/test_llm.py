@@ -326,12 +326,8 @@ async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, mo
 
 
 LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
-LOADING += [
-    "Model x is currently loading",
-    "model not ready, try later",
-    "model warm-up in progress",
-    "endpoint scaled to 0",
-]
+LOADING += ["Model x is currently loading", "model not ready, try later", "model warm-up in progress"]
+LOADING += ["endpoint scaled to 0"]
 KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (total limit)", "Quota exceeded"]
 KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
 

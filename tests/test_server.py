@@ -361,14 +361,14 @@ async def test_update_agent(server: Server, endpoint: Endpoint) -> None:
         request = endpoint.requests[-1]
         assert (request["temperature"], request["top_p"], "seed" in request) == (0.5, 1, False)
         assert request["messages"][0]["content"].startswith("Be brief.")
-        for wrong in (
+        wrong_ones: list[JSON] = [
             {"max_steps": 0},
             {"context_window": 99},
             {"tools": ["x"]},
             {"tools": []},
             {"blocks": []},
-            {"settings": {"top_p": 2}},
-        ):
+        ]
+        for wrong in [*wrong_ones, {"settings": {"top_p": 2}}]:
             assert (await client.refused("update_agent", config=wrong))["code"] == "bad_config"
         assert (await client.ok("get_agent"))["settings"] == updated["settings"]
 
@@ -798,14 +798,24 @@ async def test_a_message_that_cannot_be_stored_is_refused(
 
 
 @on_both
-async def test_an_agent_that_cannot_be_read_is_read_later(client: Wire, server: Server) -> None:
-    """Once the database gives again what it could not, an agent whose turn met that goes on."""
+async def test_what_cannot_be_read_is_read_later(client: Wire, server: Server) -> None:
+    """A turn, and a subscription, that the database cannot serve end alone with an error; once it can, all goes on."""
     with beside(server) as connection:
         connection.execute("ALTER TABLE messages RENAME TO lost")
         assert (await client.turn("hi", turn_id="t"))[-1]["code"] == "store_failed"
         connection.execute("ALTER TABLE lost RENAME TO messages")
-    assert (await client.ok("get_agent"))["counts"]["messages"] == 0
-    assert (await client.turn("hi", turn_id="t"))[-1]["stop_reason"] == "done"
+        assert (await client.ok("get_agent"))["counts"]["messages"] == 0
+        assert (await client.turn("hi", turn_id="t"))[-1]["stop_reason"] == "done"
+        connection.execute("ALTER TABLE events RENAME TO lost")
+        await client.ok("subscribe", after=0)
+        error = await client.receive()
+        assert (error["type"], error["code"]) == ("agent_response_error", "store_failed")
+        assert (error["agent_name"], "seq" in error) == ("sam", False)
+        await client.ok("hello")
+        connection.execute("ALTER TABLE lost RENAME TO events")
+    assert (await client.turn("Hello again"))[-1]["stop_reason"] == "done"
+    await client.ok("subscribe", after=0)
+    assert (await client.receive())["seq"] == 1
 
 
 async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
@@ -1058,23 +1068,6 @@ async def test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_beh
         assert turn[0]["id"] in ("again", "newest")
         assert seqs(turn) == sorted(set(seqs(turn)))
         await slow.nothing_more()
-
-
-@on_both
-async def test_a_replay_that_cannot_be_read_ends_alone(client: Wire, server: Server) -> None:
-    """A subscription whose events the database cannot read ends with an error of its own; all else goes on."""
-    await client.turn("Hello")
-    with beside(server) as other:
-        other.execute("ALTER TABLE events RENAME TO lost")
-        await client.ok("subscribe", after=0)
-        error = await client.receive()
-        assert (error["type"], error["code"]) == ("agent_response_error", "store_failed")
-        assert (error["agent_name"], "seq" in error) == ("sam", False)
-        await client.ok("hello")
-        other.execute("ALTER TABLE lost RENAME TO events")
-    assert (await client.turn("Hello again"))[-1]["stop_reason"] == "done"
-    await client.ok("subscribe", after=0)
-    assert (await client.receive())["seq"] == 1
 
 
 @pytest.mark.parametrize("character", ["\U0001f600", "\x01", '"', "\\", "\ud83d"])
