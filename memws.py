@@ -578,7 +578,13 @@ def check(value: Any, schema: JSON) -> Any:
     for alternative in schema.get("anyOf", ()):
         with contextlib.suppress(ValueError):
             return check(value, alternative)
-    if not _fits(value, schema):
+    if "type" in schema:
+        python, _, low, high, unit = _KINDS[schema["type"]]
+        fits = isinstance(value, python) and isinstance(value, bool) == (python is bool)
+        fits = fits and (high not in schema or schema[low] <= (len(value) if unit else value) <= schema[high])
+    else:
+        fits = "anyOf" not in schema and value in schema.get("enum", (value,))
+    if not fits:
         raise ValueError(f"expected {describe(schema)}")
     return [check(item, schema["items"]) for item in value] if "items" in schema else value
 
@@ -598,15 +604,6 @@ def from_text(value: Any) -> Any:
         with contextlib.suppress(ValueError):
             return decode_json({"True": "true", "False": "false", "None": "null"}.get(value, value))
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _fits(value: Any, schema: JSON) -> bool:
-    if "type" not in schema:
-        return "anyOf" not in schema and value in schema.get("enum", (value,))
-    python, _, low, high, unit = _KINDS[schema["type"]]
-    if not isinstance(value, python) or isinstance(value, bool) != (python is bool):
-        return False
-    return high not in schema or schema[low] <= (len(value) if unit else value) <= schema[high]
 
 
 @dataclass(frozen=True, slots=True)
@@ -816,16 +813,15 @@ def failure(request: JSON | None, error: MemwsError) -> str:
     """The bad answer: to a frame that could not be read (no request), to one that is no valid request, to a command, to
     a message that never became a turn."""
     problem = {"code": error.code, "message": str(error), **error.details}
-    if request is None:
-        return encode_json({"type": "server_error", "id": None, **problem})
-    if isinstance(error, InvalidRequest):
-        return _encode_answer({"type": "server_error", **problem}, request)
-    if request["type"] == "command":
+    if request is None or isinstance(error, InvalidRequest):
+        frame = {"type": "server_error", **({"id": None} if request is None else {}), **problem}
+    elif request["type"] == "command":
         about = {"status": f"Error: {error}", "ok": False, "command": request["command"]}
-        return _encode_answer({"type": "command_response", **about, "error": problem}, request)
-    names = {key: request[key] for key in ("turn_id", "agent_name") if 0 < len(request.get(key) or "") <= MAX_ID}
-    frame = {"type": "agent_response_error", **problem, "stop_reason": "error", "time": now_text()}
-    return _encode_answer(frame | names, request)
+        frame = {"type": "command_response", **about, "error": problem}
+    else:
+        names = {key: request[key] for key in ("turn_id", "agent_name") if 0 < len(request.get(key) or "") <= MAX_ID}
+        frame = {"type": "agent_response_error", **problem, "stop_reason": "error", "time": now_text(), **names}
+    return _encode_answer(frame, request or {})
 
 
 def _encode_answer(frame: JSON, request: JSON) -> str:
@@ -1288,12 +1284,6 @@ def fuse(by_words: list[tuple[int, float]], near: Sequence[int]) -> list[tuple[i
     return best + [item for item in by_words[CANDIDATES:] if item[0] not in scores]
 
 
-# ---- vectors ---------------------------------------------------------------------------------------------------------
-
-
-NUMPY = "numpy", "embeddings need the numpy package: pip install numpy"
-
-
 def pack_vector(values: Sequence[float]) -> bytes:
     """A vector of length 1, as 16-bit floats. Raises ValueError for one without a direction."""
     length = math.hypot(*values)
@@ -1752,7 +1742,7 @@ def write_setting(db: SqlConnection, name: str, value: str) -> None:
     db.execute(sql, (name, value))
 
 
-# ---- memory and its search -------------------------------------------------------------------------------------------
+# ---- memory, its search, its vectors ---------------------------------------------------------------------------------
 # A doc is a number made of agent, store and place. Turns of a session that lend each other words have places side by
 # side, others stand APART, farther than CONTEXT reaches: the turns around a turn are found by arithmetic, and a range
 # of docs is one agent's memory, whose terms a search reads and counts without those of others.
@@ -1890,7 +1880,7 @@ def _newest(db: SqlConnection, spans: list[Span], limit: int, part: str = "") ->
 
 def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
     """The CANDIDATES docs whose vectors are most like the query's, a turn's with those of the turns beside it."""
-    numpy = needed(*NUMPY)
+    numpy: Any = importlib.import_module("numpy")  # the embedder needed it
     query = numpy.frombuffer(vector, numpy.float16).astype(numpy.float32)
     sql = "SELECT doc, vector FROM memory WHERE doc BETWEEN ? AND ? AND length(vector) = ? ORDER BY doc"
     docs: list[int] = []
@@ -1929,9 +1919,6 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
     page = ranking[query.offset : last]
     rows = _rows(db, [doc for doc, _ in page])
     return [rows[doc]._replace(score=score) for doc, score in page], total
-
-
-# ---- vectors ---------------------------------------------------------------------------------------------------------
 
 
 def clear_vectors(db: SqlConnection, model: str, done: int) -> int | None:
@@ -3761,7 +3748,7 @@ class Embedder:
     """
 
     def __init__(self, name: str, endpoint: Endpoint, tape: Tape | None = None) -> None:
-        needed(*NUMPY)
+        needed("numpy", "embeddings need the numpy package: pip install numpy")
         self.name, self._endpoint, self._tape = name, endpoint, tape
         self.ready = False  # whether all vectors in the database are of this model
         self.catch_up: Callable[[], Coroutine[Any, Any, None]]  # gives vectors to what has none yet
