@@ -2829,15 +2829,23 @@ class Model(Protocol):
 # strings stay, parameters in XML and calls in Python turn into JSON, all else that is markup goes (_IN_MARKUP).
 
 _VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
-_THOUGHT = r"(?:think|thinking|thought|reasoning)"
+_THOUGHT = r"(?:think|thinking|thought|reasoning|scratch_?pad)"
 _THOUGHT_END = rf"""(?:[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOUGHT}_end\|> | (?-i:\[/THINK\])
-    | <channel\|> | (?<=\S)assistantfinal(?=\S))"""
+    | <channel\|> | <\|close\|>think<\|sep\|> | (?<=\S)assistantfinal(?=\S))"""
 _TURN = r"<[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>"
 _MADE_UP = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
 _AT_START = r"(?:^|(?<=[>▷\]])|(?<=:\ ))"  # of a line, or of what stands apart
 _STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\\?\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
+_SPELLINGS = (  # of Kimi K3 and MiniMax M3, as others write it
+    (r"<\|open\|>", "<"),
+    (r"<\|close\|>", "</"),
+    (r"<\|sep\|>", ">"),
+    (r"\]<\]minimax\[>\[</(?!tool_call|invoke)\w+>|</argument>", "</parameter>"),
+    (r'\]<\]minimax\[>\[<(?!tool_call|invoke|/)(\w+)>|<argument key="(\w+)"[^<>]*>', r"<parameter=\1\2>"),
+    (r"\]<\]minimax\[>\[", ""),
+)
 _PARAMETER = r"""
-    <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<arg_value>|\n)?
+    <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<\w*arg_value>|\n)?
     (.*?)\n?</[^<>\s]{0,20}?(?:parameter|arg_value)>"""
 _IN_PROSE = functools.partial(  # compiled when it is first needed: that would be 4 ms of every import
     re.compile,
@@ -2845,12 +2853,16 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
     (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
         | ^```(?:(?!^```).)*+^```(?!\s*(?:```|<[|｜/]|\Z)))  # a block of code that other text follows
     | (?P<thought> (?:[<◁]\|?(?:start_|seed:)?{_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\]) | <\|channel>thought
-        | <\|channel\|>analysis<\|message\|>) (?P<inner>.*?) (?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
+        | <\|open\|>think<\|sep\|> | <\|channel\|>analysis<\|message\|>)
+        (?P<inner>.*?) (?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
     | (?P<end> {_THOUGHT_END})  # alone: the beginning stood in the prompt
     | (?P<call>  # where one begins:
-        <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin)  # <|python_tag|>, <｜tool▁calls▁begin｜>
-        | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_code)?[\s=>]  # <tool_call>, <function=name>
+        <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin|invoke)  # <|python_tag|>, DeepSeek
+        | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_\w+)?[\s=>]  # <tool_call>, <function=name>
+        | <\|open\|>(?:tools|call)\b | \]<\]\w+\[>\[  # Kimi K3, MiniMax M3
         | \[TOOL_\w+\]  # Mistral, LM Studio
+        | {_AT_START}\[?(?:Calling\ tool:|(?:tool|function)[_ ]calls?:?)\s*
+            (?=[\w.]*\(?\s*\[?\s*\{{\s*["'] | [\w.]+\(\w+=)  # LFM 2, where the next line is a call
         | {_AT_START}```tool_  # Gemma
         | \bfunctools(?=\[)  # Phi
         | ✿\w+✿  # Qwen Agent
@@ -2862,6 +2874,7 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
         | [a-z_][\w.]*(?<!print)\(\s*(?:\w+\s*=|["'{{])  # Python
         | [a-z_][\w.]*(?::\d+)?:?\s*\{{\s*["'}}]))  # a name before JSON
     | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|channel\|>\w+<\|message\|> | ^>>>all\n
+        | <\|(?:open|close)\|>\w+<\|sep\|>
         | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | </?answer>
         | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?[|｜\w:]*\Z)
     """,
@@ -2869,8 +2882,8 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
 )
 _UNSURE = re.compile(
     rf"""(?:  # what may become one of these, at the end of a text:
-    (?:{_AT_START}|<\|channel\|>)(?:Action:.*|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*  # the beginning of a line
-    | ^>.{{0,300}} | (?<![^\s(])`[^`\n]{{0,300}}(?:`[!-~]*)?  # a quotation
+    (?:{_AT_START}|<\|channel\|>)(?:Action:.*|\[?(?:Calling|Tool|TOOL|Function)[_ ]\w*:?|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*
+    | {_TURN}\w*\s*[!-~]* | ^>.{{0,300}} | (?<![^\s(])`[^`\n]{{0,300}}(?:`[!-~]*)?  # a turn, a quotation
     | [!-~｜▁✿◁]*)\Z""",  # the last word
     re.MULTILINE | re.VERBOSE,
 )
@@ -2880,18 +2893,20 @@ _IN_MARKUP = functools.partial(
     (?P<string> {_STRING})
     | (?P<quoted> (?P<quote><escape>|<\|"\|>)(?P<inner>.*?)(?P=quote))  # Gemma
     | (?P<parameters> (?:{_PARAMETER}\s*)+)
-    | (?P<python> (?<![\w.])[\w.]++\((?:{_STRING}|[^"'()]++){{0,300}}+\))
+    | (?P<python> (?<![\w.])[\w.]++\((?!\s*\{{)(?:{_STRING}|[^"'()]++){{0,300}}+\))
     | (?P<cut> <[^<>\s=/]{{0,20}}(?:parameter(?:=|\s+name=)|arg_).* | <[^<>/]*\Z)
-    | (?P<close> </[^<>\s]*(?:function|invoke|tool_call)>)  # after arguments, or where there are none
-    | {_MADE_UP} | <[^<>\s=]*(?:=|\s+name=)["']?(?P<name>[\w.-]+)[^<>]*> | </?[^<>]*(?:>|\Z)
-    | (?-i:\[CALL_ID\]\w+|\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | functools(?=\[)
-    | assistant(?=commentary)
+    | (?P<close> </[^<>\s]*(?:function|invoke|call)>)  # after arguments, or where there are none
+    | {_MADE_UP} | <[^<>\s=]*(?:=|\s+(?:name|tool)=)["']?(?P<name>[\w.-]+)[^<>]*>
+    | (?:<\|tool_call:begin\|>|(?-i:\[CALL_ID\]))\w+ | </?[^<>]*(?:>|\Z)
+    | (?-i:\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | functools(?=\[)
+    | assistant(?=commentary) | \[?Calling\ tool: | \b(?:tool|function)[_ ]calls?:?(?=\W)
+    | (?P<arrow> =>) | ^\s*--(?P<flag>\w+)  # MiniMax 2
     """,
     _VERBOSE,
 )
 _BRACES = re.compile(rf"{_STRING} | [{{}}]", re.DOTALL | re.VERBOSE)
 _NAMED = re.compile(  # the name of a tool before its arguments, and what may stand beside it
-    r"(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call)?(?::\d+)?:?(?:\s+(?:commentary|json|code))*",
+    r"(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?:?(?:\s+(?:commentary|json|code))*",
     re.DOTALL,
 )
 _NAME_KEYS = ("name", "function", "tool_name", "tool", "action")
@@ -2905,9 +2920,17 @@ _SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrog
 )
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
 _FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
-    "broken": (r"error|fail|abort|cancel|time|load|resource|malform|unexp|other", "model_unavailable", "broke off"),
-    "filtered": (r"filter|safe|sensitive|guard|block|prohibit|recit|refus|spii", "model_refused", "was filtered"),
-    "length": (r"length|max|limit|window", "bad_output", "was cut off at the endpoint's length limit"),
+    "broken": (
+        "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang|unknown",
+        "model_unavailable",
+        "broke off",
+    ),
+    "filtered": (
+        "filter|safe|sensitive|guard|block|prohibit|recit|refus|spii|jailbreak|violat|moderat",
+        "model_refused",
+        "was filtered",
+    ),
+    "length": ("length|max|limit|window|trunc", "bad_output", "was cut off at the endpoint's length limit"),
 }
 
 
@@ -3200,6 +3223,10 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
 
 def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[list[ToolCall], str]:
     """The calls in markup, and the words that stand between them."""
+    for pattern, plain in _SPELLINGS:
+        markup = re.sub(pattern, plain, markup)
+    if re.match(r"(?:<tool_call>\s*)?<function=(?!.*</parameter>)", markup, re.DOTALL):  # all lack their ends
+        markup = re.sub(r"\n?(?=</function|<parameter=)", "</parameter>", markup)
     text, start = _IN_MARKUP().sub(_plain, markup), 0
     calls: list[ToolCall] = []
     words: list[str] = []
@@ -3232,7 +3259,9 @@ def _plain(match: re.Match[str]) -> str:
         return _python_call(match[0])
     if kind == "name":
         return f" to={match[kind]} "
-    return {"string": match[0], "cut": " to=unknown {", "close": " {} "}.get(kind, " ")
+    if kind == "flag":
+        return f'"{match[kind]}":'
+    return {"string": match[0], "cut": " to=unknown {", "close": " {} ", "arrow": ":"}.get(kind, " ")
 
 
 def _python_call(text: str) -> str:
@@ -3291,22 +3320,25 @@ _MEANINGS = (  # phrases; our code, a sentence, what may help: of the rows that 
 
 _PROMPT = "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )token|conversation|string|current length"
 _TOO_LONG = (
-    r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than \d|more than max|maximum"
+    r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than (?:\d|max)|maximum"
     r"|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is|at most \d{3}"
 )
 _SURELY_TOO_LONG = r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)|超(?!时)|过长"
-_NOT_THE_PROMPT = r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?|\d (?:id|name|description)"
+_NOT_THE_PROMPT = (
+    r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?|\d (?:id|name|description)"
+    r"|^(?!.*token).*(?:tool|function|image|file).{0,60}(?:too |exceed|maximum)"
+)
 _COUNT = r"(?<![\w.-])(\d++(?:[,._]\d++)*+)(?![\w>]|\s*(?:k\b|char|byte|[KM]B))"
 _WINDOWS = (  # where the number of tokens stands that a prompt may have
     rf"(?:>|<=?|≤|\[\s*\d+\s*,)\s*{_COUNT}",
-    rf"\b(?:maximum|max|at most|less than|up to|available|allowed|n_ctx|(?:can)?not exceed)\b[^\d>]{{0,50}}{_COUNT}",
+    rf"\b(?:maximum|max|at most|less than|up to|available|allowed|n_ctx|(?:can)?not exceed)\b[^\d>.]{{0,50}}{_COUNT}",
     rf"\b(?:limit|context (?:length|size|window)|max\w*)\b(?:(?!\b(?:by|exceeded)\b)[^\d>(]){{0,30}}\(?{_COUNT}(?!\))",
     rf"{_COUNT}(?: tokens?)? (?:maximum|max|limit|context|allowed)",
 )
 
 _NOT_TAKEN = (  # how they say that an option is not what they take
-    r"unsupport|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|one of)|unknown|extra"
-    "|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only|range|at most|between|out of"
+    r"unsupport|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|implement|one of)|extra"
+    "|unknown|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only|range|at most|between|out of"
     "|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a"
 )
 _OPTIONS = {  # those that a request may do without, and what endpoints call them
@@ -3324,10 +3356,14 @@ _EFFORT = r"reasoning effort (?:(?:must|should) be )?(?:to |= |as )?(none|low|me
 
 _LACKS = "missing|required|must be (?:passed|sent|provided|included|present)|need"
 _LESSONS = (  # phrases, others near them; the rule of shape that they ask for
-    (r"alternat(?:e|ing)\b|(?:successive|consecutive) (?:user|mess|role)", "", "alternate"),
-    (r"(?:after|follow) (?:a |role )?(?:tool|user turn)\b", "", "alternate"),
-    ("not support (?:the )?system|only user and assistant roles", "", "systemless"),
-    ("(?:system|developer) (?:role|message|instruction|prompt)", "not (?:support|enabl|allow)|unsupport", "systemless"),
+    (r"alternat(?:e|ing)\b|(?:successive|consecutive) (?:user|mess|role)|in a row\b", "", "alternate"),
+    (r"(?:after|follow) (?:a |role |messages with role )?(?:tool|user turn)\b", "", "alternate"),
+    ("not support (?:the )?system|only user (?:and )?assistant (?:and tool )?roles", "", "systemless"),
+    (
+        "system (?:role|message|prompt)|developer (?:role|message|instruction)|role system",
+        "not (?:support|enabl|allow)|unsupport",
+        "systemless",
+    ),
     (r"call ids?\b|calls \d+ id\b|tool use id\b", "length|too long|a z|pattern|alphanumeric", "short ids"),
     ("content or tool calls but not both", "", "calls alone"),
     ("reasoning content", _LACKS, "with reasoning_content"),
@@ -3388,8 +3424,8 @@ class Refusal:
             requested = re.search(r"requested:? ([\d,]+)", text, re.IGNORECASE)
             is_long = int(requested[1].replace(",", "")) > window if requested else says(words, "too (?:large|long)")
         else:
-            is_other = says(words, _NOT_THE_PROMPT) or says(words, "tool|function", "too|exceed|maximum")
-            is_long = (says(words, _PROMPT, _TOO_LONG) and not is_other) or says(words, _SURELY_TOO_LONG)
+            is_long = says(words, _PROMPT, _TOO_LONG) and not says(words, _NOT_THE_PROMPT)
+            is_long = is_long or says(words, _SURELY_TOO_LONG)
         return window if is_long and self.status not in (401, 402, 403) else None
 
     def option(self, sent: JSON) -> list[Any]:
@@ -3397,7 +3433,7 @@ class Refusal:
         reason = f"{self.fields.get('param')}: {self.reason}"
         pieces = [words_of(each) for each in reason.split("; ") if not re.search(_OTHERS, each, re.IGNORECASE)]
         effort = re.search(_EFFORT, words_of(reason))
-        is_about_it = self.status < 500 and self.status not in (401, 402, 403, 429)
+        is_about_it = self.status < 502 and self.status not in (401, 402, 403, 429)
         for name, names in _OPTIONS.items() if is_about_it else ():
             value, instead = sent.get(name), dict[str, Any]()
             if name == "reasoning_effort" and effort and effort[1] != value:

@@ -147,6 +147,8 @@ PIECES: dict[str, tuple[list[Body], str]] = {
     "a function, as before there were tools": ([delta(function_call={"name": "a", "arguments": "{}"})], "a{}"),
     "all of it again": ([delta(content="Hello"), {"choices": [{"message": {"content": "Hello"}}]}], "Hello"),
     "another choice": ([delta(content="Hello"), {"choices": [{"index": 1, "delta": {"content": "Bye"}}]}], "Hello"),
+    "two choices without an index": ([{"choices": [{"delta": {"content": each}} for each in ("Hel", "lo")]}], "Hello"),
+    "twice, as a function too": ([delta(tool_calls=[{"name": "a"}], function_call={"name": "a"})], "a"),
     "thoughts in parts": ([delta(content=[{"type": "thinking", "thinking": [{"text": "Hm."}]}, "Hello"])], "Hello"),
     "no texts, told apart by ids": ([piece(None, "x", "a"), piece(None, "y", "a"), piece(text="{}")], "a a{}"),
     "no texts, told apart by names": ([piece(name="a"), piece(name="b")], "a b"),
@@ -281,6 +283,9 @@ TOO_LONG = {  # what real endpoints say, and the window that stands there
     "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 131072]": 131_072,
     "Token limit exceeded: the prompt has 5000 tokens, the limit is 4096": 4_096,
     "prompt_too_long": 0,
+    "length of prompt_tokens (163280) must be less than max_seq_len (32768).": 32_768,
+    "The number of tokens in messages and tools (9000) exceeds the maximum of 8192": 8_192,
+    "Your tokens exceed the maximum number of input tokens. Number of tokens: 33000, limit: 32000": 32_000,
     "Your messages take 9000 tokens; this model allows at most 8192 tokens.": 8_192,
     "413 Request Entity Too Large": 0,
     "413 Request body too large for gpt-4o model. Max size: 8000 tokens.": 8_000,
@@ -294,6 +299,7 @@ NOT_TOO_LONG = {  # and what looks alike
     "402 You requested up to 4096 tokens, but can only afford 100": "model_rate_limit",
     "too many concurrent requests (limit 5)": "model_refused",
     "tools: array too long. Expected an array with maximum length 128": "model_refused",
+    "messages[1].content[1].image_url: image exceeds 5 MB maximum: 7340032 bytes > 5242880": "model_refused",
     "messages[3].tool_calls[0].id: string too long. Expected maximum length 40": "model_refused",
     "max_tokens is too large: 100000. This model supports at most 16384": "model_refused",
     "tools[0].function.description: string too long. Expected maximum length 1024": "model_refused",
@@ -326,8 +332,7 @@ async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, mo
 
 
 LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
-LOADING += ["Model x is currently loading", "model not ready, try later", "model warm-up in progress"]
-LOADING += ["endpoint scaled to 0"]
+LOADING += ["Model x is currently loading", "model not ready, try later", "warm-up in progress", "scaled to 0"]
 KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (total limit)", "Quota exceeded"]
 KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
 
@@ -377,15 +382,12 @@ OPTIONS: list[tuple[Body, str | Body, Body | None]] = [  # settings; what the en
     ({}, GPT, {"reasoning_effort": "none"}),
     ({}, "body.stream_options: Extra inputs are not permitted", {"stream_options": None}),
     ({}, "streaming is not supported with tools", {"stream": None, "stream_options": None}),
-    ({}, "Tool use in streaming mode is unsupported", {"stream": None, "stream_options": None}),
+    ({}, "streaming with tools is not implemented yet", {"stream": None, "stream_options": None}),
     ({}, "Stream options are not supported by this server", {"stream_options": None}),
     ({}, "Additional properties are not allowed ('stream_options' was unexpected)", {"stream_options": None}),
     ({"reasoning_effort": "low"}, "Model grok does not support parameter reasoningEffort.", {}),
     ({"temperature": 2}, "temperature is not one of the supported values", {}),
 ]  # fmt: skip
-
-
-OPTIONS += [({}, "Unrecognized request argument supplied: stream_options", {"stream_options": None})]
 NAMES: Body = {"seed": 1, "temperature": 1, "top_p": 1, "reasoning_effort": "low"}
 OPTIONS += [({name: NAMES[name]}, f"Unsupported parameter: '{name}' is not supported.", {}) for name in NAMES]
 
@@ -453,8 +455,7 @@ async def test_addresses(endpoint: Endpoint) -> None:
         async with closing(memws.Models("m", url, KEY)) as models:
             for model in (models.get(None)[0], models.get(None, None, "another key")[0]):
                 assert (await ask(model)).text == "Hi"
-    wrong_ones = ["localhost:11434/v1", "example.com", "ftp://localhost/v1", "http:///v1", "/v1", "http://h:x/v1"]
-    for wrong in [*wrong_ones, "http://[::1/v1"]:
+    for wrong in ("localhost:11434/v1", "example.com", "ftp://localhost/v1", "http:///v1", "/v1", "http://[::1/v1"):
         with pytest.raises(memws.UsageError, match="like http://localhost:11434/v1"):
             memws.Models("m", wrong, KEY)
 
@@ -669,6 +670,7 @@ DSML = """<｜DSML｜function_calls>
 <｜DSML｜parameter name="message" string="true">Hello!</｜DSML｜parameter>
 </｜DSML｜invoke>
 </｜DSML｜function_calls>"""
+K3 = 'call tool="send_message"<|sep|><|open|>argument key="message" type="string"<|sep|>Hello!<|close|>argument<|sep|>'
 MARKUP = {
     "Hermes": f"<tool_call>\n{WRITTEN}\n</tool_call><|im_end|>", "Qwen3 Coder": f"<tool_call>\n{XML}\n</tool_call>",
     "Qwen3 Coder, its end": f"{XML}\n</tool_call>", "Seed": f"<seed:tool_call>\n{XML}\n</seed:tool_call>",
@@ -676,6 +678,15 @@ MARKUP = {
     "Llama 3, a function": f"<function=send_message>{ARGUMENTS}</function>",
     "Llama 3, Python": '<|python_tag|>send_message.call(message="Hello!")',
     "Llama 4": "<|python_start|>[send_message(message='Hello!')]<|python_end|>",
+    "Qwen3 Coder, no ends": XML.replace("</parameter>\n", ""),
+    "DeepSeek 4, no beginning": DSML.partition("\n")[2].replace("｜", "|"),
+    "Kimi K3": f"<|open|>tools<|sep|><|open|>{K3}<|close|>call<|sep|><|close|>tools<|sep|><|close|>message<|sep|>",
+    "MiniMax 3": "]<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name=\"send_message\">\n]<]minimax[>[<message>Hello!"
+    "]<]minimax[>[</message>\n]<]minimax[>[</invoke>\n]<]minimax[>[</tool_call>", "LFM 2":
+    f"[Calling tool: send_message({ARGUMENTS})]", "a line before it": f"TOOL_CALL: {WRITTEN}", "MiniMax 2, arrows":
+    '[TOOL_CALL]\n{tool => "send_message", args => {\n  --message "Hello!"\n}}\n[/TOOL_CALL]', "Solar":
+    f"<|tool_calls|><|tool_call:begin|>abc123<|tool_call:name|>send_message<|tool_call:args|>{ARGUMENTS}",
+    "parts of a use": f"<tool_use>\n  <name>send_message</name>\n  <arguments>{ARGUMENTS}</arguments>\n</tool_use>",
     "Python": 'send_message(message="Hello!", request_heartbeat=False)', "Python, by place": "[send_message('Hello!')]",
     "Mistral": f"[TOOL_CALLS][{WRITTEN}]</s>", "Mistral 11": f"[TOOL_CALLS]send_message{ARGUMENTS}",
     "Mistral 13": f"[TOOL_CALLS]send_message[CALL_ID]abcdefgh1[ARGS]{ARGUMENTS}",
@@ -767,6 +778,8 @@ QUOTED = {
     "JSON between words": f"Like this:\n{WRITTEN}\nThat is all.",
     "a token alone": "`<|foo|>` is none of ours",
     "a block at the end": "So:\n```python\nprint(1)\n```",
+    "a line that begins so": "Tool calls: I make none. [Calling my sister now.] Function call (a phone): {1, 2}",
+    "tokens": "MiniMax M3 puts `]<]minimax[>[` before a tag, Kimi K3 `<|open|>`.",
     "a tool's name": "send_message is a tool that I have.",
     "another call": 'print("Hello!")',
     "JSON that is no call": '{"a": 1}',
@@ -814,7 +827,8 @@ TOKENS = (
 THOUGHTS = (
     "<think>Hm.</think>", "Hm.\n</think>\n", "<thinking>Hm.</thinking>", "<thought>Hm.</thought>", "[THINK]Hm.[/THINK]",
     "<|START_THINKING|>Hm.<|END_THINKING|>", "◁think▷Hm.◁/think▷", "<seed:think>Hm.</seed:think>", "Hm.◁/think▷", "",
-    "<|channel|>analysis<|message|>Hm.<|end|>", "Hm.[/THINK]", "Hm.</thought>",
+    "<|channel|>analysis<|message|>Hm.<|end|>", "Hm.[/THINK]", "Hm.</thought>", "<scratch_pad>Hm.</scratch_pad>",
+    "<|open|>think<|sep|>Hm.<|close|>think<|sep|><|open|>response<|sep|>",
 )  # fmt: skip
 
 
@@ -839,10 +853,10 @@ def test_a_text_without_calls_is_kept() -> None:
 
 FINISHES = {
     "": "stop STOP tool_calls function_call end_turn eos_token stop_sequence COMPLETE tool_use normal pause_turn",
-    "length": "length max_tokens MAX_TOKENS model_length model_context_window_exceeded TOKEN_LIMIT max_output_tokens",
-    "filtered": "content_filter SAFETY BLOCKLIST sensitive refusal guardrail_intervened RECITATION",
-    "broken": "error network_error abort cancelled TIMEOUT insufficient_system_resource ERROR_TOXIC OTHER"
-    " function_call_filter:_MALFORMED_FUNCTION_CALL",
+    "length": "length max_tokens MAX_TOKENS model_length model_context_window_exceeded TOKEN_LIMIT truncated",
+    "filtered": "content_filter SAFETY BLOCKLIST sensitive refusal guardrail_intervened RECITATION jailbreak",
+    "broken": "error network_error abort cancelled TIMEOUT insufficient_system_resource ERROR_TOXIC OTHER preempted"
+    " function_call_filter:_MALFORMED_FUNCTION_CALL TOO_MANY_TOOL_CALLS repetition interrupted LANGUAGE",
 }
 
 
@@ -865,11 +879,7 @@ UNREADABLE: dict[str, tuple[memws.Reply, str, str]] = {
     "a call cut after its quotes": (reply_of("", '{"message": "say \\"hi\\"'), "bad_output", "cut off$"),
     "a call cut inside what is encoded twice": (reply_of("", json.dumps(CUT)), "bad_output", "cut off$"),
     "a call as text that is cut": (reply_of(WRITTEN[:-12]), "bad_output", "cut off$"),
-    "a call as XML that is cut": (
-        reply_of(XML.removesuffix("</function>") + "<parameter=a>"),
-        "bad_output",
-        "cut off$",
-    ),
+    "a call as XML that is cut": (reply_of(XML[:-11] + "<parameter=a>"), "bad_output", "cut off$"),
     "broken": (reply_of('<tool_call>"send_message", nonsense</tool_call>'), "bad_output", "cannot be read"),
     "a refusal": (reply_of(refusal="I can't\nhelp."), "model_refused", r"I can't help\.$"),
     "an empty answer that was filtered": (reply_of(finish="content_filter"), "model_refused", "filtered"),
