@@ -6125,10 +6125,10 @@ PANEL_STYLE: Final = r"""
   display: flex; flex-direction: column; background: var(--paper); color: var(--ink);
   border: 1px solid var(--line); border-radius: 12px; text-align: left; font-variant-numeric: tabular-nums;
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif;
-  *, *::before, *::after { box-sizing: border-box; } [hidden] { display: none !important; }
+  *, *::before, *::after { box-sizing: border-box; } [hidden], [role=alert]:empty { display: none !important; }
   button, input, select, textarea { font: inherit; color: inherit; margin: 0; }
   button { cursor: pointer; border: 0; background: none; border-radius: 8px; padding: 5px 12px; }
-  button:disabled { cursor: default; } button:disabled:not(.memws-chip) { opacity: .45; }
+  button:disabled { cursor: default; opacity: .45; } textarea { max-height: 260px; }
   input, select, textarea { border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; }
   ::placeholder { color: var(--soft); opacity: 1; }
   :focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
@@ -6159,7 +6159,7 @@ PANEL_STYLE: Final = r"""
   .memws-actions > :is(input, textarea) { flex: 1 1 120px; }
   .memws-top { display: flex; align-items: center; gap: 10px; min-height: 48px; padding: 6px 14px; font-size: 14px;
     border-bottom: 1px solid var(--line); }
-  .memws-top select { padding: 4px 8px; max-width: 40cqw; }
+  .memws-top select { padding: 4px 8px; max-width: 40cqw; } .memws-top > button { padding: 2px 8px; }
   .memws-status { margin-left: auto; display: flex; align-items: center; gap: 7px; flex: none; max-width: 50cqw; }
   .memws-status i { flex: none; width: 8px; height: 8px; border-radius: 50%; background: var(--accent); }
   &[data-state=offline] .memws-status i { background: var(--bad); }
@@ -6167,13 +6167,13 @@ PANEL_STYLE: Final = r"""
   .memws-menu { position: relative; } .memws-menu > summary { padding: 2px 8px; border-radius: 8px; }
   .memws-entries { position: absolute; z-index: 3; top: 100%; left: 0; width: max-content; padding: 4px; display: grid;
     border-radius: 10px; box-shadow: 0 6px 24px #0002; }
-  .memws-foot .memws-entries { top: auto; bottom: 100%; }
-  .memws-entry { text-align: left; padding: 5px 24px 5px 10px; }
+  .memws-foot .memws-entries { top: auto; bottom: 100%; } .memws-entry { text-align: left; padding: 5px 24px 5px 10px; }
+  &:not([data-agent]) :is(.memws-top select, .memws-menu, .memws-right), &.memws-compact .memws-right,
+  &:not([data-state=running]) .memws-composer select { display: none; }
   .memws-columns { flex: 1; min-height: 0; display: flex; }
-  .memws-left { position: relative; flex: 1 1 0; min-width: 0; min-height: 0; display: flex; flex-direction: column;
-    padding: 0 0 12px; }
-  .memws-log { flex: 1; min-height: 0; overflow: hidden auto; display: flex; flex-direction: column-reverse;
-    padding: 16px 20px 8px; }
+  .memws-left { position: relative; flex: 1 1 0; overflow: hidden; display: flex; flex-direction: column;
+    padding-bottom: 12px; }
+  .memws-log { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; padding: 16px 20px 8px; }
   .memws-inner { flex: none; margin: 0 auto auto; width: 100%; max-width: 720px; }
   .memws-heard { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .memws-older { display: block; margin: 0 auto 8px; }
@@ -6186,12 +6186,12 @@ PANEL_STYLE: Final = r"""
   .memws-trace > summary::before, .memws-fold summary::before { content: "▸ "; }
   .memws-trace[open] > summary::before, .memws-fold[open] summary::before { content: "▾ "; }
   .memws-live, .memws-why, .memws-args { flex: 1 1 0; &:empty { display: none; } }
-  .memws-live { font-style: italic; opacity: .85; }
+  .memws-live { font-style: italic; opacity: .85; } .memws-trace:not(.memws-running) .memws-live { display: none; }
   .memws-running .memws-told { animation: memws-pulse 1.4s ease-in-out infinite; }
   .memws-rows { border-left: 2px solid var(--line); margin: 6px 0 2px 4px; padding-left: 14px; font-size: 13.5px;
     display: grid; grid-template-columns: minmax(0, 1fr); gap: 6px; }
-  .memws-monologue { font-style: italic; white-space: pre-wrap; } .memws-step { justify-self: start; padding: 0; }
-  .memws-step:hover, .memws-chip:not(:disabled):hover { text-decoration: underline; }
+  .memws-monologue { font-style: italic; } .memws-step { justify-self: start; padding: 0; }
+  .memws-step:hover, .memws-chip:hover { text-decoration: underline; }
   .memws-tool summary { display: flex; gap: 8px; } .memws-tool b { font: 600 12.5px/1.7 var(--mono); }
   .memws-change { display: flex; flex-wrap: wrap; gap: 4px 10px; border-radius: 10px; padding: 6px 10px; }
   .memws-chip { align-self: start; color: var(--accent); font-weight: 600; padding: 0; }
@@ -6222,10 +6222,8 @@ PANEL_STYLE: Final = r"""
       field-sizing: content; } .memws-stop { border: 1px solid var(--line); }
     select { border: 0; background: none; color: var(--soft); font-size: 13px; align-self: center; }
   }
-  .memws-dialog { position: absolute; z-index: 2; inset: 0; display: grid; align-items: start; overflow: auto;
-    background: color-mix(in srgb, var(--paper) 75%, transparent); &:empty { display: none; } }
-  .memws-form { width: min(560px, calc(100% - 40px)); margin: 16px auto; padding: 16px 20px; border-radius: 12px;
-    box-shadow: 0 6px 24px #0002;
+  .memws-form { position: absolute; z-index: 2; inset: 16px 0 auto; width: min(560px, 100% - 40px); color: inherit;
+    padding: 16px 20px; border-radius: 12px; box-shadow: 0 0 0 9999px color-mix(in srgb, var(--paper) 75%, #0000);
     label { display: grid; gap: 2px; margin: 8px 0; }
     label:not(:has(:is(input, textarea))) { grid-template-columns: 9em 1fr; align-items: baseline; font-size: 14px; }
   }
@@ -6241,21 +6239,19 @@ PANEL_STYLE: Final = r"""
   .memws-system { background: #7c8797; } .memws-tools { background: #9b7fd1; }
   .memws-core_memory, .memws-gauge i { background: #23a07a; } .memws-summary { background: #d8962f; }
   .memws-messages { background: #4f87d8; } nav { display: flex; gap: 2px; border-bottom: 1px solid var(--line); }
-  .memws-tab { border-radius: 0; padding: 6px 10px; margin-bottom: -1px; border-bottom: 2px solid transparent;
-    &[aria-selected=true] { color: var(--ink); border-color: var(--accent); font-weight: 600; } }
+  .memws-tab { border-radius: 0; padding: 6px 9px; margin-bottom: -1px; border-bottom: 2px solid transparent;
+    &[aria-current=true] { color: var(--ink); border-color: var(--accent); font-weight: 600; } }
   .memws-side { flex: 1; min-height: 0; overflow: hidden auto; padding: 4px 2px; overflow-wrap: anywhere; }
   .memws-cards, .memws-memory { display: grid; gap: 10px; }
-  .memws-card { border-radius: 10px; padding: 8px 12px 10px;
-    header { display: flex; align-items: center; gap: 8px; } header button { margin-left: auto; padding: 2px 8px; }
-  }
+  .memws-card { border-radius: 10px; padding: 8px 12px 10px; header { display: flex; align-items: center; gap: 8px; }
+    header button { margin-left: auto; padding: 2px 8px; } }
   .memws-gauge { background: var(--wash); margin: 4px 0 8px; }
   .memws-gauge i { display: block; height: 2px; transition: width .4s; }
   .memws-text { white-space: pre-wrap; ins, del { margin: 0 -6px; }
     &:empty::before { content: "nothing yet"; font-style: italic; } } .memws-flash { animation: memws-flash 1.6s; }
-  .memws-editor, .memws-editing :is(.memws-text, header button) { display: none; }
-  .memws-editing .memws-editor { display: block; }
-  .memws-request { margin: 0 0 12px; .memws-card { border-color: var(--warn); } .memws-mark { margin-left: auto; } }
-  :is(.memws-editor, .memws-request) textarea { width: 100%; font: 13px/1.5 var(--mono); }
+  .memws-card:has(.memws-edit) :is(.memws-text, header button) { display: none; }
+  .memws-card:has(.memws-request) { border-color: var(--warn); header .memws-mark { margin-left: auto; } }
+  :is(.memws-edit, .memws-request) textarea { width: 100%; font: 13px/1.5 var(--mono); field-sizing: content; }
   .memws-stored { color: var(--ink); background: var(--wash); border-radius: 6px; padding: 6px 8px; }
   .memws-fold, .memws-found { border-bottom: 1px solid var(--line); } .memws-fold summary { padding: 4px 0; }
   .memws-found { padding: 6px 0; .memws-mark { display: flex; justify-content: space-between; } }
@@ -6267,8 +6263,10 @@ PANEL_STYLE: Final = r"""
   }
 }
 :is([data-jp-theme-light=false], .vscode-dark, html[theme=dark], .dark) .memws-panel { color-scheme: dark; }
+:has(> .memws-panel + .memws-panel) { display: flex; flex-wrap: wrap; > * { flex: 1 1 420px; } } /* side by side */
 body[data-memws=page] { margin: 0; }
-body[data-memws=page] > .memws-panel { height: 100dvh; border: 0; border-radius: 0; resize: none; }
+body[data-memws=page] > .memws-panel { height: 100dvh; border: 0; border-radius: 0; resize: none;
+  + .memws-panel { border-left: 1px solid var(--line); } }
 @media (prefers-color-scheme: dark) { body[data-memws=page] > .memws-panel { color-scheme: dark; } }
 @media (prefers-reduced-motion: reduce) { .memws-panel * { animation: none !important; transition: none !important; } }
 @keyframes memws-pulse { 50% { opacity: .35; } }
@@ -6289,14 +6287,15 @@ function node(tag, props = {}, ...kids) {
   element.append(...kids.filter((kid) => kid != null && kid !== false));
   return element;
 }
-async function attempt(element, work, event) { // a failure is told by the panel around the element
-  const root = element.closest(".memws-panel") ?? element;
-  try { await work(event); } catch (detail) { root.dispatchEvent(new CustomEvent("memws-fail", { detail })); }
+async function attempt(element, work, event) { // a failure is told by the form, or else the panel, around the element
+  const place = element.closest("form, .memws-panel") ?? element;
+  try { await work(event); } catch (detail) { place.dispatchEvent(new CustomEvent("memws-fail", { detail })); }
 }
 const div = (kind, ...kids) => node("div", { class: `memws-${kind}` }, ...kids);
 const span = (kind, ...kids) => node("span", { class: `memws-${kind}` }, ...kids);
 const button = (label, kind, onclick, more) => // one without work of its own submits its form
   node("button", { type: onclick ? "button" : "submit", class: `memws-${kind}`, onclick, ...more }, label);
+const leave = (label = "cancel") => button(label, "quiet", null, { type: "reset" }); // its form, as Esc does
 const fold = (title, text, open = false) =>
   node("details", { class: "memws-fold", open }, node("summary", {}, title), node("pre", {}, text));
 const copyButton = (text) => button("copy", "copy", async ({ target }) => {
@@ -6306,11 +6305,22 @@ const copyButton = (text) => button("copy", "copy", async ({ target }) => {
   setTimeout(() => { target.textContent = "copy"; }, 1200);
 });
 
-function menu(label, works) { // of entries by their names
-  const entries = Object.entries(works).map(([name, work]) => button(name, "entry", work));
-  const list = node("div", { class: "memws-entries", onclick: () => { element.open = false; } }, ...entries);
-  const element = node("details", { class: "memws-menu" }, node("summary", { "aria-label": label }, "⋯"), list);
-  return { element, entries };
+function form(kind, work, fields, ...actions) { // `work` gets what is not empty, by name
+  const wrong = node("div", { class: "memws-said", role: "alert" });
+  const onsubmit = ({ target }) => {
+    wrong.replaceChildren();
+    const values = Array.from(new FormData(target), ([name, text]) => [name, text.trim()]);
+    return work(Object.fromEntries(values.filter(([, text]) => text)));
+  };
+  const about = { class: `memws-${kind}`, onsubmit, "onmemws-fail": ({ detail }) => wrong.append(detail.message) };
+  return node("form", about, ...fields, wrong, div("actions", ...actions));
+}
+const buttons = (works, kind) => Object.entries(works).map(([name, work]) => button(name, kind, work));
+function menu(label, works) {
+  const onclick = () => { element.open = false; };
+  const entries = node("div", { class: "memws-entries", onclick }, ...buttons(works, "entry"));
+  const element = node("details", { class: "memws-menu" }, node("summary", { "aria-label": label }, "⋯"), entries);
+  return element;
 }
 
 const { format: number } = new Intl.NumberFormat("en");
@@ -6321,8 +6331,6 @@ const titleOf = (name) => name.replace("_", " ");
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16)).join("-");
 const oneLine = (text) => text.slice(0, 300).replace(/\s+/g, " "); // the style cuts it where its line ends
 const rowsOf = (diff) => diff.map((row) => node({ "+": "ins", "-": "del" }[row[0]] ?? "div", {}, row.slice(1) || " "));
-const valuesOf = (form) => // without empty ones
-  Object.fromEntries(Array.from(new FormData(form), ([name, text]) => [name, text.trim()]).filter(([, text]) => text));
 const isFull = (value) => value !== null && typeof value === "object" && Object.keys(value).length > 0;
 function pretty(value, margin = "") { // as YAML, where texts keep their lines
   const text = typeof value === "string" ? value : JSON.stringify(value);
@@ -6399,9 +6407,10 @@ function drawProse({ prose, text }) { // only blocks that changed are drawn agai
   prose.append(...next.slice(same).map((match) => Object.assign(block(match, 0), { source: match[0] })));
 }
 
-// ---- transports: functions of the client, which hears of state and frames, to {send} for frames as texts ------------
+// ---- transports: functions of the panel, which hears of state and frames, to {send, close} for frames as texts ------
 
-const overSocket = (client) => {
+const TOKEN = { token: { type: "password" } };
+const overSocket = (panel) => {
   let [delay, wasOpen, socket] = [500, false];
   const open = () => {
     const token = sessionStorage.getItem("memws-token") ?? "";
@@ -6411,25 +6420,33 @@ const overSocket = (client) => {
     socket = new WebSocket(url, token && fits ? ["memws", token] : []);
     socket.onopen = () => {
       [wasOpen, delay] = [true, 500];
-      client.changed("connected");
+      panel.changed("connected");
     };
-    socket.onmessage = (event) => client.take(event.data);
+    socket.onmessage = (event) => panel.hear(event.data);
     socket.onclose = closed;
   };
+  const connect = ({ token = "" }) => {
+    sessionStorage.setItem("memws-token", token);
+    open();
+  };
   const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
-    client.changed("offline");
+    panel.changed("offline");
     const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
-    if (health.token && !wasOpen) return client.panel.askToken(open);
+    if (health.token && !wasOpen) return panel.ask("This server asks for its token", TOKEN, "connect", connect);
     [wasOpen, delay] = [false, Math.min(2 * delay, 8000)];
     setTimeout(open, delay / 2);
   };
+  const close = () => {
+    socket.onclose = null;
+    socket.close();
+  };
   open();
-  return { send: (text) => socket.send(text) };
+  return { send: (text) => socket.send(text), close };
 };
 
 // In a notebook the kernel holds the WebSocket, which works wherever the notebook does. A comm loses messages, though:
 // so each of ours holds all frames that are not acknowledged, and a gap in the kernel's is as a new connection.
-const overComm = (model) => (client) => {
+const overComm = (model) => (panel) => {
   const [session, unheard] = [newId(), []];
   let [first, last, silent] = [1, 0, 0]; // the number of the first unheard, that of the kernel's last, seconds
   const post = (about) => {
@@ -6439,13 +6456,13 @@ const overComm = (model) => (client) => {
     if (content.session !== session) return;
     silent = 0;
     for (; first <= ack; first++) unheard.shift();
-    if (sent - (frames.length > 0) > last) client.changed("offline");
-    client.changed(state);
-    if (sent > last) frames.forEach((frame) => client.take(frame));
+    if (sent - (frames.length > 0) > last) panel.changed("offline");
+    panel.changed(state);
+    if (sent > last) frames.forEach((frame) => panel.hear(frame));
     last = Math.max(last, sent);
   };
   const tick = () => {
-    if (++silent > 5) client.changed("offline: the kernel does not answer; if it was restarted, run the cell again");
+    if (++silent > 5) panel.changed("offline: the kernel does not answer; if it was restarted, run the cell again");
     post();
   };
   const send = (frame) => {
@@ -6457,54 +6474,11 @@ const overComm = (model) => (client) => {
     model.off("msg:custom", receive);
     post({ over: true });
   };
-  const chosen = (agent) => { // and kept with the notebook's widget
-    model.set("agent", agent);
-    model.save_changes();
-  };
   const timer = setInterval(tick, 1000);
   model.on("msg:custom", receive);
   post();
-  return { send, close, chosen };
+  return { send, close };
 };
-
-// ---- the client: commands with their answers ------------------------------------------------------------------------
-
-const MAX_FRAME = 1024 * 1024; // bytes; a longer one would end the connection
-
-class Client {
-  waiting = new Map(); // commands without their answer, by id
-  state = "connecting";
-  constructor(panel, transport) { Object.assign(this, { panel, transport: transport(this) }); }
-  changed(state) {
-    if (state === this.state) return;
-    const lost = Object.assign(new Error("the connection was lost"), { code: "lost" });
-    for (const { reject } of this.waiting.values()) reject(lost);
-    this.waiting.clear();
-    this.state = state;
-    this.panel.changed();
-  }
-  post(frame) {
-    const text = JSON.stringify(frame);
-    if (new Blob([text]).size > MAX_FRAME) throw new Error("this is too long to be sent; send it in parts");
-    this.panel.frames?.take("→", text);
-    this.transport.send(text);
-  }
-  async command(command, more) {
-    if (this.state !== "connected") throw new Error("there is no connection to the server; try again when it is back");
-    const id = newId();
-    this.post({ type: "command", command, id, ...more });
-    return new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject }));
-  }
-  take(text) {
-    this.panel.frames?.take("←", text);
-    const frame = JSON.parse(text);
-    const asked = this.waiting.get(frame.id);
-    this.waiting.delete(frame.id);
-    if (asked && frame.ok) asked.resolve(frame.result);
-    else if (asked) asked.reject(Object.assign(new Error(frame.message), frame, frame.error));
-    else if (frame.type !== "command_response") this.panel.take(frame);
-  }
-}
 
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
 
@@ -6544,14 +6518,12 @@ class Turn {
     const state = trace.isOver ? "thought" + seconds(trace.to - trace.from, " ") : "thinking";
     trace.told.textContent = [state, ...trace.tools].join(" · ");
     trace.element.classList.toggle("memws-running", !trace.isOver);
-    if (trace.isOver) trace.live.textContent = "";
   }
   row(kind, { step, time }, ...kids) { // in the trace that an event of this step belongs to
     if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
     const { rows, step: former } = this.trace;
     const show = () => this.panel.show("Context", { turn_id: this.id, step });
-    const about = { disabled: this.panel.isCompact };
-    if (step && step !== former) rows.append(button(`step ${step}: what the model got`, "step", show, about));
+    if (step && step !== former) rows.append(button(`step ${step}: what the model got`, "step", show));
     rows.append(div(kind, ...kids));
     this.tell(this.trace, { step, to: Date.parse(time) });
     return rows.lastChild;
@@ -6561,7 +6533,10 @@ class Turn {
     this.streams.set(of, made);
     return made;
   }
-  thought(event) { return { element: this.row("monologue", event), trace: this.trace, text: "" }; }
+  thought(event) {
+    const element = this.row("monologue memws-prose", event);
+    return { element, prose: element, live: this.trace.live, text: "" };
+  }
   reply({ time }) {
     this.endTrace();
     const made = { prose: div("prose"), mark: div("mark", clock(time)), text: "" };
@@ -6572,9 +6547,8 @@ class Turn {
   }
   draw(made) {
     made.frame = null;
-    if (made.prose) return drawProse(made);
-    made.element.textContent = made.text;
-    made.trace.live.textContent = made.trace.isOver ? "" : "…" + oneLine(made.text.slice(-72));
+    drawProse(made);
+    if (made.live) made.live.textContent = "…" + oneLine(made.text.slice(-72));
   }
   finish(event) { // the whole text
     const made = this.stream(event, event.message_type);
@@ -6612,16 +6586,24 @@ class Turn {
     this.tell(this.trace, { tools: this.trace.tools.add(name) });
     this.calls.set(event.tool_call_id, { row, state, result, trace: this.trace });
   }
-  on_approval_request({ tool_call_id }) {
-    const call = this.calls.get(tool_call_id);
+  on_approval_request(event) {
+    const call = this.calls.get(event.tool_call_id);
     if (!call) return;
-    call.isAsked = true;
+    call.card = request(this.panel, event);
     call.state.textContent = "waits to be allowed";
+    this.element.append(call.card);
+  }
+  withdraw({ card }) {
+    const hadFocus = card?.contains(document.activeElement);
+    card?.remove();
+    if (hadFocus) this.panel.field.focus();
   }
   on_tool_return({ tool_call_id, name, status, duration_ms, message, time }) {
-    if (!this.calls.has(tool_call_id)) return;
-    const { row, state, result, trace, isAsked } = this.calls.get(tool_call_id);
-    if (isAsked) this.note(`${name} · ${oneLine(message)}`, "");
+    const call = this.calls.get(tool_call_id);
+    if (!call) return;
+    const { row, state, result, trace, card } = call;
+    this.withdraw(call);
+    if (card) this.note(`${name} · ${oneLine(message)}`, "");
     result.textContent = message;
     state.textContent = `${number(duration_ms)} ms`;
     this.tell(trace, { to: Date.parse(time) });
@@ -6635,7 +6617,7 @@ class Turn {
     const did = event.after === null ? "forgot from" : "remembered in";
     const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
     const rows = rowsOf(event.diff.split("\n").filter((row) => row.slice(1).trim()));
-    const chip = button(told, "chip", () => this.panel.show("Memory", event), { disabled: this.panel.isCompact });
+    const chip = button(told, "chip", () => this.panel.show("Memory", event));
     const streaming = this.streams.get("assistant_message")?.element ?? null; // a reply that comes after it
     this.element.insertBefore(div("item memws-change", chip, div("diff", ...rows)), streaming);
   }
@@ -6662,58 +6644,46 @@ class Turn {
   }
   ended() { // what can be done with it from now on
     this.endTrace();
-    const saw = () => this.panel.show("Context", { turn_id: this.id, step: this.trace?.step ?? 1 });
+    this.calls.forEach((call) => this.withdraw(call));
     const works = { "fork here…": () => this.fork(), "rewind to here…": () => this.rewind() };
-    if (!this.panel.isCompact) works["what the model saw"] = saw;
+    works["what the model saw"] = () => this.panel.show("Context", { turn_id: this.id, step: this.trace?.step ?? 1 });
     this.foot ??= this.element.appendChild(div("foot"));
-    this.foot.append(menu("This turn", works).element);
+    this.foot.append(menu("This turn", works));
   }
-  fork() {
-    const fork = ({ name }) => this.copied("fork_agent", { new_name: name });
-    this.panel.ask("Another agent, as this one was after this turn", { name: CONFIG.name }, "fork", fork);
-  }
+  fork() { this.copy("fork", "Another agent, as this one was after this turn", { new_name: CONFIG.name }); }
   rewind() {
     const { agent } = this.panel;
-    const what = `${agent} will know nothing of what came after this turn. As it is now it goes on under this name:`;
-    const rewind = (given) => this.copied("rewind_agent", given);
-    const fields = { "what it does": what, keep_as: { value: `${agent}-later` } };
-    this.panel.ask(`${agent} as it was after this turn`, fields, "rewind", rewind);
+    const told = `${agent} will know nothing of what came after this turn. As it is now it goes on under this name:`;
+    const fields = { "what it does": told, keep_as: { value: `${agent}-later` } };
+    this.copy("rewind", `${agent} as it was after this turn`, fields);
   }
-  async copied(command, more) {
-    const { agent_name, kept_as: name = agent_name } = await this.panel.command(command, { turn_id: this.id, ...more });
-    this.panel.pick.append(new Option(name));
-    this.panel.tell(`There is ${name} now.`, "open it", () => this.panel.choose(name));
+  copy(label, title, fields) {
+    const { panel, id: turn_id } = this;
+    const work = async (given) => {
+      const { agent_name, kept_as: name = agent_name } = await panel.command(`${label}_agent`, { turn_id, ...given });
+      await panel.choose(panel.agent);
+      const works = { "open it": () => panel.choose(name), "show it beside": () => panel.beside(name) };
+      panel.tell(`There is ${name} now.`, works);
+    };
+    panel.ask(title, fields, label, work);
   }
 }
 
-class Request { // a call that waits until somebody allows it, as a card
-  constructor(panel, { tool_call_id, name, arguments: given, until }) {
-    Object.assign(this, { panel, tool_call_id, given, wrong: node("div", { class: "memws-said", role: "alert" }) });
-    const text = JSON.stringify(given, null, 2);
-    const rows = Math.min(12, text.split("\n").length);
-    this.field = node("textarea", { rows, spellcheck: "false", "aria-label": "Arguments" }, text);
-    this.reason = node("input", { placeholder: "why not, for the model", "aria-label": "Why not" });
-    const allow = button("Allow", "main", () => this.answer(() => ({ allow: true, ...this.edited() })));
-    const actions = div("actions", allow, this.reason, button("Deny", "stop"));
-    const deny = () => this.answer(() => ({ allow: false, reason: this.reason.value })); // also by Enter in the reason
-    const about = { class: "memws-request", "aria-label": `${name} waits to be allowed`, onsubmit: deny };
-    const shown = card(`May ${name} run?`, span("mark", `until ${clock(until)}`), "", this.field, this.wrong, actions);
-    this.element = node("form", about, shown);
-  }
-  edited() { // the arguments, where a person changed them
-    const edited = JSON.parse(this.field.value);
+function request(panel, { tool_call_id, name, arguments: given, seconds, time }) { // a call that waits, as a card
+  const text = JSON.stringify(given, null, 2);
+  const field = node("textarea", { spellcheck: "false", "aria-label": "Arguments" }, text);
+  const reason = node("input", { name: "reason", placeholder: "why not, for the model", "aria-label": "Why not" });
+  const answer = (more) => panel.command("approve", { tool_call_id, ...more });
+  const allow = () => {
+    const edited = field.value === text ? undefined : JSON.parse(field.value);
     if (edited === null) throw new Error("the arguments are an object, as { … }");
-    return JSON.stringify(edited) === JSON.stringify(this.given) ? {} : { arguments: edited };
-  }
-  async answer(answerOf) {
-    try {
-      await this.panel.command("approve", { tool_call_id: this.tool_call_id, ...answerOf() });
-      this.panel.log.withdraw(this);
-    } catch (error) {
-      this.wrong.textContent = error.message;
-      this.panel.soon(); // somebody else may have been first
-    }
-  }
+    return answer({ allow: true, arguments: edited });
+  };
+  const deny = (why) => answer({ allow: false, ...why }); // also by Enter in the reason
+  const until = span("mark", `until ${clock(Date.parse(time) + 1000 * seconds)}`);
+  const made = form("request", deny, [field], button("Allow", "main", allow), reason, button("Deny", "stop"));
+  made.setAttribute("aria-label", `${name} waits to be allowed`);
+  return card(`May ${name} run?`, until, "", made);
 }
 
 const REPLAYED = 600; // stored events that are fetched at once
@@ -6722,41 +6692,20 @@ const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: 
 
 class Log {
   turns = new Map(); // by id
-  inner = div("turns");
-  requests = new Map(); // calls that wait to be allowed, below the turns
+  inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
   older = button("earlier messages", "link memws-older", () => this.fetchOlder());
+  page = null; // older events that have come so far, while they come
   constructor(panel) {
     this.panel = panel;
     const about = { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation", "aria-live": "off" };
-    this.waiting = div("waiting");
-    const whole = div("inner", this.inner, this.waiting);
-    this.element = node("div", { ...about, onscroll: () => this.scrolled() }, whole);
+    this.element = node("div", { ...about, onscroll: () => this.scrolled() }, this.inner);
   }
-  clear(agent, welcome, asked = 0, last = 0) { // the events above seq `asked` are on their way
-    Object.assign(this, { agent, turns: new Map(), asked, first: asked && last + 1 });
-    this.older.hidden = !asked;
+  clear(agent, welcome, last) { // its events up to this seq are to be fetched
+    Object.assign(this, { agent, turns: new Map(), first: last + 1, asked: last, page: [] });
+    this.older.hidden = true;
     this.inner.replaceChildren(this.older, welcome);
-  }
-  ask(waits) { // for all calls that wait now, and for no others
-    const idOf = ({ tool_call_id, until }) => `${tool_call_id} ${until}`; // a model may give an id twice
-    const ids = waits.map(idOf);
-    for (const [id, request] of [...this.requests].filter(([known]) => !ids.includes(known))) {
-      this.requests.delete(id);
-      this.withdraw(request);
-    }
-    for (const each of waits.filter((one) => !this.requests.has(idOf(one)))) {
-      const request = new Request(this.panel, each);
-      this.requests.set(idOf(each), request);
-      this.waiting.append(request.element);
-      this.heard.textContent = `${each.name} waits to be allowed`;
-    }
-  }
-  withdraw({ element }) {
-    const hadFocus = element.contains(document.activeElement);
-    element.remove();
-    if (hadFocus) this.panel.field.focus();
   }
   turnOf({ turn_id, seq, message_type }, place = null) {
     const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
@@ -6786,25 +6735,35 @@ class Log {
     if (scrollTop > -40) this.trim();
     return !this.older.hidden && scrollHeight - clientHeight + scrollTop < 400 ? this.fetchOlder() : null;
   }
-  take(event) { // the end of a turn alone is not shown: it comes with its beginning, when that is fetched
-    if (event.type === "agent_response_start") this.first = Math.min(this.first, event.seq);
-    if (!(event.seq < this.first)) this.turnOf(event)?.take(event);
+  follow() { // what comes, and what was to come when the connection was lost
+    const isShort = this.page !== null;
+    this.page = null;
+    return isShort ? this.fetchOlder() : this.panel.command("subscribe", { after: this.panel.last });
   }
   fetchOlder() {
     if (this.page) return null; // they are on their way
     [this.page, this.asked] = [[], Math.max(0, this.asked - REPLAYED)];
     return this.panel.command("subscribe", { after: this.asked });
   }
-  takeOlder(event) { // they are shown once all of them are here, so that a loss leaves no halves
-    if (event.seq < this.first) return this.page?.push(event);
-    if (!this.page?.length) return null; // it is more than was asked for
+  takeOlder(event) {
+    if (event.seq < this.first) this.page?.push(event);
+    if (event.seq >= this.first - 1 && this.page?.length) this.showOlder(); // or else it is more than was asked for
+  }
+  take(event) {
+    if (event.seq) this.showOlder(); // no more of them will come
+    this.turnOf(event)?.take(event);
+  }
+  showOlder() { // once all of them are here, so that a loss leaves no halves; of a turn without its beginning, later
+    if (!this.page) return null;
     const begin = this.asked ? this.page.findIndex((each) => each.type === "agent_response_start") : 0;
     const events = begin < 0 ? [] : this.page.slice(begin);
     const place = this.inner.querySelector(".memws-turn");
+    const isOver = this.first > this.panel.last; // or else the server goes on with what is here
     for (const each of events) this.turnOf(each, place)?.take(each);
     Object.assign(this, { page: null, first: events[0]?.seq ?? this.first });
     this.older.hidden = !this.asked;
-    return attempt(this.element, () => this.panel.command("subscribe", { after: this.panel.last })); // that is enough
+    if (isOver && (events.length || !this.asked)) return null;
+    return attempt(this.element, () => (events.length || !this.asked ? this.follow() : this.fetchOlder()));
   }
 }
 
@@ -6812,14 +6771,15 @@ class Log {
 
 const GLOW = 6000; // milliseconds for which a change is marked
 
-class View { // {tab, side, shown}: the last of these hears what is wanted of it
+class View {
   out = div("folds");
   constructor(panel, title, ...kids) {
     Object.assign(this, { panel, title });
-    this.tab = button(title, "tab", () => panel.show(title), { role: "tab" });
-    const about = { class: "memws-side", role: "tabpanel", "aria-label": title };
-    this.side = node("div", about, div(title.toLowerCase(), ...kids, this.out));
+    this.tab = button(title, "tab", () => panel.show(title));
+    const about = { class: "memws-side", "aria-label": title };
+    this.side = node("section", about, div(title.toLowerCase(), ...kids, this.out));
   }
+  shown() {} // hears what is wanted of it
 }
 
 const card = (title, size, action, ...kids) =>
@@ -6829,11 +6789,14 @@ class Memory extends View {
   blocks = new Map(); // by label
   constructor(panel) {
     const [cards, passages, placeholder] = [div("cards"), span("mark"), "A passage to keep"];
-    const onsubmit = ({ target }) => panel.command("insert_passage", valuesOf(target)).then(() => target.reset());
     const field = node("textarea", { rows: "1", name: "text", placeholder, "aria-label": placeholder });
-    const form = node("form", { class: "memws-actions", onsubmit }, field, button("add", "quiet"));
+    const add = async (passage) => {
+      await panel.command("insert_passage", passage);
+      field.value = "";
+    };
     const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
-    super(panel, "Memory", cards, card("archive", passages, list, form));
+    const keep = form("passage", add, [], field, button("add", "quiet"));
+    super(panel, "Memory", cards, card("archive", passages, list, keep));
     Object.assign(this, { cards, passages });
   }
   shown(change) { this.blocks.get(change?.label)?.flash(); }
@@ -6850,16 +6813,14 @@ class Memory extends View {
 }
 
 class Block { // of core memory, edited in place
+  text = div("text");
+  size = span("mark");
+  gauge = node("i");
+  editor = div("editor");
   constructor(panel, block) {
-    Object.assign(this, { panel, block, text: div("text"), size: span("mark"), gauge: node("i"), wrong: div("said") });
-    const about = { rows: "6", "aria-label": `core memory ${block.label}`, oninput: () => this.measure() };
-    this.field = node("textarea", about);
-    const cancel = button("cancel", "quiet", () => this.edit(null));
-    const actions = div("actions", button("save", "main"), cancel, span("mark", "Ctrl+Enter saves, Esc leaves"));
-    const keys = { onsubmit: () => this.save(), onkeydown: (event) => this.pressed(event) };
-    const editor = node("form", { class: "memws-editor", ...keys }, this.field, this.wrong, actions);
-    const edit = button("edit", "quiet", () => this.edit(this.block));
-    this.element = card(block.label, this.size, edit, div("gauge", this.gauge), this.text, editor);
+    Object.assign(this, { panel, block });
+    const edit = button("edit", "quiet", () => this.edit());
+    this.element = card(block.label, this.size, edit, div("gauge", this.gauge), this.text, this.editor);
     this.settle();
   }
   set(block) {
@@ -6884,38 +6845,44 @@ class Block { // of core memory, edited in place
     this.element.classList.remove("memws-flash");
   }
   measure() {
-    const size = [...(this.base ? this.field : this.block).value].length; // characters, as the server counts them
+    const size = [...(this.field ?? this.block).value].length; // characters, as the server counts them
     const { limit } = this.block;
     this.size.textContent = `${number(size)} / ${number(limit)}`;
     this.size.classList.toggle("memws-bad", size > limit);
     this.gauge.style.width = `${Math.min(100, (100 * size) / limit)}%`;
   }
-  edit(base) { // from this version on; from none: it is over
-    this.base = base;
-    this.element.classList.toggle("memws-editing", base !== null);
-    this.field.value = this.block.value;
-    (base ? this.field : this.element.querySelector("header button")).focus();
-    this.wrong.replaceChildren();
+  edit(text = this.block.value, ...told) { // on top of the version that is here now
+    const { label, version } = this.block;
+    const about = { rows: "6", "aria-label": `core memory ${label}`, oninput: () => this.measure() };
+    this.field = node("textarea", about, text);
+    const save = () => this.save({ label, version, value: this.field.value });
+    const actions = [button("save", "main"), leave(), span("mark", "Ctrl+Enter saves, Esc leaves")];
+    const made = form("edit", save, [...told, this.field], ...actions);
+    made.onreset = () => this.leave();
+    this.editor.replaceChildren(made);
+    this.field.focus();
     this.measure();
   }
-  pressed({ key, ctrlKey, metaKey }) {
-    if (key === "Escape") this.edit(null);
-    return key === "Enter" && (ctrlKey || metaKey) ? this.save() : null;
+  leave() {
+    this.field = null;
+    this.editor.replaceChildren();
+    this.element.querySelector("header button").focus();
+    this.measure();
   }
-  async save() {
-    const { block: { label }, base: { version }, field: { value } } = this;
+  async save(change) {
     try {
-      await this.panel.command("set_block", { label, value, version });
-      this.edit(null);
+      await this.panel.command("set_block", change);
+      this.leave();
     } catch (error) {
-      this.wrong.replaceChildren(...(error.code === "conflict" ? this.conflict(error) : [error.message]));
+      if (error.code !== "conflict") throw error;
+      this.conflict(error);
     }
   }
   conflict({ value, version }) { // both texts are shown, and the next save is on top of this version
+    const theirs = button("take theirs", "quiet", () => this.edit());
     this.set({ ...this.block, value, version });
-    this.base = this.block;
-    return ["It was changed while you wrote. Save again to replace what is there now:",
-      node("pre", { class: "memws-stored" }, value), button("take theirs", "quiet", () => this.edit(this.block))];
+    this.edit(this.field.value, "It was changed while you wrote. Save again to replace what is there now:",
+      node("pre", { class: "memws-stored" }, value), theirs);
   }
 }
 
@@ -6948,33 +6915,33 @@ class Search extends View {
     const query = field("query", "Words to look for", { type: "search", placeholder: "Words to look for" });
     const places = ["all", "recall", "archival"].map((each) => new Option(each));
     const store = node("select", { name: "store", "aria-label": "Where" }, ...places);
-    const [from, to] = [field("from", "From this day"), field("to", "To this day")];
-    const days = node("details", { class: "memws-days" }, node("summary", {}, "more"), from, " to ", to);
-    const actions = div("actions", query, store, button("find", "main"));
-    const form = node("form", { onsubmit: () => this.find(1) }, actions, days);
-    super(panel, "Search", form);
-    this.form = form;
+    const days = node("details", { class: "memws-days" }, node("summary", {}, "more"),
+      field("from", "From this day"), " to ", field("to", "To this day"));
+    const made = form("search", (wanted) => this.find(wanted), [], query, store, button("find", "main"), days);
+    super(panel, "Search", made);
+    Object.assign(this, { form: made, query, store });
     this.out.append(div("mark", "All that was ever said, and what the agent chose to keep."));
   }
   shown(wanted) {
-    if (!wanted) return this.form.elements.query.focus();
+    if (!wanted) return this.query.focus();
     this.form.reset();
-    this.form.elements.store.value = wanted.store;
-    return this.find(1);
+    this.store.value = wanted.store;
+    return this.form.requestSubmit();
   }
-  async find(page) {
-    const wanted = { query: "", ...valuesOf(this.form), page };
-    const { items, total, pages } = await this.panel.command("search_memory", wanted);
-    const go = (to, label) => button(label, "quiet", () => this.find(to), { disabled: to < 1 || to > pages });
+  async find({ query = "", ...wanted }, page = 1) {
+    const { items, total, pages } = await this.panel.command("search_memory", { query, ...wanted, page });
+    const again = (to) => this.find({ query, ...wanted }, to);
+    const go = (to, label) => button(label, "quiet", () => again(to), { disabled: to < 1 || to > pages });
     const turning = pages > 1 ? [go(page - 1, "‹"), `${page} of ${pages}`, go(page + 1, "›")] : [];
-    const words = wanted.query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
-    const rows = items.map((item) => this.row(item, words, () => this.find(page)));
+    const words = query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
+    const rows = items.map((item) => this.row(item, words, () => again(page)));
     this.out.replaceChildren(div("actions memws-mark", `${number(total)} found`, ...turning), ...rows);
   }
   row({ id, store, role, time, text }, words, again) {
+    const undo = () => this.panel.command("insert_passage", { text });
     const remove = async () => {
       await this.panel.command("delete_passage", { passage_id: id });
-      this.panel.tell("The passage was deleted.", "undo", () => this.panel.command("insert_passage", { text }));
+      this.panel.tell("The passage was deleted.", { undo });
       await again();
     };
     const parts = words.length ? text.split(new RegExp(`(${words.join("|")})`, "giu")) : [text];
@@ -6985,44 +6952,35 @@ class Search extends View {
   }
 }
 
-const KEPT = { frames: 500, characters: 20_000, rows: 150 };
+const KEPT = { rows: 150, frames: 200, characters: 20_000 }; // the newest rows, of each so many frames, of each so much
 
 class Frames extends View { // of the connection, so the same one for all agents
-  kept = []; // {at, direction, text}
   constructor(panel) {
     const hold = button("pause", "quiet", () => this.hold(hold));
     super(panel, "Frames", div("actions", hold, button("save", "quiet", () => this.save())));
   }
-  take(direction, text) {
-    this.kept.push({ at: new Date(), direction, text: text.slice(0, KEPT.characters) });
-    if (this.kept.length > KEPT.frames) this.kept.shift();
-    if (this.panel.view === this && !this.isHeld) this.draw(this.kept.at(-1));
-  }
-  shown() {
-    if (this.isHeld) return;
-    this.out.replaceChildren();
-    this.kept.forEach((frame) => this.draw(frame));
-  }
-  draw({ at, direction, text }) { // deltas one after another are one row
+  take(direction, text) { // deltas one after another are one row
+    const at = new Date();
     const [, kind] = text.match(/"(?:message_type|command)":"(\w+)"/) ?? text.match(/"type":"(\w+)"/);
     let row = this.out.firstChild;
-    if (kind !== "delta" || row?.kind !== kind) {
+    if (kind !== "delta" || row?.kind !== kind || row.frames.length >= KEPT.frames) {
       const label = node("b");
       row = fold(span("frame", `${direction} ${at.toLocaleTimeString()} `, label, ` ${text.slice(0, 120)}`), "");
-      row.ontoggle = ({ target }) => { target.lastChild.textContent = target.texts.join("\n"); };
-      this.out.prepend(Object.assign(row, { kind, label, texts: [] }));
+      row.ontoggle = () => row.lastChild.replaceChildren(row.frames.map((each) => each.text).join("\n"));
+      this.out.prepend(Object.assign(row, { kind, label, frames: [], hidden: Boolean(this.isHeld) }));
       this.out.children[KEPT.rows]?.remove();
     }
-    row.texts.push(text);
-    row.label.textContent = row.texts.length > 1 ? `${kind} × ${row.texts.length}` : kind;
+    row.frames.push({ at, direction, text: text.slice(0, KEPT.characters) });
+    row.label.textContent = row.frames.length > 1 ? `${kind} × ${row.frames.length}` : kind;
   }
   hold(button) {
     this.isHeld = !this.isHeld;
     button.textContent = this.isHeld ? "go on" : "pause";
-    this.shown();
+    for (const row of this.out.children) row.hidden = false;
   }
   save() {
-    const href = URL.createObjectURL(new Blob(this.kept.map((each) => JSON.stringify(each) + "\n")));
+    const frames = Array.from(this.out.children, (row) => row.frames).reverse().flat();
+    const href = URL.createObjectURL(new Blob(frames.map((each) => JSON.stringify(each) + "\n")));
     node("a", { href, download: "memws-frames.jsonl" }).click();
     setTimeout(() => URL.revokeObjectURL(href), 1000);
   }
@@ -7038,13 +6996,15 @@ const CONFIG = { name: { placeholder: "made up when empty" },
   persona: { rows: "3", placeholder: "who it is; empty: Sam, curious and warm" },
   human: { rows: "3", placeholder: "what it knows about you from the start" },
   model: { placeholder: "the server's" }, context_window: { placeholder: "tokens" } };
+const MAX_FRAME = 1024 * 1024; // bytes; a longer one would end the connection
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 
 class Panel {
+  asked = new Map(); // commands without their answer, by id
   outbox = new Map(); // turns without their receipt, by id; each {agent, text, when_busy, isSent}
   running = null; // the turn that runs
-  views = []; // of the agent; none where the panel is compact
   log = new Log(this);
+  frames = new Frames(this);
   pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value) });
   model = span("model");
   word = node("span");
@@ -7054,69 +7014,72 @@ class Panel {
     new Option("queue"), new Option("steer"));
   stop = button("Stop", "stop", () => this.command("cancel"));
   told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
-  dialog = div("dialog");
+  dialog = node("dialog", { class: "memws-form" });
+  bar = div("bar");
+  used = button("", "used", () => this.show("Context"));
   aside = node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
-  constructor(parent, transport, { agent, compact = false }) {
-    Object.assign(this, { wanted: agent, isCompact: compact, frames: compact ? null : new Frames(this) });
-    const about = { class: "memws-panel", "data-lm-suppress-shortcuts": "true" }; // JupyterLab's keys are not ours
-    about.onkeydown = (event) => this.pressed(event);
-    about.onsubmit = (event) => event.preventDefault(); // a form goes to no address
-    about["onmemws-fail"] = ({ detail }) => this.fail(detail);
-    const status = span("status", node("i"), this.word);
-    const name = node("b", {}, "memws");
-    const top = node("header", { class: "memws-top" }, name, this.pick, this.menu(), this.model, status);
+  constructor(parent, transport, { agent, compact = false, chosen }) {
+    Object.assign(this, { transport, wanted: agent, chosen });
+    const about = { class: `memws-panel${compact ? " memws-compact" : ""}`,
+      "data-lm-suppress-shortcuts": "true", // JupyterLab's keys are not ours
+      onkeydown: (event) => this.pressed(event),
+      onsubmit: (event) => event.preventDefault(), // a form goes to no address
+      "onmemws-fail": ({ detail }) => this.fail(detail) };
+    const works = { "new agent…": () => this.askAgent(), "rename…": () => this.askName(), "delete": () => this.remove(),
+      "another beside": () => this.beside(), "keys": () => this.ask("Keys", KEYS) };
+    const top = node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick,
+      menu("Agents and keys", works), this.model, span("status", node("i"), this.word));
     const over = div("over", this.log.newest, this.told);
     const composer = div("composer", this.field, this.busy, this.stop, this.send);
     const left = node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
-    this.root = node("div", about, top, div("columns", left, !compact && this.aside));
+    this.root = node("div", about, top, div("columns", left, this.aside));
+    this.root.panel = this;
     parent.append(this.root);
-    this.client = new Client(this, transport);
-    this.state();
-  }
-  menu() {
-    const works = { "new agent…": () => this.askAgent(), "rename…": () => this.askName(),
-      "delete": () => this.remove(), "keys": () => this.ask("Keys", KEYS) };
-    const { element, entries } = menu("Agents and keys", works);
-    this.ofAgent = [this.pick, this.aside, ...entries.slice(1, 3)];
-    return element;
+    this.mind();
+    this.changed("connecting");
+    this.carrier = transport(this);
   }
   mind() { // anew for each agent
-    this.bar = div("bar");
-    this.used = button("", "used", () => this.show("Context"));
     this.views = [new Memory(this), new Context(this), new Search(this), this.frames];
-    const onkeydown = (event) => this.stepTabs(event);
-    const tabs = node("nav", { role: "tablist", onkeydown }, ...this.views.map(({ tab }) => tab));
-    this.aside.replaceChildren(this.bar, this.used, tabs, ...this.views.map(({ side }) => side));
+    const tabs = node("nav", {}, ...this.views.map(({ tab }) => tab));
+    this.aside.replaceChildren(this.bar, this.used, tabs, this.views[0].side); // the view that is shown comes last
+  }
+  beside(agent) { // a second conversation, with a connection of its own; where there is no room, below
+    const names = Array.from(this.pick.options, (each) => each.value);
+    const other = agent ?? names.find((each) => each !== this.agent);
+    const { root } = new Panel(this.root.parentElement, this.transport, { agent: other });
+    const close = button("close", "quiet", () => root.panel.close());
+    root.firstChild.append(close);
+  }
+  close() {
+    this.carrier.close();
+    this.root.remove();
   }
 
   // -- keys, and what is told and asked --
 
   pressed(event) {
     event.stopPropagation(); // JupyterLab would prevent line breaks typed inside a cell
+    const { key, target: { form } } = event;
     const view = event.altKey && this.views[Number(event.code.slice(-1)) - 1];
-    const key = event.target === this.field && !event.isComposing && !event.shiftKey ? event.key : "";
+    const typed = event.target === this.field && !event.isComposing && !event.shiftKey ? key : "";
     if (view) this.show(view.title);
-    else if (key === "Enter") this.send.click();
-    else if (key === "Escape") this.stop.click();
-    else if (key === "ArrowUp" && !this.field.value) this.field.value = this.latest ?? "";
+    else if (form && key === "Escape") form.reset();
+    else if (form && key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+    else if (typed === "Enter") this.send.click();
+    else if (typed === "Escape") this.stop.click();
+    else if (typed === "ArrowUp" && !this.field.value) this.field.value = this.latest ?? "";
     else return;
     event.preventDefault();
-  }
-  stepTabs({ key, target }) {
-    const next = { ArrowRight: target.nextSibling, ArrowLeft: target.previousSibling }[key];
-    next?.click();
-    next?.focus();
   }
   show(title, wanted) {
     const isLeft = this.view?.side.contains(document.activeElement); // the focus would be lost there
     this.view = this.views.find((view) => view.title === title);
-    for (const view of this.views) {
-      view.side.hidden = view !== this.view;
-      view.tab.setAttribute("aria-selected", String(view === this.view));
-      view.tab.tabIndex = view === this.view ? 0 : -1;
-    }
+    for (const { tab } of this.views) tab.setAttribute("aria-current", String(tab === this.view.tab));
+    this.aside.lastChild.replaceWith(this.view.side);
     if (isLeft) this.view.tab.focus();
-    if (this.view) attempt(this.root, () => this.view.shown(wanted));
+    if (wanted) this.root.classList.remove("memws-compact");
+    attempt(this.root, () => this.view.shown(wanted));
   }
   fail({ code, message }) {
     if (code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
@@ -7124,68 +7087,86 @@ class Panel {
     this.tell(message);
     return this.told.classList.add("memws-bad");
   }
-  tell(text, label, work) { // with what can be done about it, for a quarter of a minute
+  tell(text, works = {}) { // with what can be done about it, for a quarter of a minute
     clearTimeout(this.timer);
     this.told.classList.remove("memws-bad");
-    this.told.replaceChildren(text, " ", label ? button(label, "link", work) : "");
+    this.told.replaceChildren(text, ...buttons(works, "link"));
     this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
   }
   ask(title, fields, label, work) { // over the conversation; `fields`: by name what is told, or a field's attributes
-    const wrong = div("said");
-    const close = () => {
-      this.dialog.replaceChildren();
-      this.field.focus();
-    };
-    const onsubmit = async ({ target }) => {
-      try { close(await work(valuesOf(target))); } catch (error) { wrong.textContent = error.message; }
-    };
-    const onkeydown = ({ key }) => { if (key === "Escape") close(); };
     const field = (name, about) => node(about.rows ? "textarea" : "input", { name, ...about });
     const rows = Object.entries(fields).map(([name, about]) =>
       node("label", {}, span("mark", titleOf(name)), typeof about === "string" ? about : field(name, about)));
-    const actions = div("actions", label && button(label, "main"), button(label ? "cancel" : "close", "quiet", close));
-    const about = { class: "memws-form", onsubmit, onkeydown };
-    this.dialog.replaceChildren(node("form", about, node("h3", {}, title), ...rows, wrong, actions));
-    this.dialog.querySelector("input, button").focus();
-  }
-  askToken(open) {
-    const connect = ({ token = "" }) => {
-      sessionStorage.setItem("memws-token", token);
-      open();
+    const submit = async (values) => {
+      await work(values);
+      made.reset();
     };
-    this.ask("This server asks for its token", { token: { type: "password" } }, "connect", connect);
+    const actions = work ? [button(label, "main"), leave()] : [leave("close")];
+    const made = form("ask", submit, [node("h3", {}, title), ...rows], ...actions);
+    made.onreset = () => {
+      this.dialog.close();
+      this.dialog.replaceChildren();
+      this.field.focus();
+    };
+    this.dialog.replaceChildren(made);
+    this.dialog.show();
   }
   askAgent() { this.ask("A new agent", CONFIG, "create", (config) => this.create(config)); }
   askName() {
-    const rename = ({ name = "" }) => this.command("rename_agent", { new_name: name });
-    this.ask("Another name", { name: { value: this.agent } }, "rename", rename);
+    const rename = (given) => this.command("rename_agent", given);
+    this.ask("Another name", { new_name: { value: this.agent } }, "rename", rename);
   }
 
-  // -- the connection, and agents --
+  // -- the connection --
 
-  command(name, more) { return this.client.command(name, { agent_name: this.agent, ...more }); }
-  changed() {
-    this.state({ isReady: false });
-    if (this.client.state !== "connected") return;
-    const ready = () => {
-      this.state({ isReady: this.client.state === "connected" });
-      this.soon(); // a call may have begun to wait meanwhile
-    };
-    attempt(this.root, () => this.greet().finally(ready));
+  changed(connection) {
+    if (connection === this.connection) return;
+    const lost = Object.assign(new Error("the connection was lost"), { code: "lost" });
+    for (const { reject } of this.asked.values()) reject(lost);
+    this.asked.clear();
+    this.state({ connection, isReady: false });
+    if (connection === "connected") attempt(this.root, () => this.greet());
   }
   async greet() {
-    this.limits = (await this.command("hello", { message_types: ["*"] })).limits;
-    await this.choose(this.agent ?? this.wanted);
-    for (const turn of this.outbox.values()) turn.isSent = false; // under its id none runs twice
-    this.flush();
+    try {
+      this.limits = (await this.command("hello", { message_types: ["*"] })).limits;
+      await this.choose(this.agent ?? this.wanted);
+      for (const turn of this.outbox.values()) turn.isSent = false; // under its id none runs twice
+      this.flush();
+    } finally {
+      this.state({ isReady: this.connection === "connected" });
+    }
+  }
+  post(frame) {
+    const text = JSON.stringify(frame);
+    if (new Blob([text]).size > MAX_FRAME) throw new Error("this is too long to be sent; send it in parts");
+    this.frames.take("→", text);
+    this.carrier.send(text);
+  }
+  async command(command, more) {
+    if (this.connection !== "connected") throw new Error("no connection to the server; try again when it is back");
+    const id = newId();
+    this.post({ type: "command", command, id, agent_name: this.agent, ...more });
+    return new Promise((resolve, reject) => this.asked.set(id, { resolve, reject }));
+  }
+  hear(text) {
+    this.frames.take("←", text);
+    const frame = JSON.parse(text);
+    const asked = this.asked.get(frame.id);
+    this.asked.delete(frame.id);
+    if (asked && frame.ok) asked.resolve(frame.result);
+    else if (asked) asked.reject(Object.assign(new Error(frame.message), frame, frame.error));
+    else if (frame.type !== "command_response") this.take(frame);
+  }
+
+  // -- agents --
+
+  async agents(after) { // all of them
+    const { agents } = await this.command("list_agents", { after });
+    return agents.length ? [...agents, ...await this.agents(agents.at(-1).agent_name)] : [];
   }
   async choose(name) { // or else the agent that was active last
-    const agents = [];
-    let page;
-    do {
-      page = await this.command("list_agents", { after: agents.at(-1)?.agent_name });
-      agents.push(...page.agents);
-    } while (page.agents.length && agents.length < page.total);
+    const agents = await this.agents();
     const names = agents.map((each) => each.agent_name);
     this.pick.replaceChildren(...names.map((each) => new Option(each)));
     agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""));
@@ -7200,23 +7181,20 @@ class Panel {
     const isNew = agent !== this.log.agent;
     if (isNew && this.agent) await this.command("unsubscribe");
     const { model, last_seq, repaired, warnings } = await this.command("load_agent", { agent_name: agent });
-    this.last = isNew ? Math.max(0, last_seq - REPLAYED) : Math.min(this.last, last_seq);
-    Object.assign(this, { agent, known: last_seq });
+    Object.assign(this, { agent, last: isNew ? last_seq : Math.min(this.last, last_seq) });
     this.pick.value = agent;
-    if (isNew && !this.isCompact) this.mind();
+    if (isNew) this.mind();
     const { blocks } = await this.refresh();
-    this.log.page = null;
-    if (isNew) this.log.clear(agent, this.welcome(blocks), this.last, last_seq);
-    if (isNew) this.opened(model, [...repaired, ...warnings]);
-    await this.command("subscribe", { after: this.last });
-  }
-  opened(model, news) {
-    this.model.classList.toggle("memws-warn", model === "offline");
-    this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
-    this.warn(news);
-    this.client.transport.chosen?.(this.agent);
-    this.show(this.view?.title ?? "Memory");
-    if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
+    if (isNew) {
+      this.log.clear(agent, this.welcome(blocks), last_seq);
+      this.model.classList.toggle("memws-warn", model === "offline");
+      this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
+      this.warn([...repaired, ...warnings]);
+      this.chosen?.(agent);
+      this.show(this.view?.title ?? "Memory");
+      if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
+    }
+    await this.log.follow();
   }
   warn(news) { if (news.length) this.tell(news.join(" · ")); }
   welcome(memory) {
@@ -7230,28 +7208,26 @@ class Panel {
     const start = button(`Start with ${name}`, "main", () => this.create({ name }));
     const other = button("or make your own", "link", () => this.askAgent());
     this.model.textContent = "";
-    this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start, other));
-    this.log.ask([]);
+    this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start, other), 0);
     this.state({ agent: null, running: null });
   }
-  async create({ context_window: size, ...config }) {
-    config.context_window = size && Number(size);
+  async create(config) {
+    if (config.context_window) config.context_window = Number(config.context_window);
     const { agent_name, warnings } = await this.command("create_agent", { config });
     await this.choose(agent_name);
     this.warn(warnings);
   }
   async remove() {
     const { agent } = this;
-    const restore = () => this.command("restore_agent", { agent_name: agent }).then(() => this.choose(agent));
+    const undo = () => this.command("restore_agent", { agent_name: agent }).then(() => this.choose(agent));
     await this.command("delete_agent");
-    this.tell(`${agent} was deleted.`, "undo", restore);
+    this.tell(`${agent} was deleted.`, { undo });
   }
   async refresh() { // memory and the bar, as they are now
     const agent = await this.command("get_agent");
-    this.views[0]?.take(agent);
-    this.log.ask(agent.turn?.approvals ?? []);
+    this.views[0].take(agent);
     this.state({ running: agent.turn?.turn_id ?? null });
-    if (this.bar) this.drawBar(await this.command("get_context", { limit: 1 }));
+    this.drawBar(await this.command("get_context", { limit: 1 }));
     return agent;
   }
   soon() { // once for all that comes in a moment
@@ -7279,16 +7255,16 @@ class Panel {
     if (this.outbox.delete(begins || ends ? event.turn_id : event.steered)) this.flush();
     if (event.steered) this.log.drop(event.steered); // it has no turn of its own
     if (kind === "server_error") return this.fail(event);
+    if (kind === "progress") return this.tell(event.message);
     if (event.agent_name !== this.agent) return null;
     if (event.seq <= this.last) return this.log.takeOlder(event);
     this.last = event.seq ?? this.last;
     if (begins) this.running = event.turn_id;
     if (ends && event.turn_id === this.running) this.running = null;
-    if (kind === "context" && this.bar) this.drawBar(event);
-    const isAnswered = kind === "tool_return" && this.log.requests.size > 0;
-    if (kind === "memory_change" || kind === "approval_request" || isAnswered || ends) this.soon();
-    if (kind === "assistant_message") this.log.heard.textContent = event.message;
-    if (kind === "agent_change" && event.seq > this.known) attempt(this.root, () => this.agentChanged(event));
+    if (kind === "context") this.drawBar(event);
+    if (kind === "memory_change" || ends) this.soon();
+    if (["assistant_message", "approval_request"].includes(kind)) this.log.heard.textContent = event.message;
+    if (kind === "agent_change") attempt(this.root, () => this.agentChanged(event));
     this.log.take(event);
     return this.state();
   }
@@ -7316,33 +7292,36 @@ class Panel {
     return true;
   }
   flush() { // as many as may wait at the server, in their order; what steers goes at once
-    if (this.client.state !== "connected") return;
+    if (this.connection !== "connected") return;
     const unsent = [...this.outbox.values()].filter((turn) => !turn.isSent);
     let room = IN_FLIGHT - (this.outbox.size - unsent.length);
     for (const turn of unsent) {
       const { agent: agent_name, text: message, id: turn_id, when_busy } = turn;
       if (when_busy === "queue" && room-- <= 0) continue;
       turn.isSent = true;
-      this.client.post({ type: "user_message", agent_name, message, turn_id, when_busy });
+      this.post({ type: "user_message", agent_name, message, turn_id, when_busy });
     }
   }
   state(news) {
     Object.assign(this, news);
     const isRunning = Boolean(this.isReady && this.running);
-    const state = this.client.state === "connected" && !this.isReady ? "connecting" : this.client.state;
+    const state = this.connection === "connected" && !this.isReady ? "connecting" : this.connection;
     const word = isRunning ? "connected · thinking" : state;
     this.root.dataset.state = isRunning ? "running" : state.split(":")[0];
     if (this.word.textContent !== word) this.word.textContent = word;
     this.stop.disabled = !isRunning;
-    this.busy.hidden = !isRunning;
     this.send.disabled = !this.isReady || !this.agent;
-    for (const each of this.ofAgent) each.hidden = !this.agent;
+    this.root.toggleAttribute("data-agent", Boolean(this.agent));
   }
 }
 
 function render({ model, el }) { // anywidget's way in
-  const about = { agent: model.get("agent"), compact: model.get("compact") };
-  return new Panel(el, overComm(model), about).client.transport.close;
+  const chosen = (agent) => { // and kept with the notebook's widget
+    model.set("agent", agent);
+    model.save_changes();
+  };
+  new Panel(el, overComm(model), { agent: model.get("agent"), compact: model.get("compact"), chosen });
+  return () => [...el.children].forEach(({ panel }) => panel.close());
 }
 export default { render };
 

@@ -143,7 +143,7 @@ class Window:
         return self.panel.get_by_role("button", name=name)
 
     def tab(self, name: str) -> Locator:
-        return self.panel.get_by_role("tab", name=name)
+        return self.mind.get_by_role("button", name=name, exact=True)
 
     def choose(self, entry: str) -> None:
         self.panel.get_by_label("Agents and keys").click()

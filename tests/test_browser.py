@@ -286,8 +286,8 @@ def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Windo
 
 
 def test_a_turns_menu(serve: Serve, show: Show) -> None:
-    """From a turn another agent is made, the agent goes back there and what it was goes on under another name, and what
-    the model saw is shown."""
+    """From a turn another agent is made, which talks beside its parent; the agent goes back there and what it was goes
+    on under another name; and what the model saw is shown."""
     window = show(serve())
     agents, bubbles = window.panel.get_by_label("Agent", exact=True), window.log.locator(".memws-bubble")
 
@@ -299,16 +299,20 @@ def test_a_turns_menu(serve: Serve, show: Show) -> None:
         window.say(text)
         window.await_turns(number)
     choose("fork here…")
-    window.fill(name="no/name")
+    window.fill(**{"new name": "no/name"})
     window.button("fork").click()
     expect(window.panel.locator(".memws-form .memws-said")).to_contain_text("no/name")
-    window.fill(name="kim")
+    window.fill(**{"new name": "kim"})
     window.button("fork").click()
-    window.button("open it").click()
-    expect(bubbles).to_have_text(["My name is Ada"])
-    expect(agents).to_have_value("kim")
-    agents.select_option("sam")
+    window.button("show it beside").click()
+    kim = window.page.locator(".memws-panel").nth(1)
+    expect(kim.locator(".memws-status")).to_have_text("connected")
+    kim.get_by_placeholder("Message", exact=True).fill("I like rain")
+    kim.get_by_placeholder("Message", exact=True).press("Enter")
+    expect(kim.locator(".memws-bubble")).to_have_text(["My name is Ada", "I like rain"])
     expect(bubbles).to_have_text(["My name is Ada", "I like tea"])
+    kim.get_by_role("button", name="close").click()
+    expect(kim).to_have_count(0)
     choose("rewind to here…")
     expect(window.panel.get_by_text("sam will know nothing")).to_be_visible()
     expect(window.panel.get_by_label("keep as")).to_have_value("sam-later")
@@ -396,7 +400,7 @@ def test_context_and_frames(serve: Serve, show: Show) -> None:
     window.button("step 2: what the model got").click()
     expect(window.mind.get_by_text("answer", exact=True)).to_be_visible()
     window.tab("Frames").click()
-    rows = window.mind.locator(".memws-frames .memws-fold")
+    rows = window.mind.locator(".memws-frames .memws-fold").filter(visible=True)
     rows.get_by_text("user_message").first.wait_for()
     window.button("pause").click()
     held = rows.count()
@@ -412,6 +416,7 @@ def test_context_and_frames(serve: Serve, show: Show) -> None:
     assert '"direction":"→"' in saved
     window.button("go on").click()
     window.mind.get_by_text("delta × ").first.wait_for()
+    expect(window.panel.get_by_role("alert")).to_have_count(0)
 
 
 def test_agents(serve: Serve, show: Show) -> None:
@@ -428,7 +433,7 @@ def test_agents(serve: Serve, show: Show) -> None:
     expect(window.mind.get_by_text("4,096 tokens")).to_be_visible()
     agents = window.panel.get_by_label("Agent", exact=True)
     window.choose("rename…")
-    window.fill(name="eve")
+    window.fill(**{"new name": "eve"})
     window.button("rename").click()
     expect(agents.locator("option")).to_have_text(["eve", "sam"])
     window.choose("delete")
@@ -447,7 +452,7 @@ def test_agents(serve: Serve, show: Show) -> None:
 
 
 def test_offline_and_back(serve: Serve, show: Show) -> None:
-    """A lost server is told; what is written meanwhile stays; what was missed comes, and the conversation goes on."""
+    """A lost server is told; what is written meanwhile stays; what was missed comes, and what was taken back goes."""
     server = serve()
     window = show(server)
     window.say("My name is Ada")
@@ -461,11 +466,19 @@ def test_offline_and_back(serve: Serve, show: Show) -> None:
     expect(window.panel.get_by_role("alert")).to_contain_text("no connection")
     server = serve(port=port)
     server.load_agent("sam")
-    server.run_step("I have a cat")
+    turn_id = server.run_step("I have a cat")[0]["turn_id"]
     window.await_status("connected")
     window.sees("I have a cat")
     window.field.press("Enter")
     expect(window.log.locator(".memws-bubble")).to_have_text(["My name is Ada", "I have a cat", "I like tea"])
+    window.await_turns(3)
+    server.stop()
+    elsewhere = serve()
+    with memws.connect(elsewhere.url) as client:
+        client.command("rewind_agent", agent_name="sam", turn_id=turn_id)
+    elsewhere.stop()
+    serve(port=port)
+    expect(window.log.locator(".memws-bubble")).to_have_text(["My name is Ada", "I have a cat"])
     window.await_status("connected")
 
 
@@ -511,12 +524,12 @@ def test_lost_while_it_opens(serve: Serve, page: Window, word: str) -> None:
     lost = lose(page, f'"{word}"')
     page.open(server.url)
     page.sees("I like tea")
-    expect(page.mind.get_by_role("tabpanel")).to_have_count(1)
+    expect(page.mind.get_by_role("region")).to_have_count(1)
     assert len(lost) == 1
 
 
 def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
-    """Older turns come on asking again where the connection was lost while they were asked for."""
+    """Older turns come where the connection was lost while they were asked for."""
     server = serve(db=":memory:")
     server.create_new_agent({"name": "sam"})
     for number in range(150):
@@ -531,7 +544,6 @@ def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
       element.scrollTop = -element.scrollHeight; })""")
     page.await_status("connected")
     assert len(lost) == 1
-    page.button("earlier messages").click()
     expect(page.log.locator(".memws-bubble")).to_have_text([f"turn {number}" for number in range(150)])
 
 
@@ -724,8 +736,8 @@ def test_keyboard_alone(serve: Serve, page: Window) -> None:
     keys.type("I like tea")
     keys.press("Enter")
     page.sees("I noted")
-    reach("[role=tab]")
-    keys.press("ArrowRight")
+    reach("nav button + button")
+    keys.press("Enter")
     expect(page.tab("Context")).to_be_focused()
     expect(page.mind.get_by_text("what the model sees now")).to_be_visible()
     keys.press("Alt+1")
