@@ -194,17 +194,24 @@ async def test_a_restart_embeds_nothing_twice_and_another_model_all(start: Serve
     assert Counter(text for text in again if text not in (QUERY, "cat")) == dict.fromkeys(texts, 1)
 
 
-WRONG_KEY = Reply(status=401, body={"error": {"message": f"Incorrect API key provided: {KEY}", "code": None}})
+FAULTS: dict[str, Any] = {  # what an endpoint answers, or makes of its vectors
+    "a hang": Reply(hold=True), "500": Reply(status=500), "404": Reply(status=404), "400 for all": Reply(status=400),
+    "a wrong key": Reply(status=401, body={"error": {"message": f"Incorrect API key provided: {KEY}", "code": None}}),
+    "HTML": Reply(body="<html>"), "too few": lambda vectors: vectors[1:],
+    "no numbers": lambda vectors: ["a"] * len(vectors),
+    "no direction": lambda vectors: [[0.0, 0.0]] * len(vectors),
+    "unequal lengths": lambda vectors: [each * (1 + place) for place, each in enumerate(vectors)] * (len(vectors) > 1),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [Reply(hold=True), WRONG_KEY], ids=["a hang", "a wrong key"])
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 async def test_turns_and_searches_go_on_without_vectors(
-    start: Serve, endpoint: Endpoint, caplog: Log, monkeypatch: Patch, fault: Reply
+    start: Serve, endpoint: Endpoint, caplog: Log, monkeypatch: Patch, fault: Any
 ) -> None:
     """Where embeddings fail, words answer clients and tools, it is logged once, and once well they are used again."""
     monkeypatch.setattr(memws, "EMBEDDING_PATIENCE", 0.05)
     caplog.set_level("INFO", "memws")
-    endpoint.overrides[ROUTE] = fault
+    endpoint.overrides[ROUTE], endpoint.spoil = (fault, None) if isinstance(fault, Reply) else (Reply(), fault)
     server = start(idle_timeout=1.0)
     async with wire(server, "*", agent={}) as client:
         await fill(client)
@@ -215,7 +222,7 @@ async def test_turns_and_searches_go_on_without_vectors(
         assert (await found(client, "cat"), await found(client, "xyzzy")) == ([ANSWER], [])
         (warning,) = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
         assert (warning.startswith(f"embeddings of {MODEL} fail ("), len(warning) < 250) == (True, True)
-        del endpoint.overrides[ROUTE]
+        endpoint.overrides, endpoint.spoil = {}, None
         endpoint.release()
         await embedded(server.options.db)
         assert (await found(client))[0] == ANSWER

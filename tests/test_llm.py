@@ -508,15 +508,8 @@ async def test_silence(endpoint: Endpoint, monkeypatch: Patch, answer: Reply, ti
     assert words.partition(",")[0] in str(error)
 
 
-async def test_connections(endpoint: Endpoint) -> None:
-    """Requests at once are spread over clients, which later ones take again; where nobody listens, that is told."""
-    async with closing(memws.Models("test-model", endpoint.url, KEY)) as models, contextlib.AsyncExitStack() as stack:
-        for most in (memws.CLIENT_REQUESTS, memws.CLIENT_REQUESTS):
-            used = [await stack.enter_async_context(models.endpoint.client()) for _ in range(most)]
-            assert len(set(used)) == 1
-        await stack.aclose()
-        async with models.endpoint.client() as again:
-            assert again not in used
+async def test_where_nobody_listens() -> None:
+    """It says so, and what to check."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         async with closing(memws.Models("m", f"http://127.0.0.1:{taken.getsockname()[1]}/v1", KEY)) as models:
@@ -906,49 +899,3 @@ def test_names_and_ids_that_no_api_takes_are_changed() -> None:
     assert len(reply.calls[1].id) == 9
     assert reply.calls[1].id.isalnum()
     assert [what for what, _ in reply.corrections].count("tool_call_id") == 1
-
-
-@pytest.fixture
-async def embedder(endpoint: Endpoint) -> AsyncIterator[memws.Embedder]:
-    pytest.importorskip("numpy")
-    async with closing(memws.Models("test-model", endpoint.url, KEY, embedding_model="e")) as models:
-        assert models.embedder is not None
-        yield models.embedder
-
-
-SPOILS: dict[str, Any] = {
-    "500": Reply(status=500), "404": Reply(status=404), "all are refused": Reply(status=400),
-    "HTML": Reply(body="<html>"), "no answer in time": Reply(hold=True), "too few": lambda vectors: vectors[1:],
-    "no numbers": lambda vectors: ["a"] * len(vectors), "no direction": lambda vectors: [[0.0, 0.0]] * len(vectors),
-    "unequal lengths": lambda vectors: [vectors[0], vectors[1][:-1]],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
-async def test_an_endpoint_without_vectors_is_left_alone(
-    endpoint: Endpoint, embedder: memws.Embedder, caplog: Log, spoil: Any
-) -> None:
-    """Whatever fails is logged once, nothing is asked for the length of the pause, and then vectors come again."""
-    caplog.set_level(logging.INFO, "memws")
-    endpoint.overrides["/v1/embeddings"] = spoil if isinstance(spoil, Reply) else Reply()
-    endpoint.spoil = None if isinstance(spoil, Reply) else spoil
-    embedder._paused_until = 0.0
-    assert await embedder.vectors(["a", "b"], 0.2) is None
-    count = len(endpoint.embedding_requests)
-    assert [await embedder.vectors(["a"]), await embedder.vector("a")] == [None, None]
-    assert (len(endpoint.embedding_requests), embedder.pause > 50) == (count, True)
-    for _ in range(2):
-        embedder._paused_until = 0.001  # the pause is over
-        assert (await embedder.vectors(["a", "b"], 0.2)) is None
-    endpoint.overrides.clear()
-    endpoint.spoil = None
-    embedder._paused_until = 0.001
-    assert len(await embedder.vectors(["a", "b"]) or ()) == 2
-    assert [record.levelname for record in caplog.records if "embeddings" in record.message] == ["WARNING"]
-
-
-async def test_what_is_refused_has_no_vector(endpoint: Endpoint, embedder: memws.Embedder) -> None:
-    """Of texts that are refused together every other one has its vector."""
-    endpoint.overrides["/v1/embeddings"] = lambda body: Reply(status=400) if "poison" in body["input"] else None
-    vectors = await embedder.vectors(["a", "b", "poison", "c", "poison"])
-    assert [bool(vector) for vector in vectors or ()] == [True, True, False, True, False]
