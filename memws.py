@@ -2183,10 +2183,11 @@ def delete_agent(
     return stored
 
 
-def forget_copies(db: SqlConnection, where: str = "1 = 1", *values: object) -> None:
-    """Take away copies of agents that never got their name."""
-    sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
-    for (copy,) in db.execute(sql, values).fetchall():
+def forget_copies(db: SqlConnection, agent: int | None = None) -> None:
+    """Take away a copy of an agent that did not get its name; None: all that are not being made any more."""
+    sql = "SELECT id FROM agents WHERE name = '' AND deleted = '' AND (id = ? OR last_active < ?)"
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
+    for (copy,) in db.execute(sql, (agent, utc_text(past))).fetchall():
         delete_agent(db, copy, None, purge=True)
 
 
@@ -2249,8 +2250,7 @@ class Store:
             self._connection.sends_ahead = True
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()  # None: there will be no more
-        if isinstance(database, Sqlite):  # nobody else makes copies there
-            self._jobs.put((forget_copies, concurrent.futures.Future()))
+        self._jobs.put((forget_copies, concurrent.futures.Future()))
         self._local = threading.local()  # .connection: of a reader's thread
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
         self._closed = False
@@ -2492,11 +2492,8 @@ def vacuum_database(path: str, keep_requests: float) -> int:
     with usable(database.path), contextlib.closing(database):
         db = database.open()
         before = db.execute(database.size).fetchone()[0]
-        now = datetime.datetime.now(datetime.UTC)
-        oldest = now - datetime.timedelta(days=keep_requests)
+        oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=keep_requests)
         db.execute("DELETE FROM requests WHERE time <= ?", (utc_text(oldest),))
-        with transaction(db):
-            forget_copies(db, "last_active < ?", utc_text(now - datetime.timedelta(hours=1)))
         db.execute("VACUUM")
         return max(0, int(before - db.execute(database.size).fetchone()[0]))
 
@@ -4075,8 +4072,7 @@ class Models:
                 raise UsageError(f"{quote(embedding_model or self.default)} needs an endpoint: {advice}")
             if importlib.util.find_spec("openai") is None:
                 raise UsageError(MISSING_OPENAI)
-        mark = ", replayed" if self.replays else ""  # a later server makes its vectors anew
-        self.embedder = Embedder(f"{embedding_model}{mark}", self.endpoint, tape) if embedding_model else None
+        self.embedder = Embedder(embedding_model, self.endpoint, tape) if embedding_model else None
         self.recalled: Mapping[str, str] = {}  # settings of the database: what endpoints have taught before
         self._endpoints: dict[tuple[str | None, str | None], Endpoint] = {(None, None): self.endpoint}
         self._models: dict[tuple[Endpoint, str], OpenAIModel] = {}
@@ -5110,8 +5106,9 @@ class Agent:
                 self._add_user_message(change, item, item.message or "", steered=item.turn_id)
         turn.replied = False
         for item in heard:
-            turn.steered.remove(item)
-            item.done.set_result(None)
+            if item in turn.steered:  # else it was refused meanwhile
+                turn.steered.remove(item)
+                item.done.set_result(None)
 
     def _change(self, turn: Turn) -> Transaction:
         return Transaction(self.memory, turn.turn_id, turn.step, turn.before)
@@ -8312,7 +8309,7 @@ class Agents:
             yield copy
         finally:
             with contextlib.suppress(MemwsError):
-                await store.write(forget_copies, "id = ?", copy)
+                await store.write(forget_copies, copy)
 
     async def embed(self) -> None:
         """Give vectors to what has none yet, in the background, for ever."""
@@ -8343,6 +8340,11 @@ class Agents:
 
 
 # ---- what a connection gets of an agent ------------------------------------------------------------------------------
+
+
+def has_entered(event: StoredEvent) -> bool:
+    """Whether it is the receipt of a message that entered the turn of another, which is all there will be of it."""
+    return event.kind == "user_message" and '"steered":' in event.text
 
 
 class Reader:
@@ -8437,12 +8439,8 @@ class Reader:
         self.cursor = event.seq or self.cursor
         if event.kind == "agent_change" and decode_json(event.text).get("change") == "rewound":
             await self._end_lost()
-        is_steered = event.kind == "user_message" and '"steered":' in event.text
-        if is_steered and event.turn_id in self.turns:  # the receipt is all there will be of a message of one's own
-            await self.session.websocket.send(with_fields(event.text, id=self.turns.pop(event.turn_id)))
-            return
-        turn_id = decode_json(event.text)["turn_id"] if is_steered else event.turn_id
-        if turn_id in self.turns or (self.floor is not None and (event.seq > self.floor or not event.seq)):
+        turn_ids = {event.turn_id, decode_json(event.text)["turn_id"] if has_entered(event) else event.turn_id}
+        if turn_ids & self.turns.keys() or (self.floor is not None and (event.seq > self.floor or not event.seq)):
             await self._send(event)
 
     async def _end_lost(self) -> None:
@@ -8455,7 +8453,7 @@ class Reader:
     async def _send(self, event: StoredEvent) -> None:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
         request_id: RequestId = None
-        if event.kind in TERMINAL_TYPES:
+        if event.kind in TERMINAL_TYPES or (event.turn_id in self.turns and has_entered(event)):
             request_id = self.turns.pop(event.turn_id, None)
         elif event.kind == "agent_response_start":
             request_id = self.turns.get(event.turn_id)
@@ -8622,11 +8620,13 @@ class Session:
             if turn_id is not None and await self._agents.store.read(find_turn, live.id, turn_id) is None:
                 raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
             return {"state": "over"}
-        if item in live.queued:
-            live.refuse(item, Refused("cancelled", "cancelled before it ran"))
-            return {"state": "removed"}
+        if item is not live.current:
+            async with live.agent.memory.lock:  # where it enters a turn just now, it has done so then
+                if item in live.queued:
+                    live.refuse(item, Refused("cancelled", "cancelled before it ran"))
+                    return {"state": "removed"}
         item.stop("cancelled")
-        return {"state": "cancelling"}
+        return {"state": "cancelling" if item is live.current else "over"}
 
     async def wake(self, live: LiveAgent) -> JSON:
         """Start a turn without a user's message, as a heartbeat would. Result: {turn_id}."""
