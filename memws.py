@@ -2383,6 +2383,11 @@ class Leases:
         self._wanted.pop(agent, None)
         self._news.set()
 
+    def move(self, agent: int, other: int) -> None:
+        """Ask for another one's instead."""
+        self.want(other, self._wanted[agent])
+        self.drop(agent)
+
     @property
     def problem(self) -> str:
         """Why the database is away, or nothing."""
@@ -7821,6 +7826,8 @@ class LiveAgent:
 
     def become(self, agent: int) -> None:
         """Be the agent of that id from now on, for whoever reads or speaks here."""
+        if self.agents.leases:
+            self.agents.leases.move(self.id, agent)
         self.id = agent
 
     def take_name(self, name: str) -> None:
@@ -7936,19 +7943,15 @@ class LiveAgent:
         except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
-            if isinstance(error, LeaseLost):
-                self._give_up(item)
+            if isinstance(error, LeaseLost):  # another server ends what was begun, and gets what was not
+                self.here = False
+                if item.step == 0:
+                    item.over, item.stop_reason = False, None
+                    self.waiting.appendleft(item)
             elif item.step == 0 or self.gone or self.agent.memory.stale:
                 self.refuse(item, error if isinstance(error, MemwsError) else self.gone_error())
         finally:
             self._finish(item)
-
-    def _give_up(self, item: Turn) -> None:
-        """Another server runs the agent by now: it ends what was begun, and gets what was not."""
-        self.here = False
-        if item.step == 0:
-            item.over, item.stop_reason = False, None
-            self.waiting.appendleft(item)
 
     def _finish(self, item: Turn) -> None:
         if not (item.done.done() or item in self.waiting):
@@ -7980,9 +7983,8 @@ class LiveAgent:
     async def stop_current(self, reason: str) -> None:
         """Stop what runs, and wait until it has ended."""
         item = self.current
-        if item:
-            item.stop(reason)
         while item and self.current is item:
+            item.stop(reason)
             await self.news.wait()
 
     @contextlib.contextmanager
@@ -8020,6 +8022,8 @@ class LiveAgent:
         self.closed = True
         if self.gone:
             self.leave_name()
+            if self.agents.leases:
+                self.agents.leases.drop(self.id)
         self.wake()
         self.rest()
 
@@ -8057,9 +8061,10 @@ class SharedAgent(LiveAgent):
             await self.stop_current("interrupted")
             while True:
                 try:
-                    last_seq, address = await self.look_up(), self._owner.rpartition("#")[0]
+                    await self.look_up()
                     if self.lease:
-                        return await self._run_here(last_seq)
+                        return await self._run_here()
+                    address = self._owner.rpartition("#")[0]
                     if address not in ("", self._leases.address):
                         await self._follow(address)
                         continue
@@ -8072,18 +8077,12 @@ class SharedAgent(LiveAgent):
                     self.wake()
                 await asyncio.sleep(LEASE_PULSE)
 
-    async def look_up(self) -> int:
-        """The last seq, once id and name are as the database has them. Raises StoreFailed, Refused."""
-        agent, name, last_seq = await self.agents.store.read(find_name, self.id, self.name)
+    async def look_up(self) -> None:
+        """Take id and name as the database has them. Raises StoreFailed, Refused."""
+        agent, name, _ = await self.agents.store.read(find_name, self.id, self.name)
         if agent != self.id:
             self.become(agent)
         self.take_name(name)
-        return last_seq
-
-    def become(self, agent: int) -> None:
-        self._leases.drop(self.id)
-        self._leases.want(agent, self._take_owner)
-        super().become(agent)
 
     async def runner(self) -> Client | None:
         with contextlib.suppress(TimeoutError):
@@ -8092,19 +8091,17 @@ class SharedAgent(LiveAgent):
                     await self.news.wait()
         if self._client or self.here or self.gone:
             return self._client or await super().runner()
-        raise self._unsettled()
-
-    def _unsettled(self) -> StoreFailed:
         reason = f" ({self._problem})" if self._problem else ""
-        return StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
+        raise StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
 
     # -- run by this server --
 
-    async def _run_here(self, last_seq: int) -> None:
+    async def _run_here(self) -> None:
         """Open the agent, whose turn another server may have left open, and go on with what waits."""
+        record = await self.agents.store.read(find_agent, self.name)
         self.ring.clear()  # it misses what others stored: readers find that in the store
-        self.count, self.last_seq = self.count + 1, last_seq
-        await self.open(await self.agents.store.read(find_agent, self.name))
+        self.count, self.last_seq = self.count + 1, record.last_seq
+        await self.open(record)
         for item in list(self.waiting):
             if await self.agents.store.read(find_turn, self.id, item.turn_id):
                 self._end(item)
@@ -8158,8 +8155,6 @@ class SharedAgent(LiveAgent):
             super().enqueue(item, when_busy)
             return
         self._check(item, when_busy)
-        if isinstance(self._problem, StoreFailed):
-            raise self._unsettled()
         item.when_busy = when_busy
         self.waiting.append(item)
         if self._client:
@@ -8189,11 +8184,6 @@ class SharedAgent(LiveAgent):
         if request["command"] == "rewind_agent":
             await self.look_up()  # whoever has the answer finds the agent as it is by now
         return answered
-
-    def close(self) -> None:
-        super().close()
-        if self.gone:
-            self._leases.drop(self.id)
 
 
 class Agents:
@@ -8588,6 +8578,8 @@ class Session:
         from_: Annotated[str, 1, MAX_NAME] | None = None,
     ) -> None:
         """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
+        if not live.gone:
+            await live.runner()  # the end of a turn could not be stored then; it can be by now
         if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
             return
         item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender)
@@ -8598,8 +8590,6 @@ class Session:
 
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
-        if not live.gone:
-            await live.runner()  # the end of a turn could not be stored then; it can be by now
         item = live.find(turn_id)
         record = None if item else await self._agents.store.read(find_turn, live.id, turn_id)
         item = item or live.find(turn_id)  # another connection may have sent it meanwhile
@@ -9283,6 +9273,7 @@ class WebSocketServer:
             raise Refused("no_agent", "no agent has been initialized; create_new_agent or load_agent first")
         item = Turn(new_turn_id(), clean_text(user_message), verify=first_message and not no_verify)
         live = await self.open().get(self.agent.name)
+        await live.runner()
         live.enqueue(item)
         await asyncio.shield(item.done)  # a caller that waits no longer does not end it
         return [decode_json(event.text) async for event in live.events(0, live.last_seq, item.turn_id)]
