@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 from unittest import mock
@@ -47,6 +47,9 @@ class Done(NamedTuple):
     returncode: int
     stdout: str
     stderr: str
+
+
+Main = Callable[..., Done]
 
 
 def call(capsys: Any, *words: object, variables: Variables = None) -> Done:

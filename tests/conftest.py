@@ -1,5 +1,6 @@
 """What all tests share: the endpoint, the loop that async tests run on, and the rule that in CI a skip is a failure."""
 
+import functools
 import gc
 import os
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from agents import Lab
+from commandline import Main, call
 from endpoint import Endpoint
 from postgres import Cluster, find_programs
 
@@ -35,6 +37,13 @@ def endpoint() -> Iterator[Endpoint]:
     with Endpoint() as running:
         yield running
     assert running.refusals == []
+
+
+@pytest.fixture
+def main(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
+    """Calls the command line in this process, in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return functools.partial(call, capsys)
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,11 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import PROGRAM, Done, Serving, call, command, environment, run, sentence
+from commandline import PROGRAM, Main, Serving, command, environment, run, sentence
 from endpoint import Endpoint, Reply
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
@@ -40,13 +39,6 @@ def without(folder: Path, *names: str) -> dict[str, str]:
     (folder / "blocked").mkdir()
     (folder / "blocked" / "sitecustomize.py").write_text(BLOCK.format(names=list(names)), "utf-8")
     return {"PYTHONPATH": str(folder / "blocked")}
-
-
-@pytest.fixture
-def main(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Patch) -> Callable[..., Done]:
-    """Call the command line in this process, in the test's folder."""
-    monkeypatch.chdir(tmp_path)
-    return partial(call, capsys)
 
 
 def requested(url: str, command: str, **fields: Any) -> Any:
@@ -97,7 +89,7 @@ def variable(flag: str) -> str:
     return "MEMWS_" + flag[2:].upper().replace("-", "_")
 
 
-def test_help(tmp_path: Path, main: Callable[..., Done]) -> None:
+def test_help(tmp_path: Path, main: Main) -> None:
     """Each command's help names each of its flags with its environment variable, and makes no file."""
     assert run("--version", cwd=tmp_path).stdout == f"memws {memws.__version__}\n"
     helps = [main(*words, "--help") for words in [(), *((name,) for name in COMMANDS)]]
@@ -144,7 +136,7 @@ def test_flags_and_variables(way: str, tmp_path: Path) -> None:
     assert server.log == ""
 
 
-def test_bad_values(main: Callable[..., Done]) -> None:
+def test_bad_values(main: Main) -> None:
     """A bad value is refused alike as a flag and as a variable; the sentence names what it came from."""
     free = ("--model", "--allow-origin", "--allow-host")
     bad = {flag: value for flag, (_, value) in FLAGS.items() if flag not in free} | {"--port": "http"}
@@ -231,7 +223,7 @@ URLS = [
 REFUSALS += [(["--port", "0", "--base-url", url], "--base-url") for url in URLS]
 
 
-def test_refusals(tmp_path: Path, main: Callable[..., Done]) -> None:
+def test_refusals(tmp_path: Path, main: Main) -> None:
     """What cannot be is one sentence that says what to do next, with exit status 2, and nothing is made or changed."""
     texts = {"text.db": "this is a diary and no database\n" * 40, "list.json": "[1]", "deep.json": "[" * 100_000}
     for name, text in (texts | {"cut.json": '{"agent": {"name": "sam"'}).items():
@@ -250,7 +242,7 @@ def test_refusals(tmp_path: Path, main: Callable[..., Done]) -> None:
     assert "--frobnicate" in sentence(run("--frobnicate", cwd=tmp_path))  # so does a process
 
 
-def test_taken(tmp_path: Path, main: Callable[..., Done]) -> None:
+def test_taken(tmp_path: Path, main: Main) -> None:
     """A port of another program and a database of another server are refused."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = str(holder.getsockname()[1])
@@ -287,9 +279,7 @@ def test_missing_package(flags: str, package: str, tmp_path: Path) -> None:
         (Reply(hold=True), "--base-url"),
     ],
 )
-def test_endpoint_without_a_choice(
-    models: Any, text: str, tmp_path: Path, main: Callable[..., Done], monkeypatch: Patch
-) -> None:
+def test_endpoint_without_a_choice(models: Any, text: str, tmp_path: Path, main: Main, monkeypatch: Patch) -> None:
     """Where a base URL does not serve exactly one model, or nothing, the sentence has the list or the way."""
     monkeypatch.setattr(memws, "CONNECT_TIMEOUT", 0.3 if text == "--base-url" else 5.0)
     with Endpoint(models=() if isinstance(models, Reply) else models) as endpoint:
@@ -349,7 +339,7 @@ second.stop()
     assert done.stdout.splitlines() == ["['ada']", "['bob']", "True"], done.stderr
 
 
-def test_protocol(main: Callable[..., Done]) -> None:
+def test_protocol(main: Main) -> None:
     """protocol prints the JSON Schema that all frames of these tests are checked by (wire.py)."""
     done = main("protocol")
     assert (done.returncode, json.loads(done.stdout), done.stderr) == (0, memws.protocol_schema(memws.COMMANDS), "")

@@ -1,6 +1,5 @@
 """Copying all agents from one database to another, of either kind."""
 
-import functools
 import io
 import os
 import re
@@ -10,32 +9,24 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Done, call, environment, sentence
+from commandline import Main, environment, sentence
 from postgres import find_programs
+from wire import beside
 
 import memws
 
-Run = Callable[..., Done]
 Serve = Callable[..., memws.WebSocketServer]
 TABLES = ("agents", "messages", "memory", "postings", "events", "requests", "settings")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command of memws.py in this process."""
-    return functools.partial(call, capsys)
 
 
 def rows(address: str) -> dict[str, list[Any]]:
     """All that a database holds, but for who runs an agent."""
     found = {}
-    with closing(memws.database_at(address)) as database:
-        db = database.connect()
+    with beside(address) as db:
         for table in TABLES:
             names = [column[0] for column in db.execute(f"SELECT * FROM {table} LIMIT 0").description]  # noqa: S608
             columns = ", ".join(name for name in names if name != "owner")
@@ -44,8 +35,7 @@ def rows(address: str) -> dict[str, list[Any]]:
 
 
 def change(address: str, *statements: str) -> None:
-    with closing(memws.database_at(address)) as database:
-        db = database.open()
+    with beside(address) as db:
         for sql in statements:
             db.execute(sql)
 
@@ -68,32 +58,32 @@ def source(tmp_path: Path, serve: Serve) -> str:
     return path
 
 
-def copy(run: Run, source: str, target: str) -> None:
+def copy(main: Main, source: str, target: str) -> None:
     """Copy, and see that all has come; and that to copy again changes nothing."""
     expected = rows(source)
     count = sum(len(expected[table]) for table in TABLES if table not in ("postings", "settings"))
     agents = len(expected["agents"])
     for _ in range(2):
-        done = run("copy", "--from", source, "--to", target)
+        done = main("copy", "--from", source, "--to", target)
         assert done == (0, f"{agents} agents with {count:,} rows are in {memws.public_url(target)}\n", "")
         assert rows(target) == expected
 
 
-def test_there_and_back(source: str, postgres_address: str, tmp_path: Path, run: Run) -> None:
+def test_there_and_back(source: str, postgres_address: str, tmp_path: Path, main: Main) -> None:
     """A copy of a copy is the first database row by row, and an export of its agents byte by byte."""
     back = str(tmp_path / "back.db")
-    copy(run, source, postgres_address)
-    copy(run, postgres_address, back)
+    copy(main, source, postgres_address)
+    copy(main, postgres_address, back)
     for name in ("Zoë", "sam"):
-        texts = {run("export", name, "--db", db).stdout for db in (source, postgres_address, back)}
+        texts = {main("export", name, "--db", db).stdout for db in (source, postgres_address, back)}
         assert len(texts) == 1
-    assert all(run("check", "--db", db).stdout.startswith("no damage found\n") for db in (postgres_address, back))
+    assert all(main("check", "--db", db).stdout.startswith("no damage found\n") for db in (postgres_address, back))
     assert not any(rows(back)[table] == [] for table in TABLES)
 
 
-def test_a_copy_serves(source: str, database: str, run: Run, serve: Serve) -> None:
+def test_a_copy_serves(source: str, database: str, main: Main, serve: Serve) -> None:
     """Agents of a copy answer and find as before, one can be brought back; a new one has an id and a seq of its own."""
-    copy(run, source, database)
+    copy(main, source, database)
     with memws.connect(serve(db=database).url) as client:
         seen = client.command("search_memory", agent_name="sam", query="otters")
         assert (seen["total"], seen["items"][0]["text"][:9]) == (1, "sam keeps")
@@ -105,9 +95,9 @@ def test_a_copy_serves(source: str, database: str, run: Run, serve: Serve) -> No
         assert client.command("get_agent", agent_name="purged")["last_seq"] > last_seq > 0
 
 
-def test_a_later_copy(source: str, database: str, run: Run, serve: Serve) -> None:
+def test_a_later_copy(source: str, database: str, main: Main, serve: Serve) -> None:
     """What has gone on is copied anew, also where names have changed hands; what has not is passed by."""
-    copy(run, source, database)
+    copy(main, source, database)
     server = serve(db=source)
     with memws.connect(server.url) as client:
         client.command("restore_agent", agent_name="deleted")
@@ -115,9 +105,9 @@ def test_a_later_copy(source: str, database: str, run: Run, serve: Serve) -> Non
         for name, new_name in (("sam", "x"), ("Zoë", "sam"), ("x", "Zoë")):
             client.command("rename_agent", agent_name=name, new_name=new_name)
     server.stop()
-    copy(run, source, database)
+    copy(main, source, database)
     change(database, "UPDATE events SET text = 'kept' WHERE agent = 1")
-    run("copy", "--from", source, "--to", database)
+    main("copy", "--from", source, "--to", database)
     assert {row[-1] for row in rows(database)["events"] if row[0] == 1} == {"kept"}
 
 
@@ -131,28 +121,28 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nothing_is_lost(source: str, database: str, run: Run, loss: str) -> None:
+def test_nothing_is_lost(source: str, database: str, main: Main, loss: str) -> None:
     """A target that has what the source has not is refused and left as it is."""
-    copy(run, source, database)
+    copy(main, source, database)
     change(database, loss)
     change(source, "UPDATE agents SET last_seq = last_seq + 5 WHERE id = 1")
     before = rows(database)
-    assert LOSSES[loss] in sentence(run("copy", "--from", source, "--to", database))
+    assert LOSSES[loss] in sentence(main("copy", "--from", source, "--to", database))
     assert rows(database) == before
 
 
-def test_in_use(source: str, database: str, run: Run, serve: Serve) -> None:
+def test_in_use(source: str, database: str, main: Main, serve: Serve) -> None:
     """A database that a server uses may be copied, but not be copied to."""
     server = serve(db=database)
-    assert "stop the memws server" in sentence(run("copy", "--from", source, "--to", database))
+    assert "stop the memws server" in sentence(main("copy", "--from", source, "--to", database))
     server.stop()
     server = serve(db=source)
-    copy(run, source, database)
+    copy(main, source, database)
 
 
-def test_gone_on_meanwhile(source: str, postgres_address: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gone_on_meanwhile(source: str, postgres_address: str, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     """An agent that somebody changes while others are copied is not copied over."""
-    copy(run, source, postgres_address)
+    copy(main, source, postgres_address)
     change(source, "UPDATE agents SET last_seq = last_seq + 5")
     index_memory = memws.index_memory
 
@@ -163,8 +153,8 @@ def test_gone_on_meanwhile(source: str, postgres_address: str, run: Run, monkeyp
 
     monkeypatch.setattr(memws, "index_memory", index)
     words = ("copy", "--from", source, "--to", postgres_address)
-    assert "run the same copy again" in sentence(run(*words))
-    assert "agent 'sam' has gone on in" in sentence(run(*words))
+    assert "run the same copy again" in sentence(main(*words))
+    assert "agent 'sam' has gone on in" in sentence(main(*words))
     assert [row[7] for row in rows(postgres_address)["agents"] if row[0] == 2] == [1000]
 
 
@@ -184,16 +174,16 @@ DIE = """if True:
 """
 
 
-def test_killed(source: str, database: str, run: Run) -> None:
+def test_killed(source: str, database: str, main: Main) -> None:
     """A copy that is killed in the middle of an agent leaves those before it, and goes on with it."""
     words = [str(Path(memws.__file__).parent), "copy", "--from", source, "--to", database]
     done = subprocess.run([sys.executable, "-c", DIE, *words], env=environment(), check=False)
     assert done.returncode == -signal.SIGKILL
     assert [row[0] for row in rows(database)["agents"]] == [row[0] for row in rows(source)["agents"]][:2]
-    copy(run, source, database)
+    copy(main, source, database)
 
 
-def test_progress(source: str, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress(source: str, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long says how much of all is done, on standard error."""
     index_memory, shown = memws.index_memory, threading.Event()
 
@@ -218,43 +208,43 @@ def test_progress(source: str, tmp_path: Path, run: Run, monkeypatch: pytest.Mon
     assert int(told[1]) == sum(counts)
 
 
-def test_no_password_is_told(source: str, postgres_address: str, tmp_path: Path, run: Run) -> None:
+def test_no_password_is_told(source: str, postgres_address: str, tmp_path: Path, main: Main) -> None:
     """Neither of an address that works nor of one that cannot be read."""
     password = postgres_address.split(":")[2].partition("@")[0]
-    told = [run("copy", "--from", source, "--to", postgres_address), run("check", "--db", postgres_address)]
-    told += [run("vacuum", "--db", postgres_address), run("export", "none", "--db", postgres_address)]
+    told = [main("copy", "--from", source, "--to", postgres_address), main("check", "--db", postgres_address)]
+    told += [main("vacuum", "--db", postgres_address), main("export", "none", "--db", postgres_address)]
     for wrong in (f"{password}x", f"%zz{password}", f"x@{password}", f"1/{password}", f"%00{password}"):
         address = postgres_address.replace(password, wrong)
-        told += [run("copy", "--from", address, "--to", tmp_path / "copy.db"), run("backup", "file", "--db", address)]
+        told += [main("copy", "--from", address, "--to", tmp_path / "copy.db"), main("backup", "file", "--db", address)]
         assert "address" in sentence(told[-2])
     assert password not in "".join(done.stdout + done.stderr for done in told)
 
 
-def test_vacuum(source: str, postgres_address: str, run: Run) -> None:
+def test_vacuum(source: str, postgres_address: str, main: Main) -> None:
     """It never says that less than nothing was given back: PostgreSQL takes more for its maps at first."""
-    copy(run, source, postgres_address)
+    copy(main, source, postgres_address)
     for _ in range(2):
-        assert re.search(r": [\d,.]+ kB given back\n$", run("vacuum", "--db", postgres_address).stdout)
+        assert re.search(r": [\d,.]+ kB given back\n$", main("vacuum", "--db", postgres_address).stdout)
 
 
-def test_backup(source: str, postgres_address: str, tmp_path: Path, run: Run) -> None:
+def test_backup(source: str, postgres_address: str, tmp_path: Path, main: Main) -> None:
     """Of PostgreSQL it tells the command that makes one."""
-    copy(run, source, postgres_address)
+    copy(main, source, postgres_address)
     target = tmp_path / "my backup"
-    told = sentence(run("backup", target, "--db", postgres_address)).strip().partition("pg_dump")
+    told = sentence(main("backup", target, "--db", postgres_address)).strip().partition("pg_dump")
     programs, password = find_programs(), postgres_address.split(":")[2].partition("@")[0]
     words = [str(programs / "pg_dump"), *shlex.split(told[2])]  # type: ignore[operator]
     subprocess.run(words, env={**os.environ, "PGPASSWORD": password}, check=True)
     assert target.read_bytes()[:5] == b"PGDMP"
 
 
-def test_new_agents_beside_a_single_copied_one(run: Run, serve: Serve, postgres_address: str, tmp_path: Path) -> None:
+def test_new_agents_beside_a_single_copied_one(main: Main, serve: Serve, postgres_address: str, tmp_path: Path) -> None:
     """Ids go on after those that were copied, also after the first."""
     server = serve(db=str(tmp_path / "source.db"))
     with memws.connect(server.url) as client:
         client.create_agent("sam")
     server.stop()
-    assert run("copy", "--from", server.options.db, "--to", postgres_address).returncode == 0
+    assert main("copy", "--from", server.options.db, "--to", postgres_address).returncode == 0
     with memws.connect(serve(db=postgres_address).url) as client:
         client.create_agent("kim")
         assert client.command("list_agents")["total"] == 2

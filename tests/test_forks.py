@@ -5,25 +5,17 @@ What a copy holds, and that it is its own from then on, tests/soak/forks.py comp
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 from endpoint import Endpoint, Reply, say
-from wire import JSON, Wire, is_terminal, messages_of, seqs, wire
+from wire import JSON, Wire, beside, is_terminal, messages_of, seqs, wire
 
 import memws
 
 pytestmark = pytest.mark.anyio
 Serve = Callable[..., memws.WebSocketServer]
 HELD = Reply("Let me think.", hold=True)
-
-
-@contextlib.contextmanager
-def rows(database: str) -> Iterator[Any]:
-    """A connection of another program to the server's database."""
-    with contextlib.closing(memws.database_at(database)) as opened:
-        yield opened.connect()
 
 
 async def talked(client: Wire, *texts: str, name: str = "sam") -> None:
@@ -103,7 +95,7 @@ async def test_what_cannot_be_copied(database: str, online: Serve, endpoint: End
         await client.ended()
         fields = {"agent_name": "sam", "turn_id": "t0"}
         assert (await other.refused("rewind_agent", **fields, keep_as=fork))["code"] == "name_taken"
-        with rows(database) as db:
+        with beside(database) as db:
             db.execute("DELETE FROM requests WHERE step = 0")
             assert (await other.refused("fork_agent", **fields))["code"] == "not_found"
             assert db.execute("SELECT count(*) FROM agents").fetchone() == (2,)
@@ -122,7 +114,7 @@ async def test_a_long_copy(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Non
         await client.ok("fork_agent")
         done = [event["done"] for event in client.before_answer if event["message"].endswith(" events")]
         assert done == sorted(set(done)) != []
-        with rows(server.options.db) as db:
+        with beside(server.options.db) as db:
             db.execute("BEGIN IMMEDIATE")  # now nothing is copied
             await client.request("rewind_agent", turn_id="t0")
             while await other.ok("cancel", agent_name="sam") != {"state": "cancelling"}:
@@ -173,7 +165,7 @@ def test_what_a_crash_leaves_of_a_copy(database: str, serve: Serve) -> None:
         assert [each["agent_name"] for each in client.command("list_agents")["agents"]] == ["sam"]
         assert client.command("list_agents", deleted=True)["total"] == 0
         client.create_agent("kim")
-    with rows(database) as db:
+    with beside(database) as db:
         assert db.execute("SELECT count(*) FROM agents").fetchone() == (2,)
         assert db.execute("SELECT count(*) FROM messages WHERE agent = ?", (copy,)).fetchone() == (0,)
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import copy
-import functools
 import io
 import json
 import os
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Done, Serving, call, sentence
-from commandline import run as run_process
+from commandline import Done, Main, Serving, run, sentence
 from endpoint import Body, Endpoint, Reply, greet
 
 import memws
@@ -98,32 +96,24 @@ def rows(database: str | Path, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         return connection.execute(sql, values).fetchall()
 
 
-Run = Callable[..., Done]
 Serve = Callable[..., memws.WebSocketServer]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Run a command of memws.py in this process, in the folder of the test."""
-    monkeypatch.chdir(tmp_path)
-    return functools.partial(call, capsys)
-
-
-def export(run: Run, database: str | Path, name: str) -> str:
-    done = run("export", name, "--db", database)
+def export(main: Main, database: str | Path, name: str) -> str:
+    done = main("export", name, "--db", database)
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-def bring(run: Run, text: str, database: str | Path) -> Done:
+def bring(main: Main, text: str, database: str | Path) -> Done:
     """Import a file with this text."""
     file = Path("exported.json")
     file.write_text(text, "utf-8")
-    return run("import", file, "--db", database)
+    return main("import", file, "--db", database)
 
 
-def healthy(run: Run, database: str | Path) -> bool:
-    done = run("check", "--db", database)
+def healthy(main: Main, database: str | Path) -> bool:
+    done = main("check", "--db", database)
     return done.returncode == 0 and done.stdout.startswith("no damage found\n")
 
 
@@ -147,23 +137,23 @@ def everything(server: memws.WebSocketServer, name: str) -> JSON:
     return json.loads(json.dumps(told))  # type: ignore[no-any-return]
 
 
-def test_an_imported_agent_is_the_exported_one(db: Path, database: str, run: Run, serve: Serve) -> None:
+def test_an_imported_agent_is_the_exported_one(db: Path, database: str, main: Main, serve: Serve) -> None:
     """Its next export says the same, and over the wire nobody can tell the two apart."""
-    text = export(run, db, RICH)
-    assert bring(run, export(run, db, PLAIN), database).returncode == 0  # so that its number is another one
-    assert bring(run, text, database) == (0, f"agent {RICH!r} is in {memws.public_url(database)}\n", "")
+    text = export(main, db, RICH)
+    assert bring(main, export(main, db, PLAIN), database).returncode == 0  # so that its number is another one
+    assert bring(main, text, database) == (0, f"agent {RICH!r} is in {memws.public_url(database)}\n", "")
     assert not Path(database).is_file() or stat.S_IMODE(Path(database).stat().st_mode) == 0o600
-    assert export(run, database, RICH) == text
+    assert export(main, database, RICH) == text
     told = [everything(serve(db=str(each)), RICH) for each in (db, database)]
     assert told[0] == told[1]
     assert len([key for key in told[0] if key.startswith("request")]) > 10
     assert told[0]["search walrus"]["total"] > 0
 
 
-def test_an_imported_agent_goes_on(db: Path, database: str, run: Run, serve: Serve) -> None:
+def test_an_imported_agent_goes_on(db: Path, database: str, main: Main, serve: Serve) -> None:
     """Its turn ids stay taken, its seq goes on; a turn that a kill has cut is closed where the agent is opened."""
     for name in (PLAIN, CUT):
-        assert bring(run, export(run, db, name), database).returncode == 0
+        assert bring(main, export(main, db, name), database).returncode == 0
     server = serve()
     with memws.connect(server.url) as client:
         last_seq = client.load_agent(PLAIN)["last_seq"]
@@ -176,20 +166,20 @@ def test_an_imported_agent_goes_on(db: Path, database: str, run: Run, serve: Ser
         assert next(ends) == "interrupted"
         assert client.ask("Are you there?")
     server.stop()
-    assert healthy(run, database)
+    assert healthy(main, database)
 
 
-def test_names(db: Path, database: str, run: Run, serve: Serve) -> None:
+def test_names(db: Path, database: str, main: Main, serve: Serve) -> None:
     """A name in use is refused, a deleted agent's is free; its seq goes on above, and that agent can come back."""
-    text = export(run, db, PLAIN)
-    assert bring(run, text, database).returncode == 0
-    assert "there is an agent 'sam' already" in sentence(bring(run, text, database))
-    assert export(run, database, PLAIN) == text
+    text = export(main, db, PLAIN)
+    assert bring(main, text, database).returncode == 0
+    assert "there is an agent 'sam' already" in sentence(bring(main, text, database))
+    assert export(main, database, PLAIN) == text
     into = ("exported.json", "--db", database)
-    assert run("import", *into, "--name", "Ama\u0301").stdout.startswith("agent 'Amá' is in ")
-    assert json.loads(export(run, database, "Amá")) == put(json.loads(text), ("agent", "name"), "Amá")
+    assert main("import", *into, "--name", "Ama\u0301").stdout.startswith("agent 'Amá' is in ")
+    assert json.loads(export(main, database, "Amá")) == put(json.loads(text), ("agent", "name"), "Amá")
     for name in ("a/b", ""):
-        assert "name: expected 1 to 64 letters" in sentence(run("import", *into, "--name", name))
+        assert "name: expected 1 to 64 letters" in sentence(main("import", *into, "--name", name))
     server = serve()
     with memws.connect(server.url) as client:
         client.load_agent(PLAIN)
@@ -197,40 +187,40 @@ def test_names(db: Path, database: str, run: Run, serve: Serve) -> None:
         last_seq = client.command("get_agent")["last_seq"]
         client.command("delete_agent", agent_name=PLAIN)
     server.stop()
-    assert "unknown agent 'sam'" in sentence(run("export", PLAIN, "--db", database))
-    assert bring(run, text, database).returncode == 0
+    assert "unknown agent 'sam'" in sentence(main("export", PLAIN, "--db", database))
+    assert bring(main, text, database).returncode == 0
     with memws.connect(serve().url) as client:
         assert next(client.send("Hello again", PLAIN))["seq"] > last_seq + 1
         client.command("restore_agent", agent_name=PLAIN, new_name="old-sam")
         assert client.ask("Welcome back", "old-sam")
 
 
-def test_files(db: Path, tmp_path: Path, run: Run) -> None:
+def test_files(db: Path, tmp_path: Path, main: Main) -> None:
     """An export is its owner's and takes no file's place; an import takes a BOM, UTF-16 and a pipe, too."""
     file = tmp_path / "zoe.json"
-    assert run("export", RICH, file, "--db", db) == (0, "", "")
+    assert main("export", RICH, file, "--db", db) == (0, "", "")
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     text = file.read_text("utf-8")
     assert json.loads(text)["agent"]["name"] == RICH
-    assert "cannot write" in sentence(run("export", RICH, file, "--db", db))
+    assert "cannot write" in sentence(main("export", RICH, file, "--db", db))
     assert file.read_text("utf-8") == text
     assert sorted(path.name for path in tmp_path.glob("*[!lmk]")) == ["memws.db", "zoe.json"]  # nothing half written
     latin = {"PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"}
-    done = run_process("export", RICH, cwd=tmp_path, variables=latin)
+    done = run("export", RICH, cwd=tmp_path, variables=latin)
     assert (done.returncode, done.stdout) == (0, text)
     narrow = {"PYTHONIOENCODING": "ascii", "MEMWS_DB": "narrow.db"}
-    assert "\\u65e5" in run_process("import", str(file), cwd=tmp_path, variables=narrow).stdout
-    assert "\\u65e5" in run_process("check", cwd=tmp_path, variables=narrow).stdout
+    assert "\\u65e5" in run("import", str(file), cwd=tmp_path, variables=narrow).stdout
+    assert "\\u65e5" in run("check", cwd=tmp_path, variables=narrow).stdout
     for encoding in ("utf-8-sig", "utf-16-le", "utf-16"):
         file.write_bytes(text.encode(encoding))
-        assert run("import", file, "--db", tmp_path / f"{encoding}.db").returncode == 0
-    assert run_process("import", "-", "--db", "piped.db", cwd=tmp_path, text=text).returncode == 0
-    assert json.loads(export(run, tmp_path / "utf-16.db", RICH)) == json.loads(text)
-    assert json.loads(export(run, tmp_path / "piped.db", RICH)) == json.loads(text)
+        assert main("import", file, "--db", tmp_path / f"{encoding}.db").returncode == 0
+    assert run("import", "-", "--db", "piped.db", cwd=tmp_path, text=text).returncode == 0
+    assert json.loads(export(main, tmp_path / "utf-16.db", RICH)) == json.loads(text)
+    assert json.loads(export(main, tmp_path / "piped.db", RICH)) == json.loads(text)
 
 
 def test_a_killed_export_leaves_no_half_file(
-    db: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    db: Path, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file has its name only once it is whole; what fails in the middle leaves nothing."""
     folder = tmp_path / "files"
@@ -243,11 +233,11 @@ def test_a_killed_export_leaves_no_half_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", fail)
-    assert "No space left" in sentence(run("export", RICH, folder / "zoe.json", "--db", db))
+    assert "No space left" in sentence(main("export", RICH, folder / "zoe.json", "--db", db))
     assert list(folder.iterdir()) == []
 
 
-def test_vacuum(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
+def test_vacuum(db: Path, tmp_path: Path, main: Main, serve: Serve) -> None:
     """What was purged and, where asked for, old exact requests give their space back; nothing else changes."""
     server = serve(db=str(db))
     with memws.connect(server.url) as client:
@@ -259,20 +249,20 @@ def test_vacuum(db: Path, tmp_path: Path, run: Run, serve: Serve) -> None:
             db, "SELECT turn_id, max(step) FROM requests JOIN agents ON id = agent AND name = 'sam'"
         )
         before = client.command("get_request", agent_name=PLAIN, turn_id=turn_id, step=step)
-        assert "stop the memws server" in sentence(run("vacuum", "--db", db))
+        assert "stop the memws server" in sentence(main("vacuum", "--db", db))
     server.stop()
-    text, size = export(run, db, PLAIN), db.stat().st_size
-    done = run("vacuum", "--db", db)
+    text, size = export(main, db, PLAIN), db.stat().st_size
+    done = main("vacuum", "--db", db)
     freed = size - db.stat().st_size
     assert freed > 1_000_000
     assert done == (0, f"{db}: {freed / 1000:,.1f} kB given back\n", "")
-    assert run("vacuum", "--db", db, "--keep-requests", "1").stdout == f"{db}: 0.0 kB given back\n"
-    assert export(run, db, PLAIN) == text
-    assert run("vacuum", "--db", db, "--keep-requests", "0").stdout > f"{db}: 1"
+    assert main("vacuum", "--db", db, "--keep-requests", "1").stdout == f"{db}: 0.0 kB given back\n"
+    assert export(main, db, PLAIN) == text
+    assert main("vacuum", "--db", db, "--keep-requests", "0").stdout > f"{db}: 1"
     assert rows(db, "SELECT count(*) FROM requests") == [(0,)]
-    assert bring(run, export(run, db, PLAIN), tmp_path / "other.db").returncode == 0
+    assert bring(main, export(main, db, PLAIN), tmp_path / "other.db").returncode == 0
     for path in (db, tmp_path / "other.db"):
-        assert healthy(run, path)
+        assert healthy(main, path)
         with memws.connect(serve(db=str(path)).url) as client:
             with pytest.raises(memws.RemoteError, match="vacuum --keep-requests has dropped it") as caught:
                 client.command("get_request", agent_name=PLAIN, turn_id=turn_id, step=step)
@@ -307,7 +297,7 @@ def test_progress(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.match(r"memws: check, \d+ s\n", sys.stderr.getvalue())  # type: ignore[attr-defined]
 
 
-def test_an_export_holds_no_secret(tmp_path: Path, run: Run, serve: Serve, endpoint: Endpoint) -> None:
+def test_an_export_holds_no_secret(tmp_path: Path, main: Main, serve: Serve, endpoint: Endpoint) -> None:
     """Neither keys nor the token nor an endpoint's address leave with an agent."""
     server = serve(base_url=endpoint.url, api_key="sk-canary-server", token="canary-token", model="test-model")
     for config in ({"name": "sam"}, {"name": "own", "base_url": endpoint.url, "api_key": "sk-canary-agent"}):
@@ -316,7 +306,7 @@ def test_an_export_holds_no_secret(tmp_path: Path, run: Run, serve: Serve, endpo
     server.stop()
     assert endpoint.requests
     for name in ("sam", "own"):
-        text = export(run, tmp_path / "memws.db", name)
+        text = export(main, tmp_path / "memws.db", name)
         assert "What is your key?" in text
         for secret in ("canary", endpoint.url, endpoint.url.split("/")[2]):
             assert secret not in text
@@ -353,15 +343,15 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
 ]
 
 
-def test_a_damaged_export_is_refused(past: Path, database: str, tmp_path: Path, run: Run) -> None:
+def test_a_damaged_export_is_refused(past: Path, database: str, tmp_path: Path, main: Main) -> None:
     """One sentence names the place of the damage, or where the file ends, and nothing is half imported."""
-    text = export(run, past, PLAIN)
+    text = export(main, past, PLAIN)
     for path, value, told in DAMAGES:
-        assert told in sentence(bring(run, json.dumps(put(json.loads(text), path, value)), database)), (path, value)
+        assert told in sentence(bring(main, json.dumps(put(json.loads(text), path, value)), database)), (path, value)
     for table in ("agents", "messages"):
         assert rows(database, f"SELECT count(*) FROM {table}") == [(0,)]  # noqa: S608
     for place in range(0, len(text) - 1, len(text) // 40):
-        assert "exported.json" in sentence(bring(run, text[:place], tmp_path / "none.db"))
+        assert "exported.json" in sentence(bring(main, text[:place], tmp_path / "none.db"))
     assert not (tmp_path / "none.db").exists()
 
 
@@ -379,9 +369,9 @@ def places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from places(value, (*path, key))
 
 
-def test_what_an_import_takes_works(past: Path, database: str, run: Run, serve: Serve, endpoint: Endpoint) -> None:
+def test_what_an_import_takes_works(past: Path, database: str, main: Main, serve: Serve, endpoint: Endpoint) -> None:
     """An export with junk anywhere is refused, or its agent opens, talks, and sends nothing that endpoints refuse."""
-    data = json.loads(export(run, past, PLAIN))
+    data = json.loads(export(main, past, PLAIN))
     every = list(places(data))
     share = 15 if database.startswith(memws.POSTGRES) else 40
     step = max(1, len(every) // (share * int(os.environ.get("MEMWS_TEST_SEEDS", "3"))))
@@ -389,7 +379,7 @@ def test_what_an_import_takes_works(past: Path, database: str, run: Run, serve: 
     for number, path in enumerate(every[::step]):
         name = f"agent-{number}"
         junk = put(put(data, ("agent", "name"), name), path, JUNK[number % len(JUNK)])
-        done = bring(run, json.dumps(junk), database)
+        done = bring(main, json.dumps(junk), database)
         taken += [name] if done.returncode == 0 and path != ("agent", "name") else []
         assert done.returncode in (0, 2)
     assert 0 < len(taken) < count
@@ -401,10 +391,10 @@ def test_what_an_import_takes_works(past: Path, database: str, run: Run, serve: 
             client.command("get_messages", agent_name=name)
 
 
-def test_healthy_agents_are_found_healthy(db: Path, run: Run, serve: Serve) -> None:
+def test_healthy_agents_are_found_healthy(db: Path, main: Main, serve: Serve) -> None:
     """No long life, failure, rename, deletion or kill is damage; check changes nothing and tells all sizes."""
     before = db.read_bytes()
-    told = run("check", "--db", db).stdout.splitlines()
+    told = main("check", "--db", db).stdout.splitlines()
     assert told[0] == "no damage found"
     assert [line.partition(": ")[0] for line in told[1:]] == sorted([RICH, PLAIN, CUT])
     assert re.search(r": \d+ messages \([\d,.]+ kB\), \d+ memory \([\d,.]+ kB\), \d+ events", told[1])
@@ -420,7 +410,7 @@ def test_healthy_agents_are_found_healthy(db: Path, run: Run, serve: Serve) -> N
         assert client.ask("A restored agent", "back")
         client.command("delete_agent", agent_name=PLAIN, purge=True)
     server.stop()
-    assert healthy(run, db)
+    assert healthy(main, db)
 
 
 SAM = "UPDATE agents SET {} WHERE id = :sam"
@@ -439,7 +429,7 @@ FOUND: dict[str, tuple[str, str]] = {  # what is broken, by which SQL, and what 
 
 
 @pytest.mark.parametrize("what", FOUND)
-def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
+def test_damage(what: str, db: Path, main: Main, serve: Serve) -> None:
     """check tells it in a line, exit status 1, and changes nothing; no answer is internal, and others go on."""
     sql, told = FOUND[what]
     with contextlib.closing(sqlite3.connect(db)) as connection, connection:
@@ -452,7 +442,7 @@ def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
             file.seek(page * 4096)
             file.write(b"\xff" * 4096)
     broken = db.read_bytes()
-    done = run("check", "--db", db)
+    done = main("check", "--db", db)
     assert (done.returncode, done.stderr) == (1, "")
     assert told in done.stdout
     assert db.read_bytes() == broken
@@ -471,7 +461,7 @@ def test_damage(what: str, db: Path, run: Run, serve: Serve) -> None:
 
 
 @pytest.mark.anyio
-async def test_beside_turns(tmp_path: Path, run: Run, serve: Serve, endpoint: Endpoint) -> None:
+async def test_beside_turns(tmp_path: Path, main: Main, serve: Serve, endpoint: Endpoint) -> None:
     """Copies and exports under turns are of one moment, hold all that was acknowledged, and are no damage."""
     names = [f"agent{number}" for number in range(8)]
 
@@ -507,17 +497,17 @@ async def test_beside_turns(tmp_path: Path, run: Run, serve: Serve, endpoint: En
             while len(acknowledged) < 16 * (number + 1):
                 await more.wait()
         copies.append((tmp_path / f"copy{number}.db", list(acknowledged)))
-        assert (await asyncio.to_thread(run, "backup", copies[-1][0], "--db", db)).returncode == 0
-        assert await asyncio.to_thread(healthy, run, db)
-        text = await asyncio.to_thread(export, run, db, "agent0")
-        assert "stop" in sentence(await asyncio.to_thread(bring, run, text, db))
+        assert (await asyncio.to_thread(main, "backup", copies[-1][0], "--db", db)).returncode == 0
+        assert await asyncio.to_thread(healthy, main, db)
+        text = await asyncio.to_thread(export, main, db, "agent0")
+        assert "stop" in sentence(await asyncio.to_thread(bring, main, text, db))
         data = json.loads(text)
         assert [event["seq"] for event in data["events"]] == list(range(1, data["agent"]["last_seq"] + 1))
     over.set()
     await asyncio.gather(*tasks)
     await asyncio.to_thread(server.stop)
     for path, known in copies:
-        assert (healthy(run, path), stat.S_IMODE(path.stat().st_mode)) == (True, 0o600)
+        assert (healthy(main, path), stat.S_IMODE(path.stat().st_mode)) == (True, 0o600)
         sql = "SELECT name, text FROM messages JOIN agents ON agents.id = agent WHERE role = 'user'"
         assert [pair for pair in known if pair not in rows(path, sql)] == []
     later = await asyncio.to_thread(lambda: serve(db=str(copies[-1][0])))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import call, run, sentence
+from commandline import Main, run, sentence
 from endpoint import Endpoint, say
 from postgres import Cluster
 from test_store import LIMIT, commit, everything, new_agent, opened, passage, queued, step, tell, words
@@ -46,7 +46,7 @@ REFUSED = {  # what is written in the place of what, and what is said of it
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_an_address_that_leads_nowhere(
-    what: str, postgres: Cluster, postgres_address: str, name: str, capsys: pytest.CaptureFixture[str]
+    what: str, postgres: Cluster, postgres_address: str, name: str, main: Main
 ) -> None:
     """One sentence says what is wrong, exit status 2, and never the password."""
     parts = {"password": postgres.password, "port": postgres.port, "name": name}
@@ -54,23 +54,21 @@ def test_an_address_that_leads_nowhere(
     address = postgres_address.replace(old, new)
     for command in (["serve", "--port", "0", "--model", "offline"], ["check"], ["export", "sam"]):
         if what != "a database of others" or command[0] == "serve":
-            said = sentence(call(capsys, *command, "--db", address))
+            said = sentence(main(*command, "--db", address))
             assert told in said
             assert postgres.password not in said
 
 
-def test_a_database_that_is_not_ours(
-    postgres: Cluster, postgres_address: str, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_database_that_is_not_ours(postgres: Cluster, postgres_address: str, name: str, main: Main) -> None:
     """Tables of another program or of another version are refused and left alone, by a check an empty database too."""
     commands = ["serve", "--port", "0", "--model", "offline"], ["check"]
-    assert "is no memws database" in sentence(call(capsys, "check", "--db", postgres_address))
+    assert "is no memws database" in sentence(main("check", "--db", postgres_address))
     postgres.run("CREATE TABLE agents (x int)", name)
     for command in commands:
-        assert "has tables of another program" in sentence(call(capsys, *command, "--db", postgres_address))
+        assert "has tables of another program" in sentence(main(*command, "--db", postgres_address))
     postgres.run("COMMENT ON TABLE agents IS 'memws 99'", name)
     for command in commands:
-        said = sentence(call(capsys, *command, "--db", postgres_address))
+        said = sentence(main(*command, "--db", postgres_address))
         assert f"was written by another memws (schema 99, not {memws.SCHEMA_VERSION})" in said
     assert postgres.run("SELECT relname FROM pg_class WHERE relname IN ('agents', 'messages')", name) == [("agents",)]
     postgres.run("DROP TABLE agents", name)

@@ -5,8 +5,8 @@ import json
 import socket
 import threading
 import unicodedata
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -15,7 +15,7 @@ import openai  # noqa: F401 (half a second, once, and not in the turn of some te
 import pytest
 from agents import packed, results
 from endpoint import Endpoint, Reply, say
-from wire import JSON, LIMIT, Wire, bare, is_terminal, messages_of, of_kind, seqs, shape, wire
+from wire import JSON, LIMIT, Wire, bare, beside, is_terminal, messages_of, of_kind, seqs, shape, wire
 
 import memws
 
@@ -56,13 +56,6 @@ async def hold(client: Wire, endpoint: Endpoint, message: str = "runs", **fields
     start = await client.started()
     await asked(endpoint, count + 1)
     return start
-
-
-@contextmanager
-def beside(server: Server) -> Iterator[Any]:
-    """A connection of another program to the server's database."""
-    with closing(memws.database_at(server.options.db)) as database:
-        yield database.connect()
 
 
 def ends_of(frames: list[JSON]) -> dict[Any, str]:
@@ -330,7 +323,7 @@ async def test_get_agent_counts_the_tokens_of_all_turns(serve: Serve, server: Se
             if HELD in answers:
                 await asked(endpoint, count + 2)
                 assert await totals(client) == [before[0] + 5_000, before[1] + 7]
-                with beside(server) as connection:  # where a crash leaves it
+                with beside(server.options.db) as connection:  # where a crash leaves it
                     state = json.loads(connection.execute("SELECT state FROM agents").fetchone()[0])
                 assert [state["input_tokens"], state["output_tokens"]] == await totals(client)
                 await client.request("cancel")
@@ -783,7 +776,7 @@ async def test_a_message_that_cannot_be_stored_is_refused(
     """When the database refuses a user's message it is refused as store_failed, and works once the database does."""
     await client.ok("subscribe")
     refuse, take = REFUSE_BY_POSTGRES if server.options.db.startswith(memws.POSTGRES) else REFUSE
-    with beside(server) as connection:
+    with beside(server.options.db) as connection:
         connection.execute(refuse.format(table))
         (refusal,) = await client.turn("hi", turn_id="t")
         assert (refusal["code"], "seq" in refusal, refusal["turn_id"]) == ("store_failed", False, "t")
@@ -800,7 +793,7 @@ async def test_a_message_that_cannot_be_stored_is_refused(
 @on_both
 async def test_what_cannot_be_read_is_read_later(client: Wire, server: Server) -> None:
     """A turn, and a subscription, that the database cannot serve end alone with an error; once it can, all goes on."""
-    with beside(server) as connection:
+    with beside(server.options.db) as connection:
         connection.execute("ALTER TABLE messages RENAME TO lost")
         assert (await client.turn("hi", turn_id="t"))[-1]["code"] == "store_failed"
         connection.execute("ALTER TABLE lost RENAME TO messages")
@@ -953,7 +946,7 @@ async def test_a_command_of_a_client_that_leaves_is_done_wholly(
         await client.turn(f"{number} " + "long story " * 100)
     last = (await client.ok("subscribe"))["last_seq"]
     async with wire(server) as leaving:
-        with beside(server) as connection:
+        with beside(server.options.db) as connection:
             connection.execute("BEGIN IMMEDIATE")  # another program holds a lock: the command waits for it
             connection.execute("UPDATE agents SET name = name")
             await leaving.send(type="command", command=command, agent_name="sam", **more)

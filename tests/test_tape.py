@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import call, sentence
+from commandline import Main, sentence
 from endpoint import Answer, Body, Endpoint, Reply, echo, say
 from wire import wire
 
@@ -261,14 +261,14 @@ BROKEN = {  # what is in the file, and what the sentence says
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_files(name: str, tape: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files(name: str, tape: Path, main: Main) -> None:
     """What is no tape is refused with one sentence, for recording too, and is left alone; so are both flags at once."""
     text, sign = BROKEN[name]
     if text is not None:
         tape.write_text(text, "utf-8")
 
     def told(*words: object) -> str:
-        return sentence(call(capsys, "serve", "--port", "0", "--db", ":memory:", "--model", "offline", *words))
+        return sentence(main("serve", "--port", "0", "--db", ":memory:", "--model", "offline", *words))
 
     assert sign in told("--replay", tape)
     if text:

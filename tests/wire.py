@@ -5,7 +5,7 @@ import contextlib
 import functools
 import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
@@ -195,6 +195,13 @@ async def wire(
         if agent is not None:
             await opened.ok("create_agent", config=agent)
         yield opened
+
+
+@contextlib.contextmanager
+def beside(database: str) -> Iterator[Any]:
+    """A connection of another program to a server's database."""
+    with contextlib.closing(memws.database_at(database)) as opened:
+        yield opened.connect()
 
 
 def shape(frames: Iterable[JSON]) -> list[tuple[str, str]]:
