@@ -7795,8 +7795,7 @@ def new_turn_id() -> str:
 class LiveAgent:
     """One agent in use: its turns one after another, its events for any number of readers, its timed heartbeats.
 
-    The newest events are in a ring, all stored ones in the store, too: a reader that has fallen behind the ring misses
-    only what is live.
+    The newest events are in a ring, all stored ones in the store, too: who falls behind misses only what is live.
     """
 
     def __init__(self, agents: Agents, record: AgentRecord) -> None:
@@ -8324,9 +8323,8 @@ class Agents:
             if (vectors := await embedder.vectors([text for _, text in rows])) is None:
                 await asyncio.sleep(embedder.pause)
             else:
-                await self.store.write(
-                    keep_vectors, [(vector, *row) for vector, row in zip(vectors, rows, strict=True)]
-                )
+                found = [(vector, *row) for vector, row in zip(vectors, rows, strict=True)]
+                await self.store.write(keep_vectors, found)
 
 
 # ---- what a connection gets of an agent ------------------------------------------------------------------------------
@@ -9840,9 +9838,11 @@ def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: 
 def make_parser() -> argparse.ArgumentParser:
     """The commands, each with its flags and words; `run` of what it parses carries it out."""
 
-    def add(name: str, meaning: str, run: Callable[[argparse.Namespace], int | None]) -> argparse.ArgumentParser:
+    def add(name: str, meaning: str, run: Callable[..., int | None], *words: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
         command.set_defaults(run=run)
+        for word in words:
+            command.add_argument(word)
         return command
 
     description = (__doc__ or "").partition("\n")[0]
@@ -9861,14 +9861,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_flag(chat, "agent", "the agent to talk to")
     add_flag(chat, "token", "the server's token")
     check = add("check", "look for damage in the database and its agents", check_command)
-    export = add("export", "write one agent, memory and history, as one JSON file", export_command)
-    export.add_argument("name")
+    export = add("export", "write one agent, memory and history, as one JSON file", export_command, "name")
     export.add_argument("file", nargs="?")
-    importing = add("import", "store an agent that export wrote; - is standard input", import_command)
-    importing.add_argument("file")
+    importing = add("import", "store an agent that export wrote; - is standard input", import_command, "file")
     add_flag(importing, "name", "another name for the agent, where its own is taken")
-    backup = add("backup", "copy the database, also while a server runs", backup_command)
-    backup.add_argument("file")
+    backup = add("backup", "copy the database, also while a server runs", backup_command, "file")
     vacuum = add("vacuum", "give disk space back: what was purged, and old exact requests", vacuum_command)
     add_flag(vacuum, "keep_requests", "how long exact requests are kept", 36_500, type=float, metavar="DAYS")
     copy = add("copy", "copy all agents from one database to another, a file or a postgresql:// address", copy_command)
