@@ -8759,7 +8759,8 @@ class Session:
 
     async def restore_agent(self, agent_name: Annotated[str, 0, 1_000], new_name: AgentName = None) -> JSON:
         """Bring back the agent that was deleted last under a name. Result: {agent_name, last_seq}."""
-        name, agents = None if new_name is None else check_name(new_name), self._agents
+        agents = self._agents
+        name = None if new_name is None else check_name(new_name)
         async with agents.lock:
             live = await agents.use(await agents.store.write(restore_agent, agent_name, name))
         return {"agent_name": live.name, "last_seq": live.last_seq}
@@ -9338,7 +9339,8 @@ class Screen:
         self._colour = out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
         if self._colour and os.name == "nt":
             os.system("")  # noqa: S605, S607 (a classic console shows colours once cmd.exe has run in it)
-        self._out, self._prompt, self._mid_line, self._step = out, "", False, 0
+        self._out, self._prompt, self._mid_line = out, "", False
+        self._step = 0
         self._kind = ""  # of the text on the current line
         self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
 
@@ -9386,7 +9388,8 @@ class Screen:
                 self.end_line()
                 self.write(FORMS[kind][0].format(agent_name=printable(event.get("agent_name")), message=""), "bold")
             self.write(printable(text), FORMS[kind][1])
-            self._kind, self._streamed[kind] = kind, self._streamed.get(kind, "") + text
+            self._kind = kind
+            self._streamed[kind] = self._streamed.get(kind, "") + text
         elif kind != "user_message" and text not in self._streamed.get(kind, ""):
             self._kind = ""
             self.show_line(event)
