@@ -8409,8 +8409,9 @@ class Reader:
             elif live.count - self.place > len(live.ring):
                 await self._catch_up()
             else:
+                event = live.ring[self.place - live.count]  # counted from the newest
                 self.place += 1
-                await self._deliver(live.ring[self.place - 1 - live.count])
+                await self._deliver(event)
 
     async def _catch_up(self) -> None:
         self.place = place = self.live.count
@@ -8831,7 +8832,7 @@ class Session:
         Result: {sections: [{name, tokens, text}], used, window, estimated, more, first}."""
         agent = live.agent
         older = [message for message in agent.memory.messages if before is None or message.id < before]
-        bodies = fitting([message.body for message in older[: -limit - 1 : -1]], agent.context([]))
+        bodies = fitting([message.body for message in older[::-1][:limit]], agent.context([]))
         newest = older[len(older) - len(bodies) :]
         about = {"sections": agent.context(newest), "used": agent.used(), "window": agent.window, "estimated": True}
         return about | {"more": len(newest) < len(older), "first": newest[0].id if newest else None}
@@ -8843,7 +8844,7 @@ class Session:
         before a place, from 0. Result: {request, response, usage, first_token_ms, total_ms, more, first}."""
         result = await self._agents.store.read(find_request, live.id, turn_id, step)
         older = result["request"].pop("messages")[:before]
-        messages = result["request"]["messages"] = fitting(older[: -limit - 1 : -1], result)[::-1]
+        messages = result["request"]["messages"] = fitting(older[::-1][:limit], result)[::-1]
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
 
     async def set_block(
