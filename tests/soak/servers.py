@@ -14,23 +14,21 @@ import itertools
 import random
 import re
 import signal
-import tempfile
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from soaking import GONE, Log, Soak, client, run, until
+from soaking import GONE, Log, Site, Soak, client, run, site, until
 
 # isort: split
 from commandline import Serving
-from endpoint import Body, Endpoint, Reply, Request
+from endpoint import Body, Reply, Request
 from measure import percentile
 from postgres import Cluster
 from wire import EVENTS, JSON, Wire, is_terminal
 
 WHAT, COUNT = "kill -9 of servers that share a database, pauses, restarts of the database", 40
-SIZES = {"servers": (3, 2), "clients": (24, 4), "agents": (60, 6), "pauses": (4, 1), "restarts": (2, 1)}
-"""How many of each a full run has, and at least any; each is a flag, too."""
+SERVERS, CLIENTS, AGENTS, PAUSES, RESTARTS = (3, 2), (24, 4), (60, 6), (4, 1), (2, 1)
+"""How many of each a full run has, and any at least."""
 OPTIONS = ("--host", "127.0.0.1", "--model", "test-model", "--context-window", "12000", "--max-steps", "6")
 LEASE = 3.0  # seconds after which a server that is paused has lost its agents
 PATIENCE = 4.0, 30.0  # seconds without an end after which clients try another server; longer nobody need wait
@@ -89,12 +87,11 @@ class Takeover(NamedTuple):
 class Fleet:
     """The servers, their database, and what happens to them."""
 
-    def __init__(self, soak: Soak, where: Path, endpoint: Endpoint, model: Model, cluster: Cluster) -> None:
-        self.soak, self.where, self.endpoint, self.model, self.cluster = soak, where, endpoint, model, cluster
+    def __init__(self, soak: Soak, place: Site, model: Model, cluster: Cluster) -> None:
+        self.soak, self.place, self.model, self.cluster, self.rng = soak, place, model, cluster, soak.rng
         self.database = cluster.database()
-        self.rng = soak.rng
-        self.logs = [Log(soak, f"agent-{number}") for number in range(soak.size("agents", *SIZES["agents"]))]
-        self.clients = [Client(self, number) for number in range(soak.size("clients", *SIZES["clients"]))]
+        self.logs = [Log(soak, f"agent-{number}") for number in range(soak.part(*AGENTS))]
+        self.clients = [Client(self, number) for number in range(soak.part(*CLIENTS))]
         self.started: list[Serving] = []
         self.servers: list[Serving] = []
         self.keys: dict[Serving, str] = {}
@@ -107,8 +104,8 @@ class Fleet:
     async def start(self) -> Serving:
         """A server more."""
         key = f"sk-{len(self.started)}"
-        flags = (*OPTIONS, "--db", self.database, "--base-url", self.endpoint.url)
-        server = Serving(*flags, cwd=self.where, variables={"OPENAI_API_KEY": key})
+        flags = (*OPTIONS, "--db", self.database, "--base-url", self.place.endpoint.url)
+        server = Serving(*flags, cwd=self.place.where, variables={"OPENAI_API_KEY": key})
         self.started.append(server)
         self.keys[server] = f"Bearer {key}"
         await asyncio.to_thread(server.__enter__)
@@ -122,7 +119,7 @@ class Fleet:
 
     async def besiege(self) -> None:
         """Let everything happen, in any order, now and then before the last is over."""
-        pauses, restarts = (self.soak.size(name, *SIZES[name]) for name in ("pauses", "restarts"))
+        pauses, restarts = self.soak.part(*PAUSES), self.soak.part(*RESTARTS)
         faults = [self.kill] * self.soak.count + [self.pause] * pauses + [self.restart] * restarts
         self.rng.shuffle(faults)
         self.soak.total(len(faults) + len(self.logs))
@@ -196,7 +193,7 @@ class Fleet:
 
     async def run(self) -> None:
         """Make the agents, let the clients talk to them while servers come and go, and look at what is left."""
-        self.servers = [await self.start() for _ in range(self.soak.size("servers", *SIZES["servers"]))]
+        self.servers = [await self.start() for _ in range(self.soak.part(*SERVERS))]
         async with client(self.servers[0]) as wire:
             for log in self.logs:
                 await wire.ok("create_agent", config={"name": log.name})
@@ -246,7 +243,7 @@ class Client:
     def __init__(self, fleet: Fleet, number: int) -> None:
         self.fleet, self.soak, self.number = fleet, fleet.soak, number
         self.rng = random.Random(f"{fleet.soak.seed} client {number}")
-        own = set(fleet.logs[number :: fleet.soak.size("clients", *SIZES["clients"])])
+        own = set(fleet.logs[number :: fleet.soak.part(*CLIENTS)])
         own.update(self.rng.sample(fleet.logs, min(5, len(fleet.logs))))
         self.logs = {log.name: log for log in sorted(own, key=lambda log: log.name)}
         self.last = dict.fromkeys(self.logs, 0)  # the newest seq that it was told
@@ -352,18 +349,17 @@ class Client:
 async def main(soak: Soak) -> None:
     soak.none("turns of one agent that overlap", "model requests of one agent at once", "ends told twice")
     soak.none("messages without an end", "clients that wait too long", "turns that end for no reason")
-    soak.none("commands that are refused", "passages lost or doubled", "servers that crash", "tracebacks in logs")
-    soak.none("requests that a strict endpoint refuses")
+    soak.none("commands that are refused", "passages lost or doubled")
     model = Model(soak)
-    with tempfile.TemporaryDirectory(prefix="memws-soak-") as name, Endpoint() as endpoint, Cluster() as cluster:
-        endpoint.default, endpoint.watch = model, model.watch
-        fleet = Fleet(soak, Path(name), endpoint, model, cluster)
-        try:
-            await fleet.run()
-        finally:
-            fleet.leave()
-        for refusal in endpoint.refusals:
-            soak.fault("requests that a strict endpoint refuses", refusal)
+    with Cluster() as cluster:
+        async with site(soak, model) as place:
+            place.endpoint.watch = model.watch
+            fleet = Fleet(soak, place, model, cluster)
+            place.path = fleet.database
+            try:
+                await fleet.run()
+            finally:
+                fleet.leave()
     soak.within("slowest takeover, s", max(fleet.takeovers, default=0.0), TAKEOVER)
     soak.told("takeovers", f"{len(fleet.takeovers)}, half within {percentile(fleet.takeovers, 0.5):.2f} s")
     events = [event for log in fleet.logs for event in log.events.values()]
@@ -372,4 +368,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT, *SIZES)
+    run(main, WHAT, COUNT)
