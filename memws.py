@@ -2708,12 +2708,12 @@ _COPIED = _EXPORTED | {"memory": "doc, store, item, role, time, text, terms, wor
 Step = tuple[str, int, int]  # how far a copy is: what was copied, up to which number, and of how many
 
 
-def find_turn_end(db: SqlConnection, agent: int, turn_id: str) -> AgentRecord:
-    """The agent as it was at the end of a turn, its last seq then. Raises Refused (unknown_turn, busy, not_found)."""
+def find_turn_end(db: SqlConnection, record: AgentRecord, turn_id: str) -> AgentRecord:
+    """An agent as it was at the end of a turn, its last seq then. Raises Refused (unknown_turn, busy, not_found)."""
     sql = """SELECT seq, kind, pieces FROM events LEFT JOIN requests ON requests.agent = events.agent
         AND requests.turn_id = events.turn_id AND step = 0 WHERE events.agent = ? AND events.turn_id = ?
         AND kind <> 'user_message' ORDER BY seq DESC LIMIT 1"""
-    seq, kind, pieces = db.execute(sql, (agent, turn_id)).fetchone() or (0, "", None)
+    seq, kind, pieces = db.execute(sql, (record.id, turn_id)).fetchone() or (0, "", None)
     if not kind:
         raise Refused("unknown_turn", f"the agent never had a turn {quote(turn_id)}; get_messages shows their ids")
     if kind not in TERMINAL_TYPES:
@@ -2722,7 +2722,6 @@ def find_turn_end(db: SqlConnection, agent: int, turn_id: str) -> AgentRecord:
         reason = "vacuum --keep-requests has dropped it, or an earlier memws did not keep it"
         raise Refused("not_found", f"what the agent was at the end of turn {quote(turn_id)} is gone: {reason}")
     config, state, blocks = decode_json(zlib.decompress(pieces))
-    record = AgentRecord(*db.execute(f"SELECT {_AGENT_COLUMNS} FROM agents WHERE id = ?", (agent,)).fetchone())
     return replace(record, config=config, state=state, blocks=blocks, last_seq=seq)
 
 
@@ -5372,20 +5371,6 @@ class Agent:
             raise ToolError(f"not run: nobody allowed it within {APPROVAL_TIMEOUT:g} s") from None
         finally:
             del self.approvals[about["tool_call_id"]]
-
-    def approve(self, call_id: str, allow: bool, arguments: JSON | None, reason: str) -> None:
-        """Answer a call that waits for it. Raises Refused (not_found), InvalidRequest for arguments that do not fit."""
-        _, tool, answer = self.approvals.get(call_id, (None, None, None))
-        if answer is None or tool is None or answer.done():
-            text = f"no call {quote(call_id)} waits to be allowed: it was answered, withdrawn, or too late"
-            raise Refused("not_found", text)
-        if not allow:
-            answer.set_exception(ToolError(f"not run: a person denied it{f' ({reason})' if reason else ''}"))
-        elif arguments is None:
-            answer.set_result(None)
-        else:
-            bound, shown = tool.function.bind(arguments, lenient=True), encode_json(without_heartbeat(arguments))
-            answer.set_result((bound, f"a person had it run with {shown}: "))
 
     def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
         """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
@@ -8770,7 +8755,7 @@ class Session:
         """Make another agent: a copy with all memory and history, as of now or of the end of a turn. A turn that runs
         is no part of it. Result: {agent_name, last_seq}."""
         name, agents, agent = check_name(new_name or name_like(live.name)), self._agents, await live.fresh()
-        record = await agents.store.read(find_turn_end, live.id, turn_id) if turn_id else agent.as_stored()
+        record = await agents.store.read(find_turn_end, agent.record, turn_id) if turn_id else agent.as_stored()
         record = replace(record, name=name, created=now_text())
         async with agents.copied(live, record, Turn("", None)) as copy, agents.lock:
             await agents.store.write(name_agent, copy, name)
@@ -8780,10 +8765,9 @@ class Session:
     async def rewind_agent(self, live: LiveAgent, turn_id: TurnId, keep_as: AgentName = None) -> JSON:
         """Make an agent what it was at the end of a turn; as it is now it goes on under another name.
         Result: {agent_name, last_seq, kept_as}."""
-        kept_as, agents = check_name(keep_as or name_like(live.name)), self._agents
-        await live.fresh()
+        kept_as, agents, agent = check_name(keep_as or name_like(live.name)), self._agents, await live.fresh()
         with live.occupied("rewind") as item:
-            record = replace(await agents.store.read(find_turn_end, live.id, turn_id), name=kept_as)
+            record = replace(await agents.store.read(find_turn_end, agent.record, turn_id), name=kept_as)
             async with agents.copied(live, record, item) as copy, agents.lock:
                 async with live.agent.memory.lock:
                     names = live.name, kept_as, live.lease
@@ -8893,7 +8877,18 @@ class Session:
     ) -> JSON:
         """Allow a call that waits for it, also with other `arguments` than the model's, or deny it; the model reads the
         `reason`."""
-        (await live.fresh()).approve(tool_call_id, allow, arguments, clean_text(reason))
+        _, tool, answer = (await live.fresh()).approvals.get(tool_call_id, (None, None, None))
+        if answer is None or tool is None or answer.done():
+            text = f"no call {quote(tool_call_id)} waits to be allowed: it was answered, withdrawn, or too late"
+            raise Refused("not_found", text)
+        if not allow:
+            why = f" ({clean_text(reason)})" if reason else ""
+            answer.set_exception(ToolError(f"not run: a person denied it{why}"))
+        elif arguments is None:
+            answer.set_result(None)
+        else:
+            bound, shown = tool.function.bind(arguments, lenient=True), encode_json(without_heartbeat(arguments))
+            answer.set_result((bound, f"a person had it run with {shown}: "))
         return {}
 
 
