@@ -2361,32 +2361,23 @@ class Leases:
     down beside the agent: what a server commits without having the lease any more is refused.
     """
 
-    def __init__(self, database: Postgres) -> None:
+    def __init__(
+        self, database: Postgres, wanted: Callable[[], set[int]], told: Callable[[dict[int, str]], None]
+    ) -> None:
+        """wanted: the ids of agents, asked for on a thread; told: hears of their owners, "" where we no longer are."""
         self.address = ""  # under which the others reach this server
         self.lease = ""  # how this server is written down as an owner
         self.database, self._failure, self._seen = database, "", time.monotonic()
-        self._wanted: dict[int, Callable[[str], None]] = {}
+        self._wanted, self._told = wanted, told
         self._news, self._over = threading.Event(), False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._keep, name="memws-leases", daemon=True)
         self._thread.start()
 
-    def want(self, agent: int, told: Callable[[str], None]) -> None:
-        """Ask for the lease of an agent; `told` hears on this loop again and again who is the owner, and "" once we are
-        not any more."""
+    def ask(self) -> None:
+        """Look at once for what is wanted; from now on tell it on this loop."""
         self._loop = asyncio.get_running_loop()
-        self._wanted[agent] = told
         self._news.set()
-
-    def drop(self, agent: int) -> None:
-        """Ask no longer, and give back what there is."""
-        self._wanted.pop(agent, None)
-        self._news.set()
-
-    def move(self, agent: int, other: int) -> None:
-        """Ask for another one's instead."""
-        self.want(other, self._wanted[agent])
-        self.drop(agent)
 
     @property
     def problem(self) -> str:
@@ -2419,7 +2410,7 @@ class Leases:
         self.lease = lease = f"{address}#{secrets.token_hex(8)}"
         try:
             while address == self.address and not self._over:
-                wanted = set(self._wanted)
+                wanted = self._wanted()
                 for agent in held - wanted:
                     connection.execute("SELECT pg_advisory_unlock('agents'::regclass::int, ?)", (agent,))
                     held.remove(agent)
@@ -2437,14 +2428,9 @@ class Leases:
             self._tell(dict.fromkeys(held, ""))
 
     def _tell(self, owners: dict[int, str]) -> None:
-        if self._loop:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._hear, owners)
-
-    def _hear(self, owners: dict[int, str]) -> None:
-        for agent, owner in owners.items():
-            if told := self._wanted.get(agent):
-                told(owner)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            if self._loop:
+                self._loop.call_soon_threadsafe(self._told, owners)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -7808,12 +7794,6 @@ class LiveAgent:
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
-    def become(self, agent: int) -> None:
-        """Be the agent of that id from now on, for whoever reads or speaks here."""
-        if self.agents.leases:
-            self.agents.leases.move(self.id, agent)
-        self.id = agent
-
     def take_name(self, name: str) -> None:
         """Be known under the name from now on."""
         self.leave_name()
@@ -8006,8 +7986,6 @@ class LiveAgent:
         self.closed = True
         if self.gone:
             self.leave_name()
-            if self.agents.leases:
-                self.agents.leases.drop(self.id)
         self.wake()
         self.rest()
 
@@ -8029,9 +8007,9 @@ class SharedAgent(LiveAgent):
         self._problem: MemwsError | None = None  # why it is neither run nor followed
         self._leases, self._owner, self._settling = leases, "", asyncio.Lock()
         self._work = agents.spawn(self._settle())
-        leases.want(record.id, self._take_owner)
 
-    def _take_owner(self, owner: str) -> None:
+    def take_owner(self, owner: str) -> None:
+        """Be run by the server that has that lease, or has had it; "": by none."""
         if owner != self._owner:
             self._owner, self.lease = owner, owner if owner == self._leases.lease else ""
             self.here, self._problem = False, None
@@ -8063,9 +8041,7 @@ class SharedAgent(LiveAgent):
 
     async def look_up(self) -> None:
         """Take id and name as the database has them. Raises StoreFailed, Refused."""
-        agent, name, _ = await self.agents.store.read(find_name, self.id, self.name)
-        if agent != self.id:
-            self.become(agent)
+        self.id, name, _ = await self.agents.store.read(find_name, self.id, self.name)
         self.take_name(name)
 
     async def runner(self) -> Client | None:
@@ -8184,11 +8160,14 @@ class Agents:
         self.database = database_at(options.db, options.sync)
         self.store = Store(self.database)
         self.models.recalled = self.store.settings
-        self.leases = Leases(self.database) if isinstance(self.database, Postgres) else None
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.memory_growth = asyncio.Event()  # something may have no vector yet
         self.lock = asyncio.Lock()  # held while a name changes hands
+        self._embeds = asyncio.Event()  # this server gives vectors, which one does for all
+        self.leases: Leases | None = None
+        if isinstance(self.database, Postgres):
+            self.leases = Leases(self.database, self._in_use, self._hear)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -8224,6 +8203,7 @@ class Agents:
                 await known.look_up()
             shared = known if known and known.id == record.id else SharedAgent(self, record, self.leases)
             shared.take_name(record.name)
+            self.leases.ask()
             return shared
         live = LiveAgent(self, record)
         await live.open(record)
@@ -8231,6 +8211,17 @@ class Agents:
         live.rest()
         self.memory_growth.set()
         return live
+
+    def _in_use(self) -> set[int]:
+        """The agents to be run here, for any thread; 0: to embed."""
+        return {live.id for live in list(self.live.values())} | ({0} if self.models.embedder else set())
+
+    def _hear(self, owners: dict[int, str]) -> None:
+        for live in list(self.live.values()):
+            if isinstance(live, SharedAgent) and live.id in owners:
+                live.take_owner(owners[live.id])
+        if owners.get(0):
+            self._embeds.set()
 
     async def create(self, values: JSON, base_url: str | None, api_key: str | None) -> tuple[LiveAgent, list[str]]:
         """A new agent, and what of its config is ignored. Raises Refused."""
@@ -8290,9 +8281,7 @@ class Agents:
         if (embedder := self.models.embedder) is None:
             return
         if self.leases:  # one of the servers does it
-            leads = asyncio.Event()
-            self.leases.want(0, lambda owner: leads.set())
-            await leads.wait()
+            await self._embeds.wait()
         if self.store.settings.get("embedding_model") != embedder.name:
             cleared: int | None = 0
             while cleared is not None:
@@ -8773,7 +8762,7 @@ class Session:
                     names = live.name, kept_as, live.lease
                     events = await agents.store.write(finish_rewind, live.id, copy, *names)
                     live.agent.record.id, live.agent.memory.stale = 0, True  # who waits for the lock edits nothing
-                    live.become(copy)
+                    live.id = copy
                 await live._mend()  # before it is told: who hears of it may ask at once
                 live.publish(*events)
         return {"agent_name": live.name, "last_seq": live.last_seq, "kept_as": kept_as}
@@ -9074,6 +9063,7 @@ class WebSocketServer:
         self._loop, agents = asyncio.get_running_loop(), self.open()
         if agents.leases:
             agents.leases.address = advertised(self.options, self.host, self.port)
+            agents.leases.ask()
         for bound in self._sockets:
             listener = await websockets.asyncio.server.serve(
                 self.handle_client,
