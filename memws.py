@@ -1714,6 +1714,8 @@ def store_error(error: Exception) -> MemwsError:
     """The error as callers of the store know it."""
     if isinstance(error, MemwsError):
         return error
+    if "agents_live" in str(error):  # another server was a little faster
+        return Refused("name_taken", "another agent has got the name just now; choose another name or load it")
     if not isinstance(error, sqlite3.Error):  # what a damaged row reads like, or a fault of ours
         logger.error("a transaction failed", exc_info=error)
     return StoreFailed(f"the database refused: {error}")
@@ -2000,13 +2002,11 @@ def read_messages(
     return [ChatMessage(*row) for row in rows][::-1]
 
 
-def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], dict[str, int]]:
-    """The chat messages from id `first` on, and counts: last_message, passages, last_passage."""
+def load_messages(db: SqlConnection, agent: int, first: int) -> tuple[list[ChatMessage], tuple[int, int, int]]:
+    """The chat messages from id `first` on; the id of the last one, the number of passages, the id of the last one."""
     sql = """SELECT (SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?), count(*), coalesce(max(item), 0)
         FROM memory WHERE agent = ? AND store = 'archival'"""
-    last, passages, last_passage = db.execute(sql, (agent, agent)).fetchone()
-    counts = {"last_message": last, "passages": passages, "last_passage": last_passage}
-    return read_messages(db, agent, first=first), counts
+    return read_messages(db, agent, first=first), db.execute(sql, (agent, agent)).fetchone()
 
 
 def _whole(event: StoredEvent) -> StoredEvent:
@@ -2116,28 +2116,21 @@ def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False
     return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
 
 
-@contextlib.contextmanager
-def _claiming(db: SqlConnection, name: str) -> Iterator[int]:
-    """Around what gives an agent the name: the highest seq seen under it. Raises Refused (name_taken)."""
+def _claim(db: SqlConnection, name: str) -> int:
+    """The highest seq seen under a name that is to be given. Raises Refused (name_taken)."""
     sql = f"SELECT coalesce(max(last_seq), 0), count(CASE WHEN {_LIVE} THEN 1 END) FROM agents WHERE name = ?"
     last_seq, taken = db.execute(sql, (name,)).fetchone()
-    try:
-        if taken:
-            raise sqlite3.IntegrityError("UNIQUE constraint failed")  # as where another server is a little faster
-        yield int(last_seq)
-    except sqlite3.IntegrityError as error:
-        if not str(error).startswith("UNIQUE"):
-            raise
-        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it") from None
+    if taken:
+        raise Refused("name_taken", f"there is an agent {name!r} already; choose another name or load it")
+    return int(last_seq)
 
 
 def name_agent(db: SqlConnection, agent: int, name: str, least: int = 0) -> int:
     """Give an agent, live or deleted, the name; its last seq there, at least so much. Raises Refused (name_taken)."""
     sql = """UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END
         WHERE id = ? RETURNING last_seq"""
-    with _claiming(db, name) as last_seq:
-        last_seq = max(last_seq, least)
-        return int(db.execute(sql, (name, last_seq, last_seq, agent)).fetchone()[0])
+    last_seq = max(_claim(db, name), least)
+    return int(db.execute(sql, (name, last_seq, last_seq, agent)).fetchone()[0])
 
 
 def _leave_name(db: SqlConnection, agent: int) -> None:
@@ -2149,10 +2142,9 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
 
 def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
     """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
-    with _claiming(db, record.name) as last_seq:
-        row = asdict(record) | {"last_seq": max(record.last_seq, last_seq)}
-        del row["id"]
-        insert(db, "agents", **row)
+    row = asdict(record) | {"last_seq": max(record.last_seq, _claim(db, record.name))}
+    del row["id"]
+    insert(db, "agents", **row)
     return find_agent(db, record.name)
 
 
@@ -2607,9 +2599,8 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UsageError(f"damaged: {place}: {reason}") from None
         index_memory(db, agent)
-        last_seq = db.execute("SELECT coalesce(max(seq), 0) FROM events WHERE agent = ?", (agent,)).fetchone()[0]
-        sql = "UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?"
-        db.execute(sql, (last_seq, agent, last_seq))
+        last_seq = max((row["seq"] for row in data["events"]), default=0)
+        db.execute("UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?", (last_seq, agent, last_seq))
     return record.name
 
 
@@ -4338,10 +4329,10 @@ class Memory:
         """Read all of it; how many messages no endpoint would take, which are left out. Raises StoreFailed."""
         state = self.record.state
         messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
+        self.last_message, self.archival, last_passage = counts
         self.messages = [message for message in messages if read_body(message.role, message.body) is not None]
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
-        self.archival, self.last_message = counts["passages"], counts["last_message"]
-        state["last_passage"] = max(counts["last_passage"], state["last_passage"])
+        state["last_passage"] = max(last_passage, state["last_passage"])
         self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
         return len(messages) - len(self.messages)
 

@@ -136,7 +136,7 @@ class Lab:
         assert (record.state, record.config) == (agent.record.state, agent.record.config)
         assert record.blocks == [asdict(block) for block in memory.blocks.values()]
         assert [message.body for message in messages] == [message.body for message in memory.messages]
-        assert (counts["last_message"], counts["passages"]) == (memory.last_message, memory.archival)
+        assert counts[:2] == (memory.last_message, memory.archival)
         assert record.state.get("turn") is None
 
     async def events(self, agent: memws.Agent, turn_id: str | None = None) -> list[Body]:

@@ -228,7 +228,7 @@ async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None
     """In its place stands a correction, in that of a turn's end an end that says so."""
     agent = await new_agent(store)
     before = await store.write(commit, agent.id, Changes([start(), tell(), tell("whole"), start("t1", "end")]))
-    store._connection.execute("UPDATE events SET text = ? WHERE seq IN (2, 4)", (text,))
+    await store.write(lambda db: db.execute("UPDATE events SET text = ? WHERE seq IN (2, 4)", (text,)))
     events = await store.read(read_events, agent.id, 0, 10)
     assert events[::2] == before[::2]
     assert [event[:3] for event in events[1::2]] == [(2, "correction", "t1"), (4, "agent_response_error", "t1")]
@@ -438,7 +438,7 @@ async def test_a_former_export_is_read(database: str, tmp_path: Path) -> None:
         messages, counts = await store.read(memws.load_messages, agent.id, 0)
         read = [{"id": message.id, "body": message.body} for message in messages]
         assert read == [{key: row[key] for key in ("id", "body")} for row in data["messages"]]
-        assert counts == {"passages": 1, "last_passage": 1, "last_message": len(messages)}
+        assert counts == (len(messages), 1, 1)
         assert memws.history_faults(messages) == ([], {})
         events = await store.read(read_events, agent.id, 0, 100)
         assert [event.text for event in events] == [row["text"] for row in data["events"]]
