@@ -20,13 +20,14 @@ sys.path.append(str(Path(__file__).with_name("soak")))
 soaking: Any = importlib.import_module("soaking")
 pytestmark = pytest.mark.anyio
 
+Online = Callable[..., Any]
 MESSAGE = "Please do it, and mind the gap between ä and 日"
 
 
 class Place:
-    """One database and whatever serves it, one server process after another; with a desk, a program with tools."""
+    """One database and whatever serves it, one server after another; with a desk, a program with tools."""
 
-    def __init__(self, folder: Path, database: str, endpoint: Endpoint, desk_port: int | None = None) -> None:
+    def __init__(self, folder: Path, database: str, endpoint: Endpoint, desk_port: int | None) -> None:
         self.folder, self.database, self.endpoint, self.desk_port = folder, database, endpoint, desk_port
 
     def serve(self) -> Serving:
@@ -40,6 +41,14 @@ class Place:
 
     def check(self) -> None:
         soaking.check_database(self.database)
+
+    @asynccontextmanager
+    async def again(self, online: Online) -> AsyncIterator[Wire]:
+        """A client of a server that serves the database again, in this process, which has openai imported by now."""
+        server = online(db=self.database)
+        async with wire(server, "*") as client:
+            yield client
+        await asyncio.to_thread(server.stop)
 
 
 @dataclass(frozen=True)
@@ -111,31 +120,28 @@ async def check_turn(client: Wire, before: list[JSON]) -> list[JSON]:
     return turn
 
 
-async def check_aftermath(place: Place, before: list[JSON], desk: Any, clean: bool) -> list[JSON]:
+async def check_aftermath(place: Place, before: list[JSON], desk: Any, clean: bool, online: Online) -> list[JSON]:
     """Serve the database again, and look at everything that a client may rely on; the events of the turn t1."""
     endpoint = place.endpoint
     place.check()
     endpoint.release()
-    with place.serve() as serving:
-        async with wire(serving, "*") as client:
-            assert (await client.ok("load_agent", name="sam"))["repaired"] == [] or not clean
-            turn = await check_turn(client, before)
-            calls, requests = desk.calls.copy(), len(endpoint.requests)
-            again = await client.turn(MESSAGE, turn_id="t1", agent_name="sam", id="again")
-            assert [bare(frame) for frame in again] == [bare(frame) for frame in turn]
-            assert (again[0]["id"], again[-1]["id"]) == ("again", "again")
-            other = await client.turn("Something else", turn_id="t1", agent_name="sam")
-            assert [frame.get("code") for frame in other] == ["turn_id_reused"]
-            assert (desk.calls, len(endpoint.requests)) == (calls, requests)
+    async with place.again(online) as client:
+        assert (await client.ok("load_agent", name="sam"))["repaired"] == [] or not clean
+        turn = await check_turn(client, before)
+        calls, requests = desk.calls.copy(), len(endpoint.requests)
+        again = await client.turn(MESSAGE, turn_id="t1", agent_name="sam", id="again")
+        assert [bare(frame) for frame in again] == [bare(frame) for frame in turn]
+        assert (again[0]["id"], again[-1]["id"]) == ("again", "again")
+        other = await client.turn("Something else", turn_id="t1", agent_name="sam")
+        assert [frame.get("code") for frame in other] == ["turn_id_reused"]
+        assert (desk.calls, len(endpoint.requests)) == (calls, requests)
 
-            following = await client.turn("And now?", agent_name="sam")
-            assert (following[0]["seq"], following[-1]["stop_reason"]) == (turn[-1]["seq"] + 1, "done")
-            assert [frame["message"] for frame in of_kind(following, "assistant_message")] == ["Hello!"]
-            assert await messages_of(client, "sam") == [MESSAGE, "And now?"]
-            texts = [event["message"] for event in packed(endpoint.requests[-1], "user_message")]
-            assert texts == [MESSAGE, "And now?"]
-        assert serving.end() == 0
-    assert "Traceback" not in serving.log
+        following = await client.turn("And now?", agent_name="sam")
+        assert (following[0]["seq"], following[-1]["stop_reason"]) == (turn[-1]["seq"] + 1, "done")
+        assert [frame["message"] for frame in of_kind(following, "assistant_message")] == ["Hello!"]
+        assert await messages_of(client, "sam") == [MESSAGE, "And now?"]
+        texts = [event["message"] for event in packed(endpoint.requests[-1], "user_message")]
+        assert texts == [MESSAGE, "And now?"]
     place.check()
     return turn
 
@@ -157,15 +163,16 @@ CASES += [(BETWEEN, "INT", "postgresql")]
     indirect=["database"],
 )
 async def test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice(
-    stage: Stage, name: str, database: str, endpoint: Endpoint, tmp_path: Path
+    stage: Stage, name: str, database: str, endpoint: Endpoint, tmp_path: Path, online: Online, caplog: Any
 ) -> None:
     """All that was told is there once, the turn has its end, and sent again is replayed; a signal leaves no repair."""
     async with at(stage, endpoint, tmp_path, database) as (place, serving, client, desk):
         serving.process.send_signal(signal.Signals[f"SIG{name}"])
         code = await client.closed()
         status = await asyncio.to_thread(serving.wait, 4)
-        turn = await check_aftermath(place, client.frames, desk, clean=name != "KILL")
+        turn = await check_aftermath(place, client.frames, desk, name != "KILL", online)
     assert ("Traceback" in serving.log, "ERROR" in serving.log) == (False, False)
+    assert [record for record in caplog.records if record.exc_info] == []
     if name != "KILL":
         (end,) = filter(is_terminal, client.frames)
         assert (code, status, end["stop_reason"], bare(end)) == (1001, 0, stage.ends[0], bare(turn[-1]))
@@ -183,7 +190,9 @@ async def test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice(
         assert list(desk.calls.elements()) == ["May I?", "Really?"]
 
 
-async def test_a_repair_is_made_once_and_before_all_else(database: str, endpoint: Endpoint, tmp_path: Path) -> None:
+async def test_a_repair_is_made_once_and_before_all_else(
+    database: str, endpoint: Endpoint, tmp_path: Path, online: Online
+) -> None:
     """However often a server is killed while it repairs, an old turn has one end, before the start of a new one."""
     async with at(TOOL, endpoint, tmp_path, database) as (place, serving, client, _):
         serving.end(signal.SIGKILL)
@@ -196,11 +205,10 @@ async def test_a_repair_is_made_once_and_before_all_else(database: str, endpoint
                         await again.receive()
                     serving.end(signal.SIGKILL)
                     await again.closed()
-        with place.serve() as serving:
-            async with wire(serving, "*") as again:
-                turn = await again.turn("And now?", agent_name="sam", turn_id="t2")
-                events = await events_of(again)
-                assert (await again.ok("load_agent", name="sam"))["repaired"] == []
+        async with place.again(online) as again:
+            turn = await again.turn("And now?", agent_name="sam", turn_id="t2")
+            events = await events_of(again)
+            assert (await again.ok("load_agent", name="sam"))["repaired"] == []
     (ended,) = [frame for frame in events if is_terminal(frame) and frame["turn_id"] == "t1"]
     assert (ended["seq"] + 1, ended["stop_reason"]) == (turn[0]["seq"], "interrupted")
     assert {frame["turn_id"] for frame in turn} == {"t2"}
