@@ -5322,7 +5322,8 @@ class Agent:
                 change.add_event("approval_request", f"may {call.name} run?", **about, seconds=APPROVAL_TIMEOUT)
             async with change.apart():
                 with turn.interruptible():
-                    arguments, note = (waits and await self._allowed(tool, about)) or (arguments, "")
+                    edited = await self._allowed(tool, about) if waits else None
+                    arguments, note = edited or (arguments, "")
                     return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
         try:
             result = tool.function.call(change, **arguments)

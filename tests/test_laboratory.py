@@ -95,9 +95,8 @@ async def test_a_text_is_taken_back(client: Wire, endpoint: Endpoint) -> None:
     full = await client.ended()
     assert (full["id"], full["code"]) == (8, "queue_full")
     assert await client.ok("cancel", turn_id="t3") == {"state": "removed"}
-    assert [frame["code"] for frame in [*client.before_answer, await client.receive()] if "code" in frame] == [
-        "cancelled"
-    ]
+    codes = [frame["code"] for frame in (*client.before_answer, await client.receive()) if "code" in frame]
+    assert codes == ["cancelled"]
     endpoint.release()
     await client.ended()
     texts = [f"text {number}" for number in range(8) if number != 3]
@@ -206,6 +205,4 @@ async def test_a_restart_withdraws_a_request(
     async with wire(again, "*") as client:
         await client.ok("load_agent", name="sam")
         assert (await client.ok("get_agent"))["turn"] is None
-        events = await events_of(client)
-    assert events[-1]["stop_reason"] == "interrupted"
-    assert spent == []
+        assert ((await events_of(client))[-1]["stop_reason"], spent) == ("interrupted", [])
