@@ -8115,7 +8115,7 @@ class SharedAgent(LiveAgent):
         with contextlib.suppress(ConnectionLost):  # it is sent again
             async for event in turn:
                 if event["type"] == "agent_response_error" and "seq" not in event and item in self.waiting:
-                    self.refuse(item, RemoteError(event["code"], event["message"]))
+                    self.refuse(item, RemoteError(event["message"], event["code"]))
             if item in self.waiting:
                 self._end(item)
 

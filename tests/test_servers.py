@@ -68,17 +68,19 @@ async def test_a_server_without_the_lease_stores_nothing(pair: tuple[Wire, Wire]
 
 
 async def test_as_many_wait_elsewhere_as_here(pair: tuple[Wire, Wire], endpoint: Endpoint) -> None:
-    """Beside the turn that runs eight messages of a connection may wait, with any server."""
+    """Beside the turn that runs eight messages of a connection may wait, with any server, and be taken back."""
     for client in pair:
         before = len(endpoint.requests)
         endpoint.script(say("held", hold=True))
         for number in range(11):
-            await client.say(f"message {number}", agent_name="sam", id=number)
+            await client.say(f"message {number}", agent_name="sam", id=number, turn_id=f"{before}-{number}")
         refused = [await client.until(is_terminal) for _ in range(2)]
         assert [(frames[-1]["id"], frames[-1]["code"]) for frames in refused] == [(9, "queue_full"), (10, "queue_full")]
         await asyncio.to_thread(endpoint.wait_requests, before + 1)
+        await client.request("cancel", agent_name="sam", turn_id=f"{before}-8")
+        assert (await client.until(is_terminal))[-1]["code"] == "cancelled"
         endpoint.release()
-        await client.until(lambda frame: is_terminal(frame) and frame.get("id") == 8)
+        await client.until(lambda frame: is_terminal(frame) and frame.get("id") == 7)
 
 
 async def test_a_turn_that_a_client_wakes_is_told_to_it(pair: tuple[Wire, Wire]) -> None:
