@@ -2831,12 +2831,9 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
         <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin|invoke)  # <|python_tag|>, DeepSeek
         | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_\w+)?[\s=>]  # <tool_call>, <function=name>
         | <\|open\|>(?:tools|call)\b | \]<\]\w+\[>\[  # Kimi K3, MiniMax M3
-        | \[TOOL_\w+\]  # Mistral, LM Studio
+        | \[TOOL_\w+\] | \bfunctools(?=\[) | ✿\w+✿ | {_AT_START}```tool_  # Mistral, Phi, Qwen Agent, Gemma
         | {_AT_START}\[?(?:Calling\ tool:|(?:tool|function)[_ ]calls?:?)\s*
             (?=[\w.]*\(?\s*\[?\s*\{{\s*["'] | [\w.]+\(\w+=)  # LFM 2, where the next line is a call
-        | {_AT_START}```tool_  # Gemma
-        | \bfunctools(?=\[)  # Phi
-        | ✿\w+✿  # Qwen Agent
         | {_AT_START}>>>(?!all\n)(?=\w+\n)  # Functionary
         | {_AT_START}Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
         | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary)  # gpt-oss, also where its tokens are lost
@@ -2875,6 +2872,8 @@ _IN_MARKUP = functools.partial(
     """,
     _VERBOSE,
 )
+_PLAIN = {"string": r"\g<0>", "name": r" to=\g<name> ", "cut": " to=unknown {", "close": " {} "}
+_PLAIN |= {"arrow": ":", "flag": r'"\g<flag>":'}
 _BRACES = re.compile(rf"{_STRING} | [{{}}]", re.DOTALL | re.VERBOSE)
 _NAMED = re.compile(  # the name of a tool before its arguments, and what may stand beside it
     r"(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?:?(?:\s+(?:commentary|json|code))*",
@@ -2890,18 +2889,15 @@ _SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrog
     r'"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)', re.IGNORECASE
 )
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
-_FAULTS = {  # of an answer, by words in its finish reason: the error's code, and why it is not whole
-    "broken": (
-        "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang|unknown",
-        "model_unavailable",
-        "broke off",
-    ),
-    "filtered": (
-        "filter|safe|sensitive|guard|block|prohibit|recit|refus|spii|jailbreak|violat|moderat",
-        "model_refused",
-        "was filtered",
-    ),
-    "length": ("length|max|limit|window|trunc", "bad_output", "was cut off at the endpoint's length limit"),
+_FAULTS = {  # of an answer, by words in its finish reason
+    "broken": "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang",
+    "filtered": "filter|safe|sensitive|guard|block|prohibit|recit|refus|spii|jailbreak|violat|moderat",
+    "length": "length|max|limit|window|trunc",
+}
+_ENDS = {  # the error's code, and why the answer is not whole
+    "broken": ("model_unavailable", "broke off"),
+    "filtered": ("model_refused", "was filtered"),
+    "length": ("bad_output", "was cut off at the endpoint's length limit"),
 }
 
 
@@ -2965,12 +2961,12 @@ class Reply:
     @property
     def fault(self) -> str:
         """Why its text is not all of the answer: one of _FAULTS, or "cut" by us; empty: it is."""
-        faults = (fault for fault, row in _FAULTS.items() if re.search(row[0], str(self.finish), re.IGNORECASE))
+        faults = (fault for fault, words in _FAULTS.items() if re.search(words, str(self.finish), re.IGNORECASE))
         return next(faults, "cut" if self.full else "")
 
     def problem(self, text: str) -> ModelError:
         """The error for an answer that is not whole; for a whole one that `text`."""
-        _, code, end = _FAULTS.get(self.fault, ("", "bad_output", f"was cut at {MAX_REPLY:,} characters"))
+        code, end = _ENDS.get(self.fault, ("bad_output", f"was cut at {MAX_REPLY:,} characters"))
         return ModelError(code, f"the model's answer {end}" if self.fault else text, retry=code != "bad_output")
 
     def feed(self, chunk: JSON) -> None:
@@ -3226,13 +3222,7 @@ def _plain(match: re.Match[str]) -> str:
         return encode_json(match["inner"])
     if kind == "parameters":
         return encode_json(dict(re.findall(_PARAMETER, match[0], _VERBOSE)))
-    if kind == "python":
-        return _python_call(match[0])
-    if kind == "name":
-        return f" to={match[kind]} "
-    if kind == "flag":
-        return f'"{match[kind]}":'
-    return {"string": match[0], "cut": " to=unknown {", "close": " {} ", "arrow": ":"}.get(kind, " ")
+    return _python_call(match[0]) if kind == "python" else match.expand(_PLAIN.get(kind, " "))
 
 
 def _python_call(text: str) -> str:
@@ -3326,15 +3316,12 @@ _OTHERS = (  # what else may have such names
 _EFFORT = r"reasoning effort (?:(?:must|should) be )?(?:to |= |as )?(none|low|medium)\b"
 
 _LACKS = "missing|required|must be (?:passed|sent|provided|included|present)|need"
+_UNSUPPORTED = "not (?:support|enabl|allow)|unsupport"
 _LESSONS = (  # phrases, others near them; the rule of shape that they ask for
     (r"alternat(?:e|ing)\b|(?:successive|consecutive) (?:user|mess|role)|in a row\b", "", "alternate"),
     (r"(?:after|follow) (?:a |role |messages with role )?(?:tool|user turn)\b", "", "alternate"),
     ("not support (?:the )?system|only user (?:and )?assistant (?:and tool )?roles", "", "systemless"),
-    (
-        "system (?:role|message|prompt)|developer (?:role|message|instruction)|role system",
-        "not (?:support|enabl|allow)|unsupport",
-        "systemless",
-    ),
+    ("(?:system|developer) (?:role|message|instruction|prompt)|role system", _UNSUPPORTED, "systemless"),
     (r"call ids?\b|calls \d+ id\b|tool use id\b", "length|too long|a z|pattern|alphanumeric", "short ids"),
     ("content or tool calls but not both", "", "calls alone"),
     ("reasoning content", _LACKS, "with reasoning_content"),
@@ -3622,10 +3609,7 @@ class Endpoint:
 
 
 class OpenAIModel:
-    """A model behind the chat-completions API (OpenAI, Ollama, vLLM, llama.cpp, LM Studio, …), streamed.
-
-    The request's bytes are ours and chunks stay dicts: the client's typed walk over 100 messages costs 15 ms.
-    """
+    """A model behind the chat-completions API, streamed. Chunks stay dicts: types for 100 messages cost 15 ms."""
 
     def __init__(self, name: str, endpoint: Endpoint, recalled: Mapping[str, str]) -> None:
         self.name, self.endpoint = name, endpoint
@@ -3725,11 +3709,10 @@ class OpenAIModel:
         text += f"; it asks to wait {wait:g} s" if wait else ""
         retry = bool(remedy) and (wait or 0) <= MAX_RETRY_AFTER
         wait = wait or LOADING_PAUSE if remedy == "wait" else wait
-        error = ModelError(code, text, retry=retry, retry_after=wait)
         written = refusal.fields.get("failed_generation") or ""
-        error.generation = written if isinstance(written, str) else encode_json(written)
-        error.loading = retry and remedy == "wait"
-        return error
+        written = written if isinstance(written, str) else encode_json(written)
+        loading = retry and remedy == "wait"
+        return ModelError(code, text, retry=retry, retry_after=wait, loading=loading, generation=written)
 
     def _learn(self, refusal: Refusal, sent: JSON) -> tuple[str, str, str]:
         """Learn by a refusal; what it means: our code, a sentence, what may help."""
@@ -3749,10 +3732,7 @@ class OpenAIModel:
 
 
 class Embedder:
-    """Vectors of texts, from the endpoint's embeddings. Raises UsageError where numpy is missing.
-
-    A failure is logged once, and nothing is asked for EMBEDDING_PAUSE: searches go by words alone meanwhile.
-    """
+    """Vectors of texts; none for EMBEDDING_PAUSE after a failure. Raises UsageError where numpy is missing."""
 
     def __init__(self, name: str, endpoint: Endpoint, tape: Tape | None = None) -> None:
         needed("numpy", "embeddings need the numpy package: pip install numpy")
@@ -4018,10 +3998,7 @@ class OfflineModel:
 
 
 class Models:
-    """The models of one server: its endpoint, its default model, and one object for each name in use.
-
-    Raises UsageError where a package is missing, or where the endpoint does not say which model it serves.
-    """
+    """The models of one server. Raises UsageError where a package is missing, or a default cannot be found out."""
 
     def __init__(
         self,
