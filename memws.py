@@ -2841,10 +2841,9 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
         \{{\s*["'}}]  # JSON
         | [a-z_][\w.]*(?<!print)\(\s*(?:\w+\s*=|["'{{])  # Python
         | [a-z_][\w.]*(?::\d+)?:?\s*\{{\s*["'}}]))  # a name before JSON
-    | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|channel\|>\w+<\|message\|> | ^>>>all\n
-        | <\|(?:open|close)\|>\w+<\|sep\|>
-        | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | </?answer>
-        | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?[|｜\w:]*\Z)
+    | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|(?:channel|open|close)\|>\w+<\|(?:message|sep)\|>
+        | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
+        | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?answer> | </?[|｜\w:]*\Z)
     """,
     _VERBOSE,
 )
@@ -2928,10 +2927,6 @@ class ToolCall:
     def line(self) -> str:
         """The call as MemGPT 0.2.7 shows it."""
         return f"Running {self.name}({without_heartbeat(self.arguments)!r})"
-
-    @property
-    def heartbeat(self) -> bool:
-        return self.arguments.get(REQUEST_HEARTBEAT) in (True, "true")
 
 
 class Reply:
@@ -3588,10 +3583,10 @@ class Endpoint:
         except Exception as error:  # of the client, of its transport, of an answer that is no list
             advice = "check --base-url, or name one with --model"
             raise UsageError(f"cannot list the models of the endpoint ({self.hide(error)}); {advice}") from None
-        if len(models) == 1:
-            return models[0]
-        names = ", ".join(models[:20]) or "none"
-        raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {names}")
+        if len(models) != 1:
+            names = ", ".join(models[:20]) or "none"
+            raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {names}")
+        return models[0]
 
     def hide(self, reason: Any, most: int = MAX_REASON) -> str:
         """A text or an error on one line, cut short, without the key or what looks like one."""
@@ -3629,7 +3624,7 @@ class OpenAIModel:
         return encode_json({name: value for name, value in options.items() if value is not None and name != unwanted})
 
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
-        has_words, has_choices, is_over, now = False, False, False, asyncio.get_running_loop().time
+        has_words, is_over, now = False, False, asyncio.get_running_loop().time
         try:
             async with (
                 self.endpoint.client() as client,
@@ -3641,15 +3636,15 @@ class OpenAIModel:
                         raise self._refusal(chunk, body)
                     if not has_words:
                         await self.endpoint.step_aside()
-                    choices, has_words = chunk.get("choices") or (), True
+                    choices = chunk.get("choices") or ()
                     for failed in (each for each in choices if each.get("error")):
                         yield chunk
                         raise self._refusal(failed, body)
-                    has_choices = has_choices or bool(choices)
+                    has_words = has_words or bool(choices)
                     ends = (each.get("finish_reason") or "message" in each for each in choices)
-                    is_over = is_over or any(ends) or (chunk is _DONE and has_choices)
+                    is_over = is_over or any(ends) or (chunk is _DONE and has_words)
                     patience = END_PATIENCE if is_over else self.endpoint.idle_timeout
-                    if abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
+                    if has_words and abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
                         limit.reschedule(now() + patience)
                     yield chunk
                 if not is_over:
@@ -3700,9 +3695,21 @@ class OpenAIModel:
         return ModelError("model_unavailable", text, retry=True)
 
     def _refusal(self, answer: Any, body: str, status: int = 0, headers: Mapping[str, str] | None = None) -> ModelError:
-        """The ModelError for what the endpoint answered to a request; an error inside an answer has no status."""
+        """The ModelError for what the endpoint answered to a request, and what is learned by that; an error inside an
+        answer has no status."""
         refusal, sent, wait = Refusal(answer, status, self.endpoint.hide), decode_json(body), None
-        code, text, remedy = self._learn(refusal, sent)
+        learned, option, window = self.learned, refusal.option(sent), refusal.window()
+        code, text, remedy = next(row[1:] for row in _MEANINGS if says(refusal.words, row[0]))
+        if option and option not in learned.options:
+            self.learned = replace(learned, options=[*learned.options, option])
+            logger.info("%s does not take %s = %r; from now on it gets %s instead", self.name, *option)
+            code, text, remedy = "model_refused", "the endpoint refused an option", ""
+        elif window is not None:
+            if 2 * MIN_REPLY_TOKENS <= window < (learned.window or sys.maxsize):
+                self.learned = replace(learned, window=window)
+            code, text, remedy = "context_overflow", "the endpoint finds the prompt too long", ""
+        elif code in ("model_refused", "model_unavailable"):  # maybe of the history
+            self.learned = replace(learned, shape=list(dict.fromkeys([*learned.shape, *refusal.rules(sent)])))
         with contextlib.suppress(ValueError, LookupError):
             wait = max(0.0, float((headers or {})["retry-after"]))
         text = f"{text} ({refusal.status or 'in its answer'}): {refusal.reason[:MAX_REASON]}"
@@ -3713,22 +3720,6 @@ class OpenAIModel:
         written = written if isinstance(written, str) else encode_json(written)
         loading = retry and remedy == "wait"
         return ModelError(code, text, retry=retry, retry_after=wait, loading=loading, generation=written)
-
-    def _learn(self, refusal: Refusal, sent: JSON) -> tuple[str, str, str]:
-        """Learn by a refusal; what it means: our code, a sentence, what may help."""
-        learned, option, window = self.learned, refusal.option(sent), refusal.window()
-        if option and option not in learned.options:
-            self.learned = replace(learned, options=[*learned.options, option])
-            logger.info("%s does not take %s = %r; from now on it gets %s instead", self.name, *option)
-            return "model_refused", "the endpoint refused an option", ""
-        if window is not None:
-            if 2 * MIN_REPLY_TOKENS <= window < (learned.window or sys.maxsize):
-                self.learned = replace(learned, window=window)
-            return "context_overflow", "the endpoint finds the prompt too long", ""
-        meaning = next(row[1:] for row in _MEANINGS if says(refusal.words, row[0]))
-        if meaning[0] in ("model_refused", "model_unavailable"):  # maybe of the history
-            self.learned = replace(learned, shape=list(dict.fromkeys([*learned.shape, *refusal.rules(sent)])))
-        return meaning
 
 
 class Embedder:
@@ -3911,20 +3902,6 @@ def _offline_calls(text: str, core: list[str], room: int) -> Iterator[tuple[str,
         yield "archival_memory_search", {"query": query}
 
 
-def _quotes(core: list[str], results: Iterable[JSON], say: dict[str, str]) -> dict[str, str]:
-    """Statements, and sentences that quote them: of core memory, and what searches found, the newest first."""
-    quotes, hits = {line: say["holds"].format(f'"{line}"') for line in core}, list[JSON]()
-    for result in results:
-        if listed := re.search(r"\[\{.*", str(result["message"]), re.DOTALL):
-            items = read_json(listed[0])[0] or ()
-            hits += [item for item in items if isinstance(item, dict) and {"time", "text"} <= item.keys()]
-    for hit in sorted(hits, key=lambda hit: hit["time"], reverse=True):
-        sentence = say.get(hit.get("role", "passage").partition(" ")[0], "")
-        for statement in reversed(_split(hit["text"])[0]) if sentence else ():
-            quotes[statement] = sentence.format(hit["time"][:10], statement)
-    return quotes
-
-
 def _answer(question: str, quotes: dict[str, str], core: list[str]) -> list[str]:
     """What shares most with a question, its own words among it; else what in core memory may be about it; at most 3."""
     aims = _topic(question)
@@ -3938,15 +3915,23 @@ def _answer(question: str, quotes: dict[str, str], core: list[str]) -> list[str]
 
 def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]]) -> str:
     """What it says to the user at the end of its turn, in Spanish where that was spoken, else in English."""
-    counts, parts = [len(re.findall(words, text.lower())) for words in (_ENGLISH, _SPANISH)], list[str]()
-    say = {name: texts[counts[1] > counts[0]] for name, texts in _SENTENCES.items()}
+    english, spanish = (len(re.findall(words, text.lower())) for words in (_ENGLISH, _SPANISH))
+    say = {name: texts[spanish > english] for name, texts in _SENTENCES.items()}
+    parts, hits = list[str](), list[JSON]()
     for name, arguments, result in done:
         fact = arguments.get("content") or arguments.get("new_content")
         if result["status"] != "OK" or _ORDER.match(text):
             parts.append(f"{name} {'returned' if result['status'] == 'OK' else 'failed'}: {result['message']}")
         elif fact:
             parts.append(say[name.partition("_")[0]].format(fact.replace("\n", "; ")))
-    quotes = _quotes(core, (result for _, _, result in done), say)
+        elif name.endswith("_search"):
+            items = read_json(str(result["message"]).partition("): ")[2])[0] or ()
+            hits += [item for item in items if isinstance(item, dict) and {"time", "text"} <= item.keys()]
+    quotes = {line: say["holds"].format(f'"{line}"') for line in core}  # statements, the newest first, and sentences
+    for hit in sorted(hits, key=lambda hit: hit["time"], reverse=True):
+        sentence = say.get(hit.get("role", "passage").partition(" ")[0], "")
+        for statement in reversed(_split(hit["text"])[0]) if sentence else ():
+            quotes[statement] = sentence.format(hit["time"][:10], statement)
     for question in _split(text)[1]:
         unknown = [say["holds"].format("; ".join(core))] if core else []
         unknown.append(say["unknown"].format(quote(question.strip("¿? "))))
@@ -4046,12 +4031,16 @@ class Models:
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
-        name = name or self.default
-        if name == OFFLINE:
-            return OfflineModel(), []
-        if self.offline and not (base_url or api_key or self.endpoint.base_url or self.endpoint.key):
+        name, warnings = name or self.default, list[str]()
+        if (
+            name != OFFLINE
+            and self.offline
+            and not (base_url or api_key or self.endpoint.base_url or self.endpoint.key)
+        ):
             text = f"model {quote(name)} is kept, but there is no endpoint: the offline stand-in answers"
-            return OfflineModel(), [f"{text}; set OPENAI_API_KEY or --base-url"]
+            warnings.append(f"{text}; set OPENAI_API_KEY or --base-url")
+        if name == OFFLINE or warnings:
+            return OfflineModel(), warnings
         own = Endpoint(base_url or self.endpoint.base_url, api_key, self.endpoint.idle_timeout)
         endpoint = self._endpoints.setdefault((base_url, api_key), own)
         if self.tape:
@@ -5360,7 +5349,7 @@ class Agent:
             return ""
         if not succeeded:
             return HEARTBEAT_FAILED
-        if any(call.heartbeat for call in reply.calls):
+        if any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in reply.calls):
             return HEARTBEAT_REQUESTED
         return "" if turn.replied else HEARTBEAT_NO_REPLY
 
