@@ -27,7 +27,7 @@ The file reads downwards; a section names only what stands above it.
     3. Wire: what is called from afar, frames, the table of events, the protocol
     4. Memory: chat messages, core memory blocks, passages; how texts are split and ranked for search
     5. Store: agents, chat messages, memory and events in a database; its search; one agent as a file
-    6. LLM: the model protocol, OpenAI-compatible endpoints, the offline model
+    6. LLM: what a model answers, OpenAI-compatible endpoints, the offline model
     7. Tools: what a model may call, memory and its transactions, the memory tools
     8. Agent: a turn is a loop of steps
     9. Client: send a request, iterate the events of a turn
@@ -103,7 +103,7 @@ import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar, cast
+from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 try:
     import websockets.asyncio.server
@@ -2765,7 +2765,7 @@ def finish_rewind(
 
 
 # ======================================================================================================================
-# 6. LLM: the model protocol, OpenAI-compatible endpoints, the offline model
+# 6. LLM: what a model answers, OpenAI-compatible endpoints, the offline model
 # ======================================================================================================================
 
 CLIENT_REQUESTS = 8  # requests at once that share an openai client: its pool looks at all of them for each
@@ -2779,20 +2779,6 @@ class Learned:
     shape: list[str]  # the model and its endpoint, who make its own fields; the rules of a history that they want
     options: list[list[Any]] = field(default_factory=list)  # a name, a value that it refuses, what is sent instead
     window: int = 0  # tokens of its context window; 0: it has not said
-
-
-class Model(Protocol):
-    """Something that answers chat-completions requests."""
-
-    name: str
-    window: int  # the context window in tokens, where nobody says otherwise
-    learned: Learned
-
-    def head(self, settings: JSON) -> str:
-        """The JSON of a request without messages and tools."""
-
-    def stream(self, body: str) -> AsyncGenerator[JSON, None]:
-        """Send a request; the chunks of its answer. Raises ModelError."""
 
 
 # ---- the markup of model families, which stays in the text where a server does not read it ---------------------------
@@ -3029,8 +3015,6 @@ class Reply:
 
     def _take(self, value: Any) -> str:
         """A text of a chunk, which may come in parts: as much of it as there is room for."""
-        if not value:
-            return ""
         text, room = _text_of(value), max(0, MAX_REPLY - self._size)
         self._size += len(text)
         return text[:room]
@@ -3252,37 +3236,40 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
 # Each says the same in its own words. They are made plain, and phrases, divided by |, are looked for in them.
 
 _REASON_KEYS = ("error", "errors", "message", "detail", "msg", "error_description", "title", "cause", "metadata", "raw")
-_LOADING = "loading|being loaded|loaded yet|initiali[sz]ing|cold start|warm|starting|scaled to|not (?:yet )?ready"
-_UNREAD = "(?:tool use|output parse|tool call validation) failed|failed to (?:call a|parse (?:tool|input))|parsing tool"
-_USED_UP = "^402|insufficient (?:quota|balance|credits)|credit balance is too low"
-_NO_KEY = (
-    "^401|(?:invalid|incorrect|expired) .{0,12}api key|api key .{0,30}(?:valid|expired)|^403(?!.*(?:quota|limit|country"
-    "|region|location|page)).*(?:key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given)"
-)
-_NO_TOOLS = r"support .{0,9}tool|(?:tools?|function)\b.{0,12} (?:not (?:support|enabl)|requires)"
+_PHRASES = {
+    "loading": "^(?:5..|404|409|425|429) .*(?:loading|being loaded|loaded yet|initiali[sz]ing|cold start|warm|starting"
+    "|scaled to|not (?:yet )?ready)",
+    "unread": "(?:tool use|parse|tool call validation) failed|failed to (?:call a|parse (?:tool|input))|parsing tool",
+    "used up": "^402|insufficient (?:quota|balance|credits)|credit balance is too low",
+    "no key": "^401|(?:invalid|incorrect|expired) .{0,12}api key|api key .{0,30}(?:valid|expired)"
+    "|^403(?!.*(?:quota|limit|country|region|location|page))"
+    ".*(?:key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given)",
+    "no tools": r"support .{0,9}tool|(?:tools?|function)\b.{0,12} (?:not (?:support|enabl)|requires)",
+    "prompt": "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )token|conversation|string",
+    "too long": r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than (?:\d|max)"
+    r"|maximum|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is|at most \d{3}",
+    "surely too long": r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)"
+    "|current length|超(?!时)|过长",
+    "not the prompt": r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?"
+    r"|\d (?:id|name|description)|^(?!.*token).*(?:tool|function|image|file).{0,60}(?:too |exceed|maximum)",
+    "not taken": "unsupport|extra|unknown|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only"
+    r"|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|implement|one of)|at most|between"
+    "|range|out of|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a",
+    "unsupported": "not (?:support|enabl|allow)|unsupport",
+    "lacks": "missing|required|must be (?:passed|sent|provided|included|present)|need",
+}
 _MEANINGS = (  # phrases; our code, a sentence, what may help: of the rows that fit the first
     ("(?:error|failed|while) loading", "model_unavailable", "the endpoint cannot load the model", "retry"),
-    (f"^(?:5..|404|409|425|429) .*(?:{_LOADING})", "model_unavailable", "the endpoint is loading the model", "wait"),
-    (_UNREAD, "bad_output", "the endpoint could not read the model's tool call", ""),
-    (_USED_UP, "model_rate_limit", "the account at the endpoint is used up", ""),
-    (_NO_KEY, "model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
+    ("loading", "model_unavailable", "the endpoint is loading the model", "wait"),
+    ("unread", "bad_output", "the endpoint could not read the model's tool call", ""),
+    ("used up", "model_rate_limit", "the account at the endpoint is used up", ""),
+    ("no key", "model_auth", "the endpoint refuses the key; set OPENAI_API_KEY", ""),
     ("^429|rate limit", "model_rate_limit", "the endpoint limits the rate", "retry"),
-    (_NO_TOOLS, "model_refused", "memws needs a model and an endpoint that take tools", ""),
+    ("no tools", "model_refused", "memws needs a model and an endpoint that take tools", ""),
     ("^(?!5|40[13]).*an html page", "model_unavailable", "check --base-url, does it end with /v1?", "retry"),
     ("^404", "model_unavailable", "the endpoint does not know the model or the address", ""),
     ("^4(?!08|09)..", "model_refused", "the endpoint refused the request", ""),
     ("", "model_unavailable", "the endpoint failed", "retry"),
-)
-
-_PROMPT = "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )token|conversation|string|current length"
-_TOO_LONG = (
-    r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than (?:\d|max)|maximum"
-    r"|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is|at most \d{3}"
-)
-_SURELY_TOO_LONG = r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)|超(?!时)|过长"
-_NOT_THE_PROMPT = (
-    r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?|\d (?:id|name|description)"
-    r"|^(?!.*token).*(?:tool|function|image|file).{0,60}(?:too |exceed|maximum)"
 )
 _COUNT = r"(?<![\w.-])(\d++(?:[,._]\d++)*+)(?![\w>]|\s*(?:k\b|char|byte|[KM]B))"
 _WINDOWS = (  # where the number of tokens stands that a prompt may have
@@ -3291,12 +3278,6 @@ _WINDOWS = (  # where the number of tokens stands that a prompt may have
     rf"\b(?:limit|context (?:length|size|window)|max\w*)\b(?:(?!\b(?:by|exceeded)\b)[^\d>(]){{0,30}}\(?{_COUNT}(?!\))",
     rf"{_COUNT}(?: tokens?)? (?:maximum|max|limit|context|allowed)",
 )
-
-_NOT_TAKEN = (  # how they say that an option is not what they take
-    r"unsupport|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|implement|one of)|extra"
-    "|unknown|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only|range|at most|between|out of"
-    "|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a"
-)
 _OPTIONS = {  # those that a request may do without, and what endpoints call them
     "stream_options": "stream options|include usage",
     "reasoning_effort": "reasoning effort|think value|thinking(?! mode)|reasoning is|support reasoning",
@@ -3304,23 +3285,18 @@ _OPTIONS = {  # those that a request may do without, and what endpoints call the
     **{name: name.replace("_", " ") for name in ("max_completion_tokens", "seed", "temperature", "top_p")},
     "stream": "stream(?! options)",
 }
-_OTHERS = (  # what else may have such names
-    r"schema|properties['\".[]|(?:tools|messages|functions?)[.[]+\d|polic"
-    r"|(?:tool|function) (?:['\"`]|parameter|argument|definition|input)"
-)
+_OTHERS = r"""schema|properties['".[]|(?:tools|messages|functions?)[.[]+\d|polic
+    |(?:tool|function)\ (?:['"`]|parameter|argument|definition|input)"""  # what else may have such names
 _EFFORT = r"reasoning effort (?:(?:must|should) be )?(?:to |= |as )?(none|low|medium)\b"
-
-_LACKS = "missing|required|must be (?:passed|sent|provided|included|present)|need"
-_UNSUPPORTED = "not (?:support|enabl|allow)|unsupport"
 _LESSONS = (  # phrases, others near them; the rule of shape that they ask for
     (r"alternat(?:e|ing)\b|(?:successive|consecutive) (?:user|mess|role)|in a row\b", "", "alternate"),
     (r"(?:after|follow) (?:a |role |messages with role )?(?:tool|user turn)\b", "", "alternate"),
     ("not support (?:the )?system|only user (?:and )?assistant (?:and tool )?roles", "", "systemless"),
-    ("(?:system|developer) (?:role|message|instruction|prompt)|role system", _UNSUPPORTED, "systemless"),
+    ("(?:system|developer) (?:role|message|instruction|prompt)|role system", "unsupported", "systemless"),
     (r"call ids?\b|calls \d+ id\b|tool use id\b", "length|too long|a z|pattern|alphanumeric", "short ids"),
     ("content or tool calls but not both", "", "calls alone"),
-    ("reasoning content", _LACKS, "with reasoning_content"),
-    ("thought ?signature", _LACKS, "with extra_content"),
+    ("reasoning content", "lacks", "with reasoning_content"),
+    ("thought ?signature", "lacks", "with extra_content"),
 )
 _OWN_FIELD = r"\b(reasoning_(?:content|details)|extra_content|(?<=['\"`.])reasoning)\b"
 
@@ -3333,7 +3309,7 @@ def words_of(text: str) -> str:
 
 def says(text: str, phrases: str, others: str = "") -> bool:
     """Whether a plain text has one of the phrases; with `others`, one of these within 60 characters of it as well."""
-    first, second = (rf"(?<![a-z0-9])(?:{each})" for each in (phrases, others))
+    first, second = (rf"(?<![a-z0-9])(?:{_PHRASES.get(each, each)})" for each in (phrases, others))
     return bool(re.search(rf"{first}.{{0,60}}{second}|{second}.{{0,60}}{first}" if others else first, text))
 
 
@@ -3377,14 +3353,14 @@ class Refusal:
             requested = re.search(r"requested:? ([\d,]+)", text, re.IGNORECASE)
             is_long = int(requested[1].replace(",", "")) > window if requested else says(words, "too (?:large|long)")
         else:
-            is_long = says(words, _PROMPT, _TOO_LONG) and not says(words, _NOT_THE_PROMPT)
-            is_long = is_long or says(words, _SURELY_TOO_LONG)
+            is_long = says(words, "prompt", "too long") and not says(words, "not the prompt")
+            is_long = is_long or says(words, "surely too long")
         return window if is_long and self.status not in (401, 402, 403) else None
 
     def option(self, sent: JSON) -> list[Any]:
         """Which option that was sent it does not take: its name, its value, what is sent instead; none: []."""
         reason = f"{self.fields.get('param')}: {self.reason}"
-        pieces = [words_of(each) for each in reason.split("; ") if not re.search(_OTHERS, each, re.IGNORECASE)]
+        pieces = [words_of(each) for each in reason.split("; ") if not re.search(_OTHERS, each, _VERBOSE)]
         effort = re.search(_EFFORT, words_of(reason))
         is_about_it = self.status < 502 and self.status not in (401, 402, 403, 429)
         for name, names in _OPTIONS.items() if is_about_it else ():
@@ -3393,7 +3369,7 @@ class Refusal:
                 instead = {name: effort[1]}
             elif name == "max_tokens" and value and "max_completion_tokens" in reason:
                 instead = {"max_completion_tokens": value}
-            if (name in sent or instead) and any(says(each, names, _NOT_TAKEN) for each in pieces):
+            if (name in sent or instead) and any(says(each, names, "not taken") for each in pieces):
                 return [name, value, instead]
         return []
 
@@ -3401,7 +3377,7 @@ class Refusal:
         """The rules of shape that it asks for; where roles have to alternate that which the request lacks."""
         words, roles = words_of(self.reason), [message["role"] for message in sent["messages"]]
         rules = [rule for phrases, others, rule in _LESSONS if says(words, phrases, others)]
-        rules += [] if says(words, _LACKS) else [f"without {name}" for name in re.findall(_OWN_FIELD, self.reason)]
+        rules += [] if says(words, "lacks") else [f"without {name}" for name in re.findall(_OWN_FIELD, self.reason)]
         if "alternate" in rules and _BETWEEN.keys().isdisjoint(itertools.pairwise(roles)):
             return ["tools as text" if "tool" in roles else "systemless"]
         return rules
@@ -3609,13 +3585,14 @@ class OpenAIModel:
     def __init__(self, name: str, endpoint: Endpoint, recalled: Mapping[str, str]) -> None:
         self.name, self.endpoint = name, endpoint
         sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
-        self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)
+        self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)  # in tokens, where nobody says otherwise
         maker = re.sub(r'[",\\]', "_", f"{name} at {endpoint.place}")
         self.learned = Learned([maker])
         with contextlib.suppress(LookupError, ValueError, TypeError, InvalidRequest):  # another memws may have told it
             self.learned = Learned(**function_of(Learned).bind(decode_json(recalled[f"learned {maker}"])))
 
     def head(self, settings: JSON) -> str:
+        """The JSON of a request without messages and tools."""
         options: JSON = {"model": self.name, "stream": True, "stream_options": {"include_usage": True}, **settings}
         for name, refused, instead in self.learned.options:
             if options.get(name) == refused:
@@ -3624,6 +3601,7 @@ class OpenAIModel:
         return encode_json({name: value for name, value in options.items() if value is not None and name != unwanted})
 
     async def stream(self, body: str) -> AsyncGenerator[JSON, None]:
+        """Send a request; the chunks of its answer. Raises ModelError."""
         has_words, is_over, now = False, False, asyncio.get_running_loop().time
         try:
             async with (
@@ -3980,6 +3958,9 @@ class OfflineModel:
 
 
 # ---- the models of a server ------------------------------------------------------------------------------------------
+
+
+Model = OpenAIModel | OfflineModel
 
 
 class Models:
