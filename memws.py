@@ -3462,7 +3462,11 @@ class Tape:
         calls = [line for line in lines if line["agent"] == agent] or lines
         call = next((call for call in calls if call["prompt"] == prompt), None)
         if call is None:
-            raise MemwsError(self._missing(prompt, calls), "model_refused")
+            expected = calls[0]["prompt"] if calls else ""
+            start = max(0, len(os.path.commonprefix([prompt, expected])) - 20)  # noqa: RUF071 (texts, no paths)
+            ours, theirs = (quote(text[start:].replace("\\", "")) for text in (prompt, expected))
+            text = f"the tape {self.path!r} has {theirs if calls else 'no more calls'} where this prompt has {ours}"
+            raise MemwsError(f"{text}; record it anew", "model_refused")
         self._lines.remove(call)
         for _, chunk in call["chunks"]:
             yield chunk
@@ -3470,15 +3474,6 @@ class Tape:
         model.learned = Learned(**call["learned"])
         if call["end"]:
             raise ModelError(**call["end"])
-
-    def _missing(self, prompt: str, calls: Sequence[JSON]) -> str:
-        """How a prompt differs from the first that is left of those calls."""
-        if not calls:
-            return f"the tape {self.path!r} has no more calls; record it anew"
-        expected = calls[0]["prompt"]
-        start = max(0, len(os.path.commonprefix([prompt, expected])) - 20)  # noqa: RUF071 (texts, no paths)
-        ours, theirs = (quote(text[start:].replace("\\", "")) for text in (prompt, expected))
-        return f"the tape {self.path!r} has {theirs} where this prompt has {ours}; record it anew"
 
     def vector(self, text: str) -> bytes:
         """The next vector of a text, its last one again and again; b"": it had none."""
