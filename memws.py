@@ -170,8 +170,8 @@ SUMMARY_LIMIT = 1_500
 MAX_WAITING_SESSION = 8  # messages of one connection that may wait for their turn
 MAX_WAITING_AGENT = 32
 RING = 256  # an agent's newest events in memory; a reader that falls behind them reads the store
-WRITE_BATCH = 256  # write jobs that share one transaction at most
 READERS = 4  # threads that read the database
+WRITE_BATCH = 256  # write jobs that share one transaction at most
 
 # Seconds.
 STOP_GRACE = 2.0  # from a signal or stop() until open turns are closed by force
@@ -218,8 +218,8 @@ EMBEDDING_TEXT = 2_000  # characters of a query that is embedded
 CONTEXT_WINDOWS = {  # tokens by the beginning of a model's name
     OFFLINE: 32_768,
     **dict.fromkeys(("gpt-4o", "gpt-4.1", "gpt-5", "gpt-6", "o1", "o3", "o4"), 128_000),
+    "": 8_192,  # every other model (MemGPT 0.2.7, constants.py)
 }
-DEFAULT_CONTEXT_WINDOW = 8_192  # tokens for every other model (MemGPT 0.2.7, constants.py)
 
 PERSONAS = {
     "sam_pov": (
@@ -468,8 +468,6 @@ def needed(package: str, advice: str) -> Any:
 # ======================================================================================================================
 # 3. Wire: what is called from afar, frames, the table of events, the protocol
 # ======================================================================================================================
-
-# ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def _finite(text: str) -> float:
@@ -1002,12 +1000,6 @@ def excerpt(text: str, most: int, advice: str = "search finds them") -> str:
         return text
     head, tail = most * 2 // 3, most // 3
     return f"{text[:head]} […{len(text) - head - tail:,} characters left out here; {advice}…] {text[-tail:]}"
-
-
-def difference(before: str, after: str) -> str:
-    """What an edit changed, line by line, as a unified diff without its headers."""
-    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), lineterm="", n=0))[2:]
-    return "\n".join(line for line in lines if not line.startswith("@@"))
 
 
 def seconds_between(earlier: str, later: str) -> float:
@@ -2243,22 +2235,19 @@ class Store:
         self._writer = threading.Thread(target=self._write_all, name="memws-writer", daemon=True)
         self._writer.start()
 
-    def read(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> Coroutine[Any, Any, T]:
+    async def read(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> T:
         """What the job finds, all as of one moment. Raises StoreFailed, and as the job does."""
-        return self._run(lambda db: job(db, *values, **named), writing=False)
+        if self._closed or self._database.memory:  # memory has one connection only, so its thread reads too
+            return await self.write(job, *values, **named)
+        return await asyncio.wrap_future(self._readers.submit(self._read, lambda db: job(db, *values, **named)))
 
-    def write(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> Coroutine[Any, Any, T]:
+    async def write(self, job: Job[P, T], *values: P.args, **named: P.kwargs) -> T:
         """What the job gives, once all that it wrote is on disk. Raises StoreFailed, and as the job does."""
-        return self._run(lambda db: job(db, *values, **named), writing=True)
-
-    async def _run(self, job: Job[[], T], writing: bool) -> T:
         if self._closed:
             raise StoreFailed("the database is closed")
-        if not writing and not self._database.memory:  # that has one connection only, so its thread reads too
-            return await asyncio.wrap_future(self._readers.submit(self._read, job))
         done: concurrent.futures.Future[T] = concurrent.futures.Future()
         done.set_running_or_notify_cancel()  # a caller that is cancelled does not take it back
-        self._jobs.put((job, done))
+        self._jobs.put((lambda db: job(db, *values, **named), done))
         return await asyncio.wrap_future(done)
 
     def _read(self, job: Job[[], T]) -> T:
@@ -3579,8 +3568,7 @@ class OpenAIModel:
 
     def __init__(self, name: str, endpoint: Endpoint, recalled: Mapping[str, str]) -> None:
         self.name, self.endpoint = name, endpoint
-        sizes = (size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
-        self.window = next(sizes, DEFAULT_CONTEXT_WINDOW)  # in tokens, where nobody says otherwise
+        self.window = next(size for start, size in CONTEXT_WINDOWS.items() if name.startswith(start))
         maker = re.sub(r'[",\\]', "_", f"{name} at {endpoint.place}")
         self.learned = Learned([maker])
         with contextlib.suppress(LookupError, ValueError, TypeError, InvalidRequest):  # another memws may have told it
@@ -4424,8 +4412,10 @@ class Transaction:
         self.add_event("assistant_message", message, **({"partial": True} if partial else {}))
 
     def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
-        by = "agent" if self.turn_id else "client"
-        fields |= {"before": before, "after": after, "diff": difference(before or "", after or ""), "by": by}
+        """Tell of an edit, line by line, as a unified diff without its headers."""
+        lines = difflib.unified_diff((before or "").splitlines(), (after or "").splitlines(), lineterm="", n=0)
+        diff = "\n".join(line for line in [*lines][2:] if not line.startswith("@@"))
+        fields |= {"before": before, "after": after, "diff": diff, "by": "agent" if self.turn_id else "client"}
         self.add_event("memory_change", f"{what} memory: {name} changed", what=what, **fields)
 
     async def search(self, store: str, query: str, page: int, since: str = "", until: str = "~") -> str:
