@@ -7789,7 +7789,7 @@ class LiveAgent:
             self.current.steered.append(item)
             return
         self.waiting.insert(0 if when_busy == "interrupt" else len(self.waiting), item)
-        self._kick()
+        self.go_on()
 
     def _check(self, item: Turn, when_busy: WhenBusy) -> None:
         if self.gone or self.agents.stopping:
@@ -7811,10 +7811,19 @@ class LiveAgent:
         """What waits for a turn to end: elsewhere the first of them runs, or will at once."""
         return self.queued[0 if self.here else 1 :]
 
-    def _kick(self) -> None:
-        if self.here and self.waiting and not (self.current or self.agents.stopping):
+    def go_on(self) -> None:
+        """Begin what waits, or else set the timer of the next heartbeat; nothing of it while something runs."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.current or self.agents.stopping or not self.here:
+            return
+        record = self.agent.record
+        interval, pause = record.config["heartbeat_interval"], float(record.state.get("paused_until", 0)) - time.time()
+        if self.waiting:
             self.current = self.waiting.popleft()
             self.agents.spawn(self._run(self.current))
+        elif interval and self._beats < IDLE_HEARTBEATS and not self.gone:
+            self._timer = asyncio.get_running_loop().call_later(max(interval, pause), self._beat)
 
     async def _run(self, item: Turn) -> None:
         """One turn; where its start or its end cannot be stored, whoever waits for it gets a refusal."""
@@ -7841,8 +7850,7 @@ class LiveAgent:
         self.current = None
         self.wake()
         self.agents.memory_growth.set()
-        self._kick()
-        self.rest()
+        self.go_on()
 
     def refuse(self, item: Turn, error: MemwsError) -> None:
         """Tell whoever waits for a turn that it will not be."""
@@ -7881,18 +7889,6 @@ class LiveAgent:
         finally:
             self._finish(item)
 
-    def rest(self) -> None:
-        """The agent is idle, or gone: set the timer of the next heartbeat, if there is to be one."""
-        if self._timer is not None:
-            self._timer.cancel()
-        if not self.here:
-            return
-        record = self.agent.record
-        interval = record.config["heartbeat_interval"]
-        if interval and self._beats < IDLE_HEARTBEATS and not (self.gone or self.agents.stopping):
-            pause = float(record.state.get("paused_until", 0)) - time.time()
-            self._timer = asyncio.get_running_loop().call_later(max(interval, pause), self._beat)
-
     def _beat(self) -> None:
         with contextlib.suppress(Refused):  # it is busy
             self.enqueue(Turn(new_turn_id(), None, HEARTBEAT_TIMER), "reject")
@@ -7904,7 +7900,7 @@ class LiveAgent:
         if self.gone:
             self.leave_name()
         self.wake()
-        self.rest()
+        self.go_on()
 
 
 BY_SERVER = "?server"  # ends the path of a connection that passes on what other connections ask for
@@ -7936,7 +7932,7 @@ class SharedAgent(LiveAgent):
     async def _settle(self) -> None:
         """Run the agent where this server has the lease, else follow the server that has, until there is another."""
         async with self._settling:
-            self.rest()
+            self.go_on()
             await self.stop_current("interrupted")
             while True:
                 try:
@@ -7985,8 +7981,7 @@ class SharedAgent(LiveAgent):
         self.here, self._problem = True, None
         self.agents.memory_growth.set()
         self.wake()
-        self.rest()
-        self._kick()
+        self.go_on()
 
     def _end(self, item: Turn) -> None:
         """It has run elsewhere: its readers get its end as an event."""
@@ -8125,7 +8120,7 @@ class Agents:
         live = LiveAgent(self, record)
         await live.open(record)
         live.take_name(record.name)
-        live.rest()
+        live.go_on()
         self.memory_growth.set()
         return live
 
@@ -8616,7 +8611,7 @@ class Session:
         Result: {settings, warnings}."""
         agent = await live.fresh()
         warnings = await agent.update(config)
-        live.rest()
+        live.go_on()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
     async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
