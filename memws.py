@@ -2758,7 +2758,6 @@ def finish_rewind(
 # ======================================================================================================================
 
 CLIENT_REQUESTS = 8  # requests at once that share an openai client: its pool looks at all of them for each
-CALL_WEIGHT = 100  # characters of MAX_REPLY that a tool call counts beside its own
 
 
 @dataclass(frozen=True)
@@ -2793,9 +2792,8 @@ _SPELLINGS = (  # of Kimi K3 and MiniMax M3, as others write it
 _PARAMETER = r"""
     <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<\w*arg_value>|\n)?
     (.*?)\n?</[^<>\s]{0,20}?(?:parameter|arg_value)>"""
-_IN_PROSE = functools.partial(  # compiled when it is first needed: that would be 4 ms of every import
-    re.compile,
-    rf"""
+# Compiled when they are first needed, and kept by re: that would be 4 ms of every import.
+_IN_PROSE = rf"""
     (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
         | ^```(?:(?!^```).)*+^```(?!\s*(?:```|<[|｜/]|\Z)))  # a block of code that other text follows
     | (?P<thought> (?:[<◁]\|?(?:start_|seed:)?{_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\]) | <\|channel>thought
@@ -2819,19 +2817,12 @@ _IN_PROSE = functools.partial(  # compiled when it is first needed: that would b
     | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|(?:channel|open|close)\|>\w+<\|(?:message|sep)\|>
         | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
         | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?answer> | </?[|｜\w:]*\Z)
-    """,
-    _VERBOSE,
-)
-_UNSURE = re.compile(
-    rf"""(?:  # what may become one of these, at the end of a text:
+"""
+_UNSURE = rf"""(?mx)(?:  # what may become one of these, at the end of a text:
     (?:{_AT_START}|<\|channel\|>)(?:Action:.*|\[?(?:Calling|Tool|TOOL|Function)[_ ]\w*:?|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*
     | {_TURN}\w*\s*[!-~]* | ^>.{{0,300}} | (?<![^\s(])`[^`\n]{{0,300}}(?:`[!-~]*)?  # a turn, a quotation
-    | [!-~｜▁✿◁]*)\Z""",  # the last word
-    re.MULTILINE | re.VERBOSE,
-)
-_IN_MARKUP = functools.partial(
-    re.compile,
-    rf"""
+    | [!-~｜▁✿◁]*)\Z"""  # the last word
+_IN_MARKUP = rf"""
     (?P<string> {_STRING})
     | (?P<quoted> (?P<quote><escape>|<\|"\|>)(?P<inner>.*?)(?P=quote))  # Gemma
     | (?P<parameters> (?:{_PARAMETER}\s*)+)
@@ -2843,15 +2834,12 @@ _IN_MARKUP = functools.partial(
     | (?-i:\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | functools(?=\[)
     | assistant(?=commentary) | \[?Calling\ tool: | \b(?:tool|function)[_ ]calls?:?(?=\W)
     | (?P<arrow> =>) | ^\s*--(?P<flag>\w+)  # MiniMax 2
-    """,
-    _VERBOSE,
-)
+"""
 _PLAIN = {"string": r"\g<0>", "name": r" to=\g<name> ", "cut": " to=unknown {", "close": " {} "}
 _PLAIN |= {"arrow": ":", "flag": r'"\g<flag>":'}
 _BRACES = re.compile(rf"{_STRING} | [{{}}]", re.DOTALL | re.VERBOSE)
 _NAMED = re.compile(  # the name of a tool before its arguments, and what may stand beside it
-    r"(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?:?(?:\s+(?:commentary|json|code))*",
-    re.DOTALL,
+    r"(?s)(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?:?(?:\s+(?:commentary|json|code))*"
 )
 _NAME_KEYS = ("name", "function", "tool_name", "tool", "action")
 _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_input")
@@ -2859,20 +2847,15 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_
 
 # ---- what a model answers --------------------------------------------------------------------------------------------
 
-_SPOKEN = re.compile(  # escapes that are cut wait for their rest, a high surrogate for its other half
-    r'"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)', re.IGNORECASE
-)
+# Escapes that are cut wait for their rest, a high surrogate for its other half.
+_SPOKEN = re.compile(r'"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)', re.IGNORECASE)
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
 _FAULTS = {  # of an answer, by words in its finish reason
     "broken": "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang",
     "filtered": "filter|safe|sensitive|guard|block|prohibit|recit|refus|spii|jailbreak|violat|moderat",
     "length": "length|max|limit|window|trunc",
 }
-_ENDS = {  # the error's code, and why the answer is not whole
-    "broken": ("model_unavailable", "broke off"),
-    "filtered": ("model_refused", "was filtered"),
-    "length": ("bad_output", "was cut off at the endpoint's length limit"),
-}
+_ENDS = {"broken": ("model_unavailable", "broke off"), "filtered": ("model_refused", "was filtered")}
 
 
 def without_heartbeat(arguments: JSON) -> JSON:
@@ -2936,7 +2919,8 @@ class Reply:
 
     def problem(self, text: str) -> ModelError:
         """The error for an answer that is not whole; for a whole one that `text`."""
-        code, end = _ENDS.get(self.fault, ("bad_output", f"was cut at {MAX_REPLY:,} characters"))
+        limit = "the endpoint's length limit" if self.fault == "length" else f"{MAX_REPLY:,} characters"
+        code, end = _ENDS.get(self.fault, ("bad_output", f"was cut at {limit}"))
         return ModelError(code, f"the model's answer {end}" if self.fault else text, retry=code != "bad_output")
 
     def feed(self, chunk: JSON) -> None:
@@ -2981,7 +2965,7 @@ class Reply:
         call = self._latest.get(index if name or call_id or index in self._latest else None)
         if call is None or (name and _is_other(call, index, call_id, name, text)):
             self.calls.append(call := ToolCall())
-            self._size += CALL_WEIGHT
+            self._size += 100  # so that the number of calls is bounded, too
         self._latest[index] = self._latest[None] = call
         call.id = call.id or self._take(call_id)
         self._keep(call.own, piece)
@@ -3010,7 +2994,7 @@ class Reply:
 
     def news(self) -> Iterator[tuple[str, str]]:
         """(message type, text) that has come since the last call, for whoever watches it arrive."""
-        unsure = None if self.finish else _UNSURE.search(self.text, max(self._seen, len(self.text) - 1_000))
+        unsure = None if self.finish else re.compile(_UNSURE).search(self.text, max(self._seen, len(self.text) - 1_000))
         end = unsure.start() if unsure else len(self.text)
         said, thoughts, seen, kind = _parts_of(self.text, self._seen, end)
         self._seen = MAX_REPLY if kind else seen  # no more is shown after a call
@@ -3033,9 +3017,8 @@ def _text_of(value: Any) -> str:
 
 def _parts_of(text: str, start: int, end: int) -> tuple[str, list[str], int, str]:
     """What a text says between two places, its thoughts, and where it ends: at a call with a mark, or at a bare one."""
-    said = ""
-    thoughts: list[str] = []
-    for match in _IN_PROSE().finditer(text, start, end):
+    said, thoughts = "", list[str]()
+    for match in re.compile(_IN_PROSE, _VERBOSE).finditer(text, start, end):
         kind = match.lastgroup or ""
         if kind == "quoted":
             continue
@@ -3066,11 +3049,8 @@ def _is_other(call: ToolCall, index: str | None, call_id: str, name: str, text: 
 
 
 def read_reply(reply: Reply, tools: Collection[str], others: Collection[str] = ()) -> None:
-    """Read a reply's calls, mending what can be mended. Raises ModelError where no rung of the ladder holds.
-
-    A reply without calls keeps its text, which the turn may take as an answer. A call that is cut never runs: it is
-    taken out of a full reply, and what it said becomes `partial`; of any other reply it makes an error.
-    """
+    """Read a reply's calls, mending what can be mended. A call that is cut never runs: of a full reply what it said
+    becomes `partial`. Raises ModelError where no rung of the ladder holds, and for a cut call of any other reply."""
     if reply.refusal or (reply.fault == "filtered" and not reply.calls and not reply.text):
         reason = " ".join(clean_text(reply.refusal).split())[:80] or "its endpoint filtered the answer"
         raise ModelError("model_refused", f"the model refuses to answer: {reason}")
@@ -3133,10 +3113,8 @@ def _end_of(text: str, start: int) -> int:
 
 
 def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) -> None:
-    """Take thoughts, special tokens and tool calls out of a text. Raises ModelError for markup that is no call.
-
-    `others` are not called where more stands beside the call: it may be quoted from anywhere.
-    """
+    """Take thoughts, special tokens and tool calls out of a text. Raises ModelError for markup that is no call, and for
+    a call of `others` where more stands beside it: it may be quoted from anywhere."""
     said, thoughts, end, kind = _parts_of(reply.text, 0, len(reply.text))
     markup = reply.text[end:]
     calls, words = _calls_in(markup, tools, kind == "call")
@@ -3162,9 +3140,8 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
         markup = re.sub(pattern, plain, markup)
     if re.match(r"(?:<tool_call>\s*)?<function=(?!.*</parameter>)", markup, re.DOTALL):  # all lack their ends
         markup = re.sub(r"\n?(?=</function|<parameter=)", "</parameter>", markup)
-    text, start = _IN_MARKUP().sub(_plain, markup), 0
-    calls: list[ToolCall] = []
-    words: list[str] = []
+    text, start = re.sub(_IN_MARKUP, _plain, markup, flags=_VERBOSE), 0
+    calls, words = list[ToolCall](), list[str]()
     while (begin := text.find("{", start)) >= 0 and len(words) < 200:  # more than that is no markup
         before, start = text[start:begin].strip("[], \n"), _end_of(text, begin) or len(text)
         piece, named = text[begin:start], _NAMED.fullmatch(before)
@@ -3558,9 +3535,8 @@ class Endpoint:
         for thread in threading.enumerate():
             if thread.name == _IMPORT_THREAD:
                 thread.join()
-        clients, self._requests = self._requests, collections.Counter()
-        for client in clients:
-            await client.close()
+        while self._requests:
+            await self._requests.popitem()[0].close()
 
 
 class OpenAIModel:
@@ -3656,8 +3632,7 @@ class OpenAIModel:
         return ModelError("model_unavailable", text, retry=True)
 
     def _refusal(self, answer: Any, body: str, status: int = 0, headers: Mapping[str, str] | None = None) -> ModelError:
-        """The ModelError for what the endpoint answered to a request, and what is learned by that; an error inside an
-        answer has no status."""
+        """The ModelError for a refusal, by which the model learns; one inside an answer has no status."""
         refusal, sent, wait = Refusal(answer, status, self.endpoint.hide), decode_json(body), None
         learned, option, window = self.learned, refusal.option(sent), refusal.window()
         code, text, remedy = next(row[1:] for row in _MEANINGS if says(refusal.words, row[0]))
@@ -3746,8 +3721,8 @@ class Embedder:
 
 
 # ---- the offline model -----------------------------------------------------------------------------------------------
-# Rules, no language model: it keeps what people say of themselves, in their own words, and answers a question with what
-# shares most with it of what its searches find and of core memory. All is a function of the request.
+# Rules: it keeps what people say of themselves, in their own words, and answers a question with what shares most with
+# it of what its searches find and of core memory.
 
 _SENTENCES = {  # in English and Spanish
     "stand-in": (
