@@ -43,7 +43,6 @@ class Told:
 
     @property
     def end(self) -> Body:
-        """The terminal frame."""
         return self.events[-1]
 
     @property

@@ -108,7 +108,6 @@ async def lab(endpoint: Endpoint) -> AsyncIterator[Lab]:
 
 @pytest.fixture
 async def agent(lab: Lab) -> memws.Agent:
-    """An agent of the lab."""
     return await lab.create()
 
 

@@ -101,7 +101,6 @@ def say(*texts: str, **more: Any) -> Reply:
 
 
 def echo(body: Body) -> Reply:
-    """Say what the user said last."""
     packed = "\n".join(message["content"] for message in body["messages"] if message["role"] == "user")
     said = [event for event in map(json.loads, packed.splitlines()) if event["type"] == "user_message"]
     return say(f"you said {said[-1]['message']}")
@@ -199,7 +198,6 @@ def _usage(reply: Reply, body: Body, text: str | None) -> Body:
 
 
 def _events(reply: Reply, chunks: list[Body]) -> list[bytes]:
-    """The chunks as server-sent events."""
     end = "\r\n" if reply.crlf else "\n"
     texts = [_encode(chunk) for chunk in chunks]
     if reply.done and reply.error_in_stream is None:
@@ -355,7 +353,6 @@ def _check_pairs(messages: list[Body]) -> None:
 
 
 def suits(messages: list[Body]) -> dict[str, bool]:
-    """For each quirk whether a history is right."""
     roles = [message["role"] for message in messages]
     called = [message for message in messages if "tool_calls" in message]
     calls = [call for message in called for call in message["tool_calls"]]
@@ -496,7 +493,6 @@ class Endpoint(Loopback):
 
     @property
     def url(self) -> str:
-        """The base URL for clients."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     def script(self, *answers: Answer) -> None:

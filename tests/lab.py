@@ -103,7 +103,6 @@ class Window:
         self.page.goto(memws.page_address(url) + fragment)
 
     def open_notebook(self, folder: Path, jupyter: str) -> None:
-        """Open a new notebook with one cell."""
         cells = [nbformat.v4.new_code_cell("")]  # type: ignore[no-untyped-call]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
         content = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})  # type: ignore[no-untyped-call]
@@ -158,7 +157,6 @@ class Window:
         self.panel.locator(".memws-status").get_by_text(word, exact=True).wait_for()
 
     def sees(self, *texts: str) -> None:
-        """Wait until the conversation shows these texts."""
         for text in texts:
             self.log.get_by_text(text).last.wait_for()
 

@@ -84,6 +84,5 @@ def commit() -> str:
 
 
 def rows_of(table: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; its first row is the head."""
     lines = [f"| {' | '.join(map(str, row))} |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])

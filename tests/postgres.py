@@ -92,7 +92,6 @@ class Cluster:
         self.port = free_port()
 
     def start(self) -> None:
-        """Start the process and wait until it serves."""
         settings = {**self.settings, "port": self.port}
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         command = [str(self._programs / "postgres"), "-D", "data", *words]

@@ -35,7 +35,6 @@ class Proxy(Loopback):
 
     @property
     def url(self) -> str:
-        """The address for clients."""
         return f"ws://127.0.0.1:{self.port}"
 
     def cut(self) -> None:

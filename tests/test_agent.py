@@ -53,7 +53,6 @@ def count(number: int) -> str:
 
 
 def is_summary(body: Body) -> bool:
-    """Whether a request asks for a summary."""
     return bool(body["messages"][0]["content"] == memws.SUMMARY_SYSTEM)
 
 
@@ -826,7 +825,6 @@ async def check_goes_on(lab: Lab, agent: Agent) -> None:
 
 
 def at(**fields: Any) -> Callable[[Body], bool]:
-    """Whether an event has these fields."""
     return lambda event: event | fields == event
 
 

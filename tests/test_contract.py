@@ -164,7 +164,6 @@ def names_in(file: str) -> set[str]:
 
 @pytest.mark.parametrize(("file", "test"), NAMED)
 def test_what_the_tables_name_exists(file: str, test: str) -> None:
-    """Every test that the tables name is there."""
     assert test in names_in(file)
 
 

@@ -24,8 +24,6 @@ def words(text: str) -> list[str]:
 
 
 class Answer(NamedTuple):
-    """What a server answers to an HTTP request."""
-
     status: int
     head: str
     body: bytes

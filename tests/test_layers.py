@@ -129,7 +129,6 @@ def is_quoted(annotation: ast.expr) -> bool:
 
 
 def imported(node: ast.AST) -> set[str]:
-    """The packages that a node imports."""
     if isinstance(node, ast.Import):
         return {alias.name.split(".")[0] for alias in node.names}
     if isinstance(node, ast.ImportFrom):

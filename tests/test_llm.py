@@ -29,7 +29,6 @@ USER = '{"role":"user","content":"Hi"}'
 
 @pytest.fixture
 async def model(endpoint: Endpoint) -> AsyncIterator[memws.Model]:
-    """The model behind the endpoint."""
     async with closing(memws.Models("test-model", endpoint.url, KEY)) as models:
         yield models.get(None)[0]
 
@@ -120,7 +119,6 @@ def piece(index: Any = None, call_id: str | None = None, name: str | None = None
 
 
 def delta(**fields: Any) -> Body:
-    """A chunk with one choice."""
     return {"choices": [{"index": 0, "delta": fields}]}
 
 

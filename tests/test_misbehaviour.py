@@ -215,7 +215,6 @@ def bench() -> Iterator[Bench]:
 
 @pytest.fixture(scope="module")
 def postgres_bench(postgres: Cluster) -> Iterator[Bench]:
-    """The same on PostgreSQL."""
     with benched(postgres.database()) as bench:
         yield bench
 

@@ -77,7 +77,6 @@ def printed(notebook: Any) -> list[str]:
 
 
 def kind(output: Any) -> Iterator[str]:
-    """One output as text."""
     if output.output_type == "stream":
         yield fixed(output.text)
     elif output.output_type == "error":
@@ -89,7 +88,6 @@ def kind(output: Any) -> Iterator[str]:
 
 
 def fixed(text: str) -> str:
-    """A text without what differs from run to run."""
     for pattern, word in VARYING.items():
         text = re.sub(pattern, word, text)
     return text
@@ -97,7 +95,6 @@ def fixed(text: str) -> str:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs(path: Path, folder: Path) -> None:
-    """A notebook prints what it was saved with."""
     assert printed(run(path, folder)) == printed(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
 
 

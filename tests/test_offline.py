@@ -46,7 +46,6 @@ class Talk:
 
     @property
     def human(self) -> str:
-        """The block about the user."""
         return self.agent.blocks["human"].value
 
 

@@ -156,7 +156,6 @@ async def until_health(server: memws.WebSocketServer, status: int, words: str) -
 
 
 async def refusal(server: memws.WebSocketServer) -> str:
-    """The code of a command that cannot be done."""
     async with wire(server) as client:
         return str((await client.refused("list_agents"))["code"])
 

@@ -98,7 +98,6 @@ async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpo
 
     @server.tool
     async def wait() -> str:
-        """Wait for ever."""
         await asyncio.get_running_loop().create_future()
         return ""
 
@@ -122,7 +121,6 @@ def test_stop_names_a_tool_that_will_not_end(online: Serve, endpoint: Endpoint, 
 
     @server.tool
     def stubborn() -> str:
-        """Block."""
         entered.set()
         leave.wait(LIMIT)
         return "late"
@@ -225,7 +223,6 @@ def test_blocking_calls_are_refused_on_the_servers_own_loop(online: Serve, endpo
 
     @server.tool
     async def ask() -> str:
-        """Call what blocks."""
         for blocking in calls.values():
             with pytest.raises(memws.MemwsError) as caught:
                 blocking()

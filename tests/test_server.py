@@ -981,7 +981,6 @@ async def test_a_blocking_tool_stops_nobody(server: Server, endpoint: Endpoint) 
 
     @server.tool
     def wait() -> str:
-        """Wait until it is time."""
         entered.set()
         assert leave.wait(LIMIT)
         return "it is time"

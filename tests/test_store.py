@@ -112,7 +112,6 @@ async def everything(store: Store, agent: int) -> list[Any]:
 
 
 async def find(store: Store, agent: AgentRecord, text: str = "", *stores: str, **by: Any) -> list[str]:
-    """The texts that are found, in order."""
     query = Query(text, stores or ("recall", "archival"), **({"limit": 50} | by))
     return [document.text for document in (await store.read(memws.search, agent.id, query))[0]]
 

@@ -84,7 +84,6 @@ def replay(serve: Serve, endpoint: Endpoint, tape: Path) -> Iterable[Serve]:
 
 
 def celsius(fahrenheit: float) -> float:
-    """Convert degrees."""
     return (fahrenheit - 32) / 1.8
 
 

@@ -44,14 +44,12 @@ def answer(frame: str | bytes, error: memws.InvalidRequest) -> JSON:
 
 
 def refused(frame: str | bytes) -> JSON:
-    """The server_error that a frame gets."""
     with pytest.raises(memws.InvalidRequest) as caught:
         read(frame)
     return answer(frame, caught.value)
 
 
 def frame_of(kind: str, **fields: Any) -> JSON:
-    """A request of that kind, with these fields only."""
     head = {"type": kind} if kind == "user_message" else {"type": "command", "command": kind}
     return head | fields
 

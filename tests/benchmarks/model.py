@@ -32,12 +32,10 @@ def chunked(data: bytes) -> bytes:
 
 
 def arguments(piece: str) -> bytes:
-    """A delta of the call's arguments."""
     return event({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
 
 
 def call(name: str) -> bytes:
-    """The delta that begins a call."""
     function = {"name": name, "arguments": ""}
     return event({"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]})
 

@@ -84,7 +84,6 @@ def serve_echo() -> None:
 
 
 def compute() -> str:
-    """Compute something for five seconds."""
     end, number = time.monotonic() + 5, 1
     while time.monotonic() < end:
         for _ in range(10_000):

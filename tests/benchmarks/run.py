@@ -137,7 +137,6 @@ async def talk(server: Peer, names: list[str], per_agent: int) -> list[float]:
 
 
 def size(bench: Bench) -> Iterator[str]:
-    """How long the file and its functions are."""
     text = PROGRAM.read_text("utf-8")
     lines = text.splitlines()
     begin, end = (lines.index(next(line for line in lines if line.startswith(f"# {n}. "))) for n in (10, 11))
@@ -358,7 +357,6 @@ def idle(bench: Bench) -> Iterator[str]:
     got: list[tuple[float, float]] = []
 
     def grown(server: Peer) -> float:
-        """KB that a connection takes."""
         with Peer("crowd", folder=bench.folder) as crowd:
             crowd.ask(url=server.url, count=20)
             before = server.ask(collect=True)["memory"]

@@ -104,7 +104,6 @@ class Client:
             yield wire
 
     def message(self) -> str:
-        """The turn_id of a fresh message."""
         turn_id = f"{self.number}-{len(self.log.sent)}"
         self.log.message(turn_id)
         self.open.append(turn_id)
@@ -148,7 +147,6 @@ class Client:
                 await self.turn(wire, turn_id)
 
     async def talk(self, server: Serving) -> None:
-        """A message and a passage."""
         async with self.connect(server) as wire:
             await self.turn(wire, self.message())
             text = f"passage{self.number}x{len(self.passages)}"

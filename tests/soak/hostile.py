@@ -82,7 +82,6 @@ class Maker:
         return f"{self.mark}-{self.number}"
 
     def request(self) -> JSON:
-        """A request that is right."""
         command = self.rng.choice(list(COMMANDS))
         if command in ("create_agent", "compact", "wake") and self.rng.random() < 0.7:  # less often: they cost more
             command = "load_agent"
@@ -413,7 +412,6 @@ async def origins_and_hosts(soak: Soak, port: int) -> None:
 
 
 async def tokens(soak: Soak, port: int) -> None:
-    """Clients that do not know the token."""
     rng = random.Random(f"{soak.seed} tokens")
     for _ in range(soak.count // 50):
         headers, path = wrong_token(rng)

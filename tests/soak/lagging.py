@@ -44,7 +44,6 @@ class Lag:
         self.sent: dict[str, tuple[str, str]] = {}  # by turn_id: the text, the request's id
 
     async def say(self, text: str) -> None:
-        """Send a message from the client that lags."""
         turn_id = f"turn {len(self.sent)}"
         self.sent[turn_id] = text, await self.late.say(text, agent_name=self.agent, turn_id=turn_id)
 

@@ -38,7 +38,6 @@ CUT, LATE = "answers without end that are not cut as they should", "late readers
 
 
 def frame(text: str) -> bytes:
-    """A text frame, as a client sends it."""
     return Frame(Opcode.TEXT, text.encode()).serialize(mask=True)
 
 
@@ -86,7 +85,6 @@ class Slow:
         return hello + subscribe + ask * ASKED, ask
 
     def _half_frame(self) -> tuple[bytes, bytes]:
-        """A part of a frame, of any size."""
         whole = frame("x" * round(100 * 10 ** (4 * self.rng.random())))
         return whole[: self.rng.randrange(1, len(whole) // 2)], b"x"
 

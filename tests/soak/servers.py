@@ -140,7 +140,6 @@ class Fleet:
         self.servers[place] = await self.start()
 
     async def pause(self) -> None:
-        """Stop a server for longer than its leases last."""
         server = self.rng.choice(self.servers)
         self.model.paused[self.keys[server]] = time.monotonic()
         self.stopped.add(server)

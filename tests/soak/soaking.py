@@ -203,7 +203,6 @@ class Desk:
 
 @contextlib.asynccontextmanager
 async def desk() -> AsyncIterator[Desk]:
-    """A desk that listens."""
     opened = Desk()
     async with await asyncio.start_server(opened, "127.0.0.1", 0) as server:
         opened.port = server.sockets[0].getsockname()[1]
