@@ -2006,12 +2006,11 @@ def _whole(event: StoredEvent) -> StoredEvent:
     with contextlib.suppress(ValueError):
         decode_json(event.text)
         return event
-    text = "this event is damaged on disk"
-    instead = response("correction", text, event.turn_id, what="damaged")
+    about = {"message": "this event is damaged on disk", "turn_id": event.turn_id, "seq": event.seq, "time": now_text()}
+    instead = {"type": "agent_response", "message_type": "correction", "what": "damaged"} | about
     if event.kind in TERMINAL_TYPES:
-        instead = {"type": "agent_response_error", "turn_id": event.turn_id, "stop_reason": "error"}
-        instead |= {"message": text, "code": "store_failed"}
-    return event._replace(kind=kind_of(instead), text=encode_json(instead | {"seq": event.seq, "time": now_text()}))
+        instead = {"type": "agent_response_error", "stop_reason": "error", "code": "store_failed"} | about
+    return event._replace(kind=kind_of(instead), text=encode_json(instead))
 
 
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
@@ -2514,9 +2513,7 @@ def _convert_export(data: JSON) -> None:
     """Make of what an earlier memws exported, in place, what this one would."""
     agent, memory = data["agent"], []
     agent["config"].pop("embedding", None)
-    for turn in data["turns"]:
-        if not turn["over"]:
-            agent["state"]["turn"] = turn["turn_id"]
+    agent["state"]["turn"] = next((turn["turn_id"] for turn in data["turns"] if not turn["over"]), None)
     agent["blocks"] = sorted(data["blocks"], key=lambda block: block["position"])
     for block in agent["blocks"]:
         del block["position"]
