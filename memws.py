@@ -8113,7 +8113,7 @@ class Agents:
         config, warnings = read_config(values, self.tools)
         config["timezone"] = config["timezone"] or self.timezone
         blocks: list[Block] = apply(core_memory, values)
-        name = f"agent_{secrets.token_hex(4)}" if values.get("name") is None else check_name(values["name"])
+        name = name_like("agent") if values.get("name") is None else check_name(values["name"])
         model, _ = self.models.get(config["model"], base_url, api_key)
         check_window(config, self.models.context_window or model.window, self.tools, blocks)
         async with self.lock:
@@ -9587,7 +9587,8 @@ def serve_command(flags: argparse.Namespace) -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     options = {name: value for name, value in vars(flags).items() if name not in ("log_level", "run")}
     for name in ("allow_origin", "allow_host"):
-        options[name] = options[name] or os.environ.get(f"MEMWS_{name.upper()}") or ()
+        hosts = options[name]
+        options[name] = (os.environ.get(f"MEMWS_{name.upper()}") or ()) if hosts is None else ",".join(hosts)
     server = WebSocketServer(**options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
     for name in {"SIGTERM", "SIGBREAK"} & vars(signal).keys():  # Windows: Ctrl-Break, with which programs stop others
