@@ -7680,6 +7680,7 @@ class LiveAgent:
         agent = Agent(agents.store, record, *common, self.publish, agents.timezone)
         agent.memory.owner = self.lease
         self.agent = await agent.open()
+        agents.memory_growth.set()
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
@@ -7951,7 +7952,6 @@ class SharedAgent(LiveAgent):
             if await self.agents.store.read(find_turn, self.id, item.turn_id):
                 self._end(item)
         self.here, self._problem = True, None
-        self.agents.memory_growth.set()
         self.wake()
         self.go_on()
 
@@ -8093,7 +8093,6 @@ class Agents:
         await live.open(record)
         live.take_name(record.name)
         live.go_on()
-        self.memory_growth.set()
         return live
 
     def _in_use(self) -> set[int]:
