@@ -546,8 +546,8 @@ def schema_of(hint: Any) -> JSON:
     of so many characters, a text at the end the description. Raises LookupError for any other hint."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin is Annotated and isinstance(arguments[-1], str):
-        rest = Annotated[arguments[:-1]] if len(arguments) > 2 else arguments[0]
-        return {"description": arguments[-1]} | schema_of(rest)
+        schema = schema_of(Annotated[arguments[:-1]] if len(arguments) > 2 else arguments[0])
+        return schema | {"description": arguments[-1]}
     if origin is Annotated and isinstance(arguments[1], (int, float)):
         schema = schema_of(arguments[0])
         _, _, low, high, _ = _KINDS[schema["type"]]
@@ -588,14 +588,14 @@ def check(value: Any, schema: JSON) -> Any:
 
 
 def from_text(value: Any) -> Any:
-    """What a model may have meant by a text or number, or those in a list, that do not fit:
+    """What a model may have meant by a value, or what is inside of it, that does not fit:
 
-    '5' and 5.0 are 5, 'True' and 'true' are true, 'None' and 'null' are null, "['tea']" is ["tea"], ['5'] is [5]
+    '5' and 5.0 are 5, 'True' is true, 'None' is null, "['tea']" is ["tea"], ['5'] is [5], {"a": null} is {}
     """
     if isinstance(value, list):
         return [from_text(item) for item in value]
     if isinstance(value, dict):
-        return {key: from_text(item) for key, item in value.items()}
+        return {key: from_text(item) for key, item in value.items() if item is not None}
     if isinstance(value, str) and value[:1] in ("[", "{"):
         return read_json(value)[0] or value
     if isinstance(value, str):
@@ -4023,7 +4023,7 @@ def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any, JSON], Any]]
         raise UsageError(f"{place}: no model can write a {hint}: {str(error).splitlines()[0]}") from error
     schema = _portable(schema, schema.pop("$defs", {}))
     if texts := [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, str)]:
-        schema["description"] = texts[0]
+        schema["description"] = texts[-1]
 
     def read(value: Any, part: JSON) -> Any:
         try:
@@ -4077,10 +4077,7 @@ def make_tool(
     function = function_of(call, name or "", ["memory"] if builtin else [], _reader_of)
     parameters = _portable(function.parameters, {})
     if function.name not in ("send_message", "pause_heartbeats"):
-        parameters["properties"][REQUEST_HEARTBEAT] = {
-            "type": "boolean",
-            "description": "run again right after this call",
-        }
+        parameters["properties"][REQUEST_HEARTBEAT] = schema_of(Annotated[bool, "run again right after this call"])
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
     spec = clean_text(encode_json({"type": "function", "function": about}))
     return Tool(function.name, function, spec, builtin, timeout, approve)
@@ -4102,11 +4099,9 @@ _EXPORTS = ("model_dump", "_asdict", "isoformat", "tolist", "to_list", "to_dicts
 
 
 async def call_tool(tool: Tool, arguments: JSON) -> str:
-    """The result of a user's tool as text. Raises ToolError when it fails, or takes longer than its timeout.
-
-    An async tool runs on the loop and ends with a cancel; any other runs in a daemon thread that goes on alone after a
-    cancel or timeout, its result dropped. What either returns is awaited, or collected, until it is a result.
-    """
+    """The result of a user's tool as text. Raises ToolError when it fails, or takes longer than its timeout. An async
+    tool runs on the loop and ends with a cancel; any other in a daemon thread that goes on alone after a cancel or
+    timeout, its result dropped. What either returns is awaited, or collected, until it is a result."""
     limit = asyncio.timeout(tool.timeout)
     try:
         async with limit:
@@ -4361,7 +4356,9 @@ class Transaction:
         self.blocks = blocks
 
     def insert(self, text: str) -> int:
-        """Keep a passage; its id. Raises Refused (text_too_long)."""
+        """Keep a passage; its id. Raises Refused (bad_field, text_too_long)."""
+        if not text.strip():
+            raise InvalidRequest("bad_field", "text: expected something to keep, but the content is empty")
         if len(text) > MAX_TEXT:
             raise Refused("text_too_long", f"a passage has at most {MAX_TEXT:,} characters, but got {len(text):,}")
         self.state["last_passage"] += 1
@@ -4493,7 +4490,7 @@ def edit_text(text: str, old: str, new: str) -> str:
 # ---- the memory tools (names and parameters are MemGPT 0.2.7's, functions/function_sets) -----------------------------
 
 
-def send_message(memory: Transaction, message: str) -> None:
+async def send_message(memory: Transaction, message: str) -> None:
     """Say something to the user. This is the only way to reach them."""
     memory.say(message)
 
@@ -4504,13 +4501,13 @@ _New = Annotated[str, "empty to delete"]
 _Day = Annotated[str, "YYYY-MM-DD, inclusive"]
 
 
-def core_memory_append(memory: Transaction, name: _Name, content: str) -> None:
+async def core_memory_append(memory: Transaction, name: _Name, content: str) -> None:
     """Add a line to a block of core memory."""
     before = memory.block(name).value
     memory.write(name, f"{before}\n{content}" if before else content)
 
 
-def core_memory_replace(memory: Transaction, name: _Name, old_content: _Old, new_content: _New) -> None:
+async def core_memory_replace(memory: Transaction, name: _Name, old_content: _Old, new_content: _New) -> None:
     """Replace text in a block of core memory."""
     memory.write(name, edit_text(memory.block(name).value, old_content, new_content))
 
@@ -4525,10 +4522,8 @@ async def conversation_search_date(memory: Transaction, start_date: _Day, end_da
     return await memory.search("recall", "", page, *date_range(start_date, end_date, memory.memory.zone))
 
 
-def archival_memory_insert(memory: Transaction, content: str) -> None:
+async def archival_memory_insert(memory: Transaction, content: str) -> None:
     """Keep a passage in archival memory, worded so that a search will find it."""
-    if not content.strip():
-        raise ToolError("content is empty; say what to keep")
     memory.insert(content)
 
 
@@ -4537,7 +4532,7 @@ async def archival_memory_search(memory: Transaction, query: str, page: int = 0)
     return await memory.search("archival", query, page)
 
 
-def pause_heartbeats(memory: Transaction, minutes: Annotated[int, "at most 360"]) -> str:
+async def pause_heartbeats(memory: Transaction, minutes: Annotated[int, "at most 360"]) -> str:
     """Ignore timed heartbeats for some minutes."""
     minutes = max(0, min(minutes, 360))  # MemGPT 0.2.7, constants.py: MAX_PAUSE_HEARTBEATS
     memory.state["paused_until"] = time.time() + 60 * minutes
@@ -4623,7 +4618,6 @@ def check_record(record: AgentRecord) -> None:
     record.blocks = [asdict(apply(Block, values, "agent.blocks")) for values in record.blocks]
 
 
-Limit = Annotated[int, 1, MAX_BLOCK_LIMIT] | None
 BlockItems = Annotated[list[JSON], 1, MAX_BLOCKS] | None
 
 
@@ -4684,8 +4678,8 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
 def check_window(config: JSON, default: int, tools: Mapping[str, Tool], blocks: Collection[Block]) -> None:
     """Raises Refused where there is too much of blocks, or no room for prompt, full blocks and a reply."""
     if len(blocks) > MAX_BLOCKS + 2 or sum(block.limit for block in blocks) > MAX_BLOCKS_TOTAL:
-        text = f"blocks: expected at most {MAX_BLOCKS + 2}, with limits of {MAX_BLOCKS_TOTAL:,} characters together"
-        raise Refused("bad_config", text)
+        text = f"expected at most {MAX_BLOCKS + 2}, with limits of {MAX_BLOCKS_TOTAL:,} characters together"
+        raise Refused("bad_config", f"blocks: {text}")
     window = config["context_window"] or default
     specs = ",".join(tools[name].spec for name in config["tools"] or MEMORY_TOOLS if name in tools)
     needed = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(specs) + MIN_REPLY_TOKENS
@@ -4760,11 +4754,9 @@ _USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGN
 
 
 class Agent:
-    """A named, persistent memory and a model that take turns (MemGPT: Packer et al. 2023, arXiv 2310.08560).
-
-    The agent knows a store and a model, never a socket: what happens is stored, then given to `emit`. One turn at a
-    time; edits from outside may come between.
-    """
+    """A named, persistent memory and a model that take turns (MemGPT: Packer et al. 2023, arXiv 2310.08560), one at a
+    time; edits from outside may come between. It knows a store and a model, never a socket: what happens is stored,
+    then given to `emit`."""
 
     calls_tools = True  # a tool's parameter of this type is filled in
 
@@ -4814,6 +4806,8 @@ class Agent:
             check_record(self.record)
             unreadable = await self.memory.load()
             self.configure()
+            if told := self.model.learned.window:
+                self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
             await self._repair(unreadable)
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
@@ -4844,8 +4838,7 @@ class Agent:
                 self._end(change, turn, "interrupted")
 
     def configure(self) -> None:
-        """Choose model, window and tools by the config, and build the system message. Between two calls of this the
-        prompt only grows at its end."""
+        """Choose model and tools, build the system message: until the next call the prompt only grows at its end."""
         memory, config, summary = self.memory, self.record.config, self.record.state["summary"]
         self.model, self.warnings = self._models.get(config["model"], self.record.base_url, self._api_key)
         self._counts = self._models.corrections[self.model.name]
@@ -4966,15 +4959,15 @@ class Agent:
             await self._take_steered(turn)
         if self.used() + MIN_REPLY_TOKENS > self.window:
             await self.compact(turn)
-        reply = await self._ask(turn)
-        queries = [str(call.arguments.get("query", "")) for call in reply.calls if call.name in MEMORY_TOOLS]
+        await self._ask(turn)
+        queries = [str(call.arguments.get("query", "")) for call in turn.reply.calls if call.name in MEMORY_TOOLS]
         with turn.interruptible():  # before the transaction: no network call happens inside of one
             vectors = {query: await self.query_vector(query) for query in queries}
         async with self._change(turn) as change:
             change.vectors = vectors
-            succeeded = await self._take_reply(change, turn, reply)
-            turn.replied = turn.replied or change.spoke
-            self._finish(change, turn, reply, succeeded)
+            succeeded = await self._take_reply(change, turn)
+            turn.replied |= change.spoke
+            self._finish(change, turn, succeeded)
 
     async def _take_steered(self, turn: Turn) -> None:
         """Let in what was said meanwhile."""
@@ -4993,8 +4986,8 @@ class Agent:
 
     # -- asking the model --
 
-    async def _ask(self, turn: Turn) -> Reply:
-        """Call the model until its answer can be used, or half of one has to do. Raises ModelError, Stopped."""
+    async def _ask(self, turn: Turn) -> None:
+        """Call the model until its reply can be used, or half of one has to do. Raises ModelError, Stopped."""
         extra, failures, waited = "", 0, 0.0
         while True:
             usage, tokens = turn.usage.copy(), self.memory.tokens.copy()
@@ -5002,8 +4995,7 @@ class Agent:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
                 read_reply(turn.reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
-                self._check_reply(turn, turn.reply, has_to_send=turn.verify and not extra)
-                return turn.reply
+                return self._check_reply(turn, has_to_send=turn.verify and not extra)
             except ModelError as error:
                 if error.loading and waited < LOADING_PATIENCE:
                     waited += error.retry_after or 0.0
@@ -5013,7 +5005,7 @@ class Agent:
                     continue
                 turn.failed_calls += 1
                 if turn.failed_calls >= MAX_FAILED_CALLS:
-                    return self._half(turn, error)
+                    return self._take_half(turn, error)
                 if error.code == "context_overflow":
                     turn.failed_calls += 1  # for the summary
                     try:
@@ -5031,20 +5023,21 @@ class Agent:
                     failures += 1
                     await self._retry(turn, error, failures, TRANSPORT_RETRIES, RETRY_PAUSE * 2 ** (failures - 1))
                 else:
-                    return self._half(turn, error)
+                    return self._take_half(turn, error)
 
-    def _half(self, turn: Turn, error: ModelError) -> Reply:
-        """What there is of an answer that came no further. Raises the error where that tells a waiting user nothing."""
+    def _take_half(self, turn: Turn, error: ModelError) -> None:
+        """Take what there is of a reply that came no further. Raises the error where that tells a user nothing."""
         reply = turn.reply
         reply.finish, reply.full, reply.error = reply.finish or "aborted", True, error
         with contextlib.suppress(ModelError):
             read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
-                return reply
+                return
         raise error
 
-    def _check_reply(self, turn: Turn, reply: Reply, *, has_to_send: bool) -> None:
+    def _check_reply(self, turn: Turn, *, has_to_send: bool) -> None:
         """Raises ModelError for a reply that says nothing, or half of what it should, to a user who waits for one."""
+        reply = turn.reply
         if turn.replied or reply.partial:
             return
         if not (reply.calls or reply.text) and (reply.fault == "length" or (reply.reasoning and not reply.fault)):
@@ -5150,10 +5143,11 @@ class Agent:
                 await asyncio.wait_for(embedder.catch_up(), EMBEDDING_PATIENCE)
         return await embedder.vector(text) if text.strip() else None
 
-    async def _take_reply(self, change: Transaction, turn: Turn, reply: Reply) -> bool:
-        """Tell and keep an answer, and make its calls; whether all succeeded. Text alone is the reply that a user waits
-        for; what send_message said before it was cut is kept as a call whose result says so."""
-        calls, plain, monologue = reply.calls.copy(), "", reply.monologue
+    async def _take_reply(self, change: Transaction, turn: Turn) -> bool:
+        """Tell and keep what the model replied, and make its calls; whether all succeeded. Text alone is for the user
+        who waits; what send_message said before it was cut is kept as a call whose result says so."""
+        reply, plain = turn.reply, ""
+        calls, monologue = reply.calls.copy(), reply.monologue
         if reply.partial:
             calls.append(ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial}))
         elif reply.text and not (calls or turn.replied or turn.stop_reason):
@@ -5215,7 +5209,7 @@ class Agent:
         if (tool := self.tools.get(call.name)) is None:
             raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
         arguments = tool.function.bind(call.arguments, lenient=True)
-        if surplus := call.arguments.keys() - {*tool.function.parameters["properties"], REQUEST_HEARTBEAT}:
+        if surplus := without_heartbeat(call.arguments).keys() - tool.function.parameters["properties"].keys():
             self._counts["arguments"] += 1
             names = quote(", ".join(sorted(surplus)))
             change.add_event("correction", f"{call.name} ran without {names}, which it does not take", what="arguments")
@@ -5230,8 +5224,7 @@ class Agent:
                     arguments, note = edited or (arguments, "")
                     return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
         try:
-            result = tool.function.call(change, **arguments)
-            return str(await result if inspect.isawaitable(result) else result)
+            return str(await tool.function.call(change, **arguments))
         except StoreFailed as error:  # of a search, which changes nothing
             raise ToolError(str(error)) from error
 
@@ -5257,16 +5250,16 @@ class Agent:
         content = encode_json({"status": status, "message": text, "time": self.memory.clock()})
         change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
 
-    # -- ends --
+    # -- ends: with the last step (_finish), stop() (_end_stopped), an error (_fail), or the next opening (_repair) --
 
-    def _finish(self, change: Transaction, turn: Turn, reply: Reply, succeeded: bool) -> None:
+    def _finish(self, change: Transaction, turn: Turn, succeeded: bool) -> None:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
-        change.changes.request = turn.request
+        change.changes.request, reply = turn.request, turn.reply
         turn.calls.update({call.line for call in reply.calls})
         sizes = self._sizes([*self.memory.messages, *change.changes.messages])
         is_full = sum(sizes.values()) > WARNING_FRACTION * self.window
         warn = is_full and not (change.state["warned"] or turn.compactions)
-        reason = self._reason_to_go_on(turn, reply, succeeded)
+        reason = self._reason_to_go_on(turn, succeeded)
         outcome = self._reason_to_stop(change, turn, bool(reason or warn or turn.steered))
         if warn:
             change.state["warned"] = True
@@ -5281,13 +5274,13 @@ class Agent:
         if outcome is not None:
             self._end(change, turn, outcome)
 
-    def _reason_to_go_on(self, turn: Turn, reply: Reply, succeeded: bool) -> str:
+    def _reason_to_go_on(self, turn: Turn, succeeded: bool) -> str:
         """The heartbeat that the next step starts with, or nothing (MemGPT 0.2.7, websocket_server.py, run_step)."""
-        if reply.full and turn.replied:
+        if turn.reply.full and turn.replied:
             return ""
         if not succeeded:
             return HEARTBEAT_FAILED
-        if any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in reply.calls):
+        if any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in turn.reply.calls):
             return HEARTBEAT_REQUESTED
         return "" if turn.replied else HEARTBEAT_NO_REPLY
 
@@ -5316,7 +5309,7 @@ class Agent:
         reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
         reply.calls = []
         async with self._change(turn) as change:
-            await self._take_reply(change, turn, reply)
+            await self._take_reply(change, turn)
             self._end(change, turn, turn.stop_reason or "cancelled")
 
     async def _fail(self, turn: Turn, error: MemwsError) -> None:
@@ -5369,21 +5362,17 @@ class Agent:
             fields["warning"] = f"{text}; set --context-window to the window it really has"
         change.add_event("context", f"{used:,} of {self.window:,} tokens", **fields)
 
-    @property
-    def _room(self) -> int:
-        """Tokens that the window leaves for chat messages."""
-        return self.window - sum(self._sizes([]).values())
-
     def _fitting(self, text: str, advice: str = "search finds them") -> str:
         """`text`, or an excerpt of it that leaves two thirds of the room for messages to others."""
-        tokens, most = estimate_tokens(text) * self.ratio, max(128, (self._room - MIN_REPLY_TOKENS) // 3)
+        room = self.window - sum(self._sizes([]).values()) - MIN_REPLY_TOKENS
+        tokens, most = estimate_tokens(text) * self.ratio, max(128, room // 3)
         return text if tokens <= most else excerpt(text, int(len(text) * most / tokens), advice)
 
     async def compact(self, turn: Turn) -> JSON:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
-        memory, before, room = self.memory, self.used(), self._room / self.ratio
-        tokens = sum(message.tokens for message in memory.messages)
-        cut = self._cut_at(min(room, tokens) * KEEP_FRACTION / 2**turn.compactions)
+        memory, before = self.memory, self.used()
+        tokens = sum(message.tokens for message in memory.messages) - max(0, before - self.window) / self.ratio
+        cut = self._cut_at(tokens * KEEP_FRACTION / 2**turn.compactions)
         if cut == 0 or turn.compactions >= 3:
             raise self._too_small(before)
         turn.compactions += 1
@@ -8313,6 +8302,7 @@ class Reader:
 AgentName = Annotated[str, 0, 1_000] | None
 Text = Annotated[str, 0, MAX_FRAME]
 Label = Annotated[str, 1, MAX_NAME]
+Limit = Annotated[int, 1, MAX_BLOCK_LIMIT] | None
 TurnId = Annotated[str, 1, MAX_ID]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
@@ -8717,8 +8707,6 @@ class Session:
 
     async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
-        if not text.strip():
-            raise InvalidRequest("bad_field", "text: expected something to keep, but it is empty")
         async with Transaction((await live.fresh()).memory) as change:
             passage_id = change.insert(text)
         self._agents.memory_growth.set()
