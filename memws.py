@@ -4249,10 +4249,8 @@ class Transaction:
     happened. Raises StoreFailed: then the memory is stale, and the agent has to be opened anew.
     """
 
-    def __init__(self, memory: Memory, turn_id: str = "", step: int = 0, before: int | None = None) -> None:
+    def __init__(self, memory: Memory, turn_id: str = "", step: int = 0) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step
-        # The last chat message that a search may find: what this very turn said is in view already.
-        self.before = memory.last_message if before is None else before
         self.vectors: Mapping[str, bytes | None] = {}  # of the queries that will be searched for
         self.spoke = self._open = False  # `spoke`, alone of all, outlives apart()
 
@@ -4390,8 +4388,9 @@ class Transaction:
     async def search(self, store: str, query: str, page: int, since: str = "", until: str = "~") -> str:
         """A page of results as a model reads them; the newest first where nothing is searched for."""
         memory, page = self.memory, min(max(0, page), 1_000_000)
-        span = (since, until, SEARCH_PAGE, page * SEARCH_PAGE)
-        wanted = Query(query, (store,), *span, self.before, self.vectors.get(query), memory.zone)
+        own = (message.id for message in memory.messages if message.turn_id == self.turn_id)  # they are in view already
+        span = (since, until, SEARCH_PAGE, page * SEARCH_PAGE, next(own, 2**53) - 1)
+        wanted = Query(query, (store,), *span, self.vectors.get(query), memory.zone)
         documents, total = await memory.store.read(search, memory.record.id, wanted)
         if not documents:
             return f"No results found in {store} memory" + (f" for {quote(query)}." if query else ".")
@@ -4708,7 +4707,6 @@ class Turn:
     speaker: str | None = None  # who says the message, where several people share the agent
     verify: bool = False  # whether the first reply has to go through send_message
     step: int = 0  # counts from 1, once the start is stored
-    before: int = 0  # the id of the last chat message before the turn
     replied: bool = False  # whether the user has their reply, or nobody waits for one
     over: bool = False
     stop_reason: str | None = None  # why it was asked to stop
@@ -4929,8 +4927,7 @@ class Agent:
 
     async def _begin(self, turn: Turn) -> None:
         """Store the user's message, or why there is a turn without one; the start is its receipt."""
-        turn.before = self.memory.last_message
-        async with Transaction(self.memory, turn.turn_id, 1, turn.before) as change:
+        async with Transaction(self.memory, turn.turn_id, 1) as change:
             self._before = self.as_stored()
             change.changes.events.append({"type": "agent_response_start", "turn_id": turn.turn_id})
             change.state["turn"] = turn.turn_id
@@ -4982,7 +4979,7 @@ class Agent:
                 item.done.set_result(None)
 
     def _change(self, turn: Turn) -> Transaction:
-        return Transaction(self.memory, turn.turn_id, turn.step, turn.before)
+        return Transaction(self.memory, turn.turn_id, turn.step)
 
     # -- asking the model --
 
@@ -5378,7 +5375,7 @@ class Agent:
         turn.compactions += 1
         hidden, kept = memory.messages[:cut], memory.messages[cut:]
         gist = await self._summarize(turn, hidden)
-        if turn.message is not None and hidden[-1].id > turn.before:
+        if turn.message is not None and hidden[-1].turn_id == turn.turn_id:
             speaker = f"{turn.speaker} speaks. " if turn.speaker else ""
             gist += f"\n{speaker}{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self._change(turn) as change:
