@@ -5196,7 +5196,7 @@ class Agent:
         return turn.failed_tools == 0
 
     async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str:
-        """A call's result. Raises ToolError, Refused, Stopped; StoreFailed of what came before it."""
+        """A call's result. Raises ToolError, Refused, Stopped, StoreFailed."""
         if turn.stop_reason is not None:
             raise ToolError(f"{turn.stop_reason} before it ran")
         if turn.failed_tools >= MAX_FAILED_TOOLS:
@@ -5220,10 +5220,7 @@ class Agent:
                     edited = await self._allowed(tool, about) if waits else None
                     arguments, note = edited or (arguments, "")
                     return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
-        try:
-            return str(await tool.function.call(change, **arguments))
-        except StoreFailed as error:  # of a search, which changes nothing
-            raise ToolError(str(error)) from error
+        return str(await tool.function.call(change, **arguments))
 
     async def _allowed(self, tool: Tool, about: JSON) -> tuple[JSON, str] | None:
         """Wait until a call may run; the arguments to take instead, and a note of it. Raises ToolError."""
@@ -5254,8 +5251,8 @@ class Agent:
         change.changes.request, reply = turn.request, turn.reply
         turn.calls.update({call.line for call in reply.calls})
         sizes = self._sizes([*self.memory.messages, *change.changes.messages])
-        is_full = sum(sizes.values()) > WARNING_FRACTION * self.window
-        warn = is_full and not (change.state["warned"] or turn.compactions)
+        was_warned = change.state["warned"] or turn.compactions > 0
+        warn = not was_warned and sum(sizes.values()) > WARNING_FRACTION * self.window
         reason = self._reason_to_go_on(turn, succeeded)
         outcome = self._reason_to_stop(change, turn, bool(reason or warn or turn.steered))
         if warn:
@@ -5273,8 +5270,6 @@ class Agent:
 
     def _reason_to_go_on(self, turn: Turn, succeeded: bool) -> str:
         """The heartbeat that the next step starts with, or nothing (MemGPT 0.2.7, websocket_server.py, run_step)."""
-        if turn.reply.full and turn.replied:
-            return ""
         if not succeeded:
             return HEARTBEAT_FAILED
         if any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in turn.reply.calls):

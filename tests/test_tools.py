@@ -162,22 +162,19 @@ READ: list[tuple[Any, Body | None, list[tuple[Any, Any]]]] = [  # hint, schema, 
      "items": {"anyOf": [memws.ANYTHING]}}}, [([["x"]], [Note("x")])]),
     (Notes, {"type": "object", "properties": {"rest": memws.ANYTHING, "title": TEXT | {"default": "Notes"}},
              "required": ["rest"]}, [({"rest": 1}, Notes(1)), ({"rest": 1, "title": None}, Notes(1))]),
-    (Place, None, [([1], Place(1)), ({"x": 1, "y": "z"}, Place(1, "z"))]),
-    (UUID, None, [(str(UUID(int=5)), UUID(int=5))]),
+    (Place, None, [([1], Place(1)), ({"x": 1, "y": "z"}, Place(1, "z"))]), (Path, None, [("a", Path("a"))]),
     (set[int], None, [([1, "2", 2], {1, 2}), ("[1]", {1})]), (tuple[int, str], None, [([1, "x"], (1, "x"))]),
     (tuple[int, ...], {"type": "array", "items": {"type": "integer"}}, [("[1, 2]", (1, 2))]),
-    (Path, None, [("a", Path("a"))]),
-    (dict[int, str], None, [({"1": "x"}, {1: "x"})]),
+    (UUID, None, [(str(UUID(int=5)), UUID(int=5))]), (dict[int, str], None, [({"1": "x"}, {1: "x"})]),
     (list[Room] | None, None, [(None, None), (["small"], [Room.SMALL])]),
     (Annotated[int, Field(gt=3, description="more")],
      {"type": "integer", "exclusiveMinimum": 3, "description": "more"}, [("4", 4)]),
     (Annotated[str, "a city"] | None, {"anyOf": [TEXT | {"description": "a city"}, NULL]}, [("Oslo", "Oslo")]),
-    (list, None, [(["x", 1], ["x", 1])]),
     (Any, memws.ANYTHING, [("x", "x"), ([1], [1]), (None, None)]), (dict, {"type": "object"}, [('{"a": 1}', {"a": 1})]),
     (list[str], None, [('["tea"]', ["tea"]), ("['tea']", ["tea"])]), (bool, {"type": "boolean"}, [("True", True)]),
     (int, None, [("3", 3), (3.0, 3), ("3.0", 3)]), (float, None, [("1.5", 1.5)]),
     (Annotated[int, 1, 9, "n"], {"type": "integer", "minimum": 1, "maximum": 9, "description": "n"}, [("9", 9)]),
-    (int | None, None, [("7", 7), ("None", None)]),
+    (int | None, None, [("7", 7), ("None", None)]), (list, None, [(["x", 1], ["x", 1])]),
     (int | str, None, [("5", "5"), (5, 5)]), (list[int], None, [("[1]", [1]), (["1"], [1])]),
     (list[list[Any]], None, [([[1]], [[1]])]), (Literal[1, 2], None, [(2, 2)]),
 ]  # fmt: skip
@@ -265,21 +262,18 @@ def odd(call: Callable[[], None], agent: int = 5) -> None: ...
 REFUSED: list[tuple[Any, str]] = [
     (Desk.ring, "'ring': no model can fill in 'self'"), (Desk, "Desk is a class; register a function, or an object"),
     (positional, "no model can fill in 'a: int'"), (many, r"no model can fill in '\*names: str'"),
-    (len, "'len': no model can fill in"),
+    (len, "'len': no model can fill in"), (max, "cannot read the signature of 'max'"),
     (field, "put pydantic's Field into Annotated"), (lost, "cannot read the signature of 'lost': name 'Nowhere'"),
     (sized, "'sized': size: no model can write"), (fixed, "'fixed': size: no model can write"),
-    (odd, "'odd': call: no model can write"), (größe, "'größe'"),
-    (lambda city: city, "lambda"), (3, "expected a function"), (max, "cannot read the signature of 'max'"),
+    (odd, "'odd': call: no model can write"), (größe, "'größe'"), (lambda c: c, "lambda"), (3, "expected a function"),
 ]  # fmt: skip
 
 
 def test_objects_are_tools_and_what_no_model_can_call_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods of objects and objects that are called work, with all that their authors wrote; the rest says why not."""
     tools = [make_tool(each) for each in (Desk(), Desk().ring, functools.partial(Desk().ring, times=2))]
-    assert [(tool.name, tool.function.usage) for tool in tools] == [
-        ("Desk", "Desk(guest)"),
-        *[("ring", "ring(times?)")] * 2,
-    ]
+    assert [tool.name for tool in tools] == ["Desk", "ring", "ring"]
+    assert [tool.function.usage for tool in tools] == ["Desk(guest)", *["ring(times?)"] * 2]
     assert [tool.function.doc for tool in tools] == ["A desk that is called.", *[inspect.getdoc(Desk.ring)] * 2]
     for function, words in REFUSED:
         with pytest.raises(memws.UsageError, match=words):
@@ -307,15 +301,13 @@ async def failure(function: Callable[..., Any], timeout: float = LIMIT) -> str:
     return str(caught.value)
 
 
+SLOTTED = type("Slotted", (), {"__slots__": ["_hidden", "x"]})()
+SLOTTED.x = {1}
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 WEB = [SimpleNamespace(web={}) for _ in range(30)]
 for node in WEB:
     node.web = dict(enumerate(WEB))  # there are more ways through it than can be gone
-
-
-SLOTTED = type("Slotted", (), {"__slots__": ["_hidden", "x"]})()
-SLOTTED.x = {1}
 
 
 class Unprintable(Exception):
@@ -340,9 +332,8 @@ RESULTS: list[tuple[Any, str | None]] = [
     ({"a": [Decimal("1.10"), UUID(int=1), Path("a/b"), Room.LARGE]}, f'{{"a":["1.10","{UUID(int=1)}","a/b","large"]}}'),
     ({DAY: {DAY}, "by": Guest("Zoe", DAY)}, '{"2026-01-31":["2026-01-31"],"by":{"name":"Zoe","born":"2026-01-31"}}'),
     ([Stay(rooms={Room.LARGE}), Place(1, "x")], '[{"rooms":["large"],"nights":1,"next":null},{"x":1,"y":"x"}]'),
-    (range(3), "[0,1,2]"),
+    (range(3), "[0,1,2]"), (SLOTTED, '{"x":[1]}'),
     (array("d", [1.5]), "[1.5]"), (SimpleNamespace(a={1: b"x"}), '{"a":{"1":"x"}}'), (ValueError("no"), "no"),
-    (SLOTTED, '{"x":[1]}'),
 ]  # fmt: skip
 
 
@@ -666,7 +657,7 @@ EDITS: list[tuple[str, str, str, str]] = [  # a block, old_content, new_content,
     ("\u0939\u093f\u0928\u094d", "\u0939\u093f", "x", "part of"), ("Cafe\u0301", "Cafe", "Bar", "not in"),
     (LINES, "City: Oslo", "x", "not in the block; .* the nearest line is: Town: Oslo"),
     (LINES, "Name: Zoe\nWife: Ana", "x", "the nearest line is: Wife: Anna"),
-    (LINES, "\n", "x", "holds$"), ("a b", "  ", "x", "holds$"), ("", "x", "y", "holds$"),
+    (LINES, "\n", "x", "holds$"), ("a b", "  ", "x", "holds$"), ("", "", "y", "holds$"),
 ]  # fmt: skip
 
 
@@ -685,9 +676,7 @@ async def test_the_one_place_is_edited_or_none(lab: Lab, block: str, old: str, n
 WRONG_CALLS = [
     ("core_memory_append", {"name": "dog", "content": "x"}, "no core memory block 'dog'; blocks: persona, human"),
     ("core_memory_append", {"name": "human", "content": "x" * 2_001}, "limited to 2,000 characters.* 2,001.*shorten"),
-    ("core_memory_replace", {"name": "human", "old_content": "y", "new_content": ""}, "old_content is not in the"),
-    ("core_memory_replace", {"name": "human", "old_content": "", "new_content": "z"}, "old_content is not in the"),
-    ("archival_memory_insert", {"content": " \n"}, "content is empty"),
+    ("archival_memory_insert", {"content": " "}, "content is empty"), ("archival_memory_insert", "[1]", "no JSON obj"),
     ("archival_memory_insert", {"content": "x" * 65_537}, "at most 65,536 characters, but got 65,537"),
     ("conversation_search_date", {"start_date": "soon", "end_date": ""}, "a day like 2026-01-31.*'soon'"),
     ("conversation_search_date", {"start_date": "", "end_date": "9999-12-31"}, "a day like 2026-01-31.*'9999-12-31'"),
@@ -698,7 +687,6 @@ WRONG_CALLS = [
     ("pause_heartbeats", {"minutes": 1.5}, "minutes: expected an integer, but got 1.5"),
     ("archival_memory_insert", "no JSON", "the arguments are no JSON object: 'no JSON'"),
     ("archival_memory_insert", f'{{"content": {"[" * 900}1{"]" * 900}}}', "the arguments are no JSON object: "),
-    ("archival_memory_insert", "[1]", "the arguments are no JSON object: "),
     ("send_email", {"to": "x"}, "unknown tool 'send_email'; tools: send_message, core_memory_append"),
 ]  # fmt: skip
 
