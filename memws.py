@@ -1594,6 +1594,8 @@ class PostgresConnection:
     """A connection to PostgreSQL that is spoken to as one of sqlite3, and raises its errors. One that has broken is
     made anew at the next BEGIN."""
 
+    in_transaction = True  # until it says so itself
+
     def __init__(self, database: Postgres, **settings: str) -> None:
         self._database, self._settings = database, settings
         self.sends_ahead = False  # whether the statements of a transaction are sent without waiting for one another
@@ -1606,16 +1608,10 @@ class PostgresConnection:
         driver = self._database.driver
         try:
             yield
-        except driver.errors.UniqueViolation as error:
-            raise sqlite3.IntegrityError(f"UNIQUE constraint failed: {error}") from error  # as SQLite says it
         except driver.Error as error:  # both have the names of the standard (PEP 249)
             kind = next(each.__name__ for each in type(error).__mro__ if hasattr(sqlite3, each.__name__))
             text = error.diag.message_primary or str(error)
             raise getattr(sqlite3, kind)(" ".join(text.split())) from error
-
-    @property
-    def in_transaction(self) -> bool:
-        return self._connection.info.transaction_status in (1, 2, 3)  # also while it waits, or has failed
 
     def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
         with self._translated():
@@ -4718,7 +4714,7 @@ class Turn:
     request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
     reply: Reply = field(default_factory=Reply)
     sender: object = None  # whose queue it counts against
-    when_busy: str = "queue"  # as a client asked for it
+    when_busy: str = "queue"  # what to do where another one runs
     steered: list[Turn] = field(default_factory=list)  # messages that enter this turn before its next step
     # Ends with it, or with why it will not be.
     done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -7732,27 +7728,27 @@ class LiveAgent:
     def find(self, turn_id: str) -> Turn | None:
         return next((item for item in (self.current, *self.queued) if item and item.turn_id == turn_id), None)
 
-    def enqueue(self, item: Turn, when_busy: WhenBusy = "queue") -> None:
+    def enqueue(self, item: Turn) -> None:
         """Let a turn wait for its time, which may be now. Raises Refused where it may not."""
-        self._check(item, when_busy)
+        self._check(item)
         if item.message is not None:
             self._beats = 0
-        if when_busy == "interrupt" and self.current is not None:
+        if item.when_busy == "interrupt" and self.current is not None:
             self.current.stop("superseded")
-        if when_busy == "steer" and self.current and self.current.turn_id and not self.current.over:
+        if item.when_busy == "steer" and self.current and self.current.turn_id and not self.current.over:
             self.current.steered.append(item)
             return
-        self.waiting.insert(0 if when_busy == "interrupt" else len(self.waiting), item)
+        self.waiting.insert(0 if item.when_busy == "interrupt" else len(self.waiting), item)
         self.go_on()
 
-    def _check(self, item: Turn, when_busy: WhenBusy) -> None:
+    def _check(self, item: Turn) -> None:
         if self.gone or self.agents.stopping:
             raise self.gone_error()
         if (size := len(item.message or "")) > MAX_TEXT:
             raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {size:,}")
         if self.here and not self.current:
             return
-        if when_busy == "reject" and self.here:
+        if item.when_busy == "reject" and self.here:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or let the message queue")
         own = sum(other.sender is item.sender for live in self.agents.live.values() for other in live.counted)
         if own >= MAX_WAITING_SESSION and item.sender is not None:
@@ -7845,7 +7841,7 @@ class LiveAgent:
 
     def _beat(self) -> None:
         with contextlib.suppress(Refused):  # it is busy
-            self.enqueue(Turn(new_turn_id(), None, HEARTBEAT_TIMER), "reject")
+            self.enqueue(Turn(new_turn_id(), None, HEARTBEAT_TIMER, when_busy="reject"))
             self._beats += 1
 
     def close(self) -> None:
@@ -7871,6 +7867,7 @@ class SharedAgent(LiveAgent):
         super().__init__(agents, record)
         self.here, self.lease = False, ""
         self._client: Client | None = None  # of the server that is followed
+        self._sent: set[Turn]  # what it has been given of what waits
         self._problem: MemwsError | None = None  # why it is neither run nor followed
         self._leases, self._owner, self._settling = leases, "", asyncio.Lock()
         self._work = agents.spawn(self._settle())
@@ -7938,8 +7935,9 @@ class SharedAgent(LiveAgent):
 
     def _end(self, item: Turn) -> None:
         """It has run elsewhere: its readers get its end as an event."""
-        self.waiting.remove(item)
-        item.done.set_result(None)
+        if item in self.waiting:
+            self.waiting.remove(item)
+            item.done.set_result(None)
 
     # -- run by another --
 
@@ -7949,10 +7947,9 @@ class SharedAgent(LiveAgent):
             try:
                 await client.hello(["*"])
                 events = client.subscribe(self.name, after=self.last_seq)
-                self._client, self._problem = client, None
+                self._client, self._problem, self._sent = client, None, set[Turn]()
                 self.wake()
-                for item in self.waiting:
-                    self._forward(client, item)
+                self.go_on()
                 async for event in events:
                     if event.get("change") == "rewound":
                         await self.look_up()  # first: whoever hears of it may ask at once
@@ -7975,20 +7972,14 @@ class SharedAgent(LiveAgent):
         if frame.get("change") == "renamed":
             self.take_name(frame["new_name"])
 
-    def enqueue(self, item: Turn, when_busy: WhenBusy = "queue") -> None:
-        if self.here:
-            super().enqueue(item, when_busy)
-            return
-        self._check(item, when_busy)
-        item.when_busy = when_busy
-        self.waiting.append(item)
-        if self._client:
-            self._forward(self._client, item)
-
-    def _forward(self, client: Client, item: Turn) -> None:
-        with contextlib.suppress(ConnectionLost):  # the next one gets it
-            turn = client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
-            self.agents.spawn(self._hear(item, turn))
+    def go_on(self) -> None:
+        super().go_on()
+        for item in list(self.waiting):
+            if self._client and item not in self._sent:
+                self._sent.add(item)
+                with contextlib.suppress(ConnectionLost):  # the next one gets it
+                    turn = self._client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
+                    self.agents.spawn(self._hear(item, turn))
 
     async def _hear(self, item: Turn, turn: Stream) -> None:
         """Wait for the end of a turn, or for why it will not be."""
@@ -7996,8 +7987,7 @@ class SharedAgent(LiveAgent):
             async for event in turn:
                 if event["type"] == "agent_response_error" and "seq" not in event and item in self.waiting:
                     self.refuse(item, RemoteError(event["message"], event["code"]))
-            if item in self.waiting:
-                self._end(item)
+            self._end(item)
 
     async def forward(self, client: Client, request: JSON) -> JSON:
         """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
@@ -8420,8 +8410,8 @@ class Session:
             await live.runner()  # the end of a turn could not be stored then; it can be by now
         if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
             return
-        item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender)
-        live.enqueue(item, when_busy)
+        item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender, when_busy=when_busy)
+        live.enqueue(item)
         self._reader(live).follow(item.turn_id, self._request_id, item)
         if live.here and item in live.waiting and when_busy in ("queue", "steer"):
             live.agent.emit_live(item, "queue", "waits for its turn", position=len(live.waiting))
@@ -8458,8 +8448,8 @@ class Session:
 
     async def wake(self, live: LiveAgent) -> JSON:
         """Start a turn without a user's message, as a heartbeat would. Result: {turn_id}."""
-        item = Turn(new_turn_id(), None, sender=self.sender)
-        live.enqueue(item, "reject")
+        item = Turn(new_turn_id(), None, sender=self.sender, when_busy="reject")
+        live.enqueue(item)
         self._reader(live).follow(item.turn_id, None, item)
         return {"turn_id": item.turn_id}
 
