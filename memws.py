@@ -2793,8 +2793,7 @@ _IN_PROSE = rf"""
         | <\|open\|>think<\|sep\|> | <\|channel\|>analysis<\|message\|>)
         (?P<inner>.*?) (?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
     | (?P<end> {_THOUGHT_END})  # alone: the beginning stood in the prompt
-    | (?P<call>  # where one begins:
-        <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin|invoke)  # <|python_tag|>, DeepSeek
+    | (?P<call> <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin|invoke)  # <|python_tag|>, DeepSeek
         | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_\w+)?[\s=>]  # <tool_call>, <function=name>
         | <\|open\|>(?:tools|call)\b | \]<\]\w+\[>\[  # Kimi K3, MiniMax M3
         | \[TOOL_\w+\] | \bfunctools(?=\[) | ✿\w+✿ | {_AT_START}```tool_  # Mistral, Phi, Qwen Agent, Gemma
@@ -3202,18 +3201,18 @@ _PHRASES = {
     "used up": "^402|insufficient (?:quota|balance|credits)|credit balance is too low",
     "no key": "^401|(?:invalid|incorrect|expired) .{0,12}api key|api key .{0,30}(?:valid|expired)"
     "|^403(?!.*(?:quota|limit|country|region|location|page))"
-    ".*(?:key|token|credential|authenticat|unauthori|permission|forbidden$|no reason given)",
+    ".*(?:key|token|credential|authenticat|authori|permission|forbidden$|no reason given)",
     "no tools": r"support .{0,9}tool|(?:tools?|function)\b.{0,12} (?:not (?:support|enabl)|requires)",
     "prompt": "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )token|conversation|string",
     "too long": r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than (?:\d|max)"
-    r"|maximum|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|while limit is|at most \d{3}",
+    r"|max(?:imum| is)|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|limit is|at most \d{3}",
     "surely too long": r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)"
     "|current length|超(?!时)|过长",
     "not the prompt": r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?"
     r"|\d (?:id|name|description)|^(?!.*token).*(?:tool|function|image|file).{0,60}(?:too |exceed|maximum)",
     "not taken": "unsupport|extra|unknown|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only"
     r"|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|implement|one of)|at most|between"
-    "|range|out of|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a",
+    "|range|out of|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a|than the maximum of",
     "unsupported": "not (?:support|enabl|allow)|unsupport",
     "lacks": "missing|required|must be (?:passed|sent|provided|included|present)|need",
 }
@@ -3511,8 +3510,7 @@ class Endpoint:
                 answer = client.get("/models", cast_to=object)
             models = [clean_text(each["id"])[:MAX_MODEL_NAME] for each in answer["data"]]
         except Exception as error:  # of the client, of its transport, of an answer that is no list
-            advice = "check --base-url, or name one with --model"
-            raise UsageError(f"cannot list the models of the endpoint ({self.hide(error)}); {advice}") from None
+            raise UsageError(f"no list of models ({self.hide(error)}); check --base-url or give --model NAME") from None
         if len(models) != 1:
             names = ", ".join(models[:20]) or "none"
             raise UsageError(f"the endpoint serves {len(models)} models: choose one with --model; they are: {names}")
@@ -3591,7 +3589,6 @@ class OpenAIModel:
         """The chunks of the answer to a request, of which there is one where the endpoint does not stream."""
         await self.endpoint.step_aside()
         options: JSON = {"cast_to": object, "stream": True, "stream_cls": import_openai().AsyncStream[object]}
-        options["options"] = {"headers": {"Content-Type": "application/json"}}
         # openai's reader stops at [DONE]; the four generators that it leaves behind cost a tenth of a turn's time.
         async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
             pieces, data, rest, page, is_stream = stream.response.aiter_bytes(), b"\n", b"", b"", False
@@ -3643,12 +3640,11 @@ class OpenAIModel:
             wait = max(0.0, float((headers or {})["retry-after"]))
         text = f"{text} ({refusal.status or 'in its answer'}): {refusal.reason[:MAX_REASON]}"
         text += f"; it asks to wait {wait:g} s" if wait else ""
-        retry = bool(remedy) and (wait or 0) <= MAX_RETRY_AFTER
+        remedy = remedy if (wait or 0) <= MAX_RETRY_AFTER else ""
         wait = wait or LOADING_PAUSE if remedy == "wait" else wait
-        written = refusal.fields.get("failed_generation") or ""
-        written = written if isinstance(written, str) else encode_json(written)
-        loading = retry and remedy == "wait"
-        return ModelError(code, text, retry=retry, retry_after=wait, loading=loading, generation=written)
+        said = refusal.fields.get("failed_generation") or ""
+        said = said if isinstance(said, str) else encode_json(said)
+        return ModelError(code, text, retry=remedy != "", retry_after=wait, loading=remedy == "wait", generation=said)
 
 
 class Embedder:
@@ -3657,8 +3653,7 @@ class Embedder:
     def __init__(self, name: str, endpoint: Endpoint, tape: Tape | None = None) -> None:
         needed("numpy", "embeddings need the numpy package: pip install numpy")
         self.name, self._endpoint, self._tape = name, endpoint, tape
-        self.ready = False  # whether all vectors in the database are of this model
-        self.catch_up: Callable[[], Coroutine[Any, Any, None]]  # gives vectors to what has none yet
+        self.catch_up: Callable[[], Coroutine[Any, Any, None]] | None = None  # gives vectors to what has none yet
         self._paused_until = 0.0  # 0: the last call went well
         self._recent: dict[str, bytes] = {}  # vectors of the last queries: their next page asks for them again
 
@@ -3837,8 +3832,7 @@ def _answer(question: str, quotes: dict[str, str], core: list[str]) -> list[str]
     own_words = aims - _IDEAS.keys() or aims - {"name"} or aims
     newest = {_own_idea(text) or text: text for text in reversed(quotes)}.values()
     hits = {text: len(aims & _topic(text)) + (_own_idea(text) in aims) for text in newest if own_words & _topic(text)}
-    others = _IDEAS.keys() - aims
-    hits = hits or {line: 0 for line in reversed(core) if not (_own_idea(line) or _topic(line) & others)}
+    hits = hits or {line: 0 for line in reversed(core) if not (_own_idea(line) or _topic(line) & _IDEAS.keys() - aims)}
     return [quotes[text] for text in reversed(hits) if hits[text] == max(hits.values())][:3]
 
 
@@ -5126,7 +5120,7 @@ class Agent:
     async def query_vector(self, query: str) -> bytes | None:
         """The vector of a query without names; None without an embedding model, or where it does not answer in time."""
         embedder = self._models.embedder
-        if embedder is None or not embedder.ready:
+        if embedder is None or embedder.catch_up is None:
             return None
         human = self.blocks.get("human")
         names = [self.name, *(_USER_NAME.findall(human.value) if human else ())]
@@ -8140,7 +8134,7 @@ class Agents:
             cleared: int | None = 0
             while cleared is not None:
                 cleared = await self.store.write(clear_vectors, embedder.name, cleared)
-        embedder.ready, embedder.catch_up = True, functools.partial(self._embed_all, embedder)
+        embedder.catch_up = functools.partial(self._embed_all, embedder)
         while True:
             self.memory_growth.clear()  # before the look: what comes beside it is looked for again
             await embedder.catch_up()

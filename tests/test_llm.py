@@ -272,6 +272,7 @@ TOO_LONG = {  # what real endpoints say, and the window that stands there
     "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 131072]": 131_072,
     "Token limit exceeded: the prompt has 5000 tokens, the limit is 4096": 4_096,
     "prompt_too_long": 0,
+    "Prompt has 9,000 tokens, but the max is 8,192": 8_192,
     "length of prompt_tokens (163280) must be less than max_seq_len (32768).": 32_768,
     "The number of tokens in messages and tools (9000) exceeds the maximum of 8192": 8_192,
     "Your tokens exceed the maximum number of input tokens. Number of tokens: 33000, limit: 32000": 32_000,
@@ -375,7 +376,7 @@ OPTIONS: list[tuple[Body, str | Body, Body | None]] = [  # settings; what the en
     ({}, "Stream options are not supported by this server", {"stream_options": None}),
     ({}, "Additional properties are not allowed ('stream_options' was unexpected)", {"stream_options": None}),
     ({"reasoning_effort": "low"}, "Model grok does not support parameter reasoningEffort.", {}),
-    ({"temperature": 2}, "temperature is not one of the supported values", {}),
+    ({"temperature": 2}, "2 is greater than the maximum of 1 - 'temperature'", {}),
 ]  # fmt: skip
 NAMES: Body = {"seed": 1, "temperature": 1, "top_p": 1, "reasoning_effort": "low"}
 OPTIONS += [({name: NAMES[name]}, f"Unsupported parameter: '{name}' is not supported.", {}) for name in NAMES]
