@@ -7510,7 +7510,9 @@ class Options:
             raise UsageError("token: expected 1 to 512 printable characters without spaces")
         if self.advertise is not None and not re.match(r"wss?://[^/\s]", self.advertise):
             raise UsageError(f"advertise: expected an address like ws://host:8282, but got {quote(self.advertise)}")
-        if not is_loopback(self.host) and self.token is None:
+        address = _address(self.host)
+        is_loopback = self.host.lower() == "localhost" or (address is not None and address.is_loopback)
+        if not is_loopback and self.token is None:
             raise UsageError(f"listening on {self.host!r} lets others in: set --token SECRET, or use --host localhost")
         find_zone(self.timezone)
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
@@ -7526,12 +7528,6 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     return None
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only programs of this machine can reach a server bound to `host`."""
-    address = _address(host)
-    return host.lower() == "localhost" or (address is not None and address.is_loopback)
 
 
 def url_host(host: str) -> str:
@@ -8787,15 +8783,6 @@ async def wait_until(end: float, works: Iterable[collections.abc.Awaitable[Any]]
             await asyncio.gather(*works, return_exceptions=True)
 
 
-def nest(loop: asyncio.AbstractEventLoop) -> None:
-    """Let the running loop be run again inside. Raises UsageError where that cannot be."""
-    try:
-        is_new = sys.version_info >= (3, 14) or importlib.util.find_spec("nest_asyncio2")
-        importlib.import_module("nest_asyncio2" if is_new else "nest_asyncio").apply(loop)
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise UsageError(f"run(block=True) cannot block here ({error}); use start(), which serves by thread") from error
-
-
 class WebSocketServer:
     """A memws server: `start()` in a notebook or script, `run()` in a program, `await start_server()` on your loop.
 
@@ -9051,7 +9038,12 @@ class WebSocketServer:
             print(f"memws {__version__} listening on {self.url} in a thread of its own; stop() ends it")
             return
         if loop:
-            nest(loop)
+            try:  # let it be run again inside
+                is_new = sys.version_info >= (3, 14) or importlib.util.find_spec("nest_asyncio2")
+                importlib.import_module("nest_asyncio2" if is_new else "nest_asyncio").apply(loop)
+            except (ImportError, ValueError, RuntimeError) as error:
+                text = f"run(block=True) cannot block here ({error}); use start(), which serves from a thread"
+                raise UsageError(text) from error
         with contextlib.suppress(KeyboardInterrupt):
             asyncio.run(self.start_server())
 
@@ -9482,22 +9474,8 @@ def edit_lines() -> None:
         readline.read_history_file(path)
 
 
-def answer_once(client: BlockingClient, agent_name: str, text: str) -> None:
-    """Send one message and print the reply, nothing else, on standard output."""
-    if not text:
-        raise MemwsError("nothing to send: standard input is empty; pipe a message in")
-    try:
-        client.load_agent(agent_name)
-    except RemoteError as error:
-        if error.code != "unknown_agent":
-            raise
-        client.create_agent(agent_name)
-        print(f"there was no agent {printable(agent_name)!r}; it has been created", file=sys.stderr)
-    print(printable(client.ask(text)))
-
-
 def chat_command(flags: argparse.Namespace) -> None:
-    """The terminal client. Where standard input is no terminal, all of it is one message."""
+    """The terminal client. Where standard input is no terminal, all of it is one message, and its reply the output."""
     is_terminal = sys.stdin.isatty()
     screen = Screen(sys.stdout if is_terminal else sys.stderr)
     logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
@@ -9509,8 +9487,17 @@ def chat_command(flags: argparse.Namespace) -> None:
             name = str(agents[-1]["agent_name"]) if agents else "sam"
         if is_terminal:
             Chat(client, screen).run(name)
-        else:
-            answer_once(client, name, sys.stdin.read().strip())
+            return
+        if not (text := sys.stdin.read().strip()):
+            raise MemwsError("nothing to send: standard input is empty; pipe a message in")
+        try:
+            client.load_agent(name)
+        except RemoteError as error:
+            if error.code != "unknown_agent":
+                raise
+            client.create_agent(name)
+            print(f"there was no agent {printable(name)!r}; it has been created", file=sys.stderr)
+        print(printable(client.ask(text)))
 
 
 # ---- serving ---------------------------------------------------------------------------------------------------------
