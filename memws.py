@@ -5460,10 +5460,8 @@ class LoopThread:
             runner.get_loop().run_forever()
 
     def call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """The result of a coroutine function that runs there; an interrupt of the wait cancels it.
-
-        Raises UsageError on the loop's own thread, where it would never end, CancelledError where the loop ends first.
-        """
+        """The result of a coroutine function that runs there; an interrupt of the wait cancels it. Raises UsageError on
+        the loop's own thread, where it would never end, CancelledError where the loop ends first."""
         if threading.current_thread() is self.thread:
             raise UsageError(f"this would wait for its own thread for ever; there, await {function.__name__}")
         with self._lock:
@@ -7801,8 +7799,7 @@ class LiveAgent:
         item.done.exception()  # nobody may wait for it
 
     async def stop_turns(self, reason: str, force: bool = True) -> None:
-        """Stop what runs, refuse what waits, and wait until the agent is idle. Raises Refused (busy) where something
-        runs and it is not to be ended by `force`."""
+        """Stop what runs, refuse what waits, wait until all is. Raises Refused (busy) unless `force` may stop it."""
         if self.current and not force:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or send force true")
         for item in self.queued:
@@ -8633,9 +8630,8 @@ class Session:
         page: Count = 1,
         limit: Annotated[int, 1, 50] = SEARCH_PAGE,
     ) -> JSON:
-        """Search recall and archival memory; an empty query lists the newest first. from, to: days or times of the
-        agent's timezone, inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages}.
-        """
+        """Search recall and archival memory; an empty query lists the newest first. from, to: its days or times,
+        inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages}."""
         zone, vector = live.agent.memory.zone, await live.agent.query_vector(query)
         since, until = date_range(from_ or "", to or "", zone)
         stores = ("recall", "archival") if store == "all" else (store,)
@@ -9539,11 +9535,10 @@ def serve_command(flags: argparse.Namespace) -> None:
     for name in ("allow_origin", "allow_host"):
         hosts = options[name]
         options[name] = (os.environ.get(f"MEMWS_{name.upper()}") or ()) if hosts is None else ",".join(hosts)
-    server = WebSocketServer(**options)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
     for name in {"SIGTERM", "SIGBREAK"} & vars(signal).keys():  # Windows: Ctrl-Break, with which programs stop others
         signal.signal(getattr(signal, name), lambda *_: signal.raise_signal(signal.SIGINT))
-    server.run()
+    WebSocketServer(**options).run()
 
 
 # ---- keeping databases -----------------------------------------------------------------------------------------------
