@@ -295,15 +295,10 @@ def _check_tool(tool: Any, path: str) -> None:
 
 def _is_typed(schema: Any) -> bool:
     """Whether a type is known at every place: no array lacks its items, and nothing is empty or a reference."""
-    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())] + [schema.get("items")] * (
-        "items" in schema
-    )
-    is_array = schema.get("type") == "array"
-    return (
-        not schema.keys().isdisjoint({"type", "anyOf", "enum"})
-        and is_array == ("items" in schema)
-        and all(map(_is_typed, inner))
-    )
+    inner = [*schema.get("properties", {}).values(), *schema.get("anyOf", ())]
+    inner += [schema["items"]] if "items" in schema else []
+    is_known = schema.keys() & {"type", "anyOf", "enum"} and (schema.get("type") == "array") == ("items" in schema)
+    return bool(is_known) and all(map(_is_typed, inner))
 
 
 def _check_message(message: Any, path: str) -> None:

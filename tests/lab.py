@@ -23,6 +23,7 @@ CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := s
 """Debian's; Playwright's own browsers are never downloaded."""
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
+LOOPBACK = "127.0.0.1", "localhost"
 NO_NEWS = {"fetchNews": "false", "checkForUpdates": False}
 
 
@@ -74,9 +75,7 @@ class Window:
     def __init__(self, browser: Browser, **options: Any) -> None:
         self.faults: list[str] = []  # requests to strangers, errors, and what the page's own policy forbids
         self.context = browser.new_context(**{"viewport": {"width": 1300, "height": 900}, **options})
-        self.context.route(
-            lambda url: urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"), self._block
-        )
+        self.context.route(lambda url: urllib.parse.urlsplit(url).hostname not in LOOPBACK, self._block)
         self.page: Page = self.context.new_page()
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", lambda told: self._hear(told.text))

@@ -726,9 +726,8 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
         assert [message.text for message in stored if message.role == "user"] == [text] * 2
         shown = packed(endpoint.requests[-1], "user_message")[-1]["message"]
         assert (shown[:6], shown[-3:], "characters left out here" in shown) == ("start ", "end", True)
-        endpoint.script(
-            *(Reply(calls=[("flood", {"number": number + step}) for number in range(8)]) for step in (0, 9))
-        )
+        for first in (0, 9):
+            endpoint.script(Reply(calls=[("flood", {"number": first + number}) for number in range(8)]))
         turn = await lab.say(agent, "What is the magic word?", speaker="Ada")
         assert (turn.replies[:1], turn.stop_reason, bool(turn.of("compaction"))) == (["Hello!"], "done", True)
         assert f"Ada speaks. {memws.WAITING_NOTE}What is the magic word?" in endpoint.bodies[-1].decode()

@@ -120,9 +120,8 @@ def test_nothing_typed_is_lost(serve: Serve, show: Show) -> None:
         window.page.keyboard.insert_text(text)
         window.page.keyboard.press("Enter")
     expect(window.log.locator(".memws-bubble")).to_have_text(texts)
-    expect(window.log.locator(".memws-turn", has=window.page.locator(".memws-agent"))).to_have_count(
-        200, timeout=60_000
-    )
+    answered = window.log.locator(".memws-turn", has=window.page.locator(".memws-agent"))
+    expect(answered).to_have_count(200, timeout=60_000)
     with memws.connect(server.url) as client:
         messages = client.command("get_messages", agent_name="sam", limit=200)["messages"]
     said = [message["text"] for message in messages if message["role"] == "user"]
@@ -252,9 +251,8 @@ def test_steering(online: Serve, endpoint: Endpoint, show: Show) -> None:
     window.sees("With tea.")
     expect(turns).to_have_count(6)
     expect(turns.first.locator(".memws-bubble")).to_have_text(["first", "tea, <b>please"])
-    expect(turns.first.locator(".memws-item")).to_contain_text(
-        ["first", "core_memory_append", "remembered in human", "tea, <b>please", "With tea."]
-    )
+    items = ["first", "core_memory_append", "remembered in human", "tea, <b>please", "With tea."]
+    expect(turns.first.locator(".memws-item")).to_contain_text(items)
     expect(turns.locator(".memws-agent")).to_have_count(6)
     window.await_status("connected")
     expect(busy).to_be_hidden()

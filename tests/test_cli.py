@@ -242,18 +242,6 @@ def test_refusals(tmp_path: Path, main: Main) -> None:
     assert "--frobnicate" in sentence(run("--frobnicate", cwd=tmp_path))  # so does a process
 
 
-def test_taken(tmp_path: Path, main: Main) -> None:
-    """A port of another program and a database of another server are refused."""
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = str(holder.getsockname()[1])
-        assert f"port {port} on localhost is held by another program" in sentence(main("--port", port))
-    assert list(tmp_path.iterdir()) == []
-    with Serving(cwd=tmp_path) as server:
-        assert "another" in sentence(main("--port", "0"))
-        assert hello(server.url)
-        server.end()
-
-
 @pytest.mark.parametrize(
     ("flags", "package"),
     [("--model gpt-5.4-mini", "openai"), ("", "openai"), ("--embedding-model x", "numpy"), ("", "websockets")],

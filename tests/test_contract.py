@@ -12,7 +12,7 @@ the model that a key, an address or nothing chooses: llm test_the_default_model;
   test_endpoint_without_a_choice
 the first line names the address; signals close cleanly: cli test_serving; kill
   test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
-one sentence, exit 2, no traceback: cli test_refusals test_taken test_missing_package
+one sentence, exit 2, no traceback: cli test_refusals test_missing_package; python_api test_what_is_held_is_named
 chat: cli test_pipe test_interrupted_chat; chat test_conversation test_slash_commands
 check, export, import, backup, beside a server: keeping test_damage test_an_imported_agent_is_the_exported_one
   test_beside_turns

@@ -286,9 +286,8 @@ async def test_without_a_model_nothing_is_embedded(start: Serve, endpoint: Endpo
     server = start(embedding_model=None)
     async with wire(server) as client:
         created = await client.ok("create_agent", config={"embedding_model": "openai", "embedding": MODEL})
-        assert [warning.split(";")[0] for warning in created["warnings"]] == [
-            "'embedding_model' is ignored", "'embedding' is ignored",
-        ]  # fmt: skip
+        told = [warning.split(";")[0] for warning in created["warnings"]]
+        assert told == ["'embedding_model' is ignored", "'embedding' is ignored"]
         await fill(client)
         await client.turn("hi")
         assert (await found(client), await found(client, "cat")) == ([], [ANSWER])

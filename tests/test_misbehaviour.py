@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from agents import Lab, Told, sent_for
 from endpoint import Body, Endpoint, Reply, greet
-from postgres import Cluster
 
 import memws
 
@@ -196,8 +195,10 @@ class Bench:
         assert done <= len(ran) <= done + unknown
 
 
-@contextlib.contextmanager
-def benched(database: str) -> Iterator[Bench]:
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """The lab that all examples share."""
+    database = ":memory:" if request.param == "sqlite" else request.getfixturevalue("postgres").database()
     with Endpoint() as endpoint, asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
         patch.setattr(memws, "RETRY_PAUSE", 0.0)
         bench = Bench(endpoint, runner, database)
@@ -206,31 +207,8 @@ def benched(database: str) -> Iterator[Bench]:
         runner.run(bench.lab.__aexit__())
 
 
-@pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    """The lab that all examples share."""
-    with benched(":memory:") as bench:
-        yield bench
-
-
-@pytest.fixture(scope="module")
-def postgres_bench(postgres: Cluster) -> Iterator[Bench]:
-    with benched(postgres.database()) as bench:
-        yield bench
-
-
-anything = st.sampled_from([3_000, 3_500, 8_192, 100_000]), st.lists(trials, min_size=1, max_size=3)
-
-
-@settings(max_examples=120, **BOUNDED)
-@given(*anything)
+@settings(max_examples=75, **BOUNDED)
+@given(st.sampled_from([3_000, 3_500, 8_192, 100_000]), st.lists(trials, min_size=1, max_size=3))
 def test_whatever_happens_talk_goes_on(bench: Bench, window: int, wrong: list[Trial]) -> None:
     """Random answers, failures, stops and kills: one end for each turn, nothing refused, and the next turn works."""
     bench.runner.run(bench.example(window, wrong))
-
-
-@settings(max_examples=30, **BOUNDED)
-@given(*anything)
-def test_talk_goes_on_with_postgresql(postgres_bench: Bench, window: int, wrong: list[Trial]) -> None:
-    """The same with the other database."""
-    postgres_bench.runner.run(postgres_bench.example(window, wrong))

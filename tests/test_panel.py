@@ -46,9 +46,9 @@ def test_script(tmp_path: Path) -> None:
     """The script is JavaScript that makes no HTML and no code of texts; script and style fit their page."""
     script, style = memws.PANEL_SCRIPT, memws.PANEL_STYLE
     forbidden = (
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|srcdoc|\beval\b|\bFunction\(|import\(|fetch\(\"http"
+        r"(inner|outer)HTML|insertAdjacentHTML|document\.write|srcdoc|\beval\b|\bFunction\(|import\(|fetch\(\"http"
     )
-    assert re.findall(forbidden, script) == []
+    assert re.search(forbidden, script) is None
     assert "</" not in script + style
     assert "http" not in style
     assert max(map(len, (script + style).splitlines())) <= 120
@@ -96,9 +96,8 @@ def test_said_from_python(serve: Serve, open_panel: Callable[..., memws.Panel]) 
         panel.send(text)
     panel.wait()
     copy = panel.static_html()
-    assert (
-        copy.index("My name is Ada") < copy.index("What do I like?") < copy.index("You told me") < copy.index("three")
-    )
+    places = [copy.index(text) for text in ("My name is Ada", "What do I like?", "You told me", "three")]
+    assert places == sorted(places)
     assert "core_memory_append" in copy
     assert "<img" not in copy
     assert "memws-panel" not in copy
@@ -113,10 +112,8 @@ def test_token(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
     """A token is in no state of a widget and in no copy; a server that refuses is told so."""
     server = serve(token=TOKEN)
     server.create_new_agent({"name": "sam"})
-    right, wrong = (
-        open_panel(server.url, "sam", token=TOKEN),
-        open_panel(server.url, token="wrong-marker", name="wrong"),
-    )
+    right = open_panel(server.url, "sam", token=TOKEN)
+    wrong = open_panel(server.url, token="wrong-marker", name="wrong")
     right.send("I like tea")
     right.wait()
     states = json.dumps([each.get_state() for each in (right.ui, wrong.ui)], default=repr)

@@ -88,16 +88,12 @@ async def test_both_find_and_sort_alike(postgres: Cluster, postgres_address: str
     """Names and times are in the order of bytes though the database sorts by a language; hits and scores are equal."""
     assert postgres.run("SELECT 'a' < 'B', '_' < '1'", name) == [(True, True)]  # as bytes: neither
     rng = random.Random(1)
-    vocabulary = ["".join(rng.choices("abdeiklmnorstu", k=rng.randint(3, 7))) for _ in range(150)] + [
-        "日本",
-        "Zoë",
-        "naïve",
-    ]
+    vocabulary = ["".join(rng.choices("abdeiklmnorstu", k=rng.randint(3, 7))) for _ in range(150)]
+    vocabulary += ["日本", "Zoë", "naïve"]
     texts = [" ".join(rng.choices(vocabulary, k=rng.randint(1, 30))) for _ in range(300)]
     times = [f"2026-11-{rng.randint(1, 28):02}T{rng.randint(0, 23):02}:00:00.000Z" for _ in texts]
-    spoken = [
-        words(n, *pair, rng.choice(["user", "assistant"])) for n, pair in enumerate(zip(texts, times, strict=True), 1)
-    ]
+    pairs = enumerate(zip(texts, times, strict=True), 1)
+    spoken = [words(number, *pair, rng.choice(["user", "assistant"])) for number, pair in pairs]
     kept = [passage(n, " ".join(rng.choices(vocabulary, k=40))) for n in range(1, 31)]
     queries = [Query(" ".join(rng.choices(vocabulary, k=rng.randint(1, 4))), limit=20) for _ in range(40)]
     queries += [Query(vocabulary[n][:2], since=f"2026-11-{n:02}", until=f"2026-11-{2 * n:02}") for n in range(1, 15)]
@@ -106,7 +102,7 @@ async def test_both_find_and_sort_alike(postgres: Cluster, postgres_address: str
     for address in (str(tmp_path / "memws.db"), postgres_address):
         async with opened(address) as store:
             agents = [
-                await new_agent(store, each) for each in ("b", "A", "a", "_", "B", "1", "Zoë", "Z", "日", "é", "-")
+                await new_agent(store, name) for name in ("b", "A", "a", "_", "B", "1", "Zoë", "Z", "日", "é", "-")
             ]
             await store.write(commit, agents[0].id, Changes(documents=[*spoken, *kept]))
             pages = [await store.read(memws.list_agents, after, 4) for after in ("", "A", "Z", "a", "é")]

@@ -395,9 +395,8 @@ async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
             ("bad_config", *({"label": f"b{number}", "limit": 20_000} for number in range(5))),
         ):  # fmt: skip
             assert (await client.refused("update_agent", config={"blocks": wrong}))["code"] == code, wrong
-        error = await client.refused(
-            "update_agent", config={"context_window": 3_000, "blocks": [{"label": "b", "limit": 9_000}]}
-        )
+        small = {"context_window": 3_000, "blocks": [{"label": "b", "limit": 9_000}]}
+        error = await client.refused("update_agent", config=small)
         assert "context_window" in error["message"]
         assert (await client.ok("get_agent"))["blocks"] == agent["blocks"]
         _, change = await client.edit("set_block", label="human", value="Likes tea", limit=50)

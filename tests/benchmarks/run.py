@@ -35,6 +35,7 @@ from retrieval import STEP, Filled, load, quality  # noqa: E402
 from websockets.asyncio.client import connect  # noqa: E402
 from wire import JSON, TERMINALS, Wire, events_of, wire  # noqa: E402
 
+Goal = float | None
 WINDOW = 200_000  # tokens of the context window of the agents here: none of them compacts by itself
 
 
@@ -68,7 +69,7 @@ class Bench:
         told: str,
         floor: str,
         samples: Sequence[float],
-        goal: float | None,
+        goal: Goal,
         higher: bool = False,
         unit: str = "",
     ) -> None:
@@ -177,13 +178,10 @@ def turns(bench: Bench) -> Iterator[str]:
                 yield f"turns: {size} messages"
     for size, (goal, _, _) in sizes.items():
         middle = {key: median(each[key] for each in got[size]) for key in got[size][0]}
-        bench.add(
-            f"turn of one step with {size} messages in the window / bare `AsyncOpenAI` streaming call",
-            f"{milliseconds(middle['turn'])} ({milliseconds(middle['cpu'])} CPU)",
-            f"{milliseconds(middle['bare'])} ({milliseconds(middle['bare_cpu'])} CPU)",
-            [each["turn"] / each["bare"] for each in got[size]],
-            goal,
-        )
+        what = f"turn of one step with {size} messages in the window / bare `AsyncOpenAI` streaming call"
+        told = f"{milliseconds(middle['turn'])} ({milliseconds(middle['cpu'])} CPU)"
+        floor = f"{milliseconds(middle['bare'])} ({milliseconds(middle['bare_cpu'])} CPU)"
+        bench.add(what, told, floor, [each["turn"] / each["bare"] for each in got[size]], goal)
     short, long = ([1000 * each["cpu"] for each in got[size]] for size in (10, 500))
     longest = f"with 500: {median(long):.2f} ms"
     bench.add("CPU of a turn, 10 messages in the window", f"{median(short):.2f} ms", longest, short, 3, unit=" ms")

@@ -175,9 +175,7 @@ def look_at_ends(soak: Soak, name: str, lag: Lag) -> None:
         mine = [frame for frame in lag.late.frames if frame.get("turn_id") == turn_id]
         ends = [frame for frame in mine if is_terminal(frame)]
         if lag.subscribed and len(ends) == 2 and "seq" not in ends[0] and "id" not in ends[1]:
-            mine.remove(
-                ends.pop()
-            )  # how a turn that was refused ended on disk: who subscribed sees it, as anybody does
+            mine.remove(ends.pop())  # how a turn that was refused ended on disk: who subscribed sees it
         if len(ends) != 1 and not (name.startswith("stop") and not ends):
             soak.fault(ENDS, f"{name} {turn_id}: {ends or 'none'}")
         if ends and (mine[-1] is not ends[-1] or ends[0].get("id") != request_id):
@@ -201,9 +199,7 @@ async def send_again(soak: Soak, name: str, server: Serving, lag: Lag) -> None:
     """After a stop the same messages again: each has exactly one terminal frame, also those that had one before."""
     async with client(server, "*") as wire:
         for turn_id, (text, _) in lag.sent.items():
-            ends = [
-                frame for frame in await wire.turn(text, agent_name=lag.agent, turn_id=turn_id) if is_terminal(frame)
-            ]
+            ends = list(filter(is_terminal, await wire.turn(text, agent_name=lag.agent, turn_id=turn_id)))
             before = [frame for frame in lag.late.frames if frame.get("turn_id") == turn_id and is_terminal(frame)]
             if len(ends) != 1 or (before and "seq" in before[0] and before[0]["seq"] != ends[0].get("seq")):
                 soak.fault(ENDS, f"{name} {turn_id}, sent again: {before} {ends}")
