@@ -99,9 +99,11 @@ def test_first_conversation(serve: Serve, show: Show) -> None:
 
 def test_what_is_new_glows(serve: Serve, page: Window) -> None:
     """For six seconds, and stands there then."""
+    server = serve()
+    server.create_new_agent({"name": "sam"})
     page.page.clock.install()
-    page.open(serve().url)
-    page.button("Start with sam").click()
+    page.open(server.url)
+    page.await_status("connected")
     page.say("I like tea")
     page.await_turns(1)
     expect(page.mind.locator("ins")).to_have_text("I like tea")
@@ -222,6 +224,7 @@ def test_calls_are_allowed(online: Serve, endpoint: Endpoint, show: Show) -> Non
         client.command("approve", agent_name="sam", tool_call_id=waits["tool_call_id"], allow=True)
     window.sees("spend · spent 50 on <b>tea")
     expect(card).to_have_count(0)
+    endpoint.wait_requests(6)
     endpoint.release()
     window.await_status("connected")
     ask()
@@ -246,6 +249,8 @@ def test_steering(online: Serve, endpoint: Endpoint, show: Show) -> None:
     busy.select_option("steer")
     window.say("tea, <b>please")
     expect(turns.last.locator(".memws-mark")).to_have_text("sending")
+    window.button("list").click()
+    window.mind.get_by_text("0 found").wait_for()  # this was asked after it
     endpoint.wait_requests(1)
     endpoint.release()
     window.sees("With tea.")
