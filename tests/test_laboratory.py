@@ -26,10 +26,11 @@ async def client(server: Any) -> AsyncIterator[Wire]:
 
 async def held(client: Wire, endpoint: Endpoint, *then: Reply, text: str = "go", **reply: Any) -> str:
     """Start a turn whose model is asked and does not answer yet; its turn_id."""
+    before = len(endpoint.requests)
     endpoint.script(Reply(hold=True, **(reply or {"calls": ANSWER})), *then)
     await client.say(text)
     turn_id: str = (await client.started())["turn_id"]
-    await asyncio.to_thread(endpoint.wait_requests, len(endpoint.requests) or 1)
+    await asyncio.to_thread(endpoint.wait_requests, before + 1)
     return turn_id
 
 
@@ -101,6 +102,23 @@ async def test_a_text_is_taken_back(client: Wire, endpoint: Endpoint) -> None:
     await client.ended()
     texts = [f"text {number}" for number in range(8) if number != 3]
     assert await messages_of(client, "sam") == ["go", *texts]
+
+
+async def test_a_text_is_taken_back_while_it_enters(client: Wire, endpoint: Endpoint) -> None:
+    """It was removed, or it is in the history, and the turn goes on."""
+    endpoint.default, texts = say("and?"), []
+    for number in range(10):
+        await held(client, endpoint)
+        texts.append("go")
+        await client.say(f"text {number}", turn_id=f"t{number}", when_busy="steer")
+        await client.ok("get_agent")  # by then it waits
+        endpoint.release()
+        await client.until(lambda frame: frame.get("message_type") == "context")
+        state = await client.ok("cancel", turn_id=f"t{number}")
+        texts += [f"text {number}"] if state == {"state": "over"} else []
+        if not any("usage" in frame for frame in client.before_answer):
+            assert (await client.until(lambda frame: "usage" in frame))[-1]["stop_reason"] == "done"
+    assert await messages_of(client, "sam") == texts
 
 
 # ---- approvals -------------------------------------------------------------------------------------------------------
