@@ -1560,10 +1560,6 @@ class Postgres:
         check_version(self.path, version)
         return True
 
-    def faults(self, connection: SqlConnection) -> list[str]:
-        """PostgreSQL looks for damage by itself (checksums, pg_amcheck)."""
-        return []
-
     def dump_command(self, file: str) -> str:
         """What a shell is told to make a backup."""
         about = {name: value for name, value in self._about.items() if "password" not in name}
@@ -2302,9 +2298,7 @@ class Store:
 
 # ---- leases ----------------------------------------------------------------------------------------------------------
 
-_TAKE_FREE = (
-    "SELECT id FROM unnest(CAST(? AS integer[])) AS wanted (id) WHERE pg_try_advisory_lock('agents'::regclass::int, id)"
-)
+_TAKE_FREE = "SELECT id FROM unnest(?::int[]) AS wanted (id) WHERE pg_try_advisory_lock('agents'::regclass::int, id)"
 # A server that is paused in mid-transaction may have sent it ahead; then PostgreSQL does not see that it is idle.
 _END_STUCK = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()
     AND application_name = 'memws' AND state = 'active' AND wait_event = 'ClientRead'
@@ -2322,6 +2316,9 @@ def find_name(db: SqlConnection, agent: int, name: str) -> tuple[int, str, int]:
     return row
 
 
+Owners = dict[int, str]
+
+
 class Leases:
     """Which agents this server may run, of those on a database that it shares with other servers.
 
@@ -2330,9 +2327,7 @@ class Leases:
     down beside the agent: what a server commits without having the lease any more is refused.
     """
 
-    def __init__(
-        self, database: Postgres, wanted: Callable[[], set[int]], told: Callable[[dict[int, str]], None]
-    ) -> None:
+    def __init__(self, database: Postgres, wanted: Callable[[], set[int]], told: Callable[[Owners], None]) -> None:
         """wanted: the ids of agents, asked for on a thread; told: hears of their owners, "" where we no longer are."""
         self.address = ""  # under which the others reach this server
         self.lease = ""  # how this server is written down as an owner
@@ -2363,9 +2358,8 @@ class Leases:
     def _keep(self) -> None:
         while not self._over:
             try:
-                with contextlib.closing(
-                    self.database.connect(idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
-                ) as connection:
+                connection = self.database.connect(idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
+                with contextlib.closing(connection):
                     self._hold(connection)
             except sqlite3.Error as error:
                 if not self._failure:
@@ -2396,7 +2390,7 @@ class Leases:
         finally:
             self._tell(dict.fromkeys(held, ""))
 
-    def _tell(self, owners: dict[int, str]) -> None:
+    def _tell(self, owners: Owners) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             if self._loop:
                 self._loop.call_soon_threadsafe(self._told, owners)
@@ -2486,7 +2480,9 @@ def check_database(path: str, check_record: CheckRecord) -> list[str]:
     faults: list[str] = []
     try:
         with read_database(path) as db:
-            faults += [f"the file: {fault}" for fault in database_at(path).faults(db)]
+            database = database_at(path)
+            if isinstance(database, Sqlite):  # PostgreSQL looks for damage by itself
+                faults += [f"the file: {fault}" for fault in database.faults(db)]
             for record in list_agents(db, "", 2**53)[0]:
                 faults += [f"agent {record.name}: {fault}" for fault in _agent_faults(db, record, check_record)]
     except StoreFailed as error:
@@ -8057,7 +8053,7 @@ class Agents:
         """The agents to be run here, for any thread; 0: to embed."""
         return {live.id for live in list(self.live.values())} | ({0} if self.models.embedder else set())
 
-    def _hear(self, owners: dict[int, str]) -> None:
+    def _hear(self, owners: Owners) -> None:
         for live in list(self.live.values()):
             if isinstance(live, SharedAgent) and live.id in owners:
                 live.take_owner(owners[live.id])
