@@ -361,14 +361,6 @@ def quote(value: object) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
-def short_sentence(text: str, most: int = MAX_ERROR) -> str:
-    """`text` as an error may tell it: printable, and at most so many bytes of JSON."""
-    text = "".join(char if char.isprintable() else " " for char in text[: most + 1])
-    sizes = [*itertools.accumulate(len(char.encode()) + (char in '"\\') for char in text)]
-    fitting = sum(size <= most for size in sizes)
-    return text if fitting == len(text) else text[:fitting] + "…"
-
-
 def public_url(url: str) -> str:
     """An address without user, password and query, fit for logs and errors."""
     return re.sub(r"^(\w+://)?(?:.*@)?([^?#]*).*", r"\1\2", url, flags=re.DOTALL)
@@ -392,10 +384,13 @@ class MemwsError(Exception):
     `code` is the stable name on the wire, `details` go beside it; the text is one sentence for people.
     """
 
-    code, most = "internal", MAX_ERROR
+    code, most = "internal", MAX_ERROR  # bytes of the text in JSON
 
     def __init__(self, message: str, code: str | None = None, **details: Any) -> None:
-        super().__init__(short_sentence(message, self.most))
+        text = "".join(char if char.isprintable() else " " for char in message[: self.most + 1])
+        sizes = itertools.accumulate(len(char.encode()) + (char in '"\\') for char in text)
+        fitting = sum(size <= self.most for size in sizes)
+        super().__init__(text if fitting == len(text) else text[:fitting] + "…")
         self.code, self.details = code or self.code, details
 
 
@@ -960,12 +955,12 @@ def read_body(role: str, text: str) -> JSON | None:
         functions = {call["id"]: call["function"] for call in calls if call["type"] == "function"}
         texts = [*functions, *([body["tool_call_id"]] if role == "tool" else [])]
         texts += [body["content"]] if body.get("content") is not None or not calls else []
-        is_whole = body["role"] == (role if role in ("assistant", "tool") else "user") and len(functions) == len(calls)
-        is_whole = is_whole and all(isinstance(each, str) for each in texts)
+        checks = [body["role"] == (role if role in ("assistant", "tool") else "user"), len(functions) == len(calls)]
+        checks += [isinstance(each, str) for each in texts]
         for call in functions.values():
-            is_named = re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", call["name"])
-            is_whole = is_whole and is_named is not None and isinstance(decode_json(call["arguments"]), dict)
-        return body if is_whole else None
+            is_named = re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", call["name"]) is not None
+            checks += [is_named, isinstance(decode_json(call["arguments"]), dict)]
+        return body if all(checks) else None
     return None
 
 
@@ -1076,6 +1071,7 @@ _SILENT = (  # accents, points of Hebrew and Arabic, tatweel, nukta; soft hyphen
     "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed\u093c\u00ad\u200b-\u200d\ufe0e\ufe0f"
 )
 _DROPPED = re.compile(f"[{_SILENT}]+|(?<=\\w)['\u2019]s\\b")
+_WORD = f"[{_PAIRED}{_TRIPLED}]{{1,3}}|[^\\s{_PAIRED}{_TRIPLED}]{{1,40}}"  # without spaces three characters are one
 _SENTENCE = re.compile(r"[^.!?\u2026\u3002\uff01\uff1f\u061f\u0964\n]+[.!?\u2026\u3002\uff01\uff1f\u061f\u0964]*")
 _STOP = frozenset(
     """a about above after again against all am an and any are as at be because been before being below between both but
@@ -1165,11 +1161,6 @@ def asking(text: str) -> float:
     """The share of the text's sentences that are questions, from 0 to 1."""
     sentences = _SENTENCE.findall(text[:4096])
     return sum(sentence[-1] in "?\uff1f\u061f" for sentence in sentences) / max(1, len(sentences))
-
-
-def count_words(text: str) -> int:
-    """Words; in scripts without spaces three characters count as one."""
-    return len(re.findall(f"[{_PAIRED}{_TRIPLED}]{{1,3}}|[^\\s{_PAIRED}{_TRIPLED}]{{1,40}}", text))
 
 
 # ---- how they are ranked ---------------------------------------------------------------------------------------------
@@ -1741,7 +1732,7 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
         ORDER BY doc DESC LIMIT 1"""
     last = db.execute(sql, (low, low + PLACES - 1, document.id)).fetchone()
     text, moment = clean_text(document.text), clean_text(document.time)
-    words, terms, doc, asked = count_words(text), split_terms(text), low, -1
+    words, terms, doc, asked = len(re.findall(_WORD, text)), split_terms(text), low, -1
     if last is not None:
         joined = seconds_between(last[1], moment) <= SESSION_GAP if joined is None else joined
         beside = joined and document.store == "recall" and words <= TURN_WORDS and last[2] <= TURN_WORDS
