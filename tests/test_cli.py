@@ -244,13 +244,17 @@ def test_refusals(tmp_path: Path, main: Main) -> None:
 
 @pytest.mark.parametrize(
     ("flags", "package"),
-    [("--model gpt-5.4-mini", "openai"), ("", "openai"), ("--embedding-model x", "numpy"), ("", "websockets")],
-)
+    [
+        ("--model gpt-5.4-mini", "openai"), ("", "openai"), ("--embedding-model x", "numpy"), ("", "websockets"),
+        ("--db postgresql://ada:secret@127.0.0.1/x", "psycopg"),
+    ],
+)  # fmt: skip
 def test_missing_package(flags: str, package: str, tmp_path: Path) -> None:
     """What needs a package that is not there names the command that installs it."""
     variables = {**without(tmp_path, package), "OPENAI_API_KEY": "k"}
     said = sentence(run("--port", "0", *flags.split(), cwd=tmp_path, variables=variables))
     assert re.search(rf"pip install .*{package}", said)
+    assert "secret" not in said
 
 
 @pytest.mark.parametrize(

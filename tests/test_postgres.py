@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Main, run, sentence
+from commandline import Main, sentence
 from endpoint import Endpoint, say
 from postgres import Cluster
 from test_store import LIMIT, commit, everything, new_agent, opened, passage, queued, step, tell, words
@@ -72,16 +72,6 @@ def test_a_database_that_is_not_ours(postgres: Cluster, postgres_address: str, n
         assert f"was written by another memws (schema 99, not {memws.SCHEMA_VERSION})" in said
     assert postgres.run("SELECT relname FROM pg_class WHERE relname IN ('agents', 'messages')", name) == [("agents",)]
     postgres.run("DROP TABLE agents", name)
-
-
-def test_without_psycopg(tmp_path: Path) -> None:
-    """The sentence names what to install; an SQLite file needs nothing."""
-    (tmp_path / "psycopg.py").write_text("raise ModuleNotFoundError(\"No module named 'psycopg'\")")
-    variables = {"PYTHONPATH": str(tmp_path)}
-    done = run("check", "--db", "postgresql://ada:secret@127.0.0.1/x", cwd=tmp_path, variables=variables)
-    assert 'pip install "psycopg[binary]"' in sentence(done)
-    assert "secret" not in done.stderr
-    assert "there is no database" in sentence(run("check", "--db", "x.db", cwd=tmp_path, variables=variables))
 
 
 async def test_both_find_and_sort_alike(postgres: Cluster, postgres_address: str, name: str, tmp_path: Path) -> None:
