@@ -211,7 +211,7 @@ def test_fields_and_codes() -> None:
     listed = [set(code(cells)) for _, cells in rows("where", "codes")]
     assert listed == [REQUEST_CODES, {*COMMAND_CODES, "cancelled"}, set(TURN_CODES)]
     listed = {name for cells in rows("`what`", "an answer with", "becomes") for name in code(cells[0])}
-    made = set(re.findall(r'corrections[^\n]*?\("(\w+)",|"correction", .*what="(\w+)"', SOURCE))
+    made = set(re.findall(r'corrections[^\n]*?\("(\w+)",|"correction", .*what(?:=|": )"(\w+)"', SOURCE))
     assert listed == {*map("".join, made), *memws._FAULTS, "cut", "bad_output"}
 
 
