@@ -4275,7 +4275,7 @@ class Transaction:
         memory.archival += sum(document.store == "archival" for document in changes.documents) - len(changes.removed)
         if cuts:
             memory.messages = [message for message in memory.messages if message.id >= self.state["cut"]]
-        if cuts or changes.blocks or changes.config:
+        if cuts or changes.blocks is not None or changes.config:
             memory.edited()
         for event in events:
             memory.emit(event)

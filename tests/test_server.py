@@ -395,12 +395,10 @@ async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
             ("bad_config", *({"label": f"b{number}", "limit": 20_000} for number in range(5))),
         ):  # fmt: skip
             assert (await client.refused("update_agent", config={"blocks": wrong}))["code"] == code, wrong
-        small = {"context_window": 3_000, "blocks": [{"label": "b", "limit": 9_000}]}
-        error = await client.refused("update_agent", config=small)
-        assert "context_window" in error["message"]
+        wide = {"context_window": 3_000, "blocks": [{"label": "b", "limit": 9_000}]}
+        assert "context_window" in (await client.refused("update_agent", config=wide))["message"]
         assert (await client.ok("get_agent"))["blocks"] == agent["blocks"]
-        _, change = await client.edit("set_block", label="human", value="Likes tea", limit=50)
-        assert change["change"] == "updated"
+        assert (await client.edit("set_block", label="human", value="Likes tea", limit=50))[1]["change"] == "updated"
         result, change = await client.edit("set_block", label="human", value="Likes green tea", limit=60, version=1)
         assert (result["version"], change["after"]) == (2, "Likes green tea")
         for limit, code in ((5, "block_limit"), (20_000, "bad_config")):
@@ -411,6 +409,10 @@ async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
         prompt = endpoint.requests[-1]["messages"][0]["content"]
         assert '<human characters="15/60">\nLikes green tea\n</human>\n<pets characters="3/99">' in prompt
         assert "plan" not in prompt
+        gone = [{"label": block["label"], "delete": True} for block in agent["blocks"]]
+        await client.ok("update_agent", config={"blocks": gone})
+        await client.turn("hi")
+        assert "characters=" not in endpoint.requests[-1]["messages"][0]["content"]
 
 
 @on_both
