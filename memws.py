@@ -3977,7 +3977,6 @@ class Tool:
     name: str
     function: Function
     spec: str  # the encoded entry of a request's tools
-    builtin: bool  # a memory tool: it gets the step's transaction as its first argument and runs inside it
     timeout: float  # seconds
     approve: bool | Callable[[JSON], bool] = False  # whether a call, by its arguments, waits until somebody allows it
 
@@ -3987,7 +3986,7 @@ ANYTHING: JSON = {"anyOf": [*_TYPES, {"type": "array", "items": {"type": "string
 
 
 def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any, JSON], Any]] | None:
-    """Schema and reader by pydantic of a hint that schema_of does not know; None for the agent. Raises UsageError."""
+    """Schema and reader by pydantic of a hint that schema_of does not know; None for an agent. Raises UsageError."""
     if any(getattr(each, "calls_tools", False) for each in (hint, *typing.get_args(hint))):
         return None
     pydantic = needed("pydantic", f"{place}: {hint} needs pydantic: pip install pydantic")
@@ -4043,7 +4042,6 @@ def make_tool(
     call: Callable[..., Any],
     name: str | None = None,
     timeout: float = TOOL_TIMEOUT,
-    builtin: bool = False,
     approve: bool | Callable[[JSON], bool] = False,
 ) -> Tool:
     """The Tool of a function, by its signature and docstring. Raises UsageError for one that no model could call."""
@@ -4051,13 +4049,13 @@ def make_tool(
         raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
     if not isinstance(timeout, (int, float)) or not timeout > 0:
         raise UsageError(f"timeout: expected seconds, more than 0, but got {quote(timeout)}")
-    function = function_of(call, name or "", ["memory"] if builtin else [], _reader_of)
+    function = function_of(call, name or "", other=_reader_of)
     parameters = _portable(function.parameters, {})
     if function.name not in ("send_message", "pause_heartbeats"):
         parameters["properties"][REQUEST_HEARTBEAT] = schema_of(Annotated[bool, "run again right after this call"])
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
     spec = clean_text(encode_json({"type": "function", "function": about}))
-    return Tool(function.name, function, spec, builtin, timeout, approve)
+    return Tool(function.name, function, spec, timeout, approve)
 
 
 def needs_approval(tool: Tool, arguments: JSON) -> bool:
@@ -4225,6 +4223,8 @@ class Transaction:
     `async with Transaction(memory) as change:` stores and tells at the end of the block; after an exception nothing has
     happened. Raises StoreFailed: then the memory is stale, and the agent has to be opened anew.
     """
+
+    calls_tools = True  # as a memory tool's first parameter
 
     def __init__(self, memory: Memory, turn_id: str = "", step: int = 0) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step
@@ -4518,7 +4518,7 @@ async def pause_heartbeats(memory: Transaction, minutes: Annotated[int, "at most
 _MEMORY_CALLS: list[Callable[..., Any]] = [send_message, core_memory_append, core_memory_replace]
 _MEMORY_CALLS += [conversation_search, conversation_search_date]
 _MEMORY_CALLS += [archival_memory_insert, archival_memory_search, pause_heartbeats]
-MEMORY_TOOLS = {call.__name__: make_tool(call, builtin=True) for call in _MEMORY_CALLS}
+MEMORY_TOOLS = {call.__name__: make_tool(call) for call in _MEMORY_CALLS}
 
 
 # ======================================================================================================================
@@ -4608,11 +4608,9 @@ def by_label(blocks: BlockItems = None) -> dict[str, JSON]:
 
 def core_memory(persona: str = "sam_pov", human: str = "basic", blocks: BlockItems = None) -> list[Block]:
     """A new agent's core memory: persona and human (texts, or bundled names) and further blocks. Raises Refused."""
-    texts = {"persona": PERSONAS.get(persona, persona), "human": HUMANS.get(human, human)}
-    items: dict[str, JSON] = {label: {"label": label, "value": text} for label, text in texts.items()}
-    for label, item in by_label(blocks).items():
-        items[label] = items.get(label, {}) | item
-    return list(reshape({}, items).values())
+    texts, items = {"persona": PERSONAS.get(persona, persona), "human": HUMANS.get(human, human)}, by_label(blocks)
+    own = {label: {"label": label, "value": text, **items.pop(label, {})} for label, text in texts.items()}
+    return list(reshape({}, own | items).values())
 
 
 def reshape(blocks: dict[str, Block], items: dict[str, JSON]) -> dict[str, Block]:
@@ -5187,7 +5185,7 @@ class Agent:
             self._counts["arguments"] += 1
             names = quote(", ".join(sorted(surplus)))
             change.add_event("correction", f"{call.name} ran without {names}, which it does not take", what="arguments")
-        if not tool.builtin:
+        if call.name not in MEMORY_TOOLS:
             waits = needs_approval(tool, arguments)
             about: JSON = {"tool_call_id": call.id, "name": call.name, "arguments": without_heartbeat(call.arguments)}
             if waits:

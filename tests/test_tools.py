@@ -64,7 +64,7 @@ USAGES = [
 def test_a_tool_is_its_function() -> None:
     """A tool's schema is its signature and docstring."""
     tool = make_tool(book)
-    assert (tool.name, tool.builtin, tool.timeout) == ("book", False, memws.TOOL_TIMEOUT)
+    assert (tool.name, tool.timeout) == ("book", memws.TOOL_TIMEOUT)
     properties = {
         "city": {"type": "string"},
         "nights": {"type": "integer", "minimum": 1, "maximum": 30},
