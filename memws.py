@@ -5000,7 +5000,8 @@ class Agent:
     def _take_half(self, turn: Turn, error: ModelError) -> None:
         """Take what there is of a reply that came no further. Raises the error where that tells a user nothing."""
         reply = turn.reply
-        reply.finish, reply.full, reply.error = reply.finish or "aborted", True, error
+        reply.finish = reply.finish or "aborted"
+        reply.full, reply.error = True, error  # no more of it comes
         with contextlib.suppress(ModelError):
             read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
@@ -5090,10 +5091,11 @@ class Agent:
         if usage is None:
             output = estimate_tokens(reply.monologue) + sum(estimate_tokens(call.text) for call in reply.calls)
             usage = {"input_tokens": round(estimated * self.ratio), "output_tokens": output}
-        elif (ratio := usage["input_tokens"] / estimated) and request.step:  # no summary, which has to save tokens
-            self._cut_prompts = self._cut_prompts + 1 if ratio < 0.5 and estimated > 1000 else 0
-            ratio = self.ratio + 0.3 * (min(2.0, max(0.5, ratio)) - self.ratio)
-            self._models.ratios[self.record.id, self.model.name] = ratio
+        elif usage["input_tokens"] and request.step:  # no summary, which has to save tokens
+            counted = usage["input_tokens"] / estimated
+            self._cut_prompts = self._cut_prompts + 1 if counted < 0.5 and estimated > 1000 else 0
+            pulled = self.ratio + 0.3 * (min(2.0, max(0.5, counted)) - self.ratio)
+            self._models.ratios[self.record.id, self.model.name] = pulled
         request.usage = {**usage, "estimated": reply.usage is None}
         for totals in (turn.usage, self.memory.tokens):
             totals["input_tokens"] += usage["input_tokens"]
@@ -5338,7 +5340,8 @@ class Agent:
     async def compact(self, turn: Turn) -> JSON:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
         memory, before = self.memory, self.used()
-        tokens = sum(message.tokens for message in memory.messages) - max(0, before - self.window) / self.ratio
+        surplus = max(0, before - self.window) / self.ratio  # tokens for which the window has no room
+        tokens = sum(message.tokens for message in memory.messages) - surplus
         cut = self._cut_at(tokens * KEEP_FRACTION / 2**turn.compactions)
         if cut == 0 or turn.compactions >= 3:
             raise self._too_small(before)
