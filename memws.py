@@ -8826,9 +8826,9 @@ class WebSocketServer:
         A sync function runs in a daemon thread of its own, an async one on the server's loop; `timeout` in seconds.
         approve: True, or a function of the arguments that says so: a call waits until a client allows it.
         The docstring is the description, Annotated[str, "…"] that of a parameter; one of type memws.Agent gets the
-        agent. What a model sends is read loosely; types but Python's own and Literal are pydantic's to read:
+        agent. What a model sends is read loosely, also in lists and objects; types but Python's own are pydantic's:
 
-            "3", "True", '["tea"]', 3.0      3, True, ["tea"], 3, where no text or fraction is expected
+            "3", "True", "['tea']", 3.0      3, True, ["tea"], 3, where no text or fraction is expected
             null, "null", "None"             the default, where there is one and no null is expected
 
         Raises UsageError for a function that no model could call.
