@@ -7744,11 +7744,12 @@ class LiveAgent:
         if self.current or self.agents.stopping or not self.here:
             return
         record = self.agent.record
-        interval, pause = record.config["heartbeat_interval"], float(record.state.get("paused_until", 0)) - time.time()
+        interval = record.config["heartbeat_interval"]
         if self.waiting:
             self.current = self.waiting.popleft()
             self.agents.spawn(self._run(self.current))
         elif interval and self._beats < IDLE_HEARTBEATS and not self.gone:
+            pause = float(record.state.get("paused_until", 0)) - time.time()
             self._timer = asyncio.get_running_loop().call_later(max(interval, pause), self._beat)
 
     async def _run(self, item: Turn) -> None:
