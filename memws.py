@@ -8712,19 +8712,14 @@ class Session:
 SHARED = "user_message", "subscribe", "unsubscribe"  # also where another server runs the agent
 
 
-def command_of(call: Callable[..., Any]) -> Function:
-    """A command. What it calls `live` is an agent, which a request names as agent_name."""
-    command = function_of(call, skip=["self", "live"])
-    if "live" in call.__annotations__:
-        command.parameters["properties"]["agent_name"] = schema_of(AgentName)
-    return command
-
-
 COMMANDS = {
-    name: command_of(call)
+    name: function_of(call, skip=["self", "live"])
     for name, call in vars(Session).items()
     if inspect.iscoroutinefunction(call) and not name.startswith("_")
 }
+for _command in COMMANDS.values():
+    if "live" in _command.call.__annotations__:  # an agent, which a request names as agent_name
+        _command.parameters["properties"]["agent_name"] = schema_of(AgentName)
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
