@@ -2710,9 +2710,9 @@ def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) ->
             yield "passages", passage.id, record.state["last_passage"]
     postings = ((term, doc) for term in sorted(docs) for doc in docs[term])  # neighbours share a page
     total = sum(map(len, docs.values()))
-    for first in range(1, total + 1, COPY_STEP):
-        insert_postings(db, itertools.islice(postings, COPY_STEP))
-        yield "words", min(first + COPY_STEP - 1, total), total
+    for first in range(1, total + 1, COPY_BLOCK):
+        insert_postings(db, itertools.islice(postings, COPY_BLOCK))
+        yield "words", min(first + COPY_BLOCK - 1, total), total
 
 
 def copy_piece(db: SqlConnection, steps: Iterator[Step]) -> Step | None:
