@@ -4410,7 +4410,7 @@ def _moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> st
     if not text.strip():
         return ""
     try:
-        when = datetime.datetime.fromisoformat(text.strip())
+        when = datetime.datetime.fromisoformat(text.strip().replace("/", "-"))
         if is_end:
             when += datetime.timedelta(days=1) if len(text.strip()) <= 10 else datetime.timedelta(milliseconds=1)
         if when.tzinfo is None:

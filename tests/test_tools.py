@@ -771,7 +771,7 @@ async def test_conversation_search_date_lists_days(lab: Lab, agent: Agent) -> No
     await lab.say(agent, "New words")
     for first, last, expected in (
         ("2020-01-01", "2099-12-31", ["New words", "Old words"]),
-        ("2024-05-06", "2024-05-06", ["Old words"]),
+        ("2024-05-06", "2024/05/06", ["Old words"]),
         ("2024-05-07T01:59:00+02:00", "2024-05-06T23:59:00Z", ["Old words"]),
         ("2024-05-06T23:59:00.5Z", "2024-05-08", []),
         ("2024-05-08", "2024-05-06", []),
