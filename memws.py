@@ -5185,8 +5185,8 @@ class Agent:
         arguments = tool.function.bind(call.arguments, lenient=True)
         if surplus := without_heartbeat(call.arguments).keys() - tool.function.parameters["properties"].keys():
             self._counts["arguments"] += 1
-            names = quote(", ".join(sorted(surplus)))
-            change.add_event("correction", f"{call.name} ran without {names}, which it does not take", what="arguments")
+            text = f"{call.name} is called without {quote(', '.join(sorted(surplus)))}, which it does not take"
+            change.add_event("correction", text, what="arguments")
         if call.name not in MEMORY_TOOLS:
             waits = needs_approval(tool, arguments)
             about: JSON = {"tool_call_id": call.id, "name": call.name, "arguments": without_heartbeat(call.arguments)}
