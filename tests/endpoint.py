@@ -384,11 +384,7 @@ QUIRKS: dict[str, tuple[int, str, Body]] = {  # the status and words of a refusa
     "content or calls": (400, "Assistant message must have either content or tool_calls, but not both.", {}),
     "nine-character ids": (400, "Tool call id was x but must be a-z, A-Z, 0-9, with a length of 9.", {}),
     "reasoning": (400, "The `reasoning_content` in the thinking mode must be passed back to the API.", THINKS),
-    "signatures": (
-        400,
-        "Function call is missing a thought_signature in functionCall parts.",
-        {"signature": "c2lnbmVk"},
-    ),
+    "signatures": (400, "Function call is missing a thought_signature.", {"signature": "c2lnbmVk"}),
     "known fields": (400, KNOWN, THINKS | {"reasoning_field": "reasoning"}),
 }
 

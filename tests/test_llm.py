@@ -19,6 +19,7 @@ pytestmark = pytest.mark.anyio
 
 Log = pytest.LogCaptureFixture
 Patch = pytest.MonkeyPatch
+Model = memws.Model
 KEY = "canary-0123456789abcdef"
 TEXT = 'Grüße, 世界 👋! It is "1,5 °C"\nin Oslo \\ today.'
 CALLS = [("send_message", {"message": TEXT}), ("core_memory_append", {"name": "human", "content": "Name: Zoë"})]
@@ -28,7 +29,7 @@ USER = '{"role":"user","content":"Hi"}'
 
 
 @pytest.fixture
-async def model(endpoint: Endpoint) -> AsyncIterator[memws.Model]:
+async def model(endpoint: Endpoint) -> AsyncIterator[Model]:
     async with closing(memws.Models("test-model", endpoint.url, KEY)) as models:
         yield models.get(None)[0]
 
@@ -41,7 +42,7 @@ async def closing(models: memws.Models) -> AsyncIterator[memws.Models]:
         await models.close()
 
 
-async def ask(model: memws.Model, **settings: Any) -> memws.Reply:
+async def ask(model: Model, **settings: Any) -> memws.Reply:
     """Send one request with two tools, and take in its whole answer as an agent does."""
     reply = memws.Reply()
     async with contextlib.aclosing(model.stream(request_of(model.head(settings), [USER], SPECS))) as chunks:
@@ -52,7 +53,7 @@ async def ask(model: memws.Model, **settings: Any) -> memws.Reply:
     return reply
 
 
-async def fail(model: memws.Model, **settings: Any) -> memws.ModelError:
+async def fail(model: Model, **settings: Any) -> memws.ModelError:
     with pytest.raises(memws.ModelError) as caught:
         await ask(model, **settings)
     return caught.value
@@ -94,7 +95,7 @@ CALL_MANNERS: dict[str, Body] = {
 
 
 @pytest.mark.parametrize("manner", CALL_MANNERS.values(), ids=CALL_MANNERS.keys())
-async def test_an_answer_is_read_whole(endpoint: Endpoint, model: memws.Model, manner: Body) -> None:
+async def test_an_answer_is_read_whole(endpoint: Endpoint, model: Model, manner: Body) -> None:
     """Text arrives to the letter, reasoning apart, calls in order, each with its arguments and an id of its own."""
     if manner in MANNERS.values():
         endpoint.script(Reply(TEXT, **manner))
@@ -177,7 +178,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("stream", STREAMS.values(), ids=STREAMS)
-async def test_any_stream_of_events_is_read(endpoint: Endpoint, model: memws.Model, stream: str) -> None:
+async def test_any_stream_of_events_is_read(endpoint: Endpoint, model: Model, stream: str) -> None:
     """Whatever ends its lines, and whatever else its events hold, a stream is read to its end."""
     endpoint.script(Reply(body=stream))
     assert (await ask(model)).text == "Hello"
@@ -218,9 +219,7 @@ FAILURES |= {f"no chunk: {raw[:30]!a}": (Reply(body=raw), "model_unavailable", T
 
 
 @pytest.mark.parametrize(("answer", "code", "retry"), FAILURES.values(), ids=FAILURES.keys())
-async def test_a_failure_has_its_code(
-    endpoint: Endpoint, model: memws.Model, answer: Reply, code: str, retry: bool
-) -> None:
+async def test_a_failure_has_its_code(endpoint: Endpoint, model: Model, answer: Reply, code: str, retry: bool) -> None:
     """Each failure has a code, says whether trying again may help, costs one request, and leaves the next alone."""
     gc.collect()  # finalizers of what earlier tests left, which the nested body would leave no room for
     endpoint.script(answer)
@@ -246,7 +245,7 @@ BODIES: list[str | Body | list[Any]] = [
 
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: json.dumps(body)[:40])
-async def test_the_own_words_of_an_endpoint(endpoint: Endpoint, model: memws.Model, body: Any) -> None:
+async def test_the_own_words_of_an_endpoint(endpoint: Endpoint, model: Model, body: Any) -> None:
     """They stand in the error whole, whatever the shape of its body, refused at once or inside an answer."""
     end = "end" if "x" * 9 in re.sub("[^x]", "", str(body)) else ""
     for answer in (Reply(status=400, body=body), Reply(body=body)):
@@ -304,7 +303,7 @@ NOT_TOO_LONG = {  # and what looks alike
 }
 
 
-async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, model: memws.Model) -> None:
+async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, model: Model) -> None:
     """In whatever words, it is context_overflow, and a window in them is learned, only downwards; the like is not."""
     for words, window in TOO_LONG.items():
         status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
@@ -327,7 +326,7 @@ KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (t
 KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
 
 
-async def test_what_a_refusal_advises(endpoint: Endpoint, model: memws.Model) -> None:
+async def test_what_a_refusal_advises(endpoint: Endpoint, model: Model) -> None:
     """A 403 that is not about the key does not say it is, a page says what to check, a model that loads is known."""
     for words in KEYLESS:
         endpoint.script(Reply(status=403, body=words))
@@ -384,7 +383,7 @@ OPTIONS += [({name: NAMES[name]}, f"Unsupported parameter: '{name}' is not suppo
 
 @pytest.mark.parametrize(("settings", "words", "then"), OPTIONS, ids=[str(row[1])[:50] for row in OPTIONS])
 async def test_an_option_that_is_refused(
-    endpoint: Endpoint, model: memws.Model, settings: Body, words: str | Body, then: Body | None
+    endpoint: Endpoint, model: Model, settings: Body, words: Any, then: Any
 ) -> None:
     """It is left out, or set as the endpoint says, for the value that was refused, once, also by who was under way."""
     answer = Reply(status=400, body={"error": {"message": words} if isinstance(words, str) else words})
@@ -413,7 +412,7 @@ GENERATIONS = ['{"name": "send_message", "arguments": {"message": "Hi"}}', [{"na
 GENERATIONS += ['<tool_call>{"name": "send_message", "arguments": {"message": "Hi"}}</tool_call>', "Hi", {"name": "x"}]
 
 
-async def test_a_generation_that_the_endpoint_could_not_read(endpoint: Endpoint, model: memws.Model) -> None:
+async def test_a_generation_that_the_endpoint_could_not_read(endpoint: Endpoint, model: Model) -> None:
     """It is an answer, from an error's body as from inside a stream; without one the call may be corrected."""
     for written in GENERATIONS:
         for answer in ({"status": 400, "body": {"error": {**FAILED, "failed_generation": written}}},
@@ -460,9 +459,7 @@ WAITS: list[tuple[dict[str, str], tuple[float, float] | None, bool]] = [
 
 
 @pytest.mark.parametrize(("headers", "bounds", "retry"), WAITS, ids=repr)
-async def test_retry_after_is_read(
-    endpoint: Endpoint, model: memws.Model, headers: Body, bounds: tuple[float, float] | None, retry: bool
-) -> None:
+async def test_retry_after_is_read(endpoint: Endpoint, model: Model, headers: Body, bounds: Any, retry: bool) -> None:
     """The endpoint's wish to wait is read; one beyond the bound ends the call, and is named."""
     for status in (429, 503):
         endpoint.script(Reply(status=status, headers=headers))
@@ -590,7 +587,7 @@ MESSAGES += [(r"a\n\\( \(x^2\) \"b", 'a\n\\( \\(x^2\\) "b')]
 
 
 @pytest.mark.parametrize(
-    "form", ['{"message":"%s"}', '{ "message" : "%s" , "b": true}', '{"a":"message","message":\n"%s"}']
+    "form", ['{"message":"%s"}', '{ "message" : "%s" , "b": 1}', '{"a":"message","message":\n"%s"}']
 )
 @pytest.mark.parametrize(("written", "told"), MESSAGES, ids=ascii)
 def test_the_reply_is_heard_while_it_arrives(written: str, told: str | None, form: str) -> None:
@@ -738,14 +735,11 @@ def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
             assert {call.arguments.get("message") for call in reply.calls} <= {"Hello!"}
 
 
-@pytest.mark.parametrize(
-    "form", ["<function=%s>\n</function>", '<invoke name="%s"></invoke>', "<tool_call>%s</tool_call>"]
-)
-def test_a_call_without_arguments(form: str) -> None:
+def test_a_call_without_arguments() -> None:
     """A tool that is named without any arguments is called without them."""
-    reply = reply_of(form % "look")
-    memws.read_reply(reply, ["look"])
-    assert ([(call.name, call.arguments) for call in reply.calls], reply.text) == ([("look", {})], "")
+    for form in ("<function=look>\n</function>", '<invoke name="look"></invoke>', "<tool_call>look</tool_call>"):
+        memws.read_reply(reply := reply_of(form), ["look"])
+        assert ([(call.name, call.arguments) for call in reply.calls], reply.text) == ([("look", {})], "")
 
 
 QUOTED = {
@@ -788,6 +782,7 @@ HOLDERS = {
     "Python": f"[send_message(message='It\\'s {PASTED}')]",
     "Gemma": f'<|tool_call>call:send_message{{message:<|"|>5" }} {PASTED}<|"|>}}<tool_call|>',
     "Mistral": "[TOOL_CALLS]send_message" + json.dumps({"message": PASTED}),
+    "Kimi": "<|open|>" + K3.replace("Hello!", PASTED) + "<|close|>call<|sep|>",
 }
 
 
