@@ -2762,9 +2762,8 @@ _MADE_UP = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]
 _AT_START = r"(?:^|(?<=[>▷\]])|(?<=:\ ))"  # of a line, or of what stands apart
 _STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\\?\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+' """
 _SPELLINGS = (  # of Kimi K3 and MiniMax M3, as others write it
-    (r"<\|open\|>", "<"),
-    (r"<\|close\|>", "</"),
-    (r"<\|sep\|>", ">"),
+    (r"<\|open\|>([^<]*)<\|sep\|>", r"<\1>"),
+    (r"<\|close\|>([^<]*)<\|sep\|>", r"</\1>"),
     (r"\]<\]minimax\[>\[</(?!tool_call|invoke)\w+>|</argument>", "</parameter>"),
     (r'\]<\]minimax\[>\[<(?!tool_call|invoke|/)(\w+)>|<argument key="(\w+)"[^<>]*>', r"<parameter=\1\2>"),
     (r"\]<\]minimax\[>\[", ""),
@@ -2828,6 +2827,7 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_
 
 # Escapes that are cut wait for their rest, a high surrogate for its other half.
 _SPOKEN = re.compile(r'"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)', re.IGNORECASE)
+_THOUGHT_PARTS = ("thinking", "reasoning")  # types of parts of a content that are none of it
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
 _FAULTS = {  # of an answer, by words in its finish reason
     "broken": "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang",
@@ -2924,16 +2924,16 @@ class Reply:
         self._streams = self._streams or bool(delta.get("content") or delta.get("tool_calls"))
         if not self._streams:  # some end a stream with all of it again
             delta = delta | (choice.get("message") or {})
-        content = delta.get("content")
-        parts = content if isinstance(content, list) else [content]
-        thoughts = [part for part in parts if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning")]
-        self.text += self._take([part for part in parts if part not in thoughts])
+        content, thoughts = delta.get("content"), list[Any]()
+        if isinstance(content, list):
+            thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS]
+            content = [part for part in content if part not in thoughts]
+        self.text += self._take(content)
         self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
         self.refusal += self._take(delta.get("refusal"))
         self._keep(self.own, delta)
-        for piece in delta.get("tool_calls") or [delta.get("function_call")]:  # as before there were tools
-            if piece:
-                self._feed_call(piece)
+        for piece in filter(None, delta.get("tool_calls") or [delta.get("function_call")]):  # the older form
+            self._feed_call(piece)
 
     def _feed_call(self, piece: JSON) -> None:
         """Take a piece of a call. Endpoints that number all calls 0, or none, are read by ids and names."""
@@ -2967,6 +2967,8 @@ class Reply:
 
     def _take(self, value: Any) -> str:
         """A text of a chunk, which may come in parts: as much of it as there is room for."""
+        if not value:
+            return ""
         text, room = _text_of(value), max(0, MAX_REPLY - self._size)
         self._size += len(text)
         return text[:room]
@@ -3434,7 +3436,6 @@ MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip ins
 _IMPORT_THREAD = "memws-import"
 _ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?", re.IGNORECASE)
 _DONE: JSON = {"done": True}  # the last chunk: [DONE]
-_EVENT_END = re.compile(rb"(?>\r\n|\n|\r){2}")
 
 
 def import_openai() -> Any:
@@ -3578,18 +3579,21 @@ class OpenAIModel:
         options: JSON = {"cast_to": object, "stream": True, "stream_cls": import_openai().AsyncStream[object]}
         # openai's reader stops at [DONE]; the four generators that it leaves behind cost a tenth of a turn's time.
         async with await client.post("/chat/completions", content=body.encode(), **options) as stream:
-            pieces, data, rest, page, is_stream = stream.response.aiter_bytes(), b"\n", b"", b"", False
+            pieces, data, rest, text = stream.response.aiter_bytes(), b"\n", b"", b""
+            page: bytes | None = b""  # what comes before the first event; None: there was one
             while data:
                 data = await anext(pieces, b"")
-                *events, rest = _EVENT_END.split(rest + (data or b"\n\n"))
-                for event in events:
-                    lines = event.removeprefix(codecs.BOM_UTF8).splitlines()
-                    if text := b"".join(line[5:].strip() for line in lines if line.startswith(b"data:")):
+                lines = (rest + (data or b"\n\n")).splitlines(keepends=True)
+                rest = b"" if lines[-1].endswith(b"\n") else lines.pop()  # one after CR may still come
+                for line in lines:
+                    if line.startswith((b"data:", codecs.BOM_UTF8 + b"data:")):
+                        text += line.partition(b":")[2].strip()
+                    elif text and not line.strip():
                         yield _DONE if text == b"[DONE]" else decode_json(text)
-                        is_stream = True
-                    elif not is_stream:
-                        page += event + b"\n"
-            if not is_stream and (answer := page.strip()):
+                        text, page = b"", None
+                    elif page is not None:
+                        page += line
+            if answer := (page or b"").strip():
                 yield decode_json(answer) if answer.startswith(b"{") else answer.decode(errors="replace")
 
     def _failure(self, error: Any, has_words: bool, body: str) -> ModelError:
@@ -3651,12 +3655,9 @@ class Embedder:
 
     async def vector(self, query: str) -> bytes | None:
         """The vector of a query; None where it cannot be had in time."""
-        if query not in self._recent:
-            vectors = await self.vectors([query], EMBEDDING_PATIENCE)
-            if not vectors or not vectors[0]:
-                return None
+        if query not in self._recent and (vectors := await self.vectors([query], EMBEDDING_PATIENCE)):
             self._recent = dict([*self._recent.items(), (query, vectors[0])][-100:])
-        return self._recent[query]
+        return self._recent.get(query) or None
 
     async def vectors(self, texts: Sequence[str], patience: float | None = None) -> list[bytes] | None:
         """The vectors of texts, b"" for one that the endpoint refuses; None where it fails or has just failed."""
