@@ -33,7 +33,7 @@ from commandline import Serving
 from endpoint import Answer, Endpoint
 from measure import Progress, machine, percentile
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
-from wire import JSON, UPGRADE, Wire, bare, events_of, is_terminal, messages_of, wire
+from wire import JSON, UPGRADE, Wire, bare, beside, events_of, is_terminal, messages_of, wire
 
 import memws
 
@@ -160,9 +160,8 @@ def soak_server(
 
 def check_database(address: str | Path, *, gapless: bool = True) -> None:
     """The database is whole, each turn in it has one start and at most one end, and no seq is missing."""
-    with contextlib.closing(memws.database_at(str(address))) as database:
-        connection = database.connect()
-        assert database.faults(connection) == []
+    assert memws.check_database(str(address), memws.check_record) == []
+    with beside(str(address)) as connection:
         for kinds in (("agent_response_start",) * 2, ("agent_response_end", "agent_response_error")):
             sql = "SELECT count(*) FROM events WHERE kind IN (?, ?) GROUP BY agent, turn_id"
             assert {count for (count,) in connection.execute(sql, kinds)} <= {1}
