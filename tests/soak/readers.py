@@ -32,7 +32,7 @@ ASKED = 40  # questions at once, with answers of 100 KB: more than the system ta
 ARRIVAL = 0.004  # seconds from one peer to the next: many at once would be the system's to refuse, not the server's
 WATCH = 60  # seconds after which a slow peer that is still there stays
 FULL: JSON = {"READER_PATIENCE": 8.0, "PING_INTERVAL": 10.0, "PING_TIMEOUT": 20.0, "OPEN_TIMEOUT": memws.OPEN_TIMEOUT}
-HASTE: JSON = {"READER_PATIENCE": 2.0, "PING_INTERVAL": 1.0, "PING_TIMEOUT": 3.0, "OPEN_TIMEOUT": 1.0}
+HASTE: JSON = {"READER_PATIENCE": 2.0, "PING_INTERVAL": 1.0, "PING_TIMEOUT": 2.0, "OPEN_TIMEOUT": 1.0}
 """Constants of the server in a full and in a small run: 60 and 20 + 40 s, as they are, would be most of the run."""
 CUT, LATE = "answers without end that are not cut as they should", "late readers that miss something"
 

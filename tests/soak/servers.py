@@ -146,7 +146,7 @@ class Fleet:
         await self.strike(server, signal.SIGSTOP)
 
         async def resume() -> None:
-            await asyncio.sleep(LEASE + self.rng.uniform(1.0, 5.0))
+            await asyncio.sleep(LEASE + self.rng.uniform(0.5, 3.0))
             server.process.send_signal(signal.SIGCONT)
             self.stopped.discard(server)
 
