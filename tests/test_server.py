@@ -403,16 +403,14 @@ async def test_blocks_are_reshaped(server: Server, endpoint: Endpoint) -> None:
         assert (result["version"], change["after"]) == (2, "Likes green tea")
         for limit, code in ((5, "block_limit"), (20_000, "bad_config")):
             await client.command("update_agent", config={"context_window": 4_000})
-            error = await client.refused("set_block", label="human", value="Likes green tea", limit=limit)
-            assert error["code"] == code
+            assert (await client.refused("set_block", label="human", value="Likes tea", limit=limit))["code"] == code
         await client.turn("hi")
         prompt = endpoint.requests[-1]["messages"][0]["content"]
         assert '<human characters="15/60">\nLikes green tea\n</human>\n<pets characters="3/99">' in prompt
         assert "plan" not in prompt
         gone = [{"label": block["label"], "delete": True} for block in agent["blocks"]]
         await client.ok("update_agent", config={"blocks": gone})
-        await client.turn("hi")
-        assert "characters=" not in endpoint.requests[-1]["messages"][0]["content"]
+        assert "characters=" not in str(await client.ok("get_context"))
 
 
 @on_both
