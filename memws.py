@@ -2143,10 +2143,12 @@ def delete_agent(
 
 
 def forget_copies(db: SqlConnection, agent: int | None = None) -> None:
-    """Take away a copy of an agent that did not get its name; None: all that are not being made any more."""
-    sql = "SELECT id FROM agents WHERE name = '' AND deleted = '' AND (id = ? OR last_active < ?)"
-    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
-    for (copy,) in db.execute(sql, (agent, utc_text(past))).fetchall():
+    """Take away a copy of an agent that did not get its name; None: at a start, all that no server is making now."""
+    hours = 1 if isinstance(db, PostgresConnection) else 0  # others may be at work there
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=hours)
+    where, value = ("last_active < ?", utc_text(past)) if agent is None else ("id = ?", agent)
+    sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
+    for (copy,) in db.execute(sql, (value,)).fetchall():
         delete_agent(db, copy, None, purge=True)
 
 
