@@ -7696,7 +7696,7 @@ class LiveAgent:
 
     async def _mend(self) -> None:
         async with self.agent.memory.lock:  # it is opened anew once, whoever asks for it
-            if self.agent.memory.stale:
+            if self.agent.memory.stale and self.here:
                 await self.open(await self.agents.store.read(find_agent, self.name))
 
     @property
@@ -7760,15 +7760,15 @@ class LiveAgent:
         try:
             await self._mend()
             await self.agent.turn(item)
+        except LeaseLost:  # another server ends what was begun, and gets what was not
+            self.here = False
+            if item.step == 0:
+                item.over, item.stop_reason = False, None
+                self.waiting.appendleft(item)
         except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
-            if isinstance(error, LeaseLost):  # another server ends what was begun, and gets what was not
-                self.here = False
-                if item.step == 0:
-                    item.over, item.stop_reason = False, None
-                    self.waiting.appendleft(item)
-            elif item.step == 0 or self.gone or self.agent.memory.stale:
+            if item.step == 0 or self.gone or self.agent.memory.stale:
                 self.refuse(item, error if isinstance(error, MemwsError) else self.gone_error())
         finally:
             self._finish(item)
