@@ -618,19 +618,8 @@ def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -
     """Any mixture of Markdown's signs becomes nothing but plain elements, with all its words."""
     draw = random.Random(7)
     signs = ["`", "```", "**", "*", "_", "# ", "> ", "- ", "1. ", "| ", "|-|-|", "\n", "\n\n", "    ", "[x](", ")", "]"]
-    signs += [
-        "\\",
-        "~~~",
-        "https://a.example/b",
-        "javascript:x",
-        "<b>",
-        "&amp;",
-        "\u202e",
-        "word ",
-        "é",
-        "漢字 ",
-        HOSTILE,
-    ]
+    signs += ["\\", "~~~", "https://a.example/b", "javascript:x", "<b>", "&amp;"]
+    signs += ["\u202e", "word ", "é", "漢字 ", HOSTILE]
     texts = ["".join(draw.choices(signs, k=draw.randrange(1, 60))) + " end" for _ in range(60)]
     alone = ("[", "**a ", "`", "> ", ">", "- ", "_a", "|", "https://", "![](", "  - a\n")
     replies = [texts[start : start + 12] for start in range(0, len(texts), 12)]

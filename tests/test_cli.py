@@ -211,15 +211,8 @@ NO_ORIGINS = ["nonsense", "", ",", "*", "https://", "https://*", "https://lab.ex
 REFUSALS += [(["--port", "0", "--allow-origin", origin], "--allow-origin") for origin in NO_ORIGINS]
 NO_HOSTS = ["", "http://lab.example", "*", "a b", "a/b"]
 REFUSALS += [(["--port", "0", "--allow-host", host], "--allow-host") for host in NO_HOSTS]
-URLS = [
-    "nonsense",
-    "localhost:1/v1",
-    "file:///etc/passwd",
-    "http://",
-    "http://127.0.0.1:1/v1",
-    "http://[::1",
-    "http://x y/",
-]
+URLS = ["nonsense", "localhost:1/v1", "file:///etc/passwd", "http://", "http://127.0.0.1:1/v1"]
+URLS += ["http://[::1", "http://x y/"]
 REFUSALS += [(["--port", "0", "--base-url", url], "--base-url") for url in URLS]
 
 
@@ -257,20 +250,15 @@ def test_missing_package(flags: str, package: str, tmp_path: Path) -> None:
     assert "secret" not in said
 
 
-@pytest.mark.parametrize(
-    ("models", "text"),
-    [
-        ((), "serves 0 models"),
-        (("a", "b"), "choose one with --model; they are: a, b"),
-        (tuple(f"model-{n}" for n in range(200)), "serves 200 models"),
-        (("evil\x1b[2J\nname", "b"), "b"),
-        (Reply(status=401), "--model"),
-        (Reply(status=500, body="<html>"), "--model"),
-        (Reply(body={"data": [{"id": 5}]}), "--model"),
-        (Reply(body="[" * 100_000), "--model"),
-        (Reply(hold=True), "--base-url"),
-    ],
-)
+CHOICES: list[tuple[Any, str]] = [  # the models of an endpoint, or what it answers instead
+    ((), "serves 0 models"), (("a", "b"), "choose one with --model; they are: a, b"),
+    (tuple(f"model-{n}" for n in range(200)), "serves 200 models"), (("evil\x1b[2J\nname", "b"), "b"),
+    (Reply(status=401), "--model"), (Reply(status=500, body="<html>"), "--model"), (Reply(hold=True), "--base-url"),
+    (Reply(body={"data": [{"id": 5}]}), "--model"), (Reply(body="[" * 100_000), "--model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("models", "text"), CHOICES)
 def test_endpoint_without_a_choice(models: Any, text: str, tmp_path: Path, main: Main, monkeypatch: Patch) -> None:
     """Where a base URL does not serve exactly one model, or nothing, the sentence has the list or the way."""
     monkeypatch.setattr(memws, "CONNECT_TIMEOUT", 0.3 if text == "--base-url" else 5.0)

@@ -353,18 +353,17 @@ async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
                 assert seqs(followed) == seqs(events) + seqs(later)
 
 
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("ws://127.0.0.1:1", "start the server with `python memws.py`"),
-        ("http://x", "expected an address like ws://localhost:8282"),
-        ("ws://[", "expected an address like ws://localhost:8282"),
-        ("ws://localhost:99999", "expected an address like ws://localhost:8282"),
-        ("ws://nowhere.invalid", "check the address"),
-        ("an HTTP server", "no memws server (HTTP 4"),
-        ("a mute server", "check the address"),
-    ],
-)
+ADDRESSES = {
+    "ws://127.0.0.1:1": "start the server with `python memws.py`",
+    "ws://nowhere.invalid": "check the address",
+    "an HTTP server": "no memws server (HTTP 4",
+    "a mute server": "check the address",
+}
+WRONG = ("http://x", "ws://[", "ws://localhost:99999")
+ADDRESSES |= dict.fromkeys(WRONG, "expected an address like ws://localhost:8282")
+
+
+@pytest.mark.parametrize(("url", "words"), ADDRESSES.items())
 async def test_cannot_connect(url: str, words: str, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that cannot be made is one sentence with the next move."""
     monkeypatch.setattr(memws, "OPEN_TIMEOUT", 0.2 if "mute" in url else 10)

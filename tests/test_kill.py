@@ -149,19 +149,13 @@ async def check_aftermath(place: Place, before: list[JSON], desk: Any, clean: bo
 ENDINGS = [(stage, "KILL") for stage in STAGES]
 ENDINGS += [(MODEL, "TERM"), (STREAM, "TERM"), (PAUSE, "TERM")]
 ENDINGS += [(STEPS, "INT"), (TOOL, "INT"), (ASYNC, "INT"), (END, "INT")]
-
-
 CASES = [(*ending, "sqlite") for ending in ENDINGS]
 CASES += [(stage, "KILL", "postgresql") for stage in (STREAM, STEPS, TOOL)]
 CASES += [(BETWEEN, "INT", "postgresql")]
+NAMES = ["-".join((stage.name, *rest)) for stage, *rest in CASES]
 
 
-@pytest.mark.parametrize(
-    ("stage", "name", "database"),
-    CASES,
-    ids=["-".join((stage.name, *rest)) for stage, *rest in CASES],
-    indirect=["database"],
-)
+@pytest.mark.parametrize(("stage", "name", "database"), CASES, ids=NAMES, indirect=["database"])
 async def test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice(
     stage: Stage, name: str, database: str, endpoint: Endpoint, tmp_path: Path, online: Online, caplog: Any
 ) -> None:
