@@ -2000,8 +2000,8 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     """Stored events above `after`, in order, those of one turn where one is named: at most `limit`, and none more after
     EVENT_PAGE characters."""
     edge = "(SELECT {}(seq) FROM events WHERE agent = ? AND turn_id = ?)"
-    whole = f"turn_id <> '' AND seq BETWEEN {edge.format('min')} AND {edge.format('max')} AND"  # with what entered it
-    turn, values = ("", ()) if turn_id is None else (whole, (agent, turn_id) * 2)
+    span = f"turn_id <> '' AND seq BETWEEN {edge.format('min')} AND {edge.format('max')} AND"  # also what entered it
+    turn, values = ("", ()) if turn_id is None else (span, (agent, turn_id) * 2)
     sql = f"SELECT seq, kind, turn_id, text FROM events WHERE {turn} agent = ? AND seq > ? ORDER BY seq LIMIT ?"
     rows, size = db.execute(sql, (*values, agent, after, limit)), 0
     page: list[StoredEvent] = []
@@ -8243,7 +8243,7 @@ class Reader:
         """Turns that the agent never had, since it was rewound, will have no terminal frame."""
         for turn_id in list(self.turns):
             known = await self.live.agents.store.read(find_turn, self.live.id, turn_id)
-            if not (known or self.live.find(turn_id)):
+            if turn_id in self.turns and not (known or self.live.find(turn_id)):
                 self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
 
     async def _send(self, event: StoredEvent) -> None:
