@@ -5962,7 +5962,7 @@ PANEL_STYLE: Final = r"""
   del { background: var(--minus); text-decoration: line-through; }
   /* What many things share: a raised surface, quiet words, one line that ends in dots, red where something failed. */
   input, select, textarea, .memws-entries, .memws-card, .memws-change, .memws-starter, .memws-newest, .memws-composer,
-  .memws-form { background: var(--raised); border: 1px solid var(--line); }
+  .memws-dialog form { background: var(--raised); border: 1px solid var(--line); }
   .memws-mark, .memws-model, .memws-status, .memws-quiet, .memws-link, .memws-trace > summary, .memws-monologue,
   .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text:empty,
   .memws-empty p, .memws-menu > summary, .memws-days summary { color: var(--soft); }
@@ -5971,14 +5971,13 @@ PANEL_STYLE: Final = r"""
   .memws-note, .memws-change, .memws-days summary, .memws-fold summary { font-size: 13px; }
   .memws-model, .memws-told, .memws-live, .memws-why, .memws-args, .memws-fold summary {
     overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
-  .memws-said, .memws-why, .memws-bad:is(.memws-note, .memws-told, .memws-mark), .memws-refused .memws-mark,
+  .memws-said, .memws-why, .memws-bad:is(.memws-note, .memws-mark, .memws-told > *), .memws-refused .memws-mark,
   .memws-bad .memws-state { color: var(--bad); }
   .memws-remark, .memws-warn:is(.memws-note, .memws-model) { color: var(--warn); }
   .memws-main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
   .memws-quiet:hover, .memws-entry:hover, .memws-menu > summary:hover { background: var(--wash); color: var(--ink); }
   .memws-link { padding: 0 2px; font-size: inherit; text-decoration: underline; text-underline-offset: 2px; }
   .memws-actions { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 6px 0; }
-  .memws-actions > :is(input, textarea) { flex: 1 1 120px; }
   .memws-top { display: flex; align-items: center; gap: 10px; min-height: 48px; padding: 6px 14px; font-size: 14px;
     border-bottom: 1px solid var(--line); }
   .memws-top select { padding: 4px 8px; max-width: 40cqw; } .memws-top > button { padding: 2px 8px; }
@@ -5997,7 +5996,8 @@ PANEL_STYLE: Final = r"""
     padding-bottom: 12px; }
   .memws-log { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; padding: 16px 20px 8px; }
   .memws-inner { flex: none; margin: 0 auto auto; width: 100%; max-width: 720px; }
-  .memws-heard { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .memws-heard, :is(.memws-card form, .memws-search) > label > .memws-mark {
+    position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
   .memws-older { display: block; margin: 0 auto 8px; }
   .memws-turn { display: flex; flex-direction: column; gap: 8px; padding: 8px 0 14px; overflow-wrap: anywhere;
     contain: layout style; }
@@ -6031,8 +6031,7 @@ PANEL_STYLE: Final = r"""
   }
   .memws-fence { position: relative; background: var(--wash); border-radius: 8px; padding: 4px 12px; margin: .6em 0;
     pre { white-space: pre; overflow-x: auto; } code { padding: 0; background: none; }
-    .memws-copy { position: absolute; top: 4px; right: 6px; background: var(--wash); }
-  }
+    .memws-copy { position: absolute; top: 4px; right: 6px; background: var(--wash); } }
   .memws-empty { max-width: 460px; margin: 8vh auto 0; text-align: center; display: grid; gap: 8px;
     justify-items: center; } .memws-empty p { margin: 0 0 10px; }
   .memws-starter { width: 100%; padding: 10px 14px; text-align: left; &:hover { border-color: var(--accent); } }
@@ -6044,19 +6043,18 @@ PANEL_STYLE: Final = r"""
       field-sizing: content; } .memws-stop { border: 1px solid var(--line); }
     select { border: 0; background: none; color: var(--soft); font-size: 13px; align-self: center; }
   }
-  .memws-form { position: absolute; z-index: 2; inset: 16px 0 auto; width: min(560px, 100% - 40px); color: inherit;
-    padding: 16px 20px; border-radius: 12px; box-shadow: 0 0 0 9999px color-mix(in srgb, var(--paper) 75%, #0000);
-    label { display: grid; gap: 2px; margin: 8px 0; }
-    label:not(:has(:is(input, textarea))) { grid-template-columns: 9em 1fr; align-items: baseline; font-size: 14px; }
-  }
+  .memws-dialog { position: absolute; z-index: 2; inset: 0; overflow: auto; &:empty { display: none; }
+    background: color-mix(in srgb, var(--paper) 75%, #0000);
+    form { width: min(560px, 100% - 40px); margin: 16px auto; padding: 16px 20px; border-radius: 12px;
+      box-shadow: 0 6px 24px #0002; } label { display: grid; gap: 2px; margin: 8px 0; }
+    label:not(:has(:is(input, textarea))) { grid-template-columns: 9em 1fr; align-items: baseline; font-size: 14px; } }
   .memws-right { flex: 0 0 clamp(300px, 33%, 440px); min-width: 0; min-height: 0; border-left: 1px solid var(--line);
     padding: 12px 16px; display: flex; flex-direction: column; gap: 6px; font-size: 14px; }
   .memws-bar { position: relative; flex: none; height: 10px; border-radius: 5px; overflow: hidden; display: flex;
     gap: 1px; background: var(--wash);
     button { padding: 0; border-radius: 0; min-width: 2px; transition: width .4s; }
     button:focus-visible { outline: 2px solid var(--ink); outline-offset: -2px; }
-    i { position: absolute; left: 75%; height: 100%; width: 2px; background: var(--soft); }
-  }
+    i { position: absolute; left: 75%; height: 100%; width: 2px; background: var(--soft); } }
   .memws-used { padding: 4px 0 0; text-align: left; b { color: var(--ink); } }
   .memws-system { background: #7c8797; } .memws-tools { background: #9b7fd1; }
   .memws-core_memory, .memws-gauge i { background: #23a07a; } .memws-summary { background: #d8962f; }
@@ -6070,11 +6068,14 @@ PANEL_STYLE: Final = r"""
   .memws-gauge { background: var(--wash); margin: 4px 0 8px; }
   .memws-gauge i { display: block; height: 2px; transition: width .4s; }
   .memws-text { white-space: pre-wrap; ins, del { margin: 0 -6px; }
-    &:empty::before { content: "nothing yet"; font-style: italic; } } .memws-flash { animation: memws-flash 1.6s; }
-  .memws-card:has(.memws-edit) :is(.memws-text, header button) { display: none; }
+    &:empty::before { content: "nothing yet"; font-style: italic; } }
+  .memws-card:has(.memws-ask) :is(.memws-text, h3, header button) { display: none; }
   .memws-card:has(.memws-request) { border-color: var(--warn); header .memws-mark { margin-left: auto; } }
-  :is(.memws-edit, .memws-request) textarea { width: 100%; font: 13px/1.5 var(--mono); field-sizing: content; }
-  .memws-stored { color: var(--ink); background: var(--wash); border-radius: 6px; padding: 6px 8px; }
+  :is(.memws-ask, .memws-request, .memws-search, .memws-passage) > label > :is(input, textarea) { width: 100%; }
+  .memws-card :is(.memws-ask, .memws-request) textarea { font: 13px/1.5 var(--mono); field-sizing: content; }
+  .memws-search, .memws-passage { display: flex; flex-wrap: wrap; gap: 0 6px; align-items: center;
+    > label { flex: 1 1 140px; } }
+  .memws-said pre { color: var(--ink); background: var(--wash); border-radius: 6px; padding: 6px 8px; }
   .memws-fold, .memws-found { border-bottom: 1px solid var(--line); } .memws-fold summary { padding: 4px 0; }
   .memws-found { padding: 6px 0; .memws-mark { display: flex; justify-content: space-between; } }
   @container (max-width: 720px) {
@@ -6092,7 +6093,6 @@ body[data-memws=page] > .memws-panel { height: 100dvh; border: 0; border-radius:
 @media (prefers-color-scheme: dark) { body[data-memws=page] > .memws-panel { color-scheme: dark; } }
 @media (prefers-reduced-motion: reduce) { .memws-panel * { animation: none !important; transition: none !important; } }
 @keyframes memws-pulse { 50% { opacity: .35; } }
-@keyframes memws-flash { 0%, 40% { border-color: #23a07a; box-shadow: 0 0 0 3px #23a07a44; } }
 """
 
 PANEL_SCRIPT: Final = r"""
@@ -6117,25 +6117,43 @@ const div = (kind, ...kids) => node("div", { class: `memws-${kind}` }, ...kids);
 const span = (kind, ...kids) => node("span", { class: `memws-${kind}` }, ...kids);
 const button = (label, kind, onclick, more) => // one without work of its own submits its form
   node("button", { type: onclick ? "button" : "submit", class: `memws-${kind}`, onclick, ...more }, label);
-const leave = (label = "cancel") => button(label, "quiet", null, { type: "reset" }); // its form, as Esc does
 const fold = (title, text, open = false) =>
   node("details", { class: "memws-fold", open }, node("summary", {}, title), node("pre", {}, text));
 const copyButton = (text) => button("copy", "copy", async ({ target }) => {
   if (!navigator.clipboard) throw new Error("this browser lets pages copy over https and on localhost only");
   await navigator.clipboard.writeText(text());
   target.textContent = "copied";
-  setTimeout(() => { target.textContent = "copy"; }, 1200);
 });
 
+const inputs = (fields) => Object.entries(fields).map(([name, about]) => { // by name: attributes, or what is told there
+  const isTold = typeof about === "string";
+  const field = isTold ? about : node(about.rows ? "textarea" : "input", { name, ...about }, about.rows && about.value);
+  return node("label", {}, span("mark", titleOf(name)), field);
+});
 function form(kind, work, fields, ...actions) { // `work` gets what is not empty, by name
   const wrong = node("div", { class: "memws-said", role: "alert" });
+  const fail = ({ detail: { message, value } }) => wrong.append(message, value ? node("pre", {}, value) : "");
   const onsubmit = ({ target }) => {
     wrong.replaceChildren();
     const values = Array.from(new FormData(target), ([name, text]) => [name, text.trim()]);
     return work(Object.fromEntries(values.filter(([, text]) => text)));
   };
-  const about = { class: `memws-${kind}`, onsubmit, "onmemws-fail": ({ detail }) => wrong.append(detail.message) };
-  return node("form", about, ...fields, wrong, div("actions", ...actions));
+  const about = { class: `memws-${kind}`, onsubmit, "onmemws-fail": fail };
+  return node("form", about, ...inputs(fields), wrong, div("actions", ...actions));
+}
+function ask(place, title, fields, label, work) { // until it is done or left; then the focus is where it was
+  const focused = document.activeElement;
+  const leave = button(work ? "cancel" : "close", "quiet", null, { type: "reset" }); // as Esc does
+  const done = (values) => work(values).then(() => made.reset());
+  const made = form("ask", done, fields, work && button(label, "main"), leave);
+  made.prepend(node("h3", {}, title));
+  made.onreset = () => {
+    const isIn = made.contains(document.activeElement);
+    made.remove();
+    if (isIn) (focused.closest("details")?.firstChild ?? focused).focus();
+  };
+  place.replaceChildren(made);
+  made.querySelector("input, textarea, button").focus();
 }
 const buttons = (works, kind) => Object.entries(works).map(([name, work]) => button(name, kind, work));
 function menu(label, works) {
@@ -6233,7 +6251,7 @@ function drawProse({ prose, text }) { // only blocks that changed are drawn agai
 
 const TOKEN = { token: { type: "password" } };
 const overSocket = (panel) => {
-  let [delay, wasOpen, socket] = [500, false];
+  let [delay, socket] = [1000];
   const open = () => {
     const token = sessionStorage.getItem("memws-token") ?? "";
     const fits = /^[\w!#$%&'*+.^`|~-]*$/.test(token); // other characters are in no subprotocol
@@ -6241,29 +6259,27 @@ const overSocket = (panel) => {
     url.protocol = url.protocol.replace("http", "ws");
     socket = new WebSocket(url, token && fits ? ["memws", token] : []);
     socket.onopen = () => {
-      [wasOpen, delay] = [true, 500];
+      delay = 500;
       panel.changed("connected");
     };
     socket.onmessage = (event) => panel.hear(event.data);
     socket.onclose = closed;
   };
-  const connect = ({ token = "" }) => {
+  const connect = async ({ token = "" }) => {
     sessionStorage.setItem("memws-token", token);
     open();
   };
   const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
+    if (!panel.root.isConnected) return null; // nobody looks at it any more
     panel.changed("offline");
     const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
-    if (health.token && !wasOpen) return panel.ask("This server asks for its token", TOKEN, "connect", connect);
-    [wasOpen, delay] = [false, Math.min(2 * delay, 8000)];
-    setTimeout(open, delay / 2);
-  };
-  const close = () => {
-    socket.onclose = null;
-    socket.close();
+    const isRefused = health.token && delay > 500;
+    if (isRefused) return ask(panel.dialog, "This server asks for its token", TOKEN, "connect", connect);
+    setTimeout(open, delay);
+    delay = Math.min(2 * delay, 8000);
   };
   open();
-  return { send: (text) => socket.send(text), close };
+  return { send: (text) => socket.send(text), close: () => socket.close() };
 };
 
 // In a notebook the kernel holds the WebSocket, which works wherever the notebook does. A comm loses messages, though:
@@ -6271,7 +6287,8 @@ const overSocket = (panel) => {
 const overComm = (model) => (panel) => {
   const [session, unheard] = [newId(), []];
   let [first, last, silent] = [1, 0, 0]; // the number of the first unheard, that of the kernel's last, seconds
-  const post = (about) => {
+  const post = (about, ...more) => {
+    unheard.push(...more);
     try { model.send({ session, first, frames: [...unheard], ...about }); } catch { silent = 9; } // the kernel has gone
   };
   const receive = ({ ack, state, sent, frames = [], ...content }) => {
@@ -6287,10 +6304,6 @@ const overComm = (model) => (panel) => {
     if (++silent > 5) panel.changed("offline: the kernel does not answer; if it was restarted, run the cell again");
     post();
   };
-  const send = (frame) => {
-    unheard.push(frame);
-    post();
-  };
   const close = () => {
     clearInterval(timer);
     model.off("msg:custom", receive);
@@ -6299,7 +6312,7 @@ const overComm = (model) => (panel) => {
   const timer = setInterval(tick, 1000);
   model.on("msg:custom", receive);
   post();
-  return { send, close };
+  return { send: (frame) => post({}, frame), close };
 };
 
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
@@ -6307,10 +6320,16 @@ const overComm = (model) => (panel) => {
 class Turn {
   streams = new Map(); // texts that are being made, by kind
   calls = new Map();
-  trace = null; // the thoughts and calls that stand in one line
+  tools = new Set(); // names of what was called
+  told = span("told");
+  live = span("live");
+  why = span("why");
+  rows = div("rows"); // thoughts and calls, folded to one line
   element = node("article", { class: "memws-turn" });
   constructor(panel, id) {
     Object.assign(this, { panel, id });
+    const summary = node("summary", {}, this.told, this.live, this.why);
+    this.trace = node("details", { class: "memws-item memws-trace" }, summary, this.rows);
     this.element.turn = this;
   }
   take(event) {
@@ -6329,26 +6348,20 @@ class Turn {
     this.said(this.text, `not sent: ${why} · `, button("try again", "link", again));
     this.user.classList.add("memws-refused");
   }
-  newTrace(time) {
-    const [told, live, why, rows] = [span("told"), span("live"), span("why"), div("rows")];
-    const element = node("details", { class: "memws-item memws-trace" }, node("summary", {}, told, live, why), rows);
-    this.trace = { from: Date.parse(time), told, live, why, rows, element, tools: new Set() };
-    this.element.append(element);
+  tell(isRunning) { // the line of the thoughts and calls
+    const state = isRunning ? "thinking" : "thought" + seconds(this.to - this.from, " ");
+    this.told.textContent = [state, ...this.tools].join(" · ");
+    this.trace.classList.toggle("memws-running", isRunning);
   }
-  tell(trace, news) {
-    Object.assign(trace, news);
-    const state = trace.isOver ? "thought" + seconds(trace.to - trace.from, " ") : "thinking";
-    trace.told.textContent = [state, ...trace.tools].join(" · ");
-    trace.element.classList.toggle("memws-running", !trace.isOver);
-  }
-  row(kind, { step, time }, ...kids) { // in the trace that an event of this step belongs to
-    if (!this.trace || (this.trace.isOver && this.trace.step !== step)) this.newTrace(time);
-    const { rows, step: former } = this.trace;
+  row(kind, { step = this.step, time }, ...kids) {
+    this.to = Date.parse(time);
+    this.from ??= this.to;
     const show = () => this.panel.show("Context", { turn_id: this.id, step });
-    if (step && step !== former) rows.append(button(`step ${step}: what the model got`, "step", show));
-    rows.append(div(kind, ...kids));
-    this.tell(this.trace, { step, to: Date.parse(time) });
-    return rows.lastChild;
+    if (step !== this.step) this.rows.append(button(`step ${step}: what the model got`, "step", show));
+    this.step = step;
+    this.tell(true);
+    if (!this.trace.parentNode) this.element.append(this.trace);
+    return this.rows.appendChild(div(kind, ...kids));
   }
   stream(event, of) { // the text of this kind that is being made
     const made = this.streams.get(of) ?? (of === "assistant_message" ? this.reply(event) : this.thought(event));
@@ -6357,14 +6370,15 @@ class Turn {
   }
   thought(event) {
     const element = this.row("monologue memws-prose", event);
-    return { element, prose: element, live: this.trace.live, text: "" };
+    return { element, prose: element, live: this.live, text: "" };
   }
   reply({ time }) {
-    this.endTrace();
-    const made = { prose: div("prose"), mark: div("mark", clock(time)), text: "" };
-    this.foot = div("foot", made.mark, copyButton(() => made.text));
-    this.element.append(div("item memws-agent", made.prose, this.foot));
-    this.replied = Object.assign(made, { element: this.element.lastChild });
+    this.tell(false);
+    const made = { prose: div("prose"), text: "" };
+    this.mark = div("mark", clock(time));
+    this.foot = div("foot", this.mark, copyButton(() => made.text));
+    made.element = div("item memws-agent", made.prose, this.foot);
+    this.element.append(made.element);
     return made;
   }
   draw(made) {
@@ -6375,20 +6389,18 @@ class Turn {
   finish(event) { // the whole text
     const made = this.stream(event, event.message_type);
     this.draw(Object.assign(made, { text: event.message }));
-    if (event.partial) made.mark.append(" · cut short");
+    if (event.partial) this.mark.append(" · cut short");
     this.streams.delete(event.message_type);
   }
-  endTrace() { if (this.trace) this.tell(this.trace, { isOver: true }); }
   on_user_message({ message, from, time, steered }) {
     const about = (from ? `${from} · ` : "") + clock(time);
     if (!steered) return this.said(message, about);
-    this.endTrace(); // it stands where it entered
-    return this.element.append(div("item memws-user", div("bubble", message), div("mark", about)));
+    return this.element.append(div("item memws-user", div("bubble", message), div("mark", about))); // where it entered
   }
   on_internal_monologue(event) { this.finish(event); }
   on_assistant_message(event) { this.finish(event); }
   on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
-  on_heartbeat() { if (!this.user && !this.trace) this.note("a heartbeat woke the agent", ""); }
+  on_heartbeat() { if (!this.user && !this.step) this.note("a heartbeat woke the agent", ""); }
   on_correction(event) { this.row("remark", event, event.message); }
   on_queue({ position }) {
     const cancel = () => this.panel.command("cancel", { turn_id: this.id });
@@ -6404,9 +6416,9 @@ class Turn {
     if (name === "send_message") return;
     const [state, result] = [span("state", "running"), node("pre")];
     const head = node("summary", {}, node("b", {}, name), span("args", oneLine(pretty(given))), state);
+    this.tools.add(name);
     const row = this.row("tool", event, node("details", {}, head, node("pre", {}, pretty(given)), result));
-    this.tell(this.trace, { tools: this.trace.tools.add(name) });
-    this.calls.set(event.tool_call_id, { row, state, result, trace: this.trace });
+    this.calls.set(event.tool_call_id, { row, state, result });
   }
   on_approval_request(event) {
     const call = this.calls.get(event.tool_call_id);
@@ -6415,24 +6427,18 @@ class Turn {
     call.state.textContent = "waits to be allowed";
     this.element.append(call.card);
   }
-  withdraw({ card }) {
-    const hadFocus = card?.contains(document.activeElement);
-    card?.remove();
-    if (hadFocus) this.panel.field.focus();
-  }
   on_tool_return({ tool_call_id, name, status, duration_ms, message, time }) {
     const call = this.calls.get(tool_call_id);
     if (!call) return;
-    const { row, state, result, trace, card } = call;
-    this.withdraw(call);
+    const { row, state, result, card } = call;
+    const hasFailed = status === "Failed";
+    card?.remove();
     if (card) this.note(`${name} · ${oneLine(message)}`, "");
     result.textContent = message;
-    state.textContent = `${number(duration_ms)} ms`;
-    this.tell(trace, { to: Date.parse(time) });
-    if (status !== "Failed") return;
-    row.classList.add("memws-bad");
-    state.textContent = "failed";
-    trace.why.textContent = `failed: ${oneLine(message)}`;
+    state.textContent = hasFailed ? "failed" : `${number(duration_ms)} ms`;
+    row.classList.toggle("memws-bad", hasFailed);
+    if (hasFailed) this.why.textContent = `failed: ${oneLine(message)}`;
+    this.to = Date.parse(time);
   }
   on_memory_change(event) {
     const name = event.what === "core" ? event.label : "the archive";
@@ -6455,20 +6461,19 @@ class Turn {
   on_agent_response_end({ stop_reason, usage, time }) {
     if (stop_reason !== "done") this.note(`stopped: ${titleOf(stop_reason)}`, "warn");
     const spent = counted(usage.input_tokens + usage.output_tokens, "token");
-    this.replied?.mark.append(seconds(Date.parse(time) - this.since, " · "), ` · ${spent}`);
+    this.mark?.append(seconds(Date.parse(time) - this.since, " · "), ` · ${spent}`);
     this.ended();
   }
   on_agent_response_error(event) {
-    this.endTrace();
     if (event.seq == null && this.user) return this.refused(event.message);
     this.note(event.message, "bad");
     return this.ended();
   }
   ended() { // what can be done with it from now on
-    this.endTrace();
-    this.calls.forEach((call) => this.withdraw(call));
+    this.tell(false);
+    this.calls.forEach(({ card }) => card?.remove());
     const works = { "fork here…": () => this.fork(), "rewind to here…": () => this.rewind() };
-    works["what the model saw"] = () => this.panel.show("Context", { turn_id: this.id, step: this.trace?.step ?? 1 });
+    works["what the model saw"] = () => this.panel.show("Context", { turn_id: this.id, step: this.step ?? 1 });
     this.foot ??= this.element.appendChild(div("foot"));
     this.foot.append(menu("This turn", works));
   }
@@ -6487,25 +6492,29 @@ class Turn {
       const works = { "open it": () => panel.choose(name), "show it beside": () => panel.beside(name) };
       panel.tell(`There is ${name} now.`, works);
     };
-    panel.ask(title, fields, label, work);
+    ask(panel.dialog, title, fields, label, work);
   }
 }
 
 function request(panel, { tool_call_id, name, arguments: given, seconds, time }) { // a call that waits, as a card
   const text = JSON.stringify(given, null, 2);
-  const field = node("textarea", { spellcheck: "false", "aria-label": "Arguments" }, text);
-  const reason = node("input", { name: "reason", placeholder: "why not, for the model", "aria-label": "Why not" });
-  const answer = (more) => panel.command("approve", { tool_call_id, ...more });
+  const answer = async (more) => {
+    await panel.command("approve", { tool_call_id, ...more });
+    shown.remove();
+    panel.field.focus();
+  };
   const allow = () => {
-    const edited = field.value === text ? undefined : JSON.parse(field.value);
+    const { value } = made.elements.arguments;
+    const edited = value === text ? undefined : JSON.parse(value);
     if (edited === null) throw new Error("the arguments are an object, as { … }");
     return answer({ allow: true, arguments: edited });
   };
-  const deny = (why) => answer({ allow: false, ...why }); // also by Enter in the reason
+  const deny = ({ reason }) => answer({ allow: false, reason }); // also by Enter in the reason
+  const fields = { arguments: { rows: 1, value: text }, reason: { placeholder: "why not, for the model" } };
+  const made = form("request", deny, fields, button("Allow", "main", allow), button("Deny", "stop"));
   const until = span("mark", `until ${clock(Date.parse(time) + 1000 * seconds)}`);
-  const made = form("request", deny, [field], button("Allow", "main", allow), reason, button("Deny", "stop"));
-  made.setAttribute("aria-label", `${name} waits to be allowed`);
-  return card(`May ${name} run?`, until, "", made);
+  const shown = card(`May ${name} run?`, until, "", made);
+  return shown;
 }
 
 const REPLAYED = 600; // stored events that are fetched at once
@@ -6517,7 +6526,7 @@ class Log {
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
-  older = button("earlier messages", "link memws-older", () => this.fetchOlder());
+  older = button("earlier messages", "link memws-older", () => this.follow(true));
   page = null; // older events that have come so far, while they come
   constructor(panel) {
     this.panel = panel;
@@ -6555,17 +6564,13 @@ class Log {
     const { scrollTop, scrollHeight, clientHeight } = this.element; // scrollTop is 0 at the bottom, negative above
     this.newest.hidden = scrollTop > -200;
     if (scrollTop > -40) this.trim();
-    return !this.older.hidden && scrollHeight - clientHeight + scrollTop < 400 ? this.fetchOlder() : null;
+    const isNear = scrollHeight - clientHeight + scrollTop < 400 && !this.older.hidden;
+    return isNear && !this.page ? this.follow(true) : null;
   }
-  follow() { // what comes, and what was to come when the connection was lost
-    const isShort = this.page !== null;
-    this.page = null;
-    return isShort ? this.fetchOlder() : this.panel.command("subscribe", { after: this.panel.last });
-  }
-  fetchOlder() {
-    if (this.page) return null; // they are on their way
-    [this.page, this.asked] = [[], Math.max(0, this.asked - REPLAYED)];
-    return this.panel.command("subscribe", { after: this.asked });
+  follow(isOlder = this.page !== null) { // what comes; or older events first, as when they were lost on their way
+    this.page = isOlder ? [] : null;
+    if (isOlder) this.asked = Math.max(0, this.asked - REPLAYED);
+    return this.panel.command("subscribe", { after: isOlder ? this.asked : this.panel.last });
   }
   takeOlder(event) {
     if (event.seq < this.first) this.page?.push(event);
@@ -6580,18 +6585,14 @@ class Log {
     const begin = this.asked ? this.page.findIndex((each) => each.type === "agent_response_start") : 0;
     const events = begin < 0 ? [] : this.page.slice(begin);
     const place = this.inner.querySelector(".memws-turn");
-    const isOver = this.first > this.panel.last; // or else the server goes on with what is here
     for (const each of events) this.turnOf(each, place)?.take(each);
     Object.assign(this, { page: null, first: events[0]?.seq ?? this.first });
     this.older.hidden = !this.asked;
-    if (isOver && (events.length || !this.asked)) return null;
-    return attempt(this.element, () => (events.length || !this.asked ? this.follow() : this.fetchOlder()));
+    return attempt(this.element, () => this.follow(!events.length && this.asked > 0));
   }
 }
 
 // ---- the mind: memory, context, search, frames ----------------------------------------------------------------------
-
-const GLOW = 6000; // milliseconds for which a change is marked
 
 class View {
   out = div("folds");
@@ -6610,14 +6611,10 @@ const card = (title, size, action, ...kids) =>
 class Memory extends View {
   blocks = new Map(); // by label
   constructor(panel) {
-    const [cards, passages, placeholder] = [div("cards"), span("mark"), "A passage to keep"];
-    const field = node("textarea", { rows: "1", name: "text", placeholder, "aria-label": placeholder });
-    const add = async (passage) => {
-      await panel.command("insert_passage", passage);
-      field.value = "";
-    };
+    const [cards, passages] = [div("cards"), span("mark")];
+    const add = (passage) => panel.command("insert_passage", passage).then(() => keep.reset());
     const list = button("list", "quiet", () => panel.show("Search", { store: "archival" }));
-    const keep = form("passage", add, [], field, button("add", "quiet"));
+    const keep = form("passage", add, { text: { rows: 1, placeholder: "A passage to keep" } }, button("add", "quiet"));
     super(panel, "Memory", cards, card("archive", passages, list, keep));
     Object.assign(this, { cards, passages });
   }
@@ -6634,11 +6631,13 @@ class Memory extends View {
   }
 }
 
+const GLOW = [0, 0.1, 0.3].map((offset) => ({ offset, boxShadow: `0 0 0 3px #23a07a${offset < 0.2 ? "66" : "00"}` }));
+
 class Block { // of core memory, edited in place
   text = div("text");
   size = span("mark");
   gauge = node("i");
-  editor = div("editor");
+  editor = node("div", { oninput: () => this.measure(), onreset: () => this.measure() });
   constructor(panel, block) {
     Object.assign(this, { panel, block });
     const edit = button("edit", "quiet", () => this.edit());
@@ -6658,53 +6657,28 @@ class Block { // of core memory, edited in place
   }
   flash() {
     this.element.scrollIntoView({ block: "nearest" });
-    this.element.classList.add("memws-flash");
+    this.element.animate(GLOW, 6000);
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.settle(), GLOW); // where motion is reduced no animation ends it
+    this.timer = setTimeout(() => this.settle(), 6000);
   }
-  settle() {
-    this.text.textContent = this.block.value;
-    this.element.classList.remove("memws-flash");
-  }
+  settle() { this.text.textContent = this.block.value; }
   measure() {
-    const size = [...(this.field ?? this.block).value].length; // characters, as the server counts them
     const { limit } = this.block;
+    const { value } = this.editor.querySelector("textarea") ?? this.block;
+    const size = [...value].length; // in characters, as the server counts them
     this.size.textContent = `${number(size)} / ${number(limit)}`;
     this.size.classList.toggle("memws-bad", size > limit);
     this.gauge.style.width = `${Math.min(100, (100 * size) / limit)}%`;
   }
-  edit(text = this.block.value, ...told) { // on top of the version that is here now
-    const { label, version } = this.block;
-    const about = { rows: "6", "aria-label": `core memory ${label}`, oninput: () => this.measure() };
-    this.field = node("textarea", about, text);
-    const save = () => this.save({ label, version, value: this.field.value });
-    const actions = [button("save", "main"), leave(), span("mark", "Ctrl+Enter saves, Esc leaves")];
-    const made = form("edit", save, [...told, this.field], ...actions);
-    made.onreset = () => this.leave();
-    this.editor.replaceChildren(made);
-    this.field.focus();
-    this.measure();
-  }
-  leave() {
-    this.field = null;
-    this.editor.replaceChildren();
-    this.element.querySelector("header button").focus();
-    this.measure();
-  }
-  async save(change) {
-    try {
-      await this.panel.command("set_block", change);
-      this.leave();
-    } catch (error) {
-      if (error.code !== "conflict") throw error;
-      this.conflict(error);
-    }
-  }
-  conflict({ value, version }) { // both texts are shown, and the next save is on top of this version
-    const theirs = button("take theirs", "quiet", () => this.edit());
-    this.set({ ...this.block, value, version });
-    this.edit(this.field.value, "It was changed while you wrote. Save again to replace what is there now:",
-      node("pre", { class: "memws-stored" }, value), theirs);
+  edit() {
+    let { label, value, version } = this.block;
+    const save = (given) => this.panel.command("set_block", { label, version, value: given[label] ?? "" }).catch(wrong);
+    const wrong = (error) => {
+      if (error.code === "conflict") error.message = "It was changed while you wrote. Save again to replace this:";
+      version = error.version ?? version; // the next save is on top of this one
+      throw error;
+    };
+    ask(this.editor, "", { [label]: { rows: 6, value } }, "save", save);
   }
 }
 
@@ -6733,44 +6707,35 @@ class Context extends View { // the prompt as it is now, or the request of a ste
 
 class Search extends View {
   constructor(panel) {
-    const field = (name, label, more) => node("input", { name, "aria-label": label, type: "date", ...more });
-    const query = field("query", "Words to look for", { type: "search", placeholder: "Words to look for" });
-    const places = ["all", "recall", "archival"].map((each) => new Option(each));
-    const store = node("select", { name: "store", "aria-label": "Where" }, ...places);
     const days = node("details", { class: "memws-days" }, node("summary", {}, "more"),
-      field("from", "From this day"), " to ", field("to", "To this day"));
-    const made = form("search", (wanted) => this.find(wanted), [], query, store, button("find", "main"), days);
-    super(panel, "Search", made);
-    Object.assign(this, { form: made, query, store });
+      ...inputs({ from: { type: "date" }, to: { type: "date" } }));
+    const fields = { query: { type: "search", placeholder: "Words to look for" } };
+    super(panel, "Search", form("search", (wanted) => this.find(wanted), fields, button("find", "main"), days));
     this.out.append(div("mark", "All that was ever said, and what the agent chose to keep."));
   }
-  shown(wanted) {
-    if (!wanted) return this.query.focus();
-    this.form.reset();
-    this.store.value = wanted.store;
-    return this.form.requestSubmit();
-  }
+  shown(wanted) { return wanted ? this.find(wanted) : this.side.querySelector("input").focus(); }
   async find({ query = "", ...wanted }, page = 1) {
     const { items, total, pages } = await this.panel.command("search_memory", { query, ...wanted, page });
-    const again = (to) => this.find({ query, ...wanted }, to);
-    const go = (to, label) => button(label, "quiet", () => again(to), { disabled: to < 1 || to > pages });
+    const go = (to, label) =>
+      button(label, "quiet", () => this.find({ query, ...wanted }, to), { disabled: !to || to > pages });
     const turning = pages > 1 ? [go(page - 1, "‹"), `${page} of ${pages}`, go(page + 1, "›")] : [];
     const words = query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
-    const rows = items.map((item) => this.row(item, words, () => again(page)));
+    const rows = items.map((item) => this.row(item, words));
     this.out.replaceChildren(div("actions memws-mark", `${number(total)} found`, ...turning), ...rows);
   }
-  row({ id, store, role, time, text }, words, again) {
+  row({ id, store, role, time, text }, words) {
     const undo = () => this.panel.command("insert_passage", { text });
     const remove = async () => {
       await this.panel.command("delete_passage", { passage_id: id });
+      row.remove();
       this.panel.tell("The passage was deleted.", { undo });
-      await again();
     };
     const parts = words.length ? text.split(new RegExp(`(${words.join("|")})`, "giu")) : [text];
     const marked = parts.map((part, place) => (place % 2 ? node("mark", {}, part) : part));
     const moment = new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
     const erase = store === "archival" && button("delete", "quiet", remove);
-    return div("found", div("mark", `${moment} · ${role ?? "passage"}`, erase), div("text", ...marked));
+    const row = div("found", div("mark", `${moment} · ${role ?? "passage"}`, erase), div("text", ...marked));
+    return row;
   }
 }
 
@@ -6817,7 +6782,7 @@ const KEYS = { "Enter": "sends", "Shift+Enter": "breaks the line", "↑": "in an
 const CONFIG = { name: { placeholder: "made up when empty" },
   persona: { rows: "3", placeholder: "who it is; empty: Sam, curious and warm" },
   human: { rows: "3", placeholder: "what it knows about you from the start" },
-  model: { placeholder: "the server's" }, context_window: { placeholder: "tokens" } };
+  model: { placeholder: "the server's" } };
 const MAX_FRAME = 1024 * 1024; // bytes; a longer one would end the connection
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 
@@ -6836,7 +6801,7 @@ class Panel {
     new Option("queue"), new Option("steer"));
   stop = button("Stop", "stop", () => this.command("cancel"));
   told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
-  dialog = node("dialog", { class: "memws-form" });
+  dialog = div("dialog");
   bar = div("bar");
   used = button("", "used", () => this.show("Context"));
   aside = node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
@@ -6847,8 +6812,13 @@ class Panel {
       onkeydown: (event) => this.pressed(event),
       onsubmit: (event) => event.preventDefault(), // a form goes to no address
       "onmemws-fail": ({ detail }) => this.fail(detail) };
-    const works = { "new agent…": () => this.askAgent(), "rename…": () => this.askName(), "delete": () => this.remove(),
-      "another beside": () => this.beside(), "keys": () => this.ask("Keys", KEYS) };
+    const works = {
+      "new agent…": () => ask(this.dialog, "A new agent", CONFIG, "create", (config) => this.create(config)),
+      "rename…": () => ask(this.dialog, "Another name", { new_name: { value: this.agent } }, "rename",
+        (given) => this.command("rename_agent", given)),
+      "delete": () => this.remove(),
+      "another beside": () => this.beside(),
+      "keys": () => ask(this.dialog, "Keys", KEYS) };
     const top = node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick,
       menu("Agents and keys", works), this.model, span("status", node("i"), this.word));
     const over = div("over", this.log.newest, this.told);
@@ -6867,15 +6837,13 @@ class Panel {
     this.aside.replaceChildren(this.bar, this.used, tabs, this.views[0].side); // the view that is shown comes last
   }
   beside(agent) { // a second conversation, with a connection of its own; where there is no room, below
-    const names = Array.from(this.pick.options, (each) => each.value);
-    const other = agent ?? names.find((each) => each !== this.agent);
+    const other = agent ?? Array.from(this.pick.options).find((each) => !each.selected)?.value;
     const { root } = new Panel(this.root.parentElement, this.transport, { agent: other });
-    const close = button("close", "quiet", () => root.panel.close());
-    root.firstChild.append(close);
+    root.firstChild.append(button("close", "quiet", () => root.panel.close()));
   }
   close() {
-    this.carrier.close();
     this.root.remove();
+    this.carrier.close();
   }
 
   // -- keys, and what is told and asked --
@@ -6887,7 +6855,7 @@ class Panel {
     const typed = event.target === this.field && !event.isComposing && !event.shiftKey ? key : "";
     if (view) this.show(view.title);
     else if (form && key === "Escape") form.reset();
-    else if (form && key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+    else if (form && key === "Enter" && (event.ctrlKey || event.metaKey)) form.querySelector("button").click();
     else if (typed === "Enter") this.send.click();
     else if (typed === "Escape") this.stop.click();
     else if (typed === "ArrowUp" && !this.field.value) this.field.value = this.latest ?? "";
@@ -6904,39 +6872,13 @@ class Panel {
     attempt(this.root, () => this.view.shown(wanted));
   }
   fail({ code, message }) {
-    if (code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
-    if (["lost", "no_agent"].includes(code)) return null; // what went is shown already
-    this.tell(message);
-    return this.told.classList.add("memws-bad");
+    const isShown = ["lost", "no_agent", "unknown_agent"].includes(code); // by what it led to
+    if (!isShown) this.tell(message, {}, "bad");
   }
-  tell(text, works = {}) { // with what can be done about it, for a quarter of a minute
+  tell(text, works = {}, kind = "news") { // with what can be done about it, for a quarter of a minute
     clearTimeout(this.timer);
-    this.told.classList.remove("memws-bad");
-    this.told.replaceChildren(text, ...buttons(works, "link"));
+    this.told.replaceChildren(div(kind, text, ...buttons(works, "link")));
     this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
-  }
-  ask(title, fields, label, work) { // over the conversation; `fields`: by name what is told, or a field's attributes
-    const field = (name, about) => node(about.rows ? "textarea" : "input", { name, ...about });
-    const rows = Object.entries(fields).map(([name, about]) =>
-      node("label", {}, span("mark", titleOf(name)), typeof about === "string" ? about : field(name, about)));
-    const submit = async (values) => {
-      await work(values);
-      made.reset();
-    };
-    const actions = work ? [button(label, "main"), leave()] : [leave("close")];
-    const made = form("ask", submit, [node("h3", {}, title), ...rows], ...actions);
-    made.onreset = () => {
-      this.dialog.close();
-      this.dialog.replaceChildren();
-      this.field.focus();
-    };
-    this.dialog.replaceChildren(made);
-    this.dialog.show();
-  }
-  askAgent() { this.ask("A new agent", CONFIG, "create", (config) => this.create(config)); }
-  askName() {
-    const rename = (given) => this.command("rename_agent", given);
-    this.ask("Another name", { new_name: { value: this.agent } }, "rename", rename);
   }
 
   // -- the connection --
@@ -7006,7 +6948,8 @@ class Panel {
     Object.assign(this, { agent, last: isNew ? last_seq : Math.min(this.last, last_seq) });
     this.pick.value = agent;
     if (isNew) this.mind();
-    const { blocks } = await this.refresh();
+    const { blocks, turn } = await this.refresh();
+    this.state({ running: turn?.turn_id }); // from now on the events tell
     if (isNew) {
       this.log.clear(agent, this.welcome(blocks), last_seq);
       this.model.classList.toggle("memws-warn", model === "offline");
@@ -7028,13 +6971,11 @@ class Panel {
   none(name = "sam") { // one button makes the first agent
     const told = node("p", {}, "An agent remembers what you tell it, and here you see how.");
     const start = button(`Start with ${name}`, "main", () => this.create({ name }));
-    const other = button("or make your own", "link", () => this.askAgent());
     this.model.textContent = "";
-    this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start, other), 0);
+    this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start), 0);
     this.state({ agent: null, running: null });
   }
   async create(config) {
-    if (config.context_window) config.context_window = Number(config.context_window);
     const { agent_name, warnings } = await this.command("create_agent", { config });
     await this.choose(agent_name);
     this.warn(warnings);
@@ -7048,7 +6989,6 @@ class Panel {
   async refresh() { // memory and the bar, as they are now
     const agent = await this.command("get_agent");
     this.views[0].take(agent);
-    this.state({ running: agent.turn?.turn_id ?? null });
     this.drawBar(await this.command("get_context", { limit: 1 }));
     return agent;
   }

@@ -195,7 +195,7 @@ def test_calls_are_allowed(online: Serve, endpoint: Endpoint, show: Show) -> Non
 
     server.create_new_agent({"name": "sam", "tools": ["spend"]})
     window = show(server, agent="")
-    card = window.log.get_by_role("form", name="spend waits to be allowed")
+    card = window.log.locator(".memws-card", has_text="May spend run?")
 
     def ask(**then: bool) -> None:
         expect(card).to_have_count(0)
@@ -204,7 +204,7 @@ def test_calls_are_allowed(online: Serve, endpoint: Endpoint, show: Show) -> Non
         expect(card).to_be_visible()
 
     ask()
-    field = card.get_by_label("Arguments")
+    field = card.get_by_label("arguments")
     expect(field).to_have_value('{\n  "amount": 50,\n  "what": "<b>tea"\n}')
     for wrong, told in {"{": "JSON", "null": "object", '{"amount": "much"}': "amount"}.items():
         field.fill(wrong)
@@ -214,8 +214,8 @@ def test_calls_are_allowed(online: Serve, endpoint: Endpoint, show: Show) -> Non
     card.get_by_role("button", name="Allow").click()
     window.sees('spend · a person had it run with {"amount":20,"what":"tea"}: spent 20 on tea')
     ask()
-    card.get_by_label("Why not").fill("too dear")
-    card.get_by_label("Why not").press("Enter")
+    card.get_by_label("reason").fill("too dear")
+    card.get_by_label("reason").press("Enter")
     window.sees("spend · not run: a person denied it (too dear)")
     expect(window.field).to_be_focused()
     ask(hold=True)
@@ -304,7 +304,7 @@ def test_a_turns_menu(serve: Serve, show: Show) -> None:
     choose("fork here…")
     window.fill(**{"new name": "no/name"})
     window.button("fork").click()
-    expect(window.panel.locator(".memws-form .memws-said")).to_contain_text("no/name")
+    expect(window.panel.locator(".memws-dialog .memws-said")).to_contain_text("no/name")
     window.fill(**{"new name": "kim"})
     window.button("fork").click()
     window.button("show it beside").click()
@@ -343,13 +343,12 @@ def test_memory_is_edited(serve: Serve, show: Show) -> None:
     with memws.connect(server.url) as client:
         client.command("set_block", agent_name="sam", label="human", value="theirs")
         window.sees("human was edited")
+        expect(card.locator("ins")).to_have_text("theirs")
         field.fill("mine")
         field.press("Control+Enter")
         expect(card.get_by_text("It was changed while you wrote")).to_be_visible()
         expect(card.locator("pre")).to_have_text("theirs")
-        card.get_by_role("button", name="take theirs").click()
-        expect(field).to_have_value("theirs")
-        field.fill("mine")
+        expect(field).to_have_value("mine")
         card.get_by_role("button", name="save").click()
         expect(card.locator("ins")).to_have_text("mine")
         expect(card.locator("del")).to_have_text("theirs")
@@ -357,8 +356,9 @@ def test_memory_is_edited(serve: Serve, show: Show) -> None:
     card.get_by_role("button", name="edit").click()
     field.press("Escape")
     expect(field).to_be_hidden()
+    window.tab("Search").click()
     window.log.get_by_role("button", name="human was edited").last.click()
-    expect(card).to_have_class(re.compile("memws-flash"))
+    expect(card).to_be_visible()
 
 
 def test_search_and_archive(serve: Serve, show: Show) -> None:
@@ -381,13 +381,12 @@ def test_search_and_archive(serve: Serve, show: Show) -> None:
     window.button("delete").last.click()
     expect(found).to_have_count(1)
     window.button("undo").click()
-    window.mind.get_by_label("Where").select_option("all")
     window.mind.get_by_placeholder("Words to look for").fill("tea")
     window.button("find").click()
     expect(window.mind.locator("mark").first).to_have_text(re.compile("tea", re.IGNORECASE))
     expect(window.mind.get_by_text("14 found")).to_be_visible()
     window.mind.get_by_text("more", exact=True).click()
-    window.mind.get_by_label("To this day").fill("2001-01-01")
+    window.mind.get_by_label("to", exact=True).fill("2001-01-01")
     window.button("find").click()
     expect(window.mind.get_by_text("0 found")).to_be_visible()
 
@@ -429,11 +428,10 @@ def test_agents(serve: Serve, show: Show) -> None:
     window.choose("new agent…")
     window.fill(name="no/name")
     window.button("create").click()
-    expect(window.panel.locator(".memws-form .memws-said")).to_contain_text("name")
-    window.fill(name="ada", persona="I am Ada. I count.", **{"context window": "4096"})
+    expect(window.panel.locator(".memws-dialog .memws-said")).to_contain_text("name")
+    window.fill(name="ada", persona="I am Ada. I count.")
     window.button("create").click()
     window.sees("I am Ada. I count.")
-    expect(window.mind.get_by_text("4,096 tokens")).to_be_visible()
     agents = window.panel.get_by_label("Agent", exact=True)
     window.choose("rename…")
     window.fill(**{"new name": "eve"})
@@ -632,7 +630,7 @@ def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -
         endpoint.script(say(*reply))
         page.say(f"number {number}")
         page.await_turns(sum(map(len, replies[:number])))
-    prose = page.log.locator(".memws-prose")
+    prose = page.log.locator(".memws-agent .memws-prose")
     assert set(prose.locator("*").evaluate_all("all => all.map((each) => each.tagName)")) <= PLAIN
     assert [text for text in prose.all_text_contents() if "end" not in text] == []
     assert is_harmless(page)
