@@ -146,7 +146,7 @@ async def test_what_is_learned_outlives_a_restart(online: Serve, endpoint: Endpo
                 endpoint.script(Reply(status=400, body={"error": "prompt is too long: 9999 > 7000 maximum"}))
                 await client.turn("Hi")
             else:
-                await client.ok("load_agent", name="sam")
+                assert "7,000 tokens" in str((await client.ok("load_agent", name="sam"))["warnings"])
             if start == 2:
                 endpoint.refuse = set()
                 await client.ok("update_agent", config={"max_steps": 7})
