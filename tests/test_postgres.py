@@ -117,6 +117,8 @@ async def test_a_name_is_taken_once(postgres_address: str) -> None:
             tasks = await queued(store.write(commit, agent.id, Changes([tell()])), *jobs)
             go_on.set()
             await held
+            while connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone() == (0,):
+                pass  # the store has not come to the name yet
             connection.execute("COMMIT")
         told = await asyncio.gather(*tasks, return_exceptions=True)
         assert [getattr(each, "code", "") for each in told] == ["", "name_taken", "", ""]
