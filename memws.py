@@ -8183,7 +8183,7 @@ class Reader:
         """Turns that the agent never had, since it was rewound, will have no terminal frame."""
         for turn_id in list(self.turns):
             known = await self.live.agents.store.read(find_turn, self.live.id, turn_id)
-            if turn_id in self.turns and not (known or self.live.find(turn_id)):
+            if not (known or self.live.find(turn_id)):
                 self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
 
     async def _send(self, event: StoredEvent) -> None:
