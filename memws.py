@@ -2829,7 +2829,6 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_
 
 # Escapes that are cut wait for their rest, a high surrogate for its other half.
 _SPOKEN = re.compile(r'"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)', re.IGNORECASE)
-_THOUGHT_PARTS = ("thinking", "reasoning")  # types of parts of a content that are none of it
 _ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
 _FAULTS = {  # of an answer, by words in its finish reason
     "broken": "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang",
@@ -2928,7 +2927,7 @@ class Reply:
             delta = delta | (choice.get("message") or {})
         content, thoughts = delta.get("content"), list[Any]()
         if isinstance(content, list):
-            thoughts = [part for part in content if isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS]
+            thoughts = [part for part in content if type(part) is dict and re.match(_THOUGHT, str(part.get("type")))]
             content = [part for part in content if part not in thoughts]
         self.text += self._take(content)
         self.reasoning += self._take(delta.get("reasoning_content") or delta.get("reasoning") or thoughts)
@@ -3196,7 +3195,7 @@ _PHRASES = {
     "no tools": r"support .{0,9}tool|(?:tools?|function)\b.{0,12} (?:not (?:support|enabl)|requires)",
     "prompt": "context|ctx|prompt|input|message|sequence|(?<!max )(?<!completion )token|conversation|string",
     "too long": r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than (?:\d|max)"
-    r"|max(?:imum| is)|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|limit is|at most \d{3}",
+    r"|max(?:imum| is)|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|at most \d{3}",
     "surely too long": r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)"
     "|current length|超(?!时)|过长",
     "not the prompt": r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?"
@@ -3513,9 +3512,8 @@ class Endpoint:
 
     async def close(self) -> None:
         """Close the clients; an import that is under way is waited for, as threads outlive their loop."""
-        for thread in threading.enumerate():
-            if thread.name == _IMPORT_THREAD:
-                thread.join()
+        for thread in (each for each in threading.enumerate() if each.name == _IMPORT_THREAD):
+            thread.join()
         while self._requests:
             await self._requests.popitem()[0].close()
 
