@@ -3655,9 +3655,9 @@ class Embedder:
 
     async def vector(self, query: str) -> bytes | None:
         """The vector of a query; None where it cannot be had in time."""
-        if query not in self._recent and (vectors := await self.vectors([query], EMBEDDING_PATIENCE)):
+        if query not in self._recent and (vectors := await self.vectors([query], EMBEDDING_PATIENCE)) and vectors[0]:
             self._recent = dict([*self._recent.items(), (query, vectors[0])][-100:])
-        return self._recent.get(query) or None
+        return self._recent.get(query)
 
     async def vectors(self, texts: Sequence[str], patience: float | None = None) -> list[bytes] | None:
         """The vectors of texts, b"" for one that the endpoint refuses; None where it fails or has just failed."""
