@@ -8035,12 +8035,12 @@ class Agents:
         try:
             steps = await store.write(copy_steps, agent, copy, record)
             with item.interruptible():
-                while step := await store.write(copy_piece, steps):
+                while (step := await store.write(copy_piece, steps)) and not (live.gone or self.stopping):
                     if time.monotonic() - told > PROGRESS_DELAY:
                         text = "copied {1:,} of {2:,} {0}".format(*step)
                         live.agent.emit_live(item, "progress", text, done=step[1], total=step[2])
                         told = time.monotonic()
-            if live.gone:
+            if live.gone or self.stopping:
                 raise live.gone_error()
             yield copy
         finally:
