@@ -2292,7 +2292,9 @@ class Store:
 # ---- leases ----------------------------------------------------------------------------------------------------------
 
 _TAKE_FREE = "SELECT id FROM unnest(?::int[]) AS wanted (id) WHERE pg_try_advisory_lock('agents'::regclass::int, id)"
-# A server that is paused in mid-transaction may have sent it ahead; then PostgreSQL does not see that it is idle.
+_WRITE_OWNER = """UPDATE agents SET owner = ? WHERE id IN (
+    SELECT id FROM agents WHERE id = ANY(?) AND owner <> ? FOR NO KEY UPDATE SKIP LOCKED)"""
+# What a server has sent ahead that was paused then holds locks, and PostgreSQL does not see that it is idle.
 _END_STUCK = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()
     AND application_name = 'memws' AND state = 'active' AND wait_event = 'ClientRead'
     AND state_change < now() - interval '2 s'"""
@@ -2370,13 +2372,11 @@ class Leases:
                 for agent in held - wanted:
                     connection.execute("SELECT pg_advisory_unlock('agents'::regclass::int, ?)", (agent,))
                     held.remove(agent)
-                taken = [agent for (agent,) in connection.execute(_TAKE_FREE, (list(wanted - held),))]
-                if taken:
-                    connection.execute(_END_STUCK)
-                    connection.execute("UPDATE agents SET owner = ? WHERE id = ANY(?)", (lease, taken))
-                    held.update(taken)
+                held.update(agent for (agent,) in connection.execute(_TAKE_FREE, (list(wanted - held),)))
+                connection.execute(_END_STUCK)
+                connection.execute(_WRITE_OWNER, (lease, list(held), lease))
                 owners = connection.execute("SELECT id, owner FROM agents WHERE id = ANY(?)", (list(wanted),))
-                self._tell(dict(owners.fetchall()) | dict.fromkeys(held, lease))
+                self._tell(dict(owners.fetchall()) | dict.fromkeys(held & {0}, lease))
                 self._failure, self._seen = "", time.monotonic()
                 self._news.wait(LEASE_PULSE)
                 self._news.clear()

@@ -159,8 +159,7 @@ async def test_what_a_paused_server_has_half_written_holds_up_nobody(postgres_ad
     async with wire(paused, agent={"name": "sam"}):
         await asyncio.to_thread(paused.stop)
     with closing(memws.database_at(postgres_address)) as database:
-        writing, lease = database.open(), database.connect(idle_session_timeout="3s")
-        lease.execute("SELECT pg_advisory_lock('agents'::regclass::int, 1)")
+        writing = database.open()
         writing.sends_ahead = True
         writing.execute("BEGIN IMMEDIATE")
         writing.execute("UPDATE agents SET owner = 'ws://127.0.0.1:1#paused' RETURNING id").fetchone()
