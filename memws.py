@@ -6503,9 +6503,7 @@ function request(panel, { tool_call_id, name, arguments: given, seconds, time })
   };
   const allow = () => {
     const { value } = made.elements.arguments;
-    const edited = value === text ? undefined : JSON.parse(value);
-    if (edited === null) throw new Error("the arguments are an object, as { … }");
-    return answer({ allow: true, arguments: edited });
+    return answer({ allow: true, arguments: value === text ? undefined : { ...JSON.parse(value) } });
   };
   const deny = ({ reason }) => answer({ allow: false, reason }); // also by Enter in the reason
   const fields = { arguments: { rows: 1, value: text }, reason: { placeholder: "why not, for the model" } };
@@ -6519,42 +6517,34 @@ const REPLAYED = 600; // stored events that are fetched at once
 const MOST = 200; // turns that stay when the newest are looked at
 const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
-class Log {
-  turns = new Map(); // by id
+class Log { // an element for each turn, whose property `turn` it is, below the button for older ones
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
   older = button("earlier messages", "link memws-older", () => this.follow(true));
   page = null; // older events that have come so far, while they come
-  constructor(panel) {
-    this.panel = panel;
-    const about = { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation", "aria-live": "off" };
-    this.element = node("div", { ...about, onscroll: () => this.scrolled() }, this.inner);
-  }
+  element = node("div", { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation",
+    "aria-live": "off", onscroll: () => this.scrolled() }, this.inner);
+  constructor(panel) { this.panel = panel; }
   clear(agent, welcome, last) { // its events up to this seq are to be fetched
-    Object.assign(this, { agent, turns: new Map(), first: last + 1, asked: last, page: [] });
+    Object.assign(this, { agent, asked: last, page: [] });
     this.older.hidden = true;
     this.inner.replaceChildren(this.older, welcome);
   }
+  get first() { return this.inner.children[1].turn?.seq ?? this.panel.last + 1; } // what is below that is to be fetched
+  find(id) { return Array.from(this.inner.children, ({ turn }) => turn).find((turn) => turn?.id === id); }
   turnOf({ turn_id, seq, message_type }, place = null) {
     const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
-    if (!id || this.turns.has(id)) return this.turns.get(id);
+    if (!id || this.find(id)) return this.find(id);
     const turn = this.panel.outbox.get(id) ?? new Turn(this.panel, id);
-    if (!this.turns.size) this.inner.replaceChildren(this.older);
-    this.turns.set(id, turn);
+    this.inner.querySelector(".memws-empty")?.remove();
     this.inner.insertBefore(turn.element, place);
     if (!place && this.element.scrollTop > -40) this.trim();
     return turn;
   }
-  drop(id) {
-    this.turns.get(id)?.element.remove();
-    this.turns.delete(id);
-  }
   trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
     while (this.inner.children.length > MOST + 1) {
-      const [, { turn }, next] = this.inner.children;
-      this.drop(turn.id);
-      this.first = next.turn.seq ?? this.panel.last + 1;
+      this.inner.children[1].remove();
       [this.asked, this.older.hidden] = [this.first - 1, false];
     }
   }
@@ -6584,8 +6574,7 @@ class Log {
     const events = begin < 0 ? [] : this.page.slice(begin);
     const place = this.inner.querySelector(".memws-turn");
     for (const each of events) this.turnOf(each, place)?.take(each);
-    Object.assign(this, { page: null, first: events[0]?.seq ?? this.first });
-    this.older.hidden = !this.asked;
+    [this.page, this.older.hidden] = [null, !this.asked];
     return attempt(this.element, () => this.follow(!events.length && this.asked > 0));
   }
 }
@@ -6929,11 +6918,10 @@ class Panel {
   }
   async choose(name) { // or else the agent that was active last
     const agents = await this.agents();
-    const names = agents.map((each) => each.agent_name);
-    this.pick.replaceChildren(...names.map((each) => new Option(each)));
+    this.pick.replaceChildren(...agents.map((each) => new Option(each.agent_name)));
     agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""));
-    const wanted = name || agents[0]?.agent_name;
-    return names.includes(wanted) ? this.open(wanted) : this.none(wanted);
+    this.pick.value = name || agents[0]?.agent_name; // "" where there is no such agent
+    return this.pick.value ? this.open(this.pick.value) : this.none(name || "sam");
   }
   open(name) { // one after another, so that the last one that was chosen stays
     this.opening = (this.opening ?? Promise.resolve()).catch(() => {}).then(() => this.load(name));
@@ -6966,7 +6954,7 @@ class Panel {
     const starters = STARTERS.map((text) => button(text, "starter", () => this.submit(text)));
     return div("empty", node("h3", {}, this.agent), node("p", {}, sentences.slice(0, 300)), ...starters);
   }
-  none(name = "sam") { // one button makes the first agent
+  none(name) { // one button makes the first agent
     const told = node("p", {}, "An agent remembers what you tell it, and here you see how.");
     const start = button(`Start with ${name}`, "main", () => this.create({ name }));
     this.model.textContent = "";
@@ -7013,7 +7001,7 @@ class Panel {
     const kind = event.message_type ?? event.type;
     const [begins, ends] = [kind === "agent_response_start", /^agent_response_e/.test(kind)];
     if (this.outbox.delete(begins || ends ? event.turn_id : event.steered)) this.flush();
-    if (event.steered) this.log.drop(event.steered); // it has no turn of its own
+    if (event.steered) this.log.find(event.steered)?.element.remove(); // it has no turn of its own
     if (kind === "server_error") return this.fail(event);
     if (kind === "progress") return this.tell(event.message);
     if (event.agent_name !== this.agent) return null;
