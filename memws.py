@@ -7872,8 +7872,7 @@ class SharedAgent(LiveAgent):
         event = {name: value for name, value in frame.items() if name != "agent_name"}
         if frame["type"] != "agent_response" or "steered" in frame:  # else it is the id of a passage, not of a message
             event.pop("id", None)
-        stored = StoredEvent(frame.get("seq", 0), kind_of(frame), own_turn_id(frame), encode_json(event))
-        self.publish(stored)
+        self.publish(StoredEvent(frame.get("seq", 0), kind_of(frame), own_turn_id(frame), encode_json(event)))
         if frame.get("change") == "renamed":
             self.take_name(frame["new_name"])
 
@@ -7925,9 +7924,7 @@ class Agents:
         self.memory_growth = asyncio.Event()  # something may have no vector yet
         self.lock = asyncio.Lock()  # held while a name changes hands
         self._embeds = asyncio.Event()  # this server gives vectors, which one does for all
-        self.leases: Leases | None = None
-        if isinstance(self.database, Postgres):
-            self.leases = Leases(self.database, self._in_use, self._hear)
+        self.leases = Leases(self.database, self._in_use, self._hear) if isinstance(self.database, Postgres) else None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -227,15 +227,3 @@ def test_backup(source: str, postgres_address: str, tmp_path: Path, main: Main) 
     words = [str(programs / "pg_dump"), *shlex.split(told[2])]  # type: ignore[operator]
     subprocess.run(words, env={**os.environ, "PGPASSWORD": password}, check=True)
     assert target.read_bytes()[:5] == b"PGDMP"
-
-
-def test_new_agents_beside_a_single_copied_one(main: Main, serve: Serve, postgres_address: str, tmp_path: Path) -> None:
-    """Ids go on after those that were copied, also after the first."""
-    server = serve(db=str(tmp_path / "source.db"))
-    with memws.connect(server.url) as client:
-        client.create_agent("sam")
-    server.stop()
-    assert main("copy", "--from", server.options.db, "--to", postgres_address).returncode == 0
-    with memws.connect(serve(db=postgres_address).url) as client:
-        client.create_agent("kim")
-        assert client.command("list_agents")["total"] == 2
