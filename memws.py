@@ -203,6 +203,7 @@ TURN_TOKEN_BUDGET = 2_000_000  # tokens, in and out, of one turn
 TRANSPORT_RETRIES = 2
 MAX_FAILED_CALLS = 6  # failed model calls of one turn; with the last good ones a failing turn stays within eight
 MAX_FAILED_TOOLS = 3  # in a row
+MAX_REPEATED_CALLS = 3  # steps of one turn that make the same call
 IDLE_HEARTBEATS = 10  # timed heartbeats without a user's message before they pause
 WARNING_FRACTION = 0.75  # of the context window: above it the agent is warned once (MemGPT 0.2.7, constants.py)
 KEEP_FRACTION = 0.3  # of the room for messages: what a compaction keeps of the newest ones
@@ -211,6 +212,7 @@ MINUTES = "%Y-%m-%d %H:%M"  # how lists that a model reads tell a time
 SEARCH_PAGE = 10  # results of one page; MemGPT's five lose a tenth of the evidence
 
 # Embeddings.
+EMBEDDING_BATCH = 16  # texts in one call of an embedding model
 EMBEDDING_PATIENCE = 3.0  # seconds that a search waits for its query's vector before words alone decide
 EMBEDDING_PAUSE = 60.0  # seconds without a call after one that failed
 EMBEDDING_TEXT = 2_000  # characters of a query that is embedded
@@ -5263,7 +5265,7 @@ class Agent:
         if turn.failed_tools >= MAX_FAILED_TOOLS:
             problem = change.changes.messages[-1].text
             return ModelError("bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {problem}")
-        if max(turn.calls.values(), default=0) >= 3:
+        if max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
             return "repeated_call"
         if not more:
             return "done"
@@ -8049,7 +8051,7 @@ class Agents:
             await self.memory_growth.wait()
 
     async def _embed_all(self, embedder: Embedder) -> None:
-        while rows := await self.store.read(without_vector, 16):
+        while rows := await self.store.read(without_vector, EMBEDDING_BATCH):
             if (vectors := await embedder.vectors([text for _, text in rows])) is None:
                 await asyncio.sleep(embedder.pause)
             else:
