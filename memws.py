@@ -5963,9 +5963,9 @@ PANEL_STYLE: Final = r"""
   /* What many things share: a raised surface, quiet words, one line that ends in dots, red where something failed. */
   input, select, textarea, .memws-entries, .memws-card, .memws-change, .memws-starter, .memws-newest, .memws-composer,
   .memws-dialog form { background: var(--raised); border: 1px solid var(--line); }
-  .memws-mark, .memws-model, .memws-status, .memws-quiet, .memws-link, .memws-trace > summary, .memws-monologue,
+  .memws-mark, .memws-model, .memws-status, .memws-quiet, .memws-link, .memws-trace > summary,
   .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text:empty,
-  .memws-empty p, .memws-menu > summary, .memws-days summary { color: var(--soft); }
+  .memws-empty p, .memws-menu > summary, .memws-days summary, .memws-rows > .memws-prose { color: var(--soft); }
   .memws-mark, .memws-step, .memws-copy, .memws-used { font-size: 12.5px; }
   .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-older, .memws-trace > summary,
   .memws-note, .memws-change, .memws-days summary, .memws-fold summary { font-size: 13px; }
@@ -6012,7 +6012,7 @@ PANEL_STYLE: Final = r"""
   .memws-running .memws-told { animation: memws-pulse 1.4s ease-in-out infinite; }
   .memws-rows { border-left: 2px solid var(--line); margin: 6px 0 2px 4px; padding-left: 14px; font-size: 13.5px;
     display: grid; grid-template-columns: minmax(0, 1fr); gap: 6px; }
-  .memws-monologue { font-style: italic; } .memws-step { justify-self: start; padding: 0; }
+  .memws-rows > .memws-prose { font-style: italic; } .memws-step { justify-self: start; padding: 0; }
   .memws-step:hover, .memws-chip:hover { text-decoration: underline; }
   .memws-tool summary { display: flex; gap: 8px; } .memws-tool b { font: 600 12.5px/1.7 var(--mono); }
   .memws-change { display: flex; flex-wrap: wrap; gap: 4px 10px; border-radius: 10px; padding: 6px 10px; }
@@ -6239,8 +6239,8 @@ function list(source, depth) { // an item begins where the margin is about that 
   return /\d/.test(mark) ? node("ol", { start: parseInt(mark) }, ...items) : node("ul", {}, ...items);
 }
 
-function drawProse({ prose, text }) { // only blocks that changed are drawn again, so that a selection further up stays
-  const next = [...text.matchAll(BLOCK)];
+function draw(prose) { // only blocks that changed are drawn again, so that a selection further up stays
+  const next = [...prose.text.matchAll(BLOCK)];
   let same = 0;
   while (same < next.length && prose.children[same]?.source === next[same][0]) same++;
   while (prose.children.length > same) prose.lastChild.remove();
@@ -6318,7 +6318,7 @@ const overComm = (model) => (panel) => {
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
 
 class Turn {
-  streams = new Map(); // texts that are being made, by kind
+  streams = new Map(); // elements whose `text` is being made, by kind
   calls = new Map();
   tools = new Set(); // names of what was called
   told = span("told");
@@ -6363,33 +6363,28 @@ class Turn {
     if (!this.trace.parentNode) this.element.append(this.trace);
     return this.rows.appendChild(div(kind, ...kids));
   }
-  stream(event, of) { // the text of this kind that is being made
-    const made = this.streams.get(of) ?? (of === "assistant_message" ? this.reply(event) : this.thought(event));
-    this.streams.set(of, made);
-    return made;
-  }
-  thought(event) {
-    const element = this.row("monologue memws-prose", event);
-    return { element, prose: element, live: this.live, text: "" };
+  stream(event, of) {
+    const isReply = of === "assistant_message";
+    if (!this.streams.has(of)) this.streams.set(of, isReply ? this.reply(event) : this.row("prose", event));
+    return this.streams.get(of);
   }
   reply({ time }) {
     this.tell(false);
-    const made = { prose: div("prose"), text: "" };
+    const prose = div("prose");
     this.mark = div("mark", clock(time));
-    this.foot = div("foot", this.mark, copyButton(() => made.text));
-    made.element = div("item memws-agent", made.prose, this.foot);
-    this.element.append(made.element);
-    return made;
+    this.foot = div("foot", this.mark, copyButton(() => prose.text));
+    this.element.append(div("item memws-agent", prose, this.foot));
+    return prose;
   }
-  draw(made) {
-    made.frame = null;
-    drawProse(made);
-    if (made.live) made.live.textContent = "…" + oneLine(made.text.slice(-72));
+  show(prose) {
+    prose.frame = null;
+    draw(prose);
+    if (prose.parentNode === this.rows) this.live.textContent = "…" + oneLine(prose.text.slice(-72));
   }
   finish(event) { // the whole text
-    const made = this.stream(event, event.message_type);
-    this.draw(Object.assign(made, { text: event.message }));
-    if (event.partial) this.mark.append(" · cut short");
+    const prose = this.stream(event, event.message_type);
+    this.show(Object.assign(prose, { text: event.message }));
+    if (event.partial) this.mark?.append(" · cut short");
     this.streams.delete(event.message_type);
   }
   on_user_message({ message, from, time, steered }) {
@@ -6408,9 +6403,9 @@ class Turn {
   }
   on_agent_response_start(event) { this.since = Date.parse(event.time); }
   on_delta(event) {
-    const made = this.stream(event, event.of);
-    made.text += event.message;
-    made.frame ??= requestAnimationFrame(() => this.draw(made)); // once a frame of the screen
+    const prose = this.stream(event, event.of);
+    prose.text = (prose.text ?? "") + event.message;
+    prose.frame ??= requestAnimationFrame(() => this.show(prose)); // once a frame of the screen
   }
   on_tool_call({ name, arguments: { request_heartbeat, ...given }, ...event }) {
     if (name === "send_message") return;
@@ -6446,7 +6441,7 @@ class Turn {
     const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
     const rows = rowsOf(event.diff.split("\n").filter((row) => row.slice(1).trim()));
     const chip = button(told, "chip", () => this.panel.show("Memory", event));
-    const streaming = this.streams.get("assistant_message")?.element ?? null; // a reply that comes after it
+    const streaming = this.streams.get("assistant_message")?.parentNode ?? null; // a reply that comes after it
     this.element.insertBefore(div("item memws-change", chip, div("diff", ...rows)), streaming);
   }
   on_compaction({ tokens_before, tokens_after, summary }) {
@@ -6454,7 +6449,7 @@ class Turn {
     this.note(fold(`the oldest messages became a summary: ${sizes}`, summary), "warn");
   }
   on_retry(event) { // a model call begins again: what came of it does not count
-    this.streams.forEach((made) => made.element.remove());
+    this.streams.forEach((prose) => (prose.closest(".memws-agent") ?? prose).remove());
     this.streams.clear();
     this.row("remark", event, event.message);
   }
@@ -7228,10 +7223,11 @@ class Panel:
     """An agent in a notebook: talk to it, see what it thinks, remembers and sends to the model.
 
     It is a client of the server at `url` and works with any; show it as the last line of a cell. agent: who to talk to
-    (None: the one that was active last). compact: the conversation alone. static: keep a plain copy of the conversation
-    in the notebook, for reading it without a kernel. A panel replaces an earlier one of the same `name` (by default the
-    agent's). It shows the server's page: through anywidget, whose widget is `ui`, wherever the notebook works; without
-    that package (`ui` is None) in a frame, where the browser reaches the server. Raises UsageError for a bad token.
+    (None: the one that was active last). compact: the conversation alone, until a link of it opens more. static: keep a
+    plain copy of the conversation in the notebook, for reading it without a kernel. A panel replaces an earlier one of
+    the same `name` (by default the agent's). It shows the server's page: through anywidget, whose widget is `ui`,
+    wherever the notebook works; without it (`ui` is None) in a frame, where the browser reaches the server. Raises
+    UsageError for a bad token.
     """
 
     def __init__(
