@@ -123,7 +123,7 @@ def delta(**fields: Any) -> Body:
     return {"choices": [{"index": 0, "delta": fields}]}
 
 
-END = [piece(0, None, None, "}")]
+END, EMPTY = [piece(0, None, None, "}")], {"name": "a", "arguments": "{}"}
 PARTS = [[{"type": "text", "text": "Hel"}, {"type": "image"}], [{"type": "text", "text": "lo"}]]
 PIECES: dict[str, tuple[list[Body], str]] = {
     "content in parts": ([{"choices": [{"delta": {"content": parts}}]} for parts in PARTS], "Hello"),
@@ -147,7 +147,7 @@ PIECES: dict[str, tuple[list[Body], str]] = {
     "all of it again": ([delta(content="Hello"), {"choices": [{"message": {"content": "Hello"}}]}], "Hello"),
     "another choice": ([delta(content="Hello"), {"choices": [{"index": 1, "delta": {"content": "Bye"}}]}], "Hello"),
     "two choices without an index": ([{"choices": [{"delta": {"content": each}} for each in ("Hel", "lo")]}], "Hello"),
-    "twice, as a function too": ([delta(tool_calls=[{"name": "a"}], function_call={"name": "a"})], "a"),
+    "as a function too": ([delta(tool_calls=[EMPTY], function_call=EMPTY)], "a{}"),
     "thoughts in parts": ([delta(content=[{"type": "thinking", "thinking": [{"text": "Hm."}]}, "Hello"])], "Hello"),
     "no texts, told apart by ids": ([piece(None, "x", "a"), piece(None, "y", "a"), piece(text="{}")], "a a{}"),
     "no texts, told apart by names": ([piece(name="a"), piece(name="b")], "a b"),
@@ -268,7 +268,6 @@ TOO_LONG = {  # what real endpoints say, and the window that stands there
     "invalid params, context window exceeds limit (2013)": 0,
     "输入长度超过限制": 0,
     "Cannot truncate prompt with n_keep (11378) >= n_ctx (4096)": 4_096,
-    "<400> InternalError.Algo.InvalidParameter: Range of input length should be [1, 131072]": 131_072,
     "Token limit exceeded: the prompt has 5000 tokens, the limit is 4096": 4_096,
     "prompt_too_long": 0,
     "Prompt has 9,000 tokens, but the max is 8,192": 8_192,
@@ -365,7 +364,6 @@ OPTIONS: list[tuple[Body, str | Body, Body | None]] = [  # settings; what the en
     ({"seed": 3, "top_p": 1}, {"param": "seed", "message": "Unrecognized request argument supplied"}, {"top_p": 1}),
     ({"max_tokens": 9}, "'max_tokens' is not supported. Use 'max_completion_tokens'.", {"max_completion_tokens": 9}),
     ({"max_tokens": 99}, "max_tokens is too large: 99. This model supports at most 64 completion tokens", {}),
-    ({"reasoning_effort": "low"}, "Argument not supported on this model: reasoning_effort", {}),
     ({"reasoning_effort": "low"}, '"llama3" does not support thinking', {}),
     ({"reasoning_effort": "low"}, GPT, {"reasoning_effort": "none"}),
     ({}, GPT, {"reasoning_effort": "none"}),
@@ -676,6 +674,8 @@ MARKUP = {
     f"{ARGUMENTS}<|tool_call_end|><|tool_calls_section_end|>",
     "GLM": "<tool_call>send_message\n<arg_key>message</arg_key>\n<arg_value>Hello!</arg_value>\n</tool_call>",
     "harmony": f"<|channel|>commentary to=functions.send_message <|constrain|>json<|message|>{ARGUMENTS}<|call|>",
+    "harmony, after thoughts": "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.send_message"
+    f"<|channel|>commentary json<|message|>{ARGUMENTS}",
     "harmony, its tokens lost": f"assistantcommentary to=functions.send_message json{ARGUMENTS}",
     "Gemma 3": '```tool_code\nprint(default_api.send_message(message="Hello!"))\n```',
     "Gemma 4": '<|tool_call>call:send_message{message:<|"|>Hello!<|"|>}<tool_call|>',
@@ -823,7 +823,7 @@ def test_thoughts_and_special_tokens_are_no_reply(thought: str, text: str) -> No
 def test_a_text_without_calls_is_kept() -> None:
     """Thoughts without an end are the monologue, Functionary has a channel, and what no text can hold is U+FFFD."""
     texts = [("<think>Hm. I", "", "Hm. I"), ("a\ud800\x00", *["a\ufffd\ufffd"] * 2)]
-    texts += [(">>>all\nHello!", "Hello!", "Hello!")]
+    texts += [(">>>all\nHello!", "Hello!", "Hello!"), ("Hi.<|open|>think<|sep|>Hm.", "Hi.", "Hm.\nHi.")]
     for text, told, monologue in texts:
         memws.read_reply(reply := reply_of(text), TOOLS)
         assert (reply.text, reply.monologue, reply.calls, reply.corrections) == (told, monologue, [], [])
