@@ -3205,7 +3205,6 @@ _PHRASES = {
     "not taken": "unsupport|extra|unknown|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only"
     r"|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|implement|one of)|at most|between"
     "|range|out of|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a|than the maximum of",
-    "unsupported": "not (?:support|enabl|allow)|unsupport",
     "lacks": "missing|required|must be (?:passed|sent|provided|included|present)|need",
 }
 _MEANINGS = (  # phrases; our code, a sentence, what may help: of the rows that fit the first
@@ -3242,7 +3241,7 @@ _LESSONS = (  # phrases, others near them; the rule of shape that they ask for
     (r"alternat(?:e|ing)\b|(?:successive|consecutive) (?:user|mess|role)|in a row\b", "", "alternate"),
     (r"(?:after|follow) (?:a |role |messages with role )?(?:tool|user turn)\b", "", "alternate"),
     ("not support (?:the )?system|only user (?:and )?assistant (?:and tool )?roles", "", "systemless"),
-    ("(?:system|developer) (?:role|message|instruction|prompt)|role system", "unsupported", "systemless"),
+    ("(?:system|developer) (?:role|message|instr|prompt)|role system", "(?:un|not )(?:supp|enab|allow)", "systemless"),
     (r"call ids?\b|calls \d+ id\b|tool use id\b", "length|too long|a z|pattern|alphanumeric", "short ids"),
     ("content or tool calls but not both", "", "calls alone"),
     ("reasoning content", "lacks", "with reasoning_content"),
