@@ -379,28 +379,26 @@ NAMES: Body = {"seed": 1, "temperature": 1, "top_p": 1, "reasoning_effort": "low
 OPTIONS += [({name: NAMES[name]}, f"Unsupported parameter: '{name}' is not supported.", {}) for name in NAMES]
 
 
-@pytest.mark.parametrize(("settings", "words", "then"), OPTIONS, ids=[str(row[1])[:50] for row in OPTIONS])
-async def test_an_option_that_is_refused(
-    endpoint: Endpoint, model: Model, settings: Body, words: Any, then: Any
-) -> None:
+@pytest.mark.parametrize(("given", "words", "then"), OPTIONS, ids=[str(row[1])[:50] for row in OPTIONS])
+async def test_an_option_that_is_refused(endpoint: Endpoint, model: Model, given: Body, words: Any, then: Any) -> None:
     """It is left out, or set as the endpoint says, for the value that was refused, once, also by who was under way."""
     answer = Reply(status=400, body={"error": {"message": words} if isinstance(words, str) else words})
-    body = request_of(model.head(settings), [USER], SPECS)
+    body = request_of(model.head(given), [USER], SPECS)
     for _ in range(2):
         endpoint.script(answer)
         with pytest.raises(memws.ModelError):
             await anext(model.stream(body))
         assert len(model.learned.options) == (then is not None)
-    reply = await ask(model, **settings)
+    reply = await ask(model, **given)
     assert [call.name for call in reply.calls] == ["send_message"]
-    expected = {"stream": True, "stream_options": {"include_usage": True}, **(settings if then is None else then)}
+    expected = {"stream": True, "stream_options": {"include_usage": True}, **(given if then is None else then)}
     sent = {name: value for name, value in endpoint.requests[-1].items() if name not in ("model", "messages", "tools")}
     assert sent == {name: value for name, value in expected.items() if value is not None}
     if then in ({}, {"stream_options": None}):
         endpoint.script(answer)
-        await fail(model, **settings)
+        await fail(model, **given)
         assert len(model.learned.options) == 1, "once only"
-    for name, value in settings.items():
+    for name, value in given.items():
         await ask(model, **{name: "high" if isinstance(value, str) else 0})
         assert name in endpoint.requests[-1]
 
@@ -585,7 +583,7 @@ MESSAGES += [(r"a\n\\( \(x^2\) \"b", 'a\n\\( \\(x^2\\) "b')]
 
 
 @pytest.mark.parametrize(
-    "form", ['{"message":"%s"}', '{ "message" : "%s" , "b": 1}', '{"a":"message","message":\n"%s"}']
+    "form", ['{"message":"%s"}', '{"message" : "%s" , "b": 1}', '{"a":"message","message":\n"%s"}']
 )
 @pytest.mark.parametrize(("written", "told"), MESSAGES, ids=ascii)
 def test_the_reply_is_heard_while_it_arrives(written: str, told: str | None, form: str) -> None:

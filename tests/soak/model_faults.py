@@ -60,9 +60,7 @@ def kinds(rng: random.Random, fresh: Iterator[int]) -> dict[str, Callable[[], li
         "empty choices": lambda: some(Reply("Hello", empty_choices="all")),
         "nothing": lambda: some(Reply()),
         "broken arguments": lambda: some(Reply(calls=[("send_message", rng.choice(broken))])),
-        "broken arguments beside good ones": lambda: [
-            Reply(calls=[ask(next(fresh)), ("ask_later", rng.choice(broken))])
-        ],
+        "broken arguments by good ones": lambda: [Reply(calls=[ask(next(fresh)), ("ask_later", rng.choice(broken))])],
         "missing and wrong arguments": lambda: some(Reply(calls=[failing])),
         "unknown tool": lambda: some(Reply(calls=[(rng.choice(["nobody", "", "rm -rf", "x" * 300, "é"]), {"a": 1})])),
         "repeated ids": lambda: [
