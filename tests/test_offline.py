@@ -265,11 +265,11 @@ async def test_a_tool_is_called_by_name(begin: Begin) -> None:
     talk = await begin()
     assert await talk.say('/call roll_dice {"sides": 6}') == "roll_dice returned: 4"
     assert talk.calls[0] == ("roll_dice", {"sides": 6, "request_heartbeat": True})
-    for text, to in (
-        ('roll_dice {"sides":1}', "roll_dice failed: ValueError: no such dice"),
+    for text, told in (
+        ('roll_dice {"sides": 1}', "roll_dice failed: ValueError: no such dice"),
         ("nope", "nope failed: "),
     ):
-        assert (await talk.say(f"/call {text}")).startswith(to)
+        assert (await talk.say(f"/call {text}")).startswith(told)
         assert len(talk.calls) == 2
 
 
