@@ -1893,6 +1893,10 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
     return [rows[doc]._replace(score=score) for doc, score in page], total
 
 
+def read_setting(db: SqlConnection, name: str) -> str | None:
+    return next((value for (value,) in db.execute("SELECT value FROM settings WHERE name = ?", (name,))), None)
+
+
 def clear_vectors(db: SqlConnection, model: str, done: int) -> int | None:
     """Clear another model's vectors of a batch of documents above `done`; the last of them, None where none is left."""
     sql = "SELECT max(doc) FROM (SELECT doc FROM memory WHERE doc > ? ORDER BY doc LIMIT ?) AS batch"
@@ -7920,8 +7924,8 @@ class Agents:
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.memory_growth = asyncio.Event()  # something may have no vector yet
         self.lock = asyncio.Lock()  # held while a name changes hands
-        self._embeds = asyncio.Event()  # this server gives vectors, which one does for all
         self.leases = Leases(self.database, self._in_use, self._hear) if isinstance(self.database, Postgres) else None
+        self._embeds = self.leases is None  # whether this server gives vectors, which one does for all
         self._tasks: set[asyncio.Task[None]] = set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -7973,8 +7977,9 @@ class Agents:
         for live in list(self.live.values()):
             if isinstance(live, SharedAgent) and live.id in owners:
                 live.take_owner(owners[live.id])
-        if owners.get(0):
-            self._embeds.set()
+        if 0 in owners and self._embeds != bool(owners[0]):
+            self._embeds = bool(owners[0])
+            self.memory_growth.set()
 
     async def create(self, values: JSON, base_url: str | None, api_key: str | None) -> tuple[LiveAgent, list[str]]:
         """A new agent, and what of its config is ignored. Raises Refused."""
@@ -8031,19 +8036,20 @@ class Agents:
 
     async def embed(self) -> None:
         """Give vectors to what has none yet, in the background, for ever."""
-        if (embedder := self.models.embedder) is None:
-            return
-        if self.leases:  # one of the servers does it
-            await self._embeds.wait()
-        if self.store.settings.get("embedding_model") != embedder.name:
-            cleared: int | None = 0
-            while cleared is not None:
-                cleared = await self.store.write(clear_vectors, embedder.name, cleared)
-        embedder.catch_up = functools.partial(self._embed_all, embedder)
-        while True:
+        embedder = self.models.embedder
+        while embedder:
             self.memory_growth.clear()  # before the look: what comes beside it is looked for again
-            await embedder.catch_up()
-            await self.memory_growth.wait()
+            with contextlib.suppress(StoreFailed):
+                is_made = await self.store.read(read_setting, "embedding_model") == embedder.name
+                cleared = 0 if self._embeds and not is_made else None
+                while cleared is not None:
+                    cleared = await self.store.write(clear_vectors, embedder.name, cleared)
+                if is_made or self._embeds:
+                    embedder.catch_up = functools.partial(self._embed_all, embedder)
+                if self._embeds:
+                    await self._embed_all(embedder)
+            with contextlib.suppress(TimeoutError):  # other servers do not tell of what they store
+                await asyncio.wait_for(self.memory_growth.wait(), EMBEDDING_PAUSE)
 
     async def _embed_all(self, embedder: Embedder) -> None:
         while rows := await self.store.read(without_vector, EMBEDDING_BATCH):

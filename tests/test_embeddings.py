@@ -281,6 +281,16 @@ async def test_any_query_can_be_embedded(start: Serve, endpoint: Endpoint, caplo
     assert max(map(len, endpoint.embedded)) <= memws.EMBEDDING_TEXT
 
 
+async def test_each_of_several_servers_searches_by_vectors(start: Serve, postgres_address: str) -> None:
+    """One of them makes the vectors of all."""
+    for name in "first", "second":
+        async with wire(start(db=postgres_address), agent={"name": name}) as client:
+            await fill(client)
+            async with asyncio.timeout(LIMIT):
+                while ANSWER not in [item["text"] for item in (await client.ok("search_memory", query=QUERY))["items"]]:
+                    pass
+
+
 async def test_without_a_model_nothing_is_embedded(start: Serve, endpoint: Endpoint) -> None:
     """Embeddings are off unless the server names a model; a config that names one is told that this is ignored."""
     server = start(embedding_model=None)
