@@ -6518,6 +6518,7 @@ const MOST = 200; // turns that stay when the newest are looked at
 const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
 class Log { // an element for each turn, whose property `turn` it is, below the button for older ones
+  turns = new Map(); // by id
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
@@ -6527,24 +6528,28 @@ class Log { // an element for each turn, whose property `turn` it is, below the 
     "aria-live": "off", onscroll: () => this.scrolled() }, this.inner);
   constructor(panel) { this.panel = panel; }
   clear(agent, welcome, last) { // its events up to this seq are to be fetched
-    Object.assign(this, { agent, asked: last, page: [] });
+    Object.assign(this, { agent, turns: new Map(), asked: last, page: [] });
     this.older.hidden = true;
     this.inner.replaceChildren(this.older, welcome);
   }
-  get first() { return this.inner.children[1].turn?.seq ?? this.panel.last + 1; } // what is below that is to be fetched
-  find(id) { return Array.from(this.inner.children, ({ turn }) => turn).find((turn) => turn?.id === id); }
+  get first() { return this.inner.children[1]?.turn?.seq ?? this.panel.last + 1; } // what is below it is fetched
   turnOf({ turn_id, seq, message_type }, place = null) {
     const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
-    if (!id || this.find(id)) return this.find(id);
+    if (!id || this.turns.has(id)) return this.turns.get(id);
     const turn = this.panel.outbox.get(id) ?? new Turn(this.panel, id);
-    this.inner.querySelector(".memws-empty")?.remove();
+    if (!this.turns.size) this.inner.replaceChildren(this.older); // in place of the welcome
+    this.turns.set(id, turn);
     this.inner.insertBefore(turn.element, place);
-    if (!place && this.element.scrollTop > -40) this.trim();
+    if (!this.page && this.element.scrollTop > -40) this.trim();
     return turn;
+  }
+  drop(id) {
+    this.turns.get(id)?.element.remove();
+    this.turns.delete(id);
   }
   trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
     while (this.inner.children.length > MOST + 1) {
-      this.inner.children[1].remove();
+      this.drop(this.inner.children[1].turn.id);
       [this.asked, this.older.hidden] = [this.first - 1, false];
     }
   }
@@ -6859,8 +6864,9 @@ class Panel {
     attempt(this.root, () => this.view.shown(wanted));
   }
   fail({ code, message }) {
-    const isShown = ["lost", "no_agent", "unknown_agent"].includes(code); // by what it led to
-    if (!isShown) this.tell(message, {}, "bad");
+    if (code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
+    if (["lost", "no_agent"].includes(code)) return null; // what went is shown already
+    return this.tell(message, {}, "bad");
   }
   tell(text, works = {}, kind = "news") { // with what can be done about it, for a quarter of a minute
     clearTimeout(this.timer);
@@ -7001,7 +7007,7 @@ class Panel {
     const kind = event.message_type ?? event.type;
     const [begins, ends] = [kind === "agent_response_start", /^agent_response_e/.test(kind)];
     if (this.outbox.delete(begins || ends ? event.turn_id : event.steered)) this.flush();
-    if (event.steered) this.log.find(event.steered)?.element.remove(); // it has no turn of its own
+    if (event.steered) this.log.drop(event.steered); // it has no turn of its own
     if (kind === "server_error") return this.fail(event);
     if (kind === "progress") return this.tell(event.message);
     if (event.agent_name !== this.agent) return null;
@@ -7226,11 +7232,10 @@ class Panel:
     """An agent in a notebook: talk to it, see what it thinks, remembers and sends to the model.
 
     It is a client of the server at `url` and works with any; show it as the last line of a cell. agent: who to talk to
-    (None: the one that was active last). compact: the conversation alone, until a link of it opens more. static: keep a
-    plain copy of the conversation in the notebook, for reading it without a kernel. A panel replaces an earlier one of
-    the same `name` (by default the agent's). It shows the server's page: through anywidget, whose widget is `ui`,
-    wherever the notebook works; without it (`ui` is None) in a frame, where the browser reaches the server. Raises
-    UsageError for a bad token.
+    (None: the one that was active last). compact: the conversation alone, until a link opens more. static: keep a plain
+    copy of it in the notebook, to read without a kernel. A panel replaces an earlier one of the same `name` (by default
+    the agent's). It shows the server's page: through anywidget, whose widget is `ui`, wherever the notebook works;
+    without it (`ui` is None) in a frame, where the browser reaches the server. Raises UsageError for a bad token.
     """
 
     def __init__(
