@@ -8724,6 +8724,7 @@ class WebSocketServer:
     def _reset(self) -> None:
         self.agent: Agent | None = None  # the one most recently created or loaded through this object
         self.clients: dict[ServerConnection, Session] = {}
+        self._accepted = weakref.WeakSet[ServerConnection]()  # also those whose handshake is not over
         self.agents: Agents | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sockets: list[socket.socket] = []
@@ -8816,6 +8817,7 @@ class WebSocketServer:
             listener = await websockets.asyncio.server.serve(
                 self.handle_client,
                 sock=bound,
+                create_connection=cast(Any, self._accept),
                 process_request=self._process_request,
                 select_subprotocol=lambda _, offered: cast(Any, "memws") if "memws" in offered else None,
                 ping_interval=PING_INTERVAL,
@@ -8828,6 +8830,11 @@ class WebSocketServer:
             self._listeners.append(listener)
         for work in (self._warm_up(agents), self._close_stalled(agents), agents.embed()):
             agents.spawn(work)
+
+    def _accept(self, *arguments: Any, **options: Any) -> ServerConnection:
+        connection = ServerConnection(*arguments, **options)
+        self._accepted.add(connection)
+        return connection
 
     async def _warm_up(self, agents: Agents) -> None:
         """Import openai while nobody waits for it yet."""
@@ -8907,6 +8914,9 @@ class WebSocketServer:
         await wait_until(end - STOP_GRACE / 4, readers)
         for listener in self._listeners:
             listener.close(reason="the server is stopping")
+        for websocket in (each for each in self._accepted if each.request is None):  # they have asked for nothing
+            with contextlib.suppress(AttributeError):  # accepted just now
+                websocket.transport.abort()
         await wait_until(end, (listener.wait_closed() for listener in self._listeners))
         for websocket in self.clients:
             websocket.transport.abort()

@@ -95,6 +95,7 @@ async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpo
     """stop leaves no thread and no descriptor of a server with connections, open turns, waiting messages, tools."""
     endpoint.script(say("held", hold=True))
     server = make(model="test-model", base_url=endpoint.url, api_key="key").start()
+    silent = socket.create_connection((server.host, server.port), LIMIT)
 
     @server.tool
     async def wait() -> str:
@@ -112,6 +113,8 @@ async def test_stop_leaves_nothing_of_a_busy_server(make: Serve, endpoint: Endpo
         await client.say("waits")
         await asyncio.to_thread(server.stop)
         assert [await client.closed(), await other.closed()] == [1001, 1001]
+    with silent, contextlib.suppress(ConnectionResetError):
+        assert silent.recv(1) == b""
 
 
 def test_stop_names_a_tool_that_will_not_end(online: Serve, endpoint: Endpoint, caplog: Log) -> None:
