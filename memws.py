@@ -6001,7 +6001,7 @@ PANEL_STYLE: Final = r"""
   .memws-inner { flex: none; margin: 0 auto auto; width: 100%; max-width: 720px; }
   .memws-heard, :is(.memws-card form, .memws-search) > label > .memws-mark {
     position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .memws-older { display: block; margin: 0 auto 8px; }
+  .memws-older { display: block; margin: 0 auto 8px; } .memws-told button { margin: 0 4px; }
   .memws-turn { display: flex; flex-direction: column; gap: 8px; padding: 8px 0 14px; overflow-wrap: anywhere;
     contain: layout style; }
   .memws-user { align-self: flex-end; max-width: 85%; display: grid; justify-items: end; gap: 2px; }
@@ -6062,7 +6062,7 @@ PANEL_STYLE: Final = r"""
   .memws-system { background: #7c8797; } .memws-tools { background: #9b7fd1; }
   .memws-core_memory, .memws-gauge i { background: #23a07a; } .memws-summary { background: #d8962f; }
   .memws-messages { background: #4f87d8; } nav { display: flex; gap: 2px; border-bottom: 1px solid var(--line); }
-  .memws-tab { border-radius: 0; padding: 6px 9px; margin-bottom: -1px; border-bottom: 2px solid transparent;
+  .memws-tab { border-radius: 0; padding: 6px 8px; margin-bottom: -1px; border-bottom: 2px solid transparent;
     &[aria-current=true] { color: var(--ink); border-color: var(--accent); font-weight: 600; } }
   .memws-side { flex: 1; min-height: 0; overflow: hidden auto; padding: 4px 2px; overflow-wrap: anywhere; }
   .memws-cards, .memws-memory { display: grid; gap: 10px; }

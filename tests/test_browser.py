@@ -274,8 +274,7 @@ def test_steering(online: Serve, endpoint: Endpoint, show: Show) -> None:
 def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Window) -> None:
     """A call that waits stands there again, and runs as it was asked."""
     server = online()
-    spent: list[int] = []
-    server.tool(lambda amount: spent.append(amount) or "spent", name="spend", approve=True)
+    server.tool(lambda amount: f"spent {amount}", name="spend", approve=True)
     server.create_new_agent({"name": "sam", "tools": ["spend"]})
     page.open(server.url)
     page.await_status("connected")
@@ -284,8 +283,7 @@ def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Windo
     page.button("Allow").wait_for()
     page.page.reload()
     page.button("Allow").click()
-    page.sees("spend · spent", "So be it.")
-    assert spent == [50]
+    page.sees("spend · spent 50", "So be it.")
 
 
 def test_a_turns_menu(serve: Serve, show: Show) -> None:
@@ -538,14 +536,9 @@ def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
     lost = lose(page, '"after":0')
     page.open(server.url)
     page.await_status("connected")
-    page.log.evaluate("""(element) => new Promise((resolve) => {
-      const panel = element.closest('.memws-panel');
-      const isOffline = () => panel.dataset.state === 'offline' && resolve();
-      new MutationObserver(isOffline).observe(panel, { attributes: true });
-      element.scrollTop = -element.scrollHeight; })""")
-    page.await_status("connected")
-    assert len(lost) == 1
+    page.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
     expect(page.log.locator(".memws-bubble")).to_have_text([f"turn {number}" for number in range(150)])
+    assert len(lost) == 1
 
 
 def test_long_history(serve: Serve, show: Show) -> None:
