@@ -2607,6 +2607,9 @@ def copy_database(address: str, goal: str, done: collections.Counter[str]) -> No
                 with transaction(target):
                     _copy_agent(source, target, row, done)
             done["agents"] += 1
+        if isinstance(database, Postgres):
+            with transaction(target):
+                target.execute("ANALYZE")  # until it knows what is there, it reads tables where it has indexes
 
 
 def _refuse_loss(ours: dict[int, Any], theirs: dict[int, Any], path: str) -> None:
