@@ -6255,7 +6255,6 @@ function draw(prose) { // only blocks that changed are drawn again, so that a se
 
 // ---- transports: functions of the panel, which hears of state and frames, to {send, close} for frames as texts ------
 
-const TOKEN = { token: { type: "password" } };
 const overSocket = (panel) => {
   let [delay, socket] = [1000];
   const open = () => {
@@ -6279,8 +6278,8 @@ const overSocket = (panel) => {
     if (!panel.root.isConnected) return null; // nobody looks at it any more
     panel.changed("offline");
     const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
-    const isRefused = health.token && delay > 500;
-    if (isRefused) return ask(panel.dialog, "This server asks for its token", TOKEN, "connect", connect);
+    const fields = { token: { type: "password" } };
+    if (health.token && delay > 500) return ask(panel.dialog, "The token of this server", fields, "connect", connect);
     setTimeout(open, delay);
     delay = Math.min(2 * delay, 8000);
   };

@@ -751,6 +751,7 @@ def test_narrow(serve: Serve, browser: Browser) -> None:
     server.create_new_agent({"name": "sam"})
     window = Window(browser, viewport={"width": 400, "height": 800})
     window.open(server.url)
+    window.await_status("connected")
     window.say("a word of " + "w" * 300)
     window.await_turns(1)
     above, below = window.field.bounding_box(), window.mind.bounding_box()
