@@ -1356,7 +1356,7 @@ class Changes:
 
 
 # ---- the database ----------------------------------------------------------------------------------------------------
-# SQL is what SQLite and PostgreSQL share: two classes alone know which one it is, and connections to either are spoken
+# SQL is what SQLite and PostgreSQL share; a class for each knows what they do not, and connections to either are spoken
 # to as sqlite3's. What stands below are functions of a connection: the store runs them in its transactions, so does the
 # command line.
 
@@ -1583,7 +1583,7 @@ class PostgresConnection:
     """A connection to PostgreSQL that is spoken to as one of sqlite3, and raises its errors. One that has broken is
     made anew at the next BEGIN."""
 
-    in_transaction = True  # until it says so itself
+    in_transaction = True  # unlike SQLite it undoes no transaction by itself
 
     def __init__(self, database: Postgres, **settings: str) -> None:
         self._database, self._settings = database, settings
@@ -1734,11 +1734,13 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
         ORDER BY doc DESC LIMIT 1"""
     last = db.execute(sql, (low, low + PLACES - 1, document.id)).fetchone()
     text, moment = clean_text(document.text), clean_text(document.time)
-    words, terms, doc, asked = len(re.findall(_WORD, text)), split_terms(text), low, -1
+    words, terms = len(re.findall(_WORD, text)), split_terms(text)
+    doc, asked = low, -1
     if last is not None:
         joined = seconds_between(last[1], moment) <= SESSION_GAP if joined is None else joined
         beside = joined and document.store == "recall" and words <= TURN_WORDS and last[2] <= TURN_WORDS
-        doc, asked = last[0] + (1 if beside else APART), int(beside and asking(last[3]) > 0) if joined else -1
+        doc = last[0] + (1 if beside else APART)
+        asked = int(beside and asking(last[3]) > 0) if joined else -1
         moment = max(moment, last[1])  # a clock may be set back; searches by time rely on the order of docs
     about = document.store, document.id, clean_text(document.role), moment, text
     row = (doc, agent, *about, " ".join(terms), words, asking(text) - bool(_ONESELF.search(text[:4096])), asked)
@@ -2096,7 +2098,7 @@ def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False
     return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
 
 
-def _claim(db: SqlConnection, name: str) -> int:
+def claim(db: SqlConnection, name: str) -> int:
     """The highest seq seen under a name that is to be given. Raises Refused (name_taken)."""
     sql = f"SELECT coalesce(max(last_seq), 0), count(CASE WHEN {_LIVE} THEN 1 END) FROM agents WHERE name = ?"
     last_seq, taken = db.execute(sql, (name,)).fetchone()
@@ -2109,7 +2111,7 @@ def name_agent(db: SqlConnection, agent: int, name: str, least: int = 0) -> int:
     """Give an agent, live or deleted, the name; its last seq there, at least so much. Raises Refused (name_taken)."""
     sql = """UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END
         WHERE id = ? RETURNING last_seq"""
-    last_seq = max(_claim(db, name), least)
+    last_seq = max(claim(db, name), least)
     return int(db.execute(sql, (name, last_seq, last_seq, agent)).fetchone()[0])
 
 
@@ -2122,7 +2124,7 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
 
 def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
     """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
-    row = asdict(record) | {"last_seq": max(record.last_seq, _claim(db, record.name))}
+    row = asdict(record) | {"last_seq": max(record.last_seq, claim(db, record.name))}
     del row["id"]
     insert(db, "agents", **row)
     return find_agent(db, record.name)
@@ -2470,7 +2472,7 @@ def _agent_faults(db: SqlConnection, record: AgentRecord, check_record: CheckRec
         check_record(record)
         messages = read_messages(db, record.id, first=record.state["cut"])
         return [fault for _, fault in history_faults(messages)[0]]
-    except (MemwsError, ValueError, TypeError) as error:
+    except (MemwsError, ValueError, TypeError, AttributeError) as error:
         return [str(error)]
 
 
@@ -2729,7 +2731,10 @@ def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) ->
 def copy_piece(db: SqlConnection, steps: Iterator[Step]) -> Step | None:
     """Take so many steps of a copy that others get in soon; the last of them, None where all is copied."""
     until = time.monotonic() + COPY_PIECE
-    return next((step for step in steps if time.monotonic() > until), None)
+    for step in steps:
+        if time.monotonic() > until:
+            return step
+    return None
 
 
 def finish_rewind(
@@ -3047,7 +3052,7 @@ def read_reply(reply: Reply, tools: Collection[str], others: Collection[str] = (
         raise ModelError("model_refused", f"the model refuses to answer: {reason}")
     reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
     _read_text(reply, tools, others)
-    cut = [call for call in reply.calls if _is_cut(call.text or "{" * bool(reply.fault))]
+    cut = [call for call in reply.calls if (_is_cut(call.text) if call.text else reply.fault)]
     if cut and not reply.full:
         raise reply.problem("a tool call was cut off")
     reply.partial += "".join(call.spoken for call in cut)
@@ -3306,7 +3311,7 @@ class Refusal:
         counts = [match[1] for each in _WINDOWS if (match := re.search(each, text, re.IGNORECASE))]
         window = int(re.sub(r"\D", "", counts[0])) if counts else 0
         if self.status == 429 or says(words, "rate limit"):
-            requested = re.search(r"requested:? ([\d,]+)", text, re.IGNORECASE)
+            requested = re.search(r"requested:? (\d[\d,]*)", text, re.IGNORECASE)
             is_long = int(requested[1].replace(",", "")) > window if requested else says(words, "too (?:large|long)")
         else:
             is_long = says(words, "prompt", "too long") and not says(words, "not the prompt")
@@ -3681,8 +3686,8 @@ class Embedder:
             if not self._paused_until:
                 logger.warning("embeddings of %s fail (%s): words alone decide", self.name, self._endpoint.hide(error))
             self._paused_until = time.monotonic() + EMBEDDING_PAUSE
-        for text, vector in zip(texts, vectors or [b""] * (patience is not None), strict=False):
-            if self._tape:
+        if self._tape and (vectors or patience):  # of queries also that they got none
+            for text, vector in zip(texts, vectors or [b""], strict=True):
                 self._tape.keep(start, text=text, vector=base64.b64encode(vector).decode())
         return vectors
 
@@ -4206,16 +4211,14 @@ class Memory:
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def load(self) -> int:
-        """Read all of it; how many messages no endpoint would take, which are left out. Raises StoreFailed."""
+    async def load(self) -> None:
+        """Read all of it. Raises StoreFailed."""
         state = self.record.state
-        messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
+        self.messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
         self.last_message, self.archival, last_passage = counts
-        self.messages = [message for message in messages if read_body(message.role, message.body) is not None]
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         state["last_passage"] = max(last_passage, state["last_passage"])
         self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
-        return len(messages) - len(self.messages)
 
     def clock(self, moment: str = "", style: str = "%Y-%m-%d %I:%M:%S %p %Z%z") -> str:
         """A stored time, or now, as a model reads it; by default in the style of MemGPT 0.2.7 (utils.py)."""
@@ -4786,29 +4789,29 @@ class Agent:
         """Load the agent and repair what a crash left; itself. Raises StoreFailed."""
         try:
             check_record(self.record)
-            unreadable = await self.memory.load()
+            await self.memory.load()
             self.configure()
             if told := self.model.learned.window:
                 self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
-            await self._repair(unreadable)
+            await self._repair()
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
             raise StoreFailed(text) from error
         return self
 
-    async def _repair(self, unreadable: int) -> None:
+    async def _repair(self) -> None:
         """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
         memory, turn_id = self.memory, self.record.state["turn"]
         faults, open_calls = history_faults(memory.messages)
         broken = max((index for index, _ in faults), default=0)
-        if not (unreadable or broken or open_calls or turn_id):
+        if not (broken or open_calls or turn_id):
             return
         turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
         async with self._change(turn) as change:
             for call_id, name in open_calls.items():
                 self.repairs.append(f"the call of {name} was interrupted and got a result")
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            if broken or unreadable:
+            if broken:
                 text = "chat messages that are damaged or lack a tool's result left the context window"
                 self.repairs.append(text)
                 kept = memory.messages[broken:] + change.changes.messages
@@ -5271,10 +5274,10 @@ class Agent:
         if turn.failed_tools >= MAX_FAILED_TOOLS:
             problem = change.changes.messages[-1].text
             return ModelError("bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {problem}")
-        if max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
-            return "repeated_call"
         if not more:
             return "done"
+        if max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
+            return "repeated_call"
         if turn.step >= self.max_steps:
             return "max_steps"
         tokens = turn.usage["input_tokens"] + turn.usage["output_tokens"]
@@ -5357,7 +5360,7 @@ class Agent:
         turn.compactions += 1
         hidden, kept = memory.messages[:cut], memory.messages[cut:]
         gist = await self._summarize(turn, hidden)
-        if turn.message is not None and hidden[-1].turn_id == turn.turn_id:
+        if turn.message is not None and not turn.replied and hidden[-1].turn_id == turn.turn_id:
             speaker = f"{turn.speaker} speaks. " if turn.speaker else ""
             gist += f"\n{speaker}{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self._change(turn) as change:
@@ -5783,12 +5786,14 @@ class Client:
 
     def _post(self, request: Frame, answer: Callable[[Frame | MemwsError], None] = lambda answer: None) -> None:
         """Send a request. `answer` gets the result or the error, before the next frame is read; for a message only an
-        error. Raises Refused (too_large)."""
+        error. Raises Refused (too_large, too_deep)."""
         request = {"id": next(self._ids), **request}
         text = encode_json(request)
         if (size := len(text.encode())) > MAX_FRAME:
             problem = f"expected a request of at most {MAX_FRAME} bytes, but got {size}; send a shorter text"
             raise Refused("too_large", problem)
+        if _is_deeper(request, MAX_DEPTH):
+            raise Refused("too_deep", f"expected a request of at most {MAX_DEPTH} levels, but it is {TOO_DEEP}")
         if self._websocket is None:
             answer(ConnectionLost(self.url))
         else:
@@ -7698,7 +7703,8 @@ class LiveAgent:
             self.here = False
             if item.step == 0:
                 item.over, item.stop_reason = False, None
-                self.waiting.appendleft(item)
+                self.waiting.extendleft([*reversed(item.steered), item])
+                item.steered.clear()
         except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
@@ -8472,6 +8478,7 @@ class Session:
     async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
         """Give an agent another name; its readers follow. force: cancel what waits or runs. Result: {agent_name}."""
         name, agents = check_name(new_name), self._agents
+        await agents.store.read(claim, name)
         await live.stop_turns("cancelled", force)
         async with agents.lock, live.agent.memory.lock:
             if live.gone:
@@ -8791,7 +8798,7 @@ class WebSocketServer:
 
     def _bind(self) -> None:
         """Bind, then open: a start that fails on its port makes no database. Raises UsageError."""
-        self._claim()
+        self.claim()
         sockets = self._sockets or bind_sockets(self.options.host, self.options.port)
         try:
             self.open()
@@ -8930,7 +8937,7 @@ class WebSocketServer:
 
     # -- a server in a thread, in a program, on a loop of the caller's --
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
         """Stop the server of the same address that an earlier run of the cell left, in this copy of the module."""
         previous = self._servers.get(self._address, self)
         self._servers[self._address] = self
@@ -9031,7 +9038,7 @@ class WebSocketServer:
     def _call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of a coroutine function on the server's loop, which is made where there is none yet."""
         if self._loop is None:
-            self._claim()
+            self.claim()
             self.open()
             self._thread = LoopThread("memws")
             self._loop = self._thread.loop
@@ -9154,8 +9161,7 @@ class Screen:
         if kind not in FORMS or is_silent:
             return
         if isinstance(arguments := event.get("arguments"), dict):
-            arguments = {name: value for name, value in arguments.items() if name != REQUEST_HEARTBEAT}
-            event = {**event, "message": encode_json(arguments)}
+            event = {**event, "message": encode_json(without_heartbeat(arguments))}
         form, style = FORMS[kind]
         render = printable if kind in WHOLE_TEXTS else clipped
         texts = {"kind": kind, "label": "archival memory", "from": "someone"}
