@@ -532,6 +532,13 @@ async def test_a_turn_has_limits(
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
 
+async def test_what_is_done_ends_as_done(lab: Lab, agent: Agent) -> None:
+    """Also where its last step makes a call for the third time."""
+    again = Reply(calls=[beat("conversation_search", query="x")])
+    turn = await lab.say(agent, "Hi", again, again, Reply(calls=[("conversation_search", {"query": "x"}), HELLO]))
+    assert (turn.replies, turn.stop_reason) == (["Hello!"], "done")
+
+
 async def test_a_failed_call_is_made_again_twice(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """A transport failure is told and tried again, twice, after the pause asked for; the third ends the turn."""
     first, second = {"Retry-After": "0.03"}, {"Retry-After": "0.02"}

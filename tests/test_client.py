@@ -173,6 +173,8 @@ async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None
             client.send("é" * memws.MAX_FRAME)
         with pytest.raises(memws.Refused):
             await within(client.command("insert_passage", text="é" * memws.MAX_FRAME))
+        with pytest.raises(memws.Refused, match="deeper"):
+            await within(client.command("create_agent", config=json.loads("[" * 70 + "]" * 70)))
         assert await client.ask("again") == "you said again"
 
 

@@ -416,6 +416,7 @@ FOUND: dict[str, tuple[str, str]] = {  # what is broken, by which SQL, and what 
     "a config of later keys": (SAM.format("config = json_set(config, '$.later', 'x')"), "later"),
     "a config that is no JSON": (SAM.format("config = '{'"), "agent.config: unknown 'damaged'"),
     "blocks that are no list": (SAM.format("blocks = '5'"), "agent sam"),
+    "blocks that are none": (SAM.format("""blocks = '["x"]'"""), "agent sam"),
     "a state of wrong types": (SAM.format("""state = '{"cut":[]}'"""), "agent.state: cut: expected an integer"),
     "a state out of bounds": (SAM.format("""state = '{"cut":1e99}'"""), "agent.state: cut: expected an integer from 0"),
     "a damaged message": ("UPDATE messages SET body = '{' WHERE agent = :sam AND id = 2", "chat message 2 is damaged"),
