@@ -5793,7 +5793,7 @@ class Client:
             problem = f"expected a request of at most {MAX_FRAME} bytes, but got {size}; send a shorter text"
             raise Refused("too_large", problem)
         if _is_deeper(request, MAX_DEPTH):
-            raise Refused("too_deep", f"expected a request of at most {MAX_DEPTH} levels, but it is {TOO_DEEP}")
+            raise InvalidRequest("too_deep", f"expected a request of at most {MAX_DEPTH} levels, but it is {TOO_DEEP}")
         if self._websocket is None:
             answer(ConnectionLost(self.url))
         else:
