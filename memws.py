@@ -8478,7 +8478,8 @@ class Session:
     async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
         """Give an agent another name; its readers follow. force: cancel what waits or runs. Result: {agent_name}."""
         name, agents = check_name(new_name), self._agents
-        await agents.store.read(claim, name)
+        if force:  # what it ends it ends for a name that can be had
+            await agents.store.read(claim, name)
         await live.stop_turns("cancelled", force)
         async with agents.lock, live.agent.memory.lock:
             if live.gone:
