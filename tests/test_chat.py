@@ -196,6 +196,7 @@ def test_edit(editor: str, terminal: Callable[..., Terminal], proxy: Proxy, tmp_
         chat.expect("human, changed by the client", "sam> ")
         chat.line("/edit nothing", "there is no block 'nothing'; name one of persona, human", "sam> ")
         chat.line("/edit human", shown, "sam> ")
+        chat.line("/memory human", "human (", "sam> ")  # the prompt before may have been an earlier one's
         blocks = {each["label"]: each["value"] for each in other.command("get_agent", agent_name="sam")["blocks"]}
     assert blocks["human"] == value
     assert len(list(folder.iterdir())) == ("in " in shown or "an" in shown or "2" in shown)
