@@ -5672,6 +5672,9 @@ class Client:
         Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn.
         from_: who speaks, where several people share the agent."""
         about = {"turn_id": turn_id or secrets.token_hex(16), "agent_name": self._named(agent_name), "from": from_}
+        for stream in self._streams:  # where it was sent already, as by a call that was interrupted
+            if turn_id and (stream.turn_id, stream._request.get("message")) == (turn_id, message):
+                return stream
         return Stream(self, {"type": "user_message", "message": message, "when_busy": when_busy, **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue", **more: Any) -> str:
