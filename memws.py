@@ -578,7 +578,7 @@ def check(value: Any, schema: JSON) -> Any:
         fits = isinstance(value, python) and isinstance(value, bool) == (python is bool)
         fits = fits and (high not in schema or schema[low] <= (len(value) if unit else value) <= schema[high])
     else:
-        fits = "anyOf" not in schema and value in schema.get("enum", (value,))
+        fits = "anyOf" not in schema and repr(value) in map(repr, schema.get("enum", (value,)))  # false is not 0
     if not fits:
         raise ValueError(f"expected {describe(schema)}")
     return [check(item, schema["items"]) for item in value] if "items" in schema else value

@@ -162,8 +162,8 @@ BAD_CONFIGS: list[JSON] = [{"name": name} for name in ("", "_x", ".x", "a b", ".
 BAD_CONFIGS += [
     {"model": 5}, {"model": ""}, {"model": "m" * 201}, {"context_window": 700}, {"context_window": "9000"},
     {"context_window": True}, {"tools": ["nope"]}, {"tools": "send_message"}, {"system": "x" * 20_001},
-    {"tools": []}, {"blocks": []}, {"max_steps": 0}, {"heartbeat_interval": 59}, {"timezone": "Mars"},
-    {"timezone": "../UTC"}, {"settings": []}, {"settings": {"temperature": 2.1}},
+    {"tools": []}, {"blocks": []}, {"max_steps": 0}, {"heartbeat_interval": 59}, {"heartbeat_interval": False},
+    {"timezone": "Mars"}, {"timezone": "../UTC"}, {"settings": []}, {"settings": {"temperature": 2.1}},
     {"settings": {"temperature": True}}, {"settings": {"seed": 0.5}}, {"settings": {"reasoning_effort": 5}},
     {"persona": 5}, {"blocks": {}}, {"blocks": [{"label": "1"}]}, {"blocks": [{"value": "x"}]},
     {"blocks": [{"label": "a"}, {"label": "a"}]}, {"blocks": [{"label": "a", "value": 5}]},
