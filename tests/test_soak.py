@@ -9,7 +9,7 @@ import pytest
 SCRIPTS = Path(__file__).with_name("soak")
 sys.path.append(str(SCRIPTS))
 
-COUNTS = {"hostile": 2_000, "clients": 3, "model_faults": 33, "readers": 4, "lagging": 40}
+COUNTS = {"hostile": 2_000, "clients": 3, "model_faults": 10, "readers": 4, "lagging": 40}
 COUNTS |= {"disk_faults": 20, "injection": 40, "servers": 1, "forks": 2}
 
 
