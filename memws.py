@@ -9410,29 +9410,28 @@ def edit_lines() -> None:
         readline.read_history_file(path)
 
 
-def chat_command(flags: argparse.Namespace) -> None:
-    """The terminal client. Where standard input is no terminal, all of it is one message, and its reply the output."""
+def chat_command(*, url: str, agent: str | None, token: str | None) -> None:
+    """talk to an agent from this terminal; piped input is answered once"""
     is_terminal = sys.stdin.isatty()
     screen = Screen(sys.stdout if is_terminal else sys.stderr)
     logger.addHandler(logging.NullHandler())  # else Python prints our warnings over the conversation
     options: JSON = {"on_state": lambda state: screen.line(f"[connection {state}]", "dim")}
-    with connect(flags.url, flags.token, reconnect=True if is_terminal else 60.0, **options) as client:
-        name = flags.agent
-        if name is None:  # the one that was active last
-            agents = sorted(all_agents(client), key=lambda agent: agent["last_active"] or "")
-            name = str(agents[-1]["agent_name"]) if agents else "sam"
+    with connect(url, token, reconnect=True if is_terminal else 60.0, **options) as client:
+        if agent is None:  # the one that was active last
+            agents = sorted(all_agents(client), key=lambda each: each["last_active"] or "")
+            agent = str(agents[-1]["agent_name"]) if agents else "sam"
         if is_terminal:
-            Chat(client, screen).run(name)
+            Chat(client, screen).run(agent)
             return
         if not (text := sys.stdin.read().strip()):
             raise MemwsError("nothing to send: standard input is empty; pipe a message in")
         try:
-            client.load_agent(name)
+            client.load_agent(agent)
         except RemoteError as error:
             if error.code != "unknown_agent":
                 raise
-            client.create_agent(name)
-            print(f"there was no agent {printable(name)!r}; it has been created", file=sys.stderr)
+            client.create_agent(agent)
+            print(f"there was no agent {printable(agent)!r}; it has been created", file=sys.stderr)
         print(printable(client.ask(text)))
 
 
@@ -9454,13 +9453,13 @@ class _LogFormatter(logging.Formatter):
         return self._secrets.sub("…", printable(super().format(record)).replace("\n", "\n    "))
 
 
-def serve_command(flags: argparse.Namespace) -> None:
-    """Serve until SIGINT or SIGTERM. Raises UsageError."""
-    level = logging.getLevelNamesMapping().get(flags.log_level.upper())
+def serve_command(*, log_level: str, **options: Any) -> None:
+    """serve agents over WebSocket: the default, with the options below"""
+    level = logging.getLevelNamesMapping().get(log_level.upper())
     if level is None:
-        raise UsageError(f"log_level: expected debug, info, warning or error, but got {quote(flags.log_level)}")
+        raise UsageError(f"log_level: expected debug, info, warning or error, but got {quote(log_level)}")
     handler = logging.StreamHandler()
-    handler.setFormatter(_LogFormatter(flags.token))
+    handler.setFormatter(_LogFormatter(options["token"]))
     logger.addHandler(handler)
     logger.setLevel(level)
     _ws_logger.setLevel(max(level, logging.INFO))
@@ -9468,13 +9467,11 @@ def serve_command(flags: argparse.Namespace) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        count = min(flags.max_connections + 256, hard)
+        count = min(options["max_connections"] + 256, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    options = {name: value for name, value in vars(flags).items() if name not in ("log_level", "run")}
     for name in ("allow_origin", "allow_host"):
-        hosts = options[name]
-        options[name] = (os.environ.get(f"MEMWS_{name.upper()}") or ()) if hosts is None else ",".join(hosts)
+        options[name] = options[name] or os.environ.get(f"MEMWS_{name.upper()}") or ()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
     for name in {"SIGTERM", "SIGBREAK"} & vars(signal).keys():  # Windows: Ctrl-Break, with which programs stop others
         signal.signal(getattr(signal, name), lambda *_: signal.raise_signal(signal.SIGINT))
@@ -9484,75 +9481,77 @@ def serve_command(flags: argparse.Namespace) -> None:
 # ---- keeping databases -----------------------------------------------------------------------------------------------
 
 
-def check_command(flags: argparse.Namespace) -> int:
-    """Print what is damaged, a line each, or else what each agent takes. Raises UsageError."""
-    faults = check_database(flags.db, check_record)
+def check_command(*, db: str) -> int:
+    """look for damage in the database and its agents"""
+    faults = check_database(db, check_record)
     print("\n".join(map(printable, faults)) or "no damage found")
     if not faults:
-        with read_database(flags.db) as database:
-            for name, deleted, tables in table_sizes(database, database_at(flags.db).size_of):
+        with read_database(db) as database:
+            for name, deleted, tables in table_sizes(database, database_at(db).size_of):
                 sizes = [f"{rows:,} {table} ({size / 1000:,.1f} kB)" for table, (rows, size) in tables.items()]
                 print(printable(f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"))
     return 1 if faults else 0
 
 
-def vacuum_command(flags: argparse.Namespace) -> None:
-    """Give disk space back and say how much. Raises UsageError."""
-    if not 0 <= flags.keep_requests <= 36_500:
-        raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {flags.keep_requests}")
-    print(f"{shown(flags.db)}: {vacuum_database(flags.db, flags.keep_requests) / 1000:,.1f} kB given back")
+def vacuum_command(*, keep_requests: float, db: str) -> None:
+    """give disk space back: what was purged, and old exact requests"""
+    if not 0 <= keep_requests <= 36_500:
+        raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {keep_requests}")
+    print(f"{shown(db)}: {vacuum_database(db, keep_requests) / 1000:,.1f} kB given back")
 
 
-def export_command(flags: argparse.Namespace) -> None:
-    """Write an agent as JSON in UTF-8, whatever the console's encoding. Raises UsageError, Refused."""
-    with read_database(flags.db) as database:
-        data = encode_json(export_agent(database, flags.name)).encode() + b"\n"
-    if flags.file is None:
+def export_command(name: str, file: str | None = None, *, db: str) -> None:
+    """write one agent, memory and history, as one JSON file"""
+    with read_database(db) as database:
+        data = encode_json(export_agent(database, name)).encode() + b"\n"  # whatever the console's encoding
+    if file is None:
         sys.stdout.buffer.write(data)
     else:
-        with new_file(flags.file) as file:
-            file.write_bytes(data)
+        with new_file(file) as path:
+            path.write_bytes(data)
 
 
-def import_command(flags: argparse.Namespace) -> None:
-    """Store an exported agent, also from UTF-16 or standard input. Raises UsageError, Refused."""
+def import_command(file: str, *, name: str | None, db: str) -> None:
+    """store an agent that export wrote; - is standard input"""
     try:
-        data = decode_json(sys.stdin.buffer.read() if flags.file == "-" else pathlib.Path(flags.file).read_bytes())
+        data = decode_json(sys.stdin.buffer.read() if file == "-" else pathlib.Path(file).read_bytes())
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot read {flags.file!r} ({error}); give a file that export wrote") from None
-    with contextlib.closing(database_at(flags.db, patience=0)) as database:
-        name = import_agent(database.open(), data, check_record, flags.name)
-    print(f"agent {name!r} is in {shown(flags.db)}")
+        raise UsageError(f"cannot read {file!r} ({error}); give a file that export wrote") from None
+    with contextlib.closing(database_at(db, patience=0)) as database:
+        name = import_agent(database.open(), data, check_record, name)
+    print(f"agent {name!r} is in {shown(db)}")
 
 
-def backup_command(flags: argparse.Namespace) -> None:
-    """Copy the database as of one moment, also while a server writes. Raises UsageError."""
-    database = database_at(flags.db)
+def backup_command(file: str, *, db: str) -> None:
+    """copy the database, also while a server runs"""
+    database = database_at(db)
     if isinstance(database, Postgres):
-        raise UsageError(f"a program of PostgreSQL makes its backups; run {database.dump_command(flags.file)}")
-    with new_file(flags.file) as file:
-        backup_database(flags.db, str(file))
-    print(f"{flags.db} is copied to {flags.file}", file=sys.stderr)
+        raise UsageError(f"a program of PostgreSQL makes its backups; run {database.dump_command(file)}")
+    with new_file(file) as path:
+        backup_database(db, str(path))
+    print(f"{db} is copied to {file}", file=sys.stderr)
 
 
-def copy_command(flags: argparse.Namespace) -> None:
-    """Copy all agents from one database to another. Raises UsageError."""
+def copy_command(*, from_: str, to: str) -> None:
+    """copy all agents from one database to another, a file or a postgresql:// address"""
+    done, over = collections.Counter[str](), threading.Event()
+    threading.Thread(target=tell_progress, args=[done, over], daemon=True).start()
     try:
-        copy_database(flags.from_, flags.to_, flags.done)
+        copy_database(from_, to, done)
     except UsageError as error:
         raise UsageError(str(error).replace("--db", "--from or --to")) from error
     except StoreFailed as error:
         raise UsageError(f"{error}; run the same copy again: it goes on from here") from error
-    done, path = flags.done, database_at(flags.to_).path
-    print(f"{done['agents']:,} agents with {done['rows']:,} rows are in {path}")
+    finally:
+        over.set()
+    print(f"{done['agents']:,} agents with {done['rows']:,} rows are in {database_at(to).path}")
 
 
-def tell_progress(name: str, over: threading.Event, done: Mapping[str, int]) -> None:
-    """Say every PROGRESS_DELAY how long something has been going on, and what is done of all."""
-    start = time.monotonic()
+def tell_progress(done: Mapping[str, int], over: threading.Event) -> None:
+    """Say every PROGRESS_DELAY how much of a copy is done."""
     while not over.wait(PROGRESS_DELAY):
-        counts = [f", {done[what]:,} of {done[f'all {what}']:,} {what}" for what in ("agents", "rows") if done]
-        print(f"memws: {name}, {time.monotonic() - start:.0f} s{''.join(counts)}", file=sys.stderr, flush=True)
+        counts = [f"{done[what]:,} of {done[f'all {what}']:,} {what}" for what in ("agents", "rows")]
+        print(f"memws: copied {', '.join(counts)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -9571,7 +9570,26 @@ def new_file(path: str) -> Iterator[pathlib.Path]:
         raise UsageError(f"cannot write {path!r} ({error.strerror}); name a file that does not exist yet") from error
 
 
+def protocol_command() -> None:
+    """print the protocol as JSON Schema"""
+    print(encode_json(protocol_schema(COMMANDS)))
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
+
+# A command is a function: its docstring is the help, its parameters are words, and those by keyword alone are flags.
+
+FLAGS: dict[str, tuple[Any, ...]] = {  # the word for the value, what it means, its default, its type
+    "log_level": ("LEVEL", "debug, info, warning or error", "info", str),
+    "url": ("URL", "the server's address", f"ws://localhost:{DEFAULT_PORT}", str),
+    "agent": ("AGENT", "the agent to talk to", None, str),
+    "token": ("TOKEN", "the server's token", None, str),
+    "name": ("NAME", "another name for the agent, where its own is taken", None, str),
+    "keep_requests": ("DAYS", "how long exact requests are kept", 36_500, float),
+    "from_": ("DB", "the database to copy", "", str),
+    "to": ("DB", "where to: an empty one, or an earlier copy", "", str),
+    "db": ("DB", "the database", DEFAULT_DB, str),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -9582,59 +9600,37 @@ class Parser(argparse.ArgumentParser):
             message = f"--{match[1]} or MEMWS_{match[1].upper().replace('-', '_')}{match[2]}"
         raise UsageError(f"{message}; {self.prog} --help tells what there is")
 
-
-def add_flag(parser: argparse.ArgumentParser, name: str, meaning: str, default: Any = None, /, **more: Any) -> None:
-    """A flag --some-name; MEMWS_SOME_NAME is the same where it is not given."""
-    variable = f"MEMWS_{name.upper()}"
-    shown = "" if default in (None, ()) else f" (default {default})"
-    parser.add_argument(
-        f"--{name.replace('_', '-')}",
-        help=f"{meaning}{shown}; {variable}",
-        **{"metavar": name.rpartition("_")[2].upper(), "default": os.environ.get(variable) or default, **more},
-    )
+    def add_flag(self, name: str, metavar: str, meaning: str, default: Any, kind: type) -> None:
+        """A flag --some-name; MEMWS_SOME_NAME is the same where it is not given. One that may be repeated has none."""
+        word, about = name.rstrip("_"), f" (default {default})" if default else ""
+        variable = f"MEMWS_{word.upper()}"
+        how: JSON = {"default": os.environ.get(variable) or default} if default != () else {"action": "append"}
+        help_text = f"{meaning}{about}; {variable}"
+        self.add_argument(f"--{word.replace('_', '-')}", dest=name, metavar=metavar, help=help_text, type=kind, **how)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The commands, each with its flags and words; `run` of what it parses carries it out."""
-
-    def add(name: str, meaning: str, run: Callable[..., int | None], *words: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
-        command.set_defaults(run=run)
-        for word in words:
-            command.add_argument(word)
-        return command
-
-    description = (__doc__ or "").partition("\n")[0]
-    parser = Parser(prog="memws.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser() -> Parser:
+    """The command line; `run` of what it parses is the command's function, the rest are its arguments."""
+    about = (__doc__ or "").partition("\n")[0]
+    parser = Parser(prog="memws.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"memws {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
-    serve = add("serve", "serve agents over WebSocket: the default, with the options below", serve_command)
+    keeping = check_command, export_command, import_command, backup_command, vacuum_command, copy_command
+    for function in (serve_command, chat_command, *keeping, protocol_command):
+        name, meaning = function.__name__.removesuffix("_command"), function.__doc__
+        command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
+        command.set_defaults(run=function)
+        for word in inspect.signature(function).parameters.values():
+            if word.kind is word.KEYWORD_ONLY:
+                command.add_flag(word.name, *FLAGS[word.name])
+            elif word.kind is not word.VAR_KEYWORD:
+                command.add_argument(word.name, nargs=None if word.default is word.empty else "?")
+    serve = commands.choices["serve"]
     for option in fields(Options):
         if option.name != "api_key":
-            more = {"action": "append", "default": None} if option.default == () else {"type": option.metadata["kind"]}
-            add_flag(serve, option.name, option.metadata["help"], option.default, **more)
-    add_flag(serve, "log_level", "debug, info, warning or error", "info")
+            metavar = option.name.rpartition("_")[2].upper()
+            serve.add_flag(option.name, metavar, option.metadata["help"], option.default, option.metadata["kind"])
     parser.epilog = serve.format_help()
-    chat = add("chat", "talk to an agent from this terminal; piped input is answered once", chat_command)
-    add_flag(chat, "url", "the server's address", f"ws://localhost:{DEFAULT_PORT}")
-    add_flag(chat, "agent", "the agent to talk to")
-    add_flag(chat, "token", "the server's token")
-    check = add("check", "look for damage in the database and its agents", check_command)
-    export = add("export", "write one agent, memory and history, as one JSON file", export_command, "name")
-    export.add_argument("file", nargs="?")
-    importing = add("import", "store an agent that export wrote; - is standard input", import_command, "file")
-    add_flag(importing, "name", "another name for the agent, where its own is taken")
-    backup = add("backup", "copy the database, also while a server runs", backup_command, "file")
-    vacuum = add("vacuum", "give disk space back: what was purged, and old exact requests", vacuum_command)
-    add_flag(vacuum, "keep_requests", "how long exact requests are kept", 36_500, type=float, metavar="DAYS")
-    copy = add("copy", "copy all agents from one database to another, a file or a postgresql:// address", copy_command)
-    copy.set_defaults(done=collections.Counter())
-    for name, meaning in (("from", "the database to copy"), ("to", "where to: an empty one, or an earlier copy")):
-        is_needed = not os.environ.get(f"MEMWS_{name.upper()}")
-        add_flag(copy, name, meaning, dest=f"{name}_", metavar="DB", required=is_needed)
-    for command in (check, vacuum, export, importing, backup):
-        add_flag(command, "db", "the database", DEFAULT_DB)
-    add("protocol", "print the protocol as JSON Schema", lambda flags: print(encode_json(protocol_schema(COMMANDS))))
     return parser
 
 
@@ -9646,13 +9642,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):  # a name or an answer may hold what the console's encoding does not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    over = threading.Event()
     try:
-        flags = make_parser().parse_args(words)
-        if words[0] == "copy" or (words[0] not in ("serve", "chat") and sys.stderr.isatty()):
-            progress = [words[0], over, vars(flags).get("done", {})]
-            threading.Thread(target=tell_progress, args=progress, daemon=True).start()
-        status: int | None = flags.run(flags)
+        flags = vars(make_parser().parse_args(words))
+        status: int | None = flags.pop("run")(**flags)
         sys.stdout.flush()
         return status or 0
     except MemwsError as error:
@@ -9664,8 +9656,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is to be flushed at exit
         print(f"memws: cannot write to standard output ({error.strerror}); send it elsewhere", file=sys.stderr)
         return 2
-    finally:
-        over.set()
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ FLAGS = {  # for each flag of serve a value that shows, and one that is bad or w
 }
 COMMANDS: dict[str, list[str]] = {"serve": list(FLAGS), "chat": ["--url", "--agent", "--token"], "protocol": []}
 COMMANDS |= {name: ["--db"] for name in ("check", "export", "backup")}
-COMMANDS |= {"import": ["--name", "--db"], "vacuum": ["--keep-requests", "--db"]}
+COMMANDS |= {"import": ["--name", "--db"], "vacuum": ["--keep-requests", "--db"], "copy": ["--from", "--to"]}
 
 
 def variable(flag: str) -> str:
@@ -194,6 +194,7 @@ REFUSALS = [
     (["--port", "0", "--db", ""], "--db"),
     (["export", "nobody"], "unknown agent 'nobody'"),
     (["export"], "name"),
+    *((["copy", *words], "--from or --to") for words in ([], ["--from", "memws.db"], ["--to", "copy.db"])),
     (["export", "sam", "missing/x"], "missing"),
     *(
         ([*words, "--db", "missing.db"], "missing.db")

@@ -3,15 +3,12 @@
 import asyncio
 import contextlib
 import copy
-import io
 import json
 import os
 import re
 import shutil
 import sqlite3
 import stat
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -269,29 +266,6 @@ def test_vacuum(db: Path, tmp_path: Path, main: Main, serve: Serve) -> None:
             assert client.ask("Do you remember me?", PLAIN)
             assert list(client.send("Thanks!", PLAIN))[-1]["stop_reason"] == "done"
     assert before["request"]
-
-
-def test_progress(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes long says so, on a terminal alone."""
-    shown = threading.Event()
-
-    class Tty(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-        def write(self, text: str) -> int:
-            shown.set()
-            return super().write(text)
-
-    def check(*_: Any) -> list[str]:
-        assert shown.wait(10)
-        return []
-
-    monkeypatch.setattr(memws, "PROGRESS_DELAY", 0.1)
-    monkeypatch.setattr(memws, "check_database", check)
-    monkeypatch.setattr(sys, "stderr", Tty())
-    assert memws.main(["check", "--db", str(db)]) == 0
-    assert re.match(r"memws: check, \d+ s\n", sys.stderr.getvalue())  # type: ignore[attr-defined]
 
 
 def test_an_export_holds_no_secret(tmp_path: Path, main: Main, serve: Serve, endpoint: Endpoint) -> None:
