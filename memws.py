@@ -1072,9 +1072,9 @@ _TRIPLED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khme
 _SILENT = (  # accents, points of Hebrew and Arabic, tatweel, nukta; soft hyphen, joiners, variation selectors
     "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed\u093c\u00ad\u200b-\u200d\ufe0e\ufe0f"
 )
-_DROPPED = re.compile(f"[{_SILENT}]+|(?<=\\w)['\u2019]s\\b")
+_DROPPED = f"[{_SILENT}]+|(?<=\\w)['\u2019]s\\b"
 _WORD = f"[{_PAIRED}{_TRIPLED}]{{1,3}}|[^\\s{_PAIRED}{_TRIPLED}]{{1,40}}"  # without spaces three characters are one
-_SENTENCE = re.compile(r"[^.!?\u2026\u3002\uff01\uff1f\u061f\u0964\n]+[.!?\u2026\u3002\uff01\uff1f\u061f\u0964]*")
+_SENTENCE = r"[^.!?\u2026\u3002\uff01\uff1f\u061f\u0964\n]+[.!?\u2026\u3002\uff01\uff1f\u061f\u0964]*"
 _STOP = frozenset(
     """a about above after again against all am an and any are as at be because been before being below between both but
     by can could d did do does doing don down during each few for from further had has have having he her here hers
@@ -1106,8 +1106,8 @@ _ENDINGS = [
     ("ingly", ""), ("edly", ""), ("ings", ""), ("ing", ""), ("ied", "y"), ("ies", "y"), ("ed", ""),
     ("sses", "ss"), ("ss", "ss"), ("us", "us"), ("es", "e"), ("s", ""), ("ly", ""),
 ]  # fmt: skip
-_ARABIC = re.compile("^(?:[\u0648\u0641]?(?:[\u0628\u0643]?\u0627\u0644|\u0644\u0644)|\u0648)(?=...)")
-_ARABIC_ENDING = re.compile(
+_ARABIC = "^(?:[\u0648\u0641]?(?:[\u0628\u0643]?\u0627\u0644|\u0644\u0644)|\u0648)(?=...)"
+_ARABIC_ENDING = (
     "(?<=...)(?:\u0647\u0627|[\u0627\u0648\u064a]\u0646|\u0627\u062a|\u064a?[\u0647\u0629]|[\u064a\u0649])$"
 )
 
@@ -1127,7 +1127,7 @@ def stem(word: str) -> str:
     if "\u0370" <= word[0] <= "\u052f":
         return word[:LETTERS_CUT]
     if "\u0620" <= word[0] <= "\u064a":
-        return _ARABIC_ENDING.sub("", _ARABIC.sub("", word))
+        return re.sub(_ARABIC_ENDING, "", re.sub(_ARABIC, "", word))
     if len(word) < 4 or not word.isascii():
         return _IRREGULAR.get(word, word)
     word = _IRREGULAR.get(word, word)
@@ -1144,7 +1144,7 @@ def stem(word: str) -> str:
 def split_terms(text: str) -> list[str]:
     """The text as the terms of the index, in order, without stop words: for texts and queries alike."""
     folded = unicodedata.normalize("NFKD", text.casefold().replace("\u0131", "i"))
-    folded = unicodedata.normalize("NFC", _DROPPED.sub("", folded))
+    folded = unicodedata.normalize("NFC", re.sub(_DROPPED, "", folded))
     terms: list[str] = []
     for match in _term_pattern().finditer(folded):
         run = match.group()
@@ -1161,7 +1161,7 @@ def split_terms(text: str) -> list[str]:
 
 def asking(text: str) -> float:
     """The share of the text's sentences that are questions, from 0 to 1."""
-    sentences = _SENTENCE.findall(text[:4096])
+    sentences = re.findall(_SENTENCE, text[:4096])
     return sum(sentence[-1] in "?\uff1f\u061f" for sentence in sentences) / max(1, len(sentences))
 
 
@@ -2787,7 +2787,7 @@ _SPELLINGS = (  # of Kimi K3 and MiniMax M3, as others write it
 _PARAMETER = r"""
     <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<\w*arg_value>|\n)?
     (.*?)\n?</[^<>\s]{0,20}?(?:parameter|arg_value)>"""
-# Compiled when they are first needed, and kept by re: that would be 4 ms of every import.
+# Compiled when they are first needed, and kept by re: that would be 8 ms of every import.
 _IN_PROSE = rf"""
     (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
         | ^```(?:(?!^```).)*+^```(?!\s*(?:```|<[|｜/]|\Z)))  # a block of code that other text follows
@@ -2831,8 +2831,8 @@ _IN_MARKUP = rf"""
 """
 _PLAIN = {"string": r"\g<0>", "name": r" to=\g<name> ", "cut": " to=unknown {", "close": " {} "}
 _PLAIN |= {"arrow": ":", "flag": r'"\g<flag>":'}
-_BRACES = re.compile(rf"{_STRING} | [{{}}]", re.DOTALL | re.VERBOSE)
-_NAMED = re.compile(  # the name of a tool before its arguments, and what may stand beside it
+_BRACES = rf"(?sx){_STRING} | [{{}}]"
+_NAMED = (  # the name of a tool before its arguments, and what may stand beside it
     r"(?s)(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?:?(?:\s+(?:commentary|json|code))*"
 )
 _NAME_KEYS = ("name", "function", "tool_name", "tool", "action")
@@ -3101,7 +3101,7 @@ def _is_cut(text: str) -> bool:
 def _end_of(text: str, start: int) -> int:
     """Where the brace closes that opens there; 0, where it does not."""
     depth = 0
-    for match in _BRACES.finditer(text, start):
+    for match in re.compile(_BRACES).finditer(text, start):
         depth += (match[0] == "{") - (match[0] == "}")
         if depth == 0:
             return match.end()
@@ -3140,7 +3140,7 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
     calls, words = list[ToolCall](), list[str]()
     while (begin := text.find("{", start)) >= 0 and len(words) < 200:  # more than that is no markup
         before, start = text[start:begin].strip("[], \n"), _end_of(text, begin) or len(text)
-        piece, named = text[begin:start], _NAMED.fullmatch(before)
+        piece, named = text[begin:start], re.fullmatch(_NAMED, before)
         name = named[1] if named and (is_marked or named[1] in tools) else ""
         mentioned = name or next((tool for tool in tools if tool in piece), "")
         if name in tools or (mentioned and _is_cut(piece)):
@@ -3346,21 +3346,17 @@ class Refusal:
 
 # ---- tapes: what models were asked and answered, on file -------------------------------------------------------------
 
-_SECRET = re.compile(
-    r"\b(?:sk[-_]|Bearer )[\w*.~+/=-]{6,}|\bAIza[\w-]{9,}"
-    r"|(?<![a-z])(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}",
-    re.IGNORECASE,
+_PRIVATE = (
+    r"(?i)\b(?:sk[-_]|Bearer )[\w*.~+/=-]{6,}|\bAIza[\w-]{9,}"
+    r"|(?<![a-z])(?:gsk|xai|hf|key|token)[-_\s:='\"]{1,3}(?=[\w*.-]*[\d*])(?=[\d_.-]*[a-z*])[\w*.-]{6,}"
 )
-_MADE = re.compile(  # ids that are made up, days and clock times, the login that a silence brings
-    r"""
+_MADE = r"""(?x)  # ids that are made up, days and clock times, the login that a silence brings
     (?<=id":")(?:[^"\\]|\\.)* | (?:turn|call|agent)_[0-9a-f]{8,32}\b
     | \b[0-9a-f]{8}(?:-?[0-9a-f]{4}){3}-?[0-9a-f]{12}\b | \b\d{4}-\d\d-\d\d(?![\dT]|\ \d)
     | \b(?:\d{4}-\d\d-\d\d[T ])?\d\d?:\d\d(?::\d\d(?:\.\d+)?)?
         (?:\ ?[AP]M(?:\ [^"\\]{0,40}?[+-]\d{4})? | [+-]\d\d:\d\d | Z)?\b
     | \{\\"type\\":\\"login\\".*?\}\\n
-    """,
-    re.VERBOSE,
-)
+"""
 _SERVER = ("model", "base_url", "embedding_model", "context_window")  # what a tape tells of the server
 _STOPPED: JSON = {"code": "model_timeout", "message": "on the tape the turn was stopped here"}
 
@@ -3368,7 +3364,7 @@ _STOPPED: JSON = {"code": "model_timeout", "message": "on the tape the turn was 
 @functools.lru_cache(maxsize=1_000)
 def _lasting(text: str) -> str:
     """A part of a request without secrets, and without what differs from run to run."""
-    return _MADE.sub("", _SECRET.sub("", text))
+    return re.sub(_MADE, "", re.sub(_PRIVATE, "", text))
 
 
 class Tape:
@@ -3526,7 +3522,7 @@ class Endpoint:
     def hide(self, reason: Any, most: int = MAX_REASON) -> str:
         """A text or an error on one line, cut short, without the key or what looks like one."""
         text = (str(reason)[:MAX_TEXT] or type(reason).__name__).replace(self.key or "\0", "…")
-        return " ".join(clean_text(_SECRET.sub("…", text)).split())[:most]
+        return " ".join(clean_text(re.sub(_PRIVATE, "…", text)).split())[:most]
 
     async def close(self) -> None:
         """Close the clients; an import that is under way is waited for, as threads outlive their loop."""
@@ -3755,14 +3751,14 @@ _OWN = {  # how people state what they have one of: a newer statement replaces t
 }
 _I = r"i|i'm|i've|my|mine|me|we|our|yo|mi|mis|soy|estoy|vivo|trabajo|tengo|nací|cumplí|remember|recuerda"
 _ASK = r"who|what|where|when(?! i)|which|why|how|do|does|did|is|are|am|can|tell me|qué|quién|dónde|cuándo|cuál|cómo"
-_BREAK = re.compile(  # between sentences, unless one goes on about somebody, and before what somebody says or asks
+_BREAK = (  # between sentences, unless one goes on about somebody, and before what somebody says or asks
     r"(?i)(?<=[.!?])\s+(?!(?:he|she|it|they|his|her|their|su)\b)|\n+|\s*(?=¿)"
     rf"|(?:[,;] | and | y |[,;] (?:and|but|y|pero) )(?=(?:{_I}|{_ASK})\b)"
 )
 # A fact is what people state of themselves; in other languages whatever they state in three words.
-_FACT = re.compile(rf"(?i)\b(?:{_I})\b|[我私]|^(?!.*(?:{_ENGLISH}|{_SPANISH}))\w+\W+\w+\W+\w")
-_QUESTION = re.compile(rf"[¿\s]*(?:{_ASK})\b|.*[?？؟]$", re.IGNORECASE)
-_ABOUT_ITSELF = re.compile(r"\b(?:are you|your name|eres|te llamas)\b|^forget", re.IGNORECASE)
+_FACT = rf"(?i)\b(?:{_I})\b|[我私]|^(?!.*(?:{_ENGLISH}|{_SPANISH}))\w+\W+\w+\W+\w"
+_QUESTION = rf"(?i)[¿\s]*(?:{_ASK})\b|.*[?？؟]$"
+_ABOUT_ITSELF = r"(?i)\b(?:are you|your name|eres|te llamas)\b|^forget"
 _ORDER = re.compile(r"\s*/call\s+([\w.-]+)\s*(.*)", re.DOTALL)
 
 
@@ -3782,9 +3778,9 @@ def _topic(text: str) -> set[str]:
 
 def _split(text: str) -> tuple[list[str], list[str]]:
     """The statements and the questions of a text, but about the model itself; an order has none."""
-    pieces = [] if _ORDER.match(text) else [piece.strip(" .!") for piece in _BREAK.split(text[:4_000])]
-    pieces = [piece for piece in dict.fromkeys(pieces) if piece and not _ABOUT_ITSELF.search(piece)]
-    questions = [piece for piece in pieces if _QUESTION.match(piece)]
+    pieces = [] if _ORDER.match(text) else [piece.strip(" .!") for piece in re.split(_BREAK, text[:4_000])]
+    pieces = [piece for piece in dict.fromkeys(pieces) if piece and not re.search(_ABOUT_ITSELF, piece)]
+    questions = [piece for piece in pieces if re.match(_QUESTION, piece)]
     return [piece for piece in pieces if piece not in questions], questions[:3]
 
 
@@ -3812,7 +3808,7 @@ def _offline_calls(text: str, core: list[str], room: int) -> Iterator[tuple[str,
         arguments = read_json(order[2])[0]
         yield order[1], arguments if isinstance(arguments, dict) else {}
     statements, questions = _split(text)
-    facts = [statement for statement in statements if _FACT.search(statement) and statement not in core]
+    facts = [statement for statement in statements if re.search(_FACT, statement) and statement not in core]
     lines = list[str]()
     for idea, fact in {_own_idea(fact) or fact: fact for fact in facts}.items():
         old = next((line for line in core if _own_idea(line) == idea), None)
@@ -4443,7 +4439,7 @@ _ALIKE = str.maketrans(
 )
 _SIGN = re.compile(" *\n| +|[^\u00ad\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")  # no soft hyphens, joiners and the like
 _LETTER = f"[^\\W{_PAIRED}{_TRIPLED}]"  # in scripts without spaces no word goes on
-_IN_WORD = re.compile(f"(?<={_LETTER}){_LETTER}|(?<=\\d)[.,]\\d|(?<=\\d[.,])\\d")
+_IN_WORD = f"(?<={_LETTER}){_LETTER}|(?<=\\d)[.,]\\d|(?<=\\d[.,])\\d"
 
 
 def _signs(text: str) -> tuple[str, list[tuple[int, int]]]:
@@ -4471,7 +4467,7 @@ def edit_text(text: str, old: str, new: str) -> str:
     last = first + len(old) - 1
     start, end = places[first][0], places[last][1]
     letters = "".join("a" if unicodedata.category(sign)[0] == "M" else sign for sign in signs)  # a vowel sign is one
-    if _IN_WORD.match(letters, first) or _IN_WORD.match(letters, last + 1):
+    if any(re.compile(_IN_WORD).match(letters, place) for place in (first, last + 1)):
         raise ToolError("old_content is only part of a word or number in the block; give more of the line")
     head, tail = text[:start], text[end:]
     if not (head.rpartition("\n")[2] + new + tail.partition("\n")[0]).strip():
@@ -4739,7 +4735,7 @@ class Turn:
             self._task = None
 
 
-_USER_NAME = re.compile(r"\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", re.IGNORECASE)
+_USER_NAME = r"(?i)\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)"
 
 
 class Agent:
@@ -5126,7 +5122,7 @@ class Agent:
         if embedder is None or embedder.catch_up is None:
             return None
         human = self.blocks.get("human")
-        names = [self.name, *(_USER_NAME.findall(human.value) if human else ())]
+        names = [self.name, *(re.findall(_USER_NAME, human.value) if human else ())]
         text = unnamed(clean_text(query[:EMBEDDING_TEXT]), names)
         if self._models.tape:  # what is found must not depend on how far the background is
             with contextlib.suppress(TimeoutError):
