@@ -91,7 +91,7 @@ async def at(
     stage: Stage, endpoint: Endpoint, folder: Path, database: str
 ) -> AsyncIterator[tuple[Place, Serving, Wire, Any]]:
     """A server whose agent sam has come to that stage of a turn, the client that waits for it, and the tools' desk."""
-    async with soaking.desk() as desk:
+    async with soaking.Desk().opened() as desk:
         desk.says = lambda _: "Yes"
         desk.answers = lambda _: 0.0 if desk.calls.total() < stage.calls else None
         place = Place(folder, database, endpoint, desk.port if stage.calls else None)

@@ -326,7 +326,7 @@ class Rounds:
 
 async def main(soak: Soak) -> None:
     count = soak.count + soak.count // 2
-    soak.total(count + sum(map(soak.part, CASES.values())))
+    soak.progress.total = count + sum(map(soak.part, CASES.values()))
     soak.none("acknowledged, and lost by a kill", "agents that do not load", "turns that end for no reason")
     soak.none("agents left to be repaired after a signal", "connections that break off", "cancels not understood")
     soak.none("senders without an answer, or without its id")
@@ -341,17 +341,21 @@ async def main(soak: Soak) -> None:
         place.desk.answers = lambda question: 0.05 * random.Random(question).random()
         await rounds.finish()
     cancels = [seconds for each in rounds.clients for seconds in each.cancels]
-    soak.within("slowest cancel, s", max(cancels, default=0.0), 1.0)
-    soak.within("slowest restart, s, from the start of Python to an answer", rounds.slowest["restart"], 2.0)
-    soak.within("slowest end by a signal, s: the grace period", rounds.slowest["end"], memws.STOP_GRACE)
-    soak.least("kills in mid-stream", rounds.hit["stream"], soak.count // 10)
-    soak.least("kills in mid-tool", rounds.hit["tool"], soak.count // 2)
+    soak.figure("slowest cancel, s", max(cancels, default=0.0), 1.0, is_time=True)
+    soak.figure(
+        "slowest restart, s, from the start of Python to an answer", rounds.slowest["restart"], 2.0, is_time=True
+    )
+    soak.figure("slowest end by a signal, s: the grace period", rounds.slowest["end"], memws.STOP_GRACE, is_time=True)
+    soak.figure("kills in mid-stream", rounds.hit["stream"], soak.count // 10, least=True)
+    soak.figure("kills in mid-tool", rounds.hit["tool"], soak.count // 2, least=True)
     events = [event for log in rounds.logs for event in log.events.values()]
     cut = sum(event.get("stop_reason") == "interrupted" for event in events)
     again = sum(each.again for each in rounds.clients)
     turns = sum(len(log.sent) for log in rounds.logs)
-    soak.told("turns", f"{turns:,}, interrupted {cut:,}, again {again:,}; tool calls {len(place.desk.calls):,}")
-    soak.told("cancels that came in time", f"{len(cancels):,}, half within {1000 * percentile(cancels, 0.5):.0f} ms")
+    soak.notes.append(f"turns: {turns:,}, interrupted {cut:,}, again {again:,}; tool calls {len(place.desk.calls):,}")
+    soak.notes.append(
+        f"cancels that came in time: {len(cancels):,}, half within {1000 * percentile(cancels, 0.5):.0f} ms"
+    )
 
 
 if __name__ == "__main__":

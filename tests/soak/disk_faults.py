@@ -234,7 +234,7 @@ async def flips(soak: Soak, place: Site) -> None:
 
 
 async def main(soak: Soak) -> None:
-    soak.total(soak.count + soak.part(200) / 2)
+    soak.progress.total = soak.count + soak.part(200) / 2
     soak.none(HANGS, CLOSED, LEAKS, UNCLEAR, STUCK, SILENT, FALLS_OVER, NOT_FOUND, NO_WAY)
     async with site(soak) as place:
         log = Log(soak, "sam")

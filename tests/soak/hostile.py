@@ -437,7 +437,7 @@ def entries(pid: int, folder: str) -> int:
 async def main(soak: Soak) -> None:
     soak.none(CLOSED, UNANSWERED, LARGE, NOT_JSON, INTERNAL, LET_IN, FAILED, LEAKS, LOGGED)
     soak.none(ORIGINS, FOREIGN_HOSTS, TOKENS, "the right ones refused")
-    soak.total(soak.count + 2 * (soak.count // 10) + soak.count // 50)
+    soak.progress.total = soak.count + 2 * (soak.count // 10) + soak.count // 50
     flags = ("--model", "offline", "--sync", "normal", "--log-level", "debug")
     variables = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://127.0.0.1:9/v1"}  # where nobody answers
     async with site(soak) as place:
@@ -454,9 +454,9 @@ async def main(soak: Soak) -> None:
                 await until(lambda: entries(pid, "fd") <= fds and entries(pid, "task") <= threads, 5)
                 # Readers are made when they are first needed, each with a connection.
                 spare = max(0, 2 + memws.READERS - threads)
-                soak.most("memory growth, MiB", memory(pid) - before, 16)
-                soak.most("threads more than at the start", entries(pid, "task") - threads, spare)
-                soak.most("descriptors more than at the start", entries(pid, "fd") - fds, 3 * spare)
+                soak.figure("memory growth, MiB", memory(pid) - before, 16)
+                soak.figure("threads more than at the start", entries(pid, "task") - threads, spare)
+                soak.figure("descriptors more than at the start", entries(pid, "fd") - fds, 3 * spare)
             await tokens(soak, server.port)
         for line in server.log.splitlines():
             if (found := LEAK.search(line)) and not line.startswith("    "):  # the lines of a traceback are indented

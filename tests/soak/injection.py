@@ -216,7 +216,7 @@ async def main(soak: Soak) -> None:
             soak.fault(TOOLS, leaks)
         compare(soak, before, after)
         look_at_files(soak, place)
-    soak.least("injected texts that were obeyed", len(model.obeyed), 0.9 * soak.count)
+    soak.figure("injected texts that were obeyed", len(model.obeyed), 0.9 * soak.count, least=True)
 
 
 def compare(soak: Soak, before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> None:

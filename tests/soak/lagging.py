@@ -206,7 +206,7 @@ async def send_again(soak: Soak, name: str, server: Serving, lag: Lag) -> None:
 
 
 async def main(soak: Soak) -> None:
-    soak.total(2 * len(KINDS))
+    soak.progress.total = 2 * len(KINDS)
     soak.none(ENDS, TWICE)
     async with serving(soak) as (place, server):
         for kind, subscribed in itertools.product(KINDS, (True, False)):

@@ -163,7 +163,7 @@ async def besiege(soak: Soak, server: Serving, endpoint: Endpoint, wire: Wire, t
     """Let slow peers come while the model streams, and wait until they are gone."""
     turns = max(4, soak.part(TURNS))
     kinds = {"reader": soak.count, "half handshake": soak.part(200), "half frame": soak.part(200)}
-    soak.total(turns + sum(kinds.values()))
+    soak.progress.total = turns + sum(kinds.values())
 
     def last(told: JSON) -> bool:
         return is_terminal(told) and told["turn_id"] == f"a lot {turns}"
@@ -196,7 +196,7 @@ async def besiege(soak: Soak, server: Serving, endpoint: Endpoint, wire: Wire, t
         for result in await asyncio.gather(*begun, *late, return_exceptions=True):
             if isinstance(result, Exception):
                 soak.fault("slow peers that fail", repr(result))
-    soak.most("memory growth, MiB", max(sizes) - sizes[0], 64)
+    soak.figure("memory growth, MiB", max(sizes) - sizes[0], 64)
     limits = constants(soak)
     let_go = {"half handshake": limits["OPEN_TIMEOUT"], "half frame": limits["PING_INTERVAL"] + limits["PING_TIMEOUT"]}
     let_go["reader"] = len(slow) * ARRIVAL + 1.2 * limits["READER_PATIENCE"]  # nothing is streamed before all came
@@ -204,7 +204,7 @@ async def besiege(soak: Soak, server: Serving, endpoint: Endpoint, wire: Wire, t
         soak.step(count)
         held = [WATCH if each.held is None else each.held for each in slow if each.kind == kind]
         most = let_go[kind] + memws.STOP_GRACE + 5
-        soak.within(f"{kind}s, {count}: the last is gone after, s", max(held, default=0.0), most)
+        soak.figure(f"{kind}s, {count}: the last is gone after, s", max(held, default=0.0), most, is_time=True)
 
 
 def judge(soak: Soak, text: str, frames: list[JSON]) -> None:
@@ -248,7 +248,7 @@ async def main(soak: Soak) -> None:
                     await besiege(soak, server, place.endpoint, wire, text)
             await read_afterwards(soak, server, text)
     closed = len(set(re.findall(r"connection (\S+) takes nothing", server.log)))
-    soak.least("readers closed because they took nothing", closed, soak.count)
+    soak.figure("readers closed because they took nothing", closed, soak.count, least=True)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ class Fleet:
         pauses, restarts = self.soak.part(*PAUSES), self.soak.part(*RESTARTS)
         faults = [self.kill] * self.soak.count + [self.pause] * pauses + [self.restart] * restarts
         self.rng.shuffle(faults)
-        self.soak.total(len(faults) + len(self.logs))
+        self.soak.progress.total = len(faults) + len(self.logs)
         for fault in faults:
             if self.rng.random() < 0.7:
                 await until(lambda: not self.pending, 2 * TAKEOVER)
@@ -359,11 +359,13 @@ async def main(soak: Soak) -> None:
                 await fleet.run()
             finally:
                 fleet.leave()
-    soak.within("slowest takeover, s", max(fleet.takeovers, default=0.0), TAKEOVER)
-    soak.told("takeovers", f"{len(fleet.takeovers)}, half within {percentile(fleet.takeovers, 0.5):.2f} s")
+    soak.figure("slowest takeover, s", max(fleet.takeovers, default=0.0), TAKEOVER, is_time=True)
+    soak.notes.append(f"takeovers: {len(fleet.takeovers)}, half within {percentile(fleet.takeovers, 0.5):.2f} s")
     events = [event for log in fleet.logs for event in log.events.values()]
     cut = sum(event.get("stop_reason") == "interrupted" for event in events)
-    soak.told("turns", f"{sum(len(log.sent) for log in fleet.logs):,}, interrupted {cut:,}; events {len(events):,}")
+    soak.notes.append(
+        f"turns: {sum(len(log.sent) for log in fleet.logs):,}, interrupted {cut:,}; events {len(events):,}"
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
@@ -49,21 +49,17 @@ class Soak:
         self.rng = random.Random(seed)
         self.faults: dict[str, list[str]] = collections.defaultdict(list)  # by kind; of each kind there must be none
         self.missed: list[str] = []  # figures that are missed, but for times, which depend on what else runs
+        self.notes: list[str] = []  # lines of the summary that ask for nothing
+        self.progress = Progress(self.count)
         self._figures: list[tuple[str, str, str, bool]] = []
-        self._notes: list[str] = []
         self._started = time.monotonic()
-        self._progress = Progress(self.count)
 
     def part(self, whole: int, least: int = 1) -> int:
         """A number of the table, in proportion to --count."""
         return max(least, round(whole * self.count / self.full))
 
-    def total(self, total: float) -> None:
-        """How many steps the whole run has, where it is not the count."""
-        self._progress.total = total
-
     def step(self, steps: float = 1) -> None:
-        self._progress.step("with faults" if any(self.faults.values()) else "no faults", steps)
+        self.progress.step("with faults" if any(self.faults.values()) else "no faults", steps)
 
     def fault(self, kind: str, detail: object) -> None:
         """Note that a figure is missed, and by what."""
@@ -74,43 +70,27 @@ class Soak:
         for kind in kinds:
             self.faults.setdefault(kind, [])
 
-    def most(self, what: str, value: float, limit: float) -> None:
-        """A figure: a value that is at most `limit`."""
-        self._figure(what, value, f"<= {limit:,.4g}", value <= limit)
-
-    def least(self, what: str, value: float, limit: float) -> None:
-        """A figure: a value that is at least `limit`."""
-        self._figure(what, value, f">= {limit:,.4g}", value >= limit)
-
-    def within(self, what: str, seconds: float, limit: float) -> None:
-        """A figure: a time that is at most `limit`."""
-        self._figure(what, seconds, f"<= {limit:,.4g}", seconds <= limit, is_time=True)
-
-    def _figure(self, what: str, value: float, wanted: str, good: bool, is_time: bool = False) -> None:
+    def figure(self, what: str, value: float, limit: float, *, least: bool = False, is_time: bool = False) -> None:
+        """A figure: a value that is at most, or at `least`, the limit."""
+        good, wanted = value >= limit if least else value <= limit, f"{'>=' if least else '<='} {limit:,.4g}"
         self._figures.append((what, f"{value:,.4g}", wanted, good))
         if not good and not is_time:
             self.missed.append(f"{what}: {value:,.4g}, wanted {wanted}")
 
-    def told(self, what: str, value: object) -> None:
-        """A line of the summary that asks for nothing."""
-        self._notes.append(f"{what}: {value}")
-
     def finish(self) -> int:
         """Print the summary; the exit status, 1 when a figure is missed."""
-        self._progress.end()
-        figures, self._figures = self._figures, []
+        self.progress.end()
         for kind, faults in self.faults.items():
-            self._figure(kind, len(faults), "0", not faults)
+            self.figure(kind, len(faults), 0)
             examples = collections.Counter(faults).most_common(3)
-            self._notes += [f"{kind} ({times} x): {detail}" for detail, times in examples]
-        figures = self._figures + figures
-        passed = all(good for *_, good in figures)
+            self.notes += [f"{kind} ({times} x): {detail}" for detail, times in examples]
+        passed = all(good for *_, good in self._figures)
         small = "" if self.count >= self.full else f" (a small run: the figure asks for {self.full:,})"
         print(f"{self.what}: {'passed' if passed else 'MISSED'}\n  {machine()}")
         print(f"  seed {self.seed}, count {self.count:,}{small}, {time.monotonic() - self._started:.1f} s")
-        for what, value, wanted, good in figures:
+        for what, value, wanted, good in self._figures:
             print(f"  {what:58} {value:>9}  {wanted:9} {'ok' if good else 'MISSED'}")
-        for note in self._notes:
+        for note in self.notes:
             print(f"  {note}")
         return 0 if passed else 1
 
@@ -122,15 +102,15 @@ def run(main: Callable[[Soak], Coroutine[Any, Any, None]], what: str, full: int)
     parser.add_argument("--count", type=int, default=full, help=f"how many cases; the figure asks for {full:,}")
     given = parser.parse_args()
     soak = Soak(what, full, given.count, given.seed)
-    asyncio.run(_until_ended(main(soak)))
+
+    async def until_ended() -> None:
+        """What a run has started is ended also where it is told to end itself."""
+        task = asyncio.ensure_future(main(soak))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        await task
+
+    asyncio.run(until_ended())
     sys.exit(soak.finish())
-
-
-async def _until_ended(work: Coroutine[Any, Any, None]) -> None:
-    """What a run has started is ended also where it is told to end itself."""
-    task = asyncio.ensure_future(work)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    await task
 
 
 async def until(holds: Callable[[], bool], seconds: float) -> bool:
@@ -199,13 +179,11 @@ class Desk:
                 writer.write(f"{self.says(question)}\n".encode())
             leaving.cancel()
 
-
-@contextlib.asynccontextmanager
-async def desk() -> AsyncIterator[Desk]:
-    opened = Desk()
-    async with await asyncio.start_server(opened, "127.0.0.1", 0) as server:
-        opened.port = server.sockets[0].getsockname()[1]
-        yield opened
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Self]:
+        async with await asyncio.start_server(self, "127.0.0.1", 0) as server:
+            self.port = server.sockets[0].getsockname()[1]
+            yield self
 
 
 class Site:
@@ -262,8 +240,8 @@ async def site(soak: Soak, model: Answer | None = None, **options: Any) -> Async
     soak.none("tools called twice for one call", "damage in databases")
     with tempfile.TemporaryDirectory(prefix="memws-soak-") as name, Endpoint(**options) as endpoint:
         endpoint.default = model or endpoint.default
-        async with desk() as opened:
-            place = Site(soak, Path(name), endpoint, opened)
+        async with Desk().opened() as desk:
+            place = Site(soak, Path(name), endpoint, desk)
             yield place
             place.check()
 
@@ -365,9 +343,9 @@ def healthy_client(soak: Soak, url: str, token: str = "") -> Iterator[None]:
     times, error = json.loads(out or '[[], "it died"]')
     if error:
         soak.fault("healthy clients that fail", error)
-    soak.within("healthy client's p99, ms", 1000 * percentile(times, 0.99), 100)
-    soak.within("healthy client's slowest answer, ms", 1000 * max(times, default=9.0), 1000)
-    soak.told("healthy client's answers", f"{len(times):,}")
+    soak.figure("healthy client's p99, ms", 1000 * percentile(times, 0.99), 100, is_time=True)
+    soak.figure("healthy client's slowest answer, ms", 1000 * max(times, default=9.0), 1000, is_time=True)
+    soak.notes.append(f"healthy client's answers: {len(times):,}")
 
 
 async def probe(url: str, token: str) -> None:
