@@ -3984,6 +3984,9 @@ class Models:
 # ======================================================================================================================
 
 
+Rule = bool | Callable[[JSON], bool]  # whether a call, by its arguments, waits until somebody allows it
+
+
 @dataclass(frozen=True, slots=True)
 class Tool:
     """A function that a model may call."""
@@ -3992,7 +3995,7 @@ class Tool:
     function: Function
     spec: str  # the encoded entry of a request's tools
     timeout: float  # seconds
-    approve: bool | Callable[[JSON], bool] = False  # whether a call, by its arguments, waits until somebody allows it
+    approve: Rule = False
 
 
 _TYPES = [{"type": json_type} for json_type in ("string", "number", "boolean", "object")]
@@ -4040,13 +4043,12 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
     if name := schema.get("$ref", "").rpartition("/")[2]:
         within = {**models[name], **schema, "$ref": ""}
         return ANYTHING if name in inside else _portable(within, models, (*inside, name))
-    whole = {key: value for key, value in schema.items() if key not in ("$ref", "title", "discriminator")}
-    if "oneOf" in whole:
-        whole["anyOf"] = whole.pop("oneOf")
-    for key in whole.keys() - {"default", "properties"}:
-        whole[key] = _portable(whole[key], models, inside)
-    if "properties" in whole:
-        whole["properties"] = {name: _portable(part, models, inside) for name, part in whole["properties"].items()}
+    whole: JSON = {}
+    for key, part in schema.items():
+        if key == "properties":
+            whole[key] = {name: _portable(each, models, inside) for name, each in part.items()}
+        elif key not in ("$ref", "title", "discriminator"):
+            whole["anyOf" if key == "oneOf" else key] = part if key == "default" else _portable(part, models, inside)
     if whole.get("type") == "array" and not whole.get("items"):
         whole["items"] = {"anyOf": whole.pop("prefixItems")} if "prefixItems" in whole else ANYTHING
     return whole
@@ -4054,16 +4056,17 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
 
 def make_tool(
     call: Callable[..., Any],
-    name: str | None = None,
+    name: str = "",
     timeout: float = TOOL_TIMEOUT,
-    approve: bool | Callable[[JSON], bool] = False,
+    approve: Rule = False,
+    skip: Collection[str] = (),
 ) -> Tool:
     """The Tool of a function, by its signature and docstring. Raises UsageError for one that no model could call."""
     if isinstance(call, type):
         raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
     if not isinstance(timeout, (int, float)) or not timeout > 0:
         raise UsageError(f"timeout: expected seconds, more than 0, but got {quote(timeout)}")
-    function = function_of(call, name or "", other=_reader_of)
+    function = function_of(call, name, skip, _reader_of)
     parameters = _portable(function.parameters, {})
     if function.name not in ("send_message", "pause_heartbeats"):
         parameters["properties"][REQUEST_HEARTBEAT] = schema_of(Annotated[bool, "run again right after this call"])
@@ -4236,8 +4239,6 @@ class Transaction:
     happened. Raises StoreFailed: then the memory is stale, and the agent has to be opened anew.
     """
 
-    calls_tools = True  # as a memory tool's first parameter
-
     def __init__(self, memory: Memory, turn_id: str = "", step: int = 0) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step
         self.vectors: Mapping[str, bytes | None] = {}  # of the queries that will be searched for
@@ -4273,21 +4274,20 @@ class Transaction:
 
     async def _store(self) -> None:
         memory, record, changes = self.memory, self.memory.record, self.changes
-        cuts = self.state["cut"] != record.state["cut"]
         if self.blocks != memory.blocks:
             changes.blocks = [asdict(block) for block in self.blocks.values()]
         changes.config = self.config if self.config != record.config else None
+        is_edit = changes.blocks is not None or changes.config or self.state["cut"] != record.state["cut"]
         self.state |= memory.tokens
         changes.state = self.state if self.state != record.state else None
         events = await memory.store.write(commit, record.id, changes, memory.owner)
         record.config, record.state, memory.blocks = self.config, self.state, self.blocks
         record.last_seq = events[-1].seq if events else record.last_seq
-        memory.messages += changes.messages
         memory.last_message += len(changes.messages)
         memory.archival += sum(document.store == "archival" for document in changes.documents) - len(changes.removed)
-        if cuts:
+        memory.messages += changes.messages
+        if is_edit:
             memory.messages = [message for message in memory.messages if message.id >= self.state["cut"]]
-        if cuts or changes.blocks is not None or changes.config:
             memory.edited()
         for event in events:
             memory.emit(event)
@@ -4477,60 +4477,56 @@ def edit_text(text: str, old: str, new: str) -> str:
 
 # ---- the memory tools (names and parameters are MemGPT 0.2.7's, functions/function_sets) -----------------------------
 
-
-async def send_message(memory: Transaction, message: str) -> None:
-    """Say something to the user. This is the only way to reach them."""
-    memory.say(message)
-
-
 _Name = Annotated[str, "the block's label, like persona or human"]
 _Old = Annotated[str, "what stands there, to the letter and only once"]
 _New = Annotated[str, "empty to delete"]
 _Day = Annotated[str, "YYYY-MM-DD, inclusive"]
 
 
-async def core_memory_append(memory: Transaction, name: _Name, content: str) -> None:
-    """Add a line to a block of core memory."""
-    before = memory.block(name).value
-    memory.write(name, f"{before}\n{content}" if before else content)
+class MemoryTools(Transaction):
+    """A transaction of a turn with what a model may call in it: the docstrings are what the model reads."""
+
+    async def send_message(self, message: str) -> None:
+        """Say something to the user. This is the only way to reach them."""
+        self.say(message)
+
+    async def core_memory_append(self, name: _Name, content: str) -> None:
+        """Add a line to a block of core memory."""
+        before = self.block(name).value
+        self.write(name, f"{before}\n{content}" if before else content)
+
+    async def core_memory_replace(self, name: _Name, old_content: _Old, new_content: _New) -> None:
+        """Replace text in a block of core memory."""
+        self.write(name, edit_text(self.block(name).value, old_content, new_content))
+
+    async def conversation_search(self, query: str, page: int = 0) -> str:
+        """Search all that the user and you have said, by words."""
+        return await self.search("recall", query, page)
+
+    async def conversation_search_date(self, start_date: _Day, end_date: _Day, page: int = 0) -> str:
+        """List what the user and you said between two days, the newest first."""
+        return await self.search("recall", "", page, *date_range(start_date, end_date, self.memory.zone))
+
+    async def archival_memory_insert(self, content: str) -> None:
+        """Keep a passage in archival memory, worded so that a search will find it."""
+        self.insert(content)
+
+    async def archival_memory_search(self, query: str, page: int = 0) -> str:
+        """Search archival memory by words."""
+        return await self.search("archival", query, page)
+
+    async def pause_heartbeats(self, minutes: Annotated[int, "at most 360"]) -> str:
+        """Ignore timed heartbeats for some minutes."""
+        minutes = max(0, min(minutes, 360))  # MemGPT 0.2.7, constants.py: MAX_PAUSE_HEARTBEATS
+        self.state["paused_until"] = time.time() + 60 * minutes
+        return f"Pausing timed heartbeats for {minutes} min"
 
 
-async def core_memory_replace(memory: Transaction, name: _Name, old_content: _Old, new_content: _New) -> None:
-    """Replace text in a block of core memory."""
-    memory.write(name, edit_text(memory.block(name).value, old_content, new_content))
-
-
-async def conversation_search(memory: Transaction, query: str, page: int = 0) -> str:
-    """Search all that the user and you have said, by words."""
-    return await memory.search("recall", query, page)
-
-
-async def conversation_search_date(memory: Transaction, start_date: _Day, end_date: _Day, page: int = 0) -> str:
-    """List what the user and you said between two days, the newest first."""
-    return await memory.search("recall", "", page, *date_range(start_date, end_date, memory.memory.zone))
-
-
-async def archival_memory_insert(memory: Transaction, content: str) -> None:
-    """Keep a passage in archival memory, worded so that a search will find it."""
-    memory.insert(content)
-
-
-async def archival_memory_search(memory: Transaction, query: str, page: int = 0) -> str:
-    """Search archival memory by words."""
-    return await memory.search("archival", query, page)
-
-
-async def pause_heartbeats(memory: Transaction, minutes: Annotated[int, "at most 360"]) -> str:
-    """Ignore timed heartbeats for some minutes."""
-    minutes = max(0, min(minutes, 360))  # MemGPT 0.2.7, constants.py: MAX_PAUSE_HEARTBEATS
-    memory.state["paused_until"] = time.time() + 60 * minutes
-    return f"Pausing timed heartbeats for {minutes} min"
-
-
-_MEMORY_CALLS: list[Callable[..., Any]] = [send_message, core_memory_append, core_memory_replace]
-_MEMORY_CALLS += [conversation_search, conversation_search_date]
-_MEMORY_CALLS += [archival_memory_insert, archival_memory_search, pause_heartbeats]
-MEMORY_TOOLS = {call.__name__: make_tool(call) for call in _MEMORY_CALLS}
+MEMORY_TOOLS = {
+    name: make_tool(call, skip=["self"])
+    for name, call in vars(MemoryTools).items()
+    if inspect.iscoroutinefunction(call)
+}
 
 
 # ======================================================================================================================
@@ -4681,7 +4677,7 @@ _NO_USAGE = {"input_tokens": 0, "output_tokens": 0, "model_calls": 0, "estimated
 
 
 class Stopped(Exception):
-    """A turn was asked to stop; why is in its `stop_reason`."""
+    """A turn was asked to stop; its text is the turn's stop reason."""
 
 
 @dataclass(eq=False)
@@ -4722,7 +4718,7 @@ class Turn:
     def interruptible(self) -> Iterator[None]:
         """Around every await that stop() may break. Raises Stopped; other cancellations pass through."""
         if self.stop_reason is not None:
-            raise Stopped
+            raise Stopped(self.stop_reason)
         self._task = task = asyncio.current_task()
         try:
             yield
@@ -4730,7 +4726,7 @@ class Turn:
             if self.stop_reason is None or task is None:
                 raise
             task.uncancel()
-            raise Stopped from None
+            raise Stopped(self.stop_reason) from None
         finally:
             self._task = None
 
@@ -4738,30 +4734,28 @@ class Turn:
 _USER_NAME = r"(?i)\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)"
 
 
+@dataclass(eq=False, repr=False)
 class Agent:
     """A named, persistent memory and a model that take turns (MemGPT: Packer et al. 2023, arXiv 2310.08560), one at a
     time; edits from outside may come between. It knows a store and a model, never a socket: what happens is stored,
     then given to `emit`."""
 
+    store: Store
+    record: AgentRecord
+    _models: Models
+    _all_tools: Mapping[str, Tool]  # that are registered
+    _max_steps: int = MAX_STEPS  # where the config has none
+    _api_key: str | None = None
+    _emit: Callable[[StoredEvent], None] = lambda event: None
+    _timezone: str | None = None  # where the config has none
+    repairs: list[str] = field(default_factory=list)  # what the opening had to mend
+    # Calls that wait until somebody allows them, by id: about them; their tool; arguments to take instead, a note.
+    approvals: dict[str, tuple[JSON, Tool, asyncio.Future[tuple[JSON, str] | None]]] = field(default_factory=dict)
+    _cut_prompts: int = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
     calls_tools = True  # a tool's parameter of this type is filled in
 
-    def __init__(
-        self,
-        store: Store,
-        record: AgentRecord,
-        models: Models,
-        tools: Mapping[str, Tool],
-        max_steps: int = MAX_STEPS,
-        api_key: str | None = None,
-        emit: Callable[[StoredEvent], None] = lambda event: None,
-        timezone: str | None = None,  # where the config has none
-    ) -> None:
-        self.memory, self.record, self._timezone = Memory(store, record, emit, self.configure), record, timezone
-        self._models, self._all_tools, self._max_steps, self._api_key = models, tools, max_steps, api_key
-        self.repairs: list[str] = []  # what the opening had to mend
-        # Calls that wait until somebody allows them, by id: about them; their tool; arguments to take instead, a note.
-        self.approvals: dict[str, tuple[JSON, Tool, asyncio.Future[tuple[JSON, str] | None]]] = {}
-        self._cut_prompts = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.store, self.record, self._emit, self.configure)
 
     @property
     def name(self) -> str:
@@ -4791,8 +4785,6 @@ class Agent:
             check_record(self.record)
             await self.memory.load()
             self.configure()
-            if told := self.model.learned.window:
-                self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
             await self._repair()
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
@@ -4803,20 +4795,18 @@ class Agent:
         """Close what a crash left open: calls get a result, the turn its end. Nothing that was said is dropped."""
         memory, turn_id = self.memory, self.record.state["turn"]
         faults, open_calls = history_faults(memory.messages)
-        broken = max((index for index, _ in faults), default=0)
-        if not (broken or open_calls or turn_id):
+        if not (faults or open_calls or turn_id):
             return
         turn = Turn(turn_id or "", None, step=memory.messages[-1].step if memory.messages else 0)
         async with self._change(turn) as change:
+            if faults:
+                text = "chat messages that are damaged or lack a tool's result left the context window"
+                self.repairs.append(text)
+                change.state["cut"] = memory.messages[faults[-1][0] - 1].id + 1
+                change.add_event("correction", text, what="history")
             for call_id, name in open_calls.items():
                 self.repairs.append(f"the call of {name} was interrupted and got a result")
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            if broken:
-                text = "chat messages that are damaged or lack a tool's result left the context window"
-                self.repairs.append(text)
-                kept = memory.messages[broken:] + change.changes.messages
-                change.state["cut"] = kept[0].id if kept else memory.last_message + 1
-                change.add_event("correction", text, what="history")
             if turn_id:
                 self.repairs.append(f"turn {turn_id} was interrupted and got its end")
                 turn.usage["estimated"] = True
@@ -4900,14 +4890,12 @@ class Agent:
             while not turn.over:
                 try:
                     await self._step(turn)
-                except Stopped:
-                    await self._end_stopped(turn)
-                except MemwsError as error:
-                    await self._fail(turn, error)
+                except (Stopped, MemwsError) as reason:
+                    await self._break_off(turn, reason)
                 except Exception:  # a fault of ours ends this turn, never the server or another agent's turn
                     logger.exception("agent %s: turn %s failed", self.name, turn.turn_id)
                     self.memory.stale = True
-                    await self._fail(turn, MemwsError("internal error; the server's log has it"))
+                    await self._break_off(turn, MemwsError("internal error; the server's log has it"))
         finally:
             self.memory.stale |= not turn.over  # a tool cancelled the task it runs in
             turn.over = True
@@ -4966,7 +4954,7 @@ class Agent:
                 item.done.set_result(None)
 
     def _change(self, turn: Turn) -> Transaction:
-        return Transaction(self.memory, turn.turn_id, turn.step)
+        return MemoryTools(self.memory, turn.turn_id, turn.step)
 
     # -- asking the model --
 
@@ -4974,40 +4962,41 @@ class Agent:
         """Call the model until its reply can be used, or half of one has to do. Raises ModelError, Stopped."""
         extra, failures, waited = "", 0, 0.0
         while True:
-            usage, tokens = turn.usage.copy(), self.memory.tokens.copy()
             try:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
                 read_reply(turn.reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
                 return self._check_reply(turn, has_to_send=turn.verify and not extra)
             except ModelError as error:
-                if error.loading and waited < LOADING_PATIENCE:
-                    waited += error.retry_after or 0.0
-                    turn.usage.update(usage)  # it counts as no call
-                    self.memory.tokens.update(tokens)
-                    await self._retry(turn, error, round(waited), round(LOADING_PATIENCE))
-                    continue
+                attempt, of, pause = 1, 1, 0.0
                 turn.failed_calls += 1
-                if turn.failed_calls >= MAX_FAILED_CALLS:
+                if error.loading and waited < LOADING_PATIENCE:
+                    turn.failed_calls -= 1  # it counts as no call
+                    waited += error.retry_after or 0.0
+                    attempt, of = round(waited), round(LOADING_PATIENCE)
+                elif turn.failed_calls >= MAX_FAILED_CALLS:
                     return self._take_half(turn, error)
-                if error.code == "context_overflow":
+                elif error.code == "context_overflow":
                     turn.failed_calls += 1  # for the summary
                     try:
                         await self.compact(turn)
                     except ModelError as problem:
                         raise ModelError(error.code, f"{error}; {problem}") from None
+                    continue
                 elif error.code == "bad_output" and not extra:
                     self._counts["bad_output"] += 1
                     alert = self.memory.pack("system_alert", message=CORRECTIVE.format(problem=error))
                     extra = encode_json({"role": "user", "content": alert})
-                    await self._retry(turn, error, 1, 1)
-                elif error.learned:
-                    await self._retry(turn, error, 1, 1)
-                elif error.retry and failures < TRANSPORT_RETRIES:
+                elif error.retry and not error.learned and failures < TRANSPORT_RETRIES:
                     failures += 1
-                    await self._retry(turn, error, failures, TRANSPORT_RETRIES, RETRY_PAUSE * 2 ** (failures - 1))
-                else:
+                    attempt, of, pause = failures, TRANSPORT_RETRIES, RETRY_PAUSE * 2 ** (failures - 1)
+                elif not error.learned:
                     return self._take_half(turn, error)
+                pause = pause if error.retry_after is None else error.retry_after
+                about = {"attempt": attempt, "of": of, "delay_ms": round(pause * 1000), "code": error.code}
+                self.emit_live(turn, "retry", f"{error}; trying again", **about)
+                with turn.interruptible():
+                    await asyncio.sleep(0 if self._models.replays else pause)
 
     def _take_half(self, turn: Turn, error: ModelError) -> None:
         """Take what there is of a reply that came no further. Raises the error where that tells a user nothing."""
@@ -5026,22 +5015,12 @@ class Agent:
         if turn.replied or reply.partial:
             return
         if not (reply.calls or reply.text) and (reply.fault == "length" or (reply.reasoning and not reply.fault)):
-            tokens = self.record.config["settings"].get("max_tokens") or (reply.usage or {}).get("output_tokens")
-            until = f" until its limit of {tokens:,} tokens" if tokens and reply.fault else ""
-            text = f"the model thought{until} and said nothing; raise max_tokens or lower reasoning_effort"
+            text = "the model only thought and said nothing; raise max_tokens or lower reasoning_effort"
             raise ModelError("bad_output", text)
         if not reply.calls and (not reply.text or (reply.fault and not reply.full)):
             raise reply.problem("the model's answer is empty")
         if has_to_send and not any(call.name == "send_message" for call in reply.calls):
             raise ModelError("bad_output", "the first reply has to go through send_message")
-
-    async def _retry(self, turn: Turn, error: ModelError, attempt: int, of: int, pause: float = 0.0) -> None:
-        """Tell of a failed call, and wait before the next: as long as the endpoint asks for, or `pause` seconds."""
-        pause = pause if error.retry_after is None else error.retry_after
-        fields = {"attempt": attempt, "of": of, "delay_ms": round(pause * 1000), "code": error.code}
-        self.emit_live(turn, "retry", f"{error}; trying again", **fields)
-        with turn.interruptible():
-            await asyncio.sleep(0 if self._models.replays else pause)
 
     def emit_live(self, turn: Turn, kind: str, text: str, **fields: Any) -> None:
         """Tell something that is not stored, at once."""
@@ -5051,23 +5030,23 @@ class Agent:
     def _new_request(self, turn: Turn, extra: str) -> RequestRecord:
         """What will be sent, by reference to the chat messages in view."""
         messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
-        first, last = (messages[0].id, messages[-1].id) if messages else (1, 0)
         texts = (head, self._system_body, self._sections["summary"], self._sections["tools"], extra)
-        return RequestRecord(turn.turn_id, turn.step, *texts, first, last, shape=self.model.learned.shape)
+        span = messages[0].id, messages[-1].id
+        return RequestRecord(turn.turn_id, turn.step, *texts, *span, shape=self.model.learned.shape)
 
     async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
-        body = request.body(message.body for message in messages)
+        bodies = [message.body for message in messages]
+        body, learned, loads = request.body(bodies), self.model.learned, False
         request.digest = hashlib.sha256(body.encode()).digest()
-        loop, timer, learned = asyncio.get_running_loop(), None, self.model.learned
+        loop, timer = asyncio.get_running_loop(), None
         with turn.interruptible():
-            turn.usage["model_calls"] += 1
             self._counts["calls"] += 1
             started, tape, answer = time.monotonic(), self._models.tape, self.model.stream(body)
             if tape:
                 head = encode_json({"model": self.model.name, **self.record.config["settings"]})
-                parts = [head, request.system, request.summary, *(message.body for message in messages)]
-                answer = tape.stream(self.model, body, [*parts, request.extra, request.tools], self.name)
+                parts = [head, request.system, request.summary, *bodies, request.extra, request.tools]
+                answer = tape.stream(self.model, body, parts, self.name)
             try:
                 async with contextlib.aclosing(answer) as chunks:
                     async for chunk in chunks:
@@ -5079,6 +5058,7 @@ class Agent:
                         if reply.full:
                             break
             except ModelError as error:
+                loads = error.loading
                 if self.model.learned != learned:  # by what was learned here, or in another agent's turn
                     error.learned = True
                     await self._store_learned()
@@ -5088,7 +5068,8 @@ class Agent:
                     timer.cancel()
                 self._emit_deltas(turn)
                 request.total_ms = round((time.monotonic() - started) * 1000)
-                self._count(turn, request, reply, estimate_tokens(body))
+                if not loads:
+                    self._count(turn, request, reply, estimate_tokens(body))
 
     def _emit_deltas(self, turn: Turn) -> None:
         for of, text in turn.reply.news():
@@ -5109,6 +5090,7 @@ class Agent:
             pulled = self.ratio + 0.3 * (min(2.0, max(0.5, counted)) - self.ratio)
             self._models.ratios[self.record.id, self.model.name] = pulled
         request.usage = {**usage, "estimated": reply.usage is None}
+        turn.usage["model_calls"] += 1
         for totals in (turn.usage, self.memory.tokens):
             totals["input_tokens"] += usage["input_tokens"]
             totals["output_tokens"] += usage["output_tokens"]
@@ -5200,24 +5182,24 @@ class Agent:
             text = f"{call.name} is called without {quote(', '.join(sorted(surplus)))}, which it does not take"
             change.add_event("correction", text, what="arguments")
         if call.name not in MEMORY_TOOLS:
-            waits = needs_approval(tool, arguments)
+            waits, note = needs_approval(tool, arguments), ""
             about: JSON = {"tool_call_id": call.id, "name": call.name, "arguments": without_heartbeat(call.arguments)}
             if waits:
                 change.add_event("approval_request", f"may {call.name} run?", **about, seconds=APPROVAL_TIMEOUT)
             async with change.apart():
                 with turn.interruptible():
-                    edited = await self._allowed(tool, about) if waits else None
-                    arguments, note = edited or (arguments, "")
+                    if waits:
+                        arguments, note = await self._allowed(tool, arguments, about)
                     return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
         return str(await tool.function.call(change, **arguments))
 
-    async def _allowed(self, tool: Tool, about: JSON) -> tuple[JSON, str] | None:
-        """Wait until a call may run; the arguments to take instead, and a note of it. Raises ToolError."""
+    async def _allowed(self, tool: Tool, arguments: JSON, about: JSON) -> tuple[JSON, str]:
+        """Wait until a call may run; the arguments to take, and a note of them. Raises ToolError."""
         until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=APPROVAL_TIMEOUT)
         answer = asyncio.get_running_loop().create_future()
         self.approvals[about["tool_call_id"]] = about | {"until": utc_text(until)}, tool, answer
         try:
-            return await asyncio.wait_for(answer, APPROVAL_TIMEOUT)
+            return await asyncio.wait_for(answer, APPROVAL_TIMEOUT) or (arguments, "")
         except TimeoutError:
             raise ToolError(f"not run: nobody allowed it within {APPROVAL_TIMEOUT:g} s") from None
         finally:
@@ -5233,7 +5215,7 @@ class Agent:
         content = encode_json({"status": status, "message": text, "time": self.memory.clock()})
         change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
 
-    # -- ends: with the last step (_finish), stop() (_end_stopped), an error (_fail), or the next opening (_repair) --
+    # -- ends: with the last step (_finish), within a step (_break_off), or at the next opening (_repair) --
 
     def _finish(self, change: Transaction, turn: Turn, succeeded: bool) -> None:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
@@ -5242,8 +5224,30 @@ class Agent:
         sizes = self._sizes([*self.memory.messages, *change.changes.messages])
         was_warned = change.state["warned"] or turn.compactions > 0
         warn = not was_warned and sum(sizes.values()) > WARNING_FRACTION * self.window
-        reason = self._reason_to_go_on(turn, succeeded)
-        outcome = self._reason_to_stop(change, turn, bool(reason or warn or turn.steered))
+
+        reason = "" if turn.replied else HEARTBEAT_NO_REPLY  # to go on (MemGPT 0.2.7, websocket_server.py, run_step)
+        if not succeeded:
+            reason = HEARTBEAT_FAILED
+        elif any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in reply.calls):
+            reason = HEARTBEAT_REQUESTED
+
+        outcome: str | MemwsError | None = None  # None: another step follows
+        if turn.stop_reason is not None:
+            outcome = turn.stop_reason
+        elif reply.fault == "broken" and reply.error:
+            outcome = reply.error
+        elif turn.failed_tools >= MAX_FAILED_TOOLS:
+            problem = f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {change.changes.messages[-1].text}"
+            outcome = ModelError("bad_output", problem)
+        elif not (reason or warn or turn.steered):
+            outcome = "done"
+        elif max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
+            outcome = "repeated_call"
+        elif turn.step >= self.max_steps:
+            outcome = "max_steps"
+        elif turn.usage["input_tokens"] + turn.usage["output_tokens"] >= TURN_TOKEN_BUDGET:
+            outcome = "budget"
+
         if warn:
             change.state["warned"] = True
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
@@ -5257,58 +5261,34 @@ class Agent:
         if outcome is not None:
             self._end(change, turn, outcome)
 
-    def _reason_to_go_on(self, turn: Turn, succeeded: bool) -> str:
-        """The heartbeat that the next step starts with, or nothing (MemGPT 0.2.7, websocket_server.py, run_step)."""
-        if not succeeded:
-            return HEARTBEAT_FAILED
-        if any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in turn.reply.calls):
-            return HEARTBEAT_REQUESTED
-        return "" if turn.replied else HEARTBEAT_NO_REPLY
-
-    def _reason_to_stop(self, change: Transaction, turn: Turn, more: bool) -> str | ModelError | None:
-        """The turn's stop reason, or the error it ends with; None: another step follows."""
-        if turn.stop_reason is not None:
-            return turn.stop_reason
-        if turn.reply.fault == "broken" and turn.reply.error:
-            return turn.reply.error
-        if turn.failed_tools >= MAX_FAILED_TOOLS:
-            problem = change.changes.messages[-1].text
-            return ModelError("bad_output", f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {problem}")
-        if not more:
-            return "done"
-        if max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
-            return "repeated_call"
-        if turn.step >= self.max_steps:
-            return "max_steps"
-        tokens = turn.usage["input_tokens"] + turn.usage["output_tokens"]
-        return "budget" if tokens >= TURN_TOKEN_BUDGET else None
-
-    async def _end_stopped(self, turn: Turn) -> None:
-        """End a turn that was stopped while its model answered; what had come of the answer is kept."""
-        reply = turn.reply
-        reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
-        reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
-        reply.calls = []
+    async def _break_off(self, turn: Turn, reason: Stopped | MemwsError) -> None:
+        """End a turn within a step: where it was stopped what had come of an answer is kept; open calls get a result.
+        Raises StoreFailed."""
+        reply, outcome = turn.reply, str(reason) if isinstance(reason, Stopped) else reason
         async with self._change(turn) as change:
-            await self._take_reply(change, turn)
-            self._end(change, turn, turn.stop_reason or "cancelled")
-
-    async def _fail(self, turn: Turn, error: MemwsError) -> None:
-        """End a turn with an error; open calls get a result. Raises StoreFailed."""
-        logger.warning("agent %s: turn %s: %s", self.name, turn.turn_id, error)
-        if turn.request is not None and isinstance(error, ModelError):
-            turn.request.response = {"error": {"code": error.code, "message": str(error)}}
-        async with self._change(turn) as change:
+            if isinstance(outcome, str):
+                reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
+                reply.partial = reply.partial or "\n".join(filter(None, (call.spoken for call in reply.calls)))
+                reply.calls = []
+                await self._take_reply(change, turn)
+            else:
+                logger.warning("agent %s: turn %s: %s", self.name, turn.turn_id, outcome)
+            if turn.request and isinstance(outcome, ModelError):
+                turn.request.response = {"error": {"code": outcome.code, "message": str(outcome)}}
             for call_id, name in history_faults(self.memory.messages)[1].items():
                 self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
-            self._end(change, turn, error)
+            self._end(change, turn, outcome)
 
     def _end(self, change: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
         """The terminal event: a stop reason, or an error."""
         end = {"type": "agent_response_end", "stop_reason": outcome}
         if isinstance(outcome, MemwsError):
-            problem = {"message": str(outcome), "code": outcome.code}
-            end = {"type": "agent_response_error", "stop_reason": "error", **problem}
+            end = {
+                "type": "agent_response_error",
+                "stop_reason": "error",
+                "message": str(outcome),
+                "code": outcome.code,
+            }
         change.changes.events.append({**end, "turn_id": turn.turn_id, "usage": turn.usage})
         change.changes.request, change.state["turn"] = turn.request, None
         turn.over = True
@@ -5334,7 +5314,7 @@ class Agent:
         return [{"name": name, "tokens": tokens[name], "text": text} for name, text in texts.items()]
 
     def _add_context(self, change: Transaction, sizes: dict[str, int], warn: bool) -> None:
-        sections, used = [{"name": name, "tokens": tokens} for name, tokens in sizes.items()], sum(sizes.values())
+        used, sections = sum(sizes.values()), [{"name": name, "tokens": tokens} for name, tokens in sizes.items()]
         fields: JSON = {"sections": sections, "used": used, "window": self.window}
         if warn:
             fields["warning"] = "the context window is nearly full: the agent was told to save what matters"
@@ -5351,12 +5331,15 @@ class Agent:
 
     async def compact(self, turn: Turn) -> JSON:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
-        memory, before = self.memory, self.used()
+        memory, sizes = self.memory, self._sizes(self.memory.messages)
+        before = sum(sizes.values())
+        parts = ", ".join(f"{name} {tokens:,}" for name, tokens in sizes.items())
+        problem = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({parts})"
         surplus = max(0, before - self.window) / self.ratio  # tokens for which the window has no room
         tokens = sum(message.tokens for message in memory.messages) - surplus
         cut = self._cut_at(tokens * KEEP_FRACTION / 2**turn.compactions)
         if cut == 0 or turn.compactions >= 3:
-            raise self._too_small(before)
+            raise ModelError("context_overflow", problem)
         turn.compactions += 1
         hidden, kept = memory.messages[:cut], memory.messages[cut:]
         gist = await self._summarize(turn, hidden)
@@ -5364,12 +5347,22 @@ class Agent:
             speaker = f"{turn.speaker} speaks. " if turn.speaker else ""
             gist += f"\n{speaker}{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self._change(turn) as change:
-            gist, summary, after = self._fitting_summary(gist, kept, before)
-            change.state |= {"cut": kept[0].id, "warned": False, "summary": summary, "gist": gist}
-            sizes = {"tokens_before": before, "tokens_after": after}
+            note = (
+                f"Note: prior messages ({kept[0].id - 1} of {memory.last_message}) have left your view to make room; "
+            )
+            note += "conversation_search finds what was said in them. Summary:\n"
+            for words in (gist, excerpt(gist, 200), ""):  # they are left out until the summary saves something
+                summary = memory.pack("system_alert", message=note + words)
+                sizes = self._sizes(kept, summary=encode_json({"role": "user", "content": summary}))
+                if (after := sum(sizes.values())) < before:
+                    break
+            else:
+                raise ModelError("context_overflow", problem)
+            change.state |= {"cut": kept[0].id, "warned": False, "summary": summary, "gist": words}
+            told = {"tokens_before": before, "tokens_after": after}
             counts = {"messages_before": cut + len(kept), "messages_after": len(kept)}
-            change.add_event("compaction", f"{cut} messages became a summary", **counts, **sizes, summary=gist)
-        return sizes
+            change.add_event("compaction", f"{cut} messages became a summary", **counts, **told, summary=words)
+        return told
 
     def _cut_at(self, keep: float) -> int:
         """Where to cut: the index of the first message kept, never between a call and its result; 0: nowhere."""
@@ -5381,11 +5374,6 @@ class Agent:
             if messages[index].role != "tool":
                 best = index
         return best
-
-    def _too_small(self, used: int) -> ModelError:
-        sizes = ", ".join(f"{name} {tokens:,}" for name, tokens in self._sizes(self.memory.messages).items())
-        text = f"the prompt needs {used:,} of {self.window:,} tokens and cannot be made smaller ({sizes})"
-        return ModelError("context_overflow", text)
 
     async def _summarize(self, turn: Turn, hidden: Sequence[ChatMessage]) -> str:
         """A summary of the messages by the model; without one, their last words, so that a compaction never waits."""
@@ -5409,17 +5397,6 @@ class Agent:
             logger.warning("agent %s: no summary by the model (%s)", self.name, error)
             reply.text = ""
         return excerpt(reply.text or transcript[-SUMMARY_LIMIT:], SUMMARY_LIMIT)
-
-    def _fitting_summary(self, gist: str, kept: list[ChatMessage], before: int) -> tuple[str, str, int]:
-        """(words, the summary as packed, tokens with it): words are left out until it saves something."""
-        hidden = f"Note: prior messages ({kept[0].id - 1} of {self.memory.last_message}) have left your view"
-        for words in (gist, excerpt(gist, 200), ""):
-            note = f"{hidden} to make room; conversation_search finds what was said in them. Summary:\n{words}"
-            summary = self.memory.pack("system_alert", message=note)
-            sizes = self._sizes(kept, summary=encode_json({"role": "user", "content": summary}))
-            if (after := sum(sizes.values())) < before:
-                return words, summary, after
-        raise self._too_small(before)
 
 
 # ======================================================================================================================
@@ -8779,7 +8756,7 @@ class WebSocketServer:
         """
         if function is None:
             return lambda decorated: self.tool(decorated, name=name, timeout=timeout, approve=approve)
-        tool = make_tool(function, name, timeout, approve=approve)
+        tool = make_tool(function, name or "", timeout, approve)
         if tool.name in MEMORY_TOOLS:
             raise UsageError(f"{tool.name!r} is a memory tool; give your function another name")
         self.tools[tool.name] = tool

@@ -323,24 +323,20 @@ async def test_a_whole_call_of_half_an_answer_is_whole(lab: Lab, agent: Agent, f
     assert (said["message"], said["partial"]) == (ONCE, True)
 
 
-SILENCES: dict[str, tuple[Reply, int | None, str]] = {
-    "until max_tokens": (Reply(reasoning="Hm.", finish="length"), 1_280, "thought until its limit of 1,280 tokens"),
-    "until the endpoint's limit": (
-        Reply(reasoning="Hm. " * 40, finish="length"), None, "thought until its limit of 40 tokens"
-    ),
-    "in tags": (Reply("<think>Hm.", finish="max_tokens"), 9, "thought until its limit of 9 tokens"),
-    "unseen": (Reply(finish="length", usage={"prompt_tokens": 9, "completion_tokens": 99}), None, "limit of 99 tokens"),
-    "to its own end": (Reply(reasoning="Hm."), 9, "thought and said nothing"),
-}  # fmt: skip
+SILENCES = {
+    "until max_tokens": Reply(reasoning="Hm.", finish="length"),
+    "in tags": Reply("<think>Hm.", finish="max_tokens"),
+    "unseen": Reply(finish="length", usage={"prompt_tokens": 9, "completion_tokens": 99}),
+    "to its own end": Reply(reasoning="Hm."),
+}
 
 
-@pytest.mark.parametrize(("answer", "most", "words"), SILENCES.values(), ids=SILENCES)
-async def test_a_model_that_only_thinks_is_told_of(lab: Lab, answer: Reply, most: int | None, words: str) -> None:
-    """It is asked once more; the error says that it thought, until which limit, and what to change."""
-    agent = await lab.create(settings={"max_tokens": most})
+@pytest.mark.parametrize("answer", SILENCES.values(), ids=SILENCES)
+async def test_a_model_that_only_thinks_is_told_of(lab: Lab, agent: Agent, answer: Reply) -> None:
+    """It is asked once more; the error says that it only thought, and what to change."""
     turn = await lab.say(agent, "Hi", answer, answer)
     assert (turn.end["code"], turn.replies, len(turn.of("retry"))) == ("bad_output", [], 1)
-    assert re.search(f"^the model .*{words}.*; raise max_tokens or lower reasoning_effort$", turn.end["message"])
+    assert re.search("only thought .*; raise max_tokens or lower reasoning_effort$", turn.end["message"])
 
 
 TAGGED = '<tool_call>{"name": "send_message", "arguments": {"message": "Hello!"}}</tool_call>'
