@@ -374,7 +374,8 @@ class MemwsError(Exception):
     MemwsError
     ├── UsageError          wrong options, a port in use, a missing package: the command line exits with 2
     ├── Refused             a request that cannot be done as things stand; nothing was changed
-    │   └── InvalidRequest  it is no valid request
+    │   ├── InvalidRequest  it is no valid request
+    │   └── Elsewhere       another server runs the agent
     ├── StoreFailed         the database refused a read or a write; nothing of the transaction was kept
     │   └── LeaseLost       for another server runs the agent by now
     ├── ModelError          a model call failed
@@ -7527,6 +7528,14 @@ def new_turn_id() -> str:
     return f"turn_{secrets.token_hex(12)}"
 
 
+class Elsewhere(Refused):
+    """Another server runs the agent: what can be passed on, that one answers."""
+
+    def __init__(self, live: SharedAgent) -> None:
+        super().__init__("busy", f"another server runs agent {live.name!r}; talk to it through a client")
+        self.live = live
+
+
 class LiveAgent:
     """One agent in use: its turns one after another, its events for any number of readers, its timed heartbeats.
 
@@ -7598,23 +7607,21 @@ class LiveAgent:
                     yield self._with_name(event)
             after = page[-1].seq if page else until
 
-    async def runner(self) -> Client | None:
-        """The client of the server that runs the agent; None: this one does, and has opened it anew after a failed
-        transaction, unless something runs. Raises StoreFailed, Refused."""
+    async def ready(self) -> None:
+        """Let the agent be as it is on disk, unless something runs. Raises StoreFailed, Refused."""
+        if self.here and not (self.current or self.gone):
+            await self._mend()
         if self.gone:
             raise self.gone_error()
-        if not self.current:
-            await self._mend()
-        return None
 
     async def fresh(self) -> Agent:
-        """The agent, which this server runs. Raises StoreFailed, Refused."""
-        if await self.runner():
-            raise Refused("busy", f"another server runs agent {self.name!r}; talk to it through a client")
+        """The agent, which this server runs. Raises StoreFailed, Refused, Elsewhere."""
+        await self.ready()
         return self.agent
 
     async def _mend(self) -> None:
-        async with self.agent.memory.lock:  # it is opened anew once, whoever asks for it
+        """Open it anew after a failed transaction; once, whoever asks for it."""
+        async with self.agent.memory.lock:
             if self.agent.memory.stale and self.here:
                 await self.open(await self.agents.store.read(find_agent, self.name))
 
@@ -7807,15 +7814,22 @@ class SharedAgent(LiveAgent):
         self.id, name, _ = await self.agents.store.read(find_name, self.id, self.name)
         self.take_name(name)
 
-    async def runner(self) -> Client | None:
+    async def ready(self) -> None:
+        """Wait until some server runs it. Raises StoreFailed, Refused."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_TIMEOUT):
                 while not (self.here or self._client or self.gone or isinstance(self._problem, StoreFailed)):
                     await self.news.wait()
-        if self._client or self.here or self.gone:
-            return self._client or await super().runner()
-        reason = f" ({self._problem})" if self._problem else ""
-        raise StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
+        if not (self.here or self._client or self.gone):
+            reason = f" ({self._problem})" if self._problem else ""
+            raise StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
+        await super().ready()
+
+    async def fresh(self) -> Agent:
+        await self.ready()
+        if self._client:
+            raise Elsewhere(self)
+        return self.agent
 
     # -- run by this server --
 
@@ -7887,16 +7901,18 @@ class SharedAgent(LiveAgent):
                     self.refuse(item, RemoteError(event["message"], event["code"]))
             self._end(item)
 
-    async def forward(self, client: Client, request: JSON) -> JSON:
+    async def forward(self, request: JSON) -> JSON:
         """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
         arguments = {name: value for name, value in request.items() if name not in ("type", "command", "id")}
         try:
-            answered = await client.command(request["command"], **arguments | {"agent_name": self.name})
+            if self._client is None:
+                raise ConnectionLost(self.name)
+            result = await self._client.command(request["command"], **arguments | {"agent_name": self.name})
         except ConnectionLost as error:
             raise StoreFailed("the server that ran the agent was lost; see what is stored, then ask again") from error
         if request["command"] == "rewind_agent":
             await self.look_up()  # whoever has the answer finds the agent as it is by now
-        return answered
+        return result
 
 
 class Agents:
@@ -7988,22 +8004,8 @@ class Agents:
             record = await self.store.write(create_agent, record)
             self.api_keys[record.id] = api_key
             live = await self.use(record)
-        return live, [*warnings, *(() if await live.runner() else live.agent.warnings)]
-
-    async def delete(self, live: LiveAgent, force: bool, purge: bool) -> None:
-        """Put an agent aside, or forget it. Raises Refused (busy) unless `force` ends its turns first."""
-        if live.gone:
-            raise live.gone_error()
-        live.gone = True
-        try:
-            await live.stop_turns("cancelled", force)
-            async with self.lock, live.agent.memory.lock:
-                event = response("agent_change", "the agent was deleted", change="deleted")
-                live.publish(*await self.store.write(delete_agent, live.id, event, purge, live.lease))
-                live.close()
-        except MemwsError:
-            live.gone = False
-            raise
+        await live.ready()
+        return live, [*warnings, *(live.agent.warnings if live.here else ())]
 
     @contextlib.asynccontextmanager
     async def copied(self, live: LiveAgent, record: AgentRecord, item: Turn) -> AsyncGenerator[int, None]:
@@ -8184,6 +8186,8 @@ Text = Annotated[str, 0, MAX_FRAME]
 Label = Annotated[str, 1, MAX_NAME]
 Limit = Annotated[int, 1, MAX_BLOCK_LIMIT] | None
 TurnId = Annotated[str, 1, MAX_ID]
+CallId = Annotated[str, 0, 10_000]
+Reason = Annotated[str, 0, MAX_QUERY]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
 Moment = Annotated[str, 0, 40] | None
@@ -8273,14 +8277,14 @@ class Session:
     async def _call(self, function: Function, arguments: JSON, request: JSON) -> JSON | None:
         """Run a command, here or on the server that runs its agent."""
         if "live" in function.call.__annotations__:
-            live = arguments["live"] = await self._live(arguments.pop("agent_name", None))
-            if isinstance(live, SharedAgent) and function.name not in SHARED and (client := await live.runner()):
-                answered = await live.forward(client, request)
-                if function.name == "wake":
-                    reader = self._reader(live)
-                    reader.follow(answered["turn_id"], None, None, replay=reader.floor is None)
-                return answered
-        result: JSON | None = await function.call(self, **arguments)
+            arguments["live"] = await self._live(arguments.pop("agent_name", None))
+        try:
+            result: JSON | None = await function.call(self, **arguments)
+        except Elsewhere as elsewhere:
+            result = await elsewhere.live.forward(request)
+            if function.name == "wake":
+                reader = self._reader(elsewhere.live)
+                reader.follow(result["turn_id"], None, None, replay=reader.floor is None)
         return result
 
     async def _live(self, name: str | None) -> LiveAgent:
@@ -8304,8 +8308,7 @@ class Session:
         from_: Annotated[str, 1, MAX_NAME] | None = None,
     ) -> None:
         """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
-        if not live.gone:
-            await live.runner()  # the end of a turn could not be stored then; it can be by now
+        await live.ready()
         if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
             return
         item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender, when_busy=when_busy)
@@ -8331,6 +8334,7 @@ class Session:
 
     async def cancel(self, live: LiveAgent, turn_id: TurnId | None = None) -> JSON:
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
+        await live.fresh()
         item = live.find(turn_id) if turn_id else live.current
         if item is None:
             if turn_id is not None and await self._agents.store.read(find_turn, live.id, turn_id) is None:
@@ -8346,6 +8350,7 @@ class Session:
 
     async def wake(self, live: LiveAgent) -> JSON:
         """Start a turn without a user's message, as a heartbeat would. Result: {turn_id}."""
+        await live.fresh()
         item = Turn(new_turn_id(), None, sender=self.sender, when_busy="reject")
         live.enqueue(item)
         self._reader(live).follow(item.turn_id, None, item)
@@ -8354,7 +8359,7 @@ class Session:
     async def subscribe(self, live: LiveAgent, after: Any = None) -> None:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
-        await live.runner()
+        await live.ready()
         last_seq = live.last_seq
         if isinstance(live, SharedAgent):  # what other clients have seen may be ahead of what is known here
             last_seq = max(last_seq, (await self._agents.store.read(find_name, live.id, live.name))[2])
@@ -8383,8 +8388,6 @@ class Session:
         if name is None and agent_name is None:
             raise InvalidRequest("missing_field", "load_agent needs the field 'name'")
         live = self._current = await self._live(agent_name if name is None else name)
-        if isinstance(live, SharedAgent) and (client := await live.runner()):
-            return await live.forward(client, {"command": "load_agent"})
         agent = await live.fresh()
         repairs, agent.repairs = agent.repairs, []
         about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.last_seq}
@@ -8398,9 +8401,6 @@ class Session:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
-        limits |= {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
-        limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
-        limits |= {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
         limits |= {"max_connections": options.max_connections, "max_steps": options.max_steps}
         return {
             "version": __version__,
@@ -8434,7 +8434,8 @@ class Session:
     async def get_agent(self, live: LiveAgent) -> JSON:
         """Read an agent's settings, memory blocks, counts and running turn.
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
-        agent, memory, running = live.agent, live.agent.memory, live.current
+        agent, running = await live.fresh(), live.current
+        memory = agent.memory
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
         turn = {"turn_id": running.turn_id, "step": running.step} if running else {}
         turn["approvals"] = [about for about, *_ in agent.approvals.values()]
@@ -8457,34 +8458,40 @@ class Session:
 
     async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
         """Give an agent another name; its readers follow. force: cancel what waits or runs. Result: {agent_name}."""
-        name, agents = check_name(new_name), self._agents
+        name, agents, agent = check_name(new_name), self._agents, await live.fresh()
         if force:  # what it ends it ends for a name that can be had
             await agents.store.read(claim, name)
         await live.stop_turns("cancelled", force)
-        async with agents.lock, live.agent.memory.lock:
-            if live.gone:
-                raise live.gone_error()
+        async with agents.lock, agent.memory.lock:
             events, last_seq = await agents.store.write(rename_agent, live.id, name, live.lease)
             live.publish(*events)
             live.take_name(name)
-            live.agent.record.name = name
-            # Under a name that was in use before, they go on above that.
-            live.last_seq = live.agent.record.last_seq = last_seq
+            agent.record.name = name
+            live.last_seq = agent.record.last_seq = last_seq  # above that of whoever had the name before
         return {"agent_name": name}
 
     async def delete_agent(self, agent_name: AgentName = None, force: bool = False, purge: bool = False) -> JSON:
         """Put an agent aside until it is purged; its name is free at once. force: cancel what runs or waits first;
         purge: forget the agent for ever instead."""
+        store = self._agents.store
         try:
             live = await self._live(agent_name)
-            if isinstance(live, SharedAgent) and (client := await live.runner()):
-                return await live.forward(client, {"command": "delete_agent", "force": force, "purge": purge})
-            await self._agents.delete(live, force, purge)
         except Refused as error:
             if not purge or error.code != "unknown_agent":
                 raise
-            record = await self._agents.store.read(find_agent, agent_name or "", deleted=True)
-            await self._agents.store.write(delete_agent, record.id, None, True)
+            record = await store.read(find_agent, str(agent_name), deleted=True)
+            await store.write(delete_agent, record.id, None, True)
+            return {}
+        agent, live.gone = await live.fresh(), True
+        try:
+            await live.stop_turns("cancelled", force)
+            async with self._agents.lock, agent.memory.lock:
+                event = response("agent_change", "the agent was deleted", change="deleted")
+                live.publish(*await store.write(delete_agent, live.id, event, purge, live.lease))
+                live.close()
+        except MemwsError:
+            live.gone = False
+            raise
         return {}
 
     async def restore_agent(self, agent_name: Annotated[str, 0, 1_000], new_name: AgentName = None) -> JSON:
@@ -8527,7 +8534,7 @@ class Session:
     async def get_messages(self, live: LiveAgent, before: MessageId = None, limit: Annotated[int, 1, 200] = 50) -> JSON:
         """Page backwards through recall memory: the newest messages before an id, oldest first.
         Result: {messages: [{id, seq, role, time, from, text, tool_calls, turn_id, step, in_context}], total, more}."""
-        memory = live.agent.memory
+        memory = (await live.fresh()).memory
         messages = await self._agents.store.read(read_messages, memory.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
         items = fitting([message_item(message, first) for message in reversed(messages)])[::-1]
@@ -8545,7 +8552,8 @@ class Session:
     ) -> JSON:
         """Search recall and archival memory; an empty query lists the newest first. from, to: its days or times,
         inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages}."""
-        zone, vector = live.agent.memory.zone, await live.agent.query_vector(query)
+        agent = await live.fresh()
+        zone, vector = agent.memory.zone, await agent.query_vector(query)
         since, until = date_range(from_ or "", to or "", zone)
         stores = ("recall", "archival") if store == "all" else (store,)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
@@ -8557,7 +8565,7 @@ class Session:
     async def get_context(self, live: LiveAgent, before: MessageId = None, limit: Count = 1_000) -> JSON:
         """Read what fills the context window, by section; of its chat messages the newest `limit` before an id.
         Result: {sections: [{name, tokens, text}], used, window, estimated, more, first}."""
-        agent = live.agent
+        agent = await live.fresh()
         older = [message for message in agent.memory.messages if before is None or message.id < before]
         bodies = fitting([message.body for message in older[::-1][:limit]], agent.context([]))
         newest = older[len(older) - len(bodies) :]
@@ -8569,6 +8577,7 @@ class Session:
     ) -> JSON:
         """Read what was really sent to the model for a step, and what came back; of its messages the newest `limit`
         before a place, from 0. Result: {request, response, usage, first_token_ms, total_ms, more, first}."""
+        await live.fresh()
         result = await self._agents.store.read(find_request, live.id, turn_id, step)
         older = result["request"].pop("messages")[:before]
         messages = result["request"]["messages"] = fitting(older[::-1][:limit], result)[::-1]
@@ -8609,31 +8618,24 @@ class Session:
                 raise Refused("not_found", f"there is nothing to compact: {error}") from error
 
     async def approve(
-        self,
-        live: LiveAgent,
-        tool_call_id: Annotated[str, 0, 10_000],
-        allow: bool,
-        arguments: dict[str, Any] | None = None,
-        reason: Annotated[str, 0, MAX_QUERY] = "",
+        self, live: LiveAgent, tool_call_id: CallId, allow: bool, arguments: JSON | None = None, reason: Reason = ""
     ) -> JSON:
         """Allow a call that waits for it, also with other `arguments` than the model's, or deny it; the model reads the
         `reason`."""
-        _, tool, answer = (await live.fresh()).approvals.get(tool_call_id, (None, None, None))
-        if answer is None or tool is None or answer.done():
+        waiting = (await live.fresh()).approvals.get(tool_call_id)
+        if waiting is None or waiting[2].done():
             text = f"no call {quote(tool_call_id)} waits to be allowed: it was answered, withdrawn, or too late"
             raise Refused("not_found", text)
+        _, tool, decision = waiting
         if not allow:
             why = f" ({clean_text(reason)})" if reason else ""
-            answer.set_exception(ToolError(f"not run: a person denied it{why}"))
+            decision.set_exception(ToolError(f"not run: a person denied it{why}"))
         elif arguments is None:
-            answer.set_result(None)
+            decision.set_result(None)
         else:
-            bound, shown = tool.function.bind(arguments, lenient=True), encode_json(without_heartbeat(arguments))
-            answer.set_result((bound, f"a person had it run with {shown}: "))
+            bound, edited = tool.function.bind(arguments, lenient=True), encode_json(without_heartbeat(arguments))
+            decision.set_result((bound, f"a person had it run with {edited}: "))
         return {}
-
-
-SHARED = "user_message", "subscribe", "unsubscribe"  # also where another server runs the agent
 
 
 COMMANDS = {
@@ -9011,7 +9013,7 @@ class WebSocketServer:
             raise Refused("no_agent", "no agent has been initialized; create_new_agent or load_agent first")
         item = Turn(new_turn_id(), clean_text(user_message), verify=first_message and not no_verify)
         live = await self.open().get(self.agent.name)
-        await live.runner()
+        await live.ready()
         live.enqueue(item)
         await asyncio.shield(item.done)  # a caller that waits no longer does not end it
         return [decode_json(event.text) async for event in live.events(0, live.last_seq, item.turn_id)]
