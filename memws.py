@@ -7568,15 +7568,12 @@ class LiveAgent:
         if self.agent.repairs:
             logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
-    def take_name(self, name: str) -> None:
-        """Be known under the name from now on."""
-        self.leave_name()
-        self.agents.live[name] = self
-        self.name = name
-
-    def leave_name(self) -> None:
+    def take_name(self, name: str | None) -> None:
+        """Be known under the name from now on; None: under none."""
         if self.agents.live.get(self.name) is self:
             del self.agents.live[self.name]
+        if name is not None:
+            self.agents.live[name], self.name = self, name
 
     def gone_error(self) -> Refused:
         """What a message to an agent gets that is no longer in use."""
@@ -7754,7 +7751,7 @@ class LiveAgent:
         """Let go of the timer, and of readers once they have read all; where it is gone, of the name."""
         self.closed = True
         if self.gone:
-            self.leave_name()
+            self.take_name(None)
         self.wake()
         self.go_on()
 
@@ -8071,29 +8068,28 @@ class Reader:
 
     def __init__(self, session: Session, live: LiveAgent) -> None:
         self.session, self.live = session, live
-        # All up to seq `cursor` was sent or passed by; `place`: number of the next event, -1: the store comes first.
-        self.cursor, self.place = live.last_seq, live.count
-        self.floor: int | None = None  # a subscription gets all stored events above it; None: there is none
+        self.cursor = live.last_seq  # the seq up to which all was sent that is wanted
+        self.place: int | None = live.count  # the number of the next event in the ring; None: the store comes first
+        self.floor = math.inf  # a subscription gets all events above this seq
         self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: set[str] = set()  # of them those that are to be sent from their start up to the cursor
         session.readers[live] = self
         self.task = live.agents.spawn(self._run())
 
-    def subscribe(self, floor: int | None) -> None:
-        """Get all events above that seq; None: end the subscription."""
+    def subscribe(self, floor: float) -> None:
+        """Get all events above that seq; infinity ends the subscription."""
         self.floor = floor
-        if floor is not None and (floor < self.cursor or not self.turns):
-            self.cursor, self.place = floor, -1
+        if floor < self.cursor:
+            self.cursor, self.place = int(floor), None
         self.live.wake()
 
     def follow(self, turn_id: str, request_id: RequestId, item: Turn | None, *, replay: bool = False) -> None:
         """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor. `item`:
         where it waits or runs; it may be refused, which overtakes what else is to be sent."""
-        if turn_id not in self.turns:
-            if replay:
-                self._replays.add(turn_id)
-            if item is not None:
-                item.done.add_done_callback(lambda done: self._refuse(turn_id, done.exception()))
+        if turn_id not in self.turns and replay:
+            self._replays.add(turn_id)
+        if turn_id not in self.turns and item is not None:
+            item.done.add_done_callback(lambda done: self._refuse(turn_id, done.exception()))
         self.turns[turn_id] = request_id
         self.live.wake()
 
@@ -8103,8 +8099,7 @@ class Reader:
             return
         request = {"type": "user_message", "turn_id": turn_id, "agent_name": self.live.name}
         text = self.session.failure(request | {"id": self.turns.pop(turn_id)}, error)
-        if text:
-            self.live.agents.spawn(self.session._reply(text))
+        self.live.agents.spawn(self.session._reply(text))
         self.live.wake()
 
     async def _run(self) -> None:
@@ -8115,7 +8110,7 @@ class Reader:
             except StoreFailed as failure:
                 logger.error("agent %s cannot be replayed: %s", self.live.name, failure)
                 error = failure
-                if self.floor is not None:
+                if self.floor < math.inf:
                     self.turns[""] = None  # the subscription ends with an error of its own
             del self.session.readers[self.live]
             for turn_id in list(self.turns):
@@ -8124,30 +8119,27 @@ class Reader:
     async def _read(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
         live = self.live
-        while self.floor is not None or self.turns:
+        while self.floor < math.inf or self.turns:
             if self._replays:
                 turn_id = self._replays.pop()
                 async for event in live.events(0, self.cursor, turn_id):
                     if turn_id in self.turns:  # it may have been refused meanwhile
                         await self._send(event)
-            elif self.place == live.count:
-                if live.closed:
-                    return
-                await live.news.wait()
-            elif live.count - self.place > len(live.ring):
-                await self._catch_up()
-            else:
+            elif self.place is None or live.count - self.place > len(live.ring):
+                self.place = place = live.count
+                async for event in live.events(self.cursor, live.last_seq):
+                    if self._replays or self.place != place:  # something else is wanted by now
+                        self.place = None
+                        break
+                    await self._deliver(event)
+            elif self.place < live.count:
                 event = live.ring[self.place - live.count]  # counted from the newest
                 self.place += 1
                 await self._deliver(event)
-
-    async def _catch_up(self) -> None:
-        self.place = place = self.live.count
-        async for event in self.live.events(self.cursor, self.live.last_seq):
-            if self._replays or self.place != place:  # a subscription began elsewhere meanwhile
-                self.place = -1
+            elif live.closed:
                 return
-            await self._deliver(event)
+            else:
+                await live.news.wait()
 
     async def _deliver(self, event: StoredEvent) -> None:
         """Send an event, if it is new and wanted here."""
@@ -8157,7 +8149,7 @@ class Reader:
         if event.kind == "agent_change" and decode_json(event.text).get("change") == "rewound":
             await self._end_lost()
         turn_ids = {event.turn_id, decode_json(event.text)["turn_id"] if has_entered(event) else event.turn_id}
-        if turn_ids & self.turns.keys() or (self.floor is not None and (event.seq > self.floor or not event.seq)):
+        if turn_ids & self.turns.keys() or (event.seq or self.cursor + 1) > self.floor:
             await self._send(event)
 
     async def _end_lost(self) -> None:
@@ -8237,9 +8229,10 @@ class Session:
         return "" if self.sender is None and self._agents.stopping else failure(request, error)
 
     async def _reply(self, text: str) -> None:
-        """Send a frame to a client that may have left."""
+        """Send a frame, if there is one, to a client that may have left."""
         with contextlib.suppress(ConnectionClosed):
-            await self.websocket.send(text)
+            if text:
+                await self.websocket.send(text)
 
     async def _take(self, frame: str | bytes) -> None:
         """Answer a request; what waits for a model is answered beside the others that follow."""
@@ -8284,7 +8277,7 @@ class Session:
             result = await elsewhere.live.forward(request)
             if function.name == "wake":
                 reader = self._reader(elsewhere.live)
-                reader.follow(result["turn_id"], None, None, replay=reader.floor is None)
+                reader.follow(result["turn_id"], None, None, replay=reader.floor == math.inf)
         return result
 
     async def _live(self, name: str | None) -> LiveAgent:
@@ -8372,7 +8365,7 @@ class Session:
     async def unsubscribe(self, live: LiveAgent) -> JSON:
         """Follow an agent no longer. Result: {last_seq}."""
         if live in self.readers:
-            self.readers[live].subscribe(None)
+            self.readers[live].subscribe(math.inf)
         return {"last_seq": live.last_seq}
 
     # -- agents --
@@ -8836,14 +8829,13 @@ class WebSocketServer:
                     pass
 
     async def _close_stalled(self, agents: Agents) -> None:
-        sizes: dict[ServerConnection, int] = {}  # bytes that wait for each client
-        looks: dict[ServerConnection, int] = {}  # at how many looks they were as many as before
+        looks: dict[tuple[ServerConnection, int], int] = {}  # by client and bytes that wait for it: how often seen
         while True:
             await asyncio.sleep(READER_PATIENCE / READER_LOOKS)
-            before, sizes = sizes, {each: each.transport.get_write_buffer_size() for each in self.clients}
-            looks = {each: looks.get(each, 0) + 1 for each, size in sizes.items() if size and size == before.get(each)}
-            for websocket, count in looks.items():
-                if count >= READER_LOOKS:
+            sizes = [(each, each.transport.get_write_buffer_size()) for each in self.clients]
+            looks = {each: looks.get(each, 0) + 1 for each in sizes if each[1]}
+            for (websocket, _), count in looks.items():
+                if count > READER_LOOKS:
                     logger.warning("connection %s takes nothing and is closed", websocket.id)
                     agents.spawn(websocket.close(1013, "this client takes nothing; connect again"))
 
@@ -9423,7 +9415,7 @@ class _LogFormatter(logging.Formatter):
     def __init__(self, token: str | None) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         known = [re.escape(secret) for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
-        self._secrets = re.compile("|".join([*known, r"\bsk-[\w*-]{6,}"]))
+        self._secrets = re.compile("|".join([_PRIVATE, *known]))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         return super().formatMessage(record).replace("\n", "\\n")
