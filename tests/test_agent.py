@@ -765,40 +765,6 @@ async def test_estimates_are_calibrated_within_bounds(endpoint: Endpoint, lab: L
         assert low - 0.01 <= tools / specs <= high + 0.01, "the sizes told are calibrated"
 
 
-async def test_requests_are_rebuilt_byte_by_byte(endpoint: Endpoint, lab: Lab) -> None:
-    """What was sent for any step comes back exactly, also after edits, compactions, retries and a load."""
-    agent = await lab.create(context_window=3_500, settings={"temperature": 0.5})
-    expected: dict[tuple[str, int], bytes] = {}
-
-    async def say(text: str, *answers: Answer) -> None:
-        endpoint.script(*answers)
-        start, turn = len(endpoint.bodies), lab.turn(text)
-        told = await lab.run(agent, turn)
-        pairs = zip(endpoint.bodies[start:], endpoint.requests[start:], strict=True)
-        asked = [body for body, request in pairs if not is_summary(request)]
-        # The last call of each step is the one that is kept.
-        repeated = len(told.of("retry"))
-        assert len(asked) == max(frame["step"] for frame in told.of("context")) + repeated
-        expected.update({(turn.turn_id, step): body for step, body in enumerate(asked[repeated:], 1)})
-
-    await say("One", Reply("Ü", calls=[NOTE, beat("conversation_search", query="x")]))
-    await say("Two", BUSY)
-    await say("Three", Reply())
-    for number in range(12):
-        await say(f"{number} " + "word 世界 " * 40)
-    assert agent.record.state["summary"]
-    for opened in (agent, await lab.open()):
-        for (turn_id, step), body in expected.items():
-            got = await sent_for(opened, turn_id, step)
-            assert memws.encode_json(got["request"]).encode() == body
-            assert got["usage"]["input_tokens"] > 0
-            assert got["total_ms"] >= got["first_token_ms"] >= 0
-            assert got["response"]["finish_reason"] == "tool_calls"
-    with pytest.raises(memws.Refused) as caught:
-        await sent_for(agent, "turn-1", 99)
-    assert caught.value.code == "not_found"
-
-
 async def cancel(lab: Lab, agent: Agent, when: int | Callable[[Body], bool], text: str = "Hi") -> Told:
     """Run a turn and stop it from another task, as a session does: at such an event, or when a request has arrived."""
     turn, told = lab.turn(text), asyncio.Event()

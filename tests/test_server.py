@@ -2,11 +2,10 @@
 
 import asyncio
 import json
-import socket
 import threading
 import unicodedata
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -1019,48 +1018,6 @@ async def test_an_unknown_seq_subscribes_nothing(client: Wire, server: Server) -
         await other.refused("subscribe", agent_name="sam", after=-1)
         await client.turn("the earlier subscription stays")
         await other.until(is_terminal)
-
-
-BEHIND = 300  # events, more than the ring holds
-
-
-@asynccontextmanager
-async def slow_wire(server: Server) -> AsyncIterator[Wire]:
-    """A connection on which hardly anything is under way while its client does not read."""
-    with socket.socket() as narrow:
-        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        narrow.connect((server.host, server.port))
-        narrow.setblocking(False)
-        async with wire(server, "*", sock=narrow, max_queue=1, close_timeout=0.2) as client:
-            transport = list(server.clients)[-1].transport
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
-            yield client
-
-
-@on_both
-async def test_a_turn_of_its_own_reaches_who_subscribes_and_unsubscribes_far_behind(
-    server: Server, endpoint: Endpoint
-) -> None:
-    """A turn sent, or sent again, by who replays a long history reaches it once, also where the replay is ended."""
-    async with wire(server) as client, slow_wire(server) as slow:
-        await client.ok("create_agent", config={"name": "sam", "blocks": [{"label": "big", "limit": 20_000}]})
-        for number in range(BEHIND):  # the first are more than lies between a server and a client that does not read
-            value = f"{number} " + "\u20ac" * (19_000 if number < 4 else 1)
-            await client.ok("set_block", label="big", value=value)
-        await hold(client, endpoint, "hi", turn_id="mine", id="other")
-        await slow.ok("subscribe", agent_name="sam", after=0)
-        await slow.say("hi", agent_name="sam", turn_id="mine", id="again")
-        await slow.say("hi", agent_name="sam", turn_id="mine", id="newest")
-        await slow.send(type="command", command="unsubscribe", agent_name="sam", id="unsubscribe")
-        await client.nothing_more()
-        await slow.until(lambda frame: frame.get("id") == "unsubscribe")
-        endpoint.release()
-        await slow.until(is_terminal)
-        turn = [frame for frame in slow.frames if frame.get("turn_id") == "mine"]
-        assert (turn[0]["type"], turn[-1]["id"], turn[-1]["stop_reason"]) == ("agent_response_start", "newest", "done")
-        assert turn[0]["id"] in ("again", "newest")
-        assert seqs(turn) == sorted(set(seqs(turn)))
-        await slow.nothing_more()
 
 
 @pytest.mark.parametrize("character", ["\U0001f600", "\x01", '"', "\\", "\ud83d"])

@@ -85,6 +85,15 @@ async def cancel(lag: Lag) -> None:
     await lag.events()
 
 
+async def leave(lag: Lag) -> None:
+    """It sends its messages once more and unsubscribes, far behind; then all goes on."""
+    for turn_id, (text, _) in lag.sent.items():
+        lag.sent[turn_id] = text, await lag.late.say(text, agent_name=lag.agent, turn_id=turn_id)
+    await lag.late.command("unsubscribe", agent_name=lag.agent)
+    lag.subscribed = False
+    await go_on(lag)
+
+
 async def delete(lag: Lag, *, purge: bool = False) -> None:
     """Somebody else deletes the agent; purged, nothing of it is left on disk."""
     await lag.other.ok("delete_agent", agent_name=lag.agent, force=True, purge=purge)
@@ -107,7 +116,7 @@ async def fail_to_store(lag: Lag) -> None:
 Kind = Callable[[Lag], Coroutine[Any, Any, None]]
 # How many messages wait behind the turn that runs, of which eight may, and what happens then.
 KINDS: dict[str, tuple[int, Kind]] = {"start": (1, go_on), "refusal": (11, go_on), "cancel": (1, cancel)}
-KINDS |= {"delete": (1, delete), "purge": (1, functools.partial(delete, purge=True))}
+KINDS |= {"leave": (1, leave), "delete": (1, delete), "purge": (1, functools.partial(delete, purge=True))}
 KINDS |= {"stop": (1, stop), "failed store": (1, fail_to_store)}
 ENDS, TWICE = "messages without exactly one terminal frame", "events twice, missing, or not in order"
 
