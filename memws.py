@@ -2883,17 +2883,19 @@ class ToolCall:
 
 
 class Reply:
-    """What a model has answered so far; `feed` takes the chunks of a chat-completions stream."""
+    """What a model has answered so far; `feed` takes the chunks of a chat-completions stream.
+
+    It is whole, unless it has a `fault`. Half an answer is asked for again, until one is final: then it has to do.
+    """
 
     def __init__(self) -> None:
         self.text = self.reasoning = self.refusal = ""
         self.calls: list[ToolCall] = []
-        self.finish: str | None = None
+        self.finish: str | None = None  # why it ended, in the endpoint's words
         self.usage: JSON | None = None  # {input_tokens, output_tokens}, where the endpoint counts
         self.corrections: list[tuple[str, str]] = []  # (what, how) of all that had to be mended to read it
         self.partial = ""  # what send_message said in a call that was cut
-        self.full = False  # no more of it is taken: MAX_REPLY characters have come, or the last try has failed
-        self.error: ModelError | None = None  # why no better answer will come: what there is of this one has to do
+        self.final = False  # no better one will come: it has reached MAX_REPLY characters, or was the last try
         self.own: JSON = {}  # fields that its maker needs back
         self._size = 0
         self._shown, self._seen = "", 0  # what is shown of the text, and how much was looked at
@@ -2908,9 +2910,9 @@ class Reply:
 
     @property
     def fault(self) -> str:
-        """Why its text is not all of the answer: one of _FAULTS, or "cut" by us; empty: it is."""
+        """Why it is not whole: one of _FAULTS, or "cut" by us; empty: it is."""
         faults = (fault for fault, words in _FAULTS.items() if re.search(words, str(self.finish), re.IGNORECASE))
-        return next(faults, "cut" if self.full else "")
+        return next(faults, "cut" if self.final else "")
 
     def problem(self, text: str) -> ModelError:
         """The error for an answer that is not whole; for a whole one that `text`."""
@@ -2929,7 +2931,7 @@ class Reply:
                 self._choice = choice.get("index") if self._choice is None else self._choice
                 if choice.get("index") in (None, self._choice):
                     self._feed_choice(choice)
-            self.full = self._size > MAX_REPLY
+            self.final = self._size > MAX_REPLY
         except (TypeError, AttributeError, LookupError, ValueError, RecursionError) as error:
             text = f"the endpoint's answer is no chat completion ({type(error).__name__})"
             raise ModelError("model_unavailable", text, retry=True) from None
@@ -2974,7 +2976,7 @@ class Reply:
 
     def _keep(self, own: JSON, part: JSON) -> None:
         """Keep what a maker needs back; texts and lists come in pieces."""
-        for name in OWN_FIELDS if not self.full else ():
+        for name in OWN_FIELDS if not self.final else ():
             if (piece := part.get(name)) is not None:
                 before: Any = own.get(name)
                 goes_on = isinstance(before, (str, list)) and type(before) is type(piece)
@@ -2993,8 +2995,7 @@ class Reply:
         """(message type, text) that has come since the last call, for whoever watches it arrive."""
         unsure = None if self.finish else re.compile(_UNSURE).search(self.text, max(self._seen, len(self.text) - 1_000))
         end = unsure.start() if unsure else len(self.text)
-        said, thoughts, seen, kind = _parts_of(self.text, self._seen, end)
-        self._seen = MAX_REPLY if kind else seen  # no more is shown after a call
+        said, thoughts, self._seen, _ = _parts_of(self.text, self._seen, end)
         self._shown += "".join([*thoughts, said])
         shown = "\n".join(filter(None, (self.reasoning, self._shown)))
         for place, text in enumerate([clean_text(shown), *(call.spoken for call in self.calls)]):
@@ -3046,7 +3047,7 @@ def _is_other(call: ToolCall, index: str | None, call_id: str, name: str, text: 
 
 
 def read_reply(reply: Reply, tools: Collection[str], others: Collection[str] = ()) -> None:
-    """Read a reply's calls, mending what can be mended. A call that is cut never runs: of a full reply what it said
+    """Read a reply's calls, mending what can be mended. A call that is cut never runs: of a final reply what it said
     becomes `partial`. Raises ModelError where no rung of the ladder holds, and for a cut call of any other reply."""
     if reply.refusal or (reply.fault == "filtered" and not reply.calls and not reply.text):
         reason = " ".join(clean_text(reply.refusal).split())[:80] or "its endpoint filtered the answer"
@@ -3054,7 +3055,7 @@ def read_reply(reply: Reply, tools: Collection[str], others: Collection[str] = (
     reply.text, reply.reasoning = clean_text(reply.text).strip(), clean_text(reply.reasoning).strip()
     _read_text(reply, tools, others)
     cut = [call for call in reply.calls if (_is_cut(call.text) if call.text else reply.fault)]
-    if cut and not reply.full:
+    if cut and not reply.final:
         raise reply.problem("a tool call was cut off")
     reply.partial += "".join(call.spoken for call in cut)
     reply.calls = [call for call in reply.calls if call not in cut]
@@ -3144,11 +3145,9 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
         piece, named = text[begin:start], re.fullmatch(_NAMED, before)
         name = named[1] if named and (is_marked or named[1] in tools) else ""
         mentioned = name or next((tool for tool in tools if tool in piece), "")
-        if name in tools or (mentioned and _is_cut(piece)):
-            found = [ToolCall("", mentioned, piece)]
-        else:
-            found = [*_calls_of(read_json(piece)[0], tools)]
-            found = found or ([ToolCall("", name, piece)] if name else [])
+        found = [ToolCall("", mentioned, piece)] if mentioned else []
+        if name not in tools and not (mentioned and _is_cut(piece)):
+            found = [*_calls_of(read_json(piece)[0], tools)] or (found if name else [])
         calls += found
         if not found:
             words += [before, piece]
@@ -3283,9 +3282,8 @@ def reason_of(body: Any) -> str:
         place = ".".join(map(str, body["loc"])) if isinstance(body.get("loc"), list) else ""
         return ": ".join(dict.fromkeys(filter(None, (place, *(reason_of(body.get(key)) for key in _REASON_KEYS)))))
     text = body.strip() if isinstance(body, str) else ""
-    if text[:1] in ("{", "["):
-        with contextlib.suppress(ValueError):
-            return reason_of(decode_json(text)) or text
+    with contextlib.suppress(ValueError):
+        return reason_of(decode_json(text)) or text
     if re.match(r"<(?:!|html|head|body)", text, re.IGNORECASE):
         title = re.search(r"<title[^>]*>([^<]*)", text[:5_000], re.IGNORECASE)
         return f"an HTML page {html.unescape(title[1]).strip() if title else ''!r}"
@@ -3463,20 +3461,19 @@ class Endpoint:
     def __init__(self, base_url: str | None, api_key: str | None, idle_timeout: float = IDLE_TIMEOUT) -> None:
         self.base_url, self.idle_timeout = base_url, idle_timeout
         self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
-        self.options: JSON = {"api_key": self.key or "none", "max_retries": 0}
-        self.secrets = {self.key}
-        self.place = "api.openai.com/v1"  # its address without a scheme and a user
-        if base_url:
-            if not _ADDRESS.fullmatch(base_url.strip()):
-                raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(base_url)}")
-            parts = urllib.parse.urlsplit(base_url.strip())
-            path = parts.path.rstrip("/").removesuffix("/chat/completions")
-            query = dict(urllib.parse.parse_qsl(parts.query))
-            headers = {"api-key": self.key} if "api-version" in query else {}  # as Azure has it
-            self.place = f"{parts.netloc.rpartition('@')[2]}{path}"
-            self.secrets.add(parts.password or "")
-            address = f"{parts.scheme}://{parts.netloc}{path}"
-            self.options |= {"base_url": address, "default_query": query, "default_headers": headers}
+        self.is_chosen = bool(base_url or self.key)  # somebody has named one, or has a key for OpenAI's
+        address = (base_url or "https://api.openai.com/v1").strip()
+        if not _ADDRESS.fullmatch(address):
+            raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(address)}")
+        parts = urllib.parse.urlsplit(address)
+        path, query = parts.path.rstrip("/").removesuffix("/chat/completions"), urllib.parse.parse_qsl(parts.query)
+        self.place = f"{parts.netloc.rpartition('@')[2]}{path}"  # its address without a scheme and a user
+        self.secrets = {self.key, parts.password or ""}
+        self.options: JSON = {"api_key": self.key or "none", "max_retries": 0, "default_query": dict(query)}
+        self.options["base_url"] = f"{parts.scheme}://{parts.netloc}{path}"
+        self.options["default_headers"] = (
+            {"api-key": self.key} if "api-version" in dict(query) else {}
+        )  # as Azure has it
         self._requests = collections.Counter[Any]()  # under way, by client
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
 
@@ -3931,7 +3928,7 @@ class Models:
         self.default = model or (self.endpoint.only_model() if base_url else fallback)
         self.offline = self.default == OFFLINE
         if (embedding_model or not self.offline) and not self.replays:
-            if not (self.endpoint.base_url or self.endpoint.key):
+            if not self.endpoint.is_chosen:
                 advice = "set OPENAI_API_KEY, or name its server with --base-url; --model offline needs none"
                 raise UsageError(f"{quote(embedding_model or self.default)} needs an endpoint: {advice}")
             if importlib.util.find_spec("openai") is None:
@@ -3943,7 +3940,7 @@ class Models:
         self.corrections = collections.defaultdict[str, collections.Counter[str]](collections.Counter)  # by name
         self.ratios: dict[tuple[int, str], float] = {}  # by agent and model, see Agent.ratio
         if tape and not tape.replays:
-            address = f"http://{self.endpoint.place}" if self.endpoint.base_url or self.endpoint.key else None
+            address = f"http://{self.endpoint.place}" if self.endpoint.is_chosen else None
             values = (self.default, address, embedding_model, context_window)
             tape.keep(time.time(), server=dict(zip(_SERVER, values, strict=True)))
 
@@ -3959,18 +3956,14 @@ class Models:
 
     def get(self, name: str | None, base_url: str | None = None, api_key: str | None = None) -> tuple[Model, list[str]]:
         """The model of that name (None: the default) and warnings: without an endpoint `offline` stands in."""
-        name, warnings = name or self.default, list[str]()
-        if (
-            name != OFFLINE
-            and self.offline
-            and not (base_url or api_key or self.endpoint.base_url or self.endpoint.key)
-        ):
-            text = f"model {quote(name)} is kept, but there is no endpoint: the offline stand-in answers"
-            warnings.append(f"{text}; set OPENAI_API_KEY or --base-url")
-        if name == OFFLINE or warnings:
-            return OfflineModel(), warnings
+        name = name or self.default
+        if name == OFFLINE:
+            return OfflineModel(), []
         own = Endpoint(base_url or self.endpoint.base_url, api_key, self.endpoint.idle_timeout)
         endpoint = self._endpoints.setdefault((base_url, api_key), own)
+        if self.offline and not endpoint.is_chosen:
+            text = f"model {quote(name)} is kept, but there is no endpoint: the offline stand-in answers"
+            return OfflineModel(), [f"{text}; set OPENAI_API_KEY or --base-url"]
         if self.tape:
             self.tape.secrets |= endpoint.secrets
         return self._models.setdefault((endpoint, name), OpenAIModel(name, endpoint, self.recalled)), []
@@ -4694,6 +4687,7 @@ class Turn:
     replied: bool = False  # whether the user has their reply, or nobody waits for one
     over: bool = False
     stop_reason: str | None = None  # why it was asked to stop
+    error: ModelError | None = None  # what it ends with, once half a reply has been taken
     failed_calls: int = 0  # model calls that failed
     failed_tools: int = 0  # tool calls that failed in a row
     compactions: int = 0
@@ -5003,10 +4997,11 @@ class Agent:
         """Take what there is of a reply that came no further. Raises the error where that tells a user nothing."""
         reply = turn.reply
         reply.finish = reply.finish or "aborted"
-        reply.full, reply.error = True, error  # no more of it comes
+        reply.final = True
         with contextlib.suppress(ModelError):
             read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
+                turn.error = error if reply.fault == "broken" else None
                 return
         raise error
 
@@ -5018,7 +5013,7 @@ class Agent:
         if not (reply.calls or reply.text) and (reply.fault == "length" or (reply.reasoning and not reply.fault)):
             text = "the model only thought and said nothing; raise max_tokens or lower reasoning_effort"
             raise ModelError("bad_output", text)
-        if not reply.calls and (not reply.text or (reply.fault and not reply.full)):
+        if not reply.calls and (not reply.text or (reply.fault and not reply.final)):
             raise reply.problem("the model's answer is empty")
         if has_to_send and not any(call.name == "send_message" for call in reply.calls):
             raise ModelError("bad_output", "the first reply has to go through send_message")
@@ -5056,7 +5051,7 @@ class Agent:
                             request.first_token_ms = round((time.monotonic() - started) * 1000)
                         if timer is None or timer.when() <= loop.time():
                             timer = loop.call_later(DELTA_INTERVAL, self._emit_deltas, turn)
-                        if reply.full:
+                        if reply.final:
                             break
             except ModelError as error:
                 loads = error.loading
@@ -5235,8 +5230,8 @@ class Agent:
         outcome: str | MemwsError | None = None  # None: another step follows
         if turn.stop_reason is not None:
             outcome = turn.stop_reason
-        elif reply.fault == "broken" and reply.error:
-            outcome = reply.error
+        elif turn.error:
+            outcome = turn.error
         elif turn.failed_tools >= MAX_FAILED_TOOLS:
             problem = f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {change.changes.messages[-1].text}"
             outcome = ModelError("bad_output", problem)

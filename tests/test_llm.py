@@ -48,7 +48,7 @@ async def ask(model: Model, **settings: Any) -> memws.Reply:
     async with contextlib.aclosing(model.stream(request_of(model.head(settings), [USER], SPECS))) as chunks:
         async for chunk in chunks:
             reply.feed(chunk)
-            if reply.full:
+            if reply.final:
                 break
     return reply
 
