@@ -1314,7 +1314,7 @@ class StoredEvent(NamedTuple):
     text: str  # its frame with seq and time, but without agent_name: names change
 
 
-@dataclass(slots=True)
+@dataclass
 class RequestRecord:
     """One model call as sent, by reference to chat messages, which never change, and as answered."""
 
@@ -1929,7 +1929,7 @@ _PIECES = ("head", "system", "summary", "tools", "extra", "shape")  # what reque
 
 def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
     """Store a model call; of several in one step the last."""
-    row = asdict(request) | {"response": clean_value(request.response)}
+    row = vars(request) | {"response": clean_value(request.response)}
     pieces = zlib.compress(encode_json([row.pop(name) for name in _PIECES]).encode(), 1)
     sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
     db.execute(sql, (agent, request.turn_id, request.step))
@@ -8098,18 +8098,18 @@ class Reader:
         self.live.wake()
 
     async def _run(self) -> None:
+        failure = None
         with contextlib.suppress(ConnectionClosed):
             try:
                 await self._read()
-                error: MemwsError = self.live.gone_error()
-            except StoreFailed as failure:
-                logger.error("agent %s cannot be replayed: %s", self.live.name, failure)
-                error = failure
+            except StoreFailed as error:
+                logger.error("agent %s cannot be replayed: %s", self.live.name, error)
+                failure = error
                 if self.floor < math.inf:
                     self.turns[""] = None  # the subscription ends with an error of its own
             del self.session.readers[self.live]
             for turn_id in list(self.turns):
-                self._refuse(turn_id, error)
+                self._refuse(turn_id, failure or self.live.gone_error())
 
     async def _read(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
@@ -9575,7 +9575,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(f"--{word.replace('_', '-')}", dest=name, metavar=metavar, help=help_text, type=kind, **how)
 
 
-def make_parser() -> Parser:
+def make_parser(helps: bool = False) -> Parser:
     """The command line; `run` of what it parses is the command's function, the rest are its arguments."""
     about = (__doc__ or "").partition("\n")[0]
     parser = Parser(prog="memws.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -9596,7 +9596,7 @@ def make_parser() -> Parser:
         if option.name != "api_key":
             metavar = option.name.rpartition("_")[2].upper()
             serve.add_flag(option.name, metavar, option.metadata["help"], option.default, option.metadata["kind"])
-    parser.epilog = serve.format_help()
+    parser.epilog = serve.format_help() if helps else ""
     return parser
 
 
@@ -9609,7 +9609,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        flags = vars(make_parser().parse_args(words))
+        flags = vars(make_parser(words[0] in ("-h", "--help")).parse_args(words))
         status: int | None = flags.pop("run")(**flags)
         sys.stdout.flush()
         return status or 0
