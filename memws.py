@@ -4048,19 +4048,13 @@ def _portable(schema: Any, models: JSON, inside: tuple[str, ...] = ()) -> Any:
     return whole
 
 
-def make_tool(
-    call: Callable[..., Any],
-    name: str = "",
-    timeout: float = TOOL_TIMEOUT,
-    approve: Rule = False,
-    skip: Collection[str] = (),
-) -> Tool:
+def make_tool(call: Callable[..., Any], name: str = "", timeout: float = TOOL_TIMEOUT, approve: Rule = False) -> Tool:
     """The Tool of a function, by its signature and docstring. Raises UsageError for one that no model could call."""
     if isinstance(call, type):
         raise UsageError(f"{call.__name__} is a class; register a function, or an object that can be called")
     if not isinstance(timeout, (int, float)) or not timeout > 0:
         raise UsageError(f"timeout: expected seconds, more than 0, but got {quote(timeout)}")
-    function = function_of(call, name, skip, _reader_of)
+    function = function_of(call, name, other=_reader_of)
     parameters = _portable(function.parameters, {})
     if function.name not in ("send_message", "pause_heartbeats"):
         parameters["properties"][REQUEST_HEARTBEAT] = schema_of(Annotated[bool, "run again right after this call"])
@@ -4276,6 +4270,7 @@ class Transaction:
         changes.state = self.state if self.state != record.state else None
         events = await memory.store.write(commit, record.id, changes, memory.owner)
         record.config, record.state, memory.blocks = self.config, self.state, self.blocks
+        record.blocks = record.blocks if changes.blocks is None else changes.blocks
         record.last_seq = events[-1].seq if events else record.last_seq
         memory.last_message += len(changes.messages)
         memory.archival += sum(document.store == "archival" for document in changes.documents) - len(changes.removed)
@@ -4402,8 +4397,8 @@ def find_zone(name: str | None) -> datetime.tzinfo | None:
 
         return zoneinfo.ZoneInfo(str(name))
     except (LookupError, ValueError, OSError):
-        text = f"timezone: expected an IANA name like Europe/Berlin, but got {quote(name)}"
-        raise Refused("bad_config", f"{text}; where no name is known, pip install tzdata") from None
+        text = f"timezone: expected an IANA name like Europe/Berlin, but got {quote(name)}; or pip install tzdata"
+        raise Refused("bad_config", text) from None
 
 
 def date_range(start: str, end: str, zone: datetime.tzinfo | None) -> tuple[str, str]:
@@ -4516,11 +4511,8 @@ class MemoryTools(Transaction):
         return f"Pausing timed heartbeats for {minutes} min"
 
 
-MEMORY_TOOLS = {
-    name: make_tool(call, skip=["self"])
-    for name, call in vars(MemoryTools).items()
-    if inspect.iscoroutinefunction(call)
-}
+_METHODS = {name: method for name, method in vars(MemoryTools).items() if inspect.iscoroutinefunction(method)}
+MEMORY_TOOLS = {name: make_tool(functools.partial(method, None)) for name, method in _METHODS.items()}
 
 
 # ======================================================================================================================
@@ -4763,9 +4755,7 @@ class Agent:
 
     def as_stored(self) -> AgentRecord:
         """What a copy of the agent begins with; while a turn runs, what there was before it."""
-        if self.record.state["turn"]:
-            return self._before
-        return replace(self.record, blocks=[asdict(block) for block in self.memory.blocks.values()])
+        return self._before if self.record.state["turn"] else replace(self.record)
 
     @property
     def ratio(self) -> float:
@@ -4881,7 +4871,15 @@ class Agent:
         if self.record.state["turn"]:  # as where a tool calls this
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         try:
-            await self._begin(turn)
+            async with Transaction(self.memory, turn.turn_id, 1) as change:  # the start is the message's receipt
+                self._before = self.as_stored()
+                change.changes.events.append({"type": "agent_response_start", "turn_id": turn.turn_id})
+                change.state["turn"] = turn.turn_id
+                if turn.message is not None:
+                    self._add_user_message(change, turn, turn.message)
+                else:
+                    turn.replied = True
+                    change.wake(turn.reason)
             while not turn.over:
                 try:
                     await self._step(turn)
@@ -4894,18 +4892,6 @@ class Agent:
         finally:
             self.memory.stale |= not turn.over  # a tool cancelled the task it runs in
             turn.over = True
-
-    async def _begin(self, turn: Turn) -> None:
-        """Store the user's message, or why there is a turn without one; the start is its receipt."""
-        async with Transaction(self.memory, turn.turn_id, 1) as change:
-            self._before = self.as_stored()
-            change.changes.events.append({"type": "agent_response_start", "turn_id": turn.turn_id})
-            change.state["turn"] = turn.turn_id
-            if turn.message is not None:
-                self._add_user_message(change, turn, turn.message)
-            else:
-                turn.replied = True
-                change.wake(turn.reason)
 
     def _add_user_message(self, change: Transaction, turn: Turn, message: str, **fields: Any) -> None:
         last, now = change.state["last_user"], now_text()
@@ -4922,8 +4908,16 @@ class Agent:
         """One model call and the tool calls it asks for. Memory tools run inside the step's transaction, a user's tool
         between two: the first holds the step up to its call, the next begins with its result."""
         turn.step, turn.reply, turn.request = turn.step + 1, Reply(), None
-        if turn.steered:
-            await self._take_steered(turn)
+        heard = list(turn.steered)  # what was said meanwhile
+        if heard:
+            async with self._change(turn) as change:
+                for item in heard:
+                    self._add_user_message(change, item, item.message or "", steered=item.turn_id)
+            turn.replied = False
+            for item in heard:
+                if item in turn.steered:  # else it was refused meanwhile
+                    turn.steered.remove(item)
+                    item.done.set_result(None)
         if self.used() + MIN_REPLY_TOKENS > self.window:
             await self.compact(turn)
         await self._ask(turn)
@@ -4935,18 +4929,6 @@ class Agent:
             succeeded = await self._take_reply(change, turn)
             turn.replied |= change.spoke
             self._finish(change, turn, succeeded)
-
-    async def _take_steered(self, turn: Turn) -> None:
-        """Let in what was said meanwhile."""
-        heard = list(turn.steered)
-        async with self._change(turn) as change:
-            for item in heard:
-                self._add_user_message(change, item, item.message or "", steered=item.turn_id)
-        turn.replied = False
-        for item in heard:
-            if item in turn.steered:  # else it was refused meanwhile
-                turn.steered.remove(item)
-                item.done.set_result(None)
 
     def _change(self, turn: Turn) -> Transaction:
         return MemoryTools(self.memory, turn.turn_id, turn.step)
@@ -5187,7 +5169,7 @@ class Agent:
                     if waits:
                         arguments, note = await self._allowed(tool, arguments, about)
                     return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
-        return str(await tool.function.call(change, **arguments))
+        return str(await getattr(change, call.name)(**arguments))
 
     async def _allowed(self, tool: Tool, arguments: JSON, about: JSON) -> tuple[JSON, str]:
         """Wait until a call may run; the arguments to take, and a note of them. Raises ToolError."""
@@ -8430,7 +8412,7 @@ class Session:
         return {
             "agent_name": live.name,
             "settings": agent.settings(),
-            "blocks": [asdict(block) for block in memory.blocks.values()],
+            "blocks": agent.record.blocks,
             "counts": counts | memory.tokens,
             "last_seq": live.last_seq,
             "turn": turn if running and running.turn_id else None,
