@@ -1398,6 +1398,7 @@ CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;  -- o
 """
 
 SqlConnection = sqlite3.Connection
+EACH_TERM = """json_each('["' || replace(terms, ' ', '","') || '"]')"""  # of a document, as `value`
 
 
 class Sqlite:
@@ -1612,7 +1613,8 @@ class PostgresConnection:
                     self._ahead.close()
             elif self.sends_ahead and not self._connection.pgconn.pipeline_status:
                 self._ahead.enter_context(self._connection.pipeline())
-            cursor = self._connection.execute(sql.replace("?", "%s"), values or None)
+            sql = sql.replace("?", "%s").replace(EACH_TERM, "string_to_table(terms, ' ') AS each (value)")
+            cursor = self._connection.execute(sql, values or None)
             if sql.startswith(("RELEASE", "COMMIT")):
                 self._ahead.close()  # which waits for all, and raises what has failed
             return cursor
@@ -1727,9 +1729,9 @@ _DOCUMENT = "item, store, role, time, text, doc, terms, words, asking, asked"
 Span = tuple[int, int]
 
 
-def remember(db: SqlConnection, agent: int, document: Document, joined: bool | None = None) -> list[tuple[str, int]]:
-    """Store what a search is to find; its postings, which the caller stores. joined: whether it belongs to the session
-    of the one before; None: by SESSION_GAP."""
+def remember(db: SqlConnection, agent: int, document: Document, joined: bool | None = None) -> int:
+    """Store what a search is to find once it is indexed; its doc. joined: whether it belongs to the session of the one
+    before; None: by SESSION_GAP."""
     low = (agent * 2 + STORES.index(document.store)) * PLACES
     sql = """SELECT doc, time, words, text FROM memory WHERE doc BETWEEN ? AND ? AND item < ?
         ORDER BY doc DESC LIMIT 1"""
@@ -1746,20 +1748,21 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
     about = document.store, document.id, clean_text(document.role), moment, text
     row = (doc, agent, *about, " ".join(terms), words, asking(text) - bool(_ONESELF.search(text[:4096])), asked)
     db.execute("INSERT INTO memory VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
-    return [(term, doc) for term in set(terms)]
+    return doc
 
 
-def insert_postings(db: SqlConnection, postings: Iterable[tuple[str, int]]) -> None:
-    """Sorted, so that many at once are stored several times as fast."""
-    db.executemany("INSERT INTO postings VALUES (?, ?)", sorted(postings))
+def index(db: SqlConnection, where: str, *values: object) -> None:
+    """Store the postings of documents: sorted, so that those of many are stored several times as fast."""
+    sql = f"SELECT DISTINCT value, doc FROM memory, {EACH_TERM} WHERE terms <> '' AND {where} ORDER BY value, doc"
+    db.execute(f"INSERT INTO postings {sql}", values)
 
 
 def forget(db: SqlConnection, where: str, *values: object) -> None:
     """Take one document or all of an agent out of memory: no other's doc lies between theirs."""
-    low, high = db.execute(f"SELECT min(doc), max(doc) FROM memory WHERE {where}", values).fetchone()
-    texts = stream(db, f"SELECT terms FROM memory WHERE {where}", *values)
-    rows = [(term, low, high) for term in {term for (text,) in texts for term in text.split()}]
-    db.executemany("DELETE FROM postings WHERE term = ? AND doc BETWEEN ? AND ?", rows)
+    sql = f"""WITH gone AS (SELECT doc, terms FROM memory WHERE {where}) DELETE FROM postings
+        WHERE term IN (SELECT value FROM gone, {EACH_TERM})
+        AND doc BETWEEN (SELECT min(doc) FROM gone) AND (SELECT max(doc) FROM gone)"""
+    db.execute(sql, values)
     db.execute(f"DELETE FROM memory WHERE {where}", values)
 
 
@@ -1962,7 +1965,7 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
         db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (agent, message.id, *about))
     for document in changes.documents:
-        insert_postings(db, remember(db, agent, document))
+        index(db, "doc = ?", remember(db, agent, document))
     for item in changes.removed:
         forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
     if changes.request:
@@ -2187,8 +2190,9 @@ class MemoryIndex:
             for item, (speaker, date, text) in enumerate(turns, 1):
                 moment = next((f"{day}T12" for day, _ in named_days(date, datetime.date.min)), "")
                 document = Document(item, kind, speaker, moment, text)
-                insert_postings(self._connection, remember(self._connection, self._agent, document, date == before))
+                remember(self._connection, self._agent, document, date == before)
                 before = date
+            index(self._connection, "agent = ?", self._agent)
 
     def search(self, query: str, limit: int = 10) -> list[int]:
         """The positions of the turns found, best first, at most `limit`."""
@@ -2402,7 +2406,7 @@ class Leases:
 # For the command line: on connections of their own, beside a running server where nothing is written.
 
 EXPORT_FORMAT = 2
-COPY_BLOCK, POSTINGS_BLOCK = 500, 50_000  # rows and postings of a copy that are in memory at once
+COPY_BLOCK = 500  # rows of a copy that are in memory at once
 _EXPORTED = {  # table: its columns in a file
     "agents": "name, config, state, blocks, created, last_active, last_seq",
     "messages": "id, role, time, text, body, turn_id, step, seq",
@@ -2527,17 +2531,6 @@ def _convert_export(data: JSON) -> None:
         row |= {"time": agent["last_active"], "pieces": zlib.compress(encode_json(texts).encode()).hex()}
 
 
-def index_memory(db: SqlConnection, agent: int) -> None:
-    """Store the postings of all that an agent's memory holds: sorted first, that is several times as fast."""
-    documents = stream(db, "SELECT doc, terms FROM memory WHERE agent = ?", agent)
-    postings = ((term, doc) for doc, terms in documents for term in set(terms.split()))
-    db.execute("CREATE TEMP TABLE unsorted AS SELECT * FROM postings LIMIT 0")
-    while block := list(itertools.islice(postings, POSTINGS_BLOCK)):
-        db.executemany("INSERT INTO unsorted VALUES (?, ?)", block)
-    db.execute("INSERT INTO postings SELECT * FROM unsorted ORDER BY term, doc")
-    db.execute("DROP TABLE unsorted")
-
-
 def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
     """Store a row of an export, without the postings of memory."""
     if table == "memory":
@@ -2578,7 +2571,7 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
         except _DAMAGE as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UsageError(f"damaged: {place}: {reason}") from None
-        index_memory(db, agent)
+        index(db, "agent = ?", agent)
         last_seq = max((row["seq"] for row in data["events"]), default=0)
         db.execute("UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?", (last_seq, agent, last_seq))
     return record.name
@@ -2650,7 +2643,7 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, row: Any, done: co
             while block := list(itertools.islice(rows, COPY_BLOCK)):
                 target.executemany(sql, block)
                 done["rows"] += len(block)
-    index_memory(target, agent)
+    index(target, "agent = ?", agent)
 
 
 # ---- copies of agents ------------------------------------------------------------------------------------------------
@@ -2698,6 +2691,7 @@ def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) ->
     seq, shift = record.last_seq, f"doc + {(copy - agent) * 2 * PLACES}"
     last = db.execute("SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?", (agent,)).fetchone()[0]
     newest = f"(SELECT max(id) FROM messages WHERE agent = {copy})"
+    docs = collections.defaultdict[str, list[int]](list)  # by term
     parts = [  # the table, its rows with the numbers that cut them into steps, the last of these
         ("messages", f"messages WHERE seq <= {seq} AND id", last),
         ("memory", f"memory WHERE store = 'recall' AND item <= {newest} AND item", last),
@@ -2705,7 +2699,6 @@ def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) ->
         ("events", "events WHERE seq", seq),
         ("requests", "events JOIN requests USING (agent, turn_id) WHERE kind = 'agent_response_start' AND seq", seq),
     ]
-    docs = collections.defaultdict[str, list[int]](list)  # by term
     for table, rows, last in parts:
         columns, found = _COPIED[table], "doc, terms" if table == "memory" else "0, ''"
         values = columns.replace("doc", shift)
@@ -2719,13 +2712,12 @@ def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) ->
             yield table, done, last
     for passage in _deleted_passages(db, agent, seq, record.state["last_passage"]):
         if find_passage(db, copy, passage.id) is None:  # there is room for it among those that it has
-            for term, doc in remember(db, copy, passage):
-                docs[term].append(doc)
+            index(db, "doc = ?", remember(db, copy, passage))
             yield "passages", passage.id, record.state["last_passage"]
     postings = ((term, doc) for term in sorted(docs) for doc in docs[term])  # neighbours share a page
     total = sum(map(len, docs.values()))
     for first in range(1, total + 1, COPY_BLOCK):
-        insert_postings(db, itertools.islice(postings, COPY_BLOCK))
+        db.executemany("INSERT INTO postings VALUES (?, ?)", itertools.islice(postings, COPY_BLOCK))
         yield "words", min(first + COPY_BLOCK - 1, total), total
 
 

@@ -142,14 +142,14 @@ def test_gone_on_meanwhile(source: str, postgres_address: str, main: Main, monke
     """An agent that somebody changes while others are copied is not copied over."""
     copy(main, source, postgres_address)
     change(source, "UPDATE agents SET last_seq = last_seq + 5")
-    index_memory = memws.index_memory
+    index = memws.index
 
-    def index(db: Any, agent: int) -> None:
-        index_memory(db, agent)
+    def change_another(db: Any, where: str, agent: int) -> None:
+        index(db, where, agent)
         if agent == 1:
             change(postgres_address, "UPDATE agents SET last_seq = 1000 WHERE id = 2")
 
-    monkeypatch.setattr(memws, "index_memory", index)
+    monkeypatch.setattr(memws, "index", change_another)
     words = ("copy", "--from", source, "--to", postgres_address)
     assert "run the same copy again" in sentence(main(*words))
     assert "agent 'sam' has gone on in" in sentence(main(*words))
@@ -160,14 +160,14 @@ DIE = """if True:
     import itertools, os, signal, sys
     sys.path.insert(0, sys.argv.pop(1))
     import memws
-    calls, index_memory = itertools.count(1), memws.index_memory
+    calls, index = itertools.count(1), memws.index
 
     def die(*values):
-        index_memory(*values)
+        index(*values)
         if next(calls) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    memws.index_memory = die
+    memws.index = die
     memws.main(sys.argv[1:])
 """
 
@@ -183,19 +183,19 @@ def test_killed(source: str, database: str, main: Main) -> None:
 
 def test_progress(source: str, tmp_path: Path, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes long says how much is done, on standard error."""
-    index_memory, shown = memws.index_memory, threading.Event()
+    index, shown = memws.index, threading.Event()
 
     class Stderr(io.StringIO):
         def write(self, text: str) -> int:
             shown.set() if "of 4 agents" in text else None
             return super().write(text)
 
-    def index(*values: Any) -> None:
+    def wait(*values: Any) -> None:
         assert shown.wait(10)
-        index_memory(*values)
+        index(*values)
 
     monkeypatch.setattr(memws, "PROGRESS_DELAY", 0.1)
-    monkeypatch.setattr(memws, "index_memory", index)
+    monkeypatch.setattr(memws, "index", wait)
     monkeypatch.setattr(sys, "stderr", Stderr())
     assert memws.main(["copy", "--from", source, "--to", str(tmp_path / "copy.db")]) == 0
     told = re.search(r"^memws: copied 0 of 4 agents, \d+ of (\d+) rows$", sys.stderr.getvalue(), re.MULTILINE)  # type: ignore[attr-defined]

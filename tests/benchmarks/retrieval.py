@@ -87,10 +87,9 @@ class Filled:
 
     def _store(self, rows: Sequence[tuple[int, str, str, str]]) -> None:
         with memws.transaction(self.connection):
-            postings: list[tuple[str, int]] = []
-            for number, *about in rows:
-                postings += memws.remember(self.connection, self.agent, memws.Document(number, self.kind, *about))
-            memws.insert_postings(self.connection, sorted(postings))
+            documents = [memws.Document(number, self.kind, *about) for number, *about in rows]
+            docs = [memws.remember(self.connection, self.agent, document) for document in documents]
+            memws.index(self.connection, "doc >= ?", docs[0])
 
     def search(self, query: str) -> float:
         """Seconds of a search of one page in both memories."""
