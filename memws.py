@@ -4762,6 +4762,8 @@ class Agent:
             check_record(self.record)
             await self.memory.load()
             self.configure()
+            if told := self.model.learned.window:
+                self.warnings.append(f"the endpoint's window is {told:,} tokens, it said; update_agent tries another")
             await self._repair()
         except (TypeError, ValueError, LookupError, AttributeError, Refused) as error:
             text = f"agent {self.name!r} is damaged ({error}); memws.py check says more, a backup brings it back"
