@@ -5377,11 +5377,6 @@ class Agent:
 
 Frame = JSON  # one object of the wire as a client sees it: unknown types and fields of later servers pass through
 BOTH_ENDS: JSON = {"compression": None, "max_size": MAX_FRAME, "logger": _ws_logger}  # of a connection
-REFUSALS = {  # what to do about the HTTP status that refuses a connection
-    401: "the server asks for its token; give it as token, --token or MEMWS_TOKEN",
-    403: "the server refuses this host or origin; start it with --allow-host or --allow-origin",
-    503: "the server has no room for another connection; try again later",
-}
 
 
 def outcome(future: concurrent.futures.Future[T]) -> T:
@@ -5400,8 +5395,7 @@ class LoopThread:
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._lock = threading.Lock()
-        self._over = False
+        self._lock, self._over = threading.Lock(), False
         self.thread.start()
 
     def _run(self) -> None:
@@ -5421,10 +5415,9 @@ class LoopThread:
 
     def stop(self) -> None:
         """Cancel what runs there, and end loop and thread; nothing happens where they have ended."""
-        with self._lock:
-            if not self._over:
-                self._over = True
-                self.loop.call_soon_threadsafe(self.loop.stop)
+        with self._lock, contextlib.suppress(RuntimeError):
+            self._over = True
+            self.loop.call_soon_threadsafe(self.loop.stop)
         if threading.current_thread() is not self.thread:
             self.thread.join(CLOSE_TIMEOUT + 1.0)
 
@@ -5461,8 +5454,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         while not self._events:
             self._news.clear()
             await self._news.wait()
-        event = self._events[0]
-        if isinstance(event, Exception):
+        if isinstance(event := self._events[0], Exception):
             raise event
         return event
 
@@ -5574,16 +5566,15 @@ class Client:
     async def connect(self) -> None:
         """Open the connection, in one attempt; nothing happens where it is open. Raises ConnectFailed."""
         if not self.alive:
-            websocket = await self._open()
+            websocket = await self._dial()
             self._task = asyncio.create_task(self._run(websocket), name=f"memws client of {self.url}")
-            await asyncio.sleep(0)  # it begins: a close before that would leave the connection open
+            await asyncio.sleep(0)  # it begins: what is asked for next finds the connection
 
     async def close(self) -> None:
         """Close the connection; whatever waits gets ConnectionLost."""
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def command(self, command: str, /, **arguments: Any) -> Frame:
         """Send one command and give its result. Raises RemoteError with the server's code and sentence,
@@ -5598,9 +5589,9 @@ class Client:
 
     async def hello(self, message_types: Iterable[str] | None = None) -> Frame:
         """Ask what the server is, and, with message_types, for these instead of the classic three ("*": all)."""
-        return await self.command("hello", message_types=None if message_types is None else list(message_types))
+        return await self.command("hello", message_types=message_types and list(message_types))
 
-    async def create_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Frame:
+    async def create_agent(self, /, config: str | Mapping[str, Any] | None = None, **more: Any) -> Frame:
         """Create an agent, which becomes the current one: from its name or its config, or keywords of the config."""
         named = config if isinstance(config, Mapping) else {"name": config}
         return await self.command("create_agent", config={**named, **more})
@@ -5610,21 +5601,17 @@ class Client:
         return await self.command("load_agent", name=name)
 
     def send(
-        self,
-        message: str,
-        agent_name: str | None = None,
-        turn_id: str | None = None,
-        when_busy: str = "queue",
-        from_: str | None = None,
+        self, message: str, agent_name: str | None = None, turn_id: str = "", when_busy: str = "queue", from_: str = ""
     ) -> Stream:
         """Send a user message, to the current agent if none is named, and give its turn, to be iterated once.
         Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn.
         from_: who speaks, where several people share the agent."""
-        about = {"turn_id": turn_id or secrets.token_hex(16), "agent_name": self._named(agent_name), "from": from_}
+        about = {"turn_id": turn_id or secrets.token_hex(16), "agent_name": self._named(agent_name)}
         for stream in self._streams:  # where it was sent already, as by a call that was interrupted
             if turn_id and (stream.turn_id, stream._request.get("message")) == (turn_id, message):
                 return stream
-        return Stream(self, {"type": "user_message", "message": message, "when_busy": when_busy, **about}, 0)
+        about |= {"message": message, "when_busy": when_busy, "from": from_ or None}
+        return Stream(self, {"type": "user_message", **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue", **more: Any) -> str:
         """Send a user message and give the text of the reply; arguments as of `send`. Raises as `Stream.text` does."""
@@ -5656,9 +5643,9 @@ class Client:
         error: MemwsError = ConnectionLost(self.url)
         try:
             while True:
-                await self._read(websocket)
+                await self._converse(websocket)
                 self._report("lost")
-                websocket = await self._reopen()
+                websocket = await self._redial()
                 self._report("restored")
         except (ConnectFailed, ConnectionLost) as failure:
             error = failure
@@ -5671,8 +5658,16 @@ class Client:
         logger.info("connection to %s %s", self.url, state)
         asyncio.get_running_loop().call_soon(self._on_state, state)  # what it raises must not end the connection
 
-    async def _read(self, websocket: Connection) -> None:
-        """Route what comes on a connection, to its end; then what waits for an answer fails."""
+    async def _converse(self, websocket: Connection) -> None:
+        """Make of a connection what the last one was, and route what comes, to its end; then what waits fails."""
+        self._websocket = websocket
+        if self._message_types is not None:
+            self._post({"type": "command", "command": "hello", "message_types": self._message_types})
+        if self.agent_name is not None:
+            self._post({"type": "command", "command": "load_agent", "name": self.agent_name})
+        # Subscriptions before turns: their replay must not find newer events already delivered.
+        for stream in sorted(self._streams, key=lambda stream: bool(stream.turn_id)):
+            stream._ask()
         try:
             with contextlib.suppress(ConnectionClosed):
                 async for text in websocket:
@@ -5683,18 +5678,6 @@ class Client:
             for _, answer in pending.values():
                 answer(ConnectionLost(self.url))
             await websocket.close()
-
-    async def _open(self) -> Connection:
-        """One attempt to connect; the new connection is made what the last one was. Raises ConnectFailed."""
-        websocket = self._websocket = await self._dial()
-        if self._message_types is not None:
-            self._post({"type": "command", "command": "hello", "message_types": self._message_types})
-        if self.agent_name is not None:
-            self._post({"type": "command", "command": "load_agent", "name": self.agent_name})
-        # Subscriptions before turns: their replay must not find newer events already delivered.
-        for stream in sorted(self._streams, key=lambda stream: bool(stream.turn_id)):
-            stream._ask()
-        return websocket
 
     async def _dial(self) -> Connection:
         """A new connection. Raises ConnectFailed, which shows nothing of the address but its public part."""
@@ -5712,8 +5695,8 @@ class Client:
                 **BOTH_ENDS,
             )
         except InvalidStatus as refusal:
-            status = refusal.response.status_code
-            advice = REFUSALS.get(status, f"what answers there is no memws server (HTTP {status}); check the address")
+            status, reason = refusal.response.status_code, str(refusal.response.body or b"", "utf-8", "replace")
+            advice = f"HTTP {status}, {reason[:200].strip() or 'no memws server'}; check the address"
         except (InvalidURI, ValueError):
             advice = "expected an address like ws://localhost:8282"
         except (OSError, WebSocketException) as error:
@@ -5722,7 +5705,7 @@ class Client:
                 advice = "start the server with `python memws.py`"
         raise ConnectFailed(f"cannot connect to {self.url}: {advice}", status=status)
 
-    async def _reopen(self) -> Connection:
+    async def _redial(self) -> Connection:
         """Connect again, later and later, until time is over (ConnectionLost) or we are refused (ConnectFailed)."""
         deadline = time.monotonic() + (math.inf if self._reconnect is True else self._reconnect)
         delay = RECONNECT_DELAY
@@ -5730,7 +5713,7 @@ class Client:
             await asyncio.sleep(min(left, delay * random.uniform(0.5, 1.0)))  # noqa: S311
             delay = min(2 * delay, RECONNECT_DELAY_MAX)
             try:
-                return await self._open()
+                return await self._dial()
             except ConnectFailed as failure:
                 if failure.details["status"] in (401, 403):
                     raise
@@ -5789,6 +5772,21 @@ class Client:
                 stream.agent_name = new
 
 
+def _blocking(method: Callable[Concatenate[Client, P], Any]) -> Callable[Concatenate[BlockingClient, P], Any]:
+    """A method of Client for BlockingClient, with its signature and docstring."""
+
+    @functools.wraps(method)
+    def call(self: BlockingClient, /, *args: P.args, **kwargs: P.kwargs) -> Any:
+        @functools.wraps(method)
+        async def run() -> Any:
+            result = method(self.client, *args, **kwargs)
+            return BlockingStream(self, result) if isinstance(result, Stream) else await result
+
+        return self._call(run)
+
+    return call
+
+
 class BlockingClient:
     """A Client on a loop of its own daemon thread; its calls work from any other thread, also inside a running loop.
 
@@ -5818,35 +5816,16 @@ class BlockingClient:
         """The connection's current agent."""
         return self.client.agent_name
 
-    def command(self, command: str, /, **arguments: Any) -> Frame:
-        return self._call(self.client.command, command, **arguments)
-
-    def hello(self, message_types: Iterable[str] | None = None) -> Frame:
-        return self._call(self.client.hello, message_types)
-
-    def create_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Frame:
-        return self._call(self.client.create_agent, config, **more)
-
-    def load_agent(self, name: str) -> Frame:
-        return self._call(self.client.load_agent, name)
-
-    def unsubscribe(self, agent_name: str | None = None) -> None:
-        self._call(self.client.unsubscribe, agent_name)
-
-    def send(self, message: str, *arguments: Any, **options: Any) -> BlockingStream:
-        async def send() -> Stream:
-            return self.client.send(message, *arguments, **options)
-
-        return BlockingStream(self, self._call(send))
+    command = _blocking(Client.command)
+    hello = _blocking(Client.hello)
+    create_agent = _blocking(Client.create_agent)
+    load_agent = _blocking(Client.load_agent)
+    send = _blocking(Client.send)
+    subscribe = _blocking(Client.subscribe)
+    unsubscribe = _blocking(Client.unsubscribe)
 
     def ask(self, message: str, *arguments: Any, **options: Any) -> str:
-        return self.send(message, *arguments, **options).text()
-
-    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> BlockingStream:
-        async def subscribe() -> Stream:
-            return self.client.subscribe(agent_name, after)
-
-        return BlockingStream(self, self._call(subscribe))
+        return str(self.send(message, *arguments, **options).text())
 
     def _call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -7343,9 +7322,9 @@ class Panel:
 # ======================================================================================================================
 
 
-def option(default: T, meaning: str, kind: type = str) -> T:
-    """A field of Options: its default, what its flag's help says, and what its flag's text is made into."""
-    return field(default=default, metadata={"help": meaning, "kind": kind})
+def option(default: T, meaning: str, kind: type = str, word: str = "") -> T:
+    """A field of Options: its default, what its flag's help says, what its flag's text is made into and is called."""
+    return field(default=default, metadata={"help": meaning, "kind": kind, "word": word})
 
 
 @dataclass(frozen=True)
@@ -7462,7 +7441,10 @@ class Gate:
             return 403, "pages of this Origin may not connect; allow them with --allow-origin"
         token = self._token
         if token is not None and not any(secrets.compare_digest(secret, token) for secret in _secrets(request)):
-            return 401, "a token is needed: send it as Authorization: Bearer, as subprotocol memws, or as ?token="
+            return (
+                401,
+                "a token is needed: --token or MEMWS_TOKEN, Authorization: Bearer, subprotocol memws, or ?token=",
+            )
         return None
 
     def _may(self, value: str) -> bool:
@@ -7858,7 +7840,9 @@ class SharedAgent(LiveAgent):
             if self._client and item not in self._sent:
                 self._sent.add(item)
                 with contextlib.suppress(ConnectionLost):  # the next one gets it
-                    turn = self._client.send(item.message or "", self.name, item.turn_id, item.when_busy, item.speaker)
+                    turn = self._client.send(
+                        item.message or "", self.name, item.turn_id, item.when_busy, item.speaker or ""
+                    )
                     self.agents.spawn(self._hear(item, turn))
 
     async def _hear(self, item: Turn, turn: Stream) -> None:
@@ -8997,7 +8981,10 @@ class WebSocketServer:
 # 12. CLI: arguments, the terminal client, main
 # ======================================================================================================================
 
-# ---- the terminal ----------------------------------------------------------------------------------------------------
+# ---- the terminal client ---------------------------------------------------------------------------------------------
+
+# Input is read on the main thread, because only there an interrupt reaches a line being typed; the connection and what
+# others make the agent do are on threads of their own.
 
 EDITORS = "sensible-editor", "nano", "vi", "notepad"
 PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
@@ -9043,20 +9030,21 @@ class Screen:
         self._colour = out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
         if self._colour and os.name == "nt":
             os.system("")  # noqa: S605, S607 (a classic console shows colours once cmd.exe has run in it)
-        self._out, self._prompt, self._mid_line = out, "", False
-        self._step = 0
-        self._kind = ""  # of the text on the current line
-        self._streamed: dict[str, str] = {}  # by kind, the step's text so far: its stored events say it again
+        self._out, self._prompt = out, ""
+        self._line: tuple[
+            Any, ...
+        ] = ()  # what the current line begins with: a prompt, or turn, step and kind of a text
+        self._streamed: dict[tuple[Any, ...], str] = {}  # texts so far: their stored events say them again
 
     def write(self, text: str, style: str = "") -> None:
         """Add to the current line; `text` has been made printable."""
         painted = f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
         print(painted, end="", file=self._out, flush=True)
-        self._mid_line = not text.endswith("\n")
 
     def end_line(self) -> None:
-        if self._mid_line:
+        if self._line:
             self.write("\n")
+        self._line = ()
 
     def line(self, text: str, style: str = "") -> None:
         """Write a whole line, below streamed text or the prompt, which is repeated with what is typed behind it."""
@@ -9065,11 +9053,12 @@ class Screen:
         if self._prompt:
             typed = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
             self.write(self._prompt + typed)
+            self._line = (self._prompt,)
 
     def ask(self, prompt: str) -> str:
         """Read a line from the user; what is pasted is one line. Raises EOFError and KeyboardInterrupt."""
         self.end_line()
-        self._prompt, self._mid_line = prompt, True
+        self._prompt, self._line = prompt, (prompt,)
         try:
             text = input(prompt)
             # A console of Windows does not mark pastes, but holds what is left of one.
@@ -9078,24 +9067,21 @@ class Screen:
                 text += f"\n{input()}"
         finally:
             self._prompt = ""
-        self._mid_line = False
+        self._line = ()
         return text.replace(PASTE[0], "").replace(PASTE[1], "")
 
     def show(self, event: Frame) -> None:
         """Show an event of the user's own turn as it comes: text while it is being made, all else a line each."""
-        kind, text, step = kind_of(event), str(event.get("message")), event.get("step", 0)
-        if step != self._step:
-            self._step, self._kind, self._streamed = step, "", {}
-        if kind == "delta":
-            kind = event["of"]
-            if kind != self._kind:
+        kind, text = event.get("of") or kind_of(event), str(event.get("message"))
+        line = event.get("turn_id"), event.get("step"), kind
+        if "of" in event:
+            if line != self._line:
                 self.end_line()
                 self.write(FORMS[kind][0].format(agent_name=printable(event.get("agent_name")), message=""), "bold")
             self.write(printable(text), FORMS[kind][1])
-            self._kind = kind
-            self._streamed[kind] = self._streamed.get(kind, "") + text
-        elif kind != "user_message" and text not in self._streamed.get(kind, ""):
-            self._kind = ""
+            self._line = line
+            self._streamed[line] = self._streamed.get(line, "") + text
+        elif kind != "user_message" and text not in self._streamed.get(line, ""):
             self.show_line(event)
 
     def show_line(self, event: Frame) -> None:
@@ -9115,12 +9101,6 @@ class Screen:
         self.line(form.format_map(collections.defaultdict(str, texts)), "red" if has_failed else style)
         for line in str(event.get("diff") or "").splitlines()[:8]:
             self.line(f"{line[:1]} {clipped(line[1:])}", "red" if line.startswith("-") else "green")
-
-
-# ---- the terminal client ---------------------------------------------------------------------------------------------
-
-# Input is read on the main thread, because only there an interrupt reaches a line being typed; the connection and what
-# others make the agent do are on threads of their own.
 
 
 class Chat:
@@ -9213,20 +9193,22 @@ class Chat:
             self.screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
         if previous is not None:
             self.client.unsubscribe(previous)
-        threading.Thread(target=self._follow, args=[self.client.subscribe()], daemon=True).start()
+        events = self.client.subscribe()
 
-    def _follow(self, events: Iterator[Frame]) -> None:
-        with contextlib.suppress(MemwsError):  # the main thread meets it as well
-            for event in events:
-                if event.get("turn_id") not in self._own_turns:
-                    self.screen.show_line(event)
+        def follow() -> None:
+            with contextlib.suppress(MemwsError):  # the main thread meets it as well
+                for event in events:
+                    if event.get("turn_id") not in self._own_turns:
+                        self.screen.show_line(event)
 
-    def _block(self, label: str) -> Frame:
-        """A block of core memory. Raises MemwsError with the labels."""
-        blocks: dict[str, Frame] = {each["label"]: each for each in self.client.command("get_agent")["blocks"]}
-        if label not in blocks:
+        threading.Thread(target=follow, daemon=True).start()
+
+    def _blocks(self, label: str) -> list[Frame]:
+        """The blocks of core memory, or the one of that label. Raises MemwsError with the labels."""
+        blocks = {each["label"]: each for each in self.client.command("get_agent")["blocks"]}
+        if label and label not in blocks:
             raise MemwsError(f"there is no block {quote(label)}; name one of {', '.join(blocks)}")
-        return blocks[label]
+        return [blocks[label]] if label else [*blocks.values()]
 
     # -- the slash commands --
 
@@ -9278,14 +9260,14 @@ class Chat:
 
     def do_memory(self, label: str) -> None:
         """[LABEL]: what the agent keeps in core memory, or in one block of it"""
-        for block in [self._block(label)] if label else self.client.command("get_agent")["blocks"]:
+        for block in self._blocks(label):
             used = f"{len(block['value'])} of {block['limit']} characters"
             self.screen.line(f"{clipped(block['label'])} ({used})", "bold")
             self.screen.line(printable(block["value"]))
 
     def do_edit(self, label: str) -> None:
         """LABEL: change a block of core memory in your editor ($VISUAL, $EDITOR)"""
-        block = self._block(label)
+        (block,) = self._blocks(label or '""')
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt", delete=False) as file:
             file.write(f"{block['value']}\n")
         editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(filter(shutil.which, EDITORS), "vi")
@@ -9521,16 +9503,15 @@ def protocol_command() -> None:
 
 # A command is a function: its docstring is the help, its parameters are words, and those by keyword alone are flags.
 
-FLAGS: dict[str, tuple[Any, ...]] = {  # the word for the value, what it means, its default, its type
-    "log_level": ("LEVEL", "debug, info, warning or error", "info", str),
-    "url": ("URL", "the server's address", f"ws://localhost:{DEFAULT_PORT}", str),
-    "agent": ("AGENT", "the agent to talk to", None, str),
-    "token": ("TOKEN", "the server's token", None, str),
-    "name": ("NAME", "another name for the agent, where its own is taken", None, str),
-    "keep_requests": ("DAYS", "how long exact requests are kept", 36_500, float),
-    "from_": ("DB", "the database to copy", "", str),
-    "to": ("DB", "where to: an empty one, or an earlier copy", "", str),
-    "db": ("DB", "the database", DEFAULT_DB, str),
+SERVING: dict[str, Any] = {each.name: each for each in fields(Options) if each.name != "api_key"}
+FLAGS = SERVING | {
+    "log_level": option("info", "debug, info, warning or error"),
+    "url": option(f"ws://localhost:{DEFAULT_PORT}", "the server's address"),
+    "agent": option(None, "the agent to talk to"),
+    "name": option(None, "another name for the agent, where its own is taken"),
+    "keep_requests": option(36_500, "how long exact requests are kept", float, "DAYS"),
+    "from_": option("", "the database to copy", word="DB"),
+    "to": option("", "where to: an empty one, or an earlier copy", word="DB"),
 }
 
 
@@ -9542,13 +9523,14 @@ class Parser(argparse.ArgumentParser):
             message = f"--{match[1]} or MEMWS_{match[1].upper().replace('-', '_')}{match[2]}"
         raise UsageError(f"{message}; {self.prog} --help tells what there is")
 
-    def add_flag(self, name: str, metavar: str, meaning: str, default: Any, kind: type) -> None:
+    def add_flag(self, name: str) -> None:
         """A flag --some-name; MEMWS_SOME_NAME is the same where it is not given. One that may be repeated has none."""
-        word, about = name.rstrip("_"), f" (default {default})" if default else ""
-        variable = f"MEMWS_{word.upper()}"
-        how: JSON = {"default": os.environ.get(variable) or default} if default != () else {"action": "append"}
-        help_text = f"{meaning}{about}; {variable}"
-        self.add_argument(f"--{word.replace('_', '-')}", dest=name, metavar=metavar, help=help_text, type=kind, **how)
+        word, default, about = name.rstrip("_"), FLAGS[name].default, FLAGS[name].metadata
+        flag, variable = f"--{word.replace('_', '-')}", f"MEMWS_{word.upper()}"
+        more: JSON = {"metavar": about["word"] or word.rpartition("_")[2].upper(), "type": about["kind"]}
+        more |= {"action": "append"} if default == () else {"default": os.environ.get(variable) or default}
+        shown = f" (default {default})" if default else ""
+        self.add_argument(flag, dest=name, help=f"{about['help']}{shown}; {variable}", **more)
 
 
 def make_parser(helps: bool = False) -> Parser:
@@ -9564,15 +9546,12 @@ def make_parser(helps: bool = False) -> Parser:
         command.set_defaults(run=function)
         for word in inspect.signature(function).parameters.values():
             if word.kind is word.KEYWORD_ONLY:
-                command.add_flag(word.name, *FLAGS[word.name])
-            elif word.kind is not word.VAR_KEYWORD:
+                command.add_flag(word.name)
+            elif word.kind is word.VAR_KEYWORD:
+                list(map(command.add_flag, SERVING))
+            else:
                 command.add_argument(word.name, nargs=None if word.default is word.empty else "?")
-    serve = commands.choices["serve"]
-    for option in fields(Options):
-        if option.name != "api_key":
-            metavar = option.name.rpartition("_")[2].upper()
-            serve.add_flag(option.name, metavar, option.metadata["help"], option.default, option.metadata["kind"])
-    parser.epilog = serve.format_help() if helps else ""
+    parser.epilog = commands.choices["serve"].format_help() if helps else ""
     return parser
 
 

@@ -369,7 +369,7 @@ async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
 ADDRESSES = {
     "ws://127.0.0.1:1": "start the server with `python memws.py`",
     "ws://nowhere.invalid": "check the address",
-    "an HTTP server": "no memws server (HTTP 4",
+    "an HTTP server": "HTTP 4",
     "a mute server": "check the address",
 }
 WRONG = ("http://x", "ws://[", "ws://localhost:99999")
