@@ -8989,10 +8989,10 @@ class WebSocketServer:
 EDITORS = "sensible-editor", "nano", "vi", "notepad"
 PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
 STYLES = {"dim": "2", "bold": "1", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
-FORMS = {  # how events are shown: by message type, or type, the line and its style
-    "internal_monologue": ("~ {message}", "dim"),
-    "assistant_message": ("{agent_name}: {message}", ""),
-    "user_message": ("{from}: {message}", "cyan"),
+FORMS = {  # how events are shown: by message type, or type, the line and its style; {text} is the whole message
+    "internal_monologue": ("~ {text}", "dim"),
+    "assistant_message": ("{agent_name}: {text}", ""),
+    "user_message": ("{from}: {text}", "cyan"),
     "tool_call": ("> {name}({message})", "dim"),
     "approval_request": ("? {name}({message})", "yellow"),
     "tool_return": ("< {message}", "dim"),
@@ -9002,9 +9002,8 @@ FORMS = {  # how events are shown: by message type, or type, the line and its st
     **dict.fromkeys(("queue", "progress"), ("[{kind}: {message}]", "dim")),
     "agent_change": ("[{agent_name}: {message}]", "dim"),
     "agent_response_end": ("[{stop_reason}]", "yellow"),
-    "agent_response_error": ("error: {message}", "red"),
+    "agent_response_error": ("error: {text}", "red"),
 }
-WHOLE_TEXTS = ("internal_monologue", "assistant_message", "user_message", "agent_response_error")
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -9031,10 +9030,8 @@ class Screen:
         if self._colour and os.name == "nt":
             os.system("")  # noqa: S605, S607 (a classic console shows colours once cmd.exe has run in it)
         self._out, self._prompt = out, ""
-        self._line: tuple[
-            Any, ...
-        ] = ()  # what the current line begins with: a prompt, or turn, step and kind of a text
-        self._streamed: dict[tuple[Any, ...], str] = {}  # texts so far: their stored events say them again
+        self._line: object = None  # what the current line holds: the prompt, or a text by turn, step and kind
+        self._streamed: dict[object, str] = {}  # texts so far: their stored events say them again
 
     def write(self, text: str, style: str = "") -> None:
         """Add to the current line; `text` has been made printable."""
@@ -9044,7 +9041,7 @@ class Screen:
     def end_line(self) -> None:
         if self._line:
             self.write("\n")
-        self._line = ()
+        self._line = None
 
     def line(self, text: str, style: str = "") -> None:
         """Write a whole line, below streamed text or the prompt, which is repeated with what is typed behind it."""
@@ -9053,12 +9050,12 @@ class Screen:
         if self._prompt:
             typed = sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
             self.write(self._prompt + typed)
-            self._line = (self._prompt,)
+            self._line = self._prompt
 
     def ask(self, prompt: str) -> str:
         """Read a line from the user; what is pasted is one line. Raises EOFError and KeyboardInterrupt."""
         self.end_line()
-        self._prompt, self._line = prompt, (prompt,)
+        self._prompt = self._line = prompt
         try:
             text = input(prompt)
             # A console of Windows does not mark pastes, but holds what is left of one.
@@ -9067,7 +9064,7 @@ class Screen:
                 text += f"\n{input()}"
         finally:
             self._prompt = ""
-        self._line = ()
+        self._line = None
         return text.replace(PASTE[0], "").replace(PASTE[1], "")
 
     def show(self, event: Frame) -> None:
@@ -9077,7 +9074,7 @@ class Screen:
         if "of" in event:
             if line != self._line:
                 self.end_line()
-                self.write(FORMS[kind][0].format(agent_name=printable(event.get("agent_name")), message=""), "bold")
+                self.write(FORMS[kind][0].format(agent_name=printable(event.get("agent_name")), text=""), "bold")
             self.write(printable(text), FORMS[kind][1])
             self._line = line
             self._streamed[line] = self._streamed.get(line, "") + text
@@ -9095,9 +9092,8 @@ class Screen:
         if isinstance(arguments := event.get("arguments"), dict):
             event = {**event, "message": encode_json(without_heartbeat(arguments))}
         form, style = FORMS[kind]
-        render = printable if kind in WHOLE_TEXTS else clipped
-        texts = {"kind": kind, "label": "archival memory", "from": "someone"}
-        texts |= {key: render(value) for key, value in event.items()}
+        texts = {"kind": kind, "label": "archival memory", "from": "someone", "text": printable(event.get("message"))}
+        texts |= {key: clipped(value) for key, value in event.items()}
         self.line(form.format_map(collections.defaultdict(str, texts)), "red" if has_failed else style)
         for line in str(event.get("diff") or "").splitlines()[:8]:
             self.line(f"{line[:1]} {clipped(line[1:])}", "red" if line.startswith("-") else "green")
@@ -9169,12 +9165,12 @@ class Chat:
                     self.screen.show(event)
                     if kind_of(event) == "approval_request":
                         self._answer_request(event)
-                break
+                self._leaves = False
+                return
             except KeyboardInterrupt:
                 if self._leaves:
                     raise
                 self._leaves = True
-        self._leaves = False
 
     def _answer_request(self, event: Frame) -> None:
         """Ask the user whether a call may run; any text but y or n is the reason why not."""
@@ -9203,12 +9199,12 @@ class Chat:
 
         threading.Thread(target=follow, daemon=True).start()
 
-    def _blocks(self, label: str) -> list[Frame]:
-        """The blocks of core memory, or the one of that label. Raises MemwsError with the labels."""
-        blocks = {each["label"]: each for each in self.client.command("get_agent")["blocks"]}
-        if label and label not in blocks:
+    def _block(self, label: str) -> Frame:
+        """A block of core memory. Raises MemwsError with the labels."""
+        blocks: dict[str, Frame] = {each["label"]: each for each in self.client.command("get_agent")["blocks"]}
+        if label not in blocks:
             raise MemwsError(f"there is no block {quote(label)}; name one of {', '.join(blocks)}")
-        return [blocks[label]] if label else [*blocks.values()]
+        return blocks[label]
 
     # -- the slash commands --
 
@@ -9260,14 +9256,14 @@ class Chat:
 
     def do_memory(self, label: str) -> None:
         """[LABEL]: what the agent keeps in core memory, or in one block of it"""
-        for block in self._blocks(label):
+        for block in [self._block(label)] if label else self.client.command("get_agent")["blocks"]:
             used = f"{len(block['value'])} of {block['limit']} characters"
             self.screen.line(f"{clipped(block['label'])} ({used})", "bold")
             self.screen.line(printable(block["value"]))
 
     def do_edit(self, label: str) -> None:
         """LABEL: change a block of core memory in your editor ($VISUAL, $EDITOR)"""
-        (block,) = self._blocks(label or '""')
+        block = self._block(label)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".txt", delete=False) as file:
             file.write(f"{block['value']}\n")
         editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or next(filter(shutil.which, EDITORS), "vi")
