@@ -215,6 +215,7 @@ SEARCH_PAGE = 10  # results of one page; MemGPT's five lose a tenth of the evide
 EMBEDDING_BATCH = 16  # texts in one call of an embedding model
 EMBEDDING_PATIENCE = 3.0  # seconds that a search waits for its query's vector before words alone decide
 EMBEDDING_PAUSE = 60.0  # seconds without a call after one that failed
+EMBEDDING_PULSE = 0.5  # between two looks for what has no vector yet
 EMBEDDING_TEXT = 2_000  # characters of a query that is embedded
 
 CONTEXT_WINDOWS = {  # tokens by the beginning of a model's name
@@ -7517,9 +7518,8 @@ class LiveAgent:
         agent = Agent(agents.store, record, *common, self.publish, agents.timezone)
         agent.memory.owner = self.lease
         self.agent = await agent.open()
-        agents.memory_growth.set()
-        if self.agent.repairs:
-            logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
+        if agent.repairs:
+            logger.warning("agent %s: %s", record.name, "; ".join(agent.repairs))
 
     def take_name(self, name: str | None) -> None:
         """Be known under the name from now on; None: under none."""
@@ -7656,7 +7656,6 @@ class LiveAgent:
         self.waiting.extendleft(reversed(item.steered))  # it ended before it took them in
         self.current = None
         self.wake()
-        self.agents.memory_growth.set()
         self.go_on()
 
     def refuse(self, item: Turn, error: MemwsError) -> None:
@@ -7883,7 +7882,6 @@ class Agents:
         self.models.recalled = self.store.settings
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
-        self.memory_growth = asyncio.Event()  # something may have no vector yet
         self.lock = asyncio.Lock()  # held while a name changes hands
         self.leases = Leases(self.database, self._in_use, self._hear) if isinstance(self.database, Postgres) else None
         self._embeds = self.leases is None  # whether this server gives vectors, which one does for all
@@ -7938,9 +7936,7 @@ class Agents:
         for live in list(self.live.values()):
             if isinstance(live, SharedAgent) and live.id in owners:
                 live.take_owner(owners[live.id])
-        if 0 in owners and self._embeds != bool(owners[0]):
-            self._embeds = bool(owners[0])
-            self.memory_growth.set()
+        self._embeds = bool(owners.get(0, self._embeds))
 
     async def create(self, values: JSON, base_url: str | None, api_key: str | None) -> tuple[LiveAgent, list[str]]:
         """A new agent, and what of its config is ignored. Raises Refused."""
@@ -7985,7 +7981,6 @@ class Agents:
         """Give vectors to what has none yet, in the background, for ever."""
         embedder = self.models.embedder
         while embedder:
-            self.memory_growth.clear()  # before the look: what comes beside it is looked for again
             with contextlib.suppress(StoreFailed):
                 is_made = await self.store.read(read_setting, "embedding_model") == embedder.name
                 cleared = 0 if self._embeds and not is_made else None
@@ -7995,8 +7990,7 @@ class Agents:
                     embedder.catch_up = functools.partial(self._embed_all, embedder)
                 if self._embeds:
                     await self._embed_all(embedder)
-            with contextlib.suppress(TimeoutError):  # other servers do not tell of what they store
-                await asyncio.wait_for(self.memory_growth.wait(), EMBEDDING_PAUSE)
+            await asyncio.sleep(EMBEDDING_PULSE)
 
     async def _embed_all(self, embedder: Embedder) -> None:
         while rows := await self.store.read(without_vector, EMBEDDING_BATCH):
@@ -8308,9 +8302,8 @@ class Session:
         """Follow all events of an agent: stored ones above `after` (0: all, absent: none), then live ones.
         Result: {last_seq}."""
         await live.ready()
-        last_seq = live.last_seq
-        if isinstance(live, SharedAgent):  # what other clients have seen may be ahead of what is known here
-            last_seq = max(last_seq, (await self._agents.store.read(find_name, live.id, live.name))[2])
+        _, _, stored = await self._agents.store.read(find_name, live.id, live.name)
+        last_seq = max(live.last_seq, stored)  # other servers may be ahead of what is known here
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
@@ -8370,31 +8363,28 @@ class Session:
         """List the agents by name, those above `after`; with `deleted` those that restore_agent can bring back.
         Result: {agents: [{agent_name, model, last_active, last_seq, state}], total}."""
         records, total = await self._agents.store.read(list_agents, after or "", limit, deleted)
-        live, default, agents = self._agents.live, self._agents.models.default, []
+        agents: list[JSON] = []
         for record in records:
-            runs_elsewhere = self._agents.leases and record.state.get("turn")
-            state = "running" if runs_elsewhere or (record.name in live and live[record.name].current) else "idle"
-            about = {"agent_name": record.name, "model": record.config.get("model") or default}
-            about["state"] = "deleted" if deleted else state
-            agents.append(about | {"last_active": record.last_active, "last_seq": record.last_seq})
+            live = self._agents.live.get(record.name)
+            runs = (live and live.current) or (self._agents.leases and record.state.get("turn"))
+            state = "running" if runs else "idle"
+            about = {"agent_name": record.name, "model": record.config.get("model") or self._agents.models.default}
+            about |= {"last_active": record.last_active, "last_seq": record.last_seq}
+            agents.append(about | {"state": "deleted" if deleted else state})
         return {"agents": agents, "total": total}
 
     async def get_agent(self, live: LiveAgent) -> JSON:
         """Read an agent's settings, memory blocks, counts and running turn.
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
-        agent, running = await live.fresh(), live.current
+        agent, running, turn = await live.fresh(), live.current, None
         memory = agent.memory
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
-        turn = {"turn_id": running.turn_id, "step": running.step} if running else {}
-        turn["approvals"] = [about for about, *_ in agent.approvals.values()]
-        return {
-            "agent_name": live.name,
-            "settings": agent.settings(),
-            "blocks": agent.record.blocks,
-            "counts": counts | memory.tokens,
-            "last_seq": live.last_seq,
-            "turn": turn if running and running.turn_id else None,
-        }
+        if running and running.turn_id:
+            approvals = [about for about, *_ in agent.approvals.values()]
+            turn = {"turn_id": running.turn_id, "step": running.step, "approvals": approvals}
+        about: JSON = {"agent_name": live.name, "settings": agent.settings(), "counts": counts | memory.tokens}
+        about["blocks"] = agent.record.blocks
+        return about | {"last_seq": live.last_seq, "turn": turn}
 
     async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
         """Change an agent's settings; its `blocks` add blocks and change limits, {label, delete: true} takes one away.
@@ -8546,9 +8536,7 @@ class Session:
     async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
         async with Transaction((await live.fresh()).memory) as change:
-            passage_id = change.insert(text)
-        self._agents.memory_growth.set()
-        return {"id": passage_id}
+            return {"id": change.insert(text)}
 
     async def delete_passage(self, live: LiveAgent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
         """Take a passage out of archival memory. Result: {id}."""
@@ -8602,24 +8590,21 @@ for _command in COMMANDS.values():
 def bind_sockets(host: str, port: int) -> list[socket.socket]:
     """Listening sockets on one port: for localhost of both families, where there is IPv6. Raises UsageError."""
     sockets: list[socket.socket] = []
-    for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
-        address = name, sockets[0].getsockname()[1] if sockets else port
-        family = socket.AF_INET6 if ":" in name else socket.AF_INET
-        try:
-            bound = socket.create_server(address, family=family, backlog=1024)
-        except OSError as error:
-            is_taken = error.errno == errno.EADDRINUSE
-            if sockets and not (port and is_taken):
-                break
-            for former in sockets:
-                former.close()
-            text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
-            if is_taken:
-                text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
+    try:
+        for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
+            address = name, sockets[0].getsockname()[1] if sockets else port
+            family = socket.AF_INET6 if ":" in name else socket.AF_INET
+            sockets.append(socket.create_server(address, family=family, backlog=1024))
+            # Accepted sockets inherit it; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
+            sockets[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        text = f"cannot listen on {host}:{port} ({error.strerror or error}); choose another host or port"
+        if error.errno == errno.EADDRINUSE:
+            text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
+        if not sockets or (port and error.errno == errno.EADDRINUSE):
+            for bound in sockets:
+                bound.close()
             raise UsageError(text) from None
-        # Accepted sockets inherit it; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
-        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sockets.append(bound)
     return sockets
 
 
@@ -9363,14 +9348,16 @@ class _LogFormatter(logging.Formatter):
 
     def __init__(self, token: str | None) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
-        known = [re.escape(secret) for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
-        self._secrets = re.compile("|".join([_PRIVATE, *known]))
+        self._secrets = [secret for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         return super().formatMessage(record).replace("\n", "\\n")
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._secrets.sub("…", printable(super().format(record)).replace("\n", "\n    "))
+        text = printable(super().format(record)).replace("\n", "\n    ")
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return re.sub(_PRIVATE, "…", text)
 
 
 def serve_command(*, log_level: str, **options: Any) -> None:

@@ -45,7 +45,8 @@ def endpoint(endpoint: Endpoint) -> Endpoint:
 @pytest.fixture
 def start(serve: Serve, endpoint: Endpoint, monkeypatch: Patch) -> Serve:
     """Starts a server of the endpoint with an embedding model; what failed is asked for again soon."""
-    monkeypatch.setattr(memws, "EMBEDDING_PAUSE", 0.01)
+    for name in ("EMBEDDING_PAUSE", "EMBEDDING_PULSE"):
+        monkeypatch.setattr(memws, name, 0.01)
     defaults = {"base_url": endpoint.url, "model": "test-model", "api_key": KEY, "embedding_model": MODEL}
     return lambda **options: serve(**(defaults | options))
 
