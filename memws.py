@@ -102,7 +102,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 try:
@@ -881,9 +881,9 @@ def _any_of(names: Iterable[str]) -> JSON:
 # ======================================================================================================================
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Block:
-    """One labelled piece of core memory: always in the prompt, at most `limit` characters."""
+    """One labelled piece of core memory: always in the prompt, at most `limit` characters. Raises Refused."""
 
     label: str
     value: str = ""
@@ -891,7 +891,6 @@ class Block:
     version: int = 1  # counts the edits; an edit based on another version than the stored one is a conflict
 
     def __post_init__(self) -> None:
-        """Raises Refused (bad_config, block_limit)."""
         if not re.fullmatch(r"[a-zA-Z][\w-]{0,63}", self.label, re.ASCII):
             text = f"expected a label of 1 to {MAX_NAME} letters, digits, _ and -, but got {quote(self.label)}"
             raise Refused("bad_config", f"blocks: {text}")
@@ -1109,9 +1108,7 @@ _ENDINGS = [
     ("sses", "ss"), ("ss", "ss"), ("us", "us"), ("es", "e"), ("s", ""), ("ly", ""),
 ]  # fmt: skip
 _ARABIC = "^(?:[\u0648\u0641]?(?:[\u0628\u0643]?\u0627\u0644|\u0644\u0644)|\u0648)(?=...)"
-_ARABIC_ENDING = (
-    "(?<=...)(?:\u0647\u0627|[\u0627\u0648\u064a]\u0646|\u0627\u062a|\u064a?[\u0647\u0629]|[\u064a\u0649])$"
-)
+_ARABIC_END = "(?<=...)(?:\u0647\u0627|[\u0627\u0648\u064a]\u0646|\u0627\u062a|\u064a?[\u0647\u0629]|[\u064a\u0649])$"
 
 
 @functools.cache
@@ -1129,7 +1126,7 @@ def stem(word: str) -> str:
     if "\u0370" <= word[0] <= "\u052f":
         return word[:LETTERS_CUT]
     if "\u0620" <= word[0] <= "\u064a":
-        return re.sub(_ARABIC_ENDING, "", re.sub(_ARABIC, "", word))
+        return re.sub(_ARABIC_END, "", re.sub(_ARABIC, "", word))
     if len(word) < 4 or not word.isascii():
         return _IRREGULAR.get(word, word)
     word = _IRREGULAR.get(word, word)
@@ -1291,7 +1288,7 @@ def unnamed(query: str, names: Iterable[str]) -> str:
 # ======================================================================================================================
 
 
-@dataclass(slots=True)
+@dataclass
 class AgentRecord:
     """The agent's row: what is known of it beside its messages, memory and events."""
 
@@ -2129,7 +2126,7 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
 
 def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
     """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
-    row = asdict(record) | {"last_seq": max(record.last_seq, claim(db, record.name))}
+    row = vars(record) | {"last_seq": max(record.last_seq, claim(db, record.name))}
     del row["id"]
     insert(db, "agents", **row)
     return find_agent(db, record.name)
@@ -2271,7 +2268,8 @@ class Store:
         """A job that fails undoes only itself; a commit that fails undoes all."""
         try:
             with transaction(self._connection):
-                outcomes = [self._write(job) for job, _ in jobs]
+                alone = len(jobs) == 1  # then the transaction does for a savepoint
+                outcomes = [(job(self._connection), None) if alone else self._write(job) for job, _ in jobs]
         except Exception as error:  # whatever it was, nothing of this batch is on disk, and everybody hears it
             outcomes = [(None, error)] * len(jobs)
         for (_, done), (result, failure) in zip(jobs, outcomes, strict=True):
@@ -3437,7 +3435,7 @@ class Tape:
 MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
 _ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?", re.IGNORECASE)
-_DONE: JSON = {"done": True}  # the last chunk: [DONE]
+_DONE: JSON = {"choices": []}  # the last chunk: [DONE]
 
 
 def import_openai() -> Any:
@@ -3586,7 +3584,8 @@ class OpenAIModel:
             if not response.is_success:
                 await response.aread()
                 raise self._refusal(response.text, body, response.status_code, response.headers)
-            pieces, data, rest, text = response.aiter_bytes(), b"\n", b"", b""
+            is_packed = "content-encoding" in response.headers
+            pieces, data, rest, text = aiter(response.aiter_bytes() if is_packed else response.stream), b"\n", b"", b""
             page: bytes | None = b""  # what comes before the first event; None: there was one
             while data:
                 data = await anext(pieces, b"")
@@ -3596,7 +3595,7 @@ class OpenAIModel:
                     if line.startswith((b"data:", codecs.BOM_UTF8 + b"data:")):
                         text += line.partition(b":")[2].strip()
                     elif text and not line.strip():
-                        yield _DONE if text == b"[DONE]" else decode_json(text)
+                        yield _DONE if text == b"[DONE]" else decode_json(text.decode())
                         text, page = b"", None
                     elif page is not None:
                         page += line
@@ -4256,7 +4255,7 @@ class Transaction:
     async def _store(self) -> None:
         memory, record, changes = self.memory, self.memory.record, self.changes
         if self.blocks != memory.blocks:
-            changes.blocks = [asdict(block) for block in self.blocks.values()]
+            changes.blocks = [vars(block) for block in self.blocks.values()]
         changes.config = self.config if self.config != record.config else None
         is_edit = changes.blocks is not None or changes.config or self.state["cut"] != record.state["cut"]
         self.state |= memory.tokens
@@ -4578,7 +4577,7 @@ def check_record(record: AgentRecord) -> None:
     """Complete a stored agent's config, state and blocks. Raises Refused for what no agent can go on from."""
     record.config = vars(apply(Config, record.config, "agent.config"))
     record.state = vars(apply(State, record.state, "agent.state"))
-    record.blocks = [asdict(apply(Block, values, "agent.blocks")) for values in record.blocks]
+    record.blocks = [vars(apply(Block, values, "agent.blocks")) for values in record.blocks]
 
 
 BlockItems = Annotated[list[JSON], 1, MAX_BLOCKS] | None
@@ -4605,7 +4604,7 @@ def reshape(blocks: dict[str, Block], items: dict[str, JSON]) -> dict[str, Block
     made = dict(blocks)
     for label, item in items.items():
         old, delete = made.get(label), item.pop("delete", False)
-        previous = asdict(old) if old else {"version": 1}
+        previous = vars(old) if old else {"version": 1}
         if delete is True and old:
             del made[label]
         elif delete or (old and item.get("value") not in (None, old.value)):
@@ -5270,10 +5269,10 @@ class Agent:
 
     def _sizes(self, messages: Iterable[ChatMessage], **other: str) -> dict[str, int]:
         """Estimated tokens of the sections of a request with these chat messages, and with `other` texts."""
-        texts = self._sections | other
+        texts, ratio = self._sections | other, self.ratio
         tokens = {name: estimate_tokens(text) if text else 0 for name, text in texts.items()}
         tokens["messages"] = sum(message.tokens for message in messages)
-        return {name: round(count * self.ratio) for name, count in tokens.items()}
+        return {name: round(count * ratio) for name, count in tokens.items()}
 
     def used(self) -> int:
         """Estimated tokens of the next request."""
@@ -7948,7 +7947,7 @@ class Agents:
         model, _ = self.models.get(config["model"], base_url, api_key)
         check_window(config, self.models.context_window or model.window, self.tools, blocks)
         async with self.lock:
-            record = AgentRecord(name, config, [asdict(block) for block in blocks], base_url)
+            record = AgentRecord(name, config, [vars(block) for block in blocks], base_url)
             record = await self.store.write(create_agent, record)
             self.api_keys[record.id] = api_key
             live = await self.use(record)
