@@ -1405,21 +1405,22 @@ class Sqlite:
     size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     size_of = "coalesce(length(CAST({} AS BLOB)), 0)"
     advice = "name another file with --db"
+    mark = f"""SELECT CASE application_id WHEN {APPLICATION_ID} THEN 'memws ' || user_version ELSE '' END
+        FROM pragma_application_id, pragma_user_version WHERE EXISTS (SELECT 1 FROM sqlite_master)"""
 
     def __init__(self, path: str, sync: str = "full") -> None:
-        self.memory = path == ":memory:"
-        self.path = path if self.memory else os.path.realpath(path)  # a link must not get past the lock
+        self.path, self.memory = path, path == ":memory:"
+        self._file = path if self.memory else os.path.realpath(path)  # a link must not get past the lock
         self._sync = sync
         self._connections: list[SqlConnection] = []
 
     def open(self) -> SqlConnection:
         """A connection to write with, of the only server on this file. Raises UsageError where it cannot be used."""
-        with usable(self.path), contextlib.ExitStack() as stack:
-            stack.callback(self.close)
+        with usable(self.path, self.advice):
             if not self.memory:
-                pathlib.Path(self.path).touch(0o600)  # a new one is for its owner only
+                pathlib.Path(self._file).touch(0o600)  # a new one is for its owner only
             connection = self.connect()
-            is_new = not self.has_schema(connection)  # what is not ours is left as it is
+            is_new = not has_schema(self, connection)  # what is not ours is left as it is
             if not self.memory:
                 self._lock()
             if is_new:
@@ -1427,33 +1428,23 @@ class Sqlite:
                 connection.executescript(f"BEGIN; {SCHEMA}; {marks}; COMMIT")
             settings = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = {self._sync}; PRAGMA foreign_keys = ON"
             connection.executescript(settings)
-            stack.pop_all()
         return connection
 
     def connect(self) -> SqlConnection:
         """A connection that leaves transactions to us and may be used and closed by any thread."""
-        connection = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a bad byte ends nothing
         self._connections.append(connection)
         return connection
 
     def _lock(self) -> None:
         """Keep other servers off through a lock on a file beside it, which ends with the process."""
-        path = f"{self.path}.lock"
+        path = f"{self._file}.lock"
         pathlib.Path(path).touch(0o600)
         lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
         self._connections.insert(0, lock)  # closed last
         with usable(self.path, "stop the memws server that uses it, or name another file with --db"):
             lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
-
-    def has_schema(self, connection: SqlConnection) -> bool:
-        """Whether there are tables; a new database has none. Raises UsageError for those of another program."""
-        if not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            return False
-        if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
-            raise UsageError(f"{self.path!r} is a database of another program; name another file with --db")
-        check_version(self.path, connection.execute("PRAGMA user_version").fetchone()[0])
-        return True
 
     def faults(self, connection: SqlConnection) -> list[str]:
         """What the database's own checks find."""
@@ -1486,18 +1477,18 @@ class Postgres:
     """A PostgreSQL database, from version 14 on, through psycopg 3; several servers may use it at once.
 
     Its agents have an owner more: the lease under which a server runs them, see Leases.
-    patience: seconds after which a transaction is ended there that nothing was heard of; 0: never.
     """
 
     memory = False
     size = "SELECT pg_database_size(current_database())"
     size_of = "coalesce(pg_column_size({}), 0)"
     advice = "check the address, and whether PostgreSQL runs there; or name another database with --db"
+    mark = "SELECT coalesce(obj_description(oid, 'pg_class'), '') FROM pg_class WHERE oid = to_regclass('agents')"
 
-    def __init__(self, address: str, patience: float = LEASE_TIMEOUT) -> None:
+    def __init__(self, address: str) -> None:
         self.driver = needed("psycopg", 'PostgreSQL needs psycopg: pip install "psycopg[binary]"')
         self.path = public_url(address)
-        self._patience, self._is_over = patience, False
+        self._is_over = False
         self._lines: list[Any] = []  # psycopg's connections
         try:
             if re.search("%00|[@/?#].*@", address.partition("://")[2]):
@@ -1509,20 +1500,17 @@ class Postgres:
 
     def open(self) -> SqlConnection:
         """A connection to write with; a new database gets its tables. Raises UsageError where it cannot be used."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.close)
-            with usable(self.path, self.advice):
-                connection = self.connect(idle_in_transaction_session_timeout=f"{self._patience:g}s")
-            if int(connection.execute("SHOW server_version_num").fetchone()[0]) < 140_000:
-                raise UsageError(f"{self.path!r} is older than PostgreSQL 14, from which on idle sessions end in time")
-            with transaction(connection), usable(self.path, "name another database with --db"):
-                connection.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))  # others may start as well
-                if not self.has_schema(connection):
-                    schema = f"{SCHEMA}; COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'"
-                    for name, instead in _POSTGRES_SCHEMA.items():
-                        schema = re.sub(rf"\b{name}\b", instead, schema)
-                    connection.execute(schema)
-            stack.pop_all()
+        with usable(self.path, self.advice):
+            connection = self.connect(idle_in_transaction_session_timeout=f"{LEASE_TIMEOUT:g}s")
+        if int(connection.execute("SHOW server_version_num").fetchone()[0]) < 140_000:
+            raise UsageError(f"{self.path!r} is older than PostgreSQL 14, from which on idle sessions end in time")
+        with transaction(connection), usable(self.path, "name another database with --db"):
+            connection.execute("SELECT pg_advisory_xact_lock(?)", (APPLICATION_ID,))  # others may start as well
+            if not has_schema(self, connection):
+                schema = f"{SCHEMA}; COMMENT ON TABLE agents IS 'memws {SCHEMA_VERSION}'"
+                for name, instead in _POSTGRES_SCHEMA.items():
+                    schema = re.sub(rf"\b{name}\b", instead, schema)
+                connection.execute(schema)
         return connection
 
     def connect(self, **settings: str) -> SqlConnection:
@@ -1540,18 +1528,6 @@ class Postgres:
         for name, value in settings.items():
             connection.execute("SELECT set_config(%s, %s, false)", (name, value))
         return connection
-
-    def has_schema(self, connection: SqlConnection) -> bool:
-        """Whether there are tables; a new database has none. Raises UsageError for those of another program."""
-        sql = "SELECT obj_description(oid, 'pg_class') FROM pg_class WHERE oid = to_regclass('agents')"
-        row = connection.execute(sql).fetchone()
-        if row is None:
-            return False
-        name, _, version = (row[0] or "").partition(" ")
-        if name != "memws":
-            raise UsageError(f"{self.path!r} has tables of another program; name another database with --db")
-        check_version(self.path, version)
-        return True
 
     def dump_command(self, file: str) -> str:
         """What a shell is told to make a backup."""
@@ -1637,9 +1613,9 @@ class PostgresConnection:
                     copy.write_row(row)
 
     def stream(self, sql: str, values: Sequence[Any]) -> Iterator[Any]:
-        self._ahead.close()  # the cursors of a server want that
-        with self._translated(), self._connection.cursor("stream") as cursor:
-            yield from cursor.execute(sql.replace("?", "%s"), values)
+        """The rows of a result that is never whole in memory."""
+        with self._translated():
+            yield from self._connection.cursor().stream(sql.replace("?", "%s"), values)
 
     def close(self) -> None:
         self._connection.close()
@@ -1648,18 +1624,13 @@ class PostgresConnection:
 Database = Sqlite | Postgres
 
 
-def database_at(address: str, sync: str = "full", patience: float = LEASE_TIMEOUT) -> Database:
+def database_at(address: str, sync: str = "full") -> Database:
     """The database of a file name, ":memory:" or a postgresql:// address. Raises UsageError without its driver."""
-    return Postgres(address, patience) if address.startswith(POSTGRES) else Sqlite(address, sync)
-
-
-def shown(address: str) -> str:
-    """The name of a database as it may be told: of an address without the password."""
-    return public_url(address) if address.startswith(POSTGRES) else address
+    return Postgres(address) if address.startswith(POSTGRES) else Sqlite(address, sync)
 
 
 @contextlib.contextmanager
-def usable(path: str, advice: str = "name another file with --db") -> Iterator[None]:
+def usable(path: str, advice: str) -> Iterator[None]:
     """Raises UsageError where the database cannot be used by what is inside."""
     try:
         yield
@@ -1668,23 +1639,31 @@ def usable(path: str, advice: str = "name another file with --db") -> Iterator[N
         raise UsageError(f"cannot use the database {path!r} ({reason}); {advice}") from error
 
 
-def check_version(path: str, version: int | str) -> None:
-    """Raises UsageError where that is not our schema's."""
-    if str(version) != str(SCHEMA_VERSION):
-        advice = "name another file or database with --db; export with that memws and import with this one move agents"
-        raise UsageError(f"{path!r} was written by another memws (schema {version}, not {SCHEMA_VERSION}); {advice}")
+def has_schema(database: Database, connection: SqlConnection) -> bool:
+    """Whether there are tables; a new database has none. Raises UsageError for those of another program or version."""
+    for (mark,) in connection.execute(database.mark).fetchall():
+        program, _, version = mark.partition(" ")
+        if program != "memws":
+            raise UsageError(f"{database.path!r} is a database of another program; name another one with --db")
+        if version != str(SCHEMA_VERSION):
+            found = f"was written by another memws (schema {version}, not {SCHEMA_VERSION}); name another one with --db"
+            raise UsageError(f"{database.path!r} {found}; export with that memws and import with this one move agents")
+        return True
+    return False
 
 
 @contextlib.contextmanager
-def transaction(connection: SqlConnection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
+def transaction(
+    connection: SqlConnection, begin: str = "BEGIN IMMEDIATE", end: str = "COMMIT", undo: str = "ROLLBACK"
+) -> Iterator[None]:
     """All of what is inside, or nothing; "BEGIN": what is read is of one moment. Raises StoreFailed."""
     try:
         connection.execute(begin)
         yield
-        connection.execute("COMMIT")
+        connection.execute(end)
     except Exception as error:
         with contextlib.suppress(sqlite3.Error):
-            connection.execute("ROLLBACK")
+            connection.execute(undo)
         raise store_error(error) from error
 
 
@@ -1694,14 +1673,9 @@ def store_error(error: Exception) -> MemwsError:
         return error
     if "agents_live" in str(error):  # another server was a little faster
         return Refused("name_taken", "another agent has got the name just now; choose another name or load it")
-    if not isinstance(error, sqlite3.Error):  # what a damaged row reads like, or a fault of ours
-        logger.error("a transaction failed", exc_info=error)
-    return StoreFailed(f"the database refused: {error}")
-
-
-def stream(db: SqlConnection, sql: str, *values: object) -> Any:
-    """The rows of a result that is never whole in memory."""
-    return db.stream(sql, values) if isinstance(db, PostgresConnection) else db.execute(sql, values)
+    if not isinstance(error, sqlite3.Error) and not hasattr(error, "sqlstate"):  # psycopg's, of what was sent ahead
+        logger.error("a transaction failed", exc_info=error)  # what a damaged row reads like, or a fault of ours
+    return StoreFailed(f"the database refused: {' '.join(str(error).split())}")
 
 
 def insert(db: SqlConnection, table: str, **values: Any) -> None:
@@ -2217,7 +2191,11 @@ class Store:
     def __init__(self, database: Database) -> None:
         """Open the database. Raises UsageError where it cannot be used."""
         self._database = database
-        self._connection = database.open()
+        try:
+            self._connection = database.open()
+        except BaseException:
+            database.close()
+            raise
         if isinstance(self._connection, PostgresConnection):
             self._connection.sends_ahead = True
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
@@ -2281,15 +2259,12 @@ class Store:
     def _write(self, job: Job[[], Any]) -> tuple[Any, Exception | None]:
         """(result, error) of one job."""
         try:
-            self._connection.execute("SAVEPOINT job")
-            result = job(self._connection)
-            self._connection.execute("RELEASE job")
-            return result, None
-        except Exception as error:  # one agent's failure must not undo the others' steps
+            with transaction(self._connection, "SAVEPOINT job", "RELEASE job", "ROLLBACK TO job"):
+                return job(self._connection), None
+        except MemwsError as error:  # one agent's failure must not undo the others' steps
             if not self._connection.in_transaction:  # SQLite has undone the whole batch: a full disk, an I/O error
                 raise
-            self._connection.execute("ROLLBACK TO job")
-            return None, store_error(error)
+            return None, error
 
     async def close(self) -> None:
         """Finish what is queued and let go of the files."""
@@ -2427,7 +2402,7 @@ def read_database(path: str) -> Iterator[SqlConnection]:
         raise UsageError(f"there is no database {path!r}; name one with --db")
     with usable(database.path, database.advice), contextlib.closing(database):
         connection = database.connect()
-        if not database.has_schema(connection):
+        if not has_schema(database, connection):
             raise UsageError(f"{database.path!r} is no memws database; name one with --db")
         with transaction(connection, "BEGIN"):
             yield connection
@@ -2448,7 +2423,7 @@ def vacuum_database(path: str, keep_requests: float) -> int:
     Raises UsageError, also where a server uses the database."""
     with read_database(path):  # there is one
         database = database_at(path)
-    with usable(database.path), contextlib.closing(database):
+    with usable(database.path, database.advice), contextlib.closing(database):
         db = database.open()
         before = db.execute(database.size).fetchone()[0]
         oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=keep_requests)
@@ -2583,7 +2558,7 @@ def copy_database(address: str, goal: str, done: collections.Counter[str]) -> No
     done: counts agents and rows, and first all of them. Raises UsageError, StoreFailed.
     """
     sql = "SELECT id, name, created, last_seq, last_active, deleted FROM agents WHERE name <> '' ORDER BY id"
-    with read_database(address) as source, contextlib.closing(database_at(goal, patience=0)) as database:
+    with read_database(address) as source, contextlib.closing(database_at(goal)) as database:
         target = database.open()
         with transaction(target):
             ours, theirs = ({row[0]: row for row in db.execute(sql)} for db in (source, target))
@@ -2591,6 +2566,9 @@ def copy_database(address: str, goal: str, done: collections.Counter[str]) -> No
             if isinstance(database, Postgres):
                 database.expect(target, max(ours, default=1))
             _copy_settings(source, target, database.path)
+            for agent, _ in theirs.items() - ours.items():
+                forget(target, "agent = ?", agent)
+                target.execute("DELETE FROM agents WHERE id = ?", (agent,))
         rows = collections.Counter(ours.keys())
         for table in _TABLES:
             rows.update(dict(source.execute(f"SELECT agent, count(*) FROM {table} GROUP BY agent").fetchall()))
@@ -2600,7 +2578,7 @@ def copy_database(address: str, goal: str, done: collections.Counter[str]) -> No
                 done["rows"] += rows[agent]
             else:
                 with transaction(target):
-                    _copy_agent(source, target, row, done)
+                    _copy_agent(source, target, agent, done)
             done["agents"] += 1
         if isinstance(database, Postgres):
             with transaction(target):
@@ -2625,23 +2603,16 @@ def _copy_settings(source: SqlConnection, target: SqlConnection, path: str) -> N
         write_setting(target, name, value)
 
 
-def _copy_agent(source: SqlConnection, target: SqlConnection, row: Any, done: collections.Counter[str]) -> None:
-    """Put an agent in the place of what is older."""
-    agent, name, _, last_seq, last_active, deleted = row
-    forget(target, "agent = ?", agent)
-    older = "id = ? AND last_seq <= ? AND last_active <= ?"  # else the insert fails
-    target.execute(f"DELETE FROM agents WHERE {older}", (agent, last_seq, last_active))
-    if deleted is None:  # who has the name there has lost it here, and is still to be copied
-        target.execute("UPDATE agents SET deleted = last_active WHERE name = ? AND deleted IS NULL", (name,))
+def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int, done: collections.Counter[str]) -> None:
+    read = source.stream if isinstance(source, PostgresConnection) else source.execute
     for table in _EXPORTED:
         names = [column[0] for column in source.execute(f"SELECT * FROM {table} LIMIT 0").description]
         columns, key = ", ".join(names).removesuffix(", owner"), "id" if table == "agents" else "agent"
         sql = f"INSERT INTO {table} ({columns}) VALUES ({', '.join('?' * len(columns.split(', ')))})"
-        rows = stream(source, f"SELECT {columns} FROM {table} WHERE {key} = ? ORDER BY 1, 2", agent)
-        with contextlib.closing(rows):
-            while block := list(itertools.islice(rows, COPY_BLOCK)):
-                target.executemany(sql, block)
-                done["rows"] += len(block)
+        rows = read(f"SELECT {columns} FROM {table} WHERE {key} = ? ORDER BY 1, 2", (agent,))
+        while block := list(itertools.islice(rows, COPY_BLOCK)):
+            target.executemany(sql, block)
+            done["rows"] += len(block)
     index(target, "agent = ?", agent)
 
 
@@ -8728,7 +8699,7 @@ class WebSocketServer:
         self._bind()
         print(f"memws {__version__} listening on {self.url}", flush=True)
         print(f"open {page_address(self.url)}", flush=True)
-        print(f"model: {self.open().models.described}; agents: {shown(self.options.db)}", flush=True)
+        print(f"model: {self.open().models.described}; agents: {self.open().database.path}", flush=True)
 
     async def listen(self) -> None:
         """Accept connections on the running loop. Raises UsageError."""
@@ -9403,7 +9374,7 @@ def vacuum_command(*, keep_requests: float, db: str) -> None:
     """give disk space back: what was purged, and old exact requests"""
     if not 0 <= keep_requests <= 36_500:
         raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {keep_requests}")
-    print(f"{shown(db)}: {vacuum_database(db, keep_requests) / 1000:,.1f} kB given back")
+    print(f"{database_at(db).path}: {vacuum_database(db, keep_requests) / 1000:,.1f} kB given back")
 
 
 def export_command(name: str, file: str | None = None, *, db: str) -> None:
@@ -9423,9 +9394,9 @@ def import_command(file: str, *, name: str | None, db: str) -> None:
         data = decode_json(sys.stdin.buffer.read() if file == "-" else pathlib.Path(file).read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {file!r} ({error}); give a file that export wrote") from None
-    with contextlib.closing(database_at(db, patience=0)) as database:
+    with contextlib.closing(database_at(db)) as database:
         name = import_agent(database.open(), data, check_record, name)
-    print(f"agent {name!r} is in {shown(db)}")
+    print(f"agent {name!r} is in {database.path}")
 
 
 def backup_command(file: str, *, db: str) -> None:

@@ -138,22 +138,23 @@ def test_nothing_is_lost(source: str, database: str, main: Main, loss: str) -> N
     assert rows(database) == before
 
 
-def test_gone_on_meanwhile(source: str, postgres_address: str, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An agent that somebody changes while others are copied is not copied over."""
-    copy(main, source, postgres_address)
-    change(source, "UPDATE agents SET last_seq = last_seq + 5")
-    index = memws.index
+def test_a_name_is_given_meanwhile(
+    source: str, postgres_address: str, main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another program makes while agents are copied is not copied over."""
+    index, values = memws.index, "('sam', '{}', '{}', '[]', '2026', '2026', 7)"
+    columns = "name, config, state, blocks, created, last_active, last_seq"
 
-    def change_another(db: Any, where: str, agent: int) -> None:
+    def make(db: Any, where: str, agent: int) -> None:
         index(db, where, agent)
         if agent == 1:
-            change(postgres_address, "UPDATE agents SET last_seq = 1000 WHERE id = 2")
+            change(postgres_address, f"INSERT INTO agents ({columns}) VALUES {values}")  # noqa: S608
 
-    monkeypatch.setattr(memws, "index", change_another)
+    monkeypatch.setattr(memws, "index", make)
     words = ("copy", "--from", source, "--to", postgres_address)
-    assert "run the same copy again" in sentence(main(*words))
-    assert "agent 'sam' has gone on in" in sentence(main(*words))
-    assert [row[7] for row in rows(postgres_address)["agents"] if row[0] == 2] == [1000]
+    for told in ("another agent has got the name just now", "has an agent 'sam' of its own"):
+        assert told in sentence(main(*words))
+    assert [row[7] for row in rows(postgres_address)["agents"] if row[1] == "sam"] == [7]
 
 
 DIE = """if True:

@@ -65,7 +65,7 @@ def test_a_database_that_is_not_ours(postgres: Cluster, postgres_address: str, n
     assert "is no memws database" in sentence(main("check", "--db", postgres_address))
     postgres.run("CREATE TABLE agents (x int)", name)
     for command in commands:
-        assert "has tables of another program" in sentence(main(*command, "--db", postgres_address))
+        assert "is a database of another program" in sentence(main(*command, "--db", postgres_address))
     postgres.run("COMMENT ON TABLE agents IS 'memws 99'", name)
     for command in commands:
         said = sentence(main(*command, "--db", postgres_address))

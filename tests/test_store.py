@@ -367,8 +367,8 @@ def script(sql: str) -> Callable[[Path], None]:
 OURS = "PRAGMA application_id = 0x6D656D77; CREATE TABLE agents (x); PRAGMA user_version = "
 REFUSED: dict[str, Callable[[Path], object]] = {  # the beginning of the sentence: what makes the file
     "{path!r} is a database of another program; name another": script("CREATE TABLE agents (x)"),
-    "{path!r} was written by another memws (schema 99, not 3); name another file": script(f"{OURS} 99"),
-    "{path!r} was written by another memws (schema 2, not 3); name another file": script(f"{OURS} 2"),
+    "{path!r} was written by another memws (schema 99, not 3); name another one": script(f"{OURS} 99"),
+    "{path!r} was written by another memws (schema 2, not 3); name another one": script(f"{OURS} 2"),
     "cannot use the database {path!r} (file is not a database": lambda path: path.write_text("notes\n" * 1000),
     "cannot use the database {path!r} (": lambda path: path.write_bytes(random.Random(1).randbytes(50_000)),
     "cannot use the database {path!r} (unable to open database file); name another file": Path.mkdir,
