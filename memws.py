@@ -4042,9 +4042,8 @@ _EXPORTS = ("model_dump", "_asdict", "isoformat", "tolist", "to_list", "to_dicts
 
 
 async def call_tool(tool: Tool, arguments: JSON) -> str:
-    """The result of a user's tool as text. Raises ToolError when it fails, or takes longer than its timeout. An async
-    tool runs on the loop and ends with a cancel; any other in a daemon thread that goes on alone after a cancel or
-    timeout, its result dropped. What either returns is awaited, or collected, until it is a result."""
+    """The result of a user's tool as text. Raises ToolError where it fails or takes too long. An async tool ends with a
+    cancel; any other goes on in its daemon thread, its result dropped."""
     limit = asyncio.timeout(tool.timeout)
     try:
         async with limit:
@@ -4152,14 +4151,14 @@ class Memory:
 
     store: Store
     record: AgentRecord
-    emit: Callable[[StoredEvent], None]  # gets each event once it is stored
-    edited: Callable[[], None]  # called after an edit of config or core memory, and when messages have left the view
+    emit: Callable[[StoredEvent], None] = lambda event: None  # gets each event once it is stored
+    owner: str | None = None  # the lease under which this server runs the agent, where several share the database
+    edited: Callable[[], None] = lambda: None  # called when config or blocks have changed, or messages left the view
     blocks: dict[str, Block] = field(default_factory=dict)
     messages: list[ChatMessage] = field(default_factory=list)  # those in the context window
     last_message: int = 0  # the id of the last chat message
     archival: int = 0  # the number of passages
     tokens: dict[str, int] = field(default_factory=dict)  # of all model calls; the next transaction stores them
-    owner: str | None = None  # the lease under which this server runs the agent, where several share the database
     stale: bool = False  # a transaction failed: what is here may differ from what is on disk
     zone: datetime.tzinfo | None = None  # of the times that the model sees, and of its days; None: the machine's
     # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
@@ -4690,13 +4689,11 @@ class Agent:
     time; edits from outside may come between. It knows a store and a model, never a socket: what happens is stored,
     then given to `emit`."""
 
-    store: Store
-    record: AgentRecord
+    memory: Memory
     _models: Models
     _all_tools: Mapping[str, Tool]  # that are registered
     _max_steps: int = MAX_STEPS  # where the config has none
     _api_key: str | None = None
-    _emit: Callable[[StoredEvent], None] = lambda event: None
     _timezone: str | None = None  # where the config has none
     repairs: list[str] = field(default_factory=list)  # what the opening had to mend
     # Calls that wait until somebody allows them, by id: about them; their tool; arguments to take instead, a note.
@@ -4705,7 +4702,7 @@ class Agent:
     calls_tools = True  # a tool's parameter of this type is filled in
 
     def __post_init__(self) -> None:
-        self.memory = Memory(self.store, self.record, self._emit, self.configure)
+        self.record, self.memory.edited = self.memory.record, self.configure
 
     @property
     def name(self) -> str:
@@ -5205,8 +5202,7 @@ class Agent:
             self._end(change, turn, outcome)
 
     async def _break_off(self, turn: Turn, reason: Stopped | MemwsError) -> None:
-        """End a turn within a step: where it was stopped what had come of an answer is kept; open calls get a result.
-        Raises StoreFailed."""
+        """End a turn within a step: of a stopped one what had come of an answer is kept; open calls get a result."""
         reply, outcome = turn.reply, str(reason) if isinstance(reason, Stopped) else reason
         async with self._change(turn) as change:
             if isinstance(outcome, str):
@@ -5224,15 +5220,11 @@ class Agent:
 
     def _end(self, change: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
         """The terminal event: a stop reason, or an error."""
-        end = {"type": "agent_response_end", "stop_reason": outcome}
+        end = {"type": "agent_response_end", "stop_reason": outcome, "turn_id": turn.turn_id, "usage": turn.usage}
         if isinstance(outcome, MemwsError):
-            end = {
-                "type": "agent_response_error",
-                "stop_reason": "error",
-                "message": str(outcome),
-                "code": outcome.code,
-            }
-        change.changes.events.append({**end, "turn_id": turn.turn_id, "usage": turn.usage})
+            end |= {"type": "agent_response_error", "stop_reason": "error"}
+            end |= {"message": str(outcome), "code": outcome.code}
+        change.changes.events.append(end)
         change.changes.request, change.state["turn"] = turn.request, None
         turn.over = True
 
@@ -5276,13 +5268,12 @@ class Agent:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
         memory, sizes = self.memory, self._sizes(self.memory.messages)
         before = sum(sizes.values())
-        parts = ", ".join(f"{name} {tokens:,}" for name, tokens in sizes.items())
-        problem = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({parts})"
-        surplus = max(0, before - self.window) / self.ratio  # tokens for which the window has no room
-        tokens = sum(message.tokens for message in memory.messages) - surplus
-        cut = self._cut_at(tokens * KEEP_FRACTION / 2**turn.compactions)
+        text = ", ".join(f"{name} {tokens:,}" for name, tokens in sizes.items())
+        text = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({text})"
+        room = (sizes["messages"] - max(0, before - self.window)) / self.ratio  # for messages, before calibration
+        cut = self._cut_at(room * KEEP_FRACTION / 2**turn.compactions)
         if cut == 0 or turn.compactions >= 3:
-            raise ModelError("context_overflow", problem)
+            raise ModelError("context_overflow", text)
         turn.compactions += 1
         hidden, kept = memory.messages[:cut], memory.messages[cut:]
         gist = await self._summarize(turn, hidden)
@@ -5290,22 +5281,20 @@ class Agent:
             speaker = f"{turn.speaker} speaks. " if turn.speaker else ""
             gist += f"\n{speaker}{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
         async with self._change(turn) as change:
-            note = (
-                f"Note: prior messages ({kept[0].id - 1} of {memory.last_message}) have left your view to make room; "
-            )
-            note += "conversation_search finds what was said in them. Summary:\n"
+            note = f"Note: prior messages ({kept[0].id - 1} of {memory.last_message}) have left your view to make room"
+            note += "; conversation_search finds what was said in them. Summary:\n"
             for words in (gist, excerpt(gist, 200), ""):  # they are left out until the summary saves something
                 summary = memory.pack("system_alert", message=note + words)
                 sizes = self._sizes(kept, summary=encode_json({"role": "user", "content": summary}))
                 if (after := sum(sizes.values())) < before:
                     break
             else:
-                raise ModelError("context_overflow", problem)
+                raise ModelError("context_overflow", text)
             change.state |= {"cut": kept[0].id, "warned": False, "summary": summary, "gist": words}
-            told = {"tokens_before": before, "tokens_after": after}
+            saved = {"tokens_before": before, "tokens_after": after}
             counts = {"messages_before": cut + len(kept), "messages_after": len(kept)}
-            change.add_event("compaction", f"{cut} messages became a summary", **counts, **told, summary=words)
-        return told
+            change.add_event("compaction", f"{cut} messages became a summary", **counts, **saved, summary=words)
+        return saved
 
     def _cut_at(self, keep: float) -> int:
         """Where to cut: the index of the first message kept, never between a call and its result; 0: nowhere."""
@@ -7483,13 +7472,11 @@ class LiveAgent:
 
     async def open(self, record: AgentRecord) -> None:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
-        agents = self.agents
-        common = (agents.models, agents.tools, agents.options.max_steps, agents.api_keys.get(record.id))
-        agent = Agent(agents.store, record, *common, self.publish, agents.timezone)
-        agent.memory.owner = self.lease
-        self.agent = await agent.open()
-        if agent.repairs:
-            logger.warning("agent %s: %s", record.name, "; ".join(agent.repairs))
+        agents, memory = self.agents, Memory(self.agents.store, record, self.publish, self.lease)
+        options = (agents.options.max_steps, agents.api_keys.get(record.id), agents.timezone)
+        self.agent = await Agent(memory, agents.models, agents.tools, *options).open()
+        if self.agent.repairs:
+            logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
 
     def take_name(self, name: str | None) -> None:
         """Be known under the name from now on; None: under none."""

@@ -96,7 +96,7 @@ class Lab:
     async def open(self, name: str = "sam") -> memws.Agent:
         """The agent as its database has it."""
         record = await self.store.read(memws.find_agent, name)
-        return await memws.Agent(self.store, record, self.models, self.tools).open()
+        return await memws.Agent(memws.Memory(self.store, record), self.models, self.tools).open()
 
     def turn(self, message: str | None, **options: Any) -> memws.Turn:
         return memws.Turn(f"turn-{next(self._numbers)}", message, **options)
