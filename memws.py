@@ -5869,7 +5869,7 @@ PANEL_STYLE: Final = r"""
   .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text:empty,
   .memws-empty p, .memws-menu > summary, .memws-days summary, .memws-rows > .memws-prose { color: var(--soft); }
   .memws-mark, .memws-step, .memws-copy, .memws-used { font-size: 12.5px; }
-  .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-older, .memws-trace > summary,
+  .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-trace > summary,
   .memws-note, .memws-change, .memws-days summary, .memws-fold summary { font-size: 13px; }
   .memws-model, .memws-told, .memws-live, .memws-why, .memws-args, .memws-fold summary {
     overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
@@ -5887,26 +5887,26 @@ PANEL_STYLE: Final = r"""
   .memws-status i { flex: none; width: 8px; height: 8px; border-radius: 50%; background: var(--accent); }
   &[data-state=offline] .memws-status i { background: var(--bad); }
   &[data-state=running] .memws-status i { animation: memws-pulse 1.1s ease-in-out infinite; }
-  .memws-menu { position: relative; } .memws-menu > summary { padding: 2px 8px; border-radius: 8px; }
+  .memws-menu > summary { padding: 2px 8px; border-radius: 8px; }
   .memws-entries { position: absolute; z-index: 3; top: 100%; left: 0; width: max-content; padding: 4px; display: grid;
     border-radius: 10px; box-shadow: 0 6px 24px #0002; }
   .memws-foot .memws-entries { top: auto; bottom: 100%; } .memws-entry { text-align: left; padding: 5px 24px 5px 10px; }
   &:not([data-agent]) :is(.memws-top select, .memws-menu, .memws-right), &.memws-compact .memws-right,
-  &:not([data-state=running]) .memws-composer select { display: none; }
-  .memws-columns { flex: 1; min-height: 0; display: flex; }
+  &:not([data-state=running]) .memws-composer select, .memws-user:empty { display: none; }
+  .memws-columns { flex: 1; min-height: 0; display: flex; } .memws-menu, .memws-log, .memws-side { position: relative; }
   .memws-left { position: relative; flex: 1 1 0; overflow: hidden; display: flex; flex-direction: column;
     padding-bottom: 12px; }
-  .memws-log { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; padding: 16px 20px 8px; }
+  .memws-log { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; padding: 16px 20px 8px;
+    &:has(.memws-empty) { flex-direction: column; } }
   .memws-inner { flex: none; margin: 0 auto auto; width: 100%; max-width: 720px; }
-  .memws-heard, :is(.memws-card form, .memws-search) > label > .memws-mark {
+  .memws-heard, :is(.memws-card form, .memws-find) > label > .memws-mark {
     position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-  .memws-older { display: block; margin: 0 auto 8px; } .memws-told button { margin: 0 4px; }
   .memws-turn { display: flex; flex-direction: column; gap: 8px; padding: 8px 0 14px; overflow-wrap: anywhere;
     contain: layout style; }
   .memws-user { align-self: flex-end; max-width: 85%; display: grid; justify-items: end; gap: 2px; }
   .memws-bubble { background: var(--wash); border-radius: 16px 16px 4px; padding: 8px 14px; white-space: pre-wrap; }
   .memws-refused .memws-bubble { opacity: .6; } .memws-trace > summary { display: flex; gap: 8px; min-width: 0; }
-  .memws-trace > summary:hover { color: var(--ink); }
+  .memws-trace > summary:hover { color: var(--ink); } .memws-told button { margin: 0 4px; }
   .memws-trace > summary::before, .memws-fold summary::before { content: "▸ "; }
   .memws-trace[open] > summary::before, .memws-fold[open] summary::before { content: "▾ "; }
   .memws-live, .memws-why, .memws-args { flex: 1 1 0; &:empty { display: none; } }
@@ -5920,15 +5920,14 @@ PANEL_STYLE: Final = r"""
   .memws-change { display: flex; flex-wrap: wrap; gap: 4px 10px; border-radius: 10px; padding: 6px 10px; }
   .memws-chip { align-self: start; color: var(--accent); font-weight: 600; padding: 0; }
   .memws-diff { flex: 1 1 240px; min-width: 0; white-space: pre-wrap; }
-  .memws-foot { display: flex; gap: 8px; align-items: center; margin-top: 2px; }
+  .memws-foot { display: flex; gap: 8px; align-items: center; margin-top: 2px; .memws-copy { order: 1; } }
   .memws-copy { padding: 1px 6px; opacity: 0; transition: opacity .15s; }
   :is(.memws-agent, .memws-fence):hover .memws-copy, .memws-copy:focus-visible { opacity: 1; }
   .memws-prose { min-width: 0;
     > :first-child { margin-top: 0; } > :last-child { margin-bottom: 0; } p, blockquote { margin: .6em 0; }
-    p { white-space: pre-wrap; } li > p { white-space: pre-line; margin: 0; }
+    p { white-space: pre-wrap; } li > p { white-space: pre-line; margin: 0; } a { color: var(--accent); }
     h3, h4, h5, h6 { font-size: 1em; margin: 1em 0 .3em; } ul, ol { margin: .5em 0; padding-left: 1.6em; }
     code { font: 13px var(--mono); background: var(--wash); border-radius: 4px; padding: 1px 4px; }
-    a { color: var(--accent); }
     blockquote { padding-left: 12px; border-left: 3px solid var(--line); color: var(--soft); }
   }
   .memws-fence { position: relative; background: var(--wash); border-radius: 8px; padding: 4px 12px; margin: .6em 0;
@@ -5973,9 +5972,9 @@ PANEL_STYLE: Final = r"""
     &:empty::before { content: "nothing yet"; font-style: italic; } }
   .memws-card:has(.memws-ask) :is(.memws-text, h3, header button) { display: none; }
   .memws-card:has(.memws-request) { border-color: var(--warn); header .memws-mark { margin-left: auto; } }
-  :is(.memws-ask, .memws-request, .memws-search, .memws-passage) > label > :is(input, textarea) { width: 100%; }
+  :is(.memws-ask, .memws-request, .memws-find, .memws-passage) > label > :is(input, textarea) { width: 100%; }
   .memws-card :is(.memws-ask, .memws-request) textarea { font: 13px/1.5 var(--mono); field-sizing: content; }
-  .memws-search, .memws-passage { display: flex; flex-wrap: wrap; gap: 0 6px; align-items: center;
+  .memws-find, .memws-passage { display: flex; flex-wrap: wrap; gap: 0 6px; align-items: center;
     > label { flex: 1 1 140px; } }
   .memws-said pre { color: var(--ink); background: var(--wash); border-radius: 6px; padding: 6px 8px; }
   .memws-fold, .memws-found { border-bottom: 1px solid var(--line); } .memws-fold summary { padding: 4px 0; }
@@ -5985,6 +5984,7 @@ PANEL_STYLE: Final = r"""
     .memws-model.memws-warn { display: block; order: 1; flex: 0 0 100%; } .memws-columns { flex-direction: column; }
     .memws-right { flex: 0 0 42%; border-left: 0; border-top: 1px solid var(--line); }
     .memws-log { padding: 10px 14px 4px; } .memws-over, .memws-composer { width: calc(100% - 28px); }
+    .memws-empty { margin-top: 0; gap: 4px; p { margin: 0; } } .memws-starter { padding: 6px 14px; }
   }
 }
 :is([data-jp-theme-light=false], .vscode-dark, html[theme=dark], .dark) .memws-panel { color-scheme: dark; }
@@ -6001,14 +6001,14 @@ PANEL_SCRIPT: Final = r"""
 // One module for the page at GET / and for the widget in a notebook: a client of the wire, and nothing else.
 // Whatever anybody wrote is set as text: no string ever becomes HTML.
 
+const isGiven = (value) => value != null && value !== false;
 function node(tag, props = {}, ...kids) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
     if (typeof value === "function") element.addEventListener(name.slice(2), (event) => attempt(element, value, event));
-    else if (typeof value === "boolean") element.toggleAttribute(name, value);
-    else if (value != null) element.setAttribute(name, value);
+    else if (isGiven(value)) element.setAttribute(name, value);
   }
-  element.append(...kids.filter((kid) => kid != null && kid !== false));
+  element.append(...kids.filter(isGiven));
   return element;
 }
 async function attempt(element, work, event) { // a failure is told by the form, or else the panel, around the element
@@ -6034,7 +6034,8 @@ const inputs = (fields) => Object.entries(fields).map(([name, about]) => { // by
 });
 function form(kind, work, fields, ...actions) { // `work` gets what is not empty, by name
   const wrong = node("div", { class: "memws-said", role: "alert" });
-  const fail = ({ detail: { message, value } }) => wrong.append(message, value ? node("pre", {}, value) : "");
+  const fail = ({ detail: { message, value } }) =>
+    wrong.replaceChildren(message, value ? node("pre", {}, value) : "");
   const onsubmit = ({ target }) => {
     wrong.replaceChildren();
     const values = Array.from(new FormData(target), ([name, text]) => [name, text.trim()]);
@@ -6152,17 +6153,13 @@ function draw(prose) { // only blocks that changed are drawn again, so that a se
 // ---- transports: functions of the panel, which hears of state and frames, to {send, close} for frames as texts ------
 
 const overSocket = (panel) => {
-  let [delay, socket] = [1000];
+  let [delay, socket] = [500]; // milliseconds
   const open = () => {
     const token = sessionStorage.getItem("memws-token") ?? "";
     const fits = /^[\w!#$%&'*+.^`|~-]*$/.test(token); // other characters are in no subprotocol
-    const url = new URL(fits ? "." : `.?token=${encodeURIComponent(token)}`, location); // also below a proxy's prefix
-    url.protocol = url.protocol.replace("http", "ws");
-    socket = new WebSocket(url, token && fits ? ["memws", token] : []);
-    socket.onopen = () => {
-      delay = 500;
-      panel.changed("connected");
-    };
+    const address = fits ? "." : `.?token=${encodeURIComponent(token)}`; // also below a proxy's prefix
+    socket = new WebSocket(address, token && fits ? ["memws", token] : []);
+    socket.onopen = () => panel.changed("connected");
     socket.onmessage = (event) => panel.hear(event.data);
     socket.onclose = closed;
   };
@@ -6172,12 +6169,13 @@ const overSocket = (panel) => {
   };
   const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
     if (!panel.root.isConnected) return null; // nobody looks at it any more
+    const wasOpen = panel.connection === "connected";
     panel.changed("offline");
     const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
     const fields = { token: { type: "password" } };
-    if (health.token && delay > 500) return ask(panel.dialog, "The token of this server", fields, "connect", connect);
-    setTimeout(open, delay);
-    delay = Math.min(2 * delay, 8000);
+    if (health.token && !wasOpen) return ask(panel.dialog, "The token of this server", fields, "connect", connect);
+    delay = wasOpen ? 500 : Math.min(2 * delay, 8000);
+    return setTimeout(open, delay);
   };
   open();
   return { send: (text) => socket.send(text), close: () => socket.close() };
@@ -6201,16 +6199,15 @@ const overComm = (model) => (panel) => {
     if (sent > last) frames.forEach((frame) => panel.hear(frame));
     last = Math.max(last, sent);
   };
-  const tick = () => {
+  const timer = setInterval(() => {
     if (++silent > 5) panel.changed("offline: the kernel does not answer; if it was restarted, run the cell again");
     post();
-  };
+  }, 1000);
   const close = () => {
     clearInterval(timer);
     model.off("msg:custom", receive);
     post({ over: true });
   };
-  const timer = setInterval(tick, 1000);
   model.on("msg:custom", receive);
   post();
   return { send: (frame) => post({}, frame), close };
@@ -6218,15 +6215,18 @@ const overComm = (model) => (panel) => {
 
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
 
+const bubble = (text, ...state) => [div("bubble", text), div("mark", ...state)]; // what the user said, and when
+
 class Turn {
-  streams = new Map(); // elements whose `text` is being made, by kind
+  streams = {}; // elements whose `text` is being made, by kind
   calls = new Map();
   tools = new Set(); // names of what was called
   told = span("told");
   live = span("live");
   why = span("why");
   rows = div("rows"); // thoughts and calls, folded to one line
-  element = node("article", { class: "memws-turn" });
+  user = div("item memws-user");
+  element = node("article", { class: "memws-turn" }, this.user);
   constructor(panel, id) {
     Object.assign(this, { panel, id });
     const summary = node("summary", {}, this.told, this.live, this.why);
@@ -6238,11 +6238,9 @@ class Turn {
     this["on_" + (event.message_type ?? event.type)]?.(event);
   }
   note(text, kind) { this.element.append(div(`item memws-note memws-${kind}`, text)); }
-  said(text, ...state) { // by the user, and what has become of it
+  said(text, ...state) { // or what has become of it
     this.text = text;
-    this.user?.remove();
-    this.user = div("item memws-user", div("bubble", text), div("mark", ...state));
-    this.element.prepend(this.user);
+    this.user.replaceChildren(...bubble(text, ...state));
   }
   refused(why) {
     const again = () => { if (this.panel.submit(this.text)) this.element.remove(); };
@@ -6265,9 +6263,7 @@ class Turn {
     return this.rows.appendChild(div(kind, ...kids));
   }
   stream(event, of) {
-    const isReply = of === "assistant_message";
-    if (!this.streams.has(of)) this.streams.set(of, isReply ? this.reply(event) : this.row("prose", event));
-    return this.streams.get(of);
+    return this.streams[of] ??= of === "assistant_message" ? this.reply(event) : this.row("prose", event);
   }
   reply({ time }) {
     this.tell(false);
@@ -6286,17 +6282,17 @@ class Turn {
     const prose = this.stream(event, event.message_type);
     this.show(Object.assign(prose, { text: event.message }));
     if (event.partial) this.mark?.append(" · cut short");
-    this.streams.delete(event.message_type);
+    delete this.streams[event.message_type];
   }
   on_user_message({ message, from, time, steered }) {
     const about = (from ? `${from} · ` : "") + clock(time);
     if (!steered) return this.said(message, about);
-    return this.element.append(div("item memws-user", div("bubble", message), div("mark", about))); // where it entered
+    return this.element.append(div("item memws-user", ...bubble(message, about))); // where it entered
   }
   on_internal_monologue(event) { this.finish(event); }
   on_assistant_message(event) { this.finish(event); }
   on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
-  on_heartbeat() { if (!this.user && !this.step) this.note("a heartbeat woke the agent", ""); }
+  on_heartbeat() { if (!this.text && !this.step) this.note("a heartbeat woke the agent", ""); }
   on_correction(event) { this.row("remark", event, event.message); }
   on_queue({ position }) {
     const cancel = () => this.panel.command("cancel", { turn_id: this.id });
@@ -6316,11 +6312,24 @@ class Turn {
     const row = this.row("tool", event, node("details", {}, head, node("pre", {}, pretty(given)), result));
     this.calls.set(event.tool_call_id, { row, state, result });
   }
-  on_approval_request(event) {
-    const call = this.calls.get(event.tool_call_id);
-    if (!call) return;
-    call.card = request(this.panel, event);
+  on_approval_request({ tool_call_id, name, arguments: given, seconds, time }) { // a card, until it is answered
+    const call = this.calls.get(tool_call_id);
+    const text = JSON.stringify(given, null, 2);
+    const answer = async (more) => {
+      await this.panel.command("approve", { tool_call_id, ...more });
+      call.card.remove();
+      this.panel.field.focus();
+    };
+    const allow = () => {
+      const { value } = made.elements.arguments;
+      return answer({ allow: true, arguments: value === text ? undefined : { ...JSON.parse(value) } });
+    };
+    const deny = ({ reason }) => answer({ allow: false, reason }); // also by Enter in the reason
+    const fields = { arguments: { rows: 1, value: text }, reason: { placeholder: "why not, for the model" } };
+    const made = form("request", deny, fields, button("Allow", "main", allow), button("Deny", "stop"));
+    const until = span("mark", `until ${clock(Date.parse(time) + 1000 * seconds)}`);
     call.state.textContent = "waits to be allowed";
+    call.card = card(`May ${name} run?`, until, "", made);
     this.element.append(call.card);
   }
   on_tool_return({ tool_call_id, name, status, duration_ms, message, time }) {
@@ -6342,16 +6351,13 @@ class Turn {
     const told = event.by === "client" ? `${name} was edited` : `${did} ${name}`;
     const rows = rowsOf(event.diff.split("\n").filter((row) => row.slice(1).trim()));
     const chip = button(told, "chip", () => this.panel.show("Memory", event));
-    const streaming = this.streams.get("assistant_message")?.parentNode ?? null; // a reply that comes after it
-    this.element.insertBefore(div("item memws-change", chip, div("diff", ...rows)), streaming);
+    const reply = this.streams.assistant_message?.parentNode ?? null; // it comes after
+    this.element.insertBefore(div("item memws-change", chip, div("diff", ...rows)), reply);
   }
-  on_compaction({ tokens_before, tokens_after, summary }) {
-    const sizes = `${number(tokens_before)} → ${counted(tokens_after, "token")}`;
-    this.note(fold(`the oldest messages became a summary: ${sizes}`, summary), "warn");
-  }
+  on_compaction({ message, summary }) { this.note(fold(message, summary), "warn"); }
   on_retry(event) { // a model call begins again: what came of it does not count
-    this.streams.forEach((prose) => (prose.closest(".memws-agent") ?? prose).remove());
-    this.streams.clear();
+    for (const prose of Object.values(this.streams)) (prose.closest(".memws-agent") ?? prose).remove();
+    this.streams = {};
     this.row("remark", event, event.message);
   }
   on_agent_response_end({ stop_reason, usage, time }) {
@@ -6361,81 +6367,56 @@ class Turn {
     this.ended();
   }
   on_agent_response_error(event) {
-    if (event.seq == null && this.user) return this.refused(event.message);
+    if (event.seq == null && this.text) return this.refused(event.message);
     this.note(event.message, "bad");
     return this.ended();
   }
   ended() { // what can be done with it from now on
+    const { panel, id: turn_id, step = 1 } = this;
     this.tell(false);
-    this.calls.forEach(({ card }) => card?.remove());
-    const works = { "fork here…": () => this.fork(), "rewind to here…": () => this.rewind() };
-    works["what the model saw"] = () => this.panel.show("Context", { turn_id: this.id, step: this.step ?? 1 });
     this.foot ??= this.element.appendChild(div("foot"));
-    this.foot.append(menu("This turn", works));
-  }
-  fork() { this.copy("fork", "Another agent, as this one was after this turn", { new_name: CONFIG.name }); }
-  rewind() {
-    const { agent } = this.panel;
-    const told = `${agent} will know nothing of what came after this turn. As it is now it goes on under this name:`;
-    const fields = { "what it does": told, keep_as: { value: `${agent}-later` } };
-    this.copy("rewind", `${agent} as it was after this turn`, fields);
+    this.foot.append(menu("This turn", {
+      "fork here…": () => this.copy("fork", "Another agent, as this one was then", { new_name: CONFIG.name }),
+      "rewind to here…": () => this.copy("rewind", `${panel.agent} will know nothing of what came after this turn`,
+        { keep_as: { value: `${panel.agent}-later` } }),
+      "what the model saw": () => panel.show("Context", { turn_id, step }) }));
   }
   copy(label, title, fields) {
     const { panel, id: turn_id } = this;
     const work = async (given) => {
       const { agent_name, kept_as: name = agent_name } = await panel.command(`${label}_agent`, { turn_id, ...given });
-      await panel.choose(panel.agent);
-      const works = { "open it": () => panel.choose(name), "show it beside": () => panel.beside(name) };
+      await panel.open(panel.agent);
+      const works = { "open it": () => panel.open(name), "show it beside": () => panel.beside(name) };
       panel.tell(`There is ${name} now.`, works);
     };
     ask(panel.dialog, title, fields, label, work);
   }
 }
 
-function request(panel, { tool_call_id, name, arguments: given, seconds, time }) { // a call that waits, as a card
-  const text = JSON.stringify(given, null, 2);
-  const answer = async (more) => {
-    await panel.command("approve", { tool_call_id, ...more });
-    shown.remove();
-    panel.field.focus();
-  };
-  const allow = () => {
-    const { value } = made.elements.arguments;
-    return answer({ allow: true, arguments: value === text ? undefined : { ...JSON.parse(value) } });
-  };
-  const deny = ({ reason }) => answer({ allow: false, reason }); // also by Enter in the reason
-  const fields = { arguments: { rows: 1, value: text }, reason: { placeholder: "why not, for the model" } };
-  const made = form("request", deny, fields, button("Allow", "main", allow), button("Deny", "stop"));
-  const until = span("mark", `until ${clock(Date.parse(time) + 1000 * seconds)}`);
-  const shown = card(`May ${name} run?`, until, "", made);
-  return shown;
-}
-
 const REPLAYED = 600; // stored events that are fetched at once
 const MOST = 200; // turns that stay when the newest are looked at
 const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
-class Log { // an element for each turn, whose property `turn` it is, below the button for older ones
+class Log { // an element for each turn, whose property `turn` it is; older ones are fetched as somebody scrolls up
   turns = new Map(); // by id
+  asked = 0; // the seq above which all events were asked for
+  page = null; // older events that have come so far, while they come
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
-  older = button("earlier messages", "link memws-older", () => this.follow(true));
-  page = null; // older events that have come so far, while they come
   element = node("div", { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation",
     "aria-live": "off", onscroll: () => this.scrolled() }, this.inner);
   constructor(panel) { this.panel = panel; }
   clear(agent, welcome, last) { // its events up to this seq are to be fetched
     Object.assign(this, { agent, turns: new Map(), asked: last, page: [] });
-    this.older.hidden = true;
-    this.inner.replaceChildren(this.older, welcome);
+    this.inner.replaceChildren(welcome);
   }
-  get first() { return this.inner.children[1]?.turn?.seq ?? this.panel.last + 1; } // what is below it is fetched
+  get first() { return this.inner.firstChild?.turn?.seq ?? this.panel.last + 1; } // what is below it is fetched
   turnOf({ turn_id, seq, message_type }, place = null) {
     const id = turn_id ?? (OF_NO_TURN.includes(message_type) ? `event ${seq}` : null);
     if (!id || this.turns.has(id)) return this.turns.get(id);
     const turn = this.panel.outbox.get(id) ?? new Turn(this.panel, id);
-    if (!this.turns.size) this.inner.replaceChildren(this.older); // in place of the welcome
+    if (!this.turns.size) this.inner.replaceChildren(); // the welcome goes
     this.turns.set(id, turn);
     this.inner.insertBefore(turn.element, place);
     if (!this.page && this.element.scrollTop > -40) this.trim();
@@ -6446,17 +6427,17 @@ class Log { // an element for each turn, whose property `turn` it is, below the 
     this.turns.delete(id);
   }
   trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
-    while (this.inner.children.length > MOST + 1) {
-      this.drop(this.inner.children[1].turn.id);
-      [this.asked, this.older.hidden] = [this.first - 1, false];
+    while (this.inner.children.length > MOST) {
+      this.drop(this.inner.firstChild.turn.id);
+      this.asked = this.first - 1;
     }
   }
   scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.element; // scrollTop is 0 at the bottom, negative above
     this.newest.hidden = scrollTop > -200;
     if (scrollTop > -40) this.trim();
-    const isNear = scrollHeight - clientHeight + scrollTop < 400 && !this.older.hidden;
-    return isNear && !this.page ? this.follow(true) : null;
+    const isNear = clientHeight > 0 && scrollHeight - clientHeight + scrollTop < 400;
+    return isNear && this.asked && !this.page ? this.follow(true) : null;
   }
   follow(isOlder = this.page !== null) { // what comes; or older events first, as when they were lost on their way
     this.page = isOlder ? [] : null;
@@ -6472,13 +6453,13 @@ class Log { // an element for each turn, whose property `turn` it is, below the 
     this.turnOf(event)?.take(event);
   }
   showOlder() { // once all of them are here, so that a loss leaves no halves; of a turn without its beginning, later
-    if (!this.page) return null;
+    if (!this.page) return;
     const begin = this.asked ? this.page.findIndex((each) => each.type === "agent_response_start") : 0;
     const events = begin < 0 ? [] : this.page.slice(begin);
     const place = this.inner.querySelector(".memws-turn");
     for (const each of events) this.turnOf(each, place)?.take(each);
-    [this.page, this.older.hidden] = [null, !this.asked];
-    return attempt(this.element, () => this.follow(!events.length && this.asked > 0));
+    this.page = null;
+    attempt(this.element, () => this.scrolled() ?? this.follow());
   }
 }
 
@@ -6574,24 +6555,24 @@ class Block { // of core memory, edited in place
 
 class Context extends View { // the prompt as it is now, or the request of a step
   constructor(panel) { super(panel, "Context"); }
-  async shown({ turn_id, step, section } = {}) {
-    const rows = await (step ? this.request({ turn_id, step }) : this.now(section));
-    const title = step ? `what the model got in step ${step}` : "what the model sees now";
-    this.out.replaceChildren(div("mark", title), ...rows);
+  async shown({ section, ...of } = {}) {
+    this.out.replaceChildren(...await (of.step ? this.request(of) : this.now(section)));
   }
   async now(section) {
     const { sections, more } = await this.panel.command("get_context");
     const left = (name) => (more && name === "messages" ? ", the oldest left out here" : "");
     const told = ({ name, tokens }) => `${titleOf(name)} · ${counted(tokens, "token")}${left(name)}`;
-    const used = sections.filter((each) => each.tokens);
-    return used.map((each) => fold(told(each), each.text.trim(), each.name === section));
+    const folds = sections.filter((each) => each.tokens)
+      .map((each) => fold(told(each), each.text.trim(), each.name === section));
+    return [div("mark", "what the model sees now"), ...folds];
   }
   async request(of) {
     const { request, response, ...about } = await this.panel.command("get_request", of);
     const { messages, ...settings } = request;
     const told = ({ role, content }) => `${role} · ${oneLine(String(content || "calls a tool"))}`;
-    return [fold("answer", pretty(response), true), fold("tokens and times", pretty(about)),
-      ...messages.map((each) => fold(told(each), pretty(each))), fold("tools and settings", pretty(settings))];
+    return [div("mark", `what the model got in step ${of.step}`), fold("answer", pretty(response), true),
+      fold("tokens and times", pretty(about)), ...messages.map((each) => fold(told(each), pretty(each))),
+      fold("tools and settings", pretty(settings))];
   }
 }
 
@@ -6600,7 +6581,7 @@ class Search extends View {
     const days = node("details", { class: "memws-days" }, node("summary", {}, "more"),
       ...inputs({ from: { type: "date" }, to: { type: "date" } }));
     const fields = { query: { type: "search", placeholder: "Words to look for" } };
-    super(panel, "Search", form("search", (wanted) => this.find(wanted), fields, button("find", "main"), days));
+    super(panel, "Search", form("find", (wanted) => this.find(wanted), fields, button("find", "main"), days));
     this.out.append(div("mark", "All that was ever said, and what the agent chose to keep."));
   }
   shown(wanted) { return wanted ? this.find(wanted) : this.side.querySelector("input").focus(); }
@@ -6631,24 +6612,25 @@ class Search extends View {
 
 const KEPT = { rows: 150, frames: 200, characters: 20_000 }; // the newest rows, of each so many frames, of each so much
 
-class Frames extends View { // of the connection, so the same one for all agents
+class Frames extends View { // of the connection, so the same one for all agents; as lines of JSON
   constructor(panel) {
     const hold = button("pause", "quiet", () => this.hold(hold));
     super(panel, "Frames", div("actions", hold, button("save", "quiet", () => this.save())));
   }
   take(direction, text) { // deltas one after another are one row
-    const at = new Date();
+    const time = new Date();
     const [, kind] = text.match(/"(?:message_type|command)":"(\w+)"/) ?? text.match(/"type":"(\w+)"/);
+    const frame = text.length > KEPT.characters ? JSON.stringify(text.slice(0, KEPT.characters)) : text;
     let row = this.out.firstChild;
-    if (kind !== "delta" || row?.kind !== kind || row.frames.length >= KEPT.frames) {
+    if (kind !== "delta" || row?.kind !== kind || row.count >= KEPT.frames) {
       const label = node("b");
-      row = fold(span("frame", `${direction} ${at.toLocaleTimeString()} `, label, ` ${text.slice(0, 120)}`), "");
-      row.ontoggle = () => row.lastChild.replaceChildren(row.frames.map((each) => each.text).join("\n"));
-      this.out.prepend(Object.assign(row, { kind, label, frames: [], hidden: Boolean(this.isHeld) }));
+      row = fold(span("frame", `${direction} ${time.toLocaleTimeString()} `, label, ` ${text.slice(0, 120)}`), "");
+      this.out.prepend(Object.assign(row, { kind, label, count: 0, hidden: Boolean(this.isHeld) }));
       this.out.children[KEPT.rows]?.remove();
     }
-    row.frames.push({ at, direction, text: text.slice(0, KEPT.characters) });
-    row.label.textContent = row.frames.length > 1 ? `${kind} × ${row.frames.length}` : kind;
+    row.count += 1;
+    row.label.textContent = row.count > 1 ? `${kind} × ${row.count}` : kind;
+    row.lastChild.append(`{"time":"${time.toISOString()}","direction":"${direction}","frame":${frame}}\n`);
   }
   hold(button) {
     this.isHeld = !this.isHeld;
@@ -6656,8 +6638,8 @@ class Frames extends View { // of the connection, so the same one for all agents
     for (const row of this.out.children) row.hidden = false;
   }
   save() {
-    const frames = Array.from(this.out.children, (row) => row.frames).reverse().flat();
-    const href = URL.createObjectURL(new Blob(frames.map((each) => JSON.stringify(each) + "\n")));
+    const rows = Array.from(this.out.children, (row) => row.lastChild.textContent).reverse();
+    const href = URL.createObjectURL(new Blob(rows));
     node("a", { href, download: "memws-frames.jsonl" }).click();
     setTimeout(() => URL.revokeObjectURL(href), 1000);
   }
@@ -6673,7 +6655,6 @@ const CONFIG = { name: { placeholder: "made up when empty" },
   persona: { rows: "3", placeholder: "who it is; empty: Sam, curious and warm" },
   human: { rows: "3", placeholder: "what it knows about you from the start" },
   model: { placeholder: "the server's" } };
-const MAX_FRAME = 1024 * 1024; // bytes; a longer one would end the connection
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 
 class Panel {
@@ -6695,8 +6676,8 @@ class Panel {
   bar = div("bar");
   used = button("", "used", () => this.show("Context"));
   aside = node("aside", { class: "memws-right", "aria-label": "The agent's mind" });
-  constructor(parent, transport, { agent, compact = false, chosen }) {
-    Object.assign(this, { transport, wanted: agent, chosen });
+  constructor(parent, transport, { agent, compact = false, widget }) {
+    Object.assign(this, { transport, wanted: agent, widget });
     const about = { class: `memws-panel${compact ? " memws-compact" : ""}`,
       "data-lm-suppress-shortcuts": "true", // JupyterLab's keys are not ours
       onkeydown: (event) => this.pressed(event),
@@ -6779,22 +6760,18 @@ class Panel {
     const lost = Object.assign(new Error("the connection was lost"), { code: "lost" });
     for (const { reject } of this.asked.values()) reject(lost);
     this.asked.clear();
+    for (const turn of this.outbox.values()) turn.isSent = false; // under its id none runs twice
     this.state({ connection, isReady: false });
     if (connection === "connected") attempt(this.root, () => this.greet());
   }
   async greet() {
-    try {
-      this.limits = (await this.command("hello", { message_types: ["*"] })).limits;
-      await this.choose(this.agent ?? this.wanted);
-      for (const turn of this.outbox.values()) turn.isSent = false; // under its id none runs twice
-      this.flush();
-    } finally {
-      this.state({ isReady: this.connection === "connected" });
-    }
+    this.limits = (await this.command("hello", { message_types: ["*"] })).limits;
+    await this.open(this.agent ?? this.wanted);
+    this.flush();
   }
   post(frame) {
     const text = JSON.stringify(frame);
-    if (new Blob([text]).size > MAX_FRAME) throw new Error("this is too long to be sent; send it in parts");
+    if (new Blob([text]).size > this.limits?.max_frame) throw new Error("this is too long; send it in parts");
     this.frames.take("→", text);
     this.carrier.send(text);
   }
@@ -6820,38 +6797,35 @@ class Panel {
     const { agents } = await this.command("list_agents", { after });
     return agents.length ? [...agents, ...await this.agents(agents.at(-1).agent_name)] : [];
   }
-  async choose(name) { // or else the agent that was active last
+  open(name) { // one after another, so that the last one that was chosen stays
+    return this.opening = Promise.allSettled([this.opening]).then(() => this.load(name));
+  }
+  async load(name) { // or else the agent that was active last; of one that is open, what was missed comes
     const agents = await this.agents();
     this.pick.replaceChildren(...agents.map((each) => new Option(each.agent_name)));
     agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""));
-    this.pick.value = name || agents[0]?.agent_name; // "" where there is no such agent
-    return this.pick.value ? this.open(this.pick.value) : this.none(name || "sam");
-  }
-  open(name) { // one after another, so that the last one that was chosen stays
-    this.opening = (this.opening ?? Promise.resolve()).catch(() => {}).then(() => this.load(name));
-    return this.opening;
-  }
-  async load(agent) { // also one that is open: then what was missed comes
+    this.pick.value = name || agents[0]?.agent_name;
+    const agent = this.pick.value; // "" where there is no such agent
+    if (!agent) return this.none(name || "sam");
     const isNew = agent !== this.log.agent;
     if (isNew && this.agent) await this.command("unsubscribe");
     const { model, last_seq, repaired, warnings } = await this.command("load_agent", { agent_name: agent });
     Object.assign(this, { agent, last: isNew ? last_seq : Math.min(this.last, last_seq) });
-    this.pick.value = agent;
     if (isNew) this.mind();
     const { blocks, turn } = await this.refresh();
-    this.state({ running: turn?.turn_id }); // from now on the events tell
+    this.state({ running: turn?.turn_id, isReady: true }); // from now on the events tell
     if (isNew) {
       this.log.clear(agent, this.welcome(blocks), last_seq);
       this.model.classList.toggle("memws-warn", model === "offline");
       this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
-      this.warn([...repaired, ...warnings]);
-      this.chosen?.(agent);
+      if (repaired.length + warnings.length) this.tell([...repaired, ...warnings].join(" · "));
+      this.widget?.set("agent", agent); // and kept with the notebook
+      this.widget?.save_changes();
       this.show(this.view?.title ?? "Memory");
       if (this.root.parentElement === document.body) this.field.focus(); // in a notebook the cell keeps it
     }
-    await this.log.follow();
+    return this.log.follow();
   }
-  warn(news) { if (news.length) this.tell(news.join(" · ")); }
   welcome(memory) {
     const persona = memory.find(({ label }) => label === "persona")?.value ?? "";
     const sentences = persona.split(/(?<=[.!?])\s/).slice(0, 2).join(" ");
@@ -6863,16 +6837,15 @@ class Panel {
     const start = button(`Start with ${name}`, "main", () => this.create({ name }));
     this.model.textContent = "";
     this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start), 0);
-    this.state({ agent: null, running: null });
+    this.state({ agent: null, running: null, isReady: true });
   }
   async create(config) {
-    const { agent_name, warnings } = await this.command("create_agent", { config });
-    await this.choose(agent_name);
-    this.warn(warnings);
+    const { agent_name } = await this.command("create_agent", { config });
+    await this.open(agent_name); // which tells its warnings
   }
   async remove() {
     const { agent } = this;
-    const undo = () => this.command("restore_agent", { agent_name: agent }).then(() => this.choose(agent));
+    const undo = () => this.command("restore_agent", { agent_name: agent }).then(() => this.open(agent));
     await this.command("delete_agent");
     this.tell(`${agent} was deleted.`, { undo });
   }
@@ -6923,19 +6896,21 @@ class Panel {
   agentChanged({ change, new_name = this.agent }) {
     this.agent = change === "deleted" ? null : new_name;
     this.log.agent = change === "rewound" ? null : this.agent; // then its conversation is shown anew
-    return this.choose(this.agent);
+    return this.open(this.agent);
   }
 
   // -- messages --
 
-  submit(text) {
-    if (!text.trim() || this.send.disabled) return false;
-    const most = this.limits.max_text;
+  submit(text) { // whether there was something to send
+    const { max_text: most } = this.limits;
+    if (!text.trim()) return false;
+    if (this.send.disabled) throw new Error("no connection to the server; try again when it is back");
     if (text.length > most) throw new Error(`a message has at most ${number(most)} characters; send it in parts`);
-    const when_busy = this.running ? this.busy.value : "queue";
     const turn = this.log.turnOf({ turn_id: newId() });
     turn.said(text.trim(), "sending");
-    this.outbox.set(turn.id, Object.assign(turn, { agent: this.agent, when_busy }));
+    turn.frame = { type: "user_message", agent_name: this.agent, message: turn.text, turn_id: turn.id,
+      when_busy: this.running ? this.busy.value : "queue" };
+    this.outbox.set(turn.id, turn);
     this.latest = turn.text;
     this.told.replaceChildren();
     this.field.value = "";
@@ -6945,13 +6920,10 @@ class Panel {
   }
   flush() { // as many as may wait at the server, in their order; what steers goes at once
     if (this.connection !== "connected") return;
-    const unsent = [...this.outbox.values()].filter((turn) => !turn.isSent);
-    let room = IN_FLIGHT - (this.outbox.size - unsent.length);
-    for (const turn of unsent) {
-      const { agent: agent_name, text: message, id: turn_id, when_busy } = turn;
-      if (when_busy === "queue" && room-- <= 0) continue;
+    const isNext = ({ isSent, frame }, place) => !isSent && (place < IN_FLIGHT || frame.when_busy === "steer");
+    for (const turn of [...this.outbox.values()].filter(isNext)) {
       turn.isSent = true;
-      this.post({ type: "user_message", agent_name, message, turn_id, when_busy });
+      this.post(turn.frame);
     }
   }
   state(news) {
@@ -6967,12 +6939,8 @@ class Panel {
   }
 }
 
-function render({ model, el }) { // anywidget's way in
-  const chosen = (agent) => { // and kept with the notebook's widget
-    model.set("agent", agent);
-    model.save_changes();
-  };
-  new Panel(el, overComm(model), { agent: model.get("agent"), compact: model.get("compact"), chosen });
+function render({ model: widget, el }) { // anywidget's way in
+  new Panel(el, overComm(widget), { agent: widget.get("agent"), compact: widget.get("compact"), widget });
   return () => [...el.children].forEach(({ panel }) => panel.close());
 }
 export default { render };

@@ -401,7 +401,7 @@ def test_context_and_frames(serve: Serve, show: Show) -> None:
     expect(window.mind.get_by_text("answer", exact=True)).to_be_visible()
     window.tab("Frames").click()
     rows = window.mind.locator(".memws-frames .memws-fold").filter(visible=True)
-    rows.get_by_text("user_message").first.wait_for()
+    rows.locator("b").get_by_text("user_message").first.wait_for()
     window.button("pause").click()
     held = rows.count()
     window.say("What do I like?")
@@ -535,14 +535,17 @@ def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
         server.run_step(f"turn {number}")
     lost = lose(page, '"after":0')
     page.open(server.url)
-    page.await_status("connected")
-    page.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
-    expect(page.log.locator(".memws-bubble")).to_have_text([f"turn {number}" for number in range(150)])
+    bubbles = page.log.locator(".memws-bubble")
+    for count in (60, 120):
+        expect(bubbles).to_have_count(count)
+        page.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
+    expect(bubbles).to_have_text([f"turn {number}" for number in range(150)])
     assert len(lost) == 1
 
 
 def test_long_history(serve: Serve, show: Show) -> None:
-    """Of a long history the end is shown; older turns come as somebody scrolls up, each once, and go at the bottom."""
+    """Of a long history the end is shown; older turns come as somebody scrolls up, each once and above what is in view,
+    and go at the bottom."""
     server = serve(db=":memory:")
     server.create_new_agent({"name": "old"})
     with memws.connect(server.url) as client:
@@ -557,6 +560,7 @@ def test_long_history(serve: Serve, show: Show) -> None:
     while (before := bubbles.count()) < 220:
         window.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
         expect(bubbles.nth(before)).to_be_attached()
+        expect(bubbles.nth(bubbles.count() - before)).to_be_in_viewport()
     expect(bubbles).to_have_text([f"turn {number} of many" for number in range(220)])
     expect(window.log.get_by_role("button", name="human was edited")).to_have_count(1)
     window.button("↓ newest").click()
@@ -761,7 +765,8 @@ def test_narrow(serve: Serve, browser: Browser) -> None:
     assert below["y"] + below["height"] <= 800
     for tab in ("Memory", "Context", "Search", "Frames"):
         window.tab(tab).click()
-        assert window.page.evaluate("document.documentElement.scrollWidth") <= 400
+        size = window.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
+        assert size == [400, 800]
     window.close()
 
 
