@@ -5382,6 +5382,17 @@ class LoopThread:
             self.thread.join(CLOSE_TIMEOUT + 1.0)
 
 
+def reply_text(events: Iterable[Frame]) -> str:
+    """What a turn says to the user, a line for each message. Raises RemoteError where it failed."""
+    lines: list[str] = []
+    for event in events:
+        if event["type"] == "agent_response_error":
+            raise RemoteError(event["message"], event["code"])
+        if event.get("message_type") == "assistant_message":
+            lines.append(event["message"])
+    return "\n".join(lines)
+
+
 class Stream(collections.abc.AsyncIterator[Frame]):
     """The events of an agent, without end, or those of one turn, from its start or refusal to its terminal frame.
 
@@ -5399,38 +5410,23 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._request = {"id": next(client._ids), **request}
         self._cursor = after  # the highest seq taken in; None: the agent's present end
         self._has_begun = False  # since the server was last asked
-        self._events: collections.deque[Frame | Exception] = collections.deque()  # the last one ends the iteration
-        self._news = asyncio.Event()
+        self._events = client._new_queue()  # at last comes the error, or None, that ends the iteration
         self._ask()
         client._streams.append(self)
 
     async def __anext__(self) -> Frame:
-        event = await self._first()
-        self._events.popleft()
-        return event
+        return self._read(await self._events.get(), StopAsyncIteration)
 
-    async def _first(self) -> Frame:
-        """The next event, which stays where it is."""
-        while not self._events:
-            self._news.clear()
-            await self._news.wait()
-        if isinstance(event := self._events[0], Exception):
-            raise event
-        return event
-
-    def _add(self, event: Frame | Exception) -> None:
-        self._events.append(event)
-        self._news.set()
+    def _read(self, event: Frame | MemwsError | None, end: type[Exception]) -> Frame:
+        """An event of the queue; the last one stays there and is raised."""
+        if isinstance(event, dict):
+            return event
+        self._events.put_nowait(event)
+        raise event or end
 
     async def text(self) -> str:
         """Read to the end; the reply: the assistant messages, a line each. Raises RemoteError where the turn fails."""
-        lines: list[str] = []
-        async for event in self:
-            if event["type"] == "agent_response_error":
-                raise RemoteError(event["message"], event["code"])
-            if event.get("message_type") == "assistant_message":
-                lines.append(event["message"])
-        return "\n".join(lines)
+        return reply_text([event async for event in self])
 
     async def cancel(self) -> Frame:
         """Ask the server to end this turn; its terminal frame still comes. Result as of the command `cancel`."""
@@ -5469,7 +5465,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         is_new = self._has_begun and (seq is None or seq > (self._cursor or 0))
         if is_early or is_new:
             self._cursor = seq or self._cursor
-            self._add(event)
+            self._events.put_nowait(event)
             if is_last:
                 self._end()
 
@@ -5478,7 +5474,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         if self in self._client._streams:
             self._client._streams.remove(self)
             self._client._pending.pop(self._request["id"], None)
-            self._add(error or StopAsyncIteration())
+            self._events.put_nowait(error)
 
 
 class Client:
@@ -5510,6 +5506,7 @@ class Client:
         self._ids = itertools.count(1)
         self._pending: dict[int, tuple[Frame, Callable[[Frame | MemwsError], None]]] = {}
         self._streams: list[Stream] = []
+        self._new_queue: Callable[[], Any] = asyncio.Queue  # for the events of a stream
 
     async def __aenter__(self) -> typing.Self:
         await self.connect()
@@ -5756,6 +5753,7 @@ class BlockingClient:
 
     def __init__(self, url: str = f"ws://localhost:{DEFAULT_PORT}", token: str | None = None, **options: Any) -> None:
         self.client = Client(url, token, **{"reconnect": 60.0, **options})  # it belongs to this object's thread
+        self.client._new_queue = queue.SimpleQueue
         self._thread = LoopThread("memws client")
         self.close = weakref.finalize(self, self._thread.stop)
         "Close the connection and end the thread, within 3 s; whatever waits gets ConnectionLost."
@@ -5806,14 +5804,16 @@ class BlockingStream(Iterator[Frame]):
 
     def __next__(self) -> Frame:
         try:
-            event = self._wait(self._stream._first)
-        except StopAsyncIteration:
-            raise StopIteration from None
-        self._stream._events.popleft()  # only now: an interrupt before has taken nothing
-        return event
+            while os.name == "nt" and self._stream._events.empty():
+                time.sleep(0.02)  # Windows notices an interrupt only between two waits
+            return self._stream._read(self._stream._events.get(), StopIteration)
+        except KeyboardInterrupt:
+            if self.turn_id:
+                self.cancel()
+            raise
 
     def text(self) -> str:
-        return self._wait(self._stream.text)
+        return reply_text(self)
 
     def cancel(self) -> None:
         """Ask the server to end this turn, without waiting for it: fit for any thread and for signal handlers."""
@@ -5821,14 +5821,6 @@ class BlockingStream(Iterator[Frame]):
         request = {"type": "command", "command": "cancel", **about}
         with contextlib.suppress(RuntimeError):  # the client is closed
             self._client._thread.loop.call_soon_threadsafe(self._client.client._post, request)
-
-    def _wait(self, function: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        try:
-            return self._client._call(function)
-        except KeyboardInterrupt:
-            if self.turn_id:
-                self.cancel()
-            raise
 
 
 # ======================================================================================================================

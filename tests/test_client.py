@@ -448,25 +448,21 @@ def test_blocking_ends_with_its_last_reference(server: memws.WebSocketServer) ->
     assert client_threads() == []
 
 
-def test_interrupt_cancels(server: memws.WebSocketServer, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_cancels(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """An interrupt that meets a turn being waited for cancels it."""
     endpoint.script(say("slow", hold=True))
     with memws.connect(server.url) as client:
         client.create_agent("sam")
         turn = client.send("hi")
         assert next(turn)["type"] == "agent_response_start"
-        waits, wait = threading.Event(), client._call
-
-        def call(work: Any) -> Any:
-            waits.set()
-            return wait(work)
+        waits, events = threading.Event(), turn._stream._events
+        turn._stream._events = types.SimpleNamespace(get=lambda: waits.set() or events.get(), put_nowait=events.put)
 
         def interrupt() -> None:
             endpoint.wait_requests(1)
             assert waits.wait(10)
             os.kill(os.getpid(), signal.SIGINT)
 
-        monkeypatch.setattr(client, "_call", call)
         interrupting = threading.Thread(target=interrupt)
         interrupting.start()
         with pytest.raises(KeyboardInterrupt):
