@@ -24,7 +24,7 @@ from commandline import Serving
 from endpoint import Body, Reply, Request
 from measure import percentile
 from postgres import Cluster
-from wire import EVENTS, JSON, Wire, is_terminal
+from wire import EVENTS, JSON, Wire, beside, is_terminal
 
 WHAT, COUNT = "kill -9 of servers that share a database, pauses, restarts of the database", 40
 SERVERS, CLIENTS, AGENTS, PAUSES, RESTARTS = (3, 2), (24, 4), (60, 6), (4, 1), (2, 1)
@@ -85,29 +85,36 @@ class Takeover(NamedTuple):
 
 
 class Fleet:
-    """The servers, their database, and what happens to them."""
+    """Servers of one database, the clients that talk to its agents, and what was said."""
 
-    def __init__(self, soak: Soak, place: Site, model: Model, cluster: Cluster) -> None:
-        self.soak, self.place, self.model, self.cluster, self.rng = soak, place, model, cluster, soak.rng
-        self.database = cluster.database()
-        self.logs = [Log(soak, f"agent-{number}") for number in range(soak.part(*AGENTS))]
-        self.clients = [Client(self, number) for number in range(soak.part(*CLIENTS))]
+    restless, longest_pause, follows = 0.1, 1.0, 5
+    """How often a client cancels or leaves while it waits; its longest pause; how many more agents it follows."""
+
+    def __init__(self, soak: Soak, place: Site, servers: int, clients: int, agents: int) -> None:
+        self.soak, self.place, self.rng, self.size = soak, place, soak.rng, servers
+        self.logs = [Log(soak, f"agent-{number}") for number in range(agents)]
+        self.clients = [Client(self, number, clients) for number in range(clients)]
         self.started: list[Serving] = []
         self.servers: list[Serving] = []
-        self.keys: dict[Serving, str] = {}
-        self.pending: dict[tuple[Client, str], Takeover] = {}  # by agent and who waits for it
-        self.takeovers: list[float] = []
-        self.stopped: set[Serving] = set()  # those that are paused now
+        self.config: JSON = {}  # of all agents
+        self.refusals = {"store_failed"}  # why a message may become no turn
+        self.ends = self.refusals | {"done", "interrupted", "superseded", "max_steps"}
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.cancels: list[float] = []  # seconds until a cancelled turn had its end
         self.over = False  # there will be no more messages
-        self._resuming: set[asyncio.Task[None]] = set()
+
+    def process(self) -> Serving:
+        raise NotImplementedError
+
+    async def besiege(self) -> None:
+        raise NotImplementedError
+
+    def hear(self, told: Client, name: str, seq: int) -> None:
+        """A client was told an event."""
 
     async def start(self) -> Serving:
         """A server more."""
-        key = f"sk-{len(self.started)}"
-        flags = (*OPTIONS, "--db", self.database, "--base-url", self.place.endpoint.url)
-        server = Serving(*flags, cwd=self.place.where, variables={"OPENAI_API_KEY": key})
-        self.started.append(server)
-        self.keys[server] = f"Bearer {key}"
+        self.started.append(server := self.process())
         await asyncio.to_thread(server.__enter__)
         if not server.url:
             await asyncio.to_thread(server.wait)
@@ -115,14 +122,82 @@ class Fleet:
         return server
 
     async def query(self, sql: str) -> list[Any]:
-        return await asyncio.to_thread(self.cluster.run, sql, self.database.rpartition("/")[2])
+        def ask() -> list[Any]:
+            with beside(str(self.place.path)) as database:
+                return list(database.execute(sql).fetchall())
+
+        return await asyncio.to_thread(ask)
+
+    async def run(self) -> None:
+        """Make the agents, let the clients talk to them while servers come and go, and look at what is left."""
+        try:
+            self.servers = [await self.start() for _ in range(self.size)]
+            async with client(self.servers[0]) as wire:
+                for log in self.logs:
+                    await wire.ok("create_agent", config={"name": log.name, **self.config})
+            working = [asyncio.create_task(each.work()) for each in self.clients]
+            await self.besiege()
+            self.over = True
+            _, late = await asyncio.wait(working, timeout=3 * max(PATIENCE))
+            for task in late:
+                task.cancel()
+            for each in self.clients:
+                for turn_id, log in each.open.items():
+                    self.soak.fault("messages without an end", f"{turn_id} to {log.name}: {each.refusals.get(turn_id)}")
+            await asyncio.gather(*working, return_exceptions=bool(late))
+            await self.compare()
+            for server in self.servers:
+                await asyncio.to_thread(self.place.end, server)
+        finally:
+            for server in self.started:
+                if hasattr(server, "process"):
+                    server.__exit__()
+        events = [event for log in self.logs for event in log.events.values()]
+        cut = sum(event.get("stop_reason") == "interrupted" for event in events)
+        turns = sum(len(log.sent) for log in self.logs)
+        self.soak.notes.append(f"turns: {turns:,}, interrupted {cut:,}; events {len(events):,}; {dict(self.counts)}")
+
+    async def compare(self) -> None:
+        """What is stored is what each client was told; turns do not overlap; what was acknowledged is there once."""
+        async with client(self.servers[-1], "*") as wire:
+            for log in self.logs:
+                running = ""
+                for seq, event in (await log.compare(wire)).items():
+                    if event["type"] == "agent_response_start" and running:
+                        self.soak.fault("turns of one agent that overlap", f"{log.name} {seq}: {running}, {event}")
+                    if event["type"] == "agent_response_start" or is_terminal(event):
+                        running = "" if is_terminal(event) else event["turn_id"]
+        found = dict(await self.query(PASSAGES_SQL))
+        for text, is_acknowledged in [item for each in self.clients for item in each.passages.items()]:
+            if found.get(text, 0) not in ({1} if is_acknowledged else {0, 1}):
+                self.soak.fault("passages lost or doubled", f"{text}: {found.get(text, 0)}, {is_acknowledged}")
+
+
+class Sharing(Fleet):
+    """Servers of a PostgreSQL database, which are killed and paused; now and then the database is restarted."""
+
+    def __init__(self, soak: Soak, place: Site, model: Model, cluster: Cluster) -> None:
+        super().__init__(soak, place, soak.part(*SERVERS), soak.part(*CLIENTS), soak.part(*AGENTS))
+        self.model, self.cluster = model, cluster
+        self.keys: dict[Serving, str] = {}
+        self.pending: dict[tuple[Client, str], Takeover] = {}  # by agent and who waits for it
+        self.takeovers: list[float] = []
+        self.stopped: set[Serving] = set()  # those that are paused now
+        self._resuming: set[asyncio.Task[None]] = set()
+
+    def process(self) -> Serving:
+        key = f"sk-{len(self.started)}"
+        flags = (*OPTIONS, "--db", str(self.place.path), "--base-url", self.place.endpoint.url)
+        server = Serving(*flags, cwd=self.place.where, variables={"OPENAI_API_KEY": key})
+        self.keys[server] = f"Bearer {key}"
+        return server
 
     async def besiege(self) -> None:
         """Let everything happen, in any order, now and then before the last is over."""
         pauses, restarts = self.soak.part(*PAUSES), self.soak.part(*RESTARTS)
         faults = [self.kill] * self.soak.count + [self.pause] * pauses + [self.restart] * restarts
         self.rng.shuffle(faults)
-        self.soak.progress.total = len(faults) + len(self.logs)
+        self.soak.progress.total = len(faults)
         for fault in faults:
             if self.rng.random() < 0.7:
                 await until(lambda: not self.pending, 2 * TAKEOVER)
@@ -137,6 +212,7 @@ class Fleet:
         """Kill a server, which may be paused, and start another in its place."""
         place = self.rng.randrange(len(self.servers))
         await self.strike(self.servers[place], signal.SIGKILL)
+        self.place.end(self.servers[place], killed=True)
         self.servers[place] = await self.start()
 
     async def pause(self) -> None:
@@ -190,66 +266,23 @@ class Fleet:
                 self.taken(*place)
         self.pending.clear()
 
-    async def run(self) -> None:
-        """Make the agents, let the clients talk to them while servers come and go, and look at what is left."""
-        self.servers = [await self.start() for _ in range(self.soak.part(*SERVERS))]
-        async with client(self.servers[0]) as wire:
-            for log in self.logs:
-                await wire.ok("create_agent", config={"name": log.name})
-        working = [asyncio.create_task(each.work()) for each in self.clients]
-        await self.besiege()
-        self.over = True
-        _, late = await asyncio.wait(working, timeout=3 * max(PATIENCE))
-        for task in late:
-            task.cancel()
-        for each in self.clients:
-            for turn_id, log in each.open.items():
-                self.soak.fault("messages without an end", f"{turn_id} to {log.name}: {each.refusals.get(turn_id)}")
-        await asyncio.gather(*working, return_exceptions=bool(late))
-        await self.compare()
-        for server in self.servers:
-            if await asyncio.to_thread(server.end) != 0:
-                self.soak.fault("servers that crash", server.log[-500:])
-
-    async def compare(self) -> None:
-        """What is stored is what each client was told; turns do not overlap; what was acknowledged is there once."""
-        async with client(self.servers[-1], "*") as wire:
-            for log in self.logs:
-                running = ""
-                for seq, event in (await log.compare(wire)).items():
-                    if event["type"] == "agent_response_start" and running:
-                        self.soak.fault("turns of one agent that overlap", f"{log.name} {seq}: {running}, {event}")
-                    if event["type"] == "agent_response_start" or is_terminal(event):
-                        running = "" if is_terminal(event) else event["turn_id"]
-                self.soak.step()
-        found = dict(await self.query(PASSAGES_SQL))
-        for text, is_acknowledged in [item for each in self.clients for item in each.passages.items()]:
-            if found.get(text, 0) not in ({1} if is_acknowledged else {0, 1}):
-                self.soak.fault("passages lost or doubled", f"{text}: {found.get(text, 0)}, {is_acknowledged}")
-
-    def leave(self) -> None:
-        """End all servers, whatever happened; none of them has logged a traceback."""
-        for server in self.started:
-            if hasattr(server, "process"):
-                server.__exit__()
-            for part in server.log.split("Traceback")[1:]:
-                self.soak.fault("tracebacks in logs", part[:1_500])
-
 
 class Client:
     """One client, which follows its agents and talks to them, at one server after another."""
 
-    def __init__(self, fleet: Fleet, number: int) -> None:
+    def __init__(self, fleet: Fleet, number: int, clients: int) -> None:
         self.fleet, self.soak, self.number = fleet, fleet.soak, number
         self.rng = random.Random(f"{fleet.soak.seed} client {number}")
-        own = set(fleet.logs[number :: fleet.soak.part(*CLIENTS)])
-        own.update(self.rng.sample(fleet.logs, min(5, len(fleet.logs))))
+        own = set(fleet.logs[number::clients])
+        own.update(self.rng.sample(fleet.logs, min(fleet.follows, len(fleet.logs))))
         self.logs = {log.name: log for log in sorted(own, key=lambda log: log.name)}
         self.last = dict.fromkeys(self.logs, 0)  # the newest seq that it was told
         self.fresh = itertools.count(1)
         self.open: dict[str, Log] = {}  # by turn_id: messages whose end it was not told
         self.refusals: dict[str, JSON] = {}  # why a message became no turn the last time
         self.cancelled: set[str] = set()
+        self.cancels: dict[str, float] = {}  # when each was cancelled on this connection
+        self.frame: JSON = {}  # what it was told last
         self.passages: dict[str, bool] = {}  # whether each was acknowledged
         self.server: Serving | None = None
         self.marks: dict[str, str] = {}  # of what it waits for on this connection: the turn_id by the id
@@ -273,6 +306,7 @@ class Client:
             if limit.expired() and patience == max(PATIENCE):
                 self.soak.fault("clients that wait too long", f"{self.number}: {self.marks}")
             self.marks.clear()
+            self.cancels.clear()
             await asyncio.sleep(self.rng.random() / 4)
 
     async def ask(self, wire: Wire, command: str, **fields: Any) -> None:
@@ -287,6 +321,7 @@ class Client:
     async def talk(self, wire: Wire) -> None:
         """Say what has no end yet, and more, and wait for all of it; now and then cancel, or keep a passage."""
         wire.frames.clear()
+        self.fleet.counts["messages sent again"] += len(self.open)
         if self.rng.random() < 0.1:
             text = f"passage{self.number}x{len(self.passages)}"
             self.passages[text] = False
@@ -300,18 +335,26 @@ class Client:
             way = self.rng.choice(["queue"] * 9 + ["interrupt"])
             mark = await wire.say(log.sent[turn_id], agent_name=log.name, turn_id=turn_id, when_busy=way)
             self.marks[mark] = turn_id
-        if self.marks and self.rng.random() < 0.1:
+        if self.marks and self.rng.random() < self.fleet.restless:
             turn_id = self.rng.choice([*self.open])
             self.cancelled.add(turn_id)
             await asyncio.sleep(self.rng.random() / 2)
+            self.cancels[turn_id] = time.monotonic()
             await wire.request("cancel", agent_name=self.open[turn_id].name, turn_id=turn_id)
+            self.fleet.counts["cancels"] += 1
+        if self.marks and self.rng.random() < self.fleet.restless:
+            for _ in range(self.rng.randrange(100)):
+                if self.marks:
+                    self.hear(await wire.receive())
+            wire.websocket.transport.abort()
+            self.fleet.counts["disconnects"] += 1
         while self.marks:
             self.hear(await wire.receive())
-        await asyncio.sleep(self.rng.random())
+        await asyncio.sleep(self.fleet.longest_pause * self.rng.random())
 
     def hear(self, frame: JSON) -> None:
         """Take note of a frame. Raises ConnectionError for a subscription that ends because the database is away."""
-        is_event = frame["type"] in EVENTS and "seq" in frame
+        self.frame, is_event = frame, frame["type"] in EVENTS and "seq" in frame
         if is_event:
             self.keep(frame["agent_name"], frame["seq"], frame)
         elif not frame.get("ok", True) and frame["error"]["code"] not in ("store_failed", "unknown_turn"):
@@ -334,7 +377,9 @@ class Client:
         """Exactly one frame ends what was said, or says why it was not taken."""
         turn_id = self.marks.pop(frame["id"], None)
         reason = frame.get("code") or frame["stop_reason"]
-        expected = {"store_failed"} | ({"done", "interrupted", "superseded", "max_steps"} if "seq" in frame else set())
+        if turn_id in self.cancels:
+            self.fleet.cancels.append(time.monotonic() - self.cancels.pop(turn_id))
+        expected = self.fleet.ends if "seq" in frame else self.fleet.refusals
         if turn_id is None:
             self.soak.fault("ends told twice", frame)
         elif reason not in expected | ({"cancelled"} if turn_id in self.cancelled else set()):
@@ -345,27 +390,23 @@ class Client:
             self.refusals[turn_id] = frame
 
 
+def none_of_a_fleet(soak: Soak) -> None:
+    soak.none("turns of one agent that overlap", "ends told twice", "messages without an end")
+    soak.none("clients that wait too long", "turns that end for no reason", "commands that are refused")
+    soak.none("passages lost or doubled")
+
+
 async def main(soak: Soak) -> None:
-    soak.none("turns of one agent that overlap", "model requests of one agent at once", "ends told twice")
-    soak.none("messages without an end", "clients that wait too long", "turns that end for no reason")
-    soak.none("commands that are refused", "passages lost or doubled")
+    none_of_a_fleet(soak)
+    soak.none("model requests of one agent at once")
     model = Model(soak)
     with Cluster() as cluster:
         async with site(soak, model) as place:
-            place.endpoint.watch = model.watch
-            fleet = Fleet(soak, place, model, cluster)
-            place.path = fleet.database
-            try:
-                await fleet.run()
-            finally:
-                fleet.leave()
+            place.endpoint.watch, place.path = model.watch, cluster.database()
+            fleet = Sharing(soak, place, model, cluster)
+            await fleet.run()
     soak.figure("slowest takeover, s", max(fleet.takeovers, default=0.0), TAKEOVER, is_time=True)
     soak.notes.append(f"takeovers: {len(fleet.takeovers)}, half within {percentile(fleet.takeovers, 0.5):.2f} s")
-    events = [event for log in fleet.logs for event in log.events.values()]
-    cut = sum(event.get("stop_reason") == "interrupted" for event in events)
-    soak.notes.append(
-        f"turns: {sum(len(log.sent) for log in fleet.logs):,}, interrupted {cut:,}; events {len(events):,}"
-    )
 
 
 if __name__ == "__main__":
