@@ -69,7 +69,6 @@ import errno
 import functools
 import hashlib
 import heapq
-import html
 import importlib.util
 import inspect
 import io
@@ -3247,6 +3246,8 @@ def reason_of(body: Any) -> str:
     with contextlib.suppress(ValueError):
         return reason_of(decode_json(text)) or text
     if re.match(r"<(?:!|html|head|body)", text, re.IGNORECASE):
+        import html  # a table of all entities, which no start needs
+
         title = re.search(r"<title[^>]*>([^<]*)", text[:5_000], re.IGNORECASE)
         return f"an HTML page {html.unescape(title[1]).strip() if title else ''!r}"
     return text
@@ -6987,16 +6988,16 @@ STATIC_MESSAGES, STATIC_TEXT = 200, 4_000  # chat messages in the static copy, t
 COPY_INTERVAL, COPY_PATIENCE = 1.0, 3.0  # seconds in which turns make one static copy; that it waits for the server
 MAX_PIPES = 8  # browser views of one panel; the one that was silent for longest gives way
 _numbers = itertools.count(2**32, 2**32)  # where each connection begins to number its messages
+_HTML = str.maketrans({sign: f"&#{ord(sign)};" for sign in "&<>\"'"})  # of text inside of HTML
 
 
 def static_row(message: Frame) -> str:
     """A chat message as HTML: what was said, before it what was thought and called."""
     calls = {call["name"]: call["arguments"] for call in message["tool_calls"]}
-    reply, text = calls.pop("send_message", {}).get("message"), html.escape(message["text"][:STATIC_TEXT])
-    title, thought = html.escape(" · ".join(("thought", *calls))), ""
-    if message["role"] == "assistant" and (text or calls):
-        thought = f"<details><summary>{title}</summary>{text}</details>"
-    said, who = (text, "you") if message["role"] == "user" else (html.escape(str(reply or "")[:STATIC_TEXT]), "agent")
+    reply = str(calls.pop("send_message", {}).get("message") or "")[:STATIC_TEXT].translate(_HTML)
+    title, text = " · ".join(("thought", *calls)).translate(_HTML), message["text"][:STATIC_TEXT].translate(_HTML)
+    said, who = (text, "you") if message["role"] == "user" else (reply, "agent")
+    thought = f"<details><summary>{title}</summary>{text}</details>" if who == "agent" and (text or calls) else ""
     return thought + (f'<p style="white-space: pre-wrap"><b>{who}</b> {said}</p>' if said else "")
 
 
@@ -7004,7 +7005,7 @@ def static_page(agent_name: str, messages: Iterable[Frame]) -> str:
     """The end of a conversation as HTML that needs no kernel, no style sheet and no script."""
     rows = [static_row(message) for message in messages if message["role"] in ("user", "assistant")]
     body = "".join(rows) or "<p>Nothing was said yet.</p>"
-    return f"<p><b>memws · {html.escape(agent_name)}</b>, as it was saved</p>{body}"
+    return f"<p><b>memws · {agent_name.translate(_HTML)}</b>, as it was saved</p>{body}"
 
 
 def make_widget(agent: str, compact: bool, hidden: str) -> Any:
@@ -7154,7 +7155,7 @@ class Panel:
         import IPython.display as notebook
 
         if self.ui is None:
-            address = html.escape(page_address(self._client.url))
+            address = page_address(self._client.url).translate(_HTML)
             style = "width: 100%; height: 600px; border: 1px solid #8886; border-radius: 12px"
             told = f'<a href="{address}">{address}</a>; <code>pip install anywidget</code> shows the panel itself.'
             frame = f'<p>This is {told}</p><iframe src="{address}" title="memws" style="{style}"></iframe>'
@@ -7222,7 +7223,7 @@ class Panel:
                 found = await self._ask("get_messages", agent_name=name, limit=STATIC_MESSAGES)
             text = static_page(name, found["messages"])
         except (MemwsError, TimeoutError) as error:
-            text = f"<p>memws: {html.escape(str(error) or 'the server does not answer')}</p>"
+            text = f"<p>memws: {(str(error) or 'the server does not answer').translate(_HTML)}</p>"
         return f'<div class="memws-static {self._mark}">{text}</div>'
 
     def _copy_soon(self) -> None:
