@@ -2939,9 +2939,8 @@ class Reply:
         """Keep what a maker needs back; texts and lists come in pieces."""
         for name in OWN_FIELDS if not self.final else ():
             if (piece := part.get(name)) is not None:
-                before: Any = own.get(name)
-                goes_on = isinstance(before, (str, list)) and type(before) is type(piece)
-                own[name] = before + piece if goes_on else piece
+                goes_on = isinstance(piece, (str, list)) and type(own.get(name)) is type(piece)
+                own[name] = own[name] + piece if goes_on else piece
                 self._size += 0 if isinstance(piece, str) else len(encode_json(piece))
 
     def _take(self, value: Any) -> str:
@@ -3434,32 +3433,33 @@ class Endpoint:
         self.secrets = {self.key, parts.password or ""}
         self.options: JSON = {"api_key": self.key or "none", "max_retries": 0, "default_query": dict(query)}
         self.options["base_url"] = f"{parts.scheme}://{parts.netloc}{path}"
-        self.options["default_headers"] = (
-            {"api-key": self.key} if "api-version" in dict(query) else {}
-        )  # as Azure has it
-        self._requests = collections.Counter[Any]()  # under way, by client
+        if "api-version" in dict(query):  # Azure
+            self.options["default_headers"] = {"api-key": self.key}
+        self._free = list[Any]()  # HTTP clients, each once for every request that it may take besides
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncGenerator[Any, None]:
-        """The openai client for one request, and its HTTP client. Raises UsageError where the package is missing."""
+        """The HTTP client for one request. Raises UsageError where the openai package is missing."""
         async with self._making:
-            free = (pair for pair, count in self._requests.items() if count < CLIENT_REQUESTS)
-            pair = next(free, None) or await in_thread(_IMPORT_THREAD, self._make)  # an import, certificates: 15 ms
-            self._requests[pair] += 1
+            if not self._free:  # an import, certificates: 15 ms
+                self._free += [await in_thread(_IMPORT_THREAD, self._make)] * CLIENT_REQUESTS
+            client = self._free.pop()
         try:
-            yield pair
+            yield client
         finally:
-            self._requests[pair] -= 1
+            self._free.append(client)
 
-    def _make(self) -> tuple[Any, Any]:
+    def _make(self) -> Any:
+        """What is inside of an openai client: what that does around it and to each chunk costs a fifth of a turn."""
         openai = import_openai()
         http = openai.DefaultAsyncHttpxClient(timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT))
         client = openai.AsyncOpenAI(**self.options, http_client=http)
         headers = {**client.auth_headers, **client.default_headers}.items()
         http.headers.update({name: value for name, value in headers if isinstance(value, str)})
-        self.chat_url = client.base_url.join("chat/completions").copy_merge_params(client.default_query)
-        return client, http
+        urls = (client.base_url.join(path) for path in ("chat/completions", "embeddings"))
+        self.chat_url, self.embeddings_url = (url.copy_merge_params(client.default_query) for url in urls)
+        return http
 
     async def step_aside(self) -> None:
         """Let others have the loop between two requests: of 32 turns at once nobody waits for all."""
@@ -3489,8 +3489,8 @@ class Endpoint:
         """Close the clients; an import that is under way is waited for, as threads outlive their loop."""
         for thread in (each for each in threading.enumerate() if each.name == _IMPORT_THREAD):
             thread.join()
-        while self._requests:
-            await self._requests.popitem()[0][0].close()
+        for client in set(self._free):
+            await client.aclose()
 
 
 class OpenAIModel:
@@ -3518,9 +3518,9 @@ class OpenAIModel:
         has_words, is_over, now = False, False, asyncio.get_running_loop().time
         try:
             async with (
-                self.endpoint.client() as (_, http),
+                self.endpoint.client() as client,
                 asyncio.timeout(FIRST_TOKEN_TIMEOUT) as limit,  # whoever takes the chunks awaits nothing else
-                contextlib.aclosing(self._chunks(http, body)) as chunks,
+                contextlib.aclosing(self._chunks(client, body)) as chunks,
             ):
                 async for chunk in chunks:
                     if type(chunk) is not dict or chunk.get("error") or ("choices" not in chunk and reason_of(chunk)):
@@ -3548,11 +3548,10 @@ class OpenAIModel:
                 raise failure from None
             yield {"choices": [{"delta": {"content": failure.generation}, "finish_reason": "stop"}]}
 
-    async def _chunks(self, http: Any, body: str) -> AsyncGenerator[Any, None]:
+    async def _chunks(self, client: Any, body: str) -> AsyncGenerator[Any, None]:
         """The chunks of the answer to a request, of which there is one where the endpoint does not stream."""
         await self.endpoint.step_aside()
-        # What openai does around its HTTP client and to each chunk costs a fifth of a turn's time.
-        async with http.stream("POST", self.endpoint.chat_url, content=body.encode()) as response:
+        async with client.stream("POST", self.endpoint.chat_url, content=body.encode()) as response:
             if not response.is_success:
                 await response.aread()
                 raise self._refusal(response.text, body, response.status_code, response.headers)
@@ -3655,17 +3654,18 @@ class Embedder:
 
     async def _ask(self, texts: list[str]) -> list[bytes]:
         """The vectors of texts; where they are refused together, of each half. Raises whatever fails."""
-        try:
-            async with self._endpoint.client() as (client, _):
-                answer = await client.embeddings.create(model=self.name, input=texts)
-        except Exception as error:
-            if getattr(error, "status_code", 0) not in (400, 413, 422) or texts == ["text"]:
-                raise
+        body = encode_json({"model": self.name, "input": texts})
+        async with self._endpoint.client() as client:
+            answer = await client.post(self._endpoint.embeddings_url, content=body.encode())
+        if answer.status_code in (400, 413, 422) and texts != ["text"]:
             if half := len(texts) // 2:
                 return await self._ask(texts[:half]) + await self._ask(texts[half:])
             await self._ask(["text"])  # where this is refused as well, it is for no text's sake
             return [b""]
-        vectors = [pack_vector(item.embedding) for item in sorted(answer.data, key=lambda item: item.index)]
+        if not answer.is_success:
+            raise ValueError(f"{answer.status_code}: {reason_of(answer.text)}")
+        items = sorted(decode_json(answer.content)["data"], key=lambda item: item["index"])
+        vectors = [pack_vector(item["embedding"]) for item in items]
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) != 1:
             raise ValueError(f"{len(vectors)} vectors for {len(texts)} texts")
         return vectors
@@ -3860,9 +3860,10 @@ class OfflineModel:
         wanted = [] if done else _offline_calls(text, core, int(limit) - int(size))
         if calls := [call for call in wanted if call[0] in tools or _ORDER.match(text)]:
             return "I look into my memory and keep what is new.", calls
+        reply = _offline_reply(text, core, done)
         if "send_message" in tools:
-            return "I know what to say.", [("send_message", {"message": _offline_reply(text, core, done)})]
-        return _offline_reply(text, core, done), []
+            return "I know what to say.", [("send_message", {"message": reply})]
+        return reply, []
 
 
 # ---- the models of a server ------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ It runs on a daemon thread of its own, so a test may block on it. Not covered: T
 """
 
 import asyncio
-import base64
 import contextlib
 import hashlib
 import http.client
@@ -391,7 +390,7 @@ QUIRKS: dict[str, tuple[int, str, Body]] = {  # the status and words of a refusa
 
 def check_embedding(body: Body) -> list[str]:
     """The texts of a request for embeddings; lists of tokens are not covered. Raises Refusal as OpenAI refuses."""
-    _check_parameters(body, {"encoding_format", "input", "model"})
+    _check_parameters(body, {"input", "model"})
     texts = body["input"] if isinstance(body.get("input"), list) else [body.get("input")]
     right = 0 < len(texts) <= MAX_INPUTS and all(isinstance(text, str) and text for text in texts)
     demand(right, f"'$.input' is invalid: expected a non-empty string, or 1 to {MAX_INPUTS} of them.", "invalid_type")
@@ -636,8 +635,6 @@ class Endpoint(Loopback):
         vectors: list[Any] = [self.vector(text) for text in texts]
         if self.spoil is not None:
             vectors = self.spoil(vectors)
-        if body.get("encoding_format") == "base64":
-            vectors = [_base64(vector) for vector in vectors]
         data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
         tokens = sum(map(len, texts)) // 4
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -656,13 +653,6 @@ def embedding(text: str, dimension: int, synonyms: Mapping[str, str] | None = No
     vector = [sum(column) - 127.5 * len(digests) for column in zip(*digests, strict=True)]
     length = math.hypot(*vector)
     return [value / length for value in vector]
-
-
-def _base64(vector: Any) -> Any:
-    """A vector as base64 of 32-bit floats; what is none, as it is."""
-    if not isinstance(vector, list) or not all(isinstance(value, float) for value in vector):
-        return vector
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Request:
