@@ -7404,11 +7404,11 @@ def new_turn_id() -> str:
 
 
 class Elsewhere(Refused):
-    """Another server runs the agent: what can be passed on, that one answers."""
+    """Another server runs the agent: `forward` gives what that one answers to a request."""
 
-    def __init__(self, live: SharedAgent) -> None:
-        super().__init__("busy", f"another server runs agent {live.name!r}; talk to it through a client")
-        self.live = live
+    def __init__(self, name: str, forward: Callable[[JSON], Coroutine[Any, Any, JSON]]) -> None:
+        super().__init__("busy", f"another server runs agent {name!r}; talk to it through a client")
+        self.forward = forward
 
 
 class LiveAgent:
@@ -7559,8 +7559,7 @@ class LiveAgent:
             self.here = False
             if item.step == 0:
                 item.over, item.stop_reason = False, None
-                self.waiting.extendleft([*reversed(item.steered), item])
-                item.steered.clear()
+                self.waiting.appendleft(item)
         except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
@@ -7667,7 +7666,6 @@ class SharedAgent(LiveAgent):
                     address = self._owner.rpartition("#")[0]
                     if address not in ("", self._leases.address):
                         await self._follow(address)
-                        continue
                 except Refused:
                     self.gone = True
                     return self.close()
@@ -7696,7 +7694,7 @@ class SharedAgent(LiveAgent):
     async def fresh(self) -> Agent:
         await self.ready()
         if self._client:
-            raise Elsewhere(self)
+            raise Elsewhere(self.name, functools.partial(self._forward, self._client))
         return self.agent
 
     # -- run by this server --
@@ -7771,13 +7769,11 @@ class SharedAgent(LiveAgent):
                     self.refuse(item, RemoteError(event["message"], event["code"]))
             self._end(item)
 
-    async def forward(self, request: JSON) -> JSON:
+    async def _forward(self, client: Client, request: JSON) -> JSON:
         """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
         arguments = {name: value for name, value in request.items() if name not in ("type", "command", "id")}
         try:
-            if self._client is None:
-                raise ConnectionLost(self.name)
-            result = await self._client.command(request["command"], **arguments | {"agent_name": self.name})
+            result = await client.command(request["command"], **arguments | {"agent_name": self.name})
         except ConnectionLost as error:
             raise StoreFailed("the server that ran the agent was lost; see what is stored, then ask again") from error
         if request["command"] == "rewind_agent":
@@ -8142,9 +8138,9 @@ class Session:
         try:
             result: JSON | None = await function.call(self, **arguments)
         except Elsewhere as elsewhere:
-            result = await elsewhere.live.forward(request)
+            result = await elsewhere.forward(request)
             if function.name == "wake":
-                reader = self._reader(elsewhere.live)
+                reader = self._reader(arguments["live"])
                 reader.follow(result["turn_id"], None, None, replay=reader.floor == math.inf)
         return result
 
@@ -8416,8 +8412,8 @@ class Session:
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
         documents, total = await self._agents.store.read(search, live.id, wanted)
         items = fitting([search_item(document) for document in documents])
-        more = {"more": True} if len(items) < len(documents) else {}
-        return {"items": items, "total": total, "page": page, "pages": -(-total // limit), **more}
+        about = {"items": items, "total": total, "page": page, "pages": -(-total // limit)}
+        return about | {"more": len(items) < len(documents)}
 
     async def get_context(self, live: LiveAgent, before: MessageId = None, limit: Count = 1_000) -> JSON:
         """Read what fills the context window, by section; of its chat messages the newest `limit` before an id.
