@@ -2431,17 +2431,18 @@ def vacuum_database(path: str, keep_requests: float) -> int:
         return max(0, int(before - db.execute(database.size).fetchone()[0]))
 
 
-def table_sizes(db: SqlConnection, size_of: str) -> Iterator[tuple[str, bool, dict[str, tuple[int, int]]]]:
-    """Each agent's name, whether it is deleted, and by table its rows and the bytes of their values."""
+def table_sizes(db: SqlConnection, size_of: str) -> Iterator[str]:
+    """A line for each agent: by table its rows and the bytes of their values."""
     sql = f"SELECT id, name, deleted FROM agents WHERE {_LIVE} OR {_DELETED} ORDER BY name, id"
     for agent, name, deleted in db.execute(sql).fetchall():
-        sizes = {}
+        sizes = []
         for table in _TABLES:
             columns = [column[0] for column in db.execute(f"SELECT * FROM {table} LIMIT 0").description]
             size = " + ".join(map(size_of.format, columns))
             sql = f"SELECT count(*), coalesce(sum({size}), 0) FROM {table} WHERE agent = ?"
-            sizes[table] = db.execute(sql, (agent,)).fetchone()
-        yield name, deleted is not None, sizes
+            count, total = db.execute(sql, (agent,)).fetchone()
+            sizes.append(f"{count:,} {table} ({total / 1000:,.1f} kB)")
+        yield f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"
 
 
 def _agent_faults(db: SqlConnection, record: AgentRecord, check_record: CheckRecord) -> list[str]:
@@ -5398,9 +5399,8 @@ def reply_text(events: Iterable[Frame]) -> str:
 class Stream(collections.abc.AsyncIterator[Frame]):
     """The events of an agent, without end, or those of one turn, from its start or refusal to its terminal frame.
 
-    They come in order, each stored one once. After a broken connection the server is asked for what is stored above the
-    cursor; live events of that time are lost. A turn is asked for by its message, which under the same turn_id is not
-    run again. Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
+    They come in order, each stored one once, also after a broken connection; live events of that time are lost.
+    Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
     """
 
     def __init__(self, client: Client, request: Frame, after: int | None) -> None:
@@ -5435,7 +5435,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         return await self._client.command("cancel", turn_id=self.turn_id, agent_name=self.agent_name)
 
     def _ask(self) -> None:
-        """Ask for the events above the cursor."""
+        """Ask for the events above the cursor; a message that comes again under its turn_id is not run again."""
         self._has_begun = False
         cursor = {} if self.turn_id else {"after": self._cursor}
         self._client._post({**self._request, "agent_name": self.agent_name, **cursor}, self._answer)
@@ -5480,12 +5480,11 @@ class Stream(collections.abc.AsyncIterator[Frame]):
 
 
 class Client:
-    """An async client of one server; use it with `async with`, or `connect` and `close`.
+    """An async client of one server; use it with `async with`, or `connect` and `close`, on one loop.
 
-    token goes as `Authorization: Bearer`. reconnect: True tries for ever after a loss, False never, a number for as
-    many seconds; then all that waits ends with an error. On a new connection it says hello, loads its agent, subscribes
-    from its cursors and sends messages whose turns are not over again.
-    on_state is called with "lost", "restored" and "failed". Not thread-safe: all calls belong on the loop of `connect`.
+    reconnect: True tries for ever after a loss, False never, a number for as many seconds; then all that waits ends in
+    an error. On a new connection message types, current agent, subscriptions and turns are asked for again.
+    on_state is called with "lost", "restored" and "failed".
     """
 
     def __init__(
@@ -5503,6 +5502,7 @@ class Client:
         self._address, self._token = url, token
         self._reconnect, self._on_state = reconnect, on_state
         self._message_types: list[str] | None = None
+        self.alive = False  # whether there is a connection or one is being sought
         self._task: asyncio.Task[None] | None = None
         self._websocket: Connection | None = None  # None: no connection
         self._ids = itertools.count(1)
@@ -5517,15 +5517,11 @@ class Client:
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
 
-    @property
-    def alive(self) -> bool:
-        """Whether there is a connection or one is being sought."""
-        return self._task is not None and not self._task.done()
-
     async def connect(self) -> None:
         """Open the connection, in one attempt; nothing happens where it is open. Raises ConnectFailed."""
         if not self.alive:
             websocket = await self._dial()
+            self.alive = True
             self._task = asyncio.create_task(self._run(websocket), name=f"memws client of {self.url}")
             await asyncio.sleep(0)  # it begins: what is asked for next finds the connection
 
@@ -5562,9 +5558,8 @@ class Client:
     def send(
         self, message: str, agent_name: str | None = None, turn_id: str = "", when_busy: str = "queue", from_: str = ""
     ) -> Stream:
-        """Send a user message, to the current agent if none is named, and give its turn, to be iterated once.
-        Without a connection it goes out after the reconnect. A turn_id from an earlier process resumes that turn.
-        from_: who speaks, where several people share the agent."""
+        """Send a user message, without a connection once there is one, and give its turn, to be iterated once.
+        agent_name: by default the current one. turn_id: an earlier one resumes that turn. from_: who speaks."""
         about = {"turn_id": turn_id or secrets.token_hex(16), "agent_name": self._named(agent_name)}
         for stream in self._streams:  # where it was sent already, as by a call that was interrupted
             if turn_id and (stream.turn_id, stream._request.get("message")) == (turn_id, message):
@@ -5610,6 +5605,7 @@ class Client:
             error = failure
             self._report("failed")
         finally:
+            self.alive = False
             for stream in list(self._streams):
                 stream._end(error)
 
@@ -9306,12 +9302,10 @@ def serve_command(*, log_level: str, **options: Any) -> None:
 def check_command(*, db: str) -> int:
     """look for damage in the database and its agents"""
     faults = check_database(db, check_record)
-    print("\n".join(map(printable, faults)) or "no damage found")
+    print(*map(printable, faults or ["no damage found"]), sep="\n")
     if not faults:
         with read_database(db) as database:
-            for name, deleted, tables in table_sizes(database, database_at(db).size_of):
-                sizes = [f"{rows:,} {table} ({size / 1000:,.1f} kB)" for table, (rows, size) in tables.items()]
-                print(printable(f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"))
+            print(*map(printable, table_sizes(database, database_at(db).size_of)), sep="\n")
     return 1 if faults else 0
 
 
