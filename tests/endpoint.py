@@ -248,15 +248,13 @@ def parse(raw: bytes) -> Body:
 def check(body: Body) -> None:
     """Refuse what OpenAI's chat completions refuse. Raises Refusal."""
     _check_parameters(body, PARAMETERS)
-    for name in ("tool_choice", "parallel_tool_calls"):
-        demand(name not in body or "tools" in body, f"'{name}' is only allowed when 'tools' are specified.")
-    streams = "stream_options" not in body or body.get("stream")
-    demand(streams, "The 'stream_options' parameter is only allowed when 'stream' is enabled.")
-    for index, tool in enumerate(_array(body, "tools") if "tools" in body else ()):
-        _check_tool(tool, f"tools[{index}]")
+    for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("stream_options", "stream")):
+        demand(name not in body or body.get(needed), f"The '{name}' parameter is only allowed with '{needed}'.")
+    for tool in _array(body, "tools") if "tools" in body else ():
+        _check_tool(tool)
     messages = _array(body, "messages")
-    for index, message in enumerate(messages):
-        _check_message(message, f"messages[{index}]")
+    for message in messages:
+        _check_message(message)
     _check_pairs(messages)
 
 
@@ -268,28 +266,26 @@ def _check_parameters(body: Body, names: set[str]) -> None:
 
 def _array(body: Body, name: str) -> list[Any]:
     value = body.get(name)
-    demand(isinstance(value, list), f"Invalid type for '{name}': expected an array of objects, but got {value!r}.")
-    demand(value, f"Invalid '{name}': empty array. Expected an array with minimum length 1.", "empty_array")
+    demand(isinstance(value, list) and value, f"Invalid '{name}': expected an array of objects, but got {value!r}.")
     return list(value or ())
 
 
-def _check_function(value: Any, path: str) -> None:
+def _check_function(value: Any) -> None:
     right = isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict)
-    demand(right, f"Invalid value for '{path}': expected an object of type 'function'.")
-    text = f"Invalid '{path}.function.name': string does not match pattern '^[a-zA-Z0-9_-]{{1,64}}$'."
-    demand(FUNCTION_NAME.fullmatch(str(value["function"].get("name") or "")), text)
+    demand(right, f"Invalid value: expected an object of type 'function', but got {value!r}.")
+    name = str(value["function"].get("name") or "")
+    demand(
+        FUNCTION_NAME.fullmatch(name), f"Invalid function name {name!r}: it does not match '^[a-zA-Z0-9_-]{{1,64}}$'."
+    )
 
 
-def _check_tool(tool: Any, path: str) -> None:
-    _check_function(tool, path)
+def _check_tool(tool: Any) -> None:
+    _check_function(tool)
     schema = tool["function"].get("parameters", {"type": "object", "properties": {}})
     right = isinstance(schema, dict) and schema.get("type") == "object" and isinstance(schema.get("properties"), dict)
-    text = f"Invalid schema for function '{tool['function']['name']}': expected a JSON Schema of type 'object', "
     whole = right and set(schema.get("required", ())) <= schema["properties"].keys()
-    demand(whole, f"{text}with its required properties.", "invalid_function_parameters")
-    for name, part in schema["properties"].items():
-        text = f"Invalid schema for function '{tool['function']['name']}': In context=('properties', '{name}'), "
-        demand(_is_typed(part), f"{text}array schema missing items.", "invalid_function_parameters")
+    text = f"Invalid schema for function '{tool['function']['name']}': {schema!r}"
+    demand(whole and all(map(_is_typed, schema["properties"].values())), text, "invalid_function_parameters")
 
 
 def _is_typed(schema: Any) -> bool:
@@ -300,32 +296,27 @@ def _is_typed(schema: Any) -> bool:
     return bool(is_known) and all(map(_is_typed, inner))
 
 
-def _check_message(message: Any, path: str) -> None:
-    demand(isinstance(message, dict), f"Invalid type for '{path}': expected an object, but got {message!r} instead.")
-    role, content = message.get("role"), message.get("content")
-    demand(role in ROLES, f"Invalid value: {role!r}. Supported values are: {', '.join(map(repr, ROLES))}.")
-    if "tool_calls" in message:
-        demand(role == "assistant", f"'tool_calls' is not allowed in a message of role {role!r}.")
-        _check_calls(_array(message, "tool_calls"), f"{path}.tool_calls")
-    got = "null" if content is None else type(content).__name__
+def _check_message(message: Any) -> None:
+    demand(isinstance(message, dict) and message.get("role") in ROLES, f"Invalid role of a message: {message!r}")
+    content = message.get("content")
     right = isinstance(content, str) or (content is None and "tool_calls" in message)
-    demand(right, f"Invalid value for 'content': expected a string, got {got}.")
+    demand(right, f"Invalid value for 'content': expected a string, got {content!r}.")
+    if "tool_calls" in message:
+        demand(message["role"] == "assistant", f"'tool_calls' is not allowed in a message of role {message['role']!r}.")
+        _check_calls(_array(message, "tool_calls"))
 
 
-def _check_calls(calls: list[Any], path: str) -> None:
-    seen = set()
-    for index, call in enumerate(calls):
-        place = f"{path}[{index}]"
-        _check_function(call, place)
-        call_id, arguments = call.get("id"), call["function"].get("arguments")
-        text = f"Invalid '{place}.id': expected a unique non-empty string, got {call_id!r}."
-        demand(isinstance(call_id, str) and call_id and call_id not in seen, text)
-        seen.add(call_id)
-        value = None
+def _check_calls(calls: list[Any]) -> None:
+    for call in calls:
+        _check_function(call)
+        arguments, value = call["function"].get("arguments"), None
         with contextlib.suppress(ValueError, TypeError):
             value = json.loads(arguments)  # OpenAI's own models forgive some of this; vLLM's and Google's do not
-        text = f"Invalid '{place}.function.arguments': expected a string that holds a JSON object."
-        demand(isinstance(arguments, str) and isinstance(value, dict), text)
+        right = isinstance(arguments, str) and isinstance(value, dict)
+        demand(right, f"Invalid arguments: expected a string that holds a JSON object, got {arguments!r}.")
+    ids = [call.get("id") for call in calls]
+    right = all(isinstance(each, str) and each for each in ids) and len(set(ids)) == len(ids)
+    demand(right, f"Invalid ids of tool calls: expected unique non-empty strings, got {ids!r}.")
 
 
 def _check_pairs(messages: list[Body]) -> None:
