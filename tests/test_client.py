@@ -11,12 +11,10 @@ import socket
 import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from agents import packed
-from commandline import Serving
 from endpoint import Body, Endpoint, Reply, echo, say
 from proxy import Proxy
 from wire import seqs
@@ -340,30 +338,6 @@ async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | 
     assert await within(client.ask("ho", "sam")) == "you said ho"
     await client.close()
     await client.close()
-
-
-async def test_server_is_killed(endpoint: Endpoint, tmp_path: Path) -> None:
-    """After kill -9 the turn ends once as interrupted, each event comes once, and what waited is answered."""
-    endpoint.default = echo
-    endpoint.script(Reply("a thought", calls=[remember(1)]), say("never heard", hold=True))
-    flags = ("--base-url", endpoint.url, "--context-window", "30000")
-    key = {"OPENAI_API_KEY": "k"}
-    with Serving(*flags, cwd=tmp_path, variables=key) as first:
-        async with talking(first.url) as client:
-            subscription = client.subscribe(after=0)
-            running, waiting = client.send("hi"), client.send("ho")
-            await asyncio.to_thread(endpoint.wait_requests, 2)
-            first.end(signal.SIGKILL)
-            with Serving(*flags, "--port", str(first.port), cwd=tmp_path, variables=key):
-                events = await collected(running)
-                assert seqs(events) == list(range(1, len(seqs(events)) + 1))
-                assert events[-1]["stop_reason"] == "interrupted"
-                assert texts(events, "internal_monologue") == "a thought"
-                later = await collected(waiting)
-                assert texts(later, "assistant_message") == "you said ho"
-                assert seqs(later)[0] == seqs(events)[-1] + 1
-                followed = await whole(subscription) + await whole(subscription)
-                assert seqs(followed) == seqs(events) + seqs(later)
 
 
 ADDRESSES = {

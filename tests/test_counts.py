@@ -5,9 +5,9 @@ import contextlib
 import gc
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +15,6 @@ from agents import Lab, packed
 from commandline import PROGRAM, environment
 from endpoint import Endpoint, Reply
 from test_python_api import running
-from websockets.asyncio.client import connect
-from websockets.asyncio.server import ServerConnection
-from websockets.asyncio.server import serve as websocket_serve
 from wire import of_kind, wire
 
 import memws
@@ -108,59 +105,27 @@ def test_importing_and_serving_needs_websockets_alone(tmp_path: Path) -> None:
     assert (threads, files, done.stderr, list(tmp_path.iterdir())) == ("1", "0", "", [])
 
 
-@contextlib.asynccontextmanager
-async def bare_server() -> AsyncIterator[Any]:
-    """Websockets alone, waiting for messages."""
-
-    async def listen(connection: ServerConnection) -> None:
-        async for _ in connection:
-            pass
-
-    async with websocket_serve(listen, "127.0.0.1", 0, compression=None) as server:
-        yield SimpleNamespace(url=f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}")
-
-
-@contextlib.asynccontextmanager
-async def memws_server() -> AsyncIterator[memws.WebSocketServer]:
-    """A server on this very loop."""
-    server = memws.WebSocketServer(host="127.0.0.1", port=0, db=":memory:", model="offline")
-    async with running(server):
-        yield server
-
-
-@contextlib.asynccontextmanager
-async def connections(server: Any, count: int) -> AsyncIterator[list[Any]]:
-    """So many clients that are connected, and whose server has nothing left to do for them."""
-    async with contextlib.AsyncExitStack() as stack:
-        opened = []
-        for _ in range(count):
-            opened.append(await stack.enter_async_context(connect(server.url, compression=None, max_queue=None)))
-            await (await opened[-1].ping())
-        yield opened
-
-
-async def tasks_of(server: Callable[[], Any]) -> int:
-    """The tasks that twenty connections bring, on both sides."""
-    async with server() as running, connections(running, 1):
-        before = len(asyncio.all_tasks())
-        async with connections(running, 20):
-            return len(asyncio.all_tasks()) - before
-
-
 async def test_an_idle_connection_has_no_task_of_ours() -> None:
-    """Twenty idle connections have as many tasks as on bare websockets, and leave neither a task nor a session."""
-    assert await tasks_of(memws_server) == await tasks_of(bare_server)
-    async with memws_server() as server, wire(server, agent={"name": "sam"}) as client:
-        before = len(asyncio.all_tasks())
-        await client.turn("Hello")
-        await client.ok("subscribe", after=0)
-        await client.until(lambda frame: frame["type"] == "agent_response_end")
-        await client.ok("unsubscribe")
-        await client.ok("get_agent")
-        await (await client.websocket.ping())
-        assert len(asyncio.all_tasks()) == before
-        async with connections(server, 20):
-            pass
-        await (await client.websocket.ping())
-        gc.collect()
-        assert len([each for each in gc.get_objects() if type(each) is memws.Session]) == len(server.clients) == 1
+    """Idle connections, also those that talked and followed, have the tasks of websockets alone; a lost one leaves
+    no session."""
+    server = memws.WebSocketServer(host="127.0.0.1", port=0, db=":memory:", model="offline")
+
+    def ours() -> Counter[str]:
+        coroutines: list[Any] = [task.get_coro() for task in asyncio.all_tasks()]
+        return Counter(each.__qualname__ for each in coroutines if each.cr_code.co_filename == memws.__file__)
+
+    async with running(server):
+        before = ours()
+        async with wire(server, agent={"name": "sam"}) as client, contextlib.AsyncExitStack() as others:
+            await client.turn("Hello")
+            await client.ok("subscribe", after=0)
+            await client.until(lambda frame: frame["type"] == "agent_response_end")
+            await client.ok("unsubscribe")
+            for _ in range(20):
+                await others.enter_async_context(wire(server))
+            await client.ok("get_agent")
+            assert ours() <= before
+            await others.aclose()
+            await client.ok("get_agent")
+            gc.collect()
+            assert len([each for each in gc.get_objects() if type(each) is memws.Session]) == len(server.clients) == 1

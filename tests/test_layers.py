@@ -199,39 +199,3 @@ def whole() -> Module:
 def test_memws(whole: Module, rule: Rule) -> None:
     """memws.py breaks no rule."""
     assert rule(whole) == []
-
-
-# A rule that sees nothing would pass for ever, so each is shown its faults in a small module.
-
-PLANTED: dict[str, tuple[Rule, str]] = {
-    "class Limit(Server): pass": (upward_names, "Constants names Server of Server: class Limit(Server):"),
-    "def f():\n def g():\n  return [Reply for _ in ()]": (upward_names, "Constants names Reply of Wire: def f():"),
-    "def f(*, a: int, b: 'Server'): pass": (tricks, "quoted annotation: 'Server'"),
-    "server = globals()['Server']": (tricks, "globals: server = globals()['Server']"),
-    "def f():\n import pickle": (tricks, "imports: import pickle"),
-    "def f(table): return f'SELECT * FROM {table}'": (sql_outside_store, "Constants: 'SELECT * FROM '"),
-    "def f():\n try: pass\n except sqlite3.Error: pass": (sql_outside_store, "sqlite3: def f():"),
-    "limit = json.loads('1')": (tricks, "json: limit = json.loads('1')"),
-    "# ====\n# 13. Cellar\n# ====": (map_and_banners, "13. is 'Cellar' in its banner and None in the map"),
-    "def f():\n" + " pass\n" * 60: (too_long, "61 lines: f in line 23"),
-    ("def f():\n" + " pass\n" * 8) * 9: (too_long, "half of the functions have up to 9 lines, more than 8"),
-    "def f():\n" + " pass\n" * 30: (too_long, "nine in ten of the functions have up to 31 lines, more than 30"),
-    "\n" * LINES: (too_long, f"{LINES + 73} lines, more than {LINES}"),
-}
-
-
-def sample(planted: str) -> Module:
-    """A module in miniature, with a line planted among its constants."""
-    bodies = {1: planted, 3: "class Reply: pass", 11: "class Server: pass"}
-    titles = {number: f"{name}: words" for number, (name, _) in TABLE.items()}
-    contents = "\n".join(f"    {number}. {title}" for number, title in titles.items())
-    parts = [f'"""A sample.\n\n{contents}\n"""\nimport json, sqlite3\nfrom typing import Literal\n']
-    parts += [f"# ====\n# {number}. {titles[number]}\n# ====\n{bodies.get(number, '')}\n" for number in TABLE if number]
-    return Module("\n".join(parts))
-
-
-@pytest.mark.parametrize("planted", PLANTED, ids=range(len(PLANTED)))
-def test_rule_sees_fault(planted: str) -> None:
-    """A planted fault is found by its rule."""
-    rule, fault = PLANTED[planted]
-    assert fault in rule(sample(planted))

@@ -10,7 +10,6 @@ model and the bare openai client are processes of their own. The table is Markdo
 """
 
 import argparse
-import ast
 import asyncio
 import contextlib
 import itertools
@@ -135,23 +134,6 @@ async def talk(server: Peer, names: list[str], per_agent: int) -> list[float]:
     """Seconds of turns, one after another."""
     async with client(server) as connection:
         return [await turn(connection, name, "And how is it now?") for name in names for _ in range(per_agent)]
-
-
-def size(bench: Bench) -> Iterator[str]:
-    text = PROGRAM.read_text("utf-8")
-    lines = text.splitlines()
-    begin, end = (lines.index(next(line for line in lines if line.startswith(f"# {n}. "))) for n in (10, 11))
-    functions = sorted(
-        node.end_lineno - node.lineno + 1
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno
-    )
-    rest = len(lines) - end + begin
-    bench.add("lines of `memws.py` without section 10", f"{rest:,}, {len(lines):,} with it", "", [rest], 5_600)
-    middle, nine, most = median(functions), percentile(functions, 0.9), functions[-1]
-    measured = f"nine in ten {nine:.0f} or fewer, the longest {most}"
-    bench.add(f"median lines of its {len(functions)} functions", measured, "", [middle], 8)
-    yield "size"
 
 
 def turns(bench: Bench) -> Iterator[str]:
@@ -524,7 +506,6 @@ def shared_search(bench: Bench, address: str) -> Iterator[str]:
 
 
 BENCHES: dict[str, tuple[Callable[[Bench], Iterator[str]], int, int]] = {
-    "size": (size, 1, 0),
     "turn": (turns, 3, 3),
     "throughput": (throughput, 0, 3),
     "bystander": (bystanders, 1 + 1_000_000 // STEP, 5),
