@@ -4154,7 +4154,7 @@ class Memory:
 
     store: Store
     record: AgentRecord
-    emit: Callable[[StoredEvent], None] = lambda event: None  # gets each event once it is stored
+    emit: Callable[..., None] = lambda *events: None  # gets events once they are stored
     owner: str | None = None  # the lease under which this server runs the agent, where several share the database
     edited: Callable[[], None] = lambda: None  # called when config or blocks have changed, or messages left the view
     blocks: dict[str, Block] = field(default_factory=dict)
@@ -4243,8 +4243,7 @@ class Transaction:
         if is_edit:
             memory.messages = [message for message in memory.messages if message.id >= self.state["cut"]]
             memory.edited()
-        for event in events:
-            memory.emit(event)
+        memory.emit(*events)
 
     # -- what it holds --
 

@@ -112,10 +112,11 @@ class Lab:
         before = agent.record.last_seq
         events: list[Body] = []
 
-        def emit(event: Any) -> None:
-            events.append(json.loads(event.text))
-            if on_event is not None:
-                on_event(events[-1])
+        def emit(*stored: Any) -> None:
+            for event in stored:
+                events.append(json.loads(event.text))
+                if on_event is not None:
+                    on_event(events[-1])
 
         agent.memory.emit = emit
         await asyncio.wait_for(asyncio.create_task(agent.turn(turn)), LIMIT)

@@ -59,7 +59,7 @@ def is_summary(body: Body) -> bool:
 async def edit(agent: Agent, work: Awaitable[Any]) -> tuple[Any, list[Body]]:
     """The result of an edit from outside, and the events of it."""
     events: list[Body] = []
-    agent.memory.emit = lambda event: events.append(json.loads(event.text))
+    agent.memory.emit = lambda *stored: events.extend(json.loads(event.text) for event in stored)
     return await work, events
 
 
@@ -866,7 +866,7 @@ async def test_cancel_while_the_summary_is_made(endpoint: Endpoint, lab: Lab) ->
     while agent.used() + memws.MIN_REPLY_TOKENS <= agent.window - 150:
         await lab.say(agent, "word " * 30)
     before, request, events = agent.used(), memws.Turn("", None), list[str]()
-    agent.memory.emit = lambda event: events.append(event.text)
+    agent.memory.emit = lambda *stored: events.extend(event.text for event in stored)
     compacting = asyncio.create_task(agent.compact(request))
     await asyncio.to_thread(endpoint.wait_requests, len(endpoint.requests) + 1)
     request.stop("cancelled")

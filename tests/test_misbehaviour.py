@@ -179,7 +179,7 @@ class Bench:
     async def kill(self, agent: memws.Agent, turn: memws.Turn, after: int) -> memws.Agent:
         """Abandon a turn after so many events, as a killed process does; the agent, opened anew."""
         running, count = asyncio.create_task(agent.turn(turn)), itertools.count()
-        agent.memory.emit = lambda _: running.cancel() if next(count) == after else None  # type: ignore[assignment]
+        agent.memory.emit = lambda *events: after in [next(count) for _ in events] and running.cancel()
         await asyncio.wait([running])
         await self.lab.store.write(lambda _: None)  # after what it was writing
         agent = await self.lab.open(agent.name)
