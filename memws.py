@@ -6022,16 +6022,15 @@ const inputs = (fields) => Object.entries(fields).map(([name, about]) => { // by
   return node("label", {}, span("mark", titleOf(name)), field);
 });
 function form(kind, work, fields, ...actions) { // `work` gets what is not empty, by name
-  const wrong = node("div", { class: "memws-said", role: "alert" });
-  const fail = ({ detail: { message, value } }) =>
-    wrong.replaceChildren(message, value ? node("pre", {}, value) : "");
+  const said = node("div", { class: "memws-said", role: "alert" });
+  const fail = ({ detail: { message, value } }) => said.replaceChildren(message, value ? node("pre", {}, value) : "");
   const onsubmit = ({ target }) => {
-    wrong.replaceChildren();
+    said.replaceChildren();
     const values = Array.from(new FormData(target), ([name, text]) => [name, text.trim()]);
     return work(Object.fromEntries(values.filter(([, text]) => text)));
   };
   const about = { class: `memws-${kind}`, onsubmit, "onmemws-fail": fail };
-  return node("form", about, ...inputs(fields), wrong, div("actions", ...actions));
+  return node("form", about, ...inputs(fields), said, div("actions", ...actions));
 }
 function ask(place, title, fields, label, work) { // until it is done or left; then the focus is where it was
   const focused = document.activeElement;
@@ -6040,20 +6039,17 @@ function ask(place, title, fields, label, work) { // until it is done or left; t
   const made = form("ask", done, fields, work && button(label, "main"), leave);
   made.prepend(node("h3", {}, title));
   made.onreset = () => {
-    const isIn = made.contains(document.activeElement);
     made.remove();
-    if (isIn) (focused.closest("details")?.firstChild ?? focused).focus();
+    if (document.activeElement === document.body) (focused.closest("details")?.firstChild ?? focused).focus();
   };
   place.replaceChildren(made);
   made.querySelector("input, textarea, button").focus();
 }
 const buttons = (works, kind) => Object.entries(works).map(([name, work]) => button(name, kind, work));
-function menu(label, works) {
-  const onclick = () => { element.open = false; };
-  const entries = node("div", { class: "memws-entries", onclick }, ...buttons(works, "entry"));
-  const element = node("details", { class: "memws-menu" }, node("summary", { "aria-label": label }, "⋯"), entries);
-  return element;
-}
+const closeMenu = ({ target }) => { target.closest("details").open = false; };
+const menu = (label, works) =>
+  node("details", { class: "memws-menu" }, node("summary", { "aria-label": label }, "⋯"),
+    node("div", { class: "memws-entries", onclick: closeMenu }, ...buttons(works, "entry")));
 
 const { format: number } = new Intl.NumberFormat("en");
 const counted = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
@@ -6131,14 +6127,6 @@ function list(source, depth) { // an item begins where the margin is about that 
   return /\d/.test(mark) ? node("ol", { start: parseInt(mark) }, ...items) : node("ul", {}, ...items);
 }
 
-function draw(prose) { // only blocks that changed are drawn again, so that a selection further up stays
-  const next = [...prose.text.matchAll(BLOCK)];
-  let same = 0;
-  while (same < next.length && prose.children[same]?.source === next[same][0]) same++;
-  while (prose.children.length > same) prose.lastChild.remove();
-  prose.append(...next.slice(same).map((match) => Object.assign(block(match, 0), { source: match[0] })));
-}
-
 // ---- transports: functions of the panel, which hears of state and frames, to {send, close} for frames as texts ------
 
 const overSocket = (panel) => {
@@ -6204,8 +6192,6 @@ const overComm = (model) => (panel) => {
 
 // ---- the conversation: a turn is what was said, a trace of what it took, and what came back -------------------------
 
-const bubble = (text, ...state) => [div("bubble", text), div("mark", ...state)]; // what the user said, and when
-
 class Turn {
   streams = {}; // elements whose `text` is being made, by kind
   calls = new Map();
@@ -6227,9 +6213,9 @@ class Turn {
     this["on_" + (event.message_type ?? event.type)]?.(event);
   }
   note(text, kind) { this.element.append(div(`item memws-note memws-${kind}`, text)); }
-  said(text, ...state) { // or what has become of it
+  said(text, ...state) { // by the user, and what has become of it
     this.text = text;
-    this.user.replaceChildren(...bubble(text, ...state));
+    this.user.replaceChildren(div("bubble", text), div("mark", ...state));
   }
   refused(why) {
     const again = () => { if (this.panel.submit(this.text)) this.element.remove(); };
@@ -6262,24 +6248,26 @@ class Turn {
     this.element.append(div("item memws-agent", prose, this.foot));
     return prose;
   }
-  show(prose) {
+  show(prose) { // only blocks that changed are drawn again, so that a selection further up stays
+    const next = [...prose.text.matchAll(BLOCK)];
+    let same = 0;
+    while (same < next.length && prose.children[same]?.source === next[same][0]) same++;
+    while (prose.children.length > same) prose.lastChild.remove();
+    prose.append(...next.slice(same).map((match) => Object.assign(block(match, 0), { source: match[0] })));
     prose.frame = null;
-    draw(prose);
     if (prose.parentNode === this.rows) this.live.textContent = "…" + oneLine(prose.text.slice(-72));
   }
-  finish(event) { // the whole text
+  on_user_message({ message, from, time, steered }) {
+    if (steered) this.user = this.element.appendChild(div("item memws-user")); // where it entered
+    this.said(message, (from ? `${from} · ` : "") + clock(time));
+  }
+  on_internal_monologue(event) { this.on_assistant_message(event); }
+  on_assistant_message(event) { // the whole text
     const prose = this.stream(event, event.message_type);
     this.show(Object.assign(prose, { text: event.message }));
     if (event.partial) this.mark?.append(" · cut short");
     delete this.streams[event.message_type];
   }
-  on_user_message({ message, from, time, steered }) {
-    const about = (from ? `${from} · ` : "") + clock(time);
-    if (!steered) return this.said(message, about);
-    return this.element.append(div("item memws-user", ...bubble(message, about))); // where it entered
-  }
-  on_internal_monologue(event) { this.finish(event); }
-  on_assistant_message(event) { this.finish(event); }
   on_context(event) { if (event.warning) this.note(event.warning, "warn"); }
   on_heartbeat() { if (!this.text && !this.step) this.note("a heartbeat woke the agent", ""); }
   on_correction(event) { this.row("remark", event, event.message); }
@@ -6322,9 +6310,8 @@ class Turn {
     this.element.append(call.card);
   }
   on_tool_return({ tool_call_id, name, status, duration_ms, message, time }) {
-    const call = this.calls.get(tool_call_id);
-    if (!call) return;
-    const { row, state, result, card } = call;
+    const { row, state, result, card } = this.calls.get(tool_call_id) ?? {};
+    if (!row) return; // of send_message
     const hasFailed = status === "Failed";
     card?.remove();
     if (card) this.note(`${name} · ${oneLine(message)}`, "");
@@ -6408,7 +6395,7 @@ class Log { // an element for each turn, whose property `turn` it is; older ones
     if (!this.turns.size) this.inner.replaceChildren(); // the welcome goes
     this.turns.set(id, turn);
     this.inner.insertBefore(turn.element, place);
-    if (!this.page && this.element.scrollTop > -40) this.trim();
+    this.trim();
     return turn;
   }
   drop(id) {
@@ -6416,7 +6403,7 @@ class Log { // an element for each turn, whose property `turn` it is; older ones
     this.turns.delete(id);
   }
   trim() { // where the newest are looked at; what goes is fetched again when somebody scrolls there
-    while (this.inner.children.length > MOST) {
+    while (!this.page && this.element.scrollTop > -40 && this.inner.children.length > MOST) {
       this.drop(this.inner.firstChild.turn.id);
       this.asked = this.first - 1;
     }
@@ -6424,7 +6411,7 @@ class Log { // an element for each turn, whose property `turn` it is; older ones
   scrolled() {
     const { scrollTop, scrollHeight, clientHeight } = this.element; // scrollTop is 0 at the bottom, negative above
     this.newest.hidden = scrollTop > -200;
-    if (scrollTop > -40) this.trim();
+    this.trim();
     const isNear = clientHeight > 0 && scrollHeight - clientHeight + scrollTop < 400;
     return isNear && this.asked && !this.page ? this.follow(true) : null;
   }
@@ -6459,10 +6446,9 @@ class View {
   constructor(panel, title, ...kids) {
     Object.assign(this, { panel, title });
     this.tab = button(title, "tab", () => panel.show(title));
-    const about = { class: "memws-side", "aria-label": title };
-    this.side = node("section", about, div(title.toLowerCase(), ...kids, this.out));
+    const content = div(title.toLowerCase(), ...kids, this.out);
+    this.side = node("section", { class: "memws-side", "aria-label": title }, content);
   }
-  shown() {} // hears what is wanted of it
 }
 
 const card = (title, size, action, ...kids) =>
@@ -6576,49 +6562,44 @@ class Search extends View {
   shown(wanted) { return wanted ? this.find(wanted) : this.side.querySelector("input").focus(); }
   async find({ query = "", ...wanted }, page = 1) {
     const { items, total, pages } = await this.panel.command("search_memory", { query, ...wanted, page });
-    const go = (to, label) =>
-      button(label, "quiet", () => this.find({ query, ...wanted }, to), { disabled: !to || to > pages });
-    const turning = pages > 1 ? [go(page - 1, "‹"), `${page} of ${pages}`, go(page + 1, "›")] : [];
     const words = query.split(/[^\p{L}\p{N}]+/u).filter((word) => word.length > 1);
+    const more = page < pages && button("more results", "quiet", () => this.find({ query, ...wanted }, page + 1));
+    const earlier = page > 1 ? this.out.querySelectorAll(".memws-found") : [];
     const rows = items.map((item) => this.row(item, words));
-    this.out.replaceChildren(div("actions memws-mark", `${number(total)} found`, ...turning), ...rows);
+    this.out.replaceChildren(div("mark", `${number(total)} found`), ...earlier, ...rows, div("actions", more));
   }
   row({ id, store, role, time, text }, words) {
     const undo = () => this.panel.command("insert_passage", { text });
-    const remove = async () => {
+    const remove = async ({ target }) => {
       await this.panel.command("delete_passage", { passage_id: id });
-      row.remove();
+      target.closest(".memws-found").remove();
       this.panel.tell("The passage was deleted.", { undo });
     };
     const parts = words.length ? text.split(new RegExp(`(${words.join("|")})`, "giu")) : [text];
     const marked = parts.map((part, place) => (place % 2 ? node("mark", {}, part) : part));
     const moment = new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
     const erase = store === "archival" && button("delete", "quiet", remove);
-    const row = div("found", div("mark", `${moment} · ${role ?? "passage"}`, erase), div("text", ...marked));
-    return row;
+    return div("found", div("mark", `${moment} · ${role ?? "passage"}`, erase), div("text", ...marked));
   }
 }
-
-const KEPT = { rows: 150, frames: 200, characters: 20_000 }; // the newest rows, of each so many frames, of each so much
 
 class Frames extends View { // of the connection, so the same one for all agents; as lines of JSON
   constructor(panel) {
     const hold = button("pause", "quiet", () => this.hold(hold));
     super(panel, "Frames", div("actions", hold, button("save", "quiet", () => this.save())));
   }
-  take(direction, text) { // deltas one after another are one row
+  take(direction, text) { // the newest 150 rows; deltas one after another are one row
     const time = new Date();
     const [, kind] = text.match(/"(?:message_type|command)":"(\w+)"/) ?? text.match(/"type":"(\w+)"/);
-    const frame = text.length > KEPT.characters ? JSON.stringify(text.slice(0, KEPT.characters)) : text;
+    const frame = text.length > 20_000 ? JSON.stringify(text.slice(0, 20_000)) : text; // or its beginning
     let row = this.out.firstChild;
-    if (kind !== "delta" || row?.kind !== kind || row.count >= KEPT.frames) {
-      const label = node("b");
-      row = fold(span("frame", `${direction} ${time.toLocaleTimeString()} `, label, ` ${text.slice(0, 120)}`), "");
-      this.out.prepend(Object.assign(row, { kind, label, count: 0, hidden: Boolean(this.isHeld) }));
-      this.out.children[KEPT.rows]?.remove();
+    if (kind !== "delta" || row?.kind !== kind) {
+      row = fold(span("frame", `${direction} ${time.toLocaleTimeString()} `, node("b"), ` ${text.slice(0, 120)}`), "");
+      this.out.prepend(Object.assign(row, { kind, count: 0, hidden: Boolean(this.isHeld) }));
+      this.out.children[150]?.remove();
     }
     row.count += 1;
-    row.label.textContent = row.count > 1 ? `${kind} × ${row.count}` : kind;
+    row.querySelector("b").textContent = row.count > 1 ? `${kind} × ${row.count}` : kind;
     row.lastChild.append(`{"time":"${time.toISOString()}","direction":"${direction}","frame":${frame}}\n`);
   }
   hold(button) {
@@ -6640,15 +6621,14 @@ const STARTERS = ["Hi, my name is Ada and I like green tea", "Remember that my s
   "What do you remember about me?"];
 const KEYS = { "Enter": "sends", "Shift+Enter": "breaks the line", "↑": "in an empty field: your last message again",
   "Esc": "stops the running turn", "Alt+1 to Alt+4": "memory, context, search, frames", "Ctrl+Enter": "saves a block" };
-const CONFIG = { name: { placeholder: "made up when empty" },
+const CONFIG = { name: { placeholder: "made up when empty" }, model: { placeholder: "the server's" },
   persona: { rows: "3", placeholder: "who it is; empty: Sam, curious and warm" },
-  human: { rows: "3", placeholder: "what it knows about you from the start" },
-  model: { placeholder: "the server's" } };
+  human: { rows: "3", placeholder: "what it knows about you from the start" } };
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 
 class Panel {
   asked = new Map(); // commands without their answer, by id
-  outbox = new Map(); // turns without their receipt, by id; each {agent, text, when_busy, isSent}
+  outbox = new Map(); // turns without their receipt, by id; each with its `frame`, and whether it `isSent`
   running = null; // the turn that runs
   log = new Log(this);
   frames = new Frames(this);
@@ -6729,12 +6709,10 @@ class Panel {
     this.aside.lastChild.replaceWith(this.view.side);
     if (isLeft) this.view.tab.focus();
     if (wanted) this.root.classList.remove("memws-compact");
-    attempt(this.root, () => this.view.shown(wanted));
+    attempt(this.root, () => this.view.shown?.(wanted));
   }
-  fail({ code, message }) {
-    if (code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
-    if (["lost", "no_agent"].includes(code)) return null; // what went is shown already
-    return this.tell(message, {}, "bad");
+  fail({ code, message }) { // where the agent or the connection went, that is shown already
+    if (!["lost", "no_agent"].includes(code)) this.tell(message, {}, "bad");
   }
   tell(text, works = {}, kind = "news") { // with what can be done about it, for a quarter of a minute
     clearTimeout(this.timer);
@@ -6828,9 +6806,8 @@ class Panel {
     this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start), 0);
     this.state({ agent: null, running: null, isReady: true });
   }
-  async create(config) {
-    const { agent_name } = await this.command("create_agent", { config });
-    await this.open(agent_name); // which tells its warnings
+  create(config) { // and open it, which tells its warnings
+    return this.command("create_agent", { config }).then(({ agent_name }) => this.open(agent_name));
   }
   async remove() {
     const { agent } = this;
