@@ -7383,6 +7383,11 @@ class Elsewhere(Refused):
         self.forward = forward
 
 
+def cancelled() -> Refused:
+    """What a message gets that waits, or comes, when all is ended."""
+    return Refused("cancelled", "cancelled before it ran; send the message again later")
+
+
 class LiveAgent:
     """One agent in use: its turns one after another, its events for any number of readers, its timed heartbeats.
 
@@ -7396,8 +7401,7 @@ class LiveAgent:
         self.lease: str | None = None  # by what lease; "": it has none, see SharedAgent
         self.waiting: collections.deque[Turn] = collections.deque()
         self.current: Turn | None = None  # what runs: a turn, or a compaction that a client asked for
-        self.gone = False  # deleted
-        self.closed = False  # there will be no more events
+        self.end: Refused | None = None  # why there will be no more turns and events
         self.last_seq, self.count = record.last_seq, 0  # count: of the events ever published here
         self.news = asyncio.Event()  # set at the next event, when another takes its place
         self.ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
@@ -7418,12 +7422,6 @@ class LiveAgent:
             del self.agents.live[self.name]
         if name is not None:
             self.agents.live[name], self.name = self, name
-
-    def gone_error(self) -> Refused:
-        """What a message to an agent gets that is no longer in use."""
-        if self.gone:
-            return Refused("unknown_agent", f"agent {self.name!r} was deleted")
-        return Refused("cancelled", "cancelled before it ran; send the message again later")
 
     def publish(self, *events: StoredEvent) -> None:
         for event in events:
@@ -7450,10 +7448,10 @@ class LiveAgent:
 
     async def ready(self) -> None:
         """Let the agent be as it is on disk, unless something runs. Raises StoreFailed, Refused."""
-        if self.here and not (self.current or self.gone):
+        if self.here and not (self.current or self.end):
             await self._mend()
-        if self.gone:
-            raise self.gone_error()
+        if self.end:
+            raise self.end
 
     async def fresh(self) -> Agent:
         """The agent, which this server runs. Raises StoreFailed, Refused, Elsewhere."""
@@ -7488,8 +7486,8 @@ class LiveAgent:
         self.go_on()
 
     def _check(self, item: Turn) -> None:
-        if self.gone or self.agents.stopping:
-            raise self.gone_error()
+        if self.end or self.agents.stopping:
+            raise self.end or cancelled()
         if (size := len(item.message or "")) > MAX_TEXT:
             raise Refused("text_too_long", f"a message has at most {MAX_TEXT:,} characters, but got {size:,}")
         if self.here and not self.current:
@@ -7511,14 +7509,14 @@ class LiveAgent:
         """Begin what waits, or else set the timer of the next heartbeat; nothing of it while something runs."""
         if self._timer is not None:
             self._timer.cancel()
-        if self.current or self.agents.stopping or not self.here:
+        if self.current or self.end or self.agents.stopping or not self.here:
             return
         record = self.agent.record
         interval = record.config["heartbeat_interval"]
         if self.waiting:
             self.current = self.waiting.popleft()
             self.agents.spawn(self._run(self.current))
-        elif interval and self._beats < IDLE_HEARTBEATS and not self.gone:
+        elif interval and self._beats < IDLE_HEARTBEATS:
             pause = float(record.state.get("paused_until", 0)) - time.time()
             self._timer = asyncio.get_running_loop().call_later(max(interval, pause), self._beat)
 
@@ -7535,8 +7533,8 @@ class LiveAgent:
         except (MemwsError, asyncio.CancelledError) as error:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
-            if item.step == 0 or self.gone or self.agent.memory.stale:
-                self.refuse(item, error if isinstance(error, MemwsError) else self.gone_error())
+            if item.step == 0 or self.agent.memory.stale:
+                self.refuse(item, error if isinstance(error, MemwsError) else cancelled())
         finally:
             self._finish(item)
 
@@ -7556,13 +7554,14 @@ class LiveAgent:
         item.done.set_exception(error)
         item.done.exception()  # nobody may wait for it
 
-    async def stop_turns(self, reason: str, force: bool = True) -> None:
-        """Stop what runs, refuse what waits, wait until all is. Raises Refused (busy) unless `force` may stop it."""
+    async def stop_turns(self, reason: str, error: Refused, force: bool = True) -> None:
+        """Stop what runs and refuse what waits until nothing does. Raises Refused (busy) unless `force` may do it."""
         if self.current and not force:
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or send force true")
-        for item in self.queued:
-            self.refuse(item, self.gone_error())
-        await self.stop_current(reason)
+        while self.current:
+            for item in self.queued:
+                self.refuse(item, error)
+            await self.stop_current(reason)
 
     async def stop_current(self, reason: str) -> None:
         """Stop what runs, and wait until it has ended."""
@@ -7574,8 +7573,8 @@ class LiveAgent:
     @contextlib.contextmanager
     def occupied(self, what: str) -> Iterator[Turn]:
         """Around what is no turn and goes on beside none; stopped as one. Raises Refused (busy, cancelled)."""
-        if self.current:
-            raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
+        if self.current or self.end:
+            raise self.end or Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
         item = self.current = Turn("", None)
         try:
             yield item
@@ -7589,11 +7588,11 @@ class LiveAgent:
             self.enqueue(Turn(new_turn_id(), None, HEARTBEAT_TIMER, when_busy="reject"))
             self._beats += 1
 
-    def close(self) -> None:
-        """Let go of the timer, and of readers once they have read all; where it is gone, of the name."""
-        self.closed = True
-        if self.gone:
-            self.take_name(None)
+    def close(self, error: Refused) -> None:
+        """Refuse what waits and comes, let go of the timer, and of readers once they have read all."""
+        self.end = error
+        for item in self.queued:
+            self.refuse(item, error)
         self.wake()
         self.go_on()
 
@@ -7638,9 +7637,9 @@ class SharedAgent(LiveAgent):
                     address = self._owner.rpartition("#")[0]
                     if address not in ("", self._leases.address):
                         await self._follow(address)
-                except Refused:
-                    self.gone = True
-                    return self.close()
+                except Refused as error:
+                    self.take_name(None)
+                    return self.close(error)
                 except MemwsError as error:
                     logger.info("agent %s: %s", self.name, error)
                     self._problem = error
@@ -7656,9 +7655,9 @@ class SharedAgent(LiveAgent):
         """Wait until some server runs it. Raises StoreFailed, Refused."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_TIMEOUT):
-                while not (self.here or self._client or self.gone or isinstance(self._problem, StoreFailed)):
+                while not (self.here or self._client or self.end or isinstance(self._problem, StoreFailed)):
                     await self.news.wait()
-        if not (self.here or self._client or self.gone):
+        if not (self.here or self._client or self.end):
             reason = f" ({self._problem})" if self._problem else ""
             raise StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
         await super().ready()
@@ -7852,13 +7851,13 @@ class Agents:
         try:
             steps = await store.write(copy_steps, agent, copy, record)
             with item.interruptible():
-                while (step := await store.write(copy_piece, steps)) and not (live.gone or self.stopping):
+                while (step := await store.write(copy_piece, steps)) and not (live.end or self.stopping):
                     if time.monotonic() - told > PROGRESS_DELAY:
                         text = "copied {1:,} of {2:,} {0}".format(*step)
                         live.agent.emit_live(item, "progress", text, done=step[1], total=step[2])
                         told = time.monotonic()
-            if live.gone or self.stopping:
-                raise live.gone_error()
+            if live.end or self.stopping:
+                raise live.end or cancelled()
             yield copy
         finally:
             with contextlib.suppress(MemwsError):
@@ -7950,7 +7949,7 @@ class Reader:
                     self.turns[""] = None  # the subscription ends with an error of its own
             del self.session.readers[self.live]
             for turn_id in list(self.turns):
-                self._refuse(turn_id, failure or self.live.gone_error())
+                self._refuse(turn_id, failure or self.live.end)
 
     async def _read(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
@@ -7972,7 +7971,7 @@ class Reader:
                 event = live.ring[self.place - live.count]  # counted from the newest
                 self.place += 1
                 await self._deliver(event)
-            elif live.closed:
+            elif live.end:
                 return
             else:
                 await live.news.wait()
@@ -8119,7 +8118,7 @@ class Session:
     async def _live(self, name: str | None) -> LiveAgent:
         """The agent that a request means. Raises Refused (no_agent, unknown_agent)."""
         live = self._current if name is None else await self._agents.get(name)
-        if live is None or (name is None and live.gone):
+        if live is None or self._agents.live.get(live.name) is not live:
             raise Refused("no_agent", "no agent has been initialized; send create_agent or load_agent, or name one")
         return live
 
@@ -8286,7 +8285,7 @@ class Session:
         name, agents, agent = check_name(new_name), self._agents, await live.fresh()
         if force:  # what it ends it ends for a name that can be had
             await agents.store.read(claim, name)
-        await live.stop_turns("cancelled", force)
+        await live.stop_turns("cancelled", cancelled(), force)
         async with agents.lock, agent.memory.lock:
             events, last_seq = await agents.store.write(rename_agent, live.id, name, live.lease)
             live.publish(*events)
@@ -8307,16 +8306,14 @@ class Session:
             record = await store.read(find_agent, str(agent_name), deleted=True)
             await store.write(delete_agent, record.id, None, True)
             return {}
-        agent, live.gone = await live.fresh(), True
-        try:
-            await live.stop_turns("cancelled", force)
+        agent, gone = await live.fresh(), Refused("unknown_agent", f"agent {live.name!r} was deleted")
+        await live.stop_turns("cancelled", gone, force)
+        with live.occupied("deletion"):
             async with self._agents.lock, agent.memory.lock:
                 event = response("agent_change", "the agent was deleted", change="deleted")
                 live.publish(*await store.write(delete_agent, live.id, event, purge, live.lease))
-                live.close()
-        except MemwsError:
-            live.gone = False
-            raise
+                live.take_name(None)
+                live.close(gone)
         return {}
 
     async def restore_agent(self, agent_name: Annotated[str, 0, 1_000], new_name: AgentName = None) -> JSON:
@@ -8718,9 +8715,9 @@ class WebSocketServer:
             return
         agents.stopping, end = True, asyncio.get_running_loop().time() + STOP_GRACE
         live = [each for each in agents.live.values() if each.here]
-        await wait_until(end - STOP_GRACE / 2, (each.stop_turns("interrupted") for each in live))
+        await wait_until(end - STOP_GRACE / 2, (each.stop_turns("interrupted", cancelled()) for each in live))
         for each in live:
-            each.close()
+            each.close(cancelled())
         readers = [reader.task for session in self.clients.values() for reader in session.readers.values()]
         await wait_until(end - STOP_GRACE / 4, readers)
         for listener in self._listeners:
