@@ -3404,18 +3404,10 @@ class Tape:
 
 # ---- OpenAI-compatible endpoints -------------------------------------------------------------------------------------
 
-MISSING_OPENAI = "a model other than offline needs openai 2.16 or newer: pip install -U openai"
+MISSING_OPENAI = "a model other than offline needs the openai package: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
 _ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?", re.IGNORECASE)
 _DONE: JSON = {"choices": []}  # the last chunk: [DONE]
-
-
-def import_openai() -> Any:
-    """The openai package, which takes half a second to import. Raises UsageError where it is missing or too old."""
-    openai = needed("openai", MISSING_OPENAI)
-    if tuple(map(int, openai.__version__.split(".")[:2])) < (2, 16):
-        raise UsageError(MISSING_OPENAI)
-    return openai
 
 
 class Endpoint:
@@ -3453,7 +3445,7 @@ class Endpoint:
 
     def _make(self) -> Any:
         """What is inside of an openai client: what that does around it and to each chunk costs a fifth of a turn."""
-        openai = import_openai()
+        openai = needed("openai", MISSING_OPENAI)
         http = openai.DefaultAsyncHttpxClient(timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT))
         client = openai.AsyncOpenAI(**self.options, http_client=http)
         headers = {**client.auth_headers, **client.default_headers}.items()
@@ -3469,7 +3461,7 @@ class Endpoint:
 
     def only_model(self) -> str:
         """The one model that the endpoint serves, asked with a time limit. Raises UsageError where there is not one."""
-        openai = import_openai()
+        openai = needed("openai", MISSING_OPENAI)
         try:
             with openai.OpenAI(timeout=CONNECT_TIMEOUT, **self.options) as client:
                 answer = client.get("/models", cast_to=object)
@@ -3838,12 +3830,9 @@ class OfflineModel:
         request = decode_json(body)
         tools = [tool["function"]["name"] for tool in request.get("tools", ())]
         text, calls = self._respond(request["messages"], tools)
-        yield {"choices": [{"delta": {"content": text}}]}
-        for index, (name, arguments) in enumerate(calls):
-            heartbeat = {} if name == "send_message" else {REQUEST_HEARTBEAT: True}
-            function = {"name": name, "arguments": encode_json({**arguments, **heartbeat})}
-            yield {"choices": [{"delta": {"tool_calls": [{"index": index, "function": function}]}}]}
-        yield {"choices": [{"delta": {}, "finish_reason": "tool_calls" if calls else "stop"}]}
+        functions = [{"name": name, "arguments": encode_json(arguments)} for name, arguments in calls]
+        message = {"content": text, "tool_calls": [{"function": function} for function in functions]}
+        yield {"choices": [{"message": message, "finish_reason": "tool_calls" if calls else "stop"}]}
 
     def _respond(self, messages: list[JSON], tools: list[str]) -> tuple[str, list[tuple[str, JSON]]]:
         """Its monologue and calls in answer to a request."""
@@ -3859,7 +3848,8 @@ class OfflineModel:
         size, limit, block = human.groups() if human else (0, 0, "")
         core = [line for line in block.split("\n") if line]
         wanted = [] if done else _offline_calls(text, core, int(limit) - int(size))
-        if calls := [call for call in wanted if call[0] in tools or _ORDER.match(text)]:
+        again, order = {REQUEST_HEARTBEAT: True}, _ORDER.match(text)
+        if calls := [(name, given | again) for name, given in wanted if name in tools or order]:
             return "I look into my memory and keep what is new.", calls
         reply = _offline_reply(text, core, done)
         if "send_message" in tools:
