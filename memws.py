@@ -1403,25 +1403,22 @@ class Sqlite:
 
     size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     size_of = "coalesce(length(CAST({} AS BLOB)), 0)"
-    advice = "name another file with --db"
+    advice = "stop the memws server that uses it, or name another file with --db"
     mark = f"""SELECT CASE application_id WHEN {APPLICATION_ID} THEN 'memws ' || user_version ELSE '' END
         FROM pragma_application_id, pragma_user_version WHERE EXISTS (SELECT 1 FROM sqlite_master)"""
 
     def __init__(self, path: str, sync: str = "full") -> None:
         self.path, self.memory = path, path == ":memory:"
         self._file = path if self.memory else os.path.realpath(path)  # a link must not get past the lock
-        self._sync = sync
-        self._connections: list[SqlConnection] = []
+        self._sync, self._connections = sync, contextlib.ExitStack()
 
     def open(self) -> SqlConnection:
         """A connection to write with, of the only server on this file. Raises UsageError where it cannot be used."""
         with usable(self.path, self.advice):
-            if not self.memory:
-                pathlib.Path(self._file).touch(0o600)  # a new one is for its owner only
             connection = self.connect()
             is_new = not has_schema(self, connection)  # what is not ours is left as it is
-            if not self.memory:
-                self._lock()
+            if not self.memory:  # a lock on a file beside it, which ends with the process, keeps other servers off
+                self.connect(".lock").executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
             if is_new:
                 marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
                 connection.executescript(f"BEGIN; {SCHEMA}; {marks}; COMMIT")
@@ -1429,31 +1426,17 @@ class Sqlite:
             connection.executescript(settings)
         return connection
 
-    def connect(self) -> SqlConnection:
+    def connect(self, ending: str = "") -> SqlConnection:
         """A connection that leaves transactions to us and may be used and closed by any thread."""
-        connection = sqlite3.connect(self._file, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        file, timeout = f"{self._file}{ending}", 0 if ending else BUSY_TIMEOUT
+        if not (self.memory or pathlib.Path(file).exists()):
+            pathlib.Path(file).touch(0o600)  # for its owner only
+        connection = sqlite3.connect(file, timeout=timeout, isolation_level=None, check_same_thread=False)
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a bad byte ends nothing
-        self._connections.append(connection)
-        return connection
-
-    def _lock(self) -> None:
-        """Keep other servers off through a lock on a file beside it, which ends with the process."""
-        path = f"{self._file}.lock"
-        pathlib.Path(path).touch(0o600)
-        lock = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-        self._connections.insert(0, lock)  # closed last
-        with usable(self.path, "stop the memws server that uses it, or name another file with --db"):
-            lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
-
-    def faults(self, connection: SqlConnection) -> list[str]:
-        """What the database's own checks find."""
-        faults = [row[0] for row in connection.execute("PRAGMA integrity_check(20)") if row[0] != "ok"]
-        lost = connection.execute("PRAGMA foreign_key_check").fetchall()
-        return faults + [f"row {row} of {table} belongs to no agent" for table, row, *_ in lost]
+        return self._connections.enter_context(contextlib.closing(connection))
 
     def close(self) -> None:
-        while self._connections:
-            self._connections.pop().close()
+        self._connections.close()
 
 
 POSTGRES = "postgresql://", "postgres://"  # how its addresses begin
@@ -1739,15 +1722,12 @@ def forget(db: SqlConnection, where: str, *values: object) -> None:
 
 def _span(db: SqlConnection, agent: int, store: str, query: Query) -> Span:
     """The first and the last doc that may be found: docs grow with times and items."""
-    edges: dict[str, Any] = {"time >= ? ORDER BY time, doc": query.since}
-    edges["time < ? ORDER BY time DESC, doc DESC"] = query.until
-    if store == "recall":
-        edges["item <= ? ORDER BY item DESC"] = query.newest
-    docs = []
-    for edge, value in edges.items():
-        sql = f"SELECT doc FROM memory WHERE agent = ? AND store = ? AND {edge} LIMIT 1"
-        docs += [doc for (doc,) in db.execute(sql, (agent, store, value))]
-    return (docs[0], min(docs[1:])) if len(docs) == len(edges) else (0, -1)
+    newest = query.newest if store == "recall" else 2**53
+    sql = "SELECT doc FROM memory WHERE agent = ? AND store = ? AND time"
+    first = db.execute(f"{sql} >= ? ORDER BY time, doc LIMIT 1", (agent, store, query.since)).fetchone()
+    sql = f"{sql} < ? AND item <= ? ORDER BY time DESC, doc DESC LIMIT 1"
+    last = db.execute(sql, (agent, store, query.until, newest)).fetchone()
+    return (first[0], last[0]) if first and last else (0, -1)
 
 
 def _holders(db: SqlConnection, terms: Iterable[str], spans: list[Span]) -> dict[str, set[int]]:
@@ -1994,17 +1974,12 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     return page
 
 
-def find_turn(db: SqlConnection, agent: int, turn_id: str) -> tuple[str | None, str | None, str] | None:
-    """The user's message, who spoke, and the event that is all there is of a message which entered the turn of another;
-    (None, None, "") for a turn without one. None: there is nothing of that id."""
+def find_turn(db: SqlConnection, agent: int, turn_id: str) -> dict[str, str]:
+    """The start of a turn and its user's message, as they are stored, by kind. A message that entered the turn of
+    another has no start, a turn without one no message; empty: there is nothing of that id."""
     sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ?
         AND kind IN ('agent_response_start', 'user_message')"""
-    texts = dict(db.execute(sql, (agent, turn_id)).fetchall())
-    if not texts:
-        return None
-    message = texts.get("user_message", "{}")
-    event = decode_json(message)
-    return event.get("message"), event.get("from"), "" if "agent_response_start" in texts else message
+    return dict(db.execute(sql, (agent, turn_id)).fetchall())
 
 
 def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> JSON:
@@ -2445,29 +2420,23 @@ def table_sizes(db: SqlConnection, size_of: str) -> Iterator[str]:
         yield f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"
 
 
-def _agent_faults(db: SqlConnection, record: AgentRecord, check_record: CheckRecord) -> list[str]:
-    """What a load refuses or leaves out."""
-    try:
-        check_record(record)
-        messages = read_messages(db, record.id, first=record.state["cut"])
-        return [fault for _, fault in history_faults(messages)[0]]
-    except (MemwsError, ValueError, TypeError, AttributeError) as error:
-        return [str(error)]
-
-
-def check_database(path: str, check_record: CheckRecord) -> list[str]:
+def check_database(path: str, check_record: CheckRecord) -> Iterator[str]:
     """What is damaged in a database, by its own checks and by opening every agent. Raises UsageError."""
-    faults: list[str] = []
     try:
         with read_database(path) as db:
-            database = database_at(path)
-            if isinstance(database, Sqlite):  # PostgreSQL looks for damage by itself
-                faults += [f"the file: {fault}" for fault in database.faults(db)]
+            if not isinstance(db, PostgresConnection):  # which looks for damage by itself
+                yield from (f"the file: {row[0]}" for row in db.execute("PRAGMA integrity_check(20)") if row[0] != "ok")
+                for table, row, *_ in db.execute("PRAGMA foreign_key_check").fetchall():
+                    yield f"the file: row {row} of {table} belongs to no agent"
             for record in list_agents(db, "", 2**53)[0]:
-                faults += [f"agent {record.name}: {fault}" for fault in _agent_faults(db, record, check_record)]
+                try:
+                    check_record(record)
+                    messages = read_messages(db, record.id, first=record.state["cut"])
+                    yield from (f"agent {record.name}: {fault}" for _, fault in history_faults(messages)[0])
+                except (MemwsError, ValueError, TypeError, AttributeError) as error:
+                    yield f"agent {record.name}: {error}"
     except StoreFailed as error:
-        faults.append(f"the file cannot be read: {error}")
-    return faults
+        yield f"the file cannot be read: {error}"
 
 
 def export_agent(db: SqlConnection, name: str) -> JSON:
@@ -7980,8 +7949,8 @@ class Reader:
     async def _end_lost(self) -> None:
         """Turns that the agent never had, since it was rewound, will have no terminal frame."""
         for turn_id in list(self.turns):
-            known = await self.live.agents.store.read(find_turn, self.live.id, turn_id)
-            if not (known or self.live.find(turn_id)):
+            stored = await self.live.agents.store.read(find_turn, self.live.id, turn_id)
+            if not (stored or self.live.find(turn_id)):
                 self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
 
     async def _send(self, event: StoredEvent) -> None:
@@ -8138,14 +8107,15 @@ class Session:
     async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
         """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
         item = live.find(turn_id)
-        record = None if item else await self._agents.store.read(find_turn, live.id, turn_id)
+        stored = {} if item else await self._agents.store.read(find_turn, live.id, turn_id)
         item = item or live.find(turn_id)  # another connection may have sent it meanwhile
-        if not (item or record):
+        if not (item or stored):
             return False
-        if (message, speaker) != ((item.message, item.speaker) if item else (record or ())[:2]):
+        event = decode_json(stored.get("user_message", "{}"))
+        if (message, speaker) != ((item.message, item.speaker) if item else (event.get("message"), event.get("from"))):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
-        if item is None and record and record[2]:
-            await self._reply(with_fields(record[2], agent_name=live.name, id=self._request_id))
+        if item is None and "agent_response_start" not in stored:
+            await self._reply(with_fields(stored["user_message"], agent_name=live.name, id=self._request_id))
         else:
             self._reader(live).follow(turn_id, self._request_id, item, replay=True)
         return True
@@ -8155,7 +8125,7 @@ class Session:
         await live.fresh()
         item = live.find(turn_id) if turn_id else live.current
         if item is None:
-            if turn_id is not None and await self._agents.store.read(find_turn, live.id, turn_id) is None:
+            if turn_id and not await self._agents.store.read(find_turn, live.id, turn_id):
                 raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
             return {"state": "over"}
         if item is not live.current:
@@ -9264,7 +9234,7 @@ def serve_command(*, log_level: str, **options: Any) -> None:
 
 def check_command(*, db: str) -> int:
     """look for damage in the database and its agents"""
-    faults = check_database(db, check_record)
+    faults = list(check_database(db, check_record))
     print(*map(printable, faults or ["no damage found"]), sep="\n")
     if not faults:
         with read_database(db) as database:

@@ -371,7 +371,7 @@ REFUSED: dict[str, Callable[[Path], object]] = {  # the beginning of the sentenc
     "{path!r} was written by another memws (schema 2, not 3); name another one": script(f"{OURS} 2"),
     "cannot use the database {path!r} (file is not a database": lambda path: path.write_text("notes\n" * 1000),
     "cannot use the database {path!r} (": lambda path: path.write_bytes(random.Random(1).randbytes(50_000)),
-    "cannot use the database {path!r} (unable to open database file); name another file": Path.mkdir,
+    "cannot use the database {path!r} (unable to open database file); stop the memws server": Path.mkdir,
 }
 
 
@@ -411,7 +411,7 @@ async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(sqlite3.connect("empty.db", isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
-        assert "(database is locked); name another file with --db" in open_and_fail("empty.db")
+        assert "(database is locked); stop " in open_and_fail("empty.db")
 
 
 def bring(path: str | Path, data: Any) -> str:
@@ -442,11 +442,12 @@ async def test_a_former_export_is_read(database: str, tmp_path: Path) -> None:
         events = await store.read(read_events, agent.id, 0, 100)
         assert [event.text for event in events] == [row["text"] for row in data["events"]]
         turn_id = data["turns"][0]["turn_id"]
-        assert await store.read(memws.find_turn, agent.id, turn_id) == ("My name is Ada and I keep otters.", None, "")
+        stored = await store.read(memws.find_turn, agent.id, turn_id)
+        assert json.loads(stored["user_message"])["message"] == "My name is Ada and I keep otters."
         assert len(await find(store, agent, "otters")) == 3
         for number in (1, 2):
             await store.read(memws.find_request, agent.id, turn_id, number)  # which compares it with its digest
-    assert memws.check_database(database, memws.check_record) == []
+    assert list(memws.check_database(database, memws.check_record)) == []
     for damage in ({"passages": [{}]}, {"parts": []}):
         with pytest.raises(memws.MemwsError, match="damaged: the former format: '"):
             bring(tmp_path / "other.db", data | damage)
