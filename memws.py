@@ -7513,10 +7513,8 @@ class LiveAgent:
         item.done.set_exception(error)
         item.done.exception()  # nobody may wait for it
 
-    async def stop_turns(self, reason: str, error: Refused, force: bool = True) -> None:
-        """Stop what runs and refuse what waits until nothing does. Raises Refused (busy) unless `force` may do it."""
-        if self.current and not force:
-            raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or send force true")
+    async def stop_turns(self, reason: str, error: Refused) -> None:
+        """Stop what runs and refuse what waits, until nothing does."""
         while self.current:
             for item in self.queued:
                 self.refuse(item, error)
@@ -7529,11 +7527,14 @@ class LiveAgent:
             item.stop(reason)
             await self.news.wait()
 
-    @contextlib.contextmanager
-    def occupied(self, what: str) -> Iterator[Turn]:
-        """Around what is no turn and goes on beside none; stopped as one. Raises Refused (busy, cancelled)."""
+    @contextlib.asynccontextmanager
+    async def occupied(self, what: str, force: Refused | None = None) -> AsyncGenerator[Turn, None]:
+        """Around what is no turn and goes on beside none; stopped as one. With `force`, which those get that wait, all
+        is ended first. Raises Refused (busy, cancelled)."""
+        if force:
+            await self.stop_turns("cancelled", force)
         if self.current or self.end:
-            raise self.end or Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
+            raise self.end or Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or cancel it")
         item = self.current = Turn("", None)
         try:
             yield item
@@ -8245,8 +8246,7 @@ class Session:
         name, agents, agent = check_name(new_name), self._agents, await live.fresh()
         if force:  # what it ends it ends for a name that can be had
             await agents.store.read(claim, name)
-        await live.stop_turns("cancelled", cancelled(), force)
-        async with agents.lock, agent.memory.lock:
+        async with live.occupied("rename", cancelled() if force else None), agents.lock, agent.memory.lock:
             events, last_seq = await agents.store.write(rename_agent, live.id, name, live.lease)
             live.publish(*events)
             live.take_name(name)
@@ -8267,13 +8267,11 @@ class Session:
             await store.write(delete_agent, record.id, None, True)
             return {}
         agent, gone = await live.fresh(), Refused("unknown_agent", f"agent {live.name!r} was deleted")
-        await live.stop_turns("cancelled", gone, force)
-        with live.occupied("deletion"):
-            async with self._agents.lock, agent.memory.lock:
-                event = response("agent_change", "the agent was deleted", change="deleted")
-                live.publish(*await store.write(delete_agent, live.id, event, purge, live.lease))
-                live.take_name(None)
-                live.close(gone)
+        async with live.occupied("deletion", gone if force else None), self._agents.lock, agent.memory.lock:
+            event = response("agent_change", "the agent was deleted", change="deleted")
+            live.publish(*await store.write(delete_agent, live.id, event, purge, live.lease))
+            live.take_name(None)
+            live.close(gone)
         return {}
 
     async def restore_agent(self, agent_name: Annotated[str, 0, 1_000], new_name: AgentName = None) -> JSON:
@@ -8299,7 +8297,7 @@ class Session:
         """Make an agent what it was at the end of a turn; as it is now it goes on under another name.
         Result: {agent_name, last_seq, kept_as}."""
         kept_as, agents, agent = check_name(keep_as or name_like(live.name)), self._agents, await live.fresh()
-        with live.occupied("rewind") as item:
+        async with live.occupied("rewind") as item:
             record = replace(await agents.store.read(find_turn_end, agent.record, turn_id), name=kept_as)
             async with agents.copied(live, record, item) as copy, agents.lock:
                 async with live.agent.memory.lock:
@@ -8391,7 +8389,7 @@ class Session:
     async def compact(self, live: LiveAgent) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Result: {tokens_before, tokens_after}."""
         agent = await live.fresh()
-        with live.occupied("compaction") as item:
+        async with live.occupied("compaction") as item:
             try:
                 return await agent.compact(item)
             except ModelError as error:
