@@ -7180,7 +7180,7 @@ def option(default: T, meaning: str, kind: type = str, word: str = "") -> T:
     return field(default=default, metadata={"help": meaning, "kind": kind, "word": word})
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """What a server can be told; the command line's flags are these fields. Raises UsageError, Refused (bad_config)."""
 
@@ -7211,7 +7211,7 @@ class Options:
                 value = value.split(",")
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)
-            object.__setattr__(self, name, value)
+            setattr(self, name, value)
             try:
                 check(value, schema_of(hint))
             except ValueError as error:
@@ -8047,7 +8047,7 @@ class Session:
         """Do what a request asks, and answer it exactly once; a message's answer is its turn."""
         self._request_id = request.get("id")
         try:
-            function, arguments = resolve(request, COMMANDS)
+            function, arguments = resolve(request, known_commands())
             result = await self._call(function, arguments, request)
             text = "" if result is None else answer(request, result)
             if len(text.encode()) > MAX_FRAME:
@@ -8199,7 +8199,7 @@ class Session:
             "tape": models.tape and ("replayed" if models.replays else "recorded"),
             "limits": limits,
             "corrections": {name: dict(counts) for name, counts in [*models.corrections.items()][:100] if counts},
-            "commands": [name for name in COMMANDS if name != "user_message"],
+            "commands": [name for name in known_commands() if name != "user_message"],
             "message_types": list(EVENTS),
             "unknown": [name[:MAX_NAME] for name in message_types or () if name != "*" and name not in EVENTS][:100],
         }
@@ -8416,14 +8416,14 @@ class Session:
         return {}
 
 
-COMMANDS = {
-    name: function_of(call, skip=["self", "live"])
-    for name, call in vars(Session).items()
-    if inspect.iscoroutinefunction(call) and not name.startswith("_")
-}
-for _command in COMMANDS.values():
-    if "live" in _command.call.__annotations__:  # an agent, which a request names as agent_name
-        _command.parameters["properties"]["agent_name"] = schema_of(AgentName)
+@functools.cache
+def known_commands() -> dict[str, Function]:
+    """What a client may ask for, by name."""
+    calls = {name: call for name, call in vars(Session).items() if inspect.iscoroutinefunction(call) and name[0] != "_"}
+    found = {name: function_of(call, skip=["self", "live"]) for name, call in calls.items()}
+    for name in (name for name, call in calls.items() if "live" in call.__annotations__):
+        found[name].parameters["properties"]["agent_name"] = schema_of(AgentName)
+    return found
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -9216,8 +9216,7 @@ def serve_command(*, log_level: str, **options: Any) -> None:
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        count = min(options["max_connections"] + 256, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, count), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(options["max_connections"] + 256, hard)), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
     for name in ("allow_origin", "allow_host"):
         options[name] = options[name] or os.environ.get(f"MEMWS_{name.upper()}") or ()
@@ -9319,7 +9318,7 @@ def new_file(path: str) -> Iterator[pathlib.Path]:
 
 def protocol_command() -> None:
     """print the protocol as JSON Schema"""
-    print(encode_json(protocol_schema(COMMANDS)))
+    print(encode_json(protocol_schema(known_commands())))
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -9356,14 +9355,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(flag, dest=name, help=f"{about['help']}{shown}; {variable}", **more)
 
 
-def make_parser(helps: bool = False) -> Parser:
-    """The command line; `run` of what it parses is the command's function, the rest are its arguments."""
+def make_parser(first: str = "") -> Parser:
+    """The command line, or just the command that is its first word; `run` of what it parses is that one's function."""
     about = (__doc__ or "").partition("\n")[0]
     parser = Parser(prog="memws.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"memws {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", title="commands")
     keeping = check_command, export_command, import_command, backup_command, vacuum_command, copy_command
-    for function in (serve_command, chat_command, *keeping, protocol_command):
+    every = serve_command, chat_command, *keeping, protocol_command
+    for function in [each for each in every if each.__name__ == f"{first}_command"] or every:
         name, meaning = function.__name__.removesuffix("_command"), function.__doc__
         command = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
         command.set_defaults(run=function)
@@ -9374,7 +9374,7 @@ def make_parser(helps: bool = False) -> Parser:
                 list(map(command.add_flag, SERVING))
             else:
                 command.add_argument(word.name, nargs=None if word.default is word.empty else "?")
-    parser.epilog = commands.choices["serve"].format_help() if helps else ""
+    parser.epilog = "" if first in commands.choices else commands.choices["serve"].format_help()
     return parser
 
 
@@ -9387,7 +9387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        flags = vars(make_parser(words[0] in ("-h", "--help")).parse_args(words))
+        flags = vars(make_parser(words[0]).parse_args(words))
         status: int | None = flags.pop("run")(**flags)
         sys.stdout.flush()
         return status or 0

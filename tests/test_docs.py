@@ -192,9 +192,9 @@ def test_events_table() -> None:
 def test_requests_table() -> None:
     """README's table of commands names each command, its arguments, and what its result holds."""
     table = rows("command", "arguments", "result")
-    assert {code(name)[0] for name, _, _ in table} | {"user_message"} == set(memws.COMMANDS)
+    assert {code(name)[0] for name, _, _ in table} | {"user_message"} == set(memws.known_commands())
     for name, arguments, result in table:
-        function = memws.COMMANDS[code(name)[0]]
+        function = memws.known_commands()[code(name)[0]]
         assert set(code(arguments)) | {"agent_name"} >= set(function.parameters["properties"]), name
         assert set(code(arguments)) <= set(function.parameters["properties"]), name
         told = re.search(r"Result: \{(.*)\}", " ".join((inspect.getdoc(function.call) or "").split()))
@@ -205,7 +205,7 @@ def test_requests_table() -> None:
 def test_fields_and_codes() -> None:
     """README names the fields of a message, what a busy agent does, all codes (test_errors.py) and all corrections."""
     about = README[README.index("A message is `") : README.index("| command | arguments")]
-    properties = memws.COMMANDS["user_message"].parameters["properties"]
+    properties = memws.known_commands()["user_message"].parameters["properties"]
     assert set(properties) <= set(re.findall(r"\w+", about))
     assert set(properties["when_busy"]["enum"]) <= set(code(about))
     listed = [set(code(cells)) for _, cells in rows("where", "codes")]

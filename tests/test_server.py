@@ -251,7 +251,7 @@ async def test_hello_and_the_message_types(server: Server) -> None:
         told = await client.ok("hello")
         assert (told["version"], told["protocol"], told["model"]) == (memws.__version__, 1, "offline")
         assert (told["offline"], told["unknown"], "offline" in told["models"]) == (True, [], True)
-        assert set(told["commands"]) == memws.COMMANDS.keys() - {"user_message"}
+        assert set(told["commands"]) == memws.known_commands().keys() - {"user_message"}
         assert told["message_types"] == list(memws.EVENTS)
         assert told["limits"]["max_frame"] == 1024 * 1024
         await client.ok("create_agent", config={})

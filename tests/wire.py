@@ -20,7 +20,7 @@ UPGRADE = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 
 UPGRADE += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
 TERMINALS = ("agent_response_end", "agent_response_error")
 
-SCHEMA = memws.protocol_schema(memws.COMMANDS)
+SCHEMA = memws.protocol_schema(memws.known_commands())
 _DEFINITIONS = SCHEMA["$defs"]
 
 
