@@ -4641,9 +4641,6 @@ class Turn:
             self._task = None
 
 
-_USER_NAME = r"(?i)\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)"
-
-
 @dataclass(eq=False, repr=False)
 class Agent:
     """A named, persistent memory and a model that take turns (MemGPT: Packer et al. 2023, arXiv 2310.08560), one at a
@@ -4744,7 +4741,7 @@ class Agent:
         self.take_tools()
         self._system_body = encode_json({"role": "system", "content": prompt + core})
 
-    async def _store_learned(self) -> None:
+    async def store_learned(self) -> None:
         learned = self.model.learned
         await self.memory.store.write(write_setting, f"learned {learned.shape[0]}", encode_json(vars(learned)))
 
@@ -4762,17 +4759,6 @@ class Agent:
         self.tools = {name: self._all_tools[name] for name in names if name in self._all_tools}
         specs = ",".join(tool.spec for tool in self.tools.values())
         self._sections["tools"] = f"[{specs}]" if specs else ""
-
-    async def update(self, values: JSON) -> list[str]:
-        """Take other settings and blocks; what was refused is tried anew. What is ignored. Raises Refused."""
-        async with Transaction(self.memory) as change:
-            change.config, warnings = read_config(values, self._all_tools, change.config)
-            change.put_blocks(reshape(change.blocks, apply(by_label, values)))
-            self.check_room(change)
-            change.add_event("agent_change", "the agent's settings changed", change="updated")
-        self.model.learned = Learned(self.model.learned.shape)
-        await self._store_learned()
-        return warnings
 
     def check_room(self, change: Transaction) -> None:
         """Raises Refused where the context window is too small for what a transaction makes of the agent."""
@@ -4865,8 +4851,7 @@ class Agent:
             try:
                 turn.request, turn.reply = self._new_request(turn, extra), Reply()
                 await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
-                read_reply(turn.reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
-                return self._check_reply(turn, has_to_send=turn.verify and not extra)
+                return self._read(turn, has_to_send=turn.verify and not extra)
             except ModelError as error:
                 attempt, of, pause = 1, 1, 0.0
                 turn.failed_calls += 1
@@ -4904,15 +4889,16 @@ class Agent:
         reply.finish = reply.finish or "aborted"
         reply.final = True
         with contextlib.suppress(ModelError):
-            read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
+            self._read(turn)
             if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
                 turn.error = error if reply.fault == "broken" else None
                 return
         raise error
 
-    def _check_reply(self, turn: Turn, *, has_to_send: bool) -> None:
-        """Raises ModelError for a reply that says nothing, or half of what it should, to a user who waits for one."""
+    def _read(self, turn: Turn, *, has_to_send: bool = False) -> None:
+        """Read the reply. Raises ModelError for one that says nothing, or only half of it, to a user who waits."""
         reply = turn.reply
+        read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
         if turn.replied or reply.partial:
             return
         if not (reply.calls or reply.text) and (reply.fault == "length" or (reply.reasoning and not reply.fault)):
@@ -4962,7 +4948,7 @@ class Agent:
                 loads = error.loading
                 if self.model.learned != learned:  # by what was learned here, or in another agent's turn
                     error.learned = True
-                    await self._store_learned()
+                    await self.store_learned()
                 raise
             finally:
                 if timer is not None:
@@ -5004,9 +4990,9 @@ class Agent:
         embedder = self._models.embedder
         if embedder is None or embedder.catch_up is None:
             return None
-        human = self.blocks.get("human")
-        names = [self.name, *(re.findall(_USER_NAME, human.value) if human else ())]
-        text = unnamed(clean_text(query[:EMBEDDING_TEXT]), names)
+        human = self.memory.blocks.get("human", Block("human"))
+        names = re.findall(r"(?i)\bname\s*(?:is\s|:)\s*([^\W\d_][\w'\u2019-]*)", human.value)
+        text = unnamed(clean_text(query[:EMBEDDING_TEXT]), [self.name, *names])
         if self._models.tape:  # what is found must not depend on how far the background is
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(embedder.catch_up(), EMBEDDING_PATIENCE)
@@ -5126,13 +5112,13 @@ class Agent:
         was_warned = change.state["warned"] or turn.compactions > 0
         warn = not was_warned and sum(sizes.values()) > WARNING_FRACTION * self.window
 
-        reason = "" if turn.replied else HEARTBEAT_NO_REPLY  # to go on (MemGPT 0.2.7, websocket_server.py, run_step)
+        reason = "" if turn.replied else HEARTBEAT_NO_REPLY  # why another step follows (as in MemGPT 0.2.7, run_step)
         if not succeeded:
             reason = HEARTBEAT_FAILED
         elif any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in reply.calls):
             reason = HEARTBEAT_REQUESTED
 
-        outcome: str | MemwsError | None = None  # None: another step follows
+        outcome: str | MemwsError | None = None  # why none does
         if turn.stop_reason is not None:
             outcome = turn.stop_reason
         elif turn.error:
@@ -8237,7 +8223,13 @@ class Session:
         """Change an agent's settings; its `blocks` add blocks and change limits, {label, delete: true} takes one away.
         Result: {settings, warnings}."""
         agent = await live.fresh()
-        warnings = await agent.update(config)
+        async with Transaction(agent.memory) as change:
+            change.config, warnings = read_config(config, self._agents.tools, change.config)
+            change.put_blocks(reshape(change.blocks, apply(by_label, config)))
+            agent.check_room(change)
+            change.add_event("agent_change", "the agent's settings changed", change="updated")
+        agent.model.learned = Learned(agent.model.learned.shape)  # what was refused is tried anew
+        await agent.store_learned()
         live.go_on()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 

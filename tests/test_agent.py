@@ -1123,9 +1123,10 @@ async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_pat
         await lab.say(agent, "Hi", replace(THOUGHT, whole=whole))
         assert agent.used() - (await lab.create("eve")).used() > 1_000
         await check(lab, agent, is_maker=True)
-        await agent.update(agent.record.config | {"model": "other"})
-        await check(lab, agent, is_maker=False)
-        await agent.update(agent.record.config | {"model": None})
+        for model, is_maker in (("other", False), (None, True)):
+            async with memws.Transaction(agent.memory) as change:
+                change.config = change.config | {"model": model}
+            await check(lab, agent, is_maker)
         data = await lab.store.read(memws.export_agent, agent.name)
     with contextlib.closing(memws.Sqlite(str(tmp_path / "other.db"))) as database:
         memws.import_agent(database.open(), data, memws.check_record)
