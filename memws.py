@@ -5801,7 +5801,7 @@ PANEL_STYLE: Final = r"""
   .memws-dialog form { background: var(--raised); border: 1px solid var(--line); }
   .memws-mark, .memws-model, .memws-status, .memws-quiet, .memws-link, .memws-trace > summary,
   .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text:empty,
-  .memws-empty p, .memws-menu > summary, .memws-days summary, .memws-rows > .memws-prose { color: var(--soft); }
+  .memws-empty p, .memws-opener, .memws-days summary, .memws-rows > .memws-prose { color: var(--soft); }
   .memws-mark, .memws-step, .memws-copy, .memws-used { font-size: 12.5px; }
   .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-trace > summary,
   .memws-note, .memws-change, .memws-days summary, .memws-fold summary { font-size: 13px; }
@@ -5811,7 +5811,7 @@ PANEL_STYLE: Final = r"""
   .memws-bad .memws-state { color: var(--bad); }
   .memws-remark, .memws-warn:is(.memws-note, .memws-model) { color: var(--warn); }
   .memws-main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
-  .memws-quiet:hover, .memws-entry:hover, .memws-menu > summary:hover { background: var(--wash); color: var(--ink); }
+  .memws-quiet:hover, .memws-entry:hover, .memws-opener:hover { background: var(--wash); color: var(--ink); }
   .memws-link { padding: 0 2px; font-size: inherit; text-decoration: underline; text-underline-offset: 2px; }
   .memws-actions { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; margin: 6px 0; }
   .memws-top { display: flex; align-items: center; gap: 10px; min-height: 48px; padding: 6px 14px; font-size: 14px;
@@ -5821,15 +5821,13 @@ PANEL_STYLE: Final = r"""
   .memws-status i { flex: none; width: 8px; height: 8px; border-radius: 50%; background: var(--accent); }
   &[data-state=offline] .memws-status i { background: var(--bad); }
   &[data-state=running] .memws-status i { animation: memws-pulse 1.1s ease-in-out infinite; }
-  .memws-menu > summary { padding: 2px 8px; border-radius: 8px; }
-  .memws-entries { position: absolute; z-index: 3; top: 100%; left: 0; width: max-content; padding: 4px; display: grid;
-    border-radius: 10px; box-shadow: 0 6px 24px #0002; }
-  .memws-foot .memws-entries { top: auto; bottom: 100%; } .memws-entry { text-align: left; padding: 5px 24px 5px 10px; }
+  .memws-opener { padding: 2px 8px; } .memws-entry { text-align: left; padding: 5px 24px 5px 10px; }
+  .memws-entries:popover-open { display: grid; padding: 4px; border-radius: 10px; box-shadow: 0 6px 24px #0002;
+    margin: 0; inset: auto; position-area: bottom span-right; position-try: flip-block, flip-inline; }
   &:not([data-agent]) :is(.memws-top select, .memws-menu, .memws-right), &.memws-compact .memws-right,
   &:not([data-state=running]) .memws-composer select, .memws-user:empty { display: none; }
-  .memws-columns { flex: 1; min-height: 0; display: flex; } .memws-menu, .memws-log, .memws-side { position: relative; }
-  .memws-left { position: relative; flex: 1 1 0; overflow: hidden; display: flex; flex-direction: column;
-    padding-bottom: 12px; }
+  .memws-columns { flex: 1; min-height: 0; display: flex; } .memws-log, .memws-side { position: relative; }
+  .memws-left { position: relative; flex: 1; overflow: hidden; display: flex; flex-flow: column; padding-bottom: 12px; }
   .memws-log { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; padding: 16px 20px 8px;
     &:has(.memws-empty) { flex-direction: column; } }
   .memws-inner { flex: none; margin: 0 auto auto; width: 100%; max-width: 720px; }
@@ -5863,6 +5861,8 @@ PANEL_STYLE: Final = r"""
     h3, h4, h5, h6 { font-size: 1em; margin: 1em 0 .3em; } ul, ol { margin: .5em 0; padding-left: 1.6em; }
     code { font: 13px var(--mono); background: var(--wash); border-radius: 4px; padding: 1px 4px; }
     blockquote { padding-left: 12px; border-left: 3px solid var(--line); color: var(--soft); }
+    .memws-table { overflow-x: auto; margin: .6em 0; } table { border-collapse: collapse; font-size: 14px; }
+    th, td { padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
   }
   .memws-fence { position: relative; background: var(--wash); border-radius: 8px; padding: 4px 12px; margin: .6em 0;
     pre { white-space: pre; overflow-x: auto; } code { padding: 0; background: none; }
@@ -5985,16 +5985,19 @@ function ask(place, title, fields, label, work) { // until it is done or left; t
   made.prepend(node("h3", {}, title));
   made.onreset = () => {
     made.remove();
-    if (document.activeElement === document.body) (focused.closest("details")?.firstChild ?? focused).focus();
+    if (document.activeElement === document.body) (focused.closest(".memws-menu")?.firstChild ?? focused).focus();
   };
   place.replaceChildren(made);
   made.querySelector("input, textarea, button").focus();
 }
 const buttons = (works, kind) => Object.entries(works).map(([name, work]) => button(name, kind, work));
-const closeMenu = ({ target }) => { target.closest("details").open = false; };
-const menu = (label, works) =>
-  node("details", { class: "memws-menu" }, node("summary", { "aria-label": label }, "⋯"),
-    node("div", { class: "memws-entries", onclick: closeMenu }, ...buttons(works, "entry")));
+function menu(label, works) { // the browser closes it at Esc, and at a click elsewhere
+  const about = { class: "memws-entries", popover: "auto", onclick: () => entries.hidePopover() };
+  const entries = node("div", about, ...buttons(works, "entry"));
+  const opener = button("⋯", "opener", null, { type: "button", "aria-label": label });
+  opener.popoverTargetElement = entries;
+  return div("menu", opener, entries);
+}
 
 const { format: number } = new Intl.NumberFormat("en");
 const counted = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
@@ -6060,9 +6063,17 @@ function block({ 0: source, groups }, depth) {
   if (level) return node("h" + Math.min(6, level.length + 2), {}, ...inline(title));
   if (rule) return node("hr");
   if (quote) return node("blockquote", {}, ...markdown(quote.replace(/^ {0,3}> ?/gm, ""), depth + 1));
-  if (table) return node("pre", {}, table.trimEnd());
+  if (table) return div("table", grid(table));
   if (items) return list(items, depth);
   return node("p", {}, ...inline(source.trimEnd()));
+}
+
+function grid(source) { // the row of dashes only parts the head from the rest
+  const rows = source.trimEnd().split("\n").filter((row) => !/^[\s|:-]*$/.test(row));
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
+  const cell = (tag) => (text) => node(tag, {}, ...inline(text.trim().replaceAll("\\|", "|")));
+  const line = (row, number) => node("tr", {}, ...cells(row).map(cell(number ? "td" : "th")));
+  return node("table", {}, ...rows.map(line));
 }
 
 function list(source, depth) { // an item begins where the margin is about that of the first
@@ -6568,7 +6579,9 @@ const KEYS = { "Enter": "sends", "Shift+Enter": "breaks the line", "↑": "in an
   "Esc": "stops the running turn", "Alt+1 to Alt+4": "memory, context, search, frames", "Ctrl+Enter": "saves a block" };
 const CONFIG = { name: { placeholder: "made up when empty" }, model: { placeholder: "the server's" },
   persona: { rows: "3", placeholder: "who it is; empty: Sam, curious and warm" },
-  human: { rows: "3", placeholder: "what it knows about you from the start" } };
+  human: { rows: "3", placeholder: "what it knows about you from the start" },
+  model: { placeholder: "the server's" },
+  tools: { placeholder: "names of your functions, to use beside those of its memory" } };
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 
 class Panel {
@@ -6577,7 +6590,8 @@ class Panel {
   running = null; // the turn that runs
   log = new Log(this);
   frames = new Frames(this);
-  pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value) });
+  pick = node("select", { "aria-label": "Agent", onchange: () => this.open(this.pick.value),
+    onfocus: () => this.list(), onpointerenter: () => this.list() });
   model = span("model");
   word = node("span");
   field = node("textarea", { placeholder: "Message", rows: "2", "aria-label": "Message" });
@@ -6709,12 +6723,19 @@ class Panel {
     const { agents } = await this.command("list_agents", { after });
     return agents.length ? [...agents, ...await this.agents(agents.at(-1).agent_name)] : [];
   }
+  async list() { // as they are now: others make some too
+    const agents = await this.agents();
+    const names = agents.map((each) => each.agent_name);
+    if (String(names) === String(Array.from(this.pick.options, (each) => each.value))) return agents;
+    this.pick.replaceChildren(...names.map((name) => new Option(name)));
+    this.pick.value = this.agent;
+    return agents;
+  }
   open(name) { // one after another, so that the last one that was chosen stays
     return this.opening = Promise.allSettled([this.opening]).then(() => this.load(name));
   }
   async load(name) { // or else the agent that was active last; of one that is open, what was missed comes
-    const agents = await this.agents();
-    this.pick.replaceChildren(...agents.map((each) => new Option(each.agent_name)));
+    const agents = await this.list();
     agents.sort((one, other) => (other.last_active ?? "").localeCompare(one.last_active ?? ""));
     this.pick.value = name || agents[0]?.agent_name;
     const agent = this.pick.value; // "" where there is no such agent
@@ -6751,7 +6772,8 @@ class Panel {
     this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start), 0);
     this.state({ agent: null, running: null, isReady: true });
   }
-  create(config) { // and open it, which tells its warnings
+  create({ tools, ...config }) { // and open it, which tells its warnings
+    if (tools) config.tools = tools.split(/[\s,]+/);
     return this.command("create_agent", { config }).then(({ agent_name }) => this.open(agent_name));
   }
   async remove() {

@@ -422,12 +422,17 @@ def test_context_and_frames(serve: Serve, show: Show) -> None:
 def test_agents(serve: Serve, show: Show) -> None:
     """Agents are made, chosen, renamed, deleted and brought back; what others do to them is followed."""
     server = serve()
+
+    @server.tool
+    def count(words: str) -> int:
+        return len(words.split())
+
     window = show(server)
     window.choose("new agent…")
     window.fill(name="no/name")
     window.button("create").click()
     expect(window.panel.locator(".memws-dialog .memws-said")).to_contain_text("name")
-    window.fill(name="ada", persona="I am Ada. I count.")
+    window.fill(name="ada", persona="I am Ada. I count.", tools="count")
     window.button("create").click()
     window.sees("I am Ada. I count.")
     agents = window.panel.get_by_label("Agent", exact=True)
@@ -445,7 +450,11 @@ def test_agents(serve: Serve, show: Show) -> None:
         expect(agents.locator("option")).to_have_text(["eve", "tom"])
         window.say("Hello")
         window.await_turns(1)
-        for name in ("tom", "eve"):
+        assert client.command("get_agent", agent_name="eve")["settings"]["tools"][-1] == "count"
+        client.create_agent("kim")
+        agents.focus()
+        expect(agents.locator("option")).to_have_text(["eve", "kim", "tom"])
+        for name in ("tom", "kim", "eve"):
             client.command("delete_agent", agent_name=name)
     window.sees("No agent yet")
 
@@ -609,6 +618,22 @@ def test_texts_stay_texts(online: Serve, endpoint: Endpoint, show: Show) -> None
     assert is_harmless(window)
 
 
+def test_a_table(online: Serve, endpoint: Endpoint, page: Window) -> None:
+    """A table is one, also while it is made."""
+    endpoint.script(
+        say("Prices:\n\n| What | *Cost* |\n|---|---:|\n| tea \\| milk | 2 |\n| cake | **3** |\n\nThat is all.")
+    )
+    server = online()
+    server.create_new_agent({"name": "sam"})
+    page.open(server.url)
+    page.await_status("connected")
+    page.say("prices")
+    page.sees("That is all.")
+    cells = page.log.locator("table").locator("th, td")
+    expect(cells).to_have_text(["What", "Cost", "tea | milk", "2", "cake", "3"])
+    expect(cells.last.locator("strong")).to_have_count(1)
+
+
 def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -> None:
     """Any mixture of Markdown's signs becomes nothing but plain elements, with all its words."""
     draw = random.Random(7)
@@ -739,7 +764,7 @@ def test_keyboard_alone(serve: Serve, page: Window) -> None:
     expect(page.tab("Memory")).to_be_focused()
     page.field.focus()
     keys.press("Shift+Tab")
-    reach(".memws-menu summary")
+    reach(".memws-opener")
     keys.press("Enter")
     reach(".memws-entry:last-child")
     keys.press("Enter")
@@ -758,6 +783,14 @@ def test_narrow(serve: Serve, browser: Browser) -> None:
     window.await_status("connected")
     window.say("a word of " + "w" * 300)
     window.await_turns(1)
+    entry = window.button("what the model saw")
+    window.log.get_by_label("This turn").click()
+    expect(entry).to_be_in_viewport(ratio=1)
+    window.page.keyboard.press("Escape")
+    expect(entry).to_be_hidden()
+    window.log.get_by_label("This turn").click()
+    window.field.click()
+    expect(entry).to_be_hidden()
     above, below = window.field.bounding_box(), window.mind.bounding_box()
     assert above
     assert below
