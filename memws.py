@@ -2520,11 +2520,11 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
     return record.name
 
 
-def copy_database(address: str, goal: str, done: collections.Counter[str]) -> None:
+def copy_database(address: str, goal: str) -> Iterator[Mapping[str, int]]:
     """Copy settings and agents, also deleted ones, as of one moment, to an empty database or one that was copied from
     this earlier: what it has already is passed by, what is older there is replaced. A copy that was cut off goes on.
 
-    done: counts agents and rows, and first all of them. Raises UsageError, StoreFailed.
+    Gives after each piece the counts of agents and rows so far and of all. Raises UsageError, StoreFailed.
     """
     sql = "SELECT id, name, created, last_seq, last_active, deleted FROM agents WHERE name <> '' ORDER BY id"
     with read_database(address) as source, contextlib.closing(database_at(goal)) as database:
@@ -2541,13 +2541,16 @@ def copy_database(address: str, goal: str, done: collections.Counter[str]) -> No
         rows = collections.Counter(ours.keys())
         for table in _TABLES:
             rows.update(dict(source.execute(f"SELECT agent, count(*) FROM {table} GROUP BY agent").fetchall()))
-        done.update({"all agents": len(ours), "all rows": rows.total()})
+        done = collections.Counter({"all agents": len(ours), "all rows": rows.total()})
+        yield done
         for agent, row in ours.items():
             if row == theirs.get(agent):
                 done["rows"] += rows[agent]
             else:
                 with transaction(target):
-                    _copy_agent(source, target, agent, done)
+                    for count in _copy_agent(source, target, agent):
+                        done["rows"] += count
+                        yield done
             done["agents"] += 1
         if isinstance(database, Postgres):
             with transaction(target):
@@ -2572,7 +2575,7 @@ def _copy_settings(source: SqlConnection, target: SqlConnection, path: str) -> N
         write_setting(target, name, value)
 
 
-def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int, done: collections.Counter[str]) -> None:
+def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int) -> Iterator[int]:
     read = source.stream if isinstance(source, PostgresConnection) else source.execute
     for table in _EXPORTED:
         names = [column[0] for column in source.execute(f"SELECT * FROM {table} LIMIT 0").description]
@@ -2581,7 +2584,7 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int, done: 
         rows = read(f"SELECT {columns} FROM {table} WHERE {key} = ? ORDER BY 1, 2", (agent,))
         while block := list(itertools.islice(rows, COPY_BLOCK)):
             target.executemany(sql, block)
-            done["rows"] += len(block)
+            yield len(block)
     index(target, "agent = ?", agent)
 
 
@@ -9294,24 +9297,18 @@ def backup_command(file: str, *, db: str) -> None:
 
 def copy_command(*, from_: str, to: str) -> None:
     """copy all agents from one database to another, a file or a postgresql:// address"""
-    done, over = collections.Counter[str](), threading.Event()
-    threading.Thread(target=tell_progress, args=[done, over], daemon=True).start()
+    told = time.monotonic()
     try:
-        copy_database(from_, to, done)
+        for done in copy_database(from_, to):
+            if time.monotonic() - told >= PROGRESS_DELAY:
+                told = time.monotonic()
+                counts = [f"{done[what]:,} of {done[f'all {what}']:,} {what}" for what in ("agents", "rows")]
+                print(f"memws: copied {', '.join(counts)}", file=sys.stderr, flush=True)
     except UsageError as error:
         raise UsageError(str(error).replace("--db", "--from or --to")) from error
     except StoreFailed as error:
         raise UsageError(f"{error}; run the same copy again: it goes on from here") from error
-    finally:
-        over.set()
     print(f"{done['agents']:,} agents with {done['rows']:,} rows are in {database_at(to).path}")
-
-
-def tell_progress(done: Mapping[str, int], over: threading.Event) -> None:
-    """Say every PROGRESS_DELAY how much of a copy is done."""
-    while not over.wait(PROGRESS_DELAY):
-        counts = [f"{done[what]:,} of {done[f'all {what}']:,} {what}" for what in ("agents", "rows")]
-        print(f"memws: copied {', '.join(counts)}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
