@@ -5,8 +5,10 @@ Whatever is asked for beyond loopback fails the test, and so do errors of script
 
 import random
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ pytest.importorskip("playwright")
 
 from endpoint import Endpoint, Reply, say
 from lab import CHROMIUM, FLAGS, Window, jupyterlab
-from playwright.sync_api import Browser, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, expect, sync_playwright
 
 import memws
 
@@ -113,17 +115,17 @@ def test_what_is_new_glows(serve: Serve, page: Window) -> None:
 
 
 def test_nothing_typed_is_lost(serve: Serve, show: Show) -> None:
-    """Two hundred messages, each sent with Enter as fast as the browser goes, are each answered, in their order."""
+    """A hundred messages, each sent with Enter as fast as the browser goes, are each answered, in their order."""
     server = serve()
     window = show(server)
-    texts = [f"message {number}" for number in range(200)]
+    texts = [f"message {number}" for number in range(100)]
     window.field.focus()
     for text in texts:
         window.page.keyboard.insert_text(text)
         window.page.keyboard.press("Enter")
     expect(window.log.locator(".memws-bubble")).to_have_text(texts)
     answered = window.log.locator(".memws-turn", has=window.page.locator(".memws-agent"))
-    expect(answered).to_have_count(200, timeout=60_000)
+    expect(answered).to_have_count(100, timeout=60_000)
     with memws.connect(server.url) as client:
         messages = client.command("get_messages", agent_name="sam", limit=200)["messages"]
     said = [message["text"] for message in messages if message["role"] == "user"]
@@ -536,33 +538,22 @@ def test_lost_while_it_opens(serve: Serve, page: Window, word: str) -> None:
     assert len(lost) == 1
 
 
-def test_older_history_after_a_loss(serve: Serve, page: Window) -> None:
-    """Older turns come where the connection was lost while they were asked for."""
-    server = serve(db=":memory:")
-    server.create_new_agent({"name": "sam"})
-    for number in range(150):
-        server.run_step(f"turn {number}")
-    lost = lose(page, '"after":0')
-    page.open(server.url)
-    bubbles = page.log.locator(".memws-bubble")
-    for count in (60, 120):
-        expect(bubbles).to_have_count(count)
-        page.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
-    expect(bubbles).to_have_text([f"turn {number}" for number in range(150)])
-    assert len(lost) == 1
-
-
-def test_long_history(serve: Serve, show: Show) -> None:
-    """Of a long history the end is shown; older turns come as somebody scrolls up, each once and above what is in view,
-    and go at the bottom."""
-    server = serve(db=":memory:")
+@pytest.fixture(scope="module")
+def past(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with an agent that has talked a lot, to be copied."""
+    path = tmp_path_factory.mktemp("past") / "past.db"
+    server = memws.WebSocketServer("127.0.0.1", 0, db=str(path), model="offline", sync="normal").start()
     server.create_new_agent({"name": "old"})
     with memws.connect(server.url) as client:
         client.command("set_block", agent_name="old", label="human", value="edited before all turns")
     for number in range(220):
         server.run_step(f"turn {number} of many")
-    window = show(server)
-    window.panel.get_by_label("Agent", exact=True).select_option("old")
+    server.stop()
+    return path
+
+
+def scroll_through(window: Window) -> Locator:
+    """Scroll up from the end of that talk to its beginning; all that was said."""
     window.sees("turn 219 of many")
     bubbles = window.log.locator(".memws-bubble")
     assert bubbles.count() < 100
@@ -571,6 +562,23 @@ def test_long_history(serve: Serve, show: Show) -> None:
         expect(bubbles.nth(before)).to_be_attached()
         expect(bubbles.nth(bubbles.count() - before)).to_be_in_viewport()
     expect(bubbles).to_have_text([f"turn {number} of many" for number in range(220)])
+    return bubbles
+
+
+def test_older_history_after_a_loss(serve: Serve, page: Window, past: Path, tmp_path: Path) -> None:
+    """Older turns come where the connection was lost while they were asked for."""
+    lost = lose(page, '"after":0')
+    page.open(serve(db=shutil.copy(past, tmp_path)).url, "#agent=old")
+    scroll_through(page)
+    assert len(lost) == 1
+
+
+def test_long_history(serve: Serve, show: Show, past: Path, tmp_path: Path) -> None:
+    """Of a long history the end is shown; older turns come as somebody scrolls up, each once and above what is in view,
+    and go at the bottom."""
+    window = show(serve(db=shutil.copy(past, tmp_path)))
+    window.panel.get_by_label("Agent", exact=True).select_option("old")
+    bubbles = scroll_through(window)
     expect(window.log.get_by_role("button", name="human was edited")).to_have_count(1)
     window.button("↓ newest").click()
     expect(bubbles).to_have_count(200)
@@ -640,10 +648,10 @@ def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -
     signs = ["`", "```", "**", "*", "_", "# ", "> ", "- ", "1. ", "| ", "|-|-|", "\n", "\n\n", "    ", "[x](", ")", "]"]
     signs += ["\\", "~~~", "https://a.example/b", "javascript:x", "<b>", "&amp;"]
     signs += ["\u202e", "word ", "é", "漢字 ", HOSTILE]
-    texts = ["".join(draw.choices(signs, k=draw.randrange(1, 60))) + " end" for _ in range(60)]
+    texts = ["".join(draw.choices(signs, k=draw.randrange(1, 60))) + " end" for _ in range(36)]
     alone = ("[", "**a ", "`", "> ", ">", "- ", "_a", "|", "https://", "![](", "  - a\n")
     replies = [texts[start : start + 12] for start in range(0, len(texts), 12)]
-    replies += [[sign * 6_000 + " end"] for sign in alone]
+    replies += [[sign * 2_000 + " end"] for sign in alone]
     server = online()
     server.create_new_agent({"name": "sam", "context_window": 1_000_000})
     page.open(server.url, "#agent=sam")
