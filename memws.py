@@ -8858,9 +8858,9 @@ def printable(text: object) -> str:
 
 
 def clipped(text: object, length: int = 160) -> str:
-    """The beginning of a text, printable and on one line."""
+    """The beginning of a text, on one line."""
     line = " ".join(str(text).split())
-    return printable(line if len(line) <= length else line[: length - 1] + "…")
+    return line if len(line) <= length else line[: length - 1] + "…"
 
 
 class Screen:
@@ -8878,7 +8878,8 @@ class Screen:
         self._streamed: dict[object, str] = {}  # texts so far: their stored events say them again
 
     def write(self, text: str, style: str = "") -> None:
-        """Add to the current line; `text` has been made printable."""
+        """Add to the current line; everything on the screen is made printable here."""
+        text = printable(text)
         painted = f"\x1b[{STYLES[style]}m{text}\x1b[0m" if style and self._colour else text
         print(painted, end="", file=self._out, flush=True)
 
@@ -8899,7 +8900,7 @@ class Screen:
     def ask(self, prompt: str) -> str:
         """Read a line from the user; what is pasted is one line. Raises EOFError and KeyboardInterrupt."""
         self.end_line()
-        self._prompt = self._line = prompt
+        self._prompt = self._line = prompt = printable(prompt)
         try:
             text = input(prompt)
             # A console of Windows does not mark pastes, but holds what is left of one.
@@ -8918,8 +8919,8 @@ class Screen:
         if "of" in event:
             if line != self._line:
                 self.end_line()
-                self.write(FORMS[kind][0].format(agent_name=printable(event.get("agent_name")), text=""), "bold")
-            self.write(printable(text), FORMS[kind][1])
+                self.write(FORMS[kind][0].format(agent_name=event.get("agent_name"), text=""), "bold")
+            self.write(text, FORMS[kind][1])
             self._line = line
             self._streamed[line] = self._streamed.get(line, "") + text
         elif kind != "user_message" and text not in self._streamed.get(line, ""):
@@ -8936,7 +8937,7 @@ class Screen:
         if isinstance(arguments := event.get("arguments"), dict):
             event = {**event, "message": encode_json(without_heartbeat(arguments))}
         form, style = FORMS[kind]
-        texts = {"kind": kind, "label": "archival memory", "from": "someone", "text": printable(event.get("message"))}
+        texts = {"kind": kind, "label": "archival memory", "from": "someone", "text": event.get("message")}
         texts |= {key: clipped(value) for key, value in event.items()}
         self.line(form.format_map(collections.defaultdict(str, texts)), "red" if has_failed else style)
         for line in str(event.get("diff") or "").splitlines()[:8]:
@@ -8954,8 +8955,8 @@ class Chat:
     def run(self, agent_name: str) -> None:
         """Talk until the user leaves, first with this agent; offer to create it where it is not there."""
         about = self.client.hello(["delta", *FORMS])
-        server = f"memws {about['version']} at {self.client.client.url}, model {about['model']}"
-        self.screen.line(f"{clipped(server)}; /help lists the commands", "dim")
+        server = f"memws {about['version']} at {self.client.client.url}"
+        self.screen.line(f"{server}, model {about['model']}; /help lists the commands", "dim")
         if about.get("offline"):
             self.screen.line("the model is offline: a rule-based stand-in, not a language model", "yellow")
         if os.environ.get("TERM") != "dumb":
@@ -8966,7 +8967,7 @@ class Chat:
             except RemoteError as error:
                 if error.code != "unknown_agent":
                     raise
-                question = f"there is no agent {printable(agent_name)!r}; create it? [Y/n] "
+                question = f"there is no agent {agent_name!r}; create it? [Y/n] "
                 if self.screen.ask(question).strip().lower() in ("", "y", "yes"):
                     self.do_new(agent_name)
             while True:
@@ -8993,7 +8994,7 @@ class Chat:
         except MemwsError as error:
             if not self.client.client.alive:  # it has given up
                 raise
-            self.screen.line(printable(error), "red")
+            self.screen.line(str(error), "red")
 
     def _talk(self, text: str) -> None:
         """Send a message and show its turn; Ctrl-C cancels it, a second one leaves."""
@@ -9018,7 +9019,7 @@ class Chat:
 
     def _answer_request(self, event: Frame) -> None:
         """Ask the user whether a call may run; any text but y or n is the reason why not."""
-        said = self.screen.ask(f"may {printable(event['name'])} run? [y/N, or why not] ").strip()
+        said = self.screen.ask(f"may {event['name']} run? [y/N, or why not] ").strip()
         allow, reason = said.lower() in ("y", "yes"), "" if said.lower() in ("n", "no") else said
         with contextlib.suppress(RemoteError):  # somebody else has answered
             about = {"tool_call_id": event["tool_call_id"], "agent_name": event["agent_name"]}
@@ -9074,9 +9075,9 @@ class Chat:
     def do_delete(self, name: str) -> None:
         """[NAME]: delete an agent, once you have said yes"""
         name = self.client.command("get_agent", agent_name=name or None)["agent_name"]
-        if self.screen.ask(f"delete {printable(name)}? [y/N] ").strip().lower() in ("y", "yes"):
+        if self.screen.ask(f"delete {name}? [y/N] ").strip().lower() in ("y", "yes"):
             self.client.command("delete_agent", agent_name=name)
-            self.screen.line(f"[/restore {printable(name)} brings it back]", "yellow")
+            self.screen.line(f"[/restore {name} brings it back]", "yellow")
 
     def do_restore(self, name: str) -> None:
         """NAME: bring back a deleted agent and talk to it"""
@@ -9093,7 +9094,7 @@ class Chat:
         ids = {str(place): message["turn_id"] for place, message in enumerate(turns)}
         if count in ids:
             kept_as = self.client.command("rewind_agent", turn_id=ids[count])["kept_as"]
-            self.screen.line(f"[/load {printable(kept_as)} goes on as it was]", "yellow")
+            self.screen.line(f"[/load {kept_as} goes on as it was]", "yellow")
             return
         for place, message in reversed(list(enumerate(turns[:10], 1))):
             self.screen.line(f"{place:7} {local_time(message['time'])} {clipped(message['text'], 80)}")
@@ -9101,9 +9102,8 @@ class Chat:
     def do_memory(self, label: str) -> None:
         """[LABEL]: what the agent keeps in core memory, or in one block of it"""
         for block in [self._block(label)] if label else self.client.command("get_agent")["blocks"]:
-            used = f"{len(block['value'])} of {block['limit']} characters"
-            self.screen.line(f"{clipped(block['label'])} ({used})", "bold")
-            self.screen.line(printable(block["value"]))
+            self.screen.line(f"{block['label']} ({len(block['value'])} of {block['limit']} characters)", "bold")
+            self.screen.line(block["value"])
 
     def do_edit(self, label: str) -> None:
         """LABEL: change a block of core memory in your editor ($VISUAL, $EDITOR)"""
@@ -9124,7 +9124,7 @@ class Chat:
         """what fills its context window"""
         context = self.client.command("get_context")
         for section in context["sections"]:
-            self.screen.line(f"{section['tokens']:7} {clipped(section['name'])}")
+            self.screen.line(f"{section['tokens']:7} {section['name']}")
         self.screen.line(f"{context['used']:7} of {context['window']} tokens", "bold")
 
     def do_search(self, words: str) -> None:
@@ -9133,7 +9133,7 @@ class Chat:
         result = self.client.command("search_memory", query=words)
         for item in result["items"]:
             origin = " ".join(filter(None, (item["store"], item["role"], local_time(item["time"], zone))))
-            self.screen.line(f"[{clipped(origin)}] {clipped(item['text'], 400)}")
+            self.screen.line(f"[{origin}] {clipped(item['text'], 400)}")
         self.screen.line(f"[{len(result['items'])} of {result['total']}]", "dim")
 
     def do_help(self, rest: str) -> None:
