@@ -7979,7 +7979,8 @@ class Reader:
 
 # ---- sessions and their commands -------------------------------------------------------------------------------------
 
-AgentName = Annotated[str, 0, 1_000] | None
+NewName = Annotated[str, 0, 1_000]
+AgentName = NewName | None
 Text = Annotated[str, 0, MAX_FRAME]
 Label = Annotated[str, 1, MAX_NAME]
 Limit = Annotated[int, 1, MAX_BLOCK_LIMIT] | None
@@ -7989,6 +7990,7 @@ Reason = Annotated[str, 0, MAX_QUERY]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
 Moment = Annotated[str, 0, 40] | None
+GIVEN = {"live", "agent"}  # parameters of commands that need an agent; with `agent` one that this server runs
 
 
 def fitting(items: list[Any], beside: Any = None) -> list[Any]:
@@ -8075,14 +8077,18 @@ class Session:
 
     async def _call(self, function: Function, arguments: JSON, request: JSON) -> JSON | None:
         """Run a command, here or on the server that runs its agent."""
-        if "live" in function.call.__annotations__:
-            arguments["live"] = await self._live(arguments.pop("agent_name", None))
+        names = function.call.__annotations__.keys() & GIVEN
+        live = await self._live(arguments.pop("agent_name", None)) if names else None
         try:
+            if live and "agent" in names:
+                arguments["agent"] = await live.fresh()
+            if live and "live" in names:
+                arguments["live"] = live
             result: JSON | None = await function.call(self, **arguments)
         except Elsewhere as elsewhere:
             result = await elsewhere.forward(request)
-            if function.name == "wake":
-                reader = self._reader(arguments["live"])
+            if live and function.name == "wake":
+                reader = self._reader(live)
                 reader.follow(result["turn_id"], None, None, replay=reader.floor == math.inf)
         return result
 
@@ -8132,16 +8138,15 @@ class Session:
             self._reader(live).follow(turn_id, self._request_id, item, replay=True)
         return True
 
-    async def cancel(self, live: LiveAgent, turn_id: TurnId | None = None) -> JSON:
+    async def cancel(self, live: LiveAgent, agent: Agent, turn_id: TurnId | None = None) -> JSON:
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
-        await live.fresh()
         item = live.find(turn_id) if turn_id else live.current
         if item is None:
             if turn_id and not await self._agents.store.read(find_turn, live.id, turn_id):
                 raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
             return {"state": "over"}
         if item is not live.current:
-            async with live.agent.memory.lock:  # where it enters a turn just now, it has done so then
+            async with agent.memory.lock:  # where it enters a turn just now, it has done so then
                 if item in live.queued:
                     live.refuse(item, Refused("cancelled", "cancelled before it ran"))
                     return {"state": "removed"}
@@ -8231,11 +8236,10 @@ class Session:
             agents.append(about | {"state": "deleted" if deleted else state})
         return {"agents": agents, "total": total}
 
-    async def get_agent(self, live: LiveAgent) -> JSON:
+    async def get_agent(self, live: LiveAgent, agent: Agent) -> JSON:
         """Read an agent's settings, memory blocks, counts and running turn.
         Result: {agent_name, settings, blocks: [{label, value, limit, version}], counts, last_seq, turn}."""
-        agent, running, turn = await live.fresh(), live.current, None
-        memory = agent.memory
+        memory, running, turn = agent.memory, live.current, None
         counts = {"messages": memory.last_message, "passages": memory.archival, "in_context": len(memory.messages)}
         if running and running.turn_id:
             approvals = [about for about, *_ in agent.approvals.values()]
@@ -8244,10 +8248,9 @@ class Session:
         about["blocks"] = agent.record.blocks
         return about | {"last_seq": live.last_seq, "turn": turn}
 
-    async def update_agent(self, live: LiveAgent, config: dict[str, Any]) -> JSON:
+    async def update_agent(self, live: LiveAgent, agent: Agent, config: dict[str, Any]) -> JSON:
         """Change an agent's settings; its `blocks` add blocks and change limits, {label, delete: true} takes one away.
         Result: {settings, warnings}."""
-        agent = await live.fresh()
         async with Transaction(agent.memory) as change:
             change.config, warnings = read_config(config, self._agents.tools, change.config)
             change.put_blocks(reshape(change.blocks, apply(by_label, config)))
@@ -8258,9 +8261,9 @@ class Session:
         live.go_on()
         return {"settings": agent.settings(), "warnings": [*warnings, *agent.warnings]}
 
-    async def rename_agent(self, live: LiveAgent, new_name: Annotated[str, 0, 1_000], force: bool = False) -> JSON:
+    async def rename_agent(self, live: LiveAgent, agent: Agent, new_name: NewName, force: bool = False) -> JSON:
         """Give an agent another name; its readers follow. force: cancel what waits or runs. Result: {agent_name}."""
-        name, agents, agent = check_name(new_name), self._agents, await live.fresh()
+        name, agents = check_name(new_name), self._agents
         if force:  # what it ends it ends for a name that can be had
             await agents.store.read(claim, name)
         async with live.occupied("rename", cancelled() if force else None), agents.lock, agent.memory.lock:
@@ -8291,7 +8294,7 @@ class Session:
             live.close(gone)
         return {}
 
-    async def restore_agent(self, agent_name: Annotated[str, 0, 1_000], new_name: AgentName = None) -> JSON:
+    async def restore_agent(self, agent_name: NewName, new_name: AgentName = None) -> JSON:
         """Bring back the agent that was deleted last under a name. Result: {agent_name, last_seq}."""
         agents = self._agents
         name = None if new_name is None else check_name(new_name)
@@ -8299,10 +8302,12 @@ class Session:
             live = await agents.use(await agents.store.write(restore_agent, agent_name, name))
         return {"agent_name": live.name, "last_seq": live.last_seq}
 
-    async def fork_agent(self, live: LiveAgent, new_name: AgentName = None, turn_id: TurnId | None = None) -> JSON:
+    async def fork_agent(
+        self, live: LiveAgent, agent: Agent, new_name: AgentName = None, turn_id: TurnId | None = None
+    ) -> JSON:
         """Make another agent: a copy with all memory and history, as of now or of the end of a turn. A turn that runs
         is no part of it. Result: {agent_name, last_seq}."""
-        name, agents, agent = check_name(new_name or name_like(live.name)), self._agents, await live.fresh()
+        name, agents = check_name(new_name or name_like(live.name)), self._agents
         record = await agents.store.read(find_turn_end, agent.record, turn_id) if turn_id else agent.as_stored()
         record = replace(record, name=name, created=now_text())
         async with agents.copied(live, record, Turn("", None)) as copy, agents.lock:
@@ -8310,16 +8315,15 @@ class Session:
             fork = await agents.use(await agents.store.read(find_agent, name))
         return {"agent_name": fork.name, "last_seq": fork.last_seq}
 
-    async def rewind_agent(self, live: LiveAgent, turn_id: TurnId, keep_as: AgentName = None) -> JSON:
+    async def rewind_agent(self, live: LiveAgent, agent: Agent, turn_id: TurnId, keep_as: AgentName = None) -> JSON:
         """Make an agent what it was at the end of a turn; as it is now it goes on under another name.
         Result: {agent_name, last_seq, kept_as}."""
-        kept_as, agents, agent = check_name(keep_as or name_like(live.name)), self._agents, await live.fresh()
+        kept_as, agents = check_name(keep_as or name_like(live.name)), self._agents
         async with live.occupied("rewind") as item:
             record = replace(await agents.store.read(find_turn_end, agent.record, turn_id), name=kept_as)
             async with agents.copied(live, record, item) as copy, agents.lock:
                 async with live.agent.memory.lock:
-                    names = live.name, kept_as, live.lease
-                    events = await agents.store.write(finish_rewind, live.id, copy, *names)
+                    events = await agents.store.write(finish_rewind, live.id, copy, live.name, kept_as, live.lease)
                     live.agent.record.id, live.agent.memory.stale = 0, True  # who waits for the lock edits nothing
                     live.id = copy
                 await live._mend()  # before it is told: who hears of it may ask at once
@@ -8328,18 +8332,18 @@ class Session:
 
     # -- memory --
 
-    async def get_messages(self, live: LiveAgent, before: MessageId = None, limit: Annotated[int, 1, 200] = 50) -> JSON:
+    async def get_messages(self, agent: Agent, before: MessageId = None, limit: Annotated[int, 1, 200] = 50) -> JSON:
         """Page backwards through recall memory: the newest messages before an id, oldest first.
         Result: {messages: [{id, seq, role, time, from, text, tool_calls, turn_id, step, in_context}], total, more}."""
-        memory = (await live.fresh()).memory
-        messages = await self._agents.store.read(read_messages, memory.record.id, before, limit)
+        memory = agent.memory
+        messages = await self._agents.store.read(read_messages, agent.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1
         items = fitting([message_item(message, first) for message in reversed(messages)])[::-1]
         return {"messages": items, "total": memory.last_message, "more": bool(items) and items[0]["id"] > 1}
 
     async def search_memory(
         self,
-        live: LiveAgent,
+        agent: Agent,
         query: Annotated[str, 0, MAX_QUERY],
         store: Literal["all", "recall", "archival"] = "all",
         from_: Moment = None,
@@ -8349,20 +8353,18 @@ class Session:
     ) -> JSON:
         """Search recall and archival memory; an empty query lists the newest first. from, to: its days or times,
         inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages}."""
-        agent = await live.fresh()
         zone, vector = agent.memory.zone, await agent.query_vector(query)
         since, until = date_range(from_ or "", to or "", zone)
         stores = ("recall", "archival") if store == "all" else (store,)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
-        documents, total = await self._agents.store.read(search, live.id, wanted)
+        documents, total = await self._agents.store.read(search, agent.record.id, wanted)
         items = fitting([search_item(document) for document in documents])
         about = {"items": items, "total": total, "page": page, "pages": -(-total // limit)}
         return about | {"more": len(items) < len(documents)}
 
-    async def get_context(self, live: LiveAgent, before: MessageId = None, limit: Count = 1_000) -> JSON:
+    async def get_context(self, agent: Agent, before: MessageId = None, limit: Count = 1_000) -> JSON:
         """Read what fills the context window, by section; of its chat messages the newest `limit` before an id.
         Result: {sections: [{name, tokens, text}], used, window, estimated, more, first}."""
-        agent = await live.fresh()
         older = [message for message in agent.memory.messages if before is None or message.id < before]
         bodies = fitting([message.body for message in older[::-1][:limit]], agent.context([]))
         newest = older[len(older) - len(bodies) :]
@@ -8370,42 +8372,39 @@ class Session:
         return about | {"more": len(newest) < len(older), "first": newest[0].id if newest else None}
 
     async def get_request(
-        self, live: LiveAgent, turn_id: TurnId, step: Count, before: MessageId = None, limit: Count = 1_000
+        self, agent: Agent, turn_id: TurnId, step: Count, before: MessageId = None, limit: Count = 1_000
     ) -> JSON:
         """Read what was really sent to the model for a step, and what came back; of its messages the newest `limit`
         before a place, from 0. Result: {request, response, usage, first_token_ms, total_ms, more, first}."""
-        await live.fresh()
-        result = await self._agents.store.read(find_request, live.id, turn_id, step)
+        result = await self._agents.store.read(find_request, agent.record.id, turn_id, step)
         older = result["request"].pop("messages")[:before]
         messages = result["request"]["messages"] = fitting(older[::-1][:limit], result)[::-1]
         return result | {"more": len(messages) < len(older), "first": len(older) - len(messages)}
 
     async def set_block(
-        self, live: LiveAgent, label: Label, value: Text, limit: Limit = None, version: int | None = None
+        self, agent: Agent, label: Label, value: Text, limit: Limit = None, version: int | None = None
     ) -> JSON:
         """Give a block of core memory another text, with `version` only if that is stored, and another limit.
         Result: {label, version}."""
-        agent = await live.fresh()
         async with Transaction(agent.memory) as change:
             change.write(label, value, version, limit)
             if limit is not None:
                 agent.check_room(change)
             return {"label": label, "version": change.block(label).version}
 
-    async def insert_passage(self, live: LiveAgent, text: Text) -> JSON:
+    async def insert_passage(self, agent: Agent, text: Text) -> JSON:
         """Keep a passage in archival memory. Result: {id}."""
-        async with Transaction((await live.fresh()).memory) as change:
+        async with Transaction(agent.memory) as change:
             return {"id": change.insert(text)}
 
-    async def delete_passage(self, live: LiveAgent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
+    async def delete_passage(self, agent: Agent, passage_id: Annotated[int, 0, 2**53]) -> JSON:
         """Take a passage out of archival memory. Result: {id}."""
-        async with Transaction((await live.fresh()).memory) as change:
+        async with Transaction(agent.memory) as change:
             await change.remove(passage_id)
         return {"id": passage_id}
 
-    async def compact(self, live: LiveAgent) -> JSON:
+    async def compact(self, live: LiveAgent, agent: Agent) -> JSON:
         """Turn the oldest messages of the context window into a summary now. Result: {tokens_before, tokens_after}."""
-        agent = await live.fresh()
         async with live.occupied("compaction") as item:
             try:
                 return await agent.compact(item)
@@ -8413,11 +8412,11 @@ class Session:
                 raise Refused("not_found", f"there is nothing to compact: {error}") from error
 
     async def approve(
-        self, live: LiveAgent, tool_call_id: CallId, allow: bool, arguments: JSON | None = None, reason: Reason = ""
+        self, agent: Agent, tool_call_id: CallId, allow: bool, arguments: JSON | None = None, reason: Reason = ""
     ) -> JSON:
         """Allow a call that waits for it, also with other `arguments` than the model's, or deny it; the model reads the
         `reason`."""
-        waiting = (await live.fresh()).approvals.get(tool_call_id)
+        waiting = agent.approvals.get(tool_call_id)
         if waiting is None or waiting[2].done():
             text = f"no call {quote(tool_call_id)} waits to be allowed: it was answered, withdrawn, or too late"
             raise Refused("not_found", text)
@@ -8437,8 +8436,8 @@ class Session:
 def known_commands() -> dict[str, Function]:
     """What a client may ask for, by name."""
     calls = {name: call for name, call in vars(Session).items() if inspect.iscoroutinefunction(call) and name[0] != "_"}
-    found = {name: function_of(call, skip=["self", "live"]) for name, call in calls.items()}
-    for name in (name for name, call in calls.items() if "live" in call.__annotations__):
+    found = {name: function_of(call, skip={"self", *GIVEN}) for name, call in calls.items()}
+    for name in (name for name, call in calls.items() if call.__annotations__.keys() & GIVEN):
         found[name].parameters["properties"]["agent_name"] = schema_of(AgentName)
     return found
 
