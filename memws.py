@@ -3992,7 +3992,6 @@ def make_tool(call: Callable[..., Any], name: str = "", timeout: float = TOOL_TI
 
 
 def needs_approval(tool: Tool, arguments: JSON) -> bool:
-    """Whether somebody has to allow a call."""
     try:
         return bool(tool.approve(dict(arguments)) if callable(tool.approve) else tool.approve)
     except Exception:  # the rule is its author's code; where it fails nothing runs unasked
@@ -4079,8 +4078,7 @@ def result_text(result: Any) -> Any:
 
 
 def plain(value: Any, room: Iterator[bool], inside: tuple[int, ...] = ()) -> Any:
-    """`value` as JSON has it, with `room` for so many values inside it: records are objects, collections and generators
-    lists, all else texts."""
+    """`value` as JSON, with `room` for what it holds: records are objects, collections and generators lists."""
     kind = cast(Any, type(value))
     if isinstance(value, enum.Enum):
         return plain(value.value, room, inside)
@@ -4130,7 +4128,6 @@ class Memory:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def load(self) -> None:
-        """Read all of it. Raises StoreFailed."""
         state = self.record.state
         self.messages, counts = await self.store.read(load_messages, self.record.id, state["cut"])
         self.last_message, self.archival, last_passage = counts
@@ -4148,11 +4145,9 @@ class Memory:
 
 
 class Transaction:
-    """What is stored and then told at once: a step, a part of one, an edit from outside. Memory tools work on it.
-
-    `async with Transaction(memory) as change:` stores and tells at the end of the block; after an exception nothing has
-    happened. Raises StoreFailed: then the memory is stale, and the agent has to be opened anew.
-    """
+    """What is stored and then told at once at the end of `async with Transaction(memory) as change:`, a step, a part of
+    one, an edit from outside; after an exception nothing has happened. Raises StoreFailed: then the memory is stale,
+    and the agent has to be opened anew."""
 
     def __init__(self, memory: Memory, turn_id: str = "", step: int = 0) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step
@@ -4278,7 +4273,6 @@ class Transaction:
         self._add_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id, since=passage.time)
 
     def say(self, message: str, *, partial: bool = False) -> None:
-        """Say something to the user."""
         self.spoke = True
         self.add_event("assistant_message", message, **({"partial": True} if partial else {}))
 
