@@ -602,7 +602,7 @@ def from_text(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Function:
     """A function that may be called by name with JSON arguments: a command of clients, a tool of models."""
 
@@ -2691,7 +2691,7 @@ def finish_rewind(
 CLIENT_REQUESTS = 8  # requests at once that share an openai client: its pool looks at all of them for each
 
 
-@dataclass(frozen=True)
+@dataclass
 class Learned:
     """What an endpoint has taught of a model, as it is stored; where more is learned, another takes its place."""
 
@@ -3909,7 +3909,7 @@ class Models:
 Rule = bool | Callable[[JSON], bool]  # whether a call, by its arguments, waits until somebody allows it
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Tool:
     """A function that a model may call."""
 
