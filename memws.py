@@ -1516,14 +1516,6 @@ class Postgres:
         about = {name: value for name, value in self._about.items() if "password" not in name}
         return shlex.join(["pg_dump", "--format=custom", f"--file={file}", self.driver.conninfo.make_conninfo(**about)])
 
-    def expect(self, connection: SqlConnection, last: int) -> None:
-        """Prepare for a copy of agents with ids up to `last`: new ones get others. Raises UsageError beside servers."""
-        connection.execute("SET application_name = 'memws copy'")
-        sql = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'memws'"
-        if connection.execute(sql).fetchone():
-            raise UsageError(f"{self.path!r} is in use; stop the memws servers that use it, then copy")
-        connection.execute("SELECT setval('agents_id_seq', ?)", (last,))
-
     def hang_up(self) -> None:
         """Let nobody wait any longer for a database that does not answer."""
         self._is_over = True
@@ -1623,15 +1615,14 @@ def usable(path: str, advice: str) -> Iterator[None]:
 
 def has_schema(database: Database, connection: SqlConnection) -> bool:
     """Whether there are tables; a new database has none. Raises UsageError for those of another program or version."""
-    for (mark,) in connection.execute(database.mark).fetchall():
-        program, _, version = mark.partition(" ")
-        if program != "memws":
-            raise UsageError(f"{database.path!r} is a database of another program; name another one with --db")
-        if version != str(SCHEMA_VERSION):
-            found = f"was written by another memws (schema {version}, not {SCHEMA_VERSION}); name another one with --db"
-            raise UsageError(f"{database.path!r} {found}; export with that memws and import with this one move agents")
-        return True
-    return False
+    row = connection.execute(database.mark).fetchone()
+    program, _, version = row[0].partition(" ") if row else ("memws", "", SCHEMA_VERSION)
+    if program != "memws":
+        raise UsageError(f"{database.path!r} is a database of another program; name another one with --db")
+    if str(version) != str(SCHEMA_VERSION):
+        found = f"was written by another memws (schema {version}, not {SCHEMA_VERSION}); name another one with --db"
+        raise UsageError(f"{database.path!r} {found}; export with that memws and import with this one move agents")
+    return row is not None
 
 
 @contextlib.contextmanager
@@ -1881,15 +1872,6 @@ EVENT_PAGE = 262_144  # characters of stored events that are read at once; a rea
 _PIECES = ("head", "system", "summary", "tools", "extra", "shape")  # what requests repeat at every step
 
 
-def _insert_request(db: SqlConnection, agent: int, request: RequestRecord) -> None:
-    """Store a model call; of several in one step the last."""
-    row = vars(request) | {"response": clean_value(request.response)}
-    pieces = zlib.compress(encode_json([row.pop(name) for name in _PIECES]).encode(), 1)
-    sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"
-    db.execute(sql, (agent, request.turn_id, request.step))
-    insert(db, "requests", agent=agent, time=now_text(), pieces=pieces, **row)
-
-
 def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = None) -> list[StoredEvent]:
     """Store all of `changes`, only for that `owner` where several servers share the database; the events with their
     seq. Raises StoreFailed where the agent is gone, LeaseLost."""
@@ -1920,7 +1902,11 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     for item in changes.removed:
         forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
     if changes.request:
-        _insert_request(db, agent, changes.request)
+        request = vars(changes.request) | {"response": clean_value(changes.request.response)}
+        pieces = zlib.compress(encode_json([request.pop(name) for name in _PIECES]).encode(), 1)
+        sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"  # of several in a step the last stays
+        db.execute(sql, (agent, request["turn_id"], request["step"]))
+        insert(db, "requests", agent=agent, time=now, pieces=pieces, **request)
     if stored and stored[-1].kind in TERMINAL_TYPES:
         pieces = zlib.compress(f"[{','.join(row[1:])}]".encode(), 1)
         end: JSON = {"turn_id": stored[-1].turn_id, "step": 0, "time": now, "pieces": pieces, "digest": b""}
@@ -2101,12 +2087,12 @@ def delete_agent(
 
 
 def forget_copies(db: SqlConnection, agent: int | None = None) -> None:
-    """Take away a copy of an agent that did not get its name; None: at a start, all that no server is making now."""
-    hours = 1 if isinstance(db, PostgresConnection) else 0  # others may be at work there
-    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=hours)
+    """Take away a copy of an agent that did not get its name; None: all that nobody can be making any more."""
+    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
     where, value = ("last_active < ?", utc_text(past)) if agent is None else ("id = ?", agent)
-    sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
-    for (copy,) in db.execute(sql, (value,)).fetchall():
+    for (copy,) in db.execute(
+        f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}", (value,)
+    ).fetchall():
         delete_agent(db, copy, None, purge=True)
 
 
@@ -2365,6 +2351,7 @@ _EXPORTED = {  # table: its columns in a file
 _TABLES = list(_EXPORTED)[1:]  # whose rows belong to an agent
 _REFUSED = sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError  # not Operational: a full disk, a lock
 _DAMAGE = *_REFUSED, ValueError, TypeError, LookupError, AttributeError, OverflowError
+_SERVERS = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'memws'"
 CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
 
 
@@ -2533,7 +2520,10 @@ def copy_database(address: str, goal: str) -> Iterator[Mapping[str, int]]:
             ours, theirs = ({row[0]: row for row in db.execute(sql)} for db in (source, target))
             _refuse_loss(ours, theirs, database.path)
             if isinstance(database, Postgres):
-                database.expect(target, max(ours, default=1))
+                target.execute("SET application_name = 'memws copy'")
+                if target.execute(_SERVERS).fetchone():
+                    raise UsageError(f"{database.path!r} is in use; stop the memws servers that use it, then copy")
+                target.execute("SELECT setval('agents_id_seq', ?)", (max(ours, default=1),))
             _copy_settings(source, target, database.path)
             for agent, _ in theirs.items() - ours.items():
                 forget(target, "agent = ?", agent)
