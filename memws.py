@@ -5816,7 +5816,7 @@ PANEL_STYLE: Final = r"""
   .memws-columns { flex: 1; min-height: 0; display: flex; } .memws-log, .memws-side { position: relative; }
   .memws-left { position: relative; flex: 1; overflow: hidden; display: flex; flex-flow: column; padding-bottom: 12px; }
   .memws-log { flex: 1; overflow: hidden auto; display: flex; flex-direction: column-reverse; padding: 16px 20px 8px;
-    &:has(.memws-empty) { flex-direction: column; } }
+    &:has(.memws-empty) { flex-direction: column; &::before { content: ""; flex: 0 1 8vh; } } }
   .memws-inner { flex: none; margin: 0 auto auto; width: 100%; max-width: 720px; }
   .memws-heard, :is(.memws-card form, .memws-find) > label > .memws-mark {
     position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -5854,7 +5854,7 @@ PANEL_STYLE: Final = r"""
   .memws-fence { position: relative; background: var(--wash); border-radius: 8px; padding: 4px 12px; margin: .6em 0;
     pre { white-space: pre; overflow-x: auto; } code { padding: 0; background: none; }
     .memws-copy { position: absolute; top: 4px; right: 6px; background: var(--wash); } }
-  .memws-empty { max-width: 460px; margin: 8vh auto 0; text-align: center; display: grid; gap: 8px;
+  .memws-empty { max-width: 460px; margin: 0 auto; text-align: center; display: grid; gap: 8px;
     justify-items: center; } .memws-empty p { margin: 0 0 10px; }
   .memws-starter { width: 100%; padding: 10px 14px; text-align: left; &:hover { border-color: var(--accent); } }
   .memws-over, .memws-composer { position: relative; width: calc(100% - 40px); max-width: 720px; margin: 0 auto; }
@@ -5884,7 +5884,7 @@ PANEL_STYLE: Final = r"""
   .memws-tab { border-radius: 0; padding: 6px 8px; margin-bottom: -1px; border-bottom: 2px solid transparent;
     &[aria-current=true] { color: var(--ink); border-color: var(--accent); font-weight: 600; } }
   .memws-side { flex: 1; min-height: 0; overflow: hidden auto; padding: 4px 2px; overflow-wrap: anywhere; }
-  .memws-cards, .memws-memory { display: grid; gap: 10px; }
+  .memws-cards, .memws-memory { display: grid; gap: 10px; } .memws-days { width: 100%; label { white-space: nowrap; } }
   .memws-card { border-radius: 10px; padding: 8px 12px 10px; header { display: flex; align-items: center; gap: 8px; }
     header button { margin-left: auto; padding: 2px 8px; } }
   .memws-gauge { background: var(--wash); margin: 4px 0 8px; }
@@ -5896,7 +5896,7 @@ PANEL_STYLE: Final = r"""
   :is(.memws-ask, .memws-request, .memws-find, .memws-passage) > label > :is(input, textarea) { width: 100%; }
   .memws-card :is(.memws-ask, .memws-request) textarea { font: 13px/1.5 var(--mono); field-sizing: content; }
   .memws-find, .memws-passage { display: flex; flex-wrap: wrap; gap: 0 6px; align-items: center;
-    > label { flex: 1 1 140px; } }
+    > label { flex: 1 1 140px; } > div:has(> details) { display: contents; } label + label { margin-left: 8px; } }
   .memws-said pre { color: var(--ink); background: var(--wash); border-radius: 6px; padding: 6px 8px; }
   .memws-fold, .memws-found { border-bottom: 1px solid var(--line); } .memws-fold summary { padding: 4px 0; }
   .memws-found { padding: 6px 0; .memws-mark { display: flex; justify-content: space-between; } }
@@ -5905,7 +5905,7 @@ PANEL_STYLE: Final = r"""
     .memws-model.memws-warn { display: block; order: 1; flex: 0 0 100%; } .memws-columns { flex-direction: column; }
     .memws-right { flex: 0 0 42%; border-left: 0; border-top: 1px solid var(--line); }
     .memws-log { padding: 10px 14px 4px; } .memws-over, .memws-composer { width: calc(100% - 28px); }
-    .memws-empty { margin-top: 0; gap: 4px; p { margin: 0; } } .memws-starter { padding: 6px 14px; }
+    .memws-empty { gap: 4px; p { margin: 0; } } .memws-starter { padding: 6px 14px; }
   }
 }
 :is([data-jp-theme-light=false], .vscode-dark, html[theme=dark], .dark) .memws-panel { color-scheme: dark; }
@@ -6373,10 +6373,9 @@ class Log { // an element for each turn, whose property `turn` it is; older ones
   }
   showOlder() { // once all of them are here, so that a loss leaves no halves; of a turn without its beginning, later
     if (!this.page) return;
-    const begin = this.asked ? this.page.findIndex((each) => each.type === "agent_response_start") : 0;
-    const events = begin < 0 ? [] : this.page.slice(begin);
+    while (this.asked && this.page.length && this.page[0].type !== "agent_response_start") this.page.shift();
     const place = this.inner.querySelector(".memws-turn");
-    for (const each of events) this.turnOf(each, place)?.take(each);
+    for (const each of this.page) this.turnOf(each, place)?.take(each);
     this.page = null;
     attempt(this.element, () => this.scrolled() ?? this.follow());
   }
@@ -6479,10 +6478,9 @@ class Context extends View { // the prompt as it is now, or the request of a ste
   async now(section) {
     const { sections, more } = await this.panel.command("get_context");
     const left = (name) => (more && name === "messages" ? ", the oldest left out here" : "");
-    const told = ({ name, tokens }) => `${titleOf(name)} · ${counted(tokens, "token")}${left(name)}`;
-    const folds = sections.filter((each) => each.tokens)
-      .map((each) => fold(told(each), each.text.trim(), each.name === section));
-    return [div("mark", "what the model sees now"), ...folds];
+    const row = ({ name, tokens, text }) =>
+      fold(`${titleOf(name)} · ${counted(tokens, "token")}${left(name)}`, text.trim(), name === section);
+    return [div("mark", "what the model sees now"), ...sections.filter((each) => each.tokens).map(row)];
   }
   async request(of) {
     const { request, response, ...about } = await this.panel.command("get_request", of);
@@ -6567,7 +6565,6 @@ const KEYS = { "Enter": "sends", "Shift+Enter": "breaks the line", "↑": "in an
 const CONFIG = { name: { placeholder: "made up when empty" }, model: { placeholder: "the server's" },
   persona: { rows: "3", placeholder: "who it is; empty: Sam, curious and warm" },
   human: { rows: "3", placeholder: "what it knows about you from the start" },
-  model: { placeholder: "the server's" },
   tools: { placeholder: "names of your functions, to use beside those of its memory" } };
 const IN_FLIGHT = 4; // messages that may wait at the server; the others wait here
 
@@ -6839,7 +6836,6 @@ class Panel {
     return true;
   }
   flush() { // as many as may wait at the server, in their order; what steers goes at once
-    if (this.connection !== "connected") return;
     const isNext = ({ isSent, frame }, place) => !isSent && (place < IN_FLIGHT || frame.when_busy === "steer");
     for (const turn of [...this.outbox.values()].filter(isNext)) {
       turn.isSent = true;

@@ -288,10 +288,19 @@ def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Windo
     page.sees("spend · spent 50", "So be it.")
 
 
-def test_a_turns_menu(serve: Serve, show: Show) -> None:
-    """From a turn another agent is made, which talks beside its parent; the agent goes back there and what it was goes
-    on under another name; and what the model saw is shown."""
+TELLINGS = """(place) => new MutationObserver((changes) => {
+  for (const { addedNodes: [node] } of changes) place.told = [...place.told ?? [], node?.textContent];
+}).observe(place, { childList: true, subtree: true })"""
+
+
+def test_a_turns_menu(serve: Serve, show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a turn another agent is made, told of as it goes on, which talks beside its parent; the agent goes back
+    there and what it was goes on under another name; and what the model saw is shown."""
+    for name in ("PROGRESS_DELAY", "COPY_PIECE"):
+        monkeypatch.setattr(memws, name, 0.0)
     window = show(serve())
+    notices = window.panel.locator(".memws-over")
+    notices.evaluate(TELLINGS)
     agents, bubbles = window.panel.get_by_label("Agent", exact=True), window.log.locator(".memws-bubble")
 
     def choose(entry: str) -> None:
@@ -308,6 +317,7 @@ def test_a_turns_menu(serve: Serve, show: Show) -> None:
     window.fill(**{"new name": "kim"})
     window.button("fork").click()
     window.button("show it beside").click()
+    assert any(re.match(r"copied \d+ of \d+ ", told or "") for told in notices.evaluate("place => place.told"))
     kim = window.page.locator(".memws-panel").nth(1)
     expect(kim.locator(".memws-status")).to_have_text("connected")
     kim.get_by_placeholder("Message", exact=True).fill("I like rain")
