@@ -90,7 +90,7 @@ a turn: machine test_whatever_clients_do; kill test_whatever_ends_a_server_a_tur
 exactly one terminal frame, whatever befalls a reader: soak test_every_figure_is_met
 a message that never becomes a turn: server test_eight_messages_of_a_connection_wait
   test_thirty_two_messages_wait_for_an_agent; machine test_whatever_clients_do
-seq: store test_deleted_agents_are_kept_aside test_a_purged_agent_is_gone; machine test_whatever_clients_do
+seq: store test_a_purged_agent_is_gone; machine test_whatever_clients_do; soak test_every_figure_is_met
 a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool;
   soak test_every_figure_is_met
 who gets what: server test_a_command_of_a_client_that_leaves_is_done_wholly; machine test_whatever_clients_do

