@@ -7678,10 +7678,8 @@ class SharedAgent(LiveAgent):
             if self._client and item not in self._sent:
                 self._sent.add(item)
                 with contextlib.suppress(ConnectionLost):  # the next one gets it
-                    turn = self._client.send(
-                        item.message or "", self.name, item.turn_id, item.when_busy, item.speaker or ""
-                    )
-                    self.agents.spawn(self._hear(item, turn))
+                    about = item.message or "", self.name, item.turn_id, item.when_busy, item.speaker or ""
+                    self.agents.spawn(self._hear(item, self._client.send(*about)))
 
     async def _hear(self, item: Turn, turn: Stream) -> None:
         """Wait for the end of a turn, or for why it will not be."""
@@ -8067,9 +8065,9 @@ class Session:
             result: JSON | None = await function.call(self, **arguments)
         except Elsewhere as elsewhere:
             result = await elsewhere.forward(request)
-            if live and function.name == "wake":
-                reader = self._reader(live)
-                reader.follow(result["turn_id"], None, None, replay=reader.floor == math.inf)
+        if live and result and function.name == "wake":  # its turn is told as that of a message
+            reader, turn_id = self._reader(live), result["turn_id"]
+            reader.follow(turn_id, None, live.find(turn_id), replay=reader.floor == math.inf)
         return result
 
     async def _live(self, name: str | None) -> LiveAgent:
@@ -8138,7 +8136,6 @@ class Session:
         await live.fresh()
         item = Turn(new_turn_id(), None, sender=self.sender, when_busy="reject")
         live.enqueue(item)
-        self._reader(live).follow(item.turn_id, None, item)
         return {"turn_id": item.turn_id}
 
     async def subscribe(self, live: LiveAgent, after: Any = None) -> None:
@@ -8634,10 +8631,10 @@ class WebSocketServer:
         about = {"status": "the database is away", "reason": away} if away else {"status": "ok"}
         health = encode_json({**about, "version": __version__, **token})
         body, headers = page(request.headers["Host"]) if is_page else (health, {"Content-Type": "application/json"})
-        response = connection.respond(503 if away and not is_page else 200, body)
-        del response.headers["Content-Type"]
-        response.headers.update(headers)
-        return response
+        found = connection.respond(503 if away and not is_page else 200, body)
+        del found.headers["Content-Type"]
+        found.headers.update(headers)
+        return found
 
     def register_client(self, websocket: ServerConnection) -> Session:
         session = self.clients[websocket] = Session(self.open(), websocket)

@@ -361,7 +361,7 @@ def test_logs(tmp_path: Path) -> None:
 def test_log_lines(monkeypatch: Patch) -> None:
     """Token, key, what looks like one, and control characters are kept out of messages and of tracebacks alike."""
     monkeypatch.setenv("OPENAI_API_KEY", "canary-key")
-    words = "canary-token canary-key sk-canary-0123456789 \x1b[2J\u202e\x9b2J\rforged"
+    words = "canary-token canary-key sk-canary-0123456789 gsk_0canary123 \x1b[2J\u202e\x9b2J\rforged"
     try:
         raise ValueError(words + "\n2026-01-01 00:00:00,000 INFO forged")
     except ValueError:
