@@ -4560,10 +4560,10 @@ def check_window(config: JSON, default: int, tools: Mapping[str, Tool], blocks: 
         raise Refused("bad_config", f"blocks: {text}")
     window = config["context_window"] or default
     specs = ",".join(tools[name].spec for name in config["tools"] or MEMORY_TOOLS if name in tools)
-    needed = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(specs) + MIN_REPLY_TOKENS
-    needed += sum(block.limit // 4 + 16 for block in blocks)
-    if needed > window:
-        text = f"prompt, full blocks and {MIN_REPLY_TOKENS} tokens for a conversation need {needed:,}"
+    tokens = estimate_tokens(config["system"] or SYSTEM_PROMPT) + estimate_tokens(specs) + MIN_REPLY_TOKENS
+    tokens += sum(block.limit // 4 + 16 for block in blocks)
+    if tokens > window:
+        text = f"prompt, full blocks and {MIN_REPLY_TOKENS} tokens for a conversation need {tokens:,}"
         raise Refused("bad_config", f"context_window: {window:,} tokens are too few: {text}")
 
 
@@ -4725,7 +4725,7 @@ class Agent:
         summary = encode_json({"role": "user", "content": summary}) if summary else ""
         # What a request holds beside chat messages, as text.
         self._sections = {"system": prompt, "tools": "", "core_memory": core, "summary": summary}
-        self.take_tools()
+        self._take_tools()
         self._system_body = encode_json({"role": "system", "content": prompt + core})
 
     async def store_learned(self) -> None:
@@ -4740,7 +4740,7 @@ class Agent:
         fits = 0 < told < window and told >= sum(self._sizes([]).values()) + 2 * MIN_REPLY_TOKENS
         return told if fits else window
 
-    def take_tools(self) -> None:
+    def _take_tools(self) -> None:
         """Offer what is registered by now; the system message stays as it is."""
         names = self.record.config["tools"] or MEMORY_TOOLS
         self.tools = {name: self._all_tools[name] for name in names if name in self._all_tools}
@@ -4766,6 +4766,7 @@ class Agent:
         (then nothing has happened) or its end could not be stored."""
         if self.record.state["turn"]:  # as where a tool calls this
             raise Refused("busy", f"agent {self.name!r} is in a turn; wait for its end")
+        self._take_tools()
         try:
             async with Transaction(self.memory, turn.turn_id, 1) as change:  # the start is the message's receipt
                 self._before = self.as_stored()
@@ -4916,13 +4917,13 @@ class Agent:
         loop, timer = asyncio.get_running_loop(), None
         with turn.interruptible():
             self._counts["calls"] += 1
-            started, tape, answer = time.monotonic(), self._models.tape, self.model.stream(body)
+            started, tape, stream = time.monotonic(), self._models.tape, self.model.stream(body)
             if tape:
                 head = encode_json({"model": self.model.name, **self.record.config["settings"]})
                 parts = [head, request.system, request.summary, *bodies, request.extra, request.tools]
-                answer = tape.stream(self.model, body, parts, self.name)
+                stream = tape.stream(self.model, body, parts, self.name)
             try:
-                async with contextlib.aclosing(answer) as chunks:
+                async with contextlib.aclosing(stream) as chunks:
                     async for chunk in chunks:
                         reply.feed(chunk)
                         if request.first_token_ms is None:
@@ -4988,23 +4989,23 @@ class Agent:
     async def _take_reply(self, change: Transaction, turn: Turn) -> bool:
         """Tell and keep what the model replied, and make its calls; whether all succeeded. Text alone is for the user
         who waits; what send_message said before it was cut is kept as a call whose result says so."""
-        reply, plain = turn.reply, ""
+        reply, words = turn.reply, ""
         calls, monologue = reply.calls.copy(), reply.monologue
         if reply.partial:
             calls.append(ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial}))
         elif reply.text and not (calls or turn.replied or turn.stop_reason):
-            plain, monologue = reply.text, reply.reasoning
+            words, monologue = reply.text, reply.reasoning
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
         self._counts.update(list(dict(reply.corrections)))
         for what, text in dict.fromkeys(reply.corrections):
             change.add_event("correction", text, what=what)
         if monologue:
             change.add_event("internal_monologue", monologue)
-        if plain:
-            change.say(plain, partial=bool(reply.fault))
+        if words:
+            change.say(words, partial=bool(reply.fault))
         if calls or reply.text:
             messages = [call.arguments.get("message") for call in calls if call.name == "send_message"]
-            said = "\n".join(text for text in messages if isinstance(text, str)) or plain
+            said = "\n".join(text for text in messages if isinstance(text, str)) or words
             change.add_message("assistant", monologue, self._body_of(reply, calls), said=said)
         results = [await self._call_tool(change, turn, call) for call in reply.calls]
         if reply.partial:
@@ -5070,10 +5071,10 @@ class Agent:
     async def _allowed(self, tool: Tool, arguments: JSON, about: JSON) -> tuple[JSON, str]:
         """Wait until a call may run; the arguments to take, and a note of them. Raises ToolError."""
         until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=APPROVAL_TIMEOUT)
-        answer = asyncio.get_running_loop().create_future()
-        self.approvals[about["tool_call_id"]] = about | {"until": utc_text(until)}, tool, answer
+        verdict = asyncio.get_running_loop().create_future()
+        self.approvals[about["tool_call_id"]] = about | {"until": utc_text(until)}, tool, verdict
         try:
-            return await asyncio.wait_for(answer, APPROVAL_TIMEOUT) or (arguments, "")
+            return await asyncio.wait_for(verdict, APPROVAL_TIMEOUT) or (arguments, "")
         except TimeoutError:
             raise ToolError(f"not run: nobody allowed it within {APPROVAL_TIMEOUT:g} s") from None
         finally:
@@ -8530,9 +8531,6 @@ class WebSocketServer:
         if tool.name in MEMORY_TOOLS:
             raise UsageError(f"{tool.name!r} is a memory tool; give your function another name")
         self.tools[tool.name] = tool
-        for live in list(self.agents.live.values()) if self.agents else ():
-            if live.here:
-                live.agent.take_tools()
         return function
 
     def panel(self, agent: str | None = None, compact: bool = False, static: bool = True) -> Panel:
