@@ -1199,7 +1199,7 @@ VECTOR_BLOCK = 4_096  # Vectors that a search has in memory at once
 _FAINT = """mention discuss conversation chat session describe explain list order aspect topic detail item thing
     something anything kind type part way really actually still also even well please thank sure right lot bit super
     always never ever often already much many great good nice""".split()  # noqa: SIM905
-_ONESELF = re.compile(r"\b(?:i|my|me|we|our|us)\b|\u6211", re.IGNORECASE)
+_ONESELF = r"(?i)\b(?:i|my|me|we|our|us)\b|\u6211"
 
 _MONTHS = """january february march april may june july august september october november december
     enero febrero marzo abril mayo junio julio agosto septiembre octubre noviembre diciembre""".split()  # noqa: SIM905
@@ -1691,7 +1691,7 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
         asked = int(beside and asking(last[3]) > 0) if joined else -1
         moment = max(moment, last[1])  # a clock may be set back; searches by time rely on the order of docs
     about = document.store, document.id, clean_text(document.role), moment, text
-    row = (doc, agent, *about, " ".join(terms), words, asking(text) - bool(_ONESELF.search(text[:4096])), asked)
+    row = (doc, agent, *about, " ".join(terms), words, asking(text) - bool(re.search(_ONESELF, text[:4096])), asked)
     db.execute("INSERT INTO memory VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", row)
     return doc
 
@@ -1778,7 +1778,7 @@ def _ranked(db: SqlConnection, agent: int, query: Query, spans: list[Span]) -> l
     length = sum(row.terms.count(" ") + 1 for row in rows.values()) / max(1, len(rows))
     names = {role: set(split_terms(role)) for role in {row.role for row in rows.values()}}
     weights |= {name: NAMED * weights[name] for name in holders.keys() & set[str]().union(*names.values())}
-    you = "assistant" if re.search(r"(?i)\byour?\b", query.text) and not _ONESELF.search(query.text) else None
+    you = "assistant" if re.search(r"(?i)\byour?\b", query.text) and not re.search(_ONESELF, query.text) else None
     named = {role: role == you or not parts.isdisjoint(terms) for role, parts in names.items()}
     scored: list[tuple[float, str, int]] = []
     for doc, row in rows.items():
@@ -2767,8 +2767,8 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_
 # ---- what a model answers --------------------------------------------------------------------------------------------
 
 # Escapes that are cut wait for their rest, a high surrogate for its other half.
-_SPOKEN = re.compile(r'"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)', re.IGNORECASE)
-_ESCAPE = re.compile(r'(\\["\\/bfnrtu])|\\')  # a backslash that begins none stands for itself
+_SPOKEN = r'(?i)"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)'
+_ESCAPE = r'(\\["\\/bfnrtu])|\\'  # a backslash that begins none stands for itself
 _FAULTS = {  # of an answer, by words in its finish reason
     "broken": "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang",
     "filtered": "filter|safe|sensitive|guard|block|prohibit|recit|refus|spii|jailbreak|violat|moderat",
@@ -2796,8 +2796,8 @@ class ToolCall:
     @property
     def spoken(self) -> str:
         """What send_message has said so far."""
-        match = _SPOKEN.search(self.text) if self.name == "send_message" else None
-        text = _ESCAPE.sub(lambda escape: escape[1] or r"\\", match[1]) if match else ""
+        match = re.search(_SPOKEN, self.text) if self.name == "send_message" else None
+        text = re.sub(_ESCAPE, lambda escape: escape[1] or r"\\", match[1]) if match else ""
         return clean_text(decode_json(f'"{text}"', strict=False))
 
     @property
@@ -3676,7 +3676,7 @@ _BREAK = (  # between sentences, unless one goes on about somebody, and before w
 _FACT = rf"(?i)\b(?:{_I})\b|[我私]|^(?!.*(?:{_ENGLISH}|{_SPANISH}))\w+\W+\w+\W+\w"
 _QUESTION = rf"(?i)[¿\s]*(?:{_ASK})\b|.*[?？؟]$"
 _ABOUT_ITSELF = r"(?i)\b(?:are you|your name|eres|te llamas)\b|^forget"
-_ORDER = re.compile(r"\s*/call\s+([\w.-]+)\s*(.*)", re.DOTALL)
+_ORDER = r"(?s)\s*/call\s+([\w.-]+)\s*(.*)"
 
 
 def _own_idea(text: str) -> str:
@@ -3695,7 +3695,7 @@ def _topic(text: str) -> set[str]:
 
 def _split(text: str) -> tuple[list[str], list[str]]:
     """The statements and the questions of a text, but about the model itself; an order has none."""
-    pieces = [] if _ORDER.match(text) else [piece.strip(" .!") for piece in re.split(_BREAK, text[:4_000])]
+    pieces = [] if re.match(_ORDER, text) else [piece.strip(" .!") for piece in re.split(_BREAK, text[:4_000])]
     pieces = [piece for piece in dict.fromkeys(pieces) if piece and not re.search(_ABOUT_ITSELF, piece)]
     questions = [piece for piece in pieces if re.match(_QUESTION, piece)]
     return [piece for piece in pieces if piece not in questions], questions[:3]
@@ -3721,7 +3721,7 @@ def _offline_turn(messages: list[JSON]) -> tuple[str | None, list[tuple[str, JSO
 
 def _offline_calls(text: str, core: list[str], room: int) -> Iterator[tuple[str, JSON]]:
     """What it keeps of a text and looks up for it, or what the text tells it to call."""
-    if order := _ORDER.match(text):
+    if order := re.match(_ORDER, text):
         arguments = read_json(order[2])[0]
         yield order[1], arguments if isinstance(arguments, dict) else {}
     statements, questions = _split(text)
@@ -3761,7 +3761,7 @@ def _offline_reply(text: str, core: list[str], done: list[tuple[str, JSON, JSON]
     parts, hits = list[str](), list[JSON]()
     for name, arguments, result in done:
         fact = arguments.get("content") or arguments.get("new_content")
-        if result["status"] != "OK" or _ORDER.match(text):
+        if result["status"] != "OK" or re.match(_ORDER, text):
             parts.append(f"{name} {'returned' if result['status'] == 'OK' else 'failed'}: {result['message']}")
         elif fact:
             parts.append(say[name.partition("_")[0]].format(fact.replace("\n", "; ")))
@@ -3810,7 +3810,7 @@ class OfflineModel:
         size, limit, block = human.groups() if human else (0, 0, "")
         core = [line for line in block.split("\n") if line]
         wanted = [] if done else _offline_calls(text, core, int(limit) - int(size))
-        again, order = {REQUEST_HEARTBEAT: True}, _ORDER.match(text)
+        again, order = {REQUEST_HEARTBEAT: True}, re.match(_ORDER, text)
         if calls := [(name, given | again) for name, given in wanted if name in tools or order]:
             return "I look into my memory and keep what is new.", calls
         reply = _offline_reply(text, core, done)
@@ -4336,14 +4336,14 @@ def _moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> st
 _ALIKE = str.maketrans(
     "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2010\u2011\u2012\u2013\u2014\u2212", "''''\"\"\"\"------"
 )
-_SIGN = re.compile(" *\n| +|[^\u00ad\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")  # no soft hyphens, joiners and the like
+_SIGN = " *\n| +|[^\u00ad\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]"  # no soft hyphens, joiners and the like
 _LETTER = f"[^\\W{_PAIRED}{_TRIPLED}]"  # in scripts without spaces no word goes on
 _IN_WORD = f"(?<={_LETTER}){_LETTER}|(?<=\\d)[.,]\\d|(?<=\\d[.,])\\d"
 
 
 def _signs(text: str) -> tuple[str, list[tuple[int, int]]]:
     """`text` as people see it, whatever its spaces, line ends, quotes and dashes are; where each sign of it stands."""
-    signs = list(_SIGN.finditer(re.sub(r"[^\S\n]", " ", text.translate(_ALIKE))))
+    signs = list(re.finditer(_SIGN, re.sub(r"[^\S\n]", " ", text.translate(_ALIKE))))
     return "".join(sign[0][-1] for sign in signs), [sign.span() for sign in signs]
 
 
