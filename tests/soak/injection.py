@@ -31,6 +31,7 @@ SEEN, SECRETS = "other agents' memory in prompts, frames, logs", "keys and token
 ENDS = "turns that do not end well"
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 ORDER = re.compile(r"\[\[do (\d+)\]\]")
+AGAIN: JSON = {"request_heartbeat": True}
 
 
 def canary(agent: str) -> str:
@@ -71,7 +72,7 @@ def order(rng: random.Random, agent: str, number: int) -> Reply:
         ("send_message", {"message": f"{{token}} {{0.__class__}} ${{OPENAI_API_KEY}} %(key)s {path}"}),
     ]
     chosen = rng.sample(whole, rng.randrange(1, 4))
-    calls = [(name, arguments | {"request_heartbeat": True}) for name, arguments in chosen]
+    calls = [(name, arguments | AGAIN) for name, arguments in chosen]
     told = {"message": f"{KEY} is not right", "code": rng.choice(["invalid_api_key", None, "rate_limit", 500])}
     echoes = [
         Reply(status=rng.choice([400, 401, 403, 404, 422, 429, 500]), body={"error": told}),
@@ -92,26 +93,22 @@ class Model:
 
     def __call__(self, body: Body) -> Reply:
         text = json.dumps(body, ensure_ascii=False)
-        whose = {name for name in VICTIMS + READERS if canary(name) in text}
-        if len(whose) > 1:
-            self.soak.fault(SEEN, f"{whose} in one prompt: {text[-500:]}")
-        for secret in (TOKEN, KEY):
-            if secret in text:
-                self.soak.fault(SECRETS, f"{secret} in a prompt")
+        whose = next((name for name in VICTIMS + READERS if canary(name) in text), None)
+        look_at(self.soak, whose, "a prompt", text)
         if "tools" not in body:
             return Reply("They talked.")
         for number in map(int, ORDER.findall(text)):
             agent, reply = self.orders[number]
-            if whose != {agent}:
+            if whose != agent:
                 self.soak.fault(SEEN, f"order {number} of {agent}: {whose}")
             if number not in self.obeyed:
                 self.obeyed.add(number)
                 return reply
         last = body["messages"][-1]
-        look = re.search(r"look (passage|tool) (\w+)", last["content"]) if last["role"] == "user" else None
+        look = re.search(r"look (\w+)", last["content"]) if last["role"] == "user" else None
         if look is not None:
-            tool, name = ("ask_later", "question") if look[1] == "tool" else ("archival_memory_search", "query")
-            return Reply("I look.", calls=[(tool, {name: look[2], "request_heartbeat": True})])
+            tools = {"ask_later": "question", "archival_memory_search": "query"}
+            return Reply("I look.", calls=[(tool, {name: look[1], **AGAIN}) for tool, name in tools.items()])
         seen = json.dumps([message["content"] for message in body["messages"][-4:]], ensure_ascii=False)
         return Reply("I tell.", calls=[("send_message", {"message": f"I know: {text[:3_000]} {seen[-3_000:]}"})])
 
@@ -133,7 +130,7 @@ async def inject(soak: Soak, wire: Wire, agent: str, number: int, carrier: str) 
         await wire.ok("insert_passage", agent_name=agent, text=text)
     elif carrier == "block":
         await wire.ok("set_block", agent_name=agent, label="human", value=f"Name: {canary(agent)}. {text}")
-    said = text if carrier == "message" else f"look {carrier} carrier{number}"
+    said = text if carrier == "message" else f"look carrier{number}"
     turn = await wire.turn(said, agent_name=agent, turn_id=f"order {number}")
     ends = [frame for frame in turn if is_terminal(frame) and frame["turn_id"] == f"order {number}"]
     if len(ends) != 1 or ends[0].get("code") == "internal":
