@@ -1456,10 +1456,7 @@ _POSTGRES_BEGIN = {"BEGIN IMMEDIATE": "BEGIN", "BEGIN": "BEGIN ISOLATION LEVEL R
 
 
 class Postgres:
-    """A PostgreSQL database, from version 14 on, through psycopg 3; several servers may use it at once.
-
-    Its agents have an owner more: the lease under which a server runs them, see Leases.
-    """
+    """A PostgreSQL database through psycopg 3. Its agents have an owner more: the lease of a server, see Leases."""
 
     memory = False
     size = "SELECT pg_database_size(current_database())"
@@ -1519,10 +1516,9 @@ class Postgres:
     def hang_up(self) -> None:
         """Let nobody wait any longer for a database that does not answer."""
         self._is_over = True
-        with contextlib.ExitStack() as stack:
-            for line in self._lines:
-                with contextlib.suppress(OSError, self.driver.Error):
-                    stack.enter_context(socket.socket(fileno=os.dup(line.fileno()))).shutdown(socket.SHUT_RDWR)
+        for line in self._lines:
+            with contextlib.suppress(OSError, self.driver.Error), socket.socket(fileno=os.dup(line.fileno())) as copy:
+                copy.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         for line in self._lines:
@@ -1576,13 +1572,13 @@ class PostgresConnection:
             self._connection.execute(sql)
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
-        table, rows = re.fullmatch(r"INSERT INTO (\w+(?: \([\w, ]+\))?) VALUES \([?, ]+\)", sql), list(rows)
+        rows, table = list(rows), sql.removeprefix("INSERT INTO ").partition(" VALUES ")[0]
         with self._translated(), self._connection.cursor() as cursor:
-            if table is None or len(rows) < COPIED_ROWS:
+            if len(rows) < COPIED_ROWS:
                 cursor.executemany(sql.replace("?", "%s"), rows)
                 return
             self._ahead.close()
-            with cursor.copy(f"COPY {table[1]} FROM STDIN") as copy:  # several times as fast
+            with cursor.copy(f"COPY {table} FROM STDIN") as copy:  # several times as fast
                 for row in rows:
                     copy.write_row(row)
 
@@ -1729,9 +1725,8 @@ def _holders(db: SqlConnection, terms: Iterable[str], spans: list[Span]) -> dict
     found: dict[str, set[int]] = {}
     room = POSTINGS
     for term in sorted((term for term in terms if counts[term]), key=lambda term: counts[term]):
-        docs = {doc for span in spans for (doc,) in db.execute(sql, (term, *span, room))}
-        found[term] = docs
-        room -= len(docs)
+        found[term] = {doc for span in spans for (doc,) in db.execute(sql, (term, *span, room))}
+        room -= len(found[term])
         if room <= 0:
             break
     return found
@@ -1784,8 +1779,8 @@ def _ranked(db: SqlConnection, agent: int, query: Query, spans: list[Span]) -> l
     for doc, row in rows.items():
         score = score_row(row, holders, weights, length) * (1 + SPEAKER * named[row.role])
         scored.append((score, row.time if len(spans) > 1 else "", doc))
-    rest = [(own[doc], doc) for doc in own.keys() - rows.keys()]
     scored.sort(reverse=True)
+    rest = [(own[doc], doc) for doc in own.keys() - rows.keys()]
     if query.offset + query.limit > len(scored):
         rest.sort(reverse=True)
     return [(doc, score) for score, _, doc in scored] + [(doc, 0.0) for _, doc in rest]
@@ -1827,15 +1822,12 @@ def search(db: SqlConnection, agent: int, query: Query) -> tuple[list[Document],
         ranking = _newest(db, spans, SCANNED, query.text.lower())
     if query.vector and query.text:
         ranking = fuse(ranking, nearest(db, spans, query.vector))
-    total = len(ranking)
-    last = query.offset + query.limit
+    total, last = len(ranking), query.offset + query.limit
     if not ranking and not split_terms(query.text):
-        ranking, total = _newest(db, spans, last), 0
-        sql = (
-            "SELECT count(*) FROM memory WHERE agent = ? AND store = ? AND doc + 0 BETWEEN ? AND ?"  # + 0: by an index
-        )
-        for store, span in zip(query.stores, spans, strict=True):
-            total += db.execute(sql, (agent, store, *span)).fetchone()[0]
+        ranking = _newest(db, spans, last)
+        sql = "SELECT count(*) FROM memory WHERE agent = ? AND store = ? AND doc + 0 BETWEEN ? AND ?"  # by the index
+        places = zip(query.stores, spans, strict=True)
+        total = sum(db.execute(sql, (agent, store, *span)).fetchone()[0] for store, span in places)
     page = ranking[query.offset : last]
     rows = _rows(db, [doc for doc, _ in page])
     return [rows[doc]._replace(score=score) for doc, score in page], total
@@ -1883,10 +1875,9 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     columns = changes.config, changes.state, changes.blocks
     texts = [None if value is None else encode_json(value) for value in columns]
     row = db.execute(sql, (*texts, count, now, agent, *owners)).fetchone()
-    if row is None and owners:
-        raise LeaseLost("another server runs the agent by now; send it again")
     if row is None:
-        raise StoreFailed("the agent was deleted meanwhile")
+        lost = LeaseLost("another server runs the agent by now; send it again")
+        raise lost if owners else StoreFailed("the agent was deleted meanwhile")
     stored = [
         StoredEvent(seq, kind_of(event), own_turn_id(event), encode_json(event | {"seq": seq, "time": now}))
         for seq, event in enumerate(changes.events, row[0] - count + 1)
@@ -2090,9 +2081,8 @@ def forget_copies(db: SqlConnection, agent: int | None = None) -> None:
     """Take away a copy of an agent that did not get its name; None: all that nobody can be making any more."""
     past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
     where, value = ("last_active < ?", utc_text(past)) if agent is None else ("id = ?", agent)
-    for (copy,) in db.execute(
-        f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}", (value,)
-    ).fetchall():
+    sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
+    for (copy,) in db.execute(sql, (value,)).fetchall():
         delete_agent(db, copy, None, purge=True)
 
 
@@ -2492,6 +2482,7 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
             record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
             record.name = check_name(record.name if name is None else name)
             check_record(record)
+            record.last_seq = max([record.last_seq, *(event["seq"] for event in data["events"])])
             agent = create_agent(db, record).id
             for table in _TABLES:
                 place = table
@@ -2502,8 +2493,6 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UsageError(f"damaged: {place}: {reason}") from None
         index(db, "agent = ?", agent)
-        last_seq = max((row["seq"] for row in data["events"]), default=0)
-        db.execute("UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?", (last_seq, agent, last_seq))
     return record.name
 
 
@@ -2519,12 +2508,15 @@ def copy_database(address: str, goal: str) -> Iterator[Mapping[str, int]]:
         with transaction(target):
             ours, theirs = ({row[0]: row for row in db.execute(sql)} for db in (source, target))
             _refuse_loss(ours, theirs, database.path)
+            if read_setting(target, "embedding_model") not in (None, read_setting(source, "embedding_model")):
+                raise UsageError(f"{database.path!r} has vectors of another model; copy to an empty database")
             if isinstance(database, Postgres):
                 target.execute("SET application_name = 'memws copy'")
                 if target.execute(_SERVERS).fetchone():
                     raise UsageError(f"{database.path!r} is in use; stop the memws servers that use it, then copy")
                 target.execute("SELECT setval('agents_id_seq', ?)", (max(ours, default=1),))
-            _copy_settings(source, target, database.path)
+            for name, value in source.execute("SELECT name, value FROM settings").fetchall():
+                write_setting(target, name, value)
             for agent, _ in theirs.items() - ours.items():
                 forget(target, "agent = ?", agent)
                 target.execute("DELETE FROM agents WHERE id = ?", (agent,))
@@ -2554,15 +2546,6 @@ def _refuse_loss(ours: dict[int, Any], theirs: dict[int, Any], path: str) -> Non
             raise UsageError(f"{path!r} has an agent {name!r} of its own; copy to an empty database")
         if last_seq > ours[agent][3] or last_active > ours[agent][4]:
             raise UsageError(f"agent {name!r} has gone on in {path!r}; copy to an empty database")
-
-
-def _copy_settings(source: SqlConnection, target: SqlConnection, path: str) -> None:
-    """Copy what is learned of endpoints, and whose the vectors are. Raises UsageError where others are there."""
-    ours, theirs = (dict(db.execute("SELECT name, value FROM settings").fetchall()) for db in (source, target))
-    if theirs.get("embedding_model") not in (None, ours.get("embedding_model")):
-        raise UsageError(f"{path!r} has vectors of another embedding model; copy to an empty database")
-    for name, value in ours.items():
-        write_setting(target, name, value)
 
 
 def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int) -> Iterator[int]:

@@ -121,7 +121,7 @@ LOSSES = {
     "UPDATE agents SET last_active = '2999' WHERE id = 2": "agent 'sam' has gone on in",
     "UPDATE agents SET created = '2001' WHERE id = 2": "has an agent 'sam' of its own",
     "UPDATE agents SET id = 77 WHERE name = 'purged'": "has an agent 'purged' of its own",
-    "UPDATE settings SET value = 'other' WHERE name = 'embedding_model'": "has vectors of another embedding model",
+    "UPDATE settings SET value = 'other' WHERE name = 'embedding_model'": "has vectors of another model",
 }
 
 
