@@ -4626,6 +4626,7 @@ class Agent:
     repairs: list[str] = field(default_factory=list)  # what the opening had to mend
     # Calls that wait until somebody allows them, by id: about them; their tool; arguments to take instead, a note.
     approvals: dict[str, tuple[JSON, Tool, asyncio.Future[tuple[JSON, str] | None]]] = field(default_factory=dict)
+    before: AgentRecord | None = None  # what there was before the turn that runs
     _cut_prompts: int = 0  # model calls in a row whose endpoint counted far fewer tokens than were sent
     calls_tools = True  # a tool's parameter of this type is filled in
 
@@ -4640,10 +4641,6 @@ class Agent:
     def blocks(self) -> dict[str, Block]:
         """Core memory by label: a copy, so that a tool may read it from its thread."""
         return dict(self.memory.blocks)
-
-    def as_stored(self) -> AgentRecord:
-        """What a copy of the agent begins with; while a turn runs, what there was before it."""
-        return self._before if self.record.state["turn"] else replace(self.record)
 
     @property
     def ratio(self) -> float:
@@ -4752,7 +4749,7 @@ class Agent:
         self._take_tools()
         try:
             async with Transaction(self.memory, turn.turn_id, 1) as change:  # the start is the message's receipt
-                self._before = self.as_stored()
+                self.before = replace(self.record)
                 change.changes.events.append({"type": "agent_response_start", "turn_id": turn.turn_id})
                 change.state["turn"] = turn.turn_id
                 if turn.message is not None:
@@ -4771,7 +4768,7 @@ class Agent:
                     await self._break_off(turn, MemwsError("internal error; the server's log has it"))
         finally:
             self.memory.stale |= not turn.over  # a tool cancelled the task it runs in
-            turn.over = True
+            turn.over, self.before = True, None
 
     def _add_user_message(self, change: Transaction, turn: Turn, message: str, **fields: Any) -> None:
         last, now = change.state["last_user"], now_text()
@@ -8269,7 +8266,8 @@ class Session:
         """Make another agent: a copy with all memory and history, as of now or of the end of a turn. A turn that runs
         is no part of it. Result: {agent_name, last_seq}."""
         name, agents = check_name(new_name or name_like(live.name)), self._agents
-        record = await agents.store.read(find_turn_end, agent.record, turn_id) if turn_id else agent.as_stored()
+        now = agent.before or agent.record
+        record = await agents.store.read(find_turn_end, agent.record, turn_id) if turn_id else now
         record = replace(record, name=name, created=now_text())
         async with agents.copied(live, record, Turn("", None)) as copy, agents.lock:
             await agents.store.write(name_agent, copy, name)
