@@ -2688,13 +2688,14 @@ _STRING = r""" "(?:[^"\\]|\\.)*+(?:"|\\?\Z) | (?<=[=(,\[:{\s])'(?:[^'\\]|\\.)*+'
 _SPELLINGS = (  # of Kimi K3 and MiniMax M3, as others write it
     (r"<\|open\|>([^<]*)<\|sep\|>", r"<\1>"),
     (r"<\|close\|>([^<]*)<\|sep\|>", r"</\1>"),
-    (r"\]<\]minimax\[>\[</(?!tool_call|invoke)\w+>|</argument>", "</parameter>"),
-    (r'\]<\]minimax\[>\[<(?!tool_call|invoke|/)(\w+)>|<argument key="(\w+)"[^<>]*>', r"<parameter=\1\2>"),
+    (r"\]<\]minimax\[>\[</(?!tool_call|invoke)\w+>", "</parameter>"),
+    (r"\]<\]minimax\[>\[<(?!tool_call|invoke|/)(\w+)>", r"<parameter=\1>"),
     (r"\]<\]minimax\[>\[", ""),
 )
-_PARAMETER = r"""
-    <[^<>\s=]{0,20}?(?:parameter(?:=|\s+name=)["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<\w*arg_value>|\n)?
-    (.*?)\n?</[^<>\s]{0,20}?(?:parameter|arg_value)>"""
+_NAMES_PARAMETER = r"(?:param(?:eter)?|arg(?:ument)?)(?:=|\s+(?:name|key)=)"
+_PARAMETER = rf"""
+    <[^<>\s=]{{0,20}}?(?:{_NAMES_PARAMETER}["']?|arg_key>)([\w.-]+)[^>]*>(?:\s*<\w*arg_value>|\n)?
+    (.*?)\n?</[^<>\s]{{0,20}}?(?:param(?:eter)?|arg(?:ument|_value)?)>"""
 # Compiled when they are first needed, and kept by re: that would be 8 ms of every import.
 _IN_PROSE = rf"""
     (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
@@ -2704,18 +2705,18 @@ _IN_PROSE = rf"""
         (?P<inner>.*?) (?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
     | (?P<end> {_THOUGHT_END})  # alone: the beginning stood in the prompt
     | (?P<call> <[|｜][^<>\s]{{0,60}}?(?:tool|function|call|python|action|plugin|invoke)  # <|python_tag|>, DeepSeek
-        | <(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_\w+)?[\s=>]  # <tool_call>, <function=name>
-        | <\|open\|>(?:tools|call)\b | \]<\]\w+\[>\[  # Kimi K3, MiniMax M3
-        | \[TOOL_\w+\] | \bfunctools(?=\[) | ✿\w+✿ | {_AT_START}```tool_  # Mistral, Phi, Qwen Agent, Gemma
+        | <{{1,2}}(?:\w{{1,20}}[:_])?(?:tool|function|invoke)(?:s|_?calls?|_\w+)?[\s=>(/]  # <tool_call>
+        | <\|open\|>(?:tools|call)\b | \]<\]\w+\[>\[ | <call:  # Kimi K3, MiniMax M3
+        | \[(?:TOOL|FUNCTION)_\w+\] | \bfunctools(?=\[) | ✿\w+✿ | {_AT_START}```tool_  # Mistral, Phi, Qwen Agent, Gemma
         | {_AT_START}\[?(?:Calling\ tool:|(?:tool|function)[_ ]calls?:?)\s*
             (?=[\w.]*\(?\s*\[?\s*\{{\s*["'] | [\w.]+\(\w+=)  # LFM 2, where the next line is a call
         | {_AT_START}>>>(?!all\n)(?=\w+\n)  # Functionary
         | {_AT_START}Action:\s*(?:```|[\[{{]|\w+\s*$) | ^Action\ Input:  # Command R, ReAct
-        | <\|channel\|>\w+\  | \bto=functions\. | assistantcommentary)  # gpt-oss, also where its tokens are lost
-    | (?P<bare> {_AT_START}(?:```\w*\s*)?[ ]*(?:\[\s*)?(?:print\()?(?:  # a call without a mark:
+        | <\|channel\|>\w+\  | (?:commentary\ )?\bto=functions\. | assistantcommentary)  # gpt-oss, its tokens lost
+    | (?P<bare> {_AT_START}(?:```\w*\s*)?[ ]*(?:\[\s*)?(?:print\(|await\ )?(?:  # a call without a mark:
         \{{\s*["'}}]  # JSON
         | [a-z_][\w.]*(?<!print)\(\s*(?:\w+\s*=|["'{{])  # Python
-        | [a-z_][\w.]*(?::\d+)?:?\s*\{{\s*["'}}]))  # a name before JSON
+        | [a-z_][\w.]*(?::\d+)?(?:\]?:?|>|\[ARGS\])\s*\{{\s*["'}}]))  # a name before JSON
     | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|(?:channel|open|close)\|>\w+<\|(?:message|sep)\|>
         | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
         | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?answer> | </?[|｜\w:]*\Z)
@@ -2729,10 +2730,11 @@ _IN_MARKUP = rf"""
     | (?P<quoted> (?P<quote><escape>|<\|"\|>)(?P<inner>.*?)(?P=quote))  # Gemma
     | (?P<parameters> (?:{_PARAMETER}\s*)+)
     | (?P<python> (?<![\w.])[\w.]++\((?!\s*\{{)(?:{_STRING}|[^"'()]++){{0,300}}+\))
-    | (?P<cut> <[^<>\s=/]{{0,20}}(?:parameter(?:=|\s+name=)|arg_).* | <[^<>/]*\Z)
-    | (?P<close> </[^<>\s]*(?:function|invoke|call)>)  # after arguments, or where there are none
-    | {_MADE_UP} | <[^<>\s=]*(?:=|\s+(?:name|tool)=)["']?(?P<name>[\w.-]+)[^<>]*>
-    | (?:<\|tool_call:begin\|>|(?-i:\[CALL_ID\]))\w+ | </?[^<>]*(?:>|\Z)
+    | (?P<cut> <[^<>\s=/]{{0,20}}(?:{_NAMES_PARAMETER}|arg_).* | <[^<>/]*\Z)
+    | (?P<close> </[^<>\s]*(?:function|invoke|call)>(?!\s*<\w+>\s*\{{))  # after arguments, or where there are none
+    | {_MADE_UP} | <function=(?=[\w.]+\()
+    | <(?:function[(/]|call:|[^<>\s=]*(?:=|\s+(?:name|tool)=))["']?(?P<name>[\w.-]++)[^<>{{]*(?:>|(?=\{{))
+    | (?:<\|tool_call:begin\|>|(?-i:\[CALL_ID\]))\w+ | <{{1,2}}/?[^<>]*(?:>{{1,2}}|\Z)
     | (?-i:\[/?[A-Z_]{{3,}}\]) | ✿\w+✿:? | ```\w* | ^>>> | ^Action(?:\ Input)?: | functools(?=\[)
     | assistant(?=commentary) | \[?Calling\ tool: | \b(?:tool|function)[_ ]calls?:?(?=\W)
     | (?P<arrow> =>) | ^\s*--(?P<flag>\w+)  # MiniMax 2
@@ -2741,10 +2743,10 @@ _PLAIN = {"string": r"\g<0>", "name": r" to=\g<name> ", "cut": " to=unknown {", 
 _PLAIN |= {"arrow": ":", "flag": r'"\g<flag>":'}
 _BRACES = rf"(?sx){_STRING} | [{{}}]"
 _NAMED = (  # the name of a tool before its arguments, and what may stand beside it
-    r"(?s)(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?:?(?:\s+(?:commentary|json|code))*"
+    r"(?s)(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?[:>]?(?:\s+(?:commentary|json|code))*"
 )
-_NAME_KEYS = ("name", "function", "tool_name", "tool", "action")
-_ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "input", "action_input")
+_NAME_KEYS = ("name", "function", "tool_name", "tool", "action", "function_name", "recipient_name")
+_ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "kwargs", "input", "action_input", "tool_input")
 
 
 # ---- what a model answers --------------------------------------------------------------------------------------------
@@ -3022,7 +3024,7 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
     said, thoughts, end, kind = _parts_of(reply.text, 0, len(reply.text))
     markup = reply.text[end:]
     calls, words = _calls_in(markup, tools, kind == "call")
-    is_half = any(f"{name}(" in words for name in tools)
+    is_half = any(f"{name}(" in words or f"<{name}" in said for name in tools)
     if kind == "bare" and said.strip() and words and not is_half:  # an example in prose
         said, markup, calls = said + markup, "", []
     rest, own = f"{said.strip()}\n{words}".strip(), set(tools) - set(others)
@@ -3089,7 +3091,9 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
     if not isinstance(fields, dict):
         return
     name = next((fields[key] for key in _NAME_KEYS if isinstance(fields.get(key), str)), "")
-    arguments = next((fields[key] for key in _ARGUMENT_KEYS if isinstance(fields.get(key), (dict, str))), None)
+    others = {key: item for key, item in fields.items() if key not in ("id", "type", *_NAME_KEYS)}
+    default = others if others and name in tools else None
+    arguments = next((fields[key] for key in _ARGUMENT_KEYS if isinstance(fields.get(key), (dict, str))), default)
     if name and arguments is not None:
         yield ToolCall("", name, arguments if isinstance(arguments, str) else encode_json(arguments))
         return

@@ -698,6 +698,12 @@ MARKUP = {
     "parts as tags": f"<tool_call><name>send_message</name><arguments>{ARGUMENTS}</arguments></tool_call>",
     "OpenAI, before there were tools": f'{{"function_call": {WRITTEN}}}', "gpt-oss, one token lost":
     f"to=functions.send_message <|constrain|>json<|message|>{ARGUMENTS}", "a name": f"send_message\n{ARGUMENTS}",
+    "Groq": f"<function=send_message{ARGUMENTS}></function>", "Groq, with brackets":
+    f"<function(send_message){ARGUMENTS}></function>", "Groq, Python":
+    '<function=send_message(message="Hello!")></function>', "Gorilla": f"<<function>>send_message({ARGUMENTS})",
+    "Mistral, tokens lost": f"send_message[ARGS]{ARGUMENTS}", "flat": '{"name": "send_message", "message": "Hello!"}',
+    "in parallel": f'{{"tool_uses": [{{"recipient_name": "functions.send_message", "parameters": {ARGUMENTS}}}]}}',
+    "tags cut short": '<tool_call name="send_message"><param name="message">Hello!</param></tool_call>',
 }  # fmt: skip
 
 
