@@ -21,6 +21,7 @@ from soaking import GONE, Soak, handshake, healthy_client, knock, run, site, unt
 from commandline import Serving
 from measure import memory
 from test_gate import ADDRESSES, BAD_HOSTS, BAD_ORIGINS, BREACHES, FOREIGN, TOKEN, WRONG_TOKENS
+from test_wire import COMMANDS, HOSTILE, candidates, frame_of, needed
 from websockets.asyncio.client import ClientConnection, connect
 from wire import JSON, MAX_ERROR_BYTES, TERMINALS, check_event
 
@@ -32,15 +33,6 @@ LEAK = re.compile(rf'Traceback|File "|site-packages|/usr/lib|memws-soak-|memws\.
 BATCH = 25
 WORKERS = 8
 NAMES = [f"agent{number}" for number in range(12)]
-
-
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for number in range(depth):
-        value = [value] if number % 2 else {"a": value}
-    return value
-
-
 TEXTS = [
     "", " ", "x", "\x00", "a\x00b", "\ud800", "\udfff\ud800", "../../etc/passwd", "/etc/passwd", "C:\\con", "sam.json",
     "'; DROP TABLE agents; --", '" OR 1=1', "foo AND", "nope:x", "*", "NEAR(", "a\"b", "-", "^", "()", "{{7*7}}",
@@ -49,30 +41,23 @@ TEXTS = [
     "constructor", "__class__", "None", "a" * 129, "b" * 2_001, "c" * 65_537,
 ]  # fmt: skip
 VALUES: list[Any] = [
-    None, True, False, 0, -1, 1, 7, 0.5, -0.0, 1e308, 2**31, 2**53, 2**53 + 1, 2**63, 2**64, -(2**63) - 1, 10**400,
-    [], {}, [None], [[]], {"": ""}, ["a", 1], [1] * 500, {str(n): n for n in range(300)}, nested(60), nested(70),
-    {"__class__": {"__init__": {}}}, {"$gt": ""}, [{}] * 20,
+    -0.0, 1e308, 2**53 + 1, 2**64, -(2**63) - 1, 10**400, [None], [[]], {"": ""}, [1] * 500, [{}] * 20, {"$gt": ""},
+    dict.fromkeys(map(str, range(300))), {"__class__": {"__init__": {}}}, json.loads("[" * 60 + "]" * 60),
+    json.loads('{"a":' * 70 + "1" + "}" * 70),
 ]  # fmt: skip
-NUMBERS = ["NaN", "-Infinity", "1e999", "-1e999", "9" * 5_000, "1." + "0" * 400, "0x10", "01", "1_000", "+1"]
-COMMANDS: dict[str, JSON] = {
-    "create_agent": {"config": {"name": "agent1", "persona": "sam_pov", "human": "basic", "model": None,
-                                "context_window": 8000, "blocks": [{"label": "x", "value": "y", "limit": 50}],
-                                "max_steps": 5, "settings": {"temperature": 1}, "tools": ["send_message"]}},
-    "load_agent": {"name": "agent1"}, "hello": {"message_types": ["delta"]}, "list_agents": {"after": "", "limit": 5},
-    "get_agent": {}, "update_agent": {"config": {"max_steps": 3, "settings": {"seed": 1}}},
-    "rename_agent": {"new_name": "agent1"}, "delete_agent": {"force": True, "purge": True},
-    "restore_agent": {"new_name": "agent1"}, "get_messages": {"before": 3, "limit": 3},
-    "search_memory": {"query": "what do I like", "store": "all", "from": "2024-01-01",
-                      "to": "2030-01-01", "page": 1, "limit": 3},
-    "get_context": {}, "get_request": {"turn_id": "t", "step": 1},
-    "set_block": {"label": "human", "value": "Name: Ada", "version": 1}, "insert_passage": {"text": "I like otters"},
-    "delete_passage": {"passage_id": 1}, "cancel": {"turn_id": "t"}, "subscribe": {"after": 0}, "unsubscribe": {},
-    "wake": {}, "compact": {},
+CONFIG: JSON = {
+    "name": "x", "persona": "sam_pov", "human": "basic", "model": None, "context_window": 8000, "max_steps": 5,
+    "blocks": [{"label": "x", "value": "y", "limit": 50}], "settings": {"temperature": 1}, "tools": ["send_message"],
 }  # fmt: skip
+# What makes an agent with a made-up name each time would fill the memory by right; what costs more comes less often.
+KINDS = [kind for kind in COMMANDS if kind not in ("fork_agent", "rewind_agent")]
+OFTEN = [1 if kind in ("user_message", "create_agent", "compact", "wake") else 4 for kind in KINDS]
+FIELDS = {kind: COMMANDS[kind].parameters["properties"] for kind in KINDS}
+NEAR = {kind: {name: candidates(schema) for name, schema in fields.items()} for kind, fields in FIELDS.items()}
 
 
 class Maker:
-    """Draws frames; each holds a fresh id, unless it is mutated away."""
+    """Draws frames; each holds a fresh id, unless it is spoiled."""
 
     def __init__(self, rng: random.Random, mark: str) -> None:
         self.rng, self.mark, self.number = rng, mark, 0
@@ -81,66 +66,41 @@ class Maker:
         self.number += 1
         return f"{self.mark}-{self.number}"
 
-    def request(self) -> JSON:
-        command = self.rng.choice(list(COMMANDS))
-        if command in ("create_agent", "compact", "wake") and self.rng.random() < 0.7:  # less often: they cost more
-            command = "load_agent"
-        name = self.rng.choice(NAMES)
-        arguments = json.loads(json.dumps(COMMANDS[command]).replace("agent1", name))
-        frame: JSON = {"id": self.new_id(), "type": "command", "command": command, **arguments}
-        if self.rng.random() < 0.06:
-            frame = {"id": self.new_id(), "type": "user_message", "message": "I like otters. Do I?"}
-            frame |= {"turn_id": self.new_id(), "when_busy": self.rng.choice(["queue", "reject", "interrupt"])}
-        if command not in ("hello", "list_agents", "create_agent") and self.rng.random() < 0.8:
-            frame.setdefault("agent_name", name)
-        return frame
-
     def value(self) -> Any:
         return self.rng.choice(TEXTS) if self.rng.random() < 0.5 else copy.deepcopy(self.rng.choice(VALUES))
 
-    def mutate(self, frame: JSON) -> None:
-        """Put one thing of a request wrong."""
+    def request(self) -> JSON:
+        """A request of which up to three fields are at, near or far beyond their bounds."""
         rng = self.rng
-        place = frame
-        while True:
-            inner = [value for value in place.values() if isinstance(value, dict) and value]
-            if not inner or rng.random() < 0.4:
-                break
-            place = rng.choice(inner)
-        key = rng.choice(list(place))
-        kind = rng.randrange(6)
-        if kind == 0 and key != "name":  # an agent with a made-up name each time would fill the memory by right
-            del place[key]
-        elif kind == 1:
-            place[rng.choice(TEXTS)] = self.value()
-        elif kind == 2 and isinstance(place[key], str) and key != "turn_id":
-            place[key] = place[key] + rng.choice(TEXTS)
-        else:
-            place[key] = self.value()
+        (kind,) = rng.choices(KINDS, OFTEN)
+        frame = frame_of(kind, id=self.new_id(), **needed(kind))
+        names = {name: rng.choice(NAMES) for name in ("agent_name", "name", "new_name") if name in FIELDS[kind]}
+        frame |= names if rng.random() < 0.8 else {}
+        if "config" in frame:
+            frame["config"] = {name: rng.choice([value, self.value()]) for name, value in CONFIG.items()}
+        for name in rng.choices([*FIELDS[kind], rng.choice(TEXTS)], k=rng.choice([0, 1, 1, 1, 2, 3])):
+            near = rng.choice(NEAR[kind].get(name, TEXTS))
+            frame[name] = self.value() if rng.random() < 0.5 or len(str(near)) > 100_000 else near
+        if kind == "user_message" and not isinstance(frame.get("turn_id"), str):
+            frame.setdefault("turn_id", self.new_id())
+        if isinstance(frame.get("config"), dict) and kind == "create_agent":
+            frame["config"]["name"] = rng.choice([*NAMES, *TEXTS[:4]])
+        return frame
 
     def frame(self) -> str | bytes:
         rng = self.rng
         request = self.request()
-        for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
-            self.mutate(request)
-        if request.get("type") == "user_message" and not isinstance(request.get("turn_id"), str):
-            request.setdefault("turn_id", self.new_id())
-        if isinstance(request.get("config"), dict) and request["config"].get("name") is None:
-            request["config"]["name"] = rng.choice(NAMES)
         text = json.dumps(request)
         kind = rng.randrange(20)
         if kind < 5:
             text = self.spoil(text)
-        elif kind == 5:
-            text = re.sub(r"(?<=: )(\d+|null|true|false)", lambda _: rng.choice(NUMBERS), text, count=1)
-        elif kind == 6:
-            depth = rng.choice([65, 200, 5_000, 100_000])
-            text = rng.choice(["[" * depth, '{"a":' * depth, '{"type":"command","x":' + "[" * depth])
-        elif kind == 7:
-            return rng.choice([text.encode(), text.encode("utf-16"), rng.randbytes(rng.randrange(200)), b""])
+        elif kind < 8:
+            return rng.choice(HOSTILE)[0]
         elif kind == 8:
+            return rng.choice([text.encode(), text.encode("utf-16"), rng.randbytes(rng.randrange(200)), b""])
+        elif kind == 9:
             return json.dumps(self.value())
-        elif kind == 9 and rng.random() < 0.03:
+        elif kind == 10 and rng.random() < 0.03:
             text = json.dumps(request | {"pad": "p" * 900_000})
         nameless = '"type": "user_message"' in text and marks_of(text) == (None, None)
         return f"{text}x" if nameless else text  # an answer that nobody could tell from others is no case for us
