@@ -476,13 +476,9 @@ def _finite(text: str) -> float:
 
 
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+# A value as compact strict JSON; raises ValueError for NaN and infinities.
+encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _STRICT, _LOOSE = (json.JSONDecoder(strict=s, parse_constant=_finite, parse_float=_finite) for s in (True, False))
-
-
-def encode_json(value: Any) -> str:
-    """`value` as compact strict JSON. Raises ValueError for NaN and infinities."""
-    return _ENCODER.encode(value)
 
 
 def decode_json(text: str | bytes, strict: bool = True) -> Any:
@@ -496,7 +492,8 @@ def decode_json(text: str | bytes, strict: bool = True) -> Any:
 
 def with_fields(text: str, **fields: Any) -> str:
     """The JSON object `text` with more fields: an event is encoded once, each copy only adds what differs."""
-    return f"{text[:-1]},{encode_json(fields)[1:]}"
+    more = "".join(f',"{name}":{encode_json(value)}' for name, value in fields.items())
+    return f"{text[:-1]}{more}}}"
 
 
 def read_json(text: str) -> tuple[Any, str]:
