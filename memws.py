@@ -4203,8 +4203,7 @@ class Transaction:
     def block(self, label: str) -> Block:
         """The block. Raises Refused (not_found) naming the labels there are."""
         if label not in self.blocks:
-            names = ", ".join(self.blocks)
-            raise Refused("not_found", f"there is no core memory block {quote(label)}; blocks: {names}")
+            raise Refused("not_found", f"no core memory block {quote(label)}; blocks: {', '.join(self.blocks)}")
         return self.blocks[label]
 
     def write(self, label: str, value: str, version: int | None = None, limit: int | None = None) -> None:
@@ -4317,9 +4316,7 @@ def _moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> st
         raise InvalidRequest("bad_field", text) from None
 
 
-_ALIKE = str.maketrans(
-    "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2010\u2011\u2012\u2013\u2014\u2212", "''''\"\"\"\"------"
-)
+_ALIKE = str.maketrans("‘’‚‛“”„‟‐‑‒–—−", "''''\"\"\"\"------")
 _SIGN = " *\n| +|[^\u00ad\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]"  # no soft hyphens, joiners and the like
 _LETTER = f"[^\\W{_PAIRED}{_TRIPLED}]"  # in scripts without spaces no word goes on
 _IN_WORD = f"(?<={_LETTER}){_LETTER}|(?<=\\d)[.,]\\d|(?<=\\d[.,])\\d"
@@ -4859,7 +4856,7 @@ class Agent:
         reply.final = True
         with contextlib.suppress(ModelError):
             self._read(turn)
-            if not turn.replied and reply.fault != "cut" and (reply.partial or (reply.text and not reply.calls)):
+            if not turn.replied and reply.fault != "cut" and (reply.partial or not reply.calls):
                 turn.error = error if reply.fault == "broken" else None
                 return
         raise error
@@ -5061,12 +5058,11 @@ class Agent:
         finally:
             del self.approvals[about["tool_call_id"]]
 
-    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, duration_ms: int = 0) -> None:
+    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, ms: int = 0) -> None:
         """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
         ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)), NOT_KEPT)
         status = "OK" if ok else "Failed"
-        about = {"tool_call_id": call.id, "name": call.name, "status": status, "duration_ms": duration_ms}
-        change.add_event("tool_return", text, **about)
+        change.add_event("tool_return", text, tool_call_id=call.id, name=call.name, status=status, duration_ms=ms)
         change.add_event("function_message", f"{'Success' if ok else 'Error'}: {text}")
         content = encode_json({"status": status, "message": text, "time": self.memory.clock()})
         change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
@@ -5078,8 +5074,7 @@ class Agent:
         change.changes.request, reply = turn.request, turn.reply
         turn.calls.update({call.line for call in reply.calls})
         sizes = self._sizes([*self.memory.messages, *change.changes.messages])
-        was_warned = change.state["warned"] or turn.compactions > 0
-        warn = not was_warned and sum(sizes.values()) > WARNING_FRACTION * self.window
+        warn = not (change.state["warned"] or turn.compactions) and sum(sizes.values()) > WARNING_FRACTION * self.window
 
         reason = "" if turn.replied else HEARTBEAT_NO_REPLY  # why another step follows (as in MemGPT 0.2.7, run_step)
         if not succeeded:

@@ -721,7 +721,7 @@ async def test_the_flow_of_memgpt_0_2_7(server: Server, endpoint: Endpoint) -> N
             ("function_message", "Running core_memory_append({'name': 'human', 'content': \"Ada's\"})"),
             ("function_message", "Success: None"),
             ("function_message", "Running core_memory_append({'name': 'humans', 'content': 'x'})"),
-            ("function_message", "Error: there is no core memory block 'humans'; blocks: persona, human"),
+            ("function_message", "Error: no core memory block 'humans'; blocks: persona, human"),
             ("function_message", "Running send_message({'message': 'Hi!'})"),
             ("assistant_message", "Hi!"),
             ("function_message", "Success: None"),
