@@ -5767,11 +5767,11 @@ PANEL_STYLE: Final = r"""
   .memws-step, .memws-args, .memws-state, .memws-copy, .memws-note, .memws-used, .memws-tab, .memws-text:empty,
   .memws-empty p, .memws-opener, .memws-days summary, .memws-rows > .memws-prose { color: var(--soft); }
   .memws-mark, .memws-step, .memws-copy, .memws-used { font-size: 12.5px; }
-  .memws-model, .memws-status, .memws-said, .memws-told, .memws-quiet, .memws-trace > summary,
+  .memws-model, .memws-status, .memws-said, .memws-told, .memws-notice, .memws-quiet, .memws-trace > summary,
   .memws-note, .memws-change, .memws-days summary, .memws-fold summary { font-size: 13px; }
   .memws-model, .memws-told, .memws-live, .memws-why, .memws-args, .memws-fold summary {
     overflow: hidden; text-overflow: ellipsis; white-space: nowrap; min-width: 0; }
-  .memws-said, .memws-why, .memws-bad:is(.memws-note, .memws-mark, .memws-told > *), .memws-refused .memws-mark,
+  .memws-said, .memws-why, .memws-bad:is(.memws-note, .memws-mark, .memws-notice > *), .memws-refused .memws-mark,
   .memws-bad .memws-state { color: var(--bad); }
   .memws-remark, .memws-warn:is(.memws-note, .memws-model) { color: var(--warn); }
   .memws-main { background: var(--accent); color: var(--on-accent); font-weight: 600; }
@@ -5802,7 +5802,7 @@ PANEL_STYLE: Final = r"""
   .memws-user { align-self: flex-end; max-width: 85%; display: grid; justify-items: end; gap: 2px; }
   .memws-bubble { background: var(--wash); border-radius: 16px 16px 4px; padding: 8px 14px; white-space: pre-wrap; }
   .memws-refused .memws-bubble { opacity: .6; } .memws-trace > summary { display: flex; gap: 8px; min-width: 0; }
-  .memws-trace > summary:hover { color: var(--ink); } .memws-told button { margin: 0 4px; }
+  .memws-trace > summary:hover { color: var(--ink); } .memws-notice button { margin: 0 4px; }
   .memws-trace > summary::before, .memws-fold summary::before { content: "▸ "; }
   .memws-trace[open] > summary::before, .memws-fold[open] summary::before { content: "▾ "; }
   .memws-live, .memws-why, .memws-args { flex: 1 1 0; &:empty { display: none; } }
@@ -5938,7 +5938,7 @@ function form(kind, work, fields, ...actions) { // `work` gets what is not empty
     const values = Array.from(new FormData(target), ([name, text]) => [name, text.trim()]);
     return work(Object.fromEntries(values.filter(([, text]) => text)));
   };
-  const about = { class: `memws-${kind}`, onsubmit, "onmemws-fail": fail };
+  const about = { class: `memws-${kind}`, method: "dialog", onsubmit, "onmemws-fail": fail }; // it goes to no address
   return node("form", about, ...inputs(fields), said, div("actions", ...actions));
 }
 function ask(place, title, fields, label, work) { // until it is done or left; then the focus is where it was
@@ -6036,7 +6036,7 @@ function grid(source) { // the row of dashes only parts the head from the rest
   const rows = source.trimEnd().split("\n").filter((row) => !/^[\s|:-]*$/.test(row));
   const cells = (row) => row.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/);
   const cell = (tag) => (text) => node(tag, {}, ...inline(text.trim().replaceAll("\\|", "|")));
-  const line = (row, number) => node("tr", {}, ...cells(row).map(cell(number ? "td" : "th")));
+  const line = (row, place) => node("tr", {}, ...cells(row).map(cell(place ? "td" : "th")));
   return node("table", {}, ...rows.map(line));
 }
 
@@ -6303,9 +6303,9 @@ class Log { // an element for each turn, whose property `turn` it is; older ones
   element = node("div", { class: "memws-log", role: "log", tabindex: "0", "aria-label": "Conversation",
     "aria-live": "off", onscroll: () => this.scrolled() }, this.inner);
   constructor(panel) { this.panel = panel; }
-  clear(agent, welcome, last) { // its events up to this seq are to be fetched
+  clear(agent, last, title, text, ...kids) { // its events up to this seq are to be fetched; the rest is shown till then
     Object.assign(this, { agent, turns: new Map(), asked: last, page: [] });
-    this.inner.replaceChildren(welcome);
+    this.inner.replaceChildren(div("empty", node("h3", {}, title), node("p", {}, text), ...kids));
   }
   get first() { return this.inner.firstChild?.turn?.seq ?? this.panel.last + 1; } // what is below it is fetched
   turnOf({ turn_id, seq, message_type }, place = null) {
@@ -6372,6 +6372,7 @@ class View {
 
 const card = (title, size, action, ...kids) =>
   node("section", { class: "memws-card" }, node("header", {}, node("h4", {}, title), size, action), ...kids);
+const GLOW = [0, 0.1, 0.3].map((offset) => ({ offset, boxShadow: `0 0 0 3px #23a07a${offset < 0.2 ? "66" : "00"}` }));
 
 class Memory extends View {
   blocks = new Map(); // by label
@@ -6395,8 +6396,6 @@ class Memory extends View {
     this.out.replaceChildren(div("mark", told));
   }
 }
-
-const GLOW = [0, 0.1, 0.3].map((offset) => ({ offset, boxShadow: `0 0 0 3px #23a07a${offset < 0.2 ? "66" : "00"}` }));
 
 class Block { // of core memory, edited in place
   text = div("text");
@@ -6560,7 +6559,7 @@ class Panel {
   busy = node("select", { "aria-label": "While a turn runs", title: "a message waits for its end, or enters it" },
     new Option("queue"), new Option("steer"));
   stop = button("Stop", "stop", () => this.command("cancel"));
-  told = node("div", { class: "memws-told", role: "alert", onclick: () => this.told.replaceChildren() });
+  notice = node("div", { class: "memws-notice", role: "alert", onclick: () => this.notice.replaceChildren() });
   dialog = div("dialog");
   bar = div("bar");
   used = button("", "used", () => this.show("Context"));
@@ -6570,7 +6569,6 @@ class Panel {
     const about = { class: `memws-panel${compact ? " memws-compact" : ""}`,
       "data-lm-suppress-shortcuts": "true", // JupyterLab's keys are not ours
       onkeydown: (event) => this.pressed(event),
-      onsubmit: (event) => event.preventDefault(), // a form goes to no address
       "onmemws-fail": ({ detail }) => this.fail(detail) };
     const works = {
       "new agent…": () => ask(this.dialog, "A new agent", CONFIG, "create", (config) => this.create(config)),
@@ -6581,13 +6579,12 @@ class Panel {
       "keys": () => ask(this.dialog, "Keys", KEYS) };
     const top = node("header", { class: "memws-top" }, node("b", {}, "memws"), this.pick,
       menu("Agents and keys", works), this.model, span("status", node("i"), this.word));
-    const over = div("over", this.log.newest, this.told);
+    const over = div("over", this.log.newest, this.notice);
     const composer = div("composer", this.field, this.busy, this.stop, this.send);
     const left = node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
     this.root = node("div", about, top, div("columns", left, this.aside));
     this.root.panel = this;
     parent.append(this.root);
-    this.mind();
     this.changed("connecting");
     this.carrier = transport(this);
   }
@@ -6607,11 +6604,10 @@ class Panel {
   }
 
   // -- keys, and what is told and asked --
-
   pressed(event) {
     event.stopPropagation(); // JupyterLab would prevent line breaks typed inside a cell
     const { key, target: { form } } = event;
-    const view = event.altKey && this.views[Number(event.code.slice(-1)) - 1];
+    const view = event.altKey && this.views?.[Number(event.code.slice(-1)) - 1];
     const typed = event.target === this.field && !event.isComposing && !event.shiftKey ? key : "";
     if (view) this.show(view.title);
     else if (form && key === "Escape") form.reset();
@@ -6631,17 +6627,17 @@ class Panel {
     if (wanted) this.root.classList.remove("memws-compact");
     attempt(this.root, () => this.view.shown?.(wanted));
   }
-  fail({ code, message }) { // where the agent or the connection went, that is shown already
-    if (!["lost", "no_agent"].includes(code)) this.tell(message, {}, "bad");
+  fail({ code, message }) {
+    if (code === "unknown_agent") return this.agentChanged({ change: "deleted" }); // and not yet heard of
+    return ["lost", "no_agent"].includes(code) ? null : this.tell(message, {}, "bad"); // what went is shown already
   }
   tell(text, works = {}, kind = "news") { // with what can be done about it, for a quarter of a minute
     clearTimeout(this.timer);
-    this.told.replaceChildren(div(kind, text, ...buttons(works, "link")));
-    this.timer = setTimeout(() => this.told.replaceChildren(), 15_000);
+    this.notice.replaceChildren(div(kind, text, ...buttons(works, "link")));
+    this.timer = setTimeout(() => this.notice.replaceChildren(), 15_000);
   }
 
   // -- the connection --
-
   changed(connection) {
     if (connection === this.connection) return;
     const lost = Object.assign(new Error("the connection was lost"), { code: "lost" });
@@ -6679,16 +6675,15 @@ class Panel {
   }
 
   // -- agents --
-
   async agents(after) { // all of them
     const { agents } = await this.command("list_agents", { after });
     return agents.length ? [...agents, ...await this.agents(agents.at(-1).agent_name)] : [];
   }
-  async list() { // as they are now: others make some too
+  async list() { // in the picker too, as they are now: others make some
     const agents = await this.agents();
     const names = agents.map((each) => each.agent_name);
-    if (String(names) === String(Array.from(this.pick.options, (each) => each.value))) return agents;
-    this.pick.replaceChildren(...names.map((name) => new Option(name)));
+    const isNews = String(names) !== String(Array.from(this.pick.options, (each) => each.value));
+    if (isNews) this.pick.replaceChildren(...names.map((name) => new Option(name)));
     this.pick.value = this.agent;
     return agents;
   }
@@ -6709,7 +6704,7 @@ class Panel {
     const { blocks, turn } = await this.refresh();
     this.state({ running: turn?.turn_id, isReady: true }); // from now on the events tell
     if (isNew) {
-      this.log.clear(agent, this.welcome(blocks), last_seq);
+      this.welcome(blocks, last_seq);
       this.model.classList.toggle("memws-warn", model === "offline");
       this.model.textContent = model === "offline" ? "rule-based stand-in, no language model" : model;
       if (repaired.length + warnings.length) this.tell([...repaired, ...warnings].join(" · "));
@@ -6720,17 +6715,16 @@ class Panel {
     }
     return this.log.follow();
   }
-  welcome(memory) {
-    const persona = memory.find(({ label }) => label === "persona")?.value ?? "";
+  welcome(blocks, last_seq) {
+    const persona = blocks.find(({ label }) => label === "persona")?.value ?? "";
     const sentences = persona.split(/(?<=[.!?])\s/).slice(0, 2).join(" ");
     const starters = STARTERS.map((text) => button(text, "starter", () => this.submit(text)));
-    return div("empty", node("h3", {}, this.agent), node("p", {}, sentences.slice(0, 300)), ...starters);
+    this.log.clear(this.agent, last_seq, this.agent, sentences.slice(0, 300), ...starters);
   }
   none(name) { // one button makes the first agent
-    const told = node("p", {}, "An agent remembers what you tell it, and here you see how.");
     const start = button(`Start with ${name}`, "main", () => this.create({ name }));
+    this.log.clear(null, 0, "No agent yet", "An agent remembers what you tell it, and here you see how.", start);
     this.model.textContent = "";
-    this.log.clear(null, div("empty", node("h3", {}, "No agent yet"), told, start), 0);
     this.state({ agent: null, running: null, isReady: true });
   }
   create({ tools, ...config }) { // and open it, which tells its warnings
@@ -6767,7 +6761,6 @@ class Panel {
   }
 
   // -- events --
-
   take(event) {
     const kind = event.message_type ?? event.type;
     const [begins, ends] = [kind === "agent_response_start", /^agent_response_e/.test(kind)];
@@ -6794,7 +6787,6 @@ class Panel {
   }
 
   // -- messages --
-
   submit(text) { // whether there was something to send
     const { max_text: most } = this.limits;
     if (!text.trim()) return false;
@@ -6806,7 +6798,7 @@ class Panel {
       when_busy: this.running ? this.busy.value : "queue" };
     this.outbox.set(turn.id, turn);
     this.latest = turn.text;
-    this.told.replaceChildren();
+    this.notice.replaceChildren();
     this.field.value = "";
     this.log.newest.click();
     this.flush();

@@ -818,6 +818,11 @@ def test_narrow(serve: Serve, browser: Browser) -> None:
         window.tab(tab).click()
         size = window.page.evaluate("[document.documentElement.scrollWidth, document.documentElement.scrollHeight]")
         assert size == [400, 800]
+    window.log.get_by_label("This turn").click()
+    window.button("fork here…").click()
+    window.fill(**{"new name": "k" * 40})
+    window.button("fork").click()
+    expect(window.button("show it beside")).to_be_in_viewport(ratio=1)
     window.close()
 
 
