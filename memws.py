@@ -3118,12 +3118,12 @@ _PHRASES = {
     "too long": r"too (?:long|large|many|big)|exceed|overflow|(?:longer|larger|greater) than|less than (?:\d|max)"
     r"|max(?:imum| is)|must be (?:<|smaller)|over the|reduce|shorter|truncate|length should be|at most \d{3}",
     "surely too long": r"^413|context .{0,20}(?:length|window|size|limit)|request (?:\w+ )?too (?:large|long)"
-    "|current length|超(?!时)|过长",
+    r"|current length|only supports (?:up to )?[\d ]+tokens|超(?!时)|过长",
     "not the prompt": r"too many (?:\w+ )?(?:requests|connect)|timed? ?(?:out|limit)|call ids?"
     r"|\d (?:id|name|description)|^(?!.*token).*(?:tool|function|image|file).{0,60}(?:too |exceed|maximum)",
     "not taken": "unsupport|extra|unknown|unexpected|unrecogni|invalid|deprecated|must|should be|cannot|ca not|only"
     r"|not (?:\w+ )?(?:support|valid|permit|allow|available|accept|recogni|compatible|implement|one of)|at most|between"
-    "|range|out of|too (?:large|big|high|small|low)|exceeds the model|maximum allowed|expected a|than the maximum of",
+    "|range|out of|too (?:large|big|high|small|low)|exceeds (?:the )?m|maximum allowed|expected a|than the maximum of",
     "lacks": "missing|required|must be (?:passed|sent|provided|included|present)|need",
 }
 _MEANINGS = (  # phrases; our code, a sentence, what may help: of the rows that fit the first
