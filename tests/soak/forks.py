@@ -52,8 +52,9 @@ def then(known: Known, turn_id: str) -> Known:
 class World:
     """One run: a server process, a client, and what it should see."""
 
-    def __init__(self, folder: Path, database: str, rng: random.Random) -> None:
+    def __init__(self, folder: Path, database: str, rng: random.Random, moves: int) -> None:
         self.folder, self.database, self.rng = folder, database, rng
+        self.plan = rng.choices(list(OFTEN), list(OFTEN.values()), k=moves)
         self.live: dict[str, Known] = {}
         self.away: dict[str, list[Known]] = collections.defaultdict(list)
         self.number = itertools.count(1)
@@ -65,7 +66,7 @@ class World:
         async with self.stack:
             await self.start()
             await self.create()
-            for move in self.rng.choices(list(OFTEN), list(OFTEN.values()), k=MOVES):
+            for move in self.plan:
                 await getattr(self, move)(self.rng.choice(sorted(self.live)))
             await self.restart()
         check_database(self.database, gapless=False)
@@ -217,7 +218,8 @@ async def main(soak: Soak) -> None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memws-soak-")))
             database = cluster.database() if cluster and number % 2 else str(folder / "memws.db")
             try:
-                await World(folder, database, random.Random(f"{soak.seed} {number}")).play()
+                rng, moves = random.Random(f"{soak.seed} {number}"), MOVES if soak.count > 9 else MOVES // 2
+                await World(folder, database, rng, moves).play()
             except (AssertionError, TimeoutError) as error:
                 soak.fault("runs with a difference", f"run {number}: {error!r}")
             soak.step()
