@@ -5588,8 +5588,7 @@ class Client:
         request = {"id": next(self._ids), **request}
         text = encode_json(request)
         if (size := len(text.encode())) > MAX_FRAME:
-            problem = f"expected a request of at most {MAX_FRAME} bytes, but got {size}; send a shorter text"
-            raise Refused("too_large", problem)
+            raise Refused("too_large", f"expected at most {MAX_FRAME} bytes, but got {size}; send a shorter text")
         if _is_deeper(request, MAX_DEPTH):
             raise InvalidRequest("too_deep", f"expected a request of at most {MAX_DEPTH} levels, but it is {TOO_DEEP}")
         if self._websocket is None:
@@ -9325,7 +9324,8 @@ def make_parser(first: str = "") -> Parser:
             if word.kind is word.KEYWORD_ONLY:
                 command.add_flag(word.name)
             elif word.kind is word.VAR_KEYWORD:
-                list(map(command.add_flag, SERVING))
+                for name in SERVING:
+                    command.add_flag(name)
             else:
                 command.add_argument(word.name, nargs=None if word.default is word.empty else "?")
     parser.epilog = "" if first in commands.choices else commands.choices["serve"].format_help()

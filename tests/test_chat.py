@@ -334,7 +334,7 @@ def test_others_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy, t
     chat.type("half a li")
     chat.expect("half a li")
     assert run("chat", "--url", proxy.url, "--agent", "sam", cwd=tmp_path, text="from afar").returncode == 0
-    chat.expect("someone: from afar", "you said from afar", "sam> half a li")
+    chat.expect("someone: from afar", "sam> half a li\r\nsam: you said from afar", "sam> half a li")
     with memws.connect(proxy.url) as other:
         other.ask("by name", "sam", from_="Ada")
     chat.expect("Ada: by name", "sam> half a li")

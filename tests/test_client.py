@@ -398,7 +398,8 @@ async def test_blocking(server: memws.WebSocketServer) -> None:
         assert client.create_agent("sam")["agent_name"] == client.agent_name == "sam"
         assert client.ask("hi") == "you said hi"
         subscription = client.subscribe(after=0)
-        types = [event["type"] for event in client.send("you")]
+        turn = client.send("you")
+        types = [event["type"] for event in turn] + list(turn)
         assert (types[0], types[-1]) == ("agent_response_start", "agent_response_end")
         assert next(subscription)["seq"] == 1
         client.unsubscribe()
