@@ -7170,9 +7170,8 @@ class Options:
                 value = value.split(",")
             elif isinstance(value, os.PathLike):
                 value = os.fspath(value)
-            setattr(self, name, value)
             try:
-                check(value, schema_of(hint))
+                setattr(self, name, check(value, schema_of(hint)))
             except ValueError as error:
                 raise UsageError(f"{name}: {error}, but got {quote(value)}") from None
         if self.record and self.replay:
@@ -7364,16 +7363,16 @@ class LiveAgent:
                     yield self._with_name(event)
             after = page[-1].seq if page else until
 
-    async def ready(self) -> None:
+    async def ready(self, mend: bool = True) -> None:
         """Let the agent be as it is on disk, unless something runs. Raises StoreFailed, Refused."""
-        if self.here and not (self.current or self.end):
+        if mend and self.here and not (self.current or self.end):
             await self._mend()
         if self.end:
             raise self.end
 
-    async def fresh(self) -> Agent:
+    async def fresh(self, mend: bool = True) -> Agent:
         """The agent, which this server runs. Raises StoreFailed, Refused, Elsewhere."""
-        await self.ready()
+        await self.ready(mend)
         return self.agent
 
     async def _mend(self) -> None:
@@ -7570,7 +7569,7 @@ class SharedAgent(LiveAgent):
         self.id, name, _ = await self.agents.store.read(find_name, self.id, self.name)
         self.take_name(name)
 
-    async def ready(self) -> None:
+    async def ready(self, mend: bool = True) -> None:
         """Wait until some server runs it. Raises StoreFailed, Refused."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SETTLE_TIMEOUT):
@@ -7579,10 +7578,10 @@ class SharedAgent(LiveAgent):
         if not (self.here or self._client or self.end):
             reason = f" ({self._problem})" if self._problem else ""
             raise StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
-        await super().ready()
+        await super().ready(mend)
 
-    async def fresh(self) -> Agent:
-        await self.ready()
+    async def fresh(self, mend: bool = True) -> Agent:
+        await self.ready(mend)
         if self._client:
             raise Elsewhere(self.name, functools.partial(self._forward, self._client))
         return self.agent
@@ -7936,6 +7935,7 @@ Reason = Annotated[str, 0, MAX_QUERY]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
 Moment = Annotated[str, 0, 40] | None
+FROM_MEMORY = "get_agent", "get_context", "cancel"  # they are done also while the database fails
 GIVEN = {"live", "agent"}  # parameters of commands that need an agent; with `agent` one that this server runs
 
 
@@ -8027,7 +8027,7 @@ class Session:
         live = await self._live(arguments.pop("agent_name", None)) if names else None
         try:
             if live and "agent" in names:
-                arguments["agent"] = await live.fresh()
+                arguments["agent"] = await live.fresh(function.name not in FROM_MEMORY)
             if live and "live" in names:
                 arguments["live"] = live
             result: JSON | None = await function.call(self, **arguments)
@@ -8041,7 +8041,7 @@ class Session:
     async def _live(self, name: str | None) -> LiveAgent:
         """The agent that a request means. Raises Refused (no_agent, unknown_agent)."""
         live = self._current if name is None else await self._agents.get(name)
-        if live is None or self._agents.live.get(live.name) is not live:
+        if live is None or (name is None and live.end and not self._agents.stopping):
             raise Refused("no_agent", "no agent has been initialized; send create_agent or load_agent, or name one")
         return live
 
@@ -8486,12 +8486,8 @@ class WebSocketServer:
         A sync function runs in a daemon thread of its own, an async one on the server's loop; `timeout` in seconds.
         approve: True, or a function of the arguments that says so: a call waits until a client allows it.
         The docstring is the description, Annotated[str, "…"] that of a parameter; one of type memws.Agent gets the
-        agent. What a model sends is read loosely, also in lists and objects; types but Python's own are pydantic's:
-
-            "3", "True", "['tea']", 3.0      3, True, ["tea"], 3, where no text or fraction is expected
-            null, "null", "None"             the default, where there is one and no null is expected
-
-        Raises UsageError for a function that no model could call.
+        agent. What a model sends is read loosely ("3" as 3, null as the default), also in lists and objects; types but
+        Python's own are pydantic's. Raises UsageError for a function that no model could call.
         """
         if function is None:
             return lambda decorated: self.tool(decorated, name=name, timeout=timeout, approve=approve)

@@ -788,8 +788,8 @@ async def test_what_cannot_be_read_is_read_later(client: Wire, server: Server) -
     with beside(server.options.db) as connection:
         connection.execute("ALTER TABLE messages RENAME TO lost")
         assert (await client.turn("hi", turn_id="t"))[-1]["code"] == "store_failed"
-        connection.execute("ALTER TABLE lost RENAME TO messages")
         assert (await client.ok("get_agent"))["counts"]["messages"] == 0
+        connection.execute("ALTER TABLE lost RENAME TO messages")
         assert (await client.turn("hi", turn_id="t"))[-1]["stop_reason"] == "done"
         connection.execute("ALTER TABLE events RENAME TO lost")
         await client.ok("subscribe", after=0)
