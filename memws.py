@@ -7935,7 +7935,7 @@ Reason = Annotated[str, 0, MAX_QUERY]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
 Moment = Annotated[str, 0, 40] | None
-FROM_MEMORY = "get_agent", "get_context", "cancel"  # they are done also while the database fails
+READING = "get_agent", "get_messages", "search_memory", "get_context", "get_request", "cancel"  # also while writes fail
 GIVEN = {"live", "agent"}  # parameters of commands that need an agent; with `agent` one that this server runs
 
 
@@ -8027,7 +8027,7 @@ class Session:
         live = await self._live(arguments.pop("agent_name", None)) if names else None
         try:
             if live and "agent" in names:
-                arguments["agent"] = await live.fresh(function.name not in FROM_MEMORY)
+                arguments["agent"] = await live.fresh(function.name not in READING)
             if live and "live" in names:
                 arguments["live"] = live
             result: JSON | None = await function.call(self, **arguments)
