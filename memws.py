@@ -5443,7 +5443,7 @@ class Client:
         """Send one command and give its result. Raises RemoteError with the server's code and sentence,
         ConnectionLost where the connection breaks before the answer (it may have been done), Refused (too_large)."""
         result: asyncio.Future[Frame | MemwsError] = asyncio.get_running_loop().create_future()
-        request = {**arguments, "type": "command", "command": command}
+        request = {**arguments, "type": "command", "command": command, "id": next(self._ids)}
         self._post(request, lambda answer: None if result.done() else result.set_result(answer))
         answer = await result
         if isinstance(answer, MemwsError):
@@ -5481,24 +5481,13 @@ class Client:
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Stream:
         """Follow an agent (None: the current one): events stored above `after` (0: all, None: none), then live ones.
-        As on the wire, a second subscription of the same agent takes the first one's place, which ends."""
-        self._end_subscription(agent_name)
+        It ends with the command `unsubscribe`, and where a second one of the same agent takes its place."""
         return Stream(self, {"type": "command", "command": "subscribe", "agent_name": self._named(agent_name)}, after)
-
-    async def unsubscribe(self, agent_name: str | None = None) -> None:
-        """End the subscription of an agent (None: the current one); its iteration ends."""
-        self._end_subscription(agent_name)
-        await self.command("unsubscribe", agent_name=self._named(agent_name))
 
     def _named(self, agent_name: str | None) -> str | None:
         """The agent that a call means, spelled as the server spells it, so that its frames are recognised."""
         name = self.agent_name if agent_name is None else agent_name
         return name and unicodedata.normalize("NFC", name)
-
-    def _end_subscription(self, agent_name: str | None) -> None:
-        for stream in list(self._streams):
-            if not stream.turn_id and stream.agent_name == self._named(agent_name):
-                stream._end()
 
     async def _run(self, websocket: Connection) -> None:
         """Keep a connection until the client is closed or gives up; then whatever waits fails."""
@@ -5623,6 +5612,11 @@ class Client:
             self.agent_name = result["agent_name"]
         elif command in ("rename_agent", "delete_agent"):
             self._rename(request.get("agent_name") or self.agent_name, result.get("agent_name"))
+        elif command in ("subscribe", "unsubscribe"):
+            name = self._named(request.get("agent_name"))
+            for stream in list(self._streams):
+                if not stream.turn_id and stream.agent_name == name and stream._request["id"] < request["id"]:
+                    stream._end()
         return answer(result)
 
     def _rename(self, old: str | None, new: str | None) -> None:
@@ -5685,7 +5679,6 @@ class BlockingClient:
     load_agent = _blocking(Client.load_agent)
     send = _blocking(Client.send)
     subscribe = _blocking(Client.subscribe)
-    unsubscribe = _blocking(Client.unsubscribe)
 
     def ask(self, message: str, *arguments: Any, **options: Any) -> str:
         return str(self.send(message, *arguments, **options).text())
@@ -8971,7 +8964,7 @@ class Chat:
         for warning in result["warnings"]:
             self.screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
         if previous is not None:
-            self.client.unsubscribe(previous)
+            self.client.command("unsubscribe", agent_name=previous)
         events = self.client.subscribe()
 
         def follow() -> None:

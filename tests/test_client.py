@@ -144,7 +144,7 @@ async def test_turn_and_subscription(server: memws.WebSocketServer) -> None:
         replay = client.subscribe("sam", after=0)  # takes the first one's place
         assert seqs(await whole(replay)) == seqs(events)
         assert await collected(subscription) == []
-        await client.unsubscribe()
+        await client.command("unsubscribe")
         assert await collected(replay) == []
 
 
@@ -402,7 +402,7 @@ async def test_blocking(server: memws.WebSocketServer) -> None:
         types = [event["type"] for event in turn] + list(turn)
         assert (types[0], types[-1]) == ("agent_response_start", "agent_response_end")
         assert next(subscription)["seq"] == 1
-        client.unsubscribe()
+        client.command("unsubscribe")
         with pytest.raises(memws.RemoteError, match="unknown agent 'nobody'"):
             client.load_agent("nobody")
     with pytest.raises(memws.ConnectionLost):
