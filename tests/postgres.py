@@ -2,7 +2,7 @@
 
     with Cluster() as cluster:
         server = memws.WebSocketServer(db=cluster.database())
-        cluster.stop("immediate")
+        cluster.stop()
         cluster.start()
 
 Names and times are sorted by the rules of a language, as a database is found in practice, and not by bytes. PostgreSQL
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Self
 
 LIMIT = 30.0  # seconds after which a cluster that does not start or end fails its test
-STOPS = {"smart": signal.SIGTERM, "fast": signal.SIGINT, "immediate": signal.SIGQUIT}
 ICU = ("--encoding=UTF8", "--locale=C", "--locale-provider=icu", "--icu-locale=en")
 SETTINGS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
 """What a process that is killed has written is kept by the kernel: only the machine's end needs fsync."""
@@ -77,7 +76,7 @@ class Cluster:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop("immediate")
+        self.stop()
         shutil.rmtree(self._home)
 
     def _create(self) -> None:
@@ -112,17 +111,10 @@ class Cluster:
         stderr.close()
         ready.set()
 
-    def stop(self, mode: str = "fast") -> None:
-        """End all of its processes; "fast" ends connections first, "immediate" leaves the rest to the next start."""
-        self._end(STOPS[mode])
-
-    def kill(self) -> None:
-        """Kill the first process; the others leave as soon as they see it."""
-        self._end(signal.SIGKILL)
-
-    def _end(self, number: int) -> None:
+    def stop(self) -> None:
+        """End all of its processes, whatever they do, and leave the rest to the next start."""
         if hasattr(self, "process"):
-            self.process.send_signal(number)
+            self.process.send_signal(signal.SIGQUIT)
             self._reader.join(LIMIT)
             assert not self._reader.is_alive()
 

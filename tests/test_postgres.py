@@ -151,7 +151,7 @@ async def refusal(server: memws.WebSocketServer) -> str:
 @contextmanager
 def restarted(postgres: Cluster, _: str) -> Iterator[str]:
     """It is stopped, without an end to what it does, and started."""
-    postgres.stop("immediate")
+    postgres.stop()
     try:
         yield "Connection refused"
     finally:

@@ -231,7 +231,7 @@ class Sharing(Fleet):
     async def restart(self) -> None:
         """Restart the database, as if it had been killed."""
         self.forget()
-        await asyncio.to_thread(self.cluster.stop, "immediate")
+        await asyncio.to_thread(self.cluster.stop)
         await asyncio.to_thread(self.cluster.start)
         self.forget()
 
