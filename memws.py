@@ -8795,10 +8795,7 @@ def clipped(text: object, length: int = 160) -> str:
 
 
 class Screen:
-    """The terminal: streamed text, whole lines, and the prompt, which comes again below what others make an agent do.
-
-    Colours are for terminals, but for TERM=dumb and where NO_COLOR (https://no-color.org) is set.
-    """
+    """The terminal: streamed text, whole lines, and the prompt, which comes again below what others do."""
 
     def __init__(self, out: typing.TextIO) -> None:
         self._colour = out.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
@@ -9022,9 +9019,8 @@ class Chat:
         """[COUNT]: take back so many turns; without a number, list the last ones"""
         messages = self.client.command("get_messages", limit=200)["messages"]
         turns = list({message["turn_id"]: message for message in messages[::-1]}.values())  # each by what it began with
-        ids = {str(place): message["turn_id"] for place, message in enumerate(turns)}
-        if count in ids:
-            kept_as = self.client.command("rewind_agent", turn_id=ids[count])["kept_as"]
+        if count.isdecimal() and int(count) < len(turns):
+            kept_as = self.client.command("rewind_agent", turn_id=turns[int(count)]["turn_id"])["kept_as"]
             self.screen.line(f"[/load {kept_as} goes on as it was]", "yellow")
             return
         for place, message in reversed(list(enumerate(turns[:10], 1))):
