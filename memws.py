@@ -1530,8 +1530,6 @@ class PostgresConnection:
 
     def __init__(self, database: Postgres, **settings: str) -> None:
         self._database, self._settings = database, settings
-        self.sends_ahead = False  # whether the statements of a transaction are sent without waiting for one another
-        self._ahead = contextlib.ExitStack()  # where they are, psycopg's pipeline
         with self._translated():
             self._connection = database.dial(**settings)
 
@@ -1549,16 +1547,8 @@ class PostgresConnection:
         with self._translated():
             if sql in _POSTGRES_BEGIN:
                 return self._begin(_POSTGRES_BEGIN[sql])
-            if sql.startswith("ROLLBACK"):
-                with contextlib.suppress(self._database.driver.Error):  # what has failed fails what was sent after it
-                    self._ahead.close()
-            elif self.sends_ahead and not self._connection.pgconn.pipeline_status:
-                self._ahead.enter_context(self._connection.pipeline())
             sql = sql.replace("?", "%s").replace(EACH_TERM, "string_to_table(terms, ' ') AS each (value)")
-            cursor = self._connection.execute(sql, values or None)
-            if sql.startswith(("RELEASE", "COMMIT")):
-                self._ahead.close()  # which waits for all, and raises what has failed
-            return cursor
+            return self._connection.execute(sql, values or None)
 
     def _begin(self, sql: str) -> None:
         try:
@@ -1574,7 +1564,6 @@ class PostgresConnection:
             if len(rows) < COPIED_ROWS:
                 cursor.executemany(sql.replace("?", "%s"), rows)
                 return
-            self._ahead.close()
             with cursor.copy(f"COPY {table} FROM STDIN") as copy:  # several times as fast
                 for row in rows:
                     copy.write_row(row)
@@ -1639,9 +1628,9 @@ def store_error(error: Exception) -> MemwsError:
         return error
     if "agents_live" in str(error):  # another server was a little faster
         return Refused("name_taken", "another agent has got the name just now; choose another name or load it")
-    if not isinstance(error, sqlite3.Error) and not hasattr(error, "sqlstate"):  # psycopg's, of what was sent ahead
-        logger.error("a transaction failed", exc_info=error)  # what a damaged row reads like, or a fault of ours
-    return StoreFailed(f"the database refused: {' '.join(str(error).split())}")
+    if not isinstance(error, sqlite3.Error):  # what a damaged row reads like, or a fault of ours
+        logger.error("a transaction failed", exc_info=error)
+    return StoreFailed(f"the database refused: {error}")
 
 
 def insert(db: SqlConnection, table: str, **values: Any) -> None:
@@ -1881,10 +1870,12 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     ]
     sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
     db.executemany(sql, [(agent, *event) for event in stored])
+    messages = []
     for message in changes.messages:
         message.seq = row[0]
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
-        db.execute("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (agent, message.id, *about))
+        messages.append((agent, message.id, *about))
+    db.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", messages)
     for document in changes.documents:
         index(db, "doc = ?", remember(db, agent, document))
     for item in changes.removed:
@@ -2143,8 +2134,6 @@ class Store:
         except BaseException:
             database.close()
             raise
-        if isinstance(self._connection, PostgresConnection):
-            self._connection.sends_ahead = True
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()  # None: there will be no more
         self._jobs.put((forget_copies, concurrent.futures.Future()))
@@ -2228,10 +2217,6 @@ class Store:
 _TAKE_FREE = "SELECT id FROM unnest(?::int[]) AS wanted (id) WHERE pg_try_advisory_lock('agents'::regclass::int, id)"
 _WRITE_OWNER = """UPDATE agents SET owner = ? WHERE id IN (
     SELECT id FROM agents WHERE id = ANY(?) AND owner <> ? FOR NO KEY UPDATE SKIP LOCKED)"""
-# What a server has sent ahead that was paused then holds locks, and PostgreSQL does not see that it is idle.
-_END_STUCK = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database()
-    AND application_name = 'memws' AND state = 'active' AND wait_event = 'ClientRead'
-    AND state_change < now() - interval '2 s'"""
 
 
 def find_name(db: SqlConnection, agent: int, name: str) -> tuple[int, str, int]:
@@ -2307,7 +2292,6 @@ class Leases:
                     connection.execute("SELECT pg_advisory_unlock('agents'::regclass::int, ?)", (agent,))
                     held.remove(agent)
                 held.update(agent for (agent,) in connection.execute(_TAKE_FREE, (list(wanted - held),)))
-                connection.execute(_END_STUCK)
                 connection.execute(_WRITE_OWNER, (lease, list(held), lease))
                 owners = connection.execute("SELECT id, owner FROM agents WHERE id = ANY(?)", (list(wanted),))
                 self._tell(dict(owners.fetchall()) | dict.fromkeys(held & {0}, lease))

@@ -154,13 +154,12 @@ async def test_a_message_to_a_server_that_has_lost_the_lease(
 
 
 async def test_what_a_paused_server_has_half_written_holds_up_nobody(postgres_address: str, online: Online) -> None:
-    """Its transaction ends with its lease, though PostgreSQL does not see that it is idle."""
+    """Its transaction ends with its lease."""
     paused = online(db=postgres_address)
     async with wire(paused, agent={"name": "sam"}):
         await asyncio.to_thread(paused.stop)
     with closing(memws.database_at(postgres_address)) as database:
         writing = database.open()
-        writing.sends_ahead = True
         writing.execute("BEGIN IMMEDIATE")
         writing.execute("UPDATE agents SET owner = 'ws://127.0.0.1:1#paused' RETURNING id").fetchone()
         async with wire(online(db=postgres_address), agent={"name": "other"}) as client:
