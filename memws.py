@@ -2773,10 +2773,8 @@ class ToolCall:
 
 
 class Reply:
-    """What a model has answered so far; `feed` takes the chunks of a chat-completions stream.
-
-    It is whole, unless it has a `fault`. Half an answer is asked for again, until one is final: then it has to do.
-    """
+    """What a model has answered so far; `feed` takes the chunks of a chat-completions stream. It is whole, unless it
+    has a `fault`; half of one is asked for again, until one is final: then it has to do."""
 
     def __init__(self) -> None:
         self.text = self.reasoning = self.refusal = ""
@@ -3260,10 +3258,8 @@ def _lasting(text: str) -> str:
 
 
 class Tape:
-    """Calls of models on file, a line of JSON each: recorded as they end, or replayed, each to the same prompt.
-
-    Raises UsageError where the file cannot be used.
-    """
+    """Calls of models on file, a line of JSON each: recorded as they end, or replayed, each to the same prompt. Raises
+    UsageError where the file cannot be used."""
 
     def __init__(self, path: str, replays: bool) -> None:
         self.path, self.replays = path, replays
@@ -3466,7 +3462,7 @@ class OpenAIModel:
         except Exception as error:  # transports raise errors of many libraries
             if is_over:  # all was said, and only the end of the stream is missing
                 return
-            failure = self._failure(error, has_words, body)
+            failure = error if isinstance(error, ModelError) else self._failure(error, has_words)
             if not failure.generation:
                 raise failure from None
             yield {"choices": [{"delta": {"content": failure.generation}, "finish_reason": "stop"}]}
@@ -3496,10 +3492,8 @@ class OpenAIModel:
             if answer := (page or b"").strip():
                 yield decode_json(answer) if answer.startswith(b"{") else answer.decode(errors="replace")
 
-    def _failure(self, error: Any, has_words: bool, body: str) -> ModelError:
-        """What an error of the transport or of the endpoint means for the turn."""
-        if isinstance(error, ModelError):
-            return error
+    def _failure(self, error: Exception, has_words: bool) -> ModelError:
+        """What an error of the transport means for the turn."""
         if isinstance(error, TimeoutError):
             seconds = self.endpoint.idle_timeout if has_words else FIRST_TOKEN_TIMEOUT
             text = f"the model said nothing for {seconds:g} s; is the endpoint overloaded?"
