@@ -5869,14 +5869,13 @@ PANEL_SCRIPT: Final = r"""
 // One module for the page at GET / and for the widget in a notebook: a client of the wire, and nothing else.
 // Whatever anybody wrote is set as text: no string ever becomes HTML.
 
-const isGiven = (value) => value != null && value !== false;
 function node(tag, props = {}, ...kids) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
     if (typeof value === "function") element.addEventListener(name.slice(2), (event) => attempt(element, value, event));
-    else if (isGiven(value)) element.setAttribute(name, value);
+    else if (value != null && value !== false) element.setAttribute(name, value);
   }
-  element.append(...kids.filter(isGiven));
+  element.append(...kids.filter((kid) => kid != null && kid !== false));
   return element;
 }
 async function attempt(element, work, event) { // a failure is told by the form, or else the panel, around the element
@@ -5911,11 +5910,10 @@ function form(kind, work, fields, ...actions) { // `work` gets what is not empty
   const about = { class: `memws-${kind}`, method: "dialog", onsubmit, "onmemws-fail": fail }; // it goes to no address
   return node("form", about, ...inputs(fields), said, div("actions", ...actions));
 }
-function ask(place, title, fields, label, work) { // until it is done or left; then the focus is where it was
+function ask(place, title, fields, verb, work) { // until it is done or left; then the focus is where it was
   const focused = document.activeElement;
-  const leave = button(work ? "cancel" : "close", "quiet", null, { type: "reset" }); // as Esc does
-  const done = (values) => work(values).then(() => made.reset());
-  const made = form("ask", done, fields, work && button(label, "main"), leave);
+  const exit = button(work ? "cancel" : "close", "quiet", null, { type: "reset" }); // as Esc does
+  const made = form("ask", (given) => work(given).then(() => made.reset()), fields, work && button(verb, "main"), exit);
   made.prepend(node("h3", {}, title));
   made.onreset = () => {
     made.remove();
@@ -5969,10 +5967,9 @@ const ROW = /(?:^(?! {0,3}(?:```|~~~)|#{1,6}[ \t]).*\S.*\n?)/.source;
 const LIST = `(?<list>^[ \\t]*${MARK}.*\\n?${ROW}*)`;
 const ROWS = `(?:(?!^[ \\t]*(?:[>|]|${MARK}))${ROW})+`;
 const BLOCK = new RegExp([FENCE, HEADING, RULE, QUOTE, TABLE, LIST, ROWS].join("|"), "gm");
-const DEEPEST = 8;
 
-const markdown = (text, depth) =>
-  (depth > DEEPEST ? [text] : [...text.matchAll(BLOCK)].map((match) => block(match, depth)));
+const markdown = (text, depth) => // of what is nested deeper than anybody means it, the text
+  (depth > 8 ? [text] : [...text.matchAll(BLOCK)].map((match) => block(match, depth)));
 
 function inline(text) {
   const nodes = [];
@@ -6021,6 +6018,10 @@ function list(source, depth) { // an item begins where the margin is about that 
 
 const overSocket = (panel) => {
   let [delay, socket] = [500]; // milliseconds
+  const connect = async ({ token = "" }) => {
+    sessionStorage.setItem("memws-token", token);
+    open();
+  };
   const open = () => {
     const token = sessionStorage.getItem("memws-token") ?? "";
     const fits = /^[\w!#$%&'*+.^`|~-]*$/.test(token); // other characters are in no subprotocol
@@ -6028,21 +6029,16 @@ const overSocket = (panel) => {
     socket = new WebSocket(address, token && fits ? ["memws", token] : []);
     socket.onopen = () => panel.changed("connected");
     socket.onmessage = (event) => panel.hear(event.data);
-    socket.onclose = closed;
-  };
-  const connect = async ({ token = "" }) => {
-    sessionStorage.setItem("memws-token", token);
-    open();
-  };
-  const closed = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
-    if (!panel.root.isConnected) return null; // nobody looks at it any more
-    const wasOpen = panel.connection === "connected";
-    panel.changed("offline");
-    const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
-    const fields = { token: { type: "password" } };
-    if (health.token && !wasOpen) return ask(panel.dialog, "The token of this server", fields, "connect", connect);
-    delay = wasOpen ? 500 : Math.min(2 * delay, 8000);
-    return setTimeout(open, delay);
+    socket.onclose = async () => { // a browser does not tell a 401 from a server that is away, but /healthz does
+      if (!panel.root.isConnected) return null; // nobody looks at it any more
+      const wasOpen = panel.connection === "connected";
+      panel.changed("offline");
+      const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
+      const fields = { token: { type: "password" } };
+      if (health.token && !wasOpen) return ask(panel.dialog, "The token of this server", fields, "connect", connect);
+      delay = wasOpen ? 500 : Math.min(2 * delay, 8000);
+      return setTimeout(open, delay);
+    };
   };
   open();
   return { send: (text) => socket.send(text), close: () => socket.close() };
@@ -6091,12 +6087,11 @@ class Turn {
   why = span("why");
   rows = div("rows"); // thoughts and calls, folded to one line
   user = div("item memws-user");
-  element = node("article", { class: "memws-turn" }, this.user);
+  element = Object.assign(node("article", { class: "memws-turn" }, this.user), { turn: this });
   constructor(panel, id) {
     Object.assign(this, { panel, id });
     const summary = node("summary", {}, this.told, this.live, this.why);
     this.trace = node("details", { class: "memws-item memws-trace" }, summary, this.rows);
-    this.element.turn = this;
   }
   take(event) {
     this.seq ??= event.seq;
@@ -6249,13 +6244,12 @@ class Turn {
   }
   copy(label, title, fields) {
     const { panel, id: turn_id } = this;
-    const work = async (given) => {
+    ask(panel.dialog, title, fields, label, async (given) => {
       const { agent_name, kept_as: name = agent_name } = await panel.command(`${label}_agent`, { turn_id, ...given });
       await panel.open(panel.agent);
       const works = { "open it": () => panel.open(name), "show it beside": () => panel.beside(name) };
       panel.tell(`There is ${name} now.`, works);
-    };
-    ask(panel.dialog, title, fields, label, work);
+    });
   }
 }
 
@@ -6264,9 +6258,6 @@ const MOST = 200; // turns that stay when the newest are looked at
 const OF_NO_TURN = ["memory_change", "correction", "compaction"]; // or of one: a client may cause them too
 
 class Log { // an element for each turn, whose property `turn` it is; older ones are fetched as somebody scrolls up
-  turns = new Map(); // by id
-  asked = 0; // the seq above which all events were asked for
-  page = null; // older events that have come so far, while they come
   inner = div("inner");
   heard = node("div", { class: "memws-heard", "aria-live": "polite" });
   newest = button("↓ newest", "newest", () => { this.element.scrollTop = 0; }, { hidden: true });
@@ -6274,6 +6265,7 @@ class Log { // an element for each turn, whose property `turn` it is; older ones
     "aria-live": "off", onscroll: () => this.scrolled() }, this.inner);
   constructor(panel) { this.panel = panel; }
   clear(agent, last, title, text, ...kids) { // its events up to this seq are to be fetched; the rest is shown till then
+    // Turns are by id; all events above `asked` were asked for; `page` has older ones that come, or else is null.
     Object.assign(this, { agent, turns: new Map(), asked: last, page: [] });
     this.inner.replaceChildren(div("empty", node("h3", {}, title), node("p", {}, text), ...kids));
   }
@@ -6405,14 +6397,14 @@ class Block { // of core memory, edited in place
     this.gauge.style.width = `${Math.min(100, (100 * size) / limit)}%`;
   }
   edit() {
-    let { label, value, version } = this.block;
-    const save = (given) => this.panel.command("set_block", { label, version, value: given[label] ?? "" }).catch(wrong);
-    const wrong = (error) => {
-      if (error.code === "conflict") error.message = "It was changed while you wrote. Save again to replace this:";
-      version = error.version ?? version; // the next save is on top of this one
-      throw error;
-    };
-    ask(this.editor, "", { [label]: { rows: 6, value } }, "save", save);
+    let { label, value: text, version } = this.block;
+    const save = ({ [label]: value = "" }) =>
+      this.panel.command("set_block", { label, version, value }).catch((error) => {
+        if (error.code === "conflict") error.message = "It was changed while you wrote. Save again to replace this:";
+        version = error.version ?? version; // the next save is on top of this one
+        throw error;
+      });
+    ask(this.editor, "", { [label]: { rows: 6, value: text } }, "save", save);
   }
 }
 
@@ -6456,16 +6448,14 @@ class Search extends View {
     this.out.replaceChildren(div("mark", `${number(total)} found`), ...earlier, ...rows, div("actions", more));
   }
   row({ id, store, role, time, text }, words) {
-    const undo = () => this.panel.command("insert_passage", { text });
-    const remove = async ({ target }) => {
-      await this.panel.command("delete_passage", { passage_id: id });
-      target.closest(".memws-found").remove();
-      this.panel.tell("The passage was deleted.", { undo });
-    };
     const parts = words.length ? text.split(new RegExp(`(${words.join("|")})`, "giu")) : [text];
     const marked = parts.map((part, place) => (place % 2 ? node("mark", {}, part) : part));
     const moment = new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-    const erase = store === "archival" && button("delete", "quiet", remove);
+    const erase = store === "archival" && button("delete", "quiet", async ({ target }) => {
+      await this.panel.command("delete_passage", { passage_id: id });
+      target.closest(".memws-found").remove();
+      this.panel.tell("The passage was deleted.", { undo: () => this.panel.command("insert_passage", { text }) });
+    });
     return div("found", div("mark", `${moment} · ${role ?? "passage"}`, erase), div("text", ...marked));
   }
 }
@@ -6552,8 +6542,7 @@ class Panel {
     const over = div("over", this.log.newest, this.notice);
     const composer = div("composer", this.field, this.busy, this.stop, this.send);
     const left = node("main", { class: "memws-left" }, this.log.element, this.log.heard, over, composer, this.dialog);
-    this.root = node("div", about, top, div("columns", left, this.aside));
-    this.root.panel = this;
+    this.root = Object.assign(node("div", about, top, div("columns", left, this.aside)), { panel: this });
     parent.append(this.root);
     this.changed("connecting");
     this.carrier = transport(this);
@@ -6718,14 +6707,13 @@ class Panel {
     this.refreshing = setTimeout(() => attempt(this.root, () => this.isReady && this.agent && this.refresh()), 100);
   }
   drawBar({ sections, used, window: total }) {
-    const part = ({ name, tokens }) => {
+    const parts = sections.filter((each) => each.tokens).map(({ name, tokens }) => {
       const title = `${titleOf(name)}: ${counted(tokens, "token")}`;
       const made = button("", name, () => this.show("Context", { section: name }), { title, "aria-label": title });
       made.style.width = `${(100 * tokens) / Math.max(total, used)}%`;
       return made;
-    };
-    const tick = node("i", { title: "75 %: here the agent is told to save what matters" });
-    this.bar.replaceChildren(...sections.filter((each) => each.tokens).map(part), tick);
+    });
+    this.bar.replaceChildren(...parts, node("i", { title: "75 %: here the agent is told to save what matters" }));
     const share = node("b", {}, `${Math.round((100 * used) / total)} %`);
     this.used.replaceChildren(share, ` of the context window · ${number(used)} of ${counted(total, "token")}`);
   }
