@@ -129,7 +129,7 @@ def spent(server: Any) -> list[int]:
     """What a tool has spent, each call of which has to be allowed, but for small sums."""
     sums: list[int] = []
 
-    @server.tool(approve=lambda arguments: arguments["amount"] > 10)
+    @server.tool(approve=lambda arguments: {5: False, 50: True}[arguments["amount"]])
     def spend(amount: int) -> str:
         sums.append(amount)
         return f"spent {amount}"
@@ -191,11 +191,15 @@ async def test_a_call_waits_for_a_person(
     assert frames[-1]["stop_reason"] == "done"
 
 
-async def test_what_needs_nobody(buyer: Wire, endpoint: Endpoint, spent: list[int]) -> None:
+async def test_what_needs_nobody(
+    buyer: Wire, endpoint: Endpoint, spent: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rule decides by the arguments; a rule that fails asks."""
-    endpoint.script(Reply(calls=[("spend", {"amount": 5})]), say("so be it"))
-    frames = await buyer.turn("spend little")
-    assert (of_kind(frames, "approval_request"), spent) == ([], [5])
+    monkeypatch.setattr("memws.APPROVAL_TIMEOUT", 0.05)
+    for amount in (5, 6):
+        endpoint.script(Reply(calls=[("spend", {"amount": amount})]), say("so be it"))
+        frames = await buyer.turn("spend little")
+        assert (len(of_kind(frames, "approval_request")), spent) == (amount - 5, [5])
 
 
 async def test_a_request_is_withdrawn(
