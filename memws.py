@@ -5616,7 +5616,10 @@ def _blocking(method: Callable[Concatenate[Client, P], Any]) -> Callable[Concate
             result = method(self.client, *args, **kwargs)
             return BlockingStream(self, result) if isinstance(result, Stream) else await result
 
-        return self._call(run)
+        try:
+            return self._thread.call(run)
+        except concurrent.futures.CancelledError:
+            raise ConnectionLost(self.client.url) from None
 
     return call
 
@@ -5635,7 +5638,7 @@ class BlockingClient:
         self.close = weakref.finalize(self, self._thread.stop)
         "Close the connection and end the thread, within 3 s; whatever waits gets ConnectionLost."
         try:
-            self._call(self.client.connect)
+            self._thread.call(self.client.connect)
         except BaseException:
             self.close()
             raise
@@ -5661,12 +5664,6 @@ class BlockingClient:
     def ask(self, message: str, *arguments: Any, **options: Any) -> str:
         return str(self.send(message, *arguments, **options).text())
 
-    def _call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return self._thread.call(function, *args, **kwargs)
-        except concurrent.futures.CancelledError:
-            raise ConnectionLost(self.client.url) from None
-
 
 connect = BlockingClient  # for scripts and cells: with memws.connect(url) as client
 
@@ -5681,7 +5678,7 @@ class BlockingStream(Iterator[Frame]):
     def __next__(self) -> Frame:
         try:
             while os.name == "nt" and self._stream._events.empty():
-                time.sleep(0.02)  # Windows notices an interrupt only between two waits
+                time.sleep(0.05)  # Windows notices an interrupt only between two waits
             return self._stream._read(self._stream._events.get(), StopIteration)
         except KeyboardInterrupt:
             if self.turn_id:
