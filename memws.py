@@ -2874,7 +2874,11 @@ class Reply:
         """A text of a chunk, which may come in parts: as much of it as there is room for."""
         if not value:
             return ""
-        text, room = _text_of(value), max(0, MAX_REPLY - self._size)
+        if isinstance(value, list):
+            return "".join(map(self._take, value))
+        if isinstance(value, dict):
+            return self._take(value.get("text") or value.get("thinking") or value.get("summary"))
+        text, room = str(value), max(0, MAX_REPLY - self._size)
         self._size += len(text)
         return text[:room]
 
@@ -2889,15 +2893,6 @@ class Reply:
             if new := text[self._told[place] :]:
                 self._told[place] = len(text)
                 yield "assistant_message" if place else "internal_monologue", new
-
-
-def _text_of(value: Any) -> str:
-    """The text of a field, or of its parts."""
-    if isinstance(value, list):
-        return "".join(map(_text_of, value))
-    if isinstance(value, dict):
-        return _text_of(value.get("text") or value.get("thinking") or value.get("summary"))
-    return str(value or "")
 
 
 def _parts_of(text: str, start: int, end: int) -> tuple[str, list[str], int, str]:
@@ -3044,24 +3039,22 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
 
 
 def _plain(match: re.Match[str]) -> str:
-    """What a piece of markup stands for: a text, the name of a tool, arguments as JSON, or nothing."""
+    """What a piece of markup stands for: a text, the name of a tool, arguments as JSON, or nothing. A call in Python's
+    syntax is parsed and never evaluated."""
     kind = match.lastgroup or ""
     if kind == "quoted":
         return encode_json(match["inner"])
     if kind == "parameters":
         return encode_json(dict(re.findall(_PARAMETER, match[0], _VERBOSE)))
-    return _python_call(match[0]) if kind == "python" else match.expand(_PLAIN.get(kind, " "))
-
-
-def _python_call(text: str) -> str:
-    """A call in Python's syntax, as a name and JSON: it is parsed and never evaluated."""
+    if kind != "python":
+        return match.expand(_PLAIN.get(kind, " "))
     with contextlib.suppress(Exception), warnings.catch_warnings():  # of the parser, of values that are no literals
         warnings.simplefilter("ignore")  # of escapes that Python does not know
-        call: Any = ast.parse(text, mode="eval").body
+        call: Any = ast.parse(match[0], mode="eval").body
         given = [*enumerate(call.args), *((each.arg, each.value) for each in call.keywords)]
         arguments = {str(key): ast.literal_eval(each) for key, each in given}
         return f" to={ast.unparse(call.func)} {encode_json(arguments)}"
-    return text
+    return match[0]
 
 
 def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
@@ -3536,13 +3529,8 @@ class Embedder:
         needed("numpy", "embeddings need the numpy package: pip install numpy")
         self.name, self._endpoint, self._tape = name, endpoint, tape
         self.catch_up: Callable[[], Coroutine[Any, Any, None]] | None = None  # gives vectors to what has none yet
-        self._paused_until = 0.0  # 0: the last call went well
+        self.paused_until = 0.0  # in monotonic time; 0: the last call went well
         self._recent: dict[str, bytes] = {}  # vectors of the last queries: their next page asks for them again
-
-    @property
-    def pause(self) -> float:
-        """Seconds until the endpoint is asked again."""
-        return max(0.0, self._paused_until - time.monotonic())
 
     async def vector(self, query: str) -> bytes | None:
         """The vector of a query; None where it cannot be had in time."""
@@ -3556,14 +3544,14 @@ class Embedder:
             return list(map(self._tape.vector, texts))
         start, vectors = time.time(), None
         try:
-            if not self.pause:
+            if self.paused_until <= time.monotonic():
                 async with asyncio.timeout(patience or self._endpoint.idle_timeout):
                     vectors = await self._ask([text[:EMBEDDING_TEXT] or " " for text in texts])
-                self._paused_until = 0.0
+                self.paused_until = 0.0
         except Exception as error:  # of the client, of the transport, of vectors that are none
-            if not self._paused_until:
+            if not self.paused_until:
                 logger.warning("embeddings of %s fail (%s): words alone decide", self.name, self._endpoint.hide(error))
-            self._paused_until = time.monotonic() + EMBEDDING_PAUSE
+            self.paused_until = time.monotonic() + EMBEDDING_PAUSE
         if self._tape and (vectors or patience):  # of queries also that they got none
             for text, vector in zip(texts, vectors or [b""], strict=True):
                 self._tape.keep(start, text=text, vector=base64.b64encode(vector).decode())
@@ -7753,7 +7741,7 @@ class Agents:
     async def _embed_all(self, embedder: Embedder) -> None:
         while rows := await self.store.read(without_vector, EMBEDDING_BATCH):
             if (vectors := await embedder.vectors([text for _, text in rows])) is None:
-                await asyncio.sleep(embedder.pause)
+                await asyncio.sleep(embedder.paused_until - time.monotonic())
             else:
                 found = [(vector, *row) for vector, row in zip(vectors, rows, strict=True)]
                 await self.store.write(keep_vectors, found)
