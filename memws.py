@@ -1848,6 +1848,7 @@ def keep_vectors(db: SqlConnection, rows: list[tuple[bytes, int, str]]) -> None:
 
 EVENT_PAGE = 262_144  # characters of stored events that are read at once; a reader is as fast as its client
 _PIECES = ("head", "system", "summary", "tools", "extra", "shape")  # what requests repeat at every step
+_packed = functools.lru_cache(64)(lambda text: zlib.compress(text.encode(), 1))  # they rarely change from turn to turn
 
 
 def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = None) -> list[StoredEvent]:
@@ -1882,7 +1883,7 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
         forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
     if changes.request:
         request = vars(changes.request) | {"response": clean_value(changes.request.response)}
-        pieces = zlib.compress(encode_json([request.pop(name) for name in _PIECES]).encode(), 1)
+        pieces = _packed(encode_json([request.pop(name) for name in _PIECES]))
         sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"  # of several in a step the last stays
         db.execute(sql, (agent, request["turn_id"], request["step"]))
         insert(db, "requests", agent=agent, time=now, pieces=pieces, **request)
