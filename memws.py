@@ -2998,7 +2998,7 @@ def _read_text(reply: Reply, tools: Collection[str], others: Collection[str]) ->
     a call of `others` where more stands beside it: it may be quoted from anywhere."""
     said, thoughts, end, kind = _parts_of(reply.text, 0, len(reply.text))
     markup = reply.text[end:]
-    calls, words = _calls_in(markup, tools, kind == "call")
+    calls, words = _calls_in(markup, tools, kind == "call") if markup else ([], "")
     is_half = any(f"{name}(" in words or f"<{name}" in said for name in tools)
     if kind == "bare" and said.strip() and words and not is_half:  # an example in prose
         said, markup, calls = said + markup, "", []
