@@ -9078,7 +9078,7 @@ def chat_command(*, url: str, agent: str | None, token: str | None) -> None:
         print(printable(client.ask(text)))
 
 
-# ---- serving ---------------------------------------------------------------------------------------------------------
+# ---- the other commands ----------------------------------------------------------------------------------------------
 
 
 class _LogFormatter(logging.Formatter):
@@ -9120,9 +9120,6 @@ def serve_command(*, log_level: str, **options: Any) -> None:
     for name in {"SIGTERM", "SIGBREAK"} & vars(signal).keys():  # Windows: Ctrl-Break, with which programs stop others
         signal.signal(getattr(signal, name), lambda *_: signal.raise_signal(signal.SIGINT))
     WebSocketServer(**options).run()
-
-
-# ---- keeping databases -----------------------------------------------------------------------------------------------
 
 
 def check_command(*, db: str) -> int:
