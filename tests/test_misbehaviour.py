@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from agents import Lab, Told, sent_for
+from agents import LIMIT, Lab, Told, sent_for
 from endpoint import Body, Endpoint, Reply, greet
 
 import memws
@@ -145,11 +145,14 @@ windows = st.sampled_from([3_000, 3_500, 8_192, 100_000])
 class Bench:
     """One lab on one loop for all examples; each gets an agent of its own."""
 
-    def __init__(self, endpoint: Endpoint, runner: asyncio.Runner, database: str) -> None:
-        self.endpoint = endpoint
-        self.runner = runner
+    def __init__(self, endpoint: Endpoint, runner: asyncio.Runner, database: str, patience: float) -> None:
+        self.endpoint, self.runner, self.patience = endpoint, runner, patience
         self.lab = Lab(endpoint, database, tools=[note, fail])
         self.count = 0
+
+    def wait_for_models(self, seconds: float) -> None:
+        """How long a model may be silent from now on."""
+        memws.FIRST_TOKEN_TIMEOUT = self.lab.models.endpoint.idle_timeout = seconds
 
     async def example(self, window: int, wrong: list[Trial]) -> None:
         """Every trial ends as it should, and after each of them a plain turn works."""
@@ -160,12 +163,14 @@ class Bench:
             script = iter(trial.script)
             self.endpoint.default = lambda body, script=script: next(script, None) or greet(body)
             turn = self.lab.turn(trial.message, verify=trial.verify)
+            self.wait_for_models(self.patience)
             if trial.kill_at is not None:
                 agent = await self.kill(agent, turn, trial.kill_at)
             else:
                 self.check_end(await self.stopped(agent, turn, trial.stop_at))
             ran.clear()
             self.endpoint.default = greet
+            self.wait_for_models(LIMIT)
             told = await self.lab.say(agent, "And now?")
             assert (told.replies[:1], told.stop_reason) == (["Hello!"], "done"), told.end
             last = max(frame["step"] for frame in told.of("context"))
@@ -206,12 +211,12 @@ class Bench:
 
 
 @contextlib.contextmanager
-def bench_on(database: str, **constants: float) -> Iterator[Bench]:
+def bench_on(database: str, patience: float = LIMIT) -> Iterator[Bench]:
     """The lab that all examples share."""
     with Endpoint() as endpoint, asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RETRY_PAUSE": 0.0, **constants}.items():
+        for name, value in {"RETRY_PAUSE": 0.0, "FIRST_TOKEN_TIMEOUT": LIMIT}.items():
             patch.setattr(memws, name, value)
-        bench = Bench(endpoint, runner, database)
+        bench = Bench(endpoint, runner, database, patience)
         runner.run(bench.lab.__aenter__())
         yield bench
         runner.run(bench.lab.__aexit__())

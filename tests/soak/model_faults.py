@@ -15,13 +15,12 @@ from test_misbehaviour import BOUNDED, Trial, answers, bench_on, failures, slow,
 
 WHAT, COUNT = "faults of the model", 1_000
 FAULTS = "turns that do not end once, requests refused, no more talk"
-PATIENCE = 0.1  # seconds with a model that says nothing
+PATIENCE = 0.1  # seconds with a model that says nothing; a plain turn has more
 
 
 def try_all(soak: Soak) -> None:
     """As many examples as the count says, up to the first that fails."""
-    with bench_on(":memory:", FIRST_TOKEN_TIMEOUT=PATIENCE) as bench:
-        bench.lab.models.endpoint.idle_timeout = PATIENCE
+    with bench_on(":memory:", PATIENCE) as bench:
 
         @hypothesis.seed(soak.seed)
         @hypothesis.settings(max_examples=soak.count, phases=[hypothesis.Phase.generate], **BOUNDED)
@@ -33,7 +32,8 @@ def try_all(soak: Soak) -> None:
         try:
             example()
         except Exception as error:  # whatever it is, an example failed
-            soak.fault(FAULTS, "\n".join([repr(error), *getattr(error, "__notes__", ())]))
+            causes = [f"{each!r:.900}" for each in getattr(error, "exceptions", (error,))]
+            soak.fault(FAULTS, "\n".join([*causes, *getattr(error, "__notes__", ())]))
 
 
 async def main(soak: Soak) -> None:

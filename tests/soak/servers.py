@@ -97,7 +97,7 @@ class Fleet:
         self.started: list[Serving] = []
         self.servers: list[Serving] = []
         self.config: JSON = {}  # of all agents
-        self.refusals = {"store_failed"}  # why a message may become no turn
+        self.refusals = {"store_failed"}  # why a message may become no turn, and a command fail
         self.ends = self.refusals | {"done", "interrupted", "superseded", "max_steps"}
         self.counts: collections.Counter[str] = collections.Counter()
         self.cancels: list[float] = []  # seconds until a cancelled turn had its end
@@ -357,7 +357,7 @@ class Client:
         self.frame, is_event = frame, frame["type"] in EVENTS and "seq" in frame
         if is_event:
             self.keep(frame["agent_name"], frame["seq"], frame)
-        elif not frame.get("ok", True) and frame["error"]["code"] not in ("store_failed", "unknown_turn"):
+        elif not frame.get("ok", True) and frame["error"]["code"] not in {"unknown_turn", *self.fleet.refusals}:
             self.soak.fault("commands that are refused", frame)
         if is_terminal(frame) and "id" in frame:
             self.end(frame)
