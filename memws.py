@@ -4065,8 +4065,7 @@ class Memory:
     tokens: dict[str, int] = field(default_factory=dict)  # of all model calls; the next transaction stores them
     stale: bool = False  # a transaction failed: what is here may differ from what is on disk
     zone: datetime.tzinfo | None = None  # of the times that the model sees, and of its days; None: the machine's
-    # Held from reading memory until the events of the transaction are out: they go out in the order of their seqs.
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # held until a transaction's events are out, in order
 
     async def load(self) -> None:
         state = self.record.state
@@ -4548,8 +4547,7 @@ class Turn:
     sender: object = None  # whose queue it counts against
     when_busy: str = "queue"  # what to do where another one runs
     steered: list[Turn] = field(default_factory=list)  # messages that enter this turn before its next step
-    # Ends with it, or with why it will not be.
-    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    done: asyncio.Future[None] = field(default_factory=asyncio.Future)  # ends with it, or with why it will not be
     _task: asyncio.Task[Any] | None = None
 
     def stop(self, reason: str) -> None:
@@ -4668,8 +4666,7 @@ class Agent:
             parts.append(f'<{block.label} characters="{len(block.value)}/{block.limit}">\n{text}</{block.label}>')
         prompt, core = (config["system"] or SYSTEM_PROMPT).rstrip(), "\n".join(parts)
         summary = encode_json({"role": "user", "content": summary}) if summary else ""
-        # What a request holds beside chat messages, as text.
-        self._sections = {"system": prompt, "tools": "", "core_memory": core, "summary": summary}
+        self._sections = {"system": prompt, "tools": "", "core_memory": core, "summary": summary}  # of a request
         self._take_tools()
         self._system_body = encode_json({"role": "system", "content": prompt + core})
 
