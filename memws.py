@@ -7250,7 +7250,9 @@ def cancelled() -> Refused:
 class LiveAgent:
     """One agent in use: its turns one after another, its events for any number of readers, its timed heartbeats.
 
-    The newest events are in a ring, all stored ones in the store, too: who falls behind misses only what is live.
+    A turn waits, in `waiting` or in `steered` of the one that it is to enter; then it is `current`; over it is with a
+    result of its `done`, or, where its start or end was not stored, with an error. The newest events are in a ring, all
+    stored ones in the store, too: who falls behind misses only what is live.
     """
 
     def __init__(self, agents: Agents, record: AgentRecord) -> None:

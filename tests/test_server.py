@@ -754,10 +754,7 @@ async def test_deltas_are_live(client: Wire, endpoint: Endpoint) -> None:
 
 
 REFUSE = "CREATE TRIGGER broken BEFORE INSERT ON {} BEGIN SELECT RAISE(ABORT, 'refused'); END", "DROP TRIGGER broken"
-REFUSE_BY_POSTGRES = (
-    "ALTER TABLE {} ADD CONSTRAINT broken CHECK (false) NOT VALID",
-    "ALTER TABLE {} DROP CONSTRAINT broken",
-)
+IN_POSTGRES = "ALTER TABLE {} ADD CONSTRAINT broken CHECK (false) NOT VALID", "ALTER TABLE {} DROP CONSTRAINT broken"
 
 
 @on_both
@@ -767,7 +764,7 @@ async def test_a_message_that_cannot_be_stored_is_refused(
 ) -> None:
     """When the database refuses a user's message it is refused as store_failed, and works once the database does."""
     await client.ok("subscribe")
-    refuse, take = REFUSE_BY_POSTGRES if server.options.db.startswith(memws.POSTGRES) else REFUSE
+    refuse, take = IN_POSTGRES if server.options.db.startswith(memws.POSTGRES) else REFUSE
     with beside(server.options.db) as connection:
         connection.execute(refuse.format(table))
         (refusal,) = await client.turn("hi", turn_id="t")

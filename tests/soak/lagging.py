@@ -113,11 +113,19 @@ async def fail_to_store(lag: Lag) -> None:
     await lag.events()
 
 
+async def rewind(lag: Lag) -> None:
+    """Somebody else takes the agent back to the first of its turns, when all are over."""
+    await lag.release()
+    await lag.other.ok("rewind_agent", agent_name=lag.agent, turn_id="turn 0")
+    lag.subscribed = lag.place.gapless = False  # it goes on above what there was
+    await lag.events()
+
+
 Kind = Callable[[Lag], Coroutine[Any, Any, None]]
 # How many messages wait behind the turn that runs, of which eight may, and what happens then.
 KINDS: dict[str, tuple[int, Kind]] = {"start": (1, go_on), "refusal": (11, go_on), "cancel": (1, cancel)}
 KINDS |= {"leave": (1, leave), "delete": (1, delete), "purge": (1, functools.partial(delete, purge=True))}
-KINDS |= {"stop": (1, stop), "failed store": (1, fail_to_store)}
+KINDS |= {"rewind": (1, rewind), "stop": (1, stop), "failed store": (1, fail_to_store)}
 ENDS, TWICE = "messages without exactly one terminal frame", "events twice, missing, or not in order"
 
 
