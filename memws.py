@@ -177,7 +177,6 @@ STOP_GRACE = 2.0  # from a signal or stop() until open turns are closed by force
 READER_PATIENCE, READER_LOOKS = 60.0, 12  # a reader that takes no byte for so long, at so many looks, is closed
 PING_INTERVAL, PING_TIMEOUT = 20.0, 40.0  # a connection that answers no ping for so long is closed
 OPEN_TIMEOUT = 10.0
-COPY_PIECE = 0.005  # about so long one piece of an agent's copy keeps others from writing
 BUSY_TIMEOUT = 5.0  # another program may hold the database for so long before a write or an opening fails
 CONNECT_TIMEOUT = 5.0
 LEASE_TIMEOUT = 3.0  # a server that is paused or cut off from PostgreSQL for so long may not run its agents any more
@@ -1526,8 +1525,6 @@ class PostgresConnection:
     """A connection to PostgreSQL that is spoken to as one of sqlite3, and raises its errors. One that has broken is
     made anew at the next BEGIN."""
 
-    in_transaction = True  # unlike SQLite it undoes no transaction by itself
-
     def __init__(self, database: Postgres, **settings: str) -> None:
         self._database, self._settings = database, settings
         with self._translated():
@@ -1608,17 +1605,15 @@ def has_schema(database: Database, connection: SqlConnection) -> bool:
 
 
 @contextlib.contextmanager
-def transaction(
-    connection: SqlConnection, begin: str = "BEGIN IMMEDIATE", end: str = "COMMIT", undo: str = "ROLLBACK"
-) -> Iterator[None]:
+def transaction(connection: SqlConnection, begin: str = "BEGIN IMMEDIATE") -> Iterator[None]:
     """All of what is inside, or nothing; "BEGIN": what is read is of one moment. Raises StoreFailed."""
     try:
         connection.execute(begin)
         yield
-        connection.execute(end)
+        connection.execute("COMMIT")
     except Exception as error:
         with contextlib.suppress(sqlite3.Error):
-            connection.execute(undo)
+            connection.execute("ROLLBACK")
         raise store_error(error) from error
 
 
@@ -2123,8 +2118,8 @@ WriteJob = tuple[Job[[], Any], concurrent.futures.Future[Any]]
 class Store:
     """A database for event loops: functions of a connection are run by its threads, in a transaction.
 
-    One thread writes: all jobs that wait for it share one transaction, each in a savepoint of its own, so that turns
-    that arrive together pay for one fsync, and none of them on an event loop. Other threads read.
+    One thread writes: all jobs that wait for it share one transaction, so that turns that arrive together pay for one
+    fsync, and none of them on an event loop. Where one fails, the others are run again without it. Other threads read.
     """
 
     def __init__(self, database: Database) -> None:
@@ -2180,28 +2175,22 @@ class Store:
                 self._write_batch(waiting)
 
     def _write_batch(self, jobs: list[WriteJob]) -> None:
-        """A job that fails undoes only itself; a commit that fails undoes all."""
-        try:
-            with transaction(self._connection):
-                alone = len(jobs) == 1  # then the transaction does for a savepoint
-                outcomes = [(job(self._connection), None) if alone else self._write(job) for job, _ in jobs]
-        except Exception as error:  # whatever it was, nothing of this batch is on disk, and everybody hears it
-            outcomes = [(None, error)] * len(jobs)
-        for (_, done), (result, failure) in zip(jobs, outcomes, strict=True):
-            if failure is None:
-                done.set_result(result)
-            else:
-                done.set_exception(failure)
-
-    def _write(self, job: Job[[], Any]) -> tuple[Any, Exception | None]:
-        """(result, error) of one job."""
-        try:
-            with transaction(self._connection, "SAVEPOINT job", "RELEASE job", "ROLLBACK TO job"):
-                return job(self._connection), None
-        except MemwsError as error:  # one agent's failure must not undo the others' steps
-            if not self._connection.in_transaction:  # SQLite has undone the whole batch: a full disk, an I/O error
-                raise
-            return None, error
+        """What fails with a job, fails that alone; what fails with the transaction, all."""
+        while jobs:
+            results, running = list[Any](), jobs
+            try:
+                with transaction(self._connection):
+                    for job in jobs:
+                        running = [job]
+                        results.append(job[0](self._connection))
+                    running = jobs
+                for (_, done), result in zip(jobs, results, strict=True):
+                    done.set_result(result)
+                return
+            except Exception as error:
+                for _, done in running:
+                    done.set_exception(error)
+                jobs = [job for job in jobs if job not in running]
 
     async def close(self) -> None:
         """Finish what is queued and let go of the files."""
@@ -2546,7 +2535,7 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int) -> Ite
 # ---- copies of agents ------------------------------------------------------------------------------------------------
 # They are made piece by piece, so that others get in between, and are nobody's until they are given a name.
 
-COPY_STEP = 100  # rows of one statement
+COPY_STEP, COPY_WORDS = 300, 3_000  # rows and words that are copied at once: so long others wait
 _COPIED = _EXPORTED | {"memory": "doc, store, item, role, time, text, terms, words, asking, asked, vector"}
 Step = tuple[str, int, int]  # how far a copy is: what was copied, up to which number, and of how many
 
@@ -2575,18 +2564,29 @@ def begin_copy(db: SqlConnection, record: AgentRecord) -> int:
     return copy
 
 
-def _deleted_passages(db: SqlConnection, agent: int, seq: int, last: int) -> list[Document]:
-    """The passages up to that id which were deleted after that seq, by what the events of it tell."""
+def _put_back(db: SqlConnection, agent: int, copy: int, record: AgentRecord) -> None:
+    """Undo in the copy what passages were deleted after the record's last seq, by what the events of it tell."""
     sql = "SELECT text FROM events WHERE agent = ? AND seq > ? AND kind = 'memory_change' AND text LIKE ?"
-    events = [decode_json(text) for (text,) in db.execute(sql, (agent, seq, '%"after":null%'))]
-    gone = [event for event in events if event["what"] == "archival" and event["id"] <= last]
-    return sorted(Document(event["id"], "archival", "", event.get("since", ""), event["before"]) for event in gone)
+    events = [decode_json(text) for (text,) in db.execute(sql, (agent, record.last_seq, '%"after":null%'))]
+    gone = [event for event in events if event["what"] == "archival" and event["id"] <= record.state["last_passage"]]
+    for event in sorted(gone, key=lambda event: event["id"]):
+        if find_passage(db, copy, event["id"]) is None:  # there is room for it among those that it has
+            passage = Document(event["id"], "archival", "", event.get("since", ""), event["before"])
+            index(db, "doc = ?", remember(db, copy, passage))
 
 
-def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) -> Iterator[Step]:
-    """Copy all that an agent had stored up to the record's last seq, a step at a time."""
+def _fetch(db: SqlConnection, sql: str, *values: object) -> list[Any]:
+    return db.execute(sql, values).fetchall()
+
+
+def _insert_postings(db: SqlConnection, postings: list[tuple[str, int]]) -> None:
+    db.executemany("INSERT INTO postings VALUES (?, ?)", postings)
+
+
+async def copy_steps(store: Store, agent: int, copy: int, record: AgentRecord) -> AsyncGenerator[Step, None]:
+    """Copy all that an agent had stored up to the record's last seq, a step at a time. Raises StoreFailed."""
     seq, shift = record.last_seq, f"doc + {(copy - agent) * 2 * PLACES}"
-    last = db.execute("SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?", (agent,)).fetchone()[0]
+    ((last,),) = await store.read(_fetch, "SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?", agent)
     newest = f"(SELECT max(id) FROM messages WHERE agent = {copy})"
     docs = collections.defaultdict[str, list[int]](list)  # by term
     parts = [  # the table, its rows with the numbers that cut them into steps, the last of these
@@ -2603,28 +2603,16 @@ def copy_steps(db: SqlConnection, agent: int, copy: int, record: AgentRecord) ->
             AND agent = {agent} RETURNING {found}"""
         for first in range(1, last + 1, COPY_STEP):
             done = min(first + COPY_STEP - 1, last)
-            for doc, terms in db.execute(sql, (first, done)).fetchall():
+            for doc, terms in await store.write(_fetch, sql, first, done):
                 for term in set(terms.split()):
                     docs[term].append(doc)
             yield table, done, last
-    for passage in _deleted_passages(db, agent, seq, record.state["last_passage"]):
-        if find_passage(db, copy, passage.id) is None:  # there is room for it among those that it has
-            index(db, "doc = ?", remember(db, copy, passage))
-            yield "passages", passage.id, record.state["last_passage"]
     postings = ((term, doc) for term in sorted(docs) for doc in docs[term])  # neighbours share a page
     total = sum(map(len, docs.values()))
-    for first in range(1, total + 1, COPY_BLOCK):
-        db.executemany("INSERT INTO postings VALUES (?, ?)", itertools.islice(postings, COPY_BLOCK))
-        yield "words", min(first + COPY_BLOCK - 1, total), total
-
-
-def copy_piece(db: SqlConnection, steps: Iterator[Step]) -> Step | None:
-    """Take so many steps of a copy that others get in soon; the last of them, None where all is copied."""
-    until = time.monotonic() + COPY_PIECE
-    for step in steps:
-        if time.monotonic() > until:
-            return step
-    return None
+    for first in range(1, total + 1, COPY_WORDS):
+        await store.write(_insert_postings, list(itertools.islice(postings, COPY_WORDS)))
+        yield "words", min(first + COPY_WORDS - 1, total), total
+    await store.write(_put_back, agent, copy, record)
 
 
 def finish_rewind(
@@ -7709,15 +7697,14 @@ class Agents:
         copy = await store.write(begin_copy, replace(record, last_active=now_text()))
         self.api_keys[copy] = self.api_keys.get(agent)
         try:
-            steps = await store.write(copy_steps, agent, copy, record)
             with item.interruptible():
-                while (step := await store.write(copy_piece, steps)) and not (live.end or self.stopping):
+                async for step in copy_steps(store, agent, copy, record):
+                    if live.end or self.stopping:
+                        raise live.end or cancelled()
                     if time.monotonic() - told > PROGRESS_DELAY:
                         text = "copied {1:,} of {2:,} {0}".format(*step)
                         live.agent.emit_live(item, "progress", text, done=step[1], total=step[2])
                         told = time.monotonic()
-            if live.end or self.stopping:
-                raise live.end or cancelled()
             yield copy
         finally:
             with contextlib.suppress(MemwsError):

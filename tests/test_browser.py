@@ -296,8 +296,7 @@ TELLINGS = """(place) => new MutationObserver((changes) => {
 def test_a_turns_menu(serve: Serve, show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a turn another agent is made, told of as it goes on, which talks beside its parent; the agent goes back
     there and what it was goes on under another name; and what the model saw is shown."""
-    for name in ("PROGRESS_DELAY", "COPY_PIECE"):
-        monkeypatch.setattr(memws, name, 0.0)
+    monkeypatch.setattr(memws, "PROGRESS_DELAY", 0.0)
     window = show(serve())
     notices = window.panel.locator(".memws-over")
     notices.evaluate(TELLINGS)
