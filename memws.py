@@ -6051,7 +6051,7 @@ const overComm = (model) => (panel) => {
 
 class Turn {
   streams = {}; // elements whose `text` is being made, by kind
-  calls = new Map();
+  calls = new Map(); // {row, state, result, card} by id
   tools = new Set(); // names of what was called
   told = span("told");
   live = span("live");
@@ -6339,7 +6339,7 @@ class Block { // of core memory, edited in place
     Object.assign(this, { panel, block });
     const edit = button("edit", "quiet", () => this.edit());
     this.element = card(block.label, this.size, edit, div("gauge", this.gauge), this.text, this.editor);
-    this.settle();
+    this.text.append(block.value);
   }
   set(block) {
     const [before, after] = [this.block, block].map(({ value }) => (value ? value.split("\n") : []));
@@ -6356,9 +6356,8 @@ class Block { // of core memory, edited in place
     this.element.scrollIntoView({ block: "nearest" });
     this.element.animate(GLOW, 6000);
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.settle(), 6000);
+    this.timer = setTimeout(() => { this.text.textContent = this.block.value; }, 6000);
   }
-  settle() { this.text.textContent = this.block.value; }
   measure() {
     const { limit } = this.block;
     const { value } = this.editor.querySelector("textarea") ?? this.block;

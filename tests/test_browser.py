@@ -568,7 +568,7 @@ def scroll_through(window: Window) -> Locator:
     assert bubbles.count() < 100
     while (before := bubbles.count()) < 220:
         window.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
-        expect(bubbles.nth(before)).to_be_attached()
+        expect(bubbles.nth(before)).to_be_attached(timeout=20_000)
         expect(bubbles.nth(bubbles.count() - before)).to_be_in_viewport()
     expect(bubbles).to_have_text([f"turn {number} of many" for number in range(220)])
     return bubbles

@@ -53,7 +53,7 @@ def test_script(tmp_path: Path) -> None:
     assert "http" not in style
     assert max(map(len, (script + style).splitlines())) <= 120
     assert len(memws.page("localhost")[0].encode()) <= 90_000
-    assert script.count("\n") <= 931
+    assert script.count("\n") <= 930
     assert style.count("\n") <= 160
     playwright = pytest.importorskip("playwright")
     node = Path(playwright.__file__).parent / "driver" / "node"
