@@ -5286,10 +5286,6 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._events.put_nowait(event)
         raise event or end
 
-    async def text(self) -> str:
-        """Read to the end; the reply: the assistant messages, a line each. Raises RemoteError where the turn fails."""
-        return reply_text([event async for event in self])
-
     async def cancel(self) -> Frame:
         """Ask the server to end this turn; its terminal frame still comes. Result as of the command `cancel`."""
         return await self._client.command("cancel", turn_id=self.turn_id, agent_name=self.agent_name)
@@ -5428,8 +5424,8 @@ class Client:
         return Stream(self, {"type": "user_message", **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue", **more: Any) -> str:
-        """Send a user message and give the text of the reply; arguments as of `send`. Raises as `Stream.text` does."""
-        return await self.send(message, agent_name, when_busy=when_busy, **more).text()
+        """Send a user message and give the text of the reply; arguments as of `send`. Raises RemoteError."""
+        return reply_text([event async for event in self.send(message, agent_name, when_busy=when_busy, **more)])
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Stream:
         """Follow an agent (None: the current one): events stored above `after` (0: all, None: none), then live ones.
@@ -5636,7 +5632,7 @@ class BlockingClient:
     subscribe = _blocking(Client.subscribe)
 
     def ask(self, message: str, *arguments: Any, **options: Any) -> str:
-        return str(self.send(message, *arguments, **options).text())
+        return reply_text(self.send(message, *arguments, **options))
 
 
 connect = BlockingClient  # for scripts and cells: with memws.connect(url) as client
@@ -5658,9 +5654,6 @@ class BlockingStream(Iterator[Frame]):
             if self.turn_id:
                 self.cancel()
             raise
-
-    def text(self) -> str:
-        return reply_text(self)
 
     def cancel(self) -> None:
         """Ask the server to end this turn, without waiting for it: fit for any thread and for signal handlers."""

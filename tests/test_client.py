@@ -308,7 +308,7 @@ async def test_message_without_a_connection(proxy: Proxy) -> None:
             await client.command("list_agents")
         turn = client.send("hi")
         proxy.refuses = None
-        assert await within(turn.text()) == "you said hi"
+        assert texts(await collected(turn), "assistant_message") == "you said hi"
 
 
 @pytest.mark.parametrize(("reconnect", "status"), [(False, 503), (0.1, 503), (True, 401)])

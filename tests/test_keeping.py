@@ -448,7 +448,7 @@ async def test_beside_turns(tmp_path: Path, main: Main, serve: Serve, endpoint: 
                 acknowledged.append((name, f"{name} says {number}"))
                 async with more:
                     more.notify_all()
-                await turn.text()
+                assert "code" not in [event async for event in turn][-1]
 
     tasks = [asyncio.create_task(chatter(name)) for name in names]
     copies: list[tuple[Path, list[tuple[str, str]]]] = []
