@@ -104,7 +104,13 @@ def serve_with_tool(*flags: str) -> None:
     import memws
 
     threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
-    memws.MEMORY_TOOLS["compute"] = memws.make_tool(compute)
+
+    class Server(memws.WebSocketServer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.tool(compute)
+
+    memws.WebSocketServer = Server
     sys.exit(memws.main(["serve", *flags]))
 
 
