@@ -312,8 +312,8 @@ def utc_text(when: datetime.datetime) -> str:
     return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def now_text() -> str:
-    return utc_text(datetime.datetime.now(datetime.UTC))
+def now_text(later: float = 0.0) -> str:
+    return utc_text(datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=later))
 
 
 def local_time(moment: str, zone: datetime.tzinfo | None = None, style: str = MINUTES) -> str:
@@ -2063,8 +2063,7 @@ def delete_agent(
 
 def forget_copies(db: SqlConnection, agent: int | None = None) -> None:
     """Take away a copy of an agent that did not get its name; None: all that nobody can be making any more."""
-    past = datetime.datetime.now(datetime.UTC) - datetime.timedelta(hours=1)
-    where, value = ("last_active < ?", utc_text(past)) if agent is None else ("id = ?", agent)
+    where, value = ("last_active < ?", now_text(-3_600)) if agent is None else ("id = ?", agent)
     sql = f"SELECT id FROM agents WHERE name = '' AND deleted = '' AND {where}"
     for (copy,) in db.execute(sql, (value,)).fetchall():
         delete_agent(db, copy, None, purge=True)
@@ -2348,8 +2347,7 @@ def vacuum_database(path: str, keep_requests: float) -> int:
     with usable(database.path, database.advice), contextlib.closing(database):
         db = database.open()
         before = db.execute(database.size).fetchone()[0]
-        oldest = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=keep_requests)
-        db.execute("DELETE FROM requests WHERE time <= ?", (utc_text(oldest),))
+        db.execute("DELETE FROM requests WHERE time <= ?", (now_text(-86_400 * keep_requests),))
         db.execute("VACUUM")
         return max(0, int(before - db.execute(database.size).fetchone()[0]))
 
@@ -5000,9 +4998,8 @@ class Agent:
 
     async def _allowed(self, tool: Tool, arguments: JSON, about: JSON) -> tuple[JSON, str]:
         """Wait until a call may run; the arguments to take, and a note of them. Raises ToolError."""
-        until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=APPROVAL_TIMEOUT)
         verdict = asyncio.get_running_loop().create_future()
-        self.approvals[about["tool_call_id"]] = about | {"until": utc_text(until)}, tool, verdict
+        self.approvals[about["tool_call_id"]] = about | {"until": now_text(APPROVAL_TIMEOUT)}, tool, verdict
         try:
             return await asyncio.wait_for(verdict, APPROVAL_TIMEOUT) or (arguments, "")
         except TimeoutError:
