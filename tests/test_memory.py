@@ -4,12 +4,11 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
-from typing import Any
 
 import pytest
 
 import memws
-from memws import ChatMessage, MemoryIndex, memory_index, split_terms
+from memws import MemoryIndex, memory_index, split_terms
 
 HOSTILE = [  # what has broken full-text searches: operators, wildcards, quotes, controls, half characters, long words
     "", " ", "?", "'", '"', '""', '"a', 'a"b', "AND", "OR NOT", "NEAR(a b)", "NEAR", "a AND", "-a", "^a", "a*", "*",
@@ -184,13 +183,6 @@ def test_a_day_without_a_year_is_the_last_one() -> None:
         assert [str(day) for day, _ in memws.named_days(text, date(2026, 3, 10))] == [first]
 
 
-def test_fused_rankings() -> None:
-    """What words and vectors find both comes first, then what words find; what is beyond the candidates comes last."""
-    assert [doc for doc, _ in memws.fuse([(1, 0.9), (2, 0.8)], [2, 3])] == [2, 1, 3]
-    many = [(doc, 1.0) for doc in range(memws.CANDIDATES + 2)]
-    assert [doc for doc, _ in memws.fuse(many, [many[-1][0]])][-2:] == [memws.CANDIDATES - 1, memws.CANDIDATES]
-
-
 @pytest.mark.parametrize("kind", ["recall", "archival"])
 def test_positions_are_the_turns(kind: str) -> None:
     """A search gives positions of turns, best first, at most as many as asked; any part finds a long text once."""
@@ -215,43 +207,3 @@ def test_any_turns_are_indexed() -> None:
     assert index.search("\ud800", 2)
     with pytest.raises(ValueError, match="unknown kind 'core'; expected 'recall' or 'archival'"):
         memory_index([], "core")
-
-
-def call(*ids: str, arguments: str = "{}", **fields: Any) -> tuple[str, dict[str, Any]]:
-    calls = [{"id": id_, "type": "function", "function": {"name": "note", "arguments": arguments}} for id_ in ids]
-    return "assistant", {"role": "assistant", "content": None, "tool_calls": calls} | fields
-
-
-def result(id_: str) -> tuple[str, dict[str, Any]]:
-    return "tool", {"role": "tool", "tool_call_id": id_, "content": "done"}
-
-
-NAMELESS = {"id": "a", "type": "function", "function": {"name": "", "arguments": "{}"}}
-HELLO = ("user", {"role": "user", "content": "hello"})
-HISTORIES: dict[str, tuple[list[Any], int, list[str]]] = {
-    "whole": ([HELLO, call("a", "b"), result("b"), result("a"), HELLO], 0, []),
-    "open calls at the end": ([HELLO, call("a", "b"), result("a")], 0, ["b"]),
-    "a call without its result": ([HELLO, call("a"), HELLO], 2, []),
-    "a result without its call": ([HELLO, result("a"), HELLO], 2, []),
-    "an id of two calls": ([HELLO, call("a", "a"), result("a")], 3, []),
-    "no JSON": ([HELLO, ("user", "{"), HELLO], 2, []),
-    "no object": ([("user", [1]), HELLO], 1, []),
-    "arguments that are no object": ([HELLO, call("a", arguments="5"), result("a"), HELLO], 3, []),
-    "calls that are none": ([call("a", tool_calls=5), HELLO], 1, []),
-    "a call without a type": ([call("a", tool_calls=[{"id": "a", "function": {"name": "x"}}]), HELLO], 1, []),
-    "a tool's name that no endpoint takes": ([call("a", tool_calls=[NAMELESS]), result("a"), HELLO], 2, []),
-    "another role": ([("user", {"role": "assistant", "content": "x"}), HELLO], 1, []),
-    "a content that is no text": ([("user", {"role": "user", "content": 5}), HELLO], 1, []),
-    "no content at all": ([("assistant", {"role": "assistant"}), HELLO], 1, []),
-}
-
-
-@pytest.mark.parametrize("what", HISTORIES)
-def test_no_prompt_holds_faults(what: str) -> None:
-    """A history begins behind calls and results that are not paired and messages that no endpoint takes."""
-    rows, begin, open_calls = HISTORIES[what]
-    bodies = [(role, body if isinstance(body, str) else memws.encode_json(body)) for role, body in rows]
-    messages = [ChatMessage(number, role, "", "", body) for number, (role, body) in enumerate(bodies, 1)]
-    faults, waiting = memws.history_faults(messages)
-    assert max((index for index, _ in faults), default=0) == begin
-    assert list(waiting) == open_calls
