@@ -104,13 +104,8 @@ def serve_with_tool(*flags: str) -> None:
     import memws
 
     threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
-
-    class Server(memws.WebSocketServer):
-        def __init__(self, **options: Any) -> None:
-            super().__init__(**options)
-            self.tool(compute)
-
-    memws.WebSocketServer = Server
+    opened = memws.WebSocketServer.open
+    memws.WebSocketServer.open = lambda self: self.tool(compute) and opened(self)
     sys.exit(memws.main(["serve", *flags]))
 
 
