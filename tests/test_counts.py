@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import Lab, packed
+from agents import Lab
 from commandline import PROGRAM, environment
 from endpoint import Endpoint, Reply
 from test_python_api import running
-from wire import of_kind, wire
+from wire import wire
 
 import memws
 
@@ -49,29 +49,6 @@ async def test_commits_of_a_turn(endpoint: Endpoint, tmp_path: Path) -> None:
         await lab.store.read(memws.read_messages, opened.record.id, None, 10)
         await lab.store.read(memws.search, opened.record.id, memws.Query("hello"))
         assert ran == []
-
-
-async def test_frames_and_model_calls(endpoint: Endpoint, serve: Serve) -> None:
-    """A turn of one step is six frames to a classic client, ten stored events in all, few deltas; one call a step."""
-    server = serve(base_url=endpoint.url, model="test-model", db=":memory:")
-    async with wire(server, agent={"name": "sam"}) as client, wire(server, "*") as watcher:
-        for command in ("load_agent", "get_agent", "get_context"):
-            await client.ok(command, agent_name="sam")
-        await client.ok("search_memory", query="tea")
-        await watcher.ok("subscribe", agent_name="sam", after=0)
-        assert endpoint.requests == []
-        endpoint.script(SAY_HELLO)
-        assert len(await client.turn("Hello")) == 6
-        await client.nothing_more()
-        frames = await watcher.until(lambda frame: frame["type"] == "agent_response_end")
-        assert len([frame for frame in frames if "seq" in frame]) == 10
-        assert 0 < len(of_kind(frames, "delta")) <= 5  # 14 characters of monologue, 22 of arguments, 8 to a chunk
-        assert (len(endpoint.requests), frames[-1]["usage"]["model_calls"]) == (1, 1)
-        endpoint.script(Reply(calls=SEARCHES[:1]), SAY_HELLO)
-        end = (await client.turn("What of tea?"))[-1]
-        assert (len(endpoint.requests), end["usage"]["model_calls"]) == (3, 2)
-        assert [each["reason"] for each in packed(endpoint.requests[-1], "heartbeat")] == [memws.HEARTBEAT_REQUESTED]
-        assert endpoint.embedding_requests == []
 
 
 SERVE = """
