@@ -1476,7 +1476,7 @@ class Postgres:
     def open(self) -> SqlConnection:
         """A connection to write with; a new database gets its tables. Raises UsageError where it cannot be used."""
         with usable(self.path, self.advice):
-            connection = self.connect(idle_in_transaction_session_timeout=f"{LEASE_TIMEOUT:g}s")
+            connection = self.connect("idle_in_transaction_session_timeout")
         if int(connection.execute("SHOW server_version_num").fetchone()[0]) < 140_000:
             raise UsageError(f"{self.path!r} is older than PostgreSQL 14, from which on idle sessions end in time")
         with transaction(connection), usable(self.path, "name another database with --db"):
@@ -1488,11 +1488,11 @@ class Postgres:
                 connection.execute(schema)
         return connection
 
-    def connect(self, **settings: str) -> SqlConnection:
-        """A connection for one thread."""
-        return cast(SqlConnection, PostgresConnection(self, **settings))
+    def connect(self, timeout: str = "") -> SqlConnection:
+        """A connection for one thread, which that timeout of PostgreSQL's ends after LEASE_TIMEOUT."""
+        return cast(SqlConnection, PostgresConnection(self, timeout))
 
-    def dial(self, **settings: str) -> Any:
+    def dial(self, timeout: str) -> Any:
         """A connection of psycopg."""
         if self._is_over:
             raise self.driver.OperationalError("this server stops")
@@ -1500,8 +1500,8 @@ class Postgres:
         about: JSON = {"application_name": "memws", "connect_timeout": seconds, "tcp_user_timeout": seconds * 1000}
         connection = self.driver.connect(**(about | self._about), autocommit=True)
         self._lines = [*(line for line in self._lines if not line.closed), connection]
-        for name, value in settings.items():
-            connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+        if timeout:
+            connection.execute(f"SET {timeout} = '{LEASE_TIMEOUT:g}s'")
         return connection
 
     def dump_command(self, file: str) -> str:
@@ -1525,10 +1525,10 @@ class PostgresConnection:
     """A connection to PostgreSQL that is spoken to as one of sqlite3, and raises its errors. One that has broken is
     made anew at the next BEGIN."""
 
-    def __init__(self, database: Postgres, **settings: str) -> None:
-        self._database, self._settings = database, settings
+    def __init__(self, database: Postgres, timeout: str) -> None:
+        self._database, self._timeout = database, timeout
         with self._translated():
-            self._connection = database.dial(**settings)
+            self._connection = database.dial(timeout)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -1552,7 +1552,7 @@ class PostgresConnection:
             self._connection.execute(sql)
         except self._database.driver.OperationalError:
             self._connection.close()
-            self._connection = self._database.dial(**self._settings)
+            self._connection = self._database.dial(self._timeout)
             self._connection.execute(sql)
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
@@ -2170,8 +2170,7 @@ class Store:
             jobs = [self._jobs.get()]
             while len(jobs) < WRITE_BATCH and not self._jobs.empty():
                 jobs.append(self._jobs.get())
-            if waiting := [job for job in jobs if job]:
-                self._write_batch(waiting)
+            self._write_batch([job for job in jobs if job])
 
     def _write_batch(self, jobs: list[WriteJob]) -> None:
         """What fails with a job, fails that alone; what fails with the transaction, all."""
@@ -2219,9 +2218,6 @@ def find_name(db: SqlConnection, agent: int, name: str) -> tuple[int, str, int]:
     return row
 
 
-Owners = dict[int, str]
-
-
 class Leases:
     """Which agents this server may run, of those on a database that it shares with other servers.
 
@@ -2230,7 +2226,9 @@ class Leases:
     down beside the agent: what a server commits without having the lease any more is refused.
     """
 
-    def __init__(self, database: Postgres, wanted: Callable[[], set[int]], told: Callable[[Owners], None]) -> None:
+    def __init__(
+        self, database: Postgres, wanted: Callable[[], set[int]], told: Callable[[dict[int, str]], None]
+    ) -> None:
         """wanted: the ids of agents, asked for on a thread; told: hears of their owners, "" where we no longer are."""
         self.address = ""  # under which the others reach this server
         self.lease = ""  # how this server is written down as an owner
@@ -2261,8 +2259,7 @@ class Leases:
     def _keep(self) -> None:
         while not self._over:
             try:
-                connection = self.database.connect(idle_session_timeout=f"{LEASE_TIMEOUT:g}s")
-                with contextlib.closing(connection):
+                with contextlib.closing(self.database.connect("idle_session_timeout")) as connection:
                     self._hold(connection)
             except sqlite3.Error as error:
                 if not self._failure:
@@ -2290,7 +2287,7 @@ class Leases:
         finally:
             self._tell(dict.fromkeys(held, ""))
 
-    def _tell(self, owners: Owners) -> None:
+    def _tell(self, owners: dict[int, str]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             if self._loop:
                 self._loop.call_soon_threadsafe(self._told, owners)
@@ -2331,12 +2328,9 @@ def read_database(path: str) -> Iterator[SqlConnection]:
 
 def backup_database(path: str, target: str) -> None:
     """Copy a database into an empty file, as of one moment, also while a server writes. Raises UsageError."""
-    with (
-        read_database(path) as source,
-        usable(target, "name another file for the copy"),
-        contextlib.closing(sqlite3.connect(target)) as copy,
-    ):
-        source.backup(copy)  # in one step: no write of others can begin it anew
+    advice = "name another file for the copy"
+    with read_database(path), usable(target, advice), contextlib.closing(Sqlite(path)) as database:
+        database.connect().execute("VACUUM INTO ?", (target,))
 
 
 def vacuum_database(path: str, keep_requests: float) -> int:
@@ -2533,9 +2527,9 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int) -> Ite
 # ---- copies of agents ------------------------------------------------------------------------------------------------
 # They are made piece by piece, so that others get in between, and are nobody's until they are given a name.
 
+Step = tuple[str, int, int]  # how far a copy is: what was copied, up to which number, and of how many
 COPY_STEP, COPY_WORDS = 300, 3_000  # rows and words that are copied at once: so long others wait
 _COPIED = _EXPORTED | {"memory": "doc, store, item, role, time, text, terms, words, asking, asked, vector"}
-Step = tuple[str, int, int]  # how far a copy is: what was copied, up to which number, and of how many
 
 
 def find_turn_end(db: SqlConnection, record: AgentRecord, turn_id: str) -> AgentRecord:
@@ -7655,7 +7649,7 @@ class Agents:
         """The agents to be run here, for any thread; 0: to embed."""
         return {live.id for live in list(self.live.values())} | ({0} if self.models.embedder else set())
 
-    def _hear(self, owners: Owners) -> None:
+    def _hear(self, owners: dict[int, str]) -> None:
         for live in list(self.live.values()):
             if isinstance(live, SharedAgent) and live.id in owners:
                 live.take_owner(owners[live.id])
