@@ -1,7 +1,6 @@
 """The wire: signatures as schemas and checks, what a frame is read as, what bad ones get, how events are written."""
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,14 +8,10 @@ from wire import JSON, SCHEMA
 
 import memws
 
-hypothesis = pytest.importorskip("hypothesis")
-st = pytest.importorskip("hypothesis.strategies")
 jsonschema = pytest.importorskip("jsonschema")
 
 COMMANDS = memws.known_commands()
 CODES = {"not_json", "not_object", "bad_type", "bad_field", "missing_field", "too_deep", "unknown_command"}
-# One draw for all runs: a test that fails here fails everywhere.
-SETTINGS = hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
 
 SCHEMAS = {name: {"$ref": f"#/$defs/{name}", "$defs": SCHEMA["$defs"]} for name in SCHEMA["$defs"]}
@@ -210,21 +205,6 @@ def test_no_error_quotes_more_than_80_characters() -> None:
     assert errors > 100
 
 
-TEXTS = st.text(st.characters(codec=None), max_size=30)  # lone surrogates too
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.sampled_from(["queue", "all", "*", "hello"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
-    max_leaves=12,
-)
-
-
-def parts(value: Any) -> Iterator[Any]:
-    """A JSON value and all values inside it."""
-    yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from parts(item)
-
-
 LISTED_COMMANDS = """user_message create_agent load_agent hello list_agents get_agent update_agent rename_agent
 delete_agent restore_agent get_messages search_memory get_context get_request set_block insert_passage delete_passage
 cancel subscribe unsubscribe wake compact approve fork_agent rewind_agent"""
@@ -270,16 +250,5 @@ def test_an_event_is_its_frame(message_type: str) -> None:
         event = memws.response(message_type, letter * memws.MAX_REPLY, "\x01" * 128, 1, seq=2**53, time="x" * 24)
         text = memws.with_fields(memws.encode_json(event), agent_name="名" * 64, id="\x01" * 128)
         assert len(text.encode()) <= memws.MAX_FRAME
-
-
-@SETTINGS
-@hypothesis.given(VALUES)
-def test_json_is_strict_in_both_directions(value: Any) -> None:
-    """What is read is what was written; NaN, infinities and numbers beyond a double are neither read nor written."""
-    if any(isinstance(item, float) and item - item != 0 for item in parts(value)):
-        with pytest.raises(ValueError, match="number"):
-            memws.decode_json(json.dumps(value))
-        with pytest.raises(ValueError, match="JSON"):
-            memws.encode_json(value)
-    else:
-        assert memws.decode_json(json.dumps(value)) == memws.decode_json(memws.encode_json(value)) == value
+    with pytest.raises(ValueError, match="JSON"):
+        memws.encode_json(event | {"step": float("nan")})
