@@ -2703,7 +2703,6 @@ _IN_MARKUP = rf"""
 """
 _PLAIN = {"string": r"\g<0>", "name": r" to=\g<name> ", "cut": " to=unknown {", "close": " {} "}
 _PLAIN |= {"arrow": ":", "flag": r'"\g<flag>":'}
-_BRACES = rf"(?sx){_STRING} | [{{}}]"
 _NAMED = (  # the name of a tool before its arguments, and what may stand beside it
     r"(?s)(?:.*\bto=|call:|function\s+)?(?:\w+\.)*?([\w-]+)(?:\.call|\()?(?::\d+)?[:>]?(?:\s+(?:commentary|json|code))*"
 )
@@ -2717,8 +2716,8 @@ _ARGUMENT_KEYS = ("arguments", "parameters", "params", "args", "kwargs", "input"
 _SPOKEN = r'(?i)"message"\s*:\s*"((?:[^"\\]|\\[^u]|\\u[0-9a-f]{4})*)(?<!\\ud[89ab]..)'
 _ESCAPE = r'(\\["\\/bfnrtu])|\\'  # a backslash that begins none stands for itself
 _FAULTS = {  # of an answer, by words in its finish reason
-    "broken": "error|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|interrupt|preempt|repet|many|lang",
-    "filtered": "filter|safe|sensitive|guard|block|prohibit|recit|refus|spii|jailbreak|violat|moderat",
+    "broken": "err|fail|abort|cancel|time|load|resource|malform|unexp|other|crash|disconn|preempt|repet|many|lang",
+    "filtered": "filter|safe|sensitive|guard|block|prohibit|recit|refus|spii|jailbreak|violat|moderat|censor",
     "length": "length|max|limit|window|trunc",
 }
 _ENDS = {"broken": ("model_unavailable", "broke off"), "filtered": ("model_refused", "was filtered")}
@@ -2966,7 +2965,7 @@ def _is_cut(text: str) -> bool:
 def _end_of(text: str, start: int) -> int:
     """Where the brace closes that opens there; 0, where it does not."""
     depth = 0
-    for match in re.compile(_BRACES).finditer(text, start):
+    for match in re.compile(rf"(?sx){_STRING} | [{{}}]").finditer(text, start):
         depth += (match[0] == "{") - (match[0] == "}")
         if depth == 0:
             return match.end()
@@ -3060,7 +3059,7 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
 # ---- what an endpoint says when it refuses ---------------------------------------------------------------------------
 # Each says the same in its own words. They are made plain, and phrases, divided by |, are looked for in them.
 
-_REASON_KEYS = ("error", "errors", "message", "detail", "msg", "error_description", "title", "cause", "metadata", "raw")
+_REASONS = r"(?i)(?!finish)\w*(?:errors?|message|msg|detail|description|reason|title|cause|metadata|raw|resp|fault\w*)"
 _PHRASES = {
     "loading": "^(?:5..|404|409|425|429) .*(?:loading|being loaded|loaded yet|initiali[sz]ing|cold start|warm|starting"
     "|scaled to|not (?:yet )?ready)",
@@ -3143,7 +3142,8 @@ def reason_of(body: Any) -> str:
         return "; ".join(dict.fromkeys(filter(None, map(reason_of, body))))
     if isinstance(body, dict):
         place = ".".join(map(str, body["loc"])) if isinstance(body.get("loc"), list) else ""
-        return ": ".join(dict.fromkeys(filter(None, (place, *(reason_of(body.get(key)) for key in _REASON_KEYS)))))
+        values = (value for key, value in body.items() if re.fullmatch(_REASONS, key))
+        return ": ".join(dict.fromkeys(filter(None, (place, *map(reason_of, values)))))
     text = body.strip() if isinstance(body, str) else ""
     with contextlib.suppress(ValueError):
         return reason_of(decode_json(text)) or text
