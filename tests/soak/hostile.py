@@ -229,21 +229,6 @@ class Attack:
         return connect(self.server.url, additional_headers=headers, compression=None, max_size=None, max_queue=None,
                        ping_interval=None, close_timeout=2)  # fmt: skip
 
-    async def wake(self) -> None:
-        """Have the server make all the threads and descriptors that it keeps, and import what it imports late."""
-        async with contextlib.AsyncExitStack() as stack:
-            clients = [await stack.enter_async_context(self.connection()) for _ in range(WORKERS)]
-            config = {"name": "needs-a-model", "model": "x"}
-            await clients[0].send(json.dumps({"type": "command", "command": "create_agent", "config": config}))
-            await clients[0].send(json.dumps({"type": "user_message", "message": "Hello"}))
-            while self.read(await clients[0].recv())["type"] not in TERMINALS:
-                pass
-            ask = json.dumps({"type": "command", "command": "get_messages", "agent_name": "healthy-probe"})
-            for _ in range(20):
-                await asyncio.gather(*(each.send(ask) for each in clients * 20))
-                for each in clients * 20:
-                    await each.recv()
-
     async def frames(self, maker: Maker, cases: int) -> None:
         """Send so many hostile frames on one connection, in batches; each is answered exactly once."""
         async with self.connection() as websocket:
@@ -408,7 +393,6 @@ async def main(soak: Soak) -> None:
             with healthy_client(soak, server.url, TOKEN):
                 warm = max(soak.count // 10, min(1_000, soak.count // 2))
                 await wave(attack, "w", warm)
-                await attack.wake()
                 before, fds, threads = memory(pid), entries(pid, "fd"), entries(pid, "task")
                 await wave(attack, "h", soak.count - warm)
                 await until(lambda: entries(pid, "fd") <= fds and entries(pid, "task") <= threads, 5)
