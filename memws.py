@@ -4222,8 +4222,7 @@ class Transaction:
 
 def machine_timezone() -> str | None:
     """The IANA name of the machine's timezone; None where none is known, as on Windows: there its clock decides."""
-    file = os.environ.get("TZ", os.path.realpath("/etc/localtime"))
-    name = file.removeprefix(":").rpartition("zoneinfo/")[2]
+    name = os.environ.get("TZ", os.path.realpath("/etc/localtime")).removeprefix(":").rpartition("zoneinfo/")[2]
     return name if pathlib.Path(f"/usr/share/zoneinfo/{name}").is_file() else None
 
 
@@ -4258,8 +4257,7 @@ def _moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> st
         seconds = datetime.timedelta(seconds=when.timestamp())  # by the clock, also of a day without midnight
         return utc_text(datetime.datetime.fromtimestamp(0, datetime.UTC) + seconds)
     except (ValueError, OverflowError):
-        text = f"from, to: expected a day like 2026-01-31, but got {quote(text)}"
-        raise InvalidRequest("bad_field", text) from None
+        raise InvalidRequest("bad_field", f"from, to: expected a day like 2026-01-31, but got {quote(text)}") from None
 
 
 _ALIKE = str.maketrans("‘’‚‛“”„‟‐‑‒–—−", "''''\"\"\"\"------")
@@ -4978,17 +4976,17 @@ class Agent:
             self._counts["arguments"] += 1
             text = f"{call.name} is called without {quote(', '.join(sorted(surplus)))}, which it does not take"
             change.add_event("correction", text, what="arguments")
-        if call.name not in MEMORY_TOOLS:
-            waits, note = needs_approval(tool, arguments), ""
-            about: JSON = {"tool_call_id": call.id, "name": call.name, "arguments": without_heartbeat(call.arguments)}
-            if waits:
-                change.add_event("approval_request", f"may {call.name} run?", **about, seconds=APPROVAL_TIMEOUT)
-            async with change.apart():
-                with turn.interruptible():
-                    if waits:
-                        arguments, note = await self._allowed(tool, arguments, about)
-                    return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
-        return str(await getattr(change, call.name)(**arguments))
+        if call.name in MEMORY_TOOLS:
+            return str(await getattr(change, call.name)(**arguments))
+        waits, note = needs_approval(tool, arguments), ""
+        about: JSON = {"tool_call_id": call.id, "name": call.name, "arguments": without_heartbeat(call.arguments)}
+        if waits:
+            change.add_event("approval_request", f"may {call.name} run?", **about, seconds=APPROVAL_TIMEOUT)
+        async with change.apart():
+            with turn.interruptible():
+                if waits:
+                    arguments, note = await self._allowed(tool, arguments, about)
+                return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
 
     async def _allowed(self, tool: Tool, arguments: JSON, about: JSON) -> tuple[JSON, str]:
         """Wait until a call may run; the arguments to take, and a note of them. Raises ToolError."""
