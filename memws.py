@@ -7857,13 +7857,6 @@ def fitting(items: list[Any], beside: Any = None) -> list[Any]:
     return items[: max(1, sum(size <= MAX_FRAME - 4_096 for size in sizes) - 1)]
 
 
-def search_item(document: Document) -> JSON:
-    """What search_memory finds."""
-    role, _, name = document.role.partition(" ")
-    about = {"id": document.id, "store": document.store, "time": document.time, "text": document.text}
-    return about | {"role": role or None, "from": name or None, "score": round(document.score, 4)}
-
-
 def message_item(message: ChatMessage, first: int) -> JSON:
     """A chat message as get_messages lists it; `first` is the first one in view."""
     body = read_body(message.role, message.body) if message.role == "assistant" else None
@@ -8210,15 +8203,20 @@ class Session:
         limit: Annotated[int, 1, 50] = SEARCH_PAGE,
     ) -> JSON:
         """Search recall and archival memory; an empty query lists the newest first. from, to: its days or times,
-        inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages}."""
+        inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages, more}."""
         zone, vector = agent.memory.zone, await agent.query_vector(query)
         since, until = date_range(from_ or "", to or "", zone)
         stores = ("recall", "archival") if store == "all" else (store,)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
         documents, total = await self._agents.store.read(search, agent.record.id, wanted)
-        items = fitting([search_item(document) for document in documents])
-        about = {"items": items, "total": total, "page": page, "pages": -(-total // limit)}
-        return about | {"more": len(items) < len(documents)}
+        found = []
+        for document in documents:
+            role, _, name = document.role.partition(" ")
+            about = {"id": document.id, "store": document.store, "role": role or None, "from": name or None}
+            found.append(about | {"time": document.time, "text": document.text, "score": round(document.score, 4)})
+        items = fitting(found)
+        pages = {"total": total, "page": page, "pages": -(-total // limit)}
+        return {"items": items, **pages, "more": len(items) < len(found)}
 
     async def get_context(self, agent: Agent, before: MessageId = None, limit: Count = 1_000) -> JSON:
         """Read what fills the context window, by section; of its chat messages the newest `limit` before an id.
@@ -8500,11 +8498,11 @@ class WebSocketServer:
             return connection.respond(problem[0], f"{problem[1]}\n")
         if not public:
             return None
-        token = {"token": True} if self.options.token is not None else {}
         away = self.agents.leases.problem if self.agents and self.agents.leases else ""
-        about = {"status": "the database is away", "reason": away} if away else {"status": "ok"}
-        health = encode_json({**about, "version": __version__, **token})
-        body, headers = page(request.headers["Host"]) if is_page else (health, {"Content-Type": "application/json"})
+        about: JSON = {"status": "the database is away", "reason": away} if away else {"status": "ok"}
+        about |= {"version": __version__} | ({"token": True} if self.options.token else {})
+        kind = {"Content-Type": "application/json"}
+        body, headers = page(request.headers["Host"]) if is_page else (encode_json(about), kind)
         found = connection.respond(503 if away and not is_page else 200, body)
         del found.headers["Content-Type"]
         found.headers.update(headers)
