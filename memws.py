@@ -5054,7 +5054,7 @@ class Agent:
             self._end(change, turn, outcome)
 
     async def _break_off(self, turn: Turn, reason: Stopped | MemwsError) -> None:
-        """End a turn within a step: of a stopped one what had come of an answer is kept; open calls get a result."""
+        """End a turn within a step: by a stop, which keeps what came of an answer, or an error, which closes calls."""
         reply, outcome = turn.reply, str(reason) if isinstance(reason, Stopped) else reason
         async with self._change(turn) as change:
             if isinstance(outcome, str):
@@ -5064,10 +5064,10 @@ class Agent:
                 await self._take_reply(change, turn)
             else:
                 logger.warning("agent %s: turn %s: %s", self.name, turn.turn_id, outcome)
-            if turn.request and isinstance(outcome, ModelError):
-                turn.request.response = {"error": {"code": outcome.code, "message": str(outcome)}}
-            for call_id, name in history_faults(self.memory.messages)[1].items():
-                self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
+                for call_id, name in history_faults(self.memory.messages)[1].items():
+                    self._add_result(change, ToolCall(call_id, name), ToolError(INTERRUPTED))
+                if turn.request and isinstance(outcome, ModelError):
+                    turn.request.response = {"error": {"code": outcome.code, "message": str(outcome)}}
             self._end(change, turn, outcome)
 
     def _end(self, change: Transaction, turn: Turn, outcome: str | MemwsError) -> None:
