@@ -5754,11 +5754,11 @@ PANEL_STYLE: Final = r"""
   .memws-fence { position: relative; background: var(--wash); border-radius: 8px; padding: 4px 12px; margin: .6em 0;
     pre { white-space: pre; overflow-x: auto; } code { padding: 0; background: none; }
     .memws-copy { position: absolute; top: 4px; right: 6px; background: var(--wash); } }
-  .memws-empty { max-width: 460px; margin: 0 auto; text-align: center; display: grid; gap: 8px;
-    justify-items: center; } .memws-empty p { margin: 0 0 10px; }
+  .memws-empty { max-width: 460px; margin: 0 auto; text-align: center; display: grid; gap: 8px; justify-items: center; }
   .memws-starter { width: 100%; padding: 10px 14px; text-align: left; &:hover { border-color: var(--accent); } }
   .memws-over, .memws-composer { position: relative; width: calc(100% - 40px); max-width: 720px; margin: 0 auto; }
-  .memws-newest { position: absolute; right: 0; bottom: 8px; border-radius: 16px; box-shadow: 0 1px 6px #0002; }
+  .memws-empty p { margin: 0 0 10px; } .memws-newest { position: absolute; right: 0; bottom: calc(100% + 8px);
+    border-radius: 16px; box-shadow: 0 1px 6px #0002; }
   .memws-composer { display: flex; gap: 6px; align-items: flex-end; padding: 6px; border-radius: 14px;
     &:focus-within { border-color: var(--accent); }
     textarea { flex: 1; border: 0; background: none; resize: none; outline: 0; padding: 5px 8px; max-height: 200px;

@@ -79,7 +79,7 @@ def show(request: pytest.FixtureRequest) -> Show:
 
 
 def test_first_conversation(serve: Serve, show: Show) -> None:
-    """Somebody new starts with sam by one button, tells it something, and sees it enter its memory."""
+    """Somebody new starts with sam by one button, tells it something, sees it enter its memory, and copies a reply."""
     window = show(serve(), agent="")
     expect(window.button("Send")).to_be_disabled()
     expect(window.button("Stop")).to_be_disabled()
@@ -97,6 +97,10 @@ def test_first_conversation(serve: Serve, show: Show) -> None:
     expect(window.log.locator(".memws-bubble").last).to_have_text("What do\nI like?")
     window.field.press("ArrowUp")
     expect(window.field).to_have_value("What do\nI like?")
+    window.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    window.button("copy").last.click()
+    window.button("copied").wait_for()
+    assert "You told me" in window.page.evaluate("navigator.clipboard.readText()")
 
 
 def test_what_is_new_glows(serve: Serve, page: Window) -> None:
