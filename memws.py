@@ -1634,6 +1634,13 @@ def insert(db: SqlConnection, table: str, **values: Any) -> None:
     db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))})", row)
 
 
+def insert_all(db: SqlConnection, table: str, rows: Sequence[tuple[object, ...]]) -> None:
+    """Store rows in one statement: a server that is paused leaves none half sent, which would hold locks."""
+    if rows:
+        marks = ", ".join([f"({', '.join('?' * len(rows[0]))})"] * len(rows))
+        db.execute(f"INSERT INTO {table} VALUES {marks}", list(itertools.chain(*rows)))
+
+
 def write_setting(db: SqlConnection, name: str, value: str) -> None:
     sql = "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
     db.execute(sql, (name, value))
@@ -1864,14 +1871,13 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
         StoredEvent(seq, kind_of(event), own_turn_id(event), encode_json(event | {"seq": seq, "time": now}))
         for seq, event in enumerate(changes.events, row[0] - count + 1)
     ]
-    sql = "INSERT INTO events (agent, seq, kind, turn_id, text) VALUES (?, ?, ?, ?, ?)"
-    db.executemany(sql, [(agent, *event) for event in stored])
+    insert_all(db, "events (agent, seq, kind, turn_id, text)", [(agent, *event) for event in stored])
     messages = []
     for message in changes.messages:
         message.seq = row[0]
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
         messages.append((agent, message.id, *about))
-    db.executemany("INSERT INTO messages VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", messages)
+    insert_all(db, "messages", messages)
     for document in changes.documents:
         index(db, "doc = ?", remember(db, agent, document))
     for item in changes.removed:
