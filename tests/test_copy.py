@@ -1,17 +1,17 @@
 """Copying all agents from one database to another, of either kind."""
 
+import contextlib
+import itertools
 import os
 import re
 import shlex
-import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Main, environment, sentence
+from commandline import Main, sentence
 from postgres import find_programs
 from wire import beside
 
@@ -157,27 +157,18 @@ def test_a_name_is_given_meanwhile(
     assert [row[7] for row in rows(postgres_address)["agents"] if row[1] == "sam"] == [7]
 
 
-DIE = """if True:
-    import itertools, os, signal, sys
-    sys.path.insert(0, sys.argv.pop(1))
-    import memws
-    calls, index = itertools.count(1), memws.index
+def test_cut_short(source: str, database: str, main: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is ended in the middle of an agent leaves those before it, and goes on with it."""
+    index, calls = memws.index, itertools.count(1)
 
-    def die(*values):
+    def stop(*values: Any) -> None:
         index(*values)
         if next(calls) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyboardInterrupt
 
-    memws.index = die
-    memws.main(sys.argv[1:])
-"""
-
-
-def test_killed(source: str, database: str, main: Main) -> None:
-    """A copy that is killed in the middle of an agent leaves those before it, and goes on with it."""
-    words = [str(Path(memws.__file__).parent), "copy", "--from", source, "--to", database]
-    done = subprocess.run([sys.executable, "-c", DIE, *words], env=environment(), check=False)
-    assert done.returncode == -signal.SIGKILL
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(memws, "index", stop)
+        main("copy", "--from", source, "--to", database)
     assert [row[0] for row in rows(database)["agents"]] == [row[0] for row in rows(source)["agents"]][:2]
     copy(main, source, database)
 

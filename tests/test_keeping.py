@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from commandline import Done, Main, Serving, run, sentence
-from endpoint import Body, Endpoint, Reply, greet
+from endpoint import Endpoint, Reply
 
 import memws
 
@@ -424,14 +424,6 @@ def test_damage(what: str, db: Path, main: Main, serve: Serve) -> None:
 async def test_beside_turns(tmp_path: Path, main: Main, serve: Serve, endpoint: Endpoint) -> None:
     """Copies and exports under turns are of one moment, hold all that was acknowledged, and are no damage."""
     names = [f"agent{number}" for number in range(8)]
-
-    def model(body: Body) -> Reply:
-        keep = {"content": "Fact", "request_heartbeat": True}
-        if len(body["messages"]) % 3:
-            return Reply("Well.", calls=[("archival_memory_insert", keep)], chunk=4)
-        return greet(body)
-
-    endpoint.default = model
     server = serve(base_url=endpoint.url, model="test-model", api_key="sk-x", context_window=200_000)
     db = tmp_path / "memws.db"
     acknowledged: list[tuple[str, str]] = []
@@ -470,8 +462,3 @@ async def test_beside_turns(tmp_path: Path, main: Main, serve: Serve, endpoint: 
         assert (healthy(main, path), stat.S_IMODE(path.stat().st_mode)) == (True, 0o600)
         sql = "SELECT name, text FROM messages JOIN agents ON agents.id = agent WHERE role = 'user'"
         assert [pair for pair in known if pair not in rows(path, sql)] == []
-    later = await asyncio.to_thread(lambda: serve(db=str(copies[-1][0])))
-    async with memws.Client(later.url) as client:
-        for name in names:
-            await client.load_agent(name)
-            assert await client.ask("Do you remember me?")
