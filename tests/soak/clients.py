@@ -13,7 +13,7 @@ import signal
 import time
 from typing import Any
 
-from servers import Fleet, none_of_a_fleet
+from servers import Fleet
 from soaking import Site, Soak, client, run, site, soak_server, until
 
 # isort: split
@@ -116,7 +116,6 @@ class Rounds(Fleet):
 
 
 async def main(soak: Soak) -> None:
-    none_of_a_fleet(soak)
     soak.none("agents that do not load, or need a repair after a signal")
     model = Model(soak.seed)
     async with site(soak, model) as place:

@@ -85,13 +85,19 @@ class Takeover(NamedTuple):
 
 
 class Fleet:
-    """Servers of one database, the clients that talk to its agents, and what was said."""
+    """Servers of one database, the clients that talk to its agents, and what was said.
+
+    How a server is started, `process`, and what befalls it, `besiege`, those say that derive from it.
+    """
 
     restless, longest_pause, follows = 0.1, 1.0, 5
     """How often a client cancels or leaves while it waits; its longest pause; how many more agents it follows."""
 
     def __init__(self, soak: Soak, place: Site, servers: int, clients: int, agents: int) -> None:
         self.soak, self.place, self.rng, self.size = soak, place, soak.rng, servers
+        soak.none("turns of one agent that overlap", "ends told twice", "messages without an end")
+        soak.none("clients that wait too long", "turns that end for no reason", "commands that are refused")
+        soak.none("passages lost or doubled")
         self.logs = [Log(soak, f"agent-{number}") for number in range(agents)]
         self.clients = [Client(self, number, clients) for number in range(clients)]
         self.started: list[Serving] = []
@@ -102,12 +108,6 @@ class Fleet:
         self.counts: collections.Counter[str] = collections.Counter()
         self.cancels: list[float] = []  # seconds until a cancelled turn had its end
         self.over = False  # there will be no more messages
-
-    def process(self) -> Serving:
-        raise NotImplementedError
-
-    async def besiege(self) -> None:
-        raise NotImplementedError
 
     def hear(self, told: Client, name: str, seq: int) -> None:
         """A client was told an event."""
@@ -390,14 +390,7 @@ class Client:
             self.refusals[turn_id] = frame
 
 
-def none_of_a_fleet(soak: Soak) -> None:
-    soak.none("turns of one agent that overlap", "ends told twice", "messages without an end")
-    soak.none("clients that wait too long", "turns that end for no reason", "commands that are refused")
-    soak.none("passages lost or doubled")
-
-
 async def main(soak: Soak) -> None:
-    none_of_a_fleet(soak)
     soak.none("model requests of one agent at once")
     model = Model(soak)
     with Cluster() as cluster:
