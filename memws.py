@@ -2646,9 +2646,9 @@ class Learned:
 # strings stay, parameters in XML and calls in Python turn into JSON, all else that is markup goes (_IN_MARKUP).
 
 _VERBOSE = re.DOTALL | re.IGNORECASE | re.MULTILINE | re.VERBOSE
-_THOUGHT = r"(?:think|thinking|thought|reasoning|scratch_?pad)"
-_THOUGHT_END = rf"""(?:[<◁]\|?(?:/|/seed:|end_){_THOUGHT}\|?[>▷] | <\|{_THOUGHT}_end\|> | (?-i:\[/THINK\])
-    | <channel\|> | <\|close\|>think<\|sep\|> | (?<=\S)assistantfinal(?=\S))"""
+_THOUGHT = r"(?:\w{1,12}[:_]|ant)?(?:think|thinking|thoughts?|reasoning|reflection|analysis|monologue|scratch_?pad)"
+_THOUGHT_END = rf"""(?:[<◁]\|?(?:/|(?=end_)){_THOUGHT}\|?[>▷] | <\|{_THOUGHT}_end\|> | (?-i:\[/THINK\])
+    | <channel\|> | <\|close\|>think<\|sep\|> | (?<=\S)assistantfinal(?=\S) | \[BEGIN\ FINAL\ RESPONSE\])"""
 _TURN = r"<[|｜]?(?:im_start|start|start_of_turn|start_header_id|start_of_role|turn)[|｜]?>"
 _MADE_UP = rf"(?:{_TURN}(?:user|system|tool)\b|<[|｜](?:user|observation)[|｜]>).*"  # what another would say is made up
 _AT_START = r"(?:^|(?<=[>▷\]])|(?<=:\ ))"  # of a line, or of what stands apart
@@ -2668,7 +2668,7 @@ _PARAMETER = rf"""
 _IN_PROSE = rf"""
     (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
         | ^```(?:(?!^```).)*+^```(?!\s*(?:```|<[|｜/]|\Z)))  # a block of code that other text follows
-    | (?P<thought> (?:[<◁]\|?(?:start_|seed:)?{_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\]) | <\|channel>thought
+    | (?P<thought> (?:[<◁]\|?(?!end_){_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\]) | <\|channel>thought
         | <\|open\|>think<\|sep\|> | <\|channel\|>analysis<\|message\|>)
         (?P<inner>.*?) (?:{_THOUGHT_END} | <\|end\|> | (?=<\|channel\|>) | \Z))
     | (?P<end> {_THOUGHT_END})  # alone: the beginning stood in the prompt
@@ -2687,7 +2687,8 @@ _IN_PROSE = rf"""
         | [a-z_][\w.]*(?::\d+)?(?:\]?:?|>|\[ARGS\])\s*\{{\s*["'}}]))  # a name before JSON
     | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|(?:channel|open|close)\|>\w+<\|(?:message|sep)\|>
         | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
-        | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?answer> | </?[|｜\w:]*\Z)
+        | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?(?:answer|response)> | <role>\w+</role>
+        | \[END\ FINAL\ RESPONSE\] | </?[|｜\w:]*\Z)
 """
 _UNSURE = rf"""(?mx)(?:  # what may become one of these, at the end of a text:
     (?:{_AT_START}|<\|channel\|>)(?:Action:.*|\[?(?:Calling|Tool|TOOL|Function)[_ ]\w*:?|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*

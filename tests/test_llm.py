@@ -801,7 +801,8 @@ THOUGHTS = (
     "<think>Hm.</think>", "Hm.\n</think>\n", "<thinking>Hm.</thinking>", "<thought>Hm.</thought>", "[THINK]Hm.[/THINK]",
     "<|START_THINKING|>Hm.<|END_THINKING|>", "◁think▷Hm.◁/think▷", "<seed:think>Hm.</seed:think>", "Hm.◁/think▷", "",
     "<|channel|>analysis<|message|>Hm.<|end|>", "Hm.[/THINK]", "Hm.</thought>", "<scratch_pad>Hm.</scratch_pad>",
-    "<|open|>think<|sep|>Hm.<|close|>think<|sep|><|open|>response<|sep|>",
+    "<|open|>think<|sep|>Hm.<|close|>think<|sep|><|open|>response<|sep|>", "<longcat_think>Hm.</longcat_think>",
+    "<|begin_of_thought|>Hm.<|end_of_thought|>", "<antThinking>Hm.</antThinking>", "Hm.[BEGIN FINAL RESPONSE]",
 )  # fmt: skip
 
 
