@@ -477,22 +477,20 @@ def _finite(text: str) -> float:
 TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 # A value as compact strict JSON; raises ValueError for NaN and infinities.
 encode_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
-_STRICT, _LOOSE = (json.JSONDecoder(strict=s, parse_constant=_finite, parse_float=_finite) for s in (True, False))
+_DECODE = {s: json.JSONDecoder(strict=s, parse_constant=_finite, parse_float=_finite).decode for s in (True, False)}
 
 
 def decode_json(text: str | bytes, strict: bool = True) -> Any:
     """The value of JSON; not strict: with line breaks inside strings, as models write. Raises ValueError."""
-    decoder = _STRICT if strict else _LOOSE
     try:
-        return decoder.decode(text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
+        return _DECODE[strict](text if isinstance(text, str) else text.decode(json.detect_encoding(text)))
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
 
 
 def with_fields(text: str, **fields: Any) -> str:
     """The JSON object `text` with more fields: an event is encoded once, each copy only adds what differs."""
-    more = "".join(f',"{name}":{encode_json(value)}' for name, value in fields.items())
-    return f"{text[:-1]}{more}}}"
+    return "".join([text[:-1], *(f',"{name}":{encode_json(value)}' for name, value in fields.items()), "}"])
 
 
 def read_json(text: str) -> tuple[Any, str]:
@@ -4043,6 +4041,7 @@ class Memory:
     store: Store
     record: AgentRecord
     emit: Callable[..., None] = lambda *events: None  # gets events once they are stored
+    hears: Callable[[str], bool] = lambda kind: True  # whether anybody wants a live event of that type
     owner: str | None = None  # the lease under which this server runs the agent, where several share the database
     edited: Callable[[], None] = lambda: None  # called when config or blocks have changed, or messages left the view
     blocks: dict[str, Block] = field(default_factory=dict)
@@ -4874,7 +4873,7 @@ class Agent:
                     self._count(turn, request, reply, estimate_tokens(body))
 
     def _emit_deltas(self, turn: Turn) -> None:
-        for of, text in turn.reply.news():
+        for of, text in turn.reply.news() if self.memory.hears("delta") else ():
             self.emit_live(turn, "delta", text, of=of)
 
     def _count(self, turn: Turn, request: RequestRecord, reply: Reply, estimated: int) -> None:
@@ -7242,12 +7241,13 @@ class LiveAgent:
         self.last_seq, self.count = record.last_seq, 0  # count: of the events ever published here
         self.news = asyncio.Event()  # set at the next event, when another takes its place
         self.ring: collections.deque[StoredEvent] = collections.deque(maxlen=RING)
+        self.readers = weakref.WeakSet[Any]()  # what connections get of it
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
 
     async def open(self, record: AgentRecord) -> None:
         """Load the agent, and repair what a crash left. Raises StoreFailed."""
-        agents, memory = self.agents, Memory(self.agents.store, record, self.publish, self.lease)
+        agents, memory = self.agents, Memory(self.agents.store, record, self.publish, self.hears, self.lease)
         options = (agents.options.max_steps, agents.api_keys.get(record.id), agents.timezone)
         self.agent = await Agent(memory, agents.models, agents.tools, *options).open()
         if self.agent.repairs:
@@ -7263,7 +7263,7 @@ class LiveAgent:
     def publish(self, *events: StoredEvent) -> None:
         for event in events:
             self.last_seq = event.seq or self.last_seq
-            self.ring.append(self._with_name(event))
+            self.ring.append(event._replace(text=with_fields(event.text, agent_name=self.name)))
             self.count += 1
         self.wake()
 
@@ -7271,8 +7271,8 @@ class LiveAgent:
         self.news.set()
         self.news = asyncio.Event()
 
-    def _with_name(self, event: StoredEvent) -> StoredEvent:
-        return event._replace(text=with_fields(event.text, agent_name=self.name))
+    def hears(self, kind: str) -> bool:  # whether anybody wants that live event
+        return any(reader.session.types is None or kind in reader.session.types for reader in self.readers)
 
     async def events(self, after: int, until: int, turn_id: str | None = None) -> AsyncGenerator[StoredEvent, None]:
         """Stored events above a seq up to another, in order; those of one turn where one is named."""
@@ -7280,7 +7280,7 @@ class LiveAgent:
             page = await self.agents.store.read(read_events, self.id, after, RING, turn_id)
             for event in page:
                 if event.seq <= until:
-                    yield self._with_name(event)
+                    yield event._replace(text=with_fields(event.text, agent_name=self.name))
             after = page[-1].seq if page else until
 
     async def ready(self, mend: bool = True) -> None:
@@ -7744,6 +7744,7 @@ class Reader:
         self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: set[str] = set()  # of them those that are to be sent from their start up to the cursor
         session.readers[live] = self
+        live.readers.add(self)
         self.task = live.agents.spawn(self._run())
 
     def subscribe(self, floor: float) -> None:
@@ -7773,18 +7774,18 @@ class Reader:
         self.live.wake()
 
     async def _run(self) -> None:
-        failure = None
         with contextlib.suppress(ConnectionClosed):
             try:
                 await self._read()
-            except StoreFailed as error:
-                logger.error("agent %s cannot be replayed: %s", self.live.name, error)
-                failure = error
+                error: MemwsError | None = self.live.end
+            except StoreFailed as failure:
+                logger.error("agent %s cannot be replayed: %s", self.live.name, failure)
+                error = failure
                 if self.floor < math.inf:
                     self.turns[""] = None  # the subscription ends with an error of its own
             del self.session.readers[self.live]
             for turn_id in list(self.turns):
-                self._refuse(turn_id, failure or self.live.end)
+                self._refuse(turn_id, error)
 
     async def _read(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
