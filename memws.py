@@ -5228,9 +5228,10 @@ class LoopThread:
 
     def stop(self) -> None:
         """Cancel what runs there, and end loop and thread; nothing happens where they have ended."""
-        with self._lock, contextlib.suppress(RuntimeError):
-            self._over = True
-            self.loop.call_soon_threadsafe(self.loop.stop)
+        with self._lock:
+            if not self._over:  # a second stop would cut what the first one still closes
+                self._over = True
+                self.loop.call_soon_threadsafe(self.loop.stop)
         if threading.current_thread() is not self.thread:
             self.thread.join(CLOSE_TIMEOUT + 1.0)
 
