@@ -4290,11 +4290,10 @@ def edit_text(text: str, old: str, new: str) -> str:
         raise ToolError(f"old_content stands in the block {count} times; give more of the line, or the lines beside it")
     first = signs.index(old)
     last = first + len(old) - 1
-    start, end = places[first][0], places[last][1]
     letters = "".join("a" if unicodedata.category(sign)[0] == "M" else sign for sign in signs)  # a vowel sign is one
     if any(re.compile(_IN_WORD).match(letters, place) for place in (first, last + 1)):
         raise ToolError("old_content is only part of a word or number in the block; give more of the line")
-    head, tail = text[:start], text[end:]
+    head, tail = text[: places[first][0]], text[places[last][1] :]
     if not (head.rpartition("\n")[2] + new + tail.partition("\n")[0]).strip():
         head, new, tail = head.rpartition("\n")[0], "", "\n" + tail.partition("\n")[2]  # no blank line is left
     return (head + new + tail).strip("\n")
