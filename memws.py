@@ -3044,9 +3044,8 @@ def _calls_of(value: Any, tools: Collection[str]) -> Iterator[ToolCall]:
         return
     name = next((fields[key] for key in _NAME_KEYS if isinstance(fields.get(key), str)), "")
     others = {key: item for key, item in fields.items() if key not in ("id", "type", *_NAME_KEYS)}
-    default = others if others and name in tools else None
-    arguments = next((fields[key] for key in _ARGUMENT_KEYS if isinstance(fields.get(key), (dict, str))), default)
-    if name and arguments is not None:
+    arguments = next((fields[key] for key in _ARGUMENT_KEYS if isinstance(fields.get(key), (dict, str))), others)
+    if name and (arguments is not others or (others and name in tools)):
         yield ToolCall("", name, arguments if isinstance(arguments, str) else encode_json(arguments))
         return
     for key, item in fields.items():
