@@ -83,26 +83,19 @@ async def test_as_many_wait_elsewhere_as_here(pair: tuple[Wire, Wire], endpoint:
         await client.until(lambda frame: is_terminal(frame) and frame.get("id") == 7)
 
 
-async def test_a_turn_that_a_client_wakes_is_told_to_it(pair: tuple[Wire, Wire]) -> None:
-    """Also where another server runs the agent; once, whether it subscribes or not."""
-    for client in pair:
-        for subscribes in (False, True):
+async def test_what_one_makes_an_agent_do_is_told_alike_by_all(pair: tuple[Wire, Wire]) -> None:
+    """A turn that it wakes is told to it once, whether it subscribes or not; the event of a passage has its id."""
+    for subscribes in (False, True):
+        for client in pair:
             if subscribes:
                 await client.ok("subscribe", agent_name="sam")
             turn_id = (await client.ok("wake", agent_name="sam"))["turn_id"]
             frames = [*client.before_answer, *await client.until(is_terminal)]
-            assert frames[-1]["turn_id"] == turn_id
-            assert len(of_kind(frames, "heartbeat")) == 1
-
-
-async def test_a_memory_change_is_told_alike_by_all(pair: tuple[Wire, Wire]) -> None:
-    """The event of a passage has its id."""
-    for client in pair:
-        await client.ok("subscribe", agent_name="sam")
-    for client in pair:
+            assert (frames[-1]["turn_id"], len(of_kind(frames, "heartbeat"))) == (turn_id, 1)
+    await pair[0].ended()  # it follows what the other one has begun
+    for client, other in (pair, pair[::-1]):
         result, event = await client.edit("insert_passage", agent_name="sam", text="Tea")
-        assert event["id"] == result["id"]
-        await next(each for each in pair if each is not client).receive()
+        assert event["id"] == (await other.receive())["id"] == result["id"]
 
 
 async def test_what_waits_at_a_server_that_stops_goes_on_at_the_next(
