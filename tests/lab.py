@@ -98,8 +98,9 @@ class Window:
         # JupyterLab itself complains so of what a kernel that ends has not answered.
         assert [fault for fault in self.faults if "Canceled future for" not in fault] == []
 
-    def open(self, url: str, fragment: str = "") -> None:
+    def open(self, url: str, fragment: str = "", status: str = "connected") -> None:
         self.page.goto(memws.page_address(url) + fragment)
+        self.await_status(status)
 
     def open_notebook(self, folder: Path, jupyter: str) -> None:
         cells = [nbformat.v4.new_code_cell("")]  # type: ignore[no-untyped-call]

@@ -109,7 +109,6 @@ def test_what_is_new_glows(serve: Serve, page: Window) -> None:
     server.create_new_agent({"name": "sam"})
     page.page.clock.install()
     page.open(server.url)
-    page.await_status("connected")
     page.say("I like tea")
     page.await_turns(1)
     expect(page.mind.locator("ins")).to_have_text("I like tea")
@@ -283,7 +282,6 @@ def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Windo
     server.tool(lambda amount: f"spent {amount}", name="spend", approve=True)
     server.create_new_agent({"name": "sam", "tools": ["spend"]})
     page.open(server.url)
-    page.await_status("connected")
     endpoint.script(Reply(calls=[("spend", {"amount": 50})]), say("So be it."))
     page.say("spend it")
     page.button("Allow").wait_for()
@@ -531,7 +529,6 @@ def test_what_was_on_its_way(serve: Serve, page: Window) -> None:
     server.create_new_agent({"name": "sam"})
     lost = lose(page, '"user_message"')
     page.open(server.url)
-    page.await_status("connected")
     page.say("I like tea")
     page.await_turns(1)
     assert len(lost) == 1
@@ -600,8 +597,7 @@ def test_long_history(serve: Serve, show: Show, past: Path, tmp_path: Path) -> N
 
 HOSTILE = """</script></style></textarea><img src=x onerror="window.hurt=1"><script>window.hurt=1</script>"""
 HOSTILE += '[a](javascript:hurt=1) ![b](https://evil.example/x.png) <a href="javascript:hurt=1">c</a> {{7*7}}'
-PLAIN = {"A", "BLOCKQUOTE", "BUTTON", "CODE", "DIV", "EM", "H3", "H4", "H5", "H6", "HR", "LI", "OL", "P", "PRE"}
-PLAIN |= {"SPAN", "STRONG", "TABLE", "TBODY", "TD", "TH", "THEAD", "TR", "UL"}
+PLAIN = "a, blockquote, button, code, div, em, h3, h4, h5, h6, hr, li, ol, p, pre, span, strong, table, td, th, tr, ul"
 
 
 def is_harmless(window: Window) -> bool:
@@ -647,7 +643,6 @@ def test_a_table(online: Serve, endpoint: Endpoint, page: Window) -> None:
     server = online()
     server.create_new_agent({"name": "sam"})
     page.open(server.url)
-    page.await_status("connected")
     page.say("prices")
     page.sees("That is all.")
     cells = page.log.locator("table").locator("th, td")
@@ -659,7 +654,7 @@ def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -
     """Any mixture of Markdown's signs becomes nothing but plain elements, with all its words."""
     draw = random.Random(7)
     signs = ["`", "```", "**", "*", "_", "# ", "> ", "- ", "1. ", "| ", "|-|-|", "\n", "\n\n", "    ", "[x](", ")", "]"]
-    signs += ["\\", "~~~", "https://a.example/b", "javascript:x", "<b>", "&amp;"]
+    signs += ["\\", "~~~", "\n\n---\n", "https://a.example/b", "javascript:x", "<b>", "&amp;"]
     signs += ["\u202e", "word ", "é", "漢字 ", HOSTILE]
     texts = ["".join(draw.choices(signs, k=draw.randrange(1, 60))) + " end" for _ in range(36)]
     alone = ("[", "**a ", "`", "> ", ">", "- ", "_a", "|", "https://", "![](", "  - a\n")
@@ -668,13 +663,12 @@ def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -
     server = online()
     server.create_new_agent({"name": "sam", "context_window": 1_000_000})
     page.open(server.url, "#agent=sam")
-    page.await_status("connected")
     for number, reply in enumerate(replies, 1):
         endpoint.script(say(*reply))
         page.say(f"number {number}")
         page.await_turns(sum(map(len, replies[:number])))
     prose = page.log.locator(".memws-agent .memws-prose")
-    assert set(prose.locator("*").evaluate_all("all => all.map((each) => each.tagName)")) <= PLAIN
+    expect(prose.locator(f"*:not({PLAIN})")).to_have_count(0)
     assert [text for text in prose.all_text_contents() if "end" not in text] == []
     assert is_harmless(page)
 
@@ -686,7 +680,7 @@ def test_the_page_asks_for_the_token(serve: Serve, page: Window) -> None:
     page.page.on("websocket", lambda socket: addresses.append(socket.url))
     server = serve(token=TOKEN)
     server.create_new_agent({"name": "sam"})
-    page.open(server.url)
+    page.open(server.url, status="offline")
     for token in ("wrong", TOKEN):
         page.await_status("offline")
         page.fill(token=token)
@@ -698,11 +692,9 @@ def test_the_page_asks_for_the_token(serve: Serve, page: Window) -> None:
     page.page.evaluate("sessionStorage.clear()")
     page.page.goto("about:blank")
     page.open(server.url, f"#token={TOKEN}&agent=sam")
-    page.await_status("connected")
     assert TOKEN not in page.page.url
     assert not any(TOKEN in address for address in addresses)
     page.open(serve(token="a/b=c", db=":memory:").url, "#token=a/b%3Dc")
-    page.await_status("connected")
 
 
 LUMINANCE = """(colour) => {
@@ -730,7 +722,6 @@ def test_contrast(online: Serve, endpoint: Endpoint, browser: Browser, theme: An
     server.create_new_agent({"name": "sam"})
     window = Window(browser, color_scheme=theme, reduced_motion="reduce")
     window.open(server.url, "#agent=sam")
-    window.await_status("connected")
     bad = ("core_memory_replace", {"name": "human", "old_content": "x", "new_content": "y", **AGAIN})
     endpoint.script(
         Reply("I keep that.", [NOTED, bad]), say("# Ada\n\n> `tea` and [more](https://a.example)\n\n|a|\n|-|\n|b|")
@@ -752,7 +743,6 @@ def test_contrast(online: Serve, endpoint: Endpoint, browser: Browser, theme: An
 def test_keyboard_alone(serve: Serve, page: Window) -> None:
     """Without a mouse: to write, to walk the views, to edit a block and to make an agent."""
     page.open(serve().url)
-    page.await_status("connected")
     keys = page.page.keyboard
 
     def reach(name: str) -> None:
@@ -801,7 +791,6 @@ def test_narrow(serve: Serve, browser: Browser) -> None:
     server.create_new_agent({"name": "sam"})
     window = Window(browser, viewport={"width": 400, "height": 800})
     window.open(server.url)
-    window.await_status("connected")
     window.say("a word of " + "w" * 300)
     window.await_turns(1)
     entry = window.button("what the model saw")
