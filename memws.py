@@ -4469,11 +4469,10 @@ def read_config(values: JSON, tools: Mapping[str, Tool], base: JSON | None = Non
         values = values | {"settings": {**stored.get("settings", {}), **values["settings"]}}
     config = vars(apply(Config, {**stored, **values}))
     find_zone(values.get("timezone"))
-    names = config["tools"] or ()
-    if unknown := [name for name in names if name not in tools and name in values.get("tools", ())]:
-        raise Refused("bad_config", f"unknown tool {quote(unknown[0])}; known: {', '.join(sorted(tools))}")
-    if names and not MEMORY_TOOLS.keys() & set(names):
-        config["tools"] = [*MEMORY_TOOLS, *names]  # whoever names only tools of their own means to add them
+    if unknown := set(values.get("tools") or ()) - tools.keys():
+        raise Refused("bad_config", f"unknown tool {quote(min(unknown))}; known: {', '.join(sorted(tools))}")
+    if config["tools"] and not MEMORY_TOOLS.keys() & set(config["tools"]):
+        config["tools"][:0] = MEMORY_TOOLS  # whoever names only tools of their own means to add them
     return config, warnings
 
 
