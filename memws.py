@@ -1444,7 +1444,6 @@ _POSTGRES_SCHEMA = {  # what the schema says otherwise there; times and names ar
 }
 
 
-COPIED_ROWS = 500  # from so many on rows are copied
 _POSTGRES_BEGIN = {"BEGIN IMMEDIATE": "BEGIN", "BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
 
 
@@ -1489,7 +1488,7 @@ class Postgres:
         return cast(SqlConnection, PostgresConnection(self, timeout))
 
     def dial(self, timeout: str) -> Any:
-        """A connection of psycopg."""
+        """The same as psycopg has it."""
         if self._is_over:
             raise self.driver.OperationalError("this server stops")
         seconds = int(BUSY_TIMEOUT)
@@ -1518,8 +1517,7 @@ class Postgres:
 
 
 class PostgresConnection:
-    """A connection to PostgreSQL that is spoken to as one of sqlite3, and raises its errors. One that has broken is
-    made anew at the next BEGIN."""
+    """A connection that is spoken to as one of sqlite3, and raises its errors; a broken one is made anew at BEGIN."""
 
     def __init__(self, database: Postgres, timeout: str) -> None:
         self._database, self._timeout = database, timeout
@@ -1552,14 +1550,11 @@ class PostgresConnection:
             self._connection.execute(sql)
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> None:
-        rows, table = list(rows), sql.removeprefix("INSERT INTO ").partition(" VALUES ")[0]
-        with self._translated(), self._connection.cursor() as cursor:
-            if len(rows) < COPIED_ROWS:
-                cursor.executemany(sql.replace("?", "%s"), rows)
-                return
-            with cursor.copy(f"COPY {table} FROM STDIN") as copy:  # several times as fast
-                for row in rows:
-                    copy.write_row(row)
+        """An INSERT of many rows, by COPY, which is several times as fast."""
+        table = sql.removeprefix("INSERT INTO ").partition(" VALUES ")[0]
+        with self._translated(), self._connection.cursor() as cursor, cursor.copy(f"COPY {table} FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(row)
 
     def stream(self, sql: str, values: Sequence[Any]) -> Iterator[Any]:
         """The rows of a result that is never whole in memory."""
@@ -1655,8 +1650,7 @@ Span = tuple[int, int]
 
 
 def remember(db: SqlConnection, agent: int, document: Document, joined: bool | None = None) -> int:
-    """Store what a search is to find once it is indexed; its doc. joined: whether it belongs to the session of the one
-    before; None: by SESSION_GAP."""
+    """Store what a search is to find once it is indexed; its doc. joined: to the session before it, where known."""
     low = (agent * 2 + STORES.index(document.store)) * PLACES
     sql = """SELECT doc, time, words, text FROM memory WHERE doc BETWEEN ? AND ? AND item < ?
         ORDER BY doc DESC LIMIT 1"""
@@ -1839,7 +1833,8 @@ def without_vector(db: SqlConnection, limit: int) -> list[tuple[int, str]]:
 
 def keep_vectors(db: SqlConnection, rows: list[tuple[bytes, int, str]]) -> None:
     """Store (vector, doc, text), an empty vector for a text that the model refuses; what is gone gets none."""
-    db.executemany("UPDATE memory SET vector = ? WHERE doc = ? AND text = ?", rows)
+    for row in rows:
+        db.execute("UPDATE memory SET vector = ? WHERE doc = ? AND text = ?", row)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -1923,8 +1918,7 @@ def _whole(event: StoredEvent) -> StoredEvent:
 
 
 def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: str | None = None) -> list[StoredEvent]:
-    """Stored events above `after`, in order, those of one turn where one is named: at most `limit`, and none more after
-    EVENT_PAGE characters."""
+    """Stored events above `after`, in order, or those of one turn: at most `limit`, and about EVENT_PAGE characters."""
     edge = "(SELECT {}(seq) FROM events WHERE agent = ? AND turn_id = ?)"
     span = f"turn_id <> '' AND seq BETWEEN {edge.format('min')} AND {edge.format('max')} AND"  # also what entered it
     turn, values = ("", ()) if turn_id is None else (span, (agent, turn_id) * 2)
@@ -1938,8 +1932,7 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
 
 
 def find_turn(db: SqlConnection, agent: int, turn_id: str) -> dict[str, str]:
-    """The start of a turn and its user's message, as they are stored, by kind. A message that entered the turn of
-    another has no start, a turn without one no message; empty: there is nothing of that id."""
+    """The start of a turn and its user's message, by kind, as stored: one that entered another's turn has no start."""
     sql = """SELECT kind, text FROM events WHERE agent = ? AND turn_id = ?
         AND kind IN ('agent_response_start', 'user_message')"""
     return dict(db.execute(sql, (agent, turn_id)).fetchall())
@@ -2204,14 +2197,15 @@ class Store:
 
 # ---- leases ----------------------------------------------------------------------------------------------------------
 
+Owners = dict[int, str]  # of agents by their ids
 _TAKE_FREE = "SELECT id FROM unnest(?::int[]) AS wanted (id) WHERE pg_try_advisory_lock('agents'::regclass::int, id)"
 _WRITE_OWNER = """UPDATE agents SET owner = ? WHERE id IN (
     SELECT id FROM agents WHERE id = ANY(?) AND owner <> ? FOR NO KEY UPDATE SKIP LOCKED)"""
 
 
 def find_name(db: SqlConnection, agent: int, name: str) -> tuple[int, str, int]:
-    """(id, name, last seq) of an agent that another server may run; where it was rewound, of what took its name and is
-    known by the time of its creation. Raises Refused (unknown_agent)."""
+    """(id, name, last seq) of an agent that another server may run; where it was rewound, of what took its name, which
+    was created at the same time. Raises Refused (unknown_agent)."""
     sql = f"""SELECT id, name, last_seq FROM agents WHERE {_LIVE} AND (id = ? OR (name = ? AND
         created = (SELECT created FROM agents WHERE id = ?))) ORDER BY name = ? DESC LIMIT 1"""
     row: tuple[int, str, int] | None = db.execute(sql, (agent, name, agent, name)).fetchone()
@@ -2228,9 +2222,7 @@ class Leases:
     down beside the agent: what a server commits without having the lease any more is refused.
     """
 
-    def __init__(
-        self, database: Postgres, wanted: Callable[[], set[int]], told: Callable[[dict[int, str]], None]
-    ) -> None:
+    def __init__(self, database: Postgres, wanted: Callable[[], set[int]], told: Callable[[Owners], None]) -> None:
         """wanted: the ids of agents, asked for on a thread; told: hears of their owners, "" where we no longer are."""
         self.address = ""  # under which the others reach this server
         self.lease = ""  # how this server is written down as an owner
@@ -2289,7 +2281,7 @@ class Leases:
         finally:
             self._tell(dict.fromkeys(held, ""))
 
-    def _tell(self, owners: dict[int, str]) -> None:
+    def _tell(self, owners: Owners) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended
             if self._loop:
                 self._loop.call_soon_threadsafe(self._told, owners)
