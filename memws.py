@@ -5909,7 +5909,7 @@ const TABLE = /(?<table>(?:^ {0,3}\|.*\n?)+)/.source;
 const MARK = /(?:[-*+]|\d{1,9}[.)])[ \t]/.source;
 const ROW = /(?:^(?! {0,3}(?:```|~~~)|#{1,6}[ \t]).*\S.*\n?)/.source;
 const LIST = `(?<list>^[ \\t]*${MARK}.*\\n?${ROW}*)`;
-const ROWS = `(?:(?!^[ \\t]*(?:[>|]|${MARK}))${ROW})+`;
+const ROWS = `(?:(?!^ {0,3}[>|]|^[ \\t]*${MARK})${ROW})+`;
 const BLOCK = new RegExp([FENCE, HEADING, RULE, QUOTE, TABLE, LIST, ROWS].join("|"), "gm");
 
 const markdown = (text, depth) => // of what is nested deeper than anybody means it, the text
