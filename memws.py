@@ -3541,7 +3541,7 @@ class Embedder:
             return [b""]
         if not answer.is_success:
             raise ValueError(f"{answer.status_code}: {reason_of(answer.text)}")
-        items = sorted(decode_json(answer.content)["data"], key=lambda item: item["index"])
+        items = sorted(decode_json(answer.content)["data"], key=lambda item: item.get("index") or 0)
         vectors = [pack_vector(item["embedding"]) for item in items]
         if len(vectors) != len(texts) or len({len(vector) for vector in vectors}) != 1:
             raise ValueError(f"{len(vectors)} vectors for {len(texts)} texts")
