@@ -1,6 +1,6 @@
 """Peers that are slow: python tests/soak/readers.py [--seed N] [--count N]
 
-While a model streams without end, peers follow it that never read, read late, never finish their handshake or a frame.
+While a model streams without end, peers follow it that never read, or never finish their handshake or a frame.
 The count is that of each kind of readers; there are four times as many of each other kind.
 """
 
@@ -21,11 +21,11 @@ from commandline import Serving
 from endpoint import Body, Endpoint, Reply, greet
 from measure import memory
 from websockets.frames import Frame, Opcode
-from wire import JSON, Wire, events_of, is_terminal, of_kind, seqs
+from wire import JSON, Wire, events_of, is_terminal, of_kind
 
 import memws
 
-WHAT, COUNT = "readers that never read, late readers, half handshakes, half frames", 50
+WHAT, COUNT = "readers that never read, half handshakes, half frames", 50
 TURNS = 30
 CHUNK = 1_000
 ASKED = 40  # questions at once, with answers of 100 KB: more than the system takes for a reader, some three megabytes
@@ -34,7 +34,7 @@ WATCH = 60  # seconds after which a slow peer that is still there stays
 FULL: JSON = {"READER_PATIENCE": 8.0, "PING_INTERVAL": 10.0, "PING_TIMEOUT": 20.0, "OPEN_TIMEOUT": memws.OPEN_TIMEOUT}
 HASTE: JSON = {"READER_PATIENCE": 2.0, "PING_INTERVAL": 1.0, "PING_TIMEOUT": 2.0, "OPEN_TIMEOUT": 1.0}
 """Constants of the server in a full and in a small run: 60 and 20 + 40 s, as they are, would be most of the run."""
-CUT, LATE = "answers without end that are not cut as they should", "late readers that miss something"
+CUT = "answers without end that are not cut as they should"
 
 
 def frame(text: str) -> bytes:
@@ -142,19 +142,6 @@ def write_on(text: str) -> Callable[[Body], Reply]:
     return reply
 
 
-async def read_late(soak: Soak, server: Serving, last: Callable[[JSON], bool]) -> None:
-    """Follow the agent from its first event on, read nothing for a while, and then all: each stored event, once."""
-    line = await narrow_socket(server.port)
-    async with client(server, "*", sock=line, max_queue=1) as wire:
-        await wire.ok("subscribe", agent_name="long", after=0)
-        await asyncio.sleep(0.4 * constants(soak)["READER_PATIENCE"])  # late, and within the server's patience
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
-        await wire.until(last)
-        got = seqs(wire.frames)
-    if got != list(range(1, got[-1] + 1)):
-        soak.fault(LATE, f"{len(got)} stored events up to {got[-1]}")
-
-
 def constants(soak: Soak) -> JSON:
     return HASTE if soak.count < soak.full else FULL
 
@@ -164,10 +151,6 @@ async def besiege(soak: Soak, server: Serving, endpoint: Endpoint, wire: Wire, t
     turns = max(4, soak.part(TURNS))
     kinds = {"reader": soak.count, "half handshake": soak.part(200), "half frame": soak.part(200)}
     soak.progress.total = turns + sum(kinds.values())
-
-    def last(told: JSON) -> bool:
-        return is_terminal(told) and told["turn_id"] == f"a lot {turns}"
-
     order = [kind for kind, count in kinds.items() for _ in range(count)]
     soak.rng.shuffle(order)
     slow = [Slow(kind, server.port, random.Random(f"{soak.seed} {n}")) for n, kind in enumerate(order)]
@@ -179,7 +162,6 @@ async def besiege(soak: Soak, server: Serving, endpoint: Endpoint, wire: Wire, t
         for each in slow:
             begun.append(asyncio.create_task(each.begin()))
             await asyncio.sleep(ARRIVAL)
-        late = [asyncio.create_task(read_late(soak, server, last)) for _ in range(soak.count)]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.gather(*(each.arrived.wait() for each in slow)), WATCH)
         endpoint.release()
@@ -193,7 +175,7 @@ async def besiege(soak: Soak, server: Serving, endpoint: Endpoint, wire: Wire, t
             soak.fault("slow peers that are never let go", {kind: stay.count(kind) for kind in kinds})
         for task in begun:
             task.cancel()
-        for result in await asyncio.gather(*begun, *late, return_exceptions=True):
+        for result in await asyncio.gather(*begun, return_exceptions=True):
             if isinstance(result, Exception):
                 soak.fault("slow peers that fail", repr(result))
     soak.figure("memory growth, MiB", max(sizes) - sizes[0], 64)
@@ -236,7 +218,7 @@ async def read_afterwards(soak: Soak, server: Serving, text: str) -> None:
 
 
 async def main(soak: Soak) -> None:
-    soak.none(CUT, LATE, "slow peers that are never let go", "slow peers that fail")
+    soak.none(CUT, "slow peers that are never let go", "slow peers that fail")
     text = story(soak.rng)
     async with site(soak, write_on(text)) as place:
         with place.serve(constants=constants(soak), context_window=200_000) as server:
