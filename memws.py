@@ -1395,6 +1395,7 @@ EACH_TERM = """json_each('["' || replace(terms, ' ', '","') || '"]')"""  # of a 
 class Sqlite:
     """An SQLite file in WAL mode, or memory for ":memory:"."""
 
+    size = "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     size_of = "coalesce(length(CAST({} AS BLOB)), 0)"
     advice = "stop the memws server that uses it, or name another file with --db"
     mark = f"""SELECT CASE application_id WHEN {APPLICATION_ID} THEN 'memws ' || user_version ELSE '' END
@@ -1451,6 +1452,7 @@ class Postgres:
     """A PostgreSQL database through psycopg 3. Its agents have an owner more: the lease of a server, see Leases."""
 
     memory = False
+    size = "SELECT pg_database_size(current_database())"
     size_of = "coalesce(pg_column_size({}), 0)"
     advice = "check the address, and whether PostgreSQL runs there; or name another database with --db"
     mark = "SELECT coalesce(obj_description(oid, 'pg_class'), '') FROM pg_class WHERE oid = to_regclass('agents')"
@@ -2327,14 +2329,17 @@ def backup_database(path: str, target: str) -> None:
         database.connect().execute("VACUUM INTO ?", (target,))
 
 
-def vacuum_database(path: str, keep_requests: float) -> None:
-    """Give back the space of what was purged and of exact requests older than so many days. Raises UsageError."""
+def vacuum_database(path: str, keep_requests: float) -> int:
+    """Give back the space of what was purged and of exact requests older than so many days; the bytes given back.
+    Raises UsageError, also where a server uses the database."""
     with read_database(path):  # there is one
         database = database_at(path)
     with usable(database.path, database.advice), contextlib.closing(database):
         db = database.open()
+        before = db.execute(database.size).fetchone()[0]
         db.execute("DELETE FROM requests WHERE time <= ?", (now_text(-86_400 * keep_requests),))
         db.execute("VACUUM")
+        return max(0, int(before - db.execute(database.size).fetchone()[0]))
 
 
 def table_sizes(db: SqlConnection, size_of: str) -> Iterator[str]:
@@ -9094,8 +9099,7 @@ def vacuum_command(*, keep_requests: float, db: str) -> None:
     """give disk space back: what was purged, and old exact requests"""
     if not 0 <= keep_requests <= 36_500:
         raise UsageError(f"--keep-requests: expected from 0 to 36,500 days, but got {keep_requests}")
-    vacuum_database(db, keep_requests)
-    print(f"{database_at(db).path}: space is given back")
+    print(f"{database_at(db).path}: {vacuum_database(db, keep_requests) / 1000:,.1f} kB given back")
 
 
 def export_command(name: str, file: str | None = None, *, db: str) -> None:

@@ -78,7 +78,8 @@ def test_there_and_back(source: str, postgres_address: str, tmp_path: Path, main
         texts = {main("export", name, "--db", db).stdout for db in (source, postgres_address, back)}
         assert len(texts) == 1
     assert all(main("check", "--db", db).stdout.startswith("no damage found\n") for db in (postgres_address, back))
-    assert main("vacuum", "--db", postgres_address).stdout.endswith(": space is given back\n")
+    for _ in range(2):  # PostgreSQL takes more for its maps at first, which is not told as less than nothing
+        assert re.search(r": [\d,.]+ kB given back\n$", main("vacuum", "--db", postgres_address).stdout)
     assert not any(rows(back)[table] == [] for table in TABLES)
 
 
