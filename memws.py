@@ -8824,7 +8824,9 @@ class Chat:
             self._leaves = False
             if re.fullmatch("/(?!/).*", text):  # one line
                 name, _, rest = text[1:].partition(" ")
-                getattr(self, f"do_{name}", self.do_help)(rest.strip())
+                if not (work := getattr(self, f"do_{name}", None)):
+                    raise MemwsError(f"there is no /{name}; /help lists what there is")
+                work(rest.strip())
             elif text and self.client.agent_name is None:
                 self.screen.line("no agent yet: /new NAME creates one, /load NAME loads one", "yellow")
             elif text:
@@ -9171,6 +9173,13 @@ def protocol_command() -> None:
     print(encode_json(protocol_schema(known_commands())))
 
 
+def tell_progress(command: str, over: threading.Event) -> None:
+    """Say every PROGRESS_DELAY how long a command has been at work."""
+    begun = time.monotonic()
+    while not over.wait(PROGRESS_DELAY):
+        print(f"memws: {command}, {time.monotonic() - begun:.0f} s so far", file=sys.stderr, flush=True)
+
+
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 # A command is a function: its docstring is the help, its parameters are words, and those by keyword alone are flags.
@@ -9237,8 +9246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):  # a name or an answer may hold what the console's encoding does not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    over = threading.Event()
     try:
         flags = vars(make_parser(words[0]).parse_args(words))
+        if words[0] in ("check", "vacuum", "export", "import", "backup"):
+            threading.Thread(target=tell_progress, args=[words[0], over], daemon=True).start()
         status: int | None = flags.pop("run")(**flags)
         sys.stdout.flush()
         return status or 0
@@ -9251,6 +9263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is to be flushed at exit
         print(f"memws: cannot write to standard output ({error.strerror}); send it elsewhere", file=sys.stderr)
         return 2
+    finally:
+        over.set()
 
 
 if __name__ == "__main__":

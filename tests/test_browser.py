@@ -118,17 +118,17 @@ def test_what_is_new_glows(serve: Serve, page: Window) -> None:
 
 
 def test_nothing_typed_is_lost(serve: Serve, show: Show) -> None:
-    """A hundred messages, each sent with Enter as fast as the browser goes, are each answered, in their order."""
+    """Two hundred messages, each sent with Enter as fast as the browser goes, are each answered, in their order."""
     server = serve()
     window = show(server)
-    texts = [f"message {number}" for number in range(100)]
+    texts = [f"message {number}" for number in range(200)]
     window.field.focus()
     for text in texts:
         window.page.keyboard.insert_text(text)
         window.page.keyboard.press("Enter")
     expect(window.log.locator(".memws-bubble")).to_have_text(texts)
     answered = window.log.locator(".memws-turn", has=window.page.locator(".memws-agent"))
-    expect(answered).to_have_count(100, timeout=60_000)
+    expect(answered).to_have_count(200, timeout=60_000)
     with memws.connect(server.url) as client:
         messages = client.command("get_messages", agent_name="sam", limit=200)["messages"]
     said = [message["text"] for message in messages if message["role"] == "user"]

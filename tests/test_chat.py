@@ -105,7 +105,7 @@ def test_slash_commands(terminal: Callable[..., Terminal], proxy: Proxy, endpoin
         ("/memory nothing", "there is no block 'nothing'; name one of persona, human"),
         ("/context", " of 30000 tokens"),
         ("/search otters", "otters are fine"),
-        ("/zzz", "/quit"),
+        ("/zzz", "there is no /zzz; /help lists what there is"),
         ("/help", "/quit"),
         ("/load nobody", "send create_agent first"),
         ("/new sam", "sam"),

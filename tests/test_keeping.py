@@ -9,12 +9,14 @@ import re
 import shutil
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import Done, Main, Serving, run, sentence
+from commandline import Done, Main, Serving, environment, run, sentence
 from endpoint import Endpoint, Reply
 
 import memws
@@ -266,6 +268,17 @@ def test_vacuum(db: Path, tmp_path: Path, main: Main, serve: Serve) -> None:
             assert client.ask("Do you remember me?", PLAIN)
             assert list(client.send("Thanks!", PLAIN))[-1]["stop_reason"] == "done"
     assert before["request"]
+
+
+def test_what_takes_long_says_so(tmp_path: Path) -> None:
+    """Every PROGRESS_DELAY, on standard error."""
+    code = "import sys, memws; memws.PROGRESS_DELAY = 0.05; sys.exit(memws.main())"
+    words = [sys.executable, "-c", code, "import", "-"]
+    with subprocess.Popen(words, stdin=-1, stderr=-1, text=True, cwd=tmp_path, env=environment()) as process:
+        assert process.stderr
+        assert process.stderr.readline() == "memws: import, 0 s so far\n"
+        process.communicate("{}")
+    assert process.returncode == 2
 
 
 def test_an_export_holds_no_secret(tmp_path: Path, main: Main, serve: Serve, endpoint: Endpoint) -> None:
