@@ -8053,6 +8053,9 @@ class Session:
             self.types = None if "*" in message_types else frozenset(message_types)
         models, options = self._agents.models, self._agents.options
         limits = {"max_frame": MAX_FRAME, "max_text": MAX_TEXT, "max_reply": MAX_REPLY, "max_query": MAX_QUERY}
+        limits |= {"max_id": MAX_ID, "max_name": MAX_NAME, "max_depth": MAX_DEPTH}
+        limits |= {"block_limit": BLOCK_LIMIT, "max_block_limit": MAX_BLOCK_LIMIT}
+        limits |= {"max_waiting_session": MAX_WAITING_SESSION, "max_waiting_agent": MAX_WAITING_AGENT}
         limits |= {"max_connections": options.max_connections, "max_steps": options.max_steps}
         return {
             "version": __version__,
