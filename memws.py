@@ -2448,6 +2448,8 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
                 for number, row in enumerate(check(data.get(table), schema_of(list[dict[str, Any]]))):
                     place = f"{table}[{number}]"
                     _import_row(db, agent, table, row)
+                    if number == 500 and isinstance(db, PostgresConnection):
+                        db.execute(f"ANALYZE {table}")  # else it plans by an empty table to the end
         except _DAMAGE as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise UsageError(f"damaged: {place}: {reason}") from None
