@@ -5,10 +5,8 @@ Whatever is asked for beyond loopback fails the test, and so do errors of script
 
 import random
 import re
-import shutil
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ pytest.importorskip("playwright")
 
 from endpoint import Endpoint, Reply, say
 from lab import CHROMIUM, FLAGS, Window, jupyterlab
-from playwright.sync_api import Browser, Locator, expect, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 import memws
 
@@ -548,49 +546,28 @@ def test_lost_while_it_opens(serve: Serve, page: Window, word: str) -> None:
     assert len(lost) == 1
 
 
-@pytest.fixture(scope="module")
-def past(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with an agent that has talked a lot, to be copied."""
-    path = tmp_path_factory.mktemp("past") / "past.db"
-    server = memws.WebSocketServer("127.0.0.1", 0, db=str(path), model="offline", sync="normal").start()
+def test_long_history(serve: Serve, page: Window) -> None:
+    """Of a long history the end is shown; older turns come as somebody scrolls up, each once and above what is in view,
+    also where the connection is lost while they are asked for, and go at the bottom."""
+    server = serve(db=":memory:")
     server.create_new_agent({"name": "old"})
     with memws.connect(server.url) as client:
         client.command("set_block", agent_name="old", label="human", value="edited before all turns")
     for number in range(220):
         server.run_step(f"turn {number} of many")
-    server.stop()
-    return path
-
-
-def scroll_through(window: Window) -> Locator:
-    """Scroll up from the end of that talk to its beginning; all that was said."""
-    window.sees("turn 219 of many")
-    bubbles = window.log.locator(".memws-bubble")
+    lost = lose(page, '"after":0')
+    page.open(server.url, "#agent=old")
+    page.sees("turn 219 of many")
+    bubbles = page.log.locator(".memws-bubble")
     assert bubbles.count() < 100
     while (before := bubbles.count()) < 220:
-        window.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
+        page.log.evaluate("element => { element.scrollTop = -element.scrollHeight; }")
         expect(bubbles.nth(before)).to_be_attached(timeout=20_000)
         expect(bubbles.nth(bubbles.count() - before)).to_be_in_viewport()
     expect(bubbles).to_have_text([f"turn {number} of many" for number in range(220)])
-    return bubbles
-
-
-def test_older_history_after_a_loss(serve: Serve, page: Window, past: Path, tmp_path: Path) -> None:
-    """Older turns come where the connection was lost while they were asked for."""
-    lost = lose(page, '"after":0')
-    page.open(serve(db=shutil.copy(past, tmp_path)).url, "#agent=old")
-    scroll_through(page)
     assert len(lost) == 1
-
-
-def test_long_history(serve: Serve, show: Show, past: Path, tmp_path: Path) -> None:
-    """Of a long history the end is shown; older turns come as somebody scrolls up, each once and above what is in view,
-    and go at the bottom."""
-    window = show(serve(db=shutil.copy(past, tmp_path)))
-    window.panel.get_by_label("Agent", exact=True).select_option("old")
-    bubbles = scroll_through(window)
-    expect(window.log.get_by_role("button", name="human was edited")).to_have_count(1)
-    window.button("↓ newest").click()
+    expect(page.log.get_by_role("button", name="human was edited")).to_have_count(1)
+    page.button("↓ newest").click()
     expect(bubbles).to_have_count(200)
     expect(bubbles.last).to_be_in_viewport()
 
