@@ -105,10 +105,10 @@ class Model:
                 self.obeyed.add(number)
                 return reply
         last = body["messages"][-1]
-        look = re.search(r"look (\w+)", last["content"]) if last["role"] == "user" else None
-        if look is not None:
+        looks = re.findall(r'"message":"look (\w+)', last["content"]) if last["role"] == "user" else []
+        if looks:  # what was said in a turn that failed stands in the same message
             tools = {"ask_later": "question", "archival_memory_search": "query"}
-            return Reply("I look.", calls=[(tool, {name: look[1], **AGAIN}) for tool, name in tools.items()])
+            return Reply("I look.", calls=[(tool, {name: looks[-1], **AGAIN}) for tool, name in tools.items()])
         seen = json.dumps([message["content"] for message in body["messages"][-4:]], ensure_ascii=False)
         return Reply("I tell.", calls=[("send_message", {"message": f"I know: {text[:3_000]} {seen[-3_000:]}"})])
 
