@@ -5387,7 +5387,7 @@ class Client:
 
     async def hello(self, message_types: Iterable[str] | None = None) -> Frame:
         """Ask what the server is, and, with message_types, for these instead of the classic three ("*": all)."""
-        return await self.command("hello", message_types=message_types and list(message_types))
+        return await self.command("hello", message_types=None if message_types is None else list(message_types))
 
     async def create_agent(self, /, config: str | Mapping[str, Any] | None = None, **more: Any) -> Frame:
         """Create an agent, which becomes the current one: from its name or its config, or keywords of the config."""

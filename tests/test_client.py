@@ -394,7 +394,8 @@ def client_threads() -> list[threading.Thread]:
 async def test_blocking(server: memws.WebSocketServer) -> None:
     """The blocking client gives the same, also where a loop runs, as in a notebook; closed, it leaves no thread."""
     with memws.connect(server.url) as client:
-        client.hello(["*"])
+        for types in (set[str](), {"*"}):
+            client.hello(types)
         assert client.create_agent("sam")["agent_name"] == client.agent_name == "sam"
         assert client.ask("hi") == "you said hi"
         subscription = client.subscribe(after=0)
