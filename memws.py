@@ -2400,8 +2400,6 @@ def _convert_export(data: JSON) -> None:
         memory += [row | {"store": "recall", "item": row["id"], "text": text}] if text else []
     memory += [row | {"store": "archival", "item": row["id"], "role": ""} for row in data["passages"]]
     data["memory"] = memory
-    for row in data["events"]:
-        row["kind"] = kind_of(decode_json(row["text"]))
     for row in [*data["messages"], *data["events"]]:
         row["turn_id"] = row["turn_id"] or ""
     parts = {part["digest"]: part["text"] for part in data["parts"]}
@@ -2421,6 +2419,9 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
         row["body"] = encode_json({name: body[name] for name in names if name in body})
         if read_body(row["role"], row["body"]) is None:
             raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
+    if table == "events":
+        event = clean_value(decode_json(row["text"])) | {"seq": row["seq"]}
+        row |= {"kind": kind_of(event), "text": encode_json(event)}
     columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
     blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
     insert(db, table, agent=agent, **columns | blobs)

@@ -324,6 +324,7 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("memory", 1, "item"), 1, "memory[1]: "),
     (("requests",), {}, "requests: expected a list"),
     (("events", 3, "seq"), 3, "events[3]"),
+    (("events", 2, "text"), "[]", "events[2]"),
 ]
 
 
