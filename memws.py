@@ -6794,11 +6794,11 @@ _HTML = str.maketrans({sign: f"&#{ord(sign)};" for sign in "&<>\"'"})  # of text
 
 def static_row(message: Frame) -> str:
     """A chat message as HTML: what was said, before it what was thought and called."""
-    calls = {call["name"]: call["arguments"] for call in message["tool_calls"]}
-    reply = str(calls.pop("send_message", {}).get("message") or "")[:STATIC_TEXT].translate(_HTML)
-    title, text = " · ".join(("thought", *calls)).translate(_HTML), message["text"][:STATIC_TEXT].translate(_HTML)
-    said, who = (text, "you") if message["role"] == "user" else (reply, "agent")
-    thought = f"<details><summary>{title}</summary>{text}</details>" if who == "agent" and (text or calls) else ""
+    calls = [call["name"] for call in message["tool_calls"] if call["name"] != "send_message"]
+    title, is_user = " · ".join(("thought", *calls)).translate(_HTML), message["role"] == "user"
+    said, text = (message[name][:STATIC_TEXT].translate(_HTML) for name in ("said", "text"))
+    thought = "" if is_user or not (text or calls) else f"<details><summary>{title}</summary>{text}</details>"
+    who = "you" if is_user else "agent"
     return thought + (f'<p style="white-space: pre-wrap"><b>{who}</b> {said}</p>' if said else "")
 
 
@@ -6931,7 +6931,7 @@ class Panel:
             self.ui.observe(lambda change: setattr(self, "_agent", change["new"]), "agent")
 
     def send(self, text: str) -> None:
-        """Say something to the agent, as if it had been typed; returns at once."""
+        """Say something to the agent, as if it had been typed; returns at once. The log tells what is not answered."""
         self._call_soon(lambda: self._said.append(asyncio.create_task(self._say(text))))
 
     def wait(self, seconds: float = 10.0) -> None:
@@ -6990,7 +6990,11 @@ class Panel:
         async with self._lock:
             await self._client.connect()
         if self._agent is None:
-            agents = (await self._ask("list_agents"))["agents"]
+            agents: list[Frame] = []
+            while page := (await self._ask("list_agents", after=agents[-1]["agent_name"] if agents else None))[
+                "agents"
+            ]:
+                agents += page
             return str(max(agents, key=lambda each: each["last_active"] or "")["agent_name"]) if agents else ""
         return self._agent
 
@@ -7002,7 +7006,11 @@ class Panel:
             await asyncio.sleep(RECONNECT_DELAY)
 
     async def _say(self, text: str) -> str:
-        return await self._client.ask(text, await self._connected())
+        try:
+            return await self._client.ask(text, await self._connected())
+        except MemwsError as error:  # nobody may wait for it
+            logger.warning("panel %s: a message was not answered: %s", self.name, error)
+            raise
 
     async def _settle(self, seconds: float) -> None:
         async with asyncio.timeout(seconds):
@@ -7865,9 +7873,9 @@ def message_item(message: ChatMessage, first: int) -> JSON:
     for call in (body or {}).get("tool_calls", ()):
         arguments = clean_value(decode_json(call["function"]["arguments"]))
         calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments})
-    about = {"id": message.id, "seq": message.seq, "role": message.role, "time": message.time}
-    about |= {"from": message.speaker.partition(" ")[2] or None, "text": message.text, "tool_calls": calls}
-    return about | {"turn_id": message.turn_id or None, "step": message.step, "in_context": message.id >= first}
+    about = {"id": message.id, "seq": message.seq, "role": message.role, "time": message.time, "step": message.step}
+    about |= {"from": message.speaker.partition(" ")[2] or None, "text": message.text, "said": message.said}
+    return about | {"tool_calls": calls, "turn_id": message.turn_id or None, "in_context": message.id >= first}
 
 
 class Session:
@@ -8188,8 +8196,8 @@ class Session:
     # -- memory --
 
     async def get_messages(self, agent: Agent, before: MessageId = None, limit: Annotated[int, 1, 200] = 50) -> JSON:
-        """Page backwards through recall memory: the newest messages before an id, oldest first.
-        Result: {messages: [{id, seq, role, time, from, text, tool_calls, turn_id, step, in_context}], total, more}."""
+        """The newest messages before an id, oldest first; `said`: what an agent told; `text`: what it thought. Result:
+        {messages: [{id, seq, role, time, from, text, said, tool_calls, turn_id, step, in_context}], total, more}."""
         memory = agent.memory
         messages = await self._agents.store.read(read_messages, agent.record.id, before, limit)
         first = memory.messages[0].id if memory.messages else memory.last_message + 1

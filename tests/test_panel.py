@@ -16,9 +16,11 @@ import pytest
 pytest.importorskip("anywidget")
 
 import ipywidgets
+from endpoint import Endpoint, Reply, say
 
 import memws
 
+Log = pytest.LogCaptureFixture
 Serve = Callable[..., memws.WebSocketServer]
 JSON = dict[str, Any]
 HOSTILE = '</div><img src=x onerror="window.X=1"><script>window.X=2</script>&amp;'
@@ -87,7 +89,7 @@ def test_page_address() -> None:
         assert memws.page_address(url) == address
 
 
-def test_said_from_python(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
+def test_said_from_python(serve: Serve, open_panel: Callable[..., memws.Panel], caplog: Log) -> None:
     """`send` and `wait` talk to the agent in order; the static copy shows all of it as text; what fails is raised."""
     server = serve()
     server.create_new_agent({"name": "sam"})
@@ -106,6 +108,20 @@ def test_said_from_python(serve: Serve, open_panel: Callable[..., memws.Panel]) 
     with pytest.raises(memws.MemwsError, match="nobody"):
         unknown.wait()
     assert "nobody" in unknown.static_html()
+    assert "panel nobody: a message was not answered: unknown agent" in caplog.text
+
+
+def test_copy_of_the_last_agent(online: Serve, endpoint: Endpoint, open_panel: Callable[..., memws.Panel]) -> None:
+    """The copy is of the agent that was active last, and has all that was said, in plain text or several calls."""
+    server = online()
+    for number in range(101):
+        server.create_new_agent({"name": f"sam{number:03}"})
+    endpoint.script(Reply("plain", reasoning="why"), say("one", "two"))
+    for text in ("hi", "hello"):
+        server.run_step(text)
+    copy = open_panel(server.url).static_html()
+    assert re.findall(r"memws · sam\d+|(?<=</b> )[^<]*", copy) == ["memws · sam100", "hi", "plain", "hello", "one\ntwo"]
+    assert "why" in copy
 
 
 def test_token(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
