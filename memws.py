@@ -6931,7 +6931,7 @@ class Panel:
             self.ui.observe(lambda change: setattr(self, "_agent", change["new"]), "agent")
 
     def send(self, text: str) -> None:
-        """Say something to the agent, as if it had been typed; returns at once."""
+        """Say something to the agent, as if it had been typed; returns at once. The log tells what is not answered."""
         self._call_soon(lambda: self._said.append(asyncio.create_task(self._say(text))))
 
     def wait(self, seconds: float = 10.0) -> None:
@@ -7006,7 +7006,11 @@ class Panel:
             await asyncio.sleep(RECONNECT_DELAY)
 
     async def _say(self, text: str) -> str:
-        return await self._client.ask(text, await self._connected())
+        try:
+            return await self._client.ask(text, await self._connected())
+        except MemwsError as error:  # nobody may wait for it
+            logger.warning("panel %s: a message was not answered: %s", self.name, error)
+            raise
 
     async def _settle(self, seconds: float) -> None:
         async with asyncio.timeout(seconds):
