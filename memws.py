@@ -4723,14 +4723,14 @@ class Agent:
         """One model call and the tool calls it asks for. Memory tools run inside the step's transaction, a user's tool
         between two: the first holds the step up to its call, the next begins with its result."""
         turn.step, turn.reply, turn.request = turn.step + 1, Reply(), None
-        heard = list(turn.steered)  # what was said meanwhile
-        if heard:
+        if turn.steered:
             async with self._change(turn) as change:
+                heard = list(turn.steered)  # what was said meanwhile, and not taken back while this waited
                 for item in heard:
                     self._add_user_message(change, item, item.message or "", steered=item.turn_id)
-            turn.replied = False
+            turn.replied &= not heard
             for item in heard:
-                if item in turn.steered:  # else it was refused meanwhile
+                if item in turn.steered:  # else it was refused, as where the agent is being deleted
                     turn.steered.remove(item)
                     item.done.set_result(None)
         if self.used() + MIN_REPLY_TOKENS > self.window:

@@ -765,6 +765,25 @@ async def test_estimates_are_calibrated_within_bounds(endpoint: Endpoint, lab: L
         assert low - 0.01 <= tools / specs <= high + 0.01, "the sizes told are calibrated"
 
 
+async def test_what_is_taken_back_does_not_enter(lab: Lab, agent: Agent) -> None:
+    """A text that was to enter a turn is taken back while a step is stored: nobody hears of it."""
+    turn, tasks = lab.turn("Hi"), list[asyncio.Task[None]]()
+    turn.steered.append(memws.Turn("steered", "Forget this"))
+
+    async def take_back() -> None:
+        async with agent.memory.lock:
+            turn.steered.clear()
+
+    def hear(event: Body) -> None:
+        if event.get("message_type") == "delta":  # then the step waits for the store only, and has the lock
+            turn.steered[:] = [memws.Turn("late", "Forget this, too")]
+            tasks.append(asyncio.create_task(take_back()))
+
+    told = await lab.run(agent, turn, hear)
+    await asyncio.gather(*tasks)
+    assert (told.texts("user_message"), bool(tasks)) == (["Hi", "Forget this"], True)
+
+
 async def cancel(lab: Lab, agent: Agent, when: int | Callable[[Body], bool], text: str = "Hi") -> Told:
     """Run a turn and stop it from another task, as a session does: at such an event, or when a request has arrived."""
     turn, told = lab.turn(text), asyncio.Event()
