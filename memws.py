@@ -4514,7 +4514,7 @@ class Turn:
     stop_reason: str | None = None  # why it was asked to stop
     error: ModelError | None = None  # what it ends with, once half a reply has been taken
     failed_calls: int = 0  # model calls that failed
-    failed_tools: int = 0  # tool calls that failed in a row
+    failures: list[str] = field(default_factory=list)  # what the tool calls said that failed in a row
     compactions: int = 0
     calls: collections.Counter[str] = field(default_factory=collections.Counter)  # in how many steps each call came
     usage: JSON = field(default_factory=_NO_USAGE.copy)
@@ -4955,15 +4955,15 @@ class Agent:
             outcome = ToolError(f"{turn.stop_reason}: result unknown")
         except (ToolError, Refused) as error:
             outcome = error
-        self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
-        turn.failed_tools = 0 if isinstance(outcome, str) else turn.failed_tools + 1
-        return turn.failed_tools == 0
+        text = self._add_result(change, call, outcome, round((time.monotonic() - started) * 1000))
+        turn.failures = [] if isinstance(outcome, str) else [*turn.failures, text]
+        return not turn.failures
 
     async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str:
         """A call's result. Raises ToolError, Refused, Stopped, StoreFailed."""
         if turn.stop_reason is not None:
             raise ToolError(f"{turn.stop_reason} before it ran")
-        if turn.failed_tools >= MAX_FAILED_TOOLS:
+        if len(turn.failures) >= MAX_FAILED_TOOLS:
             raise ToolError("not run: the calls before it failed")
         if call.problem:
             raise ToolError(call.problem)
@@ -4997,14 +4997,15 @@ class Agent:
         finally:
             del self.approvals[about["tool_call_id"]]
 
-    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, ms: int = 0) -> None:
-        """A call's answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it."""
+    def _add_result(self, change: Transaction, call: ToolCall, outcome: str | MemwsError, ms: int = 0) -> str:
+        """Give a call its answer, for the clients and for the model, as MemGPT 0.2.7 (system.py) packs it; its text."""
         ok, text = isinstance(outcome, str), self._fitting(clean_text(str(outcome)), NOT_KEPT)
         status = "OK" if ok else "Failed"
         change.add_event("tool_return", text, tool_call_id=call.id, name=call.name, status=status, duration_ms=ms)
         change.add_event("function_message", f"{'Success' if ok else 'Error'}: {text}")
         content = encode_json({"status": status, "message": text, "time": self.memory.clock()})
         change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
+        return text
 
     # -- ends: with the last step (_finish), within a step (_break_off), or at the next opening (_repair) --
 
@@ -5026,8 +5027,8 @@ class Agent:
             outcome = turn.stop_reason
         elif turn.error:
             outcome = turn.error
-        elif turn.failed_tools >= MAX_FAILED_TOOLS:
-            problem = f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {change.changes.messages[-1].text}"
+        elif len(turn.failures) >= MAX_FAILED_TOOLS:  # what comes after these was not run
+            problem = f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {turn.failures[MAX_FAILED_TOOLS - 1]}"
             outcome = ModelError("bad_output", problem)
         elif not (reason or warn or turn.steered):
             outcome = "done"
