@@ -4509,7 +4509,7 @@ class Turn:
     speaker: str | None = None  # who says the message, where several people share the agent
     verify: bool = False  # whether the first reply has to go through send_message
     step: int = 0  # counts from 1, once the start is stored
-    replied: bool = False  # whether the user has their reply, or nobody waits for one
+    unanswered: list[Turn] = field(default_factory=list)  # whose messages have got no reply yet
     over: bool = False
     stop_reason: str | None = None  # why it was asked to stop
     error: ModelError | None = None  # what it ends with, once half a reply has been taken
@@ -4525,6 +4525,10 @@ class Turn:
     steered: list[Turn] = field(default_factory=list)  # messages that enter this turn before its next step
     done: asyncio.Future[None] = field(default_factory=asyncio.Future)  # ends with it, or with why it will not be
     _task: asyncio.Task[Any] | None = None
+
+    @property
+    def replied(self) -> bool:  # or nobody waits for a reply
+        return not self.unanswered
 
     def stop(self, reason: str) -> None:
         """End the turn as soon as it can: at once where it waits for a model, a pause or a tool."""
@@ -4692,8 +4696,8 @@ class Agent:
                 change.state["turn"] = turn.turn_id
                 if turn.message is not None:
                     self._add_user_message(change, turn, turn.message)
+                    turn.unanswered = [turn]
                 else:
-                    turn.replied = True
                     change.wake(turn.reason)
             while not turn.over:
                 try:
@@ -4728,7 +4732,7 @@ class Agent:
                 heard = list(turn.steered)  # what was said meanwhile, and not taken back while this waited
                 for item in heard:
                     self._add_user_message(change, item, item.message or "", steered=item.turn_id)
-            turn.replied &= not heard
+            turn.unanswered += heard
             for item in heard:
                 if item in turn.steered:  # else it was refused, as where the agent is being deleted
                     turn.steered.remove(item)
@@ -4742,7 +4746,7 @@ class Agent:
         async with self._change(turn) as change:
             change.vectors = vectors
             succeeded = await self._take_reply(change, turn)
-            turn.replied |= change.spoke
+            turn.unanswered = [] if change.spoke else turn.unanswered
             self._finish(change, turn, succeeded)
 
     def _change(self, turn: Turn) -> Transaction:
@@ -5128,9 +5132,11 @@ class Agent:
         turn.compactions += 1
         hidden, kept = memory.messages[:cut], memory.messages[cut:]
         gist = await self._summarize(turn, hidden)
-        if turn.message is not None and not turn.replied and hidden[-1].turn_id == turn.turn_id:
-            speaker = f"{turn.speaker} speaks. " if turn.speaker else ""
-            gist += f"\n{speaker}{WAITING_NOTE}{excerpt(turn.message, SUMMARY_LIMIT // 2)}"
+        seen = [message.text for message in kept if message.turn_id == turn.turn_id and message.role == "user"]
+        waiting = [item for item in turn.unanswered if item.message not in seen]
+        for item in waiting:
+            speaker = f"{item.speaker} speaks. " if item.speaker else ""
+            gist += f"\n{speaker}{WAITING_NOTE}{excerpt(item.message or '', SUMMARY_LIMIT // 2 // len(waiting))}"
         async with self._change(turn) as change:
             note = f"Note: prior messages ({kept[0].id - 1} of {memory.last_message}) have left your view to make room"
             note += "; conversation_search finds what was said in them. Summary:\n"

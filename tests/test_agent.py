@@ -738,6 +738,25 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
         assert f"Ada speaks. {memws.WAITING_NOTE}What is the magic word?" in endpoint.bodies[-1].decode()
 
 
+async def test_a_compaction_names_what_waits(endpoint: Endpoint, lab: Lab) -> None:
+    """Of what was said in a turn, that which left the view and has no answer yet."""
+    agent, turn, asked = await lab.create(context_window=3_000), lab.turn("First?"), itertools.count()
+
+    def answer(body: Body) -> Reply:
+        number = next(asked)
+        if number == 0:
+            turn.steered.append(memws.Turn("steered", "Second?", speaker="Ada"))
+            return Reply(calls=[HELLO])
+        long = beat("conversation_search", query=f"{number}" + " word" * 150)
+        if is_summary(body):
+            return Reply("They met.")
+        return greet(body) if agent.record.state["summary"] else Reply(calls=[long])
+
+    endpoint.default = answer
+    (frame, *_) = (await lab.run(agent, turn)).of("compaction")
+    assert frame["summary"] == f"They met.\nAda speaks. {memws.WAITING_NOTE}Second?"
+
+
 async def test_an_endpoint_that_cuts_prompts_silently_is_noticed(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """Usage far under what was sent, twice, gives a warning that names --context-window; an honest count ends it."""
     cut = {"prompt_tokens": 300, "completion_tokens": 5}
