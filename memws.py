@@ -4515,7 +4515,7 @@ class Turn:
     error: ModelError | None = None  # what it ends with, once half a reply has been taken
     failed_calls: int = 0  # model calls that failed
     failures: list[str] = field(default_factory=list)  # what the tool calls said that failed in a row
-    compactions: int = 0
+    compactions: int = 0  # within the step: each keeps half as much as the one before
     calls: collections.Counter[str] = field(default_factory=collections.Counter)  # in how many steps each call came
     usage: JSON = field(default_factory=_NO_USAGE.copy)
     request: RequestRecord | None = None  # the step's last model call and what came of it, until they are stored
@@ -4726,7 +4726,7 @@ class Agent:
     async def _step(self, turn: Turn) -> None:
         """One model call and the tool calls it asks for. Memory tools run inside the step's transaction, a user's tool
         between two: the first holds the step up to its call, the next begins with its result."""
-        turn.step, turn.reply, turn.request = turn.step + 1, Reply(), None
+        turn.step, turn.reply, turn.request, turn.compactions = turn.step + 1, Reply(), None, 0
         if turn.steered:
             async with self._change(turn) as change:
                 heard = list(turn.steered)  # what was said meanwhile, and not taken back while this waited
@@ -4764,7 +4764,7 @@ class Agent:
                 return self._read(turn, has_to_send=turn.verify and not extra)
             except ModelError as error:
                 attempt, of, pause = 1, 1, 0.0
-                turn.failed_calls += 1
+                turn.failed_calls += 2 if error.code == "context_overflow" else 1  # with that of the summary
                 if error.loading and waited < LOADING_PATIENCE:
                     turn.failed_calls -= 1  # it counts as no call
                     waited += error.retry_after or 0.0
@@ -4772,7 +4772,6 @@ class Agent:
                 elif turn.failed_calls >= MAX_FAILED_CALLS:
                     return self._take_half(turn, error)
                 elif error.code == "context_overflow":
-                    turn.failed_calls += 1  # for the summary
                     try:
                         await self.compact(turn)
                     except ModelError as problem:
@@ -5127,7 +5126,7 @@ class Agent:
         text = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({text})"
         room = (sizes["messages"] - max(0, before - self.window)) / self.ratio  # for messages, before calibration
         cut = self._cut_at(room * KEEP_FRACTION / 2**turn.compactions)
-        if cut == 0 or turn.compactions >= 3:
+        if cut == 0:
             raise ModelError("context_overflow", text)
         turn.compactions += 1
         hidden, kept = memory.messages[:cut], memory.messages[cut:]

@@ -738,6 +738,15 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
         assert f"Ada speaks. {memws.WAITING_NOTE}What is the magic word?" in endpoint.bodies[-1].decode()
 
 
+async def test_a_turn_may_fill_the_window_often(endpoint: Endpoint, lab: Lab) -> None:
+    """It goes on as long as each compaction gains something."""
+    agent, numbers = await lab.create(context_window=3_000, max_steps=30), itertools.count()
+    endpoint.default = lambda body: Reply(calls=[beat("conversation_search", query=f"{next(numbers)}{' word' * 150}")])
+    turn = await lab.say(agent, "Hi")
+    assert (turn.stop_reason, len(turn.of("compaction")) > 3) == ("max_steps", True)
+    assert all(frame["tokens_after"] < 2_000 for frame in turn.of("compaction"))
+
+
 async def test_a_compaction_names_what_waits(endpoint: Endpoint, lab: Lab) -> None:
     """Of what was said in a turn, that which left the view and has no answer yet."""
     agent, turn, asked = await lab.create(context_window=3_000), lab.turn("First?"), itertools.count()
