@@ -207,6 +207,7 @@ WARNING_FRACTION = 0.75  # of the context window: above it the agent is warned o
 KEEP_FRACTION = 0.3  # of the room for messages: what a compaction keeps of the newest ones
 MIN_REPLY_TOKENS = 512  # a context window must leave this much beside the prompt and full blocks
 MINUTES = "%Y-%m-%d %H:%M"  # how lists that a model reads tell a time
+STORES = ("recall", "archival")  # of memory, in the order of their docs
 SEARCH_PAGE = 10  # results of one page; MemGPT's five lose a tenth of the evidence
 
 # Embeddings.
@@ -933,7 +934,7 @@ class Query(NamedTuple):
     """What is searched for. An empty text finds the newest; what the index does not know is looked for as it stands."""
 
     text: str
-    stores: tuple[str, ...] = ("recall", "archival")
+    stores: tuple[str, ...] = STORES
     since: str = ""  # a time as stored; `since` is included, `until` not
     until: str = "~"
     limit: int = 10
@@ -1645,7 +1646,6 @@ def write_setting(db: SqlConnection, name: str, value: str) -> None:
 # of docs is one agent's memory, whose terms a search reads and counts without those of others.
 
 PLACES, APART = 1 << 32, 8
-STORES = ("recall", "archival")
 _DOCUMENT = "item, store, role, time, text, doc, terms, words, asking, asked"
 
 Span = tuple[int, int]
@@ -2331,7 +2331,7 @@ def backup_database(path: str, target: str) -> None:
 
 def vacuum_database(path: str, keep_requests: float) -> int:
     """Give back the space of what was purged and of exact requests older than so many days; the bytes given back.
-    Raises UsageError, also where a server uses the database."""
+    Raises UsageError, also where a server uses the SQLite file; on PostgreSQL servers go on meanwhile."""
     with read_database(path):  # there is one
         database = database_at(path)
     with usable(database.path, database.advice), contextlib.closing(database):
@@ -5418,7 +5418,8 @@ class Client:
         return Stream(self, {"type": "user_message", **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue", **more: Any) -> str:
-        """Send a user message and give the text of the reply; arguments as of `send`. Raises RemoteError."""
+        """Send a user message and give the text of the reply; "" where it entered a turn that runs, whose sender gets the
+        reply. Arguments as of `send`. Raises RemoteError."""
         return reply_text([event async for event in self.send(message, agent_name, when_busy=when_busy, **more)])
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Stream:
@@ -7896,7 +7897,7 @@ class Session:
         self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
         self._agents = agents
         self._current: LiveAgent | None = None  # the one that this connection created or loaded last
-        self._request_id: RequestId = None  # of the request that is being answered
+        self._request_id: RequestId = None  # of the request taken up last; those that run beside others read it not
 
     def failure(self, request: JSON, error: MemwsError) -> str:
         """What a request gets that fails; a server that passes it on asks the next one, where this one stops."""
@@ -8224,7 +8225,7 @@ class Session:
         inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages, more}."""
         zone, vector = agent.memory.zone, await agent.query_vector(query)
         since, until = date_range(from_ or "", to or "", zone)
-        stores = ("recall", "archival") if store == "all" else (store,)
+        stores = STORES if store == "all" else (store,)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
         documents, total = await self._agents.store.read(search, agent.record.id, wanted)
         found = []
@@ -8407,7 +8408,7 @@ class WebSocketServer:
         *,
         name: str | None = None,
         timeout: float = TOOL_TIMEOUT,
-        approve: bool | Callable[[JSON], bool] = False,
+        approve: Rule = False,
     ) -> Any:
         """Register a function as a tool, for agents whose config names it; also as a decorator with arguments.
 
@@ -9225,7 +9226,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; {self.prog} --help tells what there is")
 
     def add_flag(self, name: str) -> None:
-        """A flag --some-name; MEMWS_SOME_NAME is the same where it is not given. One that may be repeated has none."""
+        """A flag --some-name, or else MEMWS_SOME_NAME, which serve_command reads where the flag may be repeated."""
         word, default, about = name.rstrip("_"), FLAGS[name].default, FLAGS[name].metadata
         flag, variable = f"--{word.replace('_', '-')}", f"MEMWS_{word.upper()}"
         more: JSON = {"metavar": about["word"] or word.rpartition("_")[2].upper(), "type": about["kind"]}
