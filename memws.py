@@ -5292,7 +5292,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
 
     def _answer(self, answer: Frame | MemwsError) -> None:
         if isinstance(answer, RemoteError):
-            self._end(answer)
+            self._close(answer)
         elif not isinstance(answer, MemwsError):  # else the connection was lost, and it is asked again
             self._has_begun = True
             self._cursor = answer["last_seq"] if self._cursor is None else self._cursor
@@ -5319,9 +5319,9 @@ class Stream(collections.abc.AsyncIterator[Frame]):
             self._cursor = seq or self._cursor
             self._events.put_nowait(event)
             if is_last:
-                self._end()
+                self._close()
 
-    def _end(self, error: MemwsError | None = None) -> None:
+    def _close(self, error: MemwsError | None = None) -> None:
         """Nothing more comes: the reader gets what waits, then `error` or the end."""
         if self in self._client._streams:
             self._client._streams.remove(self)
@@ -5372,7 +5372,7 @@ class Client:
         if not self.alive:
             websocket = await self._dial()
             self.alive = True
-            self._task = asyncio.create_task(self._run(websocket), name=f"memws client of {self.url}")
+            self._task = asyncio.create_task(self._keep_connection(websocket), name=f"memws client of {self.url}")
             await asyncio.sleep(0)  # it begins: what is asked for next finds the connection
 
     async def close(self) -> None:
@@ -5418,8 +5418,8 @@ class Client:
         return Stream(self, {"type": "user_message", **about}, 0)
 
     async def ask(self, message: str, agent_name: str | None = None, when_busy: str = "queue", **more: Any) -> str:
-        """Send a user message and give the text of the reply; "" where it entered a turn that runs, whose sender gets the
-        reply. Arguments as of `send`. Raises RemoteError."""
+        """Send a user message and give the text of the reply; "" where it entered a turn that runs, whose sender gets
+        the reply. Arguments as of `send`. Raises RemoteError."""
         return reply_text([event async for event in self.send(message, agent_name, when_busy=when_busy, **more)])
 
     def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Stream:
@@ -5432,7 +5432,7 @@ class Client:
         name = self.agent_name if agent_name is None else agent_name
         return name and unicodedata.normalize("NFC", name)
 
-    async def _run(self, websocket: Connection) -> None:
+    async def _keep_connection(self, websocket: Connection) -> None:
         """Keep a connection until the client is closed or gives up; then whatever waits fails."""
         error: MemwsError = ConnectionLost(self.url)
         try:
@@ -5447,7 +5447,7 @@ class Client:
         finally:
             self.alive = False
             for stream in list(self._streams):
-                stream._end(error)
+                stream._close(error)
 
     def _report(self, state: str) -> None:
         logger.info("connection to %s %s", self.url, state)
@@ -5559,7 +5559,7 @@ class Client:
             name = self._named(request.get("agent_name"))
             for stream in list(self._streams):
                 if not stream.turn_id and stream.agent_name == name and stream._request["id"] < request["id"]:
-                    stream._end()
+                    stream._close()
         return answer(result)
 
     def _rename(self, old: str | None, new: str | None) -> None:
@@ -7360,12 +7360,12 @@ class LiveAgent:
         interval = record.config["heartbeat_interval"]
         if self.waiting:
             self.current = self.waiting.popleft()
-            self.agents.spawn(self._run(self.current))
+            self.agents.spawn(self._take_turn(self.current))
         elif interval and self._beats < IDLE_HEARTBEATS:
             pause = float(record.state.get("paused_until", 0)) - time.time()
             self._timer = asyncio.get_running_loop().call_later(max(interval, pause), self._beat)
 
-    async def _run(self, item: Turn) -> None:
+    async def _take_turn(self, item: Turn) -> None:
         """One turn; where its start or its end cannot be stored, whoever waits for it gets a refusal."""
         try:
             await self._mend()
@@ -7381,9 +7381,9 @@ class LiveAgent:
             if item.step == 0 or self.agent.memory.stale:
                 self.refuse(item, error if isinstance(error, MemwsError) else cancelled())
         finally:
-            self._finish(item)
+            self._leave(item)
 
-    def _finish(self, item: Turn) -> None:
+    def _leave(self, item: Turn) -> None:
         if not (item.done.done() or item in self.waiting):
             item.done.set_result(None)
         self.waiting.extendleft(reversed(item.steered))  # it ended before it took them in
@@ -7421,13 +7421,13 @@ class LiveAgent:
             await self.stop_turns("cancelled", force)
         if self.current or self.end:
             raise self.end or Refused("busy", f"agent {self.name!r} is in a turn; wait for its end, or cancel it")
-        item = self.current = Turn("", None)
+        item = self.current = Turn("", None)  # without an id: no turn
         try:
             yield item
         except Stopped:
             raise Refused("cancelled", f"the {what} was {item.stop_reason}") from None
         finally:
-            self._finish(item)
+            self._leave(item)
 
     def _beat(self) -> None:
         with contextlib.suppress(Refused):  # it is busy
@@ -7524,12 +7524,12 @@ class SharedAgent(LiveAgent):
         await self.open(record)
         for item in list(self.waiting):
             if await self.agents.store.read(find_turn, self.id, item.turn_id):
-                self._end(item)
+                self._ended_elsewhere(item)
         self.here, self._problem = True, None
         self.wake()
         self.go_on()
 
-    def _end(self, item: Turn) -> None:
+    def _ended_elsewhere(self, item: Turn) -> None:
         """It has run elsewhere: its readers get its end as an event."""
         if item in self.waiting:
             self.waiting.remove(item)
@@ -7582,7 +7582,7 @@ class SharedAgent(LiveAgent):
             async for event in turn:
                 if event["type"] == "agent_response_error" and "seq" not in event and item in self.waiting:
                     self.refuse(item, RemoteError(event["message"], event["code"]))
-            self._end(item)
+            self._ended_elsewhere(item)
 
     async def _forward(self, client: Client, request: JSON) -> JSON:
         """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
@@ -7753,7 +7753,7 @@ class Reader:
         self._replays: set[str] = set()  # of them those that are to be sent from their start up to the cursor
         session.readers[live] = self
         live.readers.add(self)
-        self.task = live.agents.spawn(self._run())
+        self.task = live.agents.spawn(self._serve())
 
     def subscribe(self, floor: float) -> None:
         """Get all events above that seq; infinity ends the subscription."""
@@ -7781,7 +7781,7 @@ class Reader:
         self.live.agents.spawn(self.session._reply(text))
         self.live.wake()
 
-    async def _run(self) -> None:
+    async def _serve(self) -> None:
         with contextlib.suppress(ConnectionClosed):
             try:
                 await self._read()
