@@ -1859,7 +1859,7 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     row = db.execute(sql, (*texts, count, now, agent, *owners)).fetchone()
     if row is None:
         lost = LeaseLost("another server runs the agent by now; send it again")
-        raise lost if owners else StoreFailed("the agent was deleted meanwhile")
+        raise lost if owners else StoreFailed("the agent was deleted or rewound meanwhile")
     stored = [
         StoredEvent(seq, kind_of(event), own_turn_id(event), encode_json(event | {"seq": seq, "time": now}))
         for seq, event in enumerate(changes.events, row[0] - count + 1)
@@ -7954,6 +7954,8 @@ class Session:
             result: JSON | None = await function.call(self, **arguments)
         except Elsewhere as elsewhere:
             result = await elsewhere.forward(request)
+        except StoreFailed as error:
+            raise error if live is None else live.end or error from None
         if live and result and function.name == "wake":  # its turn is told as that of a message
             reader, turn_id = self._reader(live), result["turn_id"]
             reader.follow(turn_id, None, live.find(turn_id), replay=reader.floor == math.inf)

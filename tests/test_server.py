@@ -927,6 +927,20 @@ LEAVING: list[tuple[str, JSON, Any]] = [  # command, arguments, what is seen of 
 
 
 @on_both
+async def test_an_edit_that_waits_for_a_deletion_is_told_of_it(client: Wire, server: Server) -> None:
+    async with wire(server) as other:
+        with beside(server.options.db) as connection:
+            connection.execute("BEGIN IMMEDIATE")  # another program holds a lock: the deletion waits for it
+            connection.execute("UPDATE agents SET name = name")
+            await other.request("delete_agent", agent_name="sam")
+            await asyncio.wait_for(await other.websocket.ping(), LIMIT)
+            await client.request("insert_passage", text="tea")
+            await asyncio.wait_for(await client.websocket.ping(), LIMIT)
+            connection.execute("ROLLBACK")
+        assert (await client.receive())["error"]["code"] == "unknown_agent"
+
+
+@on_both
 @pytest.mark.parametrize(("command", "more", "is_done"), LEAVING)
 async def test_a_command_of_a_client_that_leaves_is_done_wholly(
     client: Wire, serve: Serve, server: Server, command: str, more: JSON, is_done: Any
