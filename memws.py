@@ -6998,10 +6998,10 @@ class Panel:
             await self._client.connect()
         if self._agent is None:
             agents: list[Frame] = []
-            while page := (await self._ask("list_agents", after=agents[-1]["agent_name"] if agents else None))[
-                "agents"
-            ]:
+            after = None
+            while page := (await self._ask("list_agents", after=after))["agents"]:
                 agents += page
+                after = page[-1]["agent_name"]
             return str(max(agents, key=lambda each: each["last_active"] or "")["agent_name"]) if agents else ""
         return self._agent
 
