@@ -9112,11 +9112,11 @@ def serve_command(*, log_level: str, **options: Any) -> None:
 
 def check_command(*, db: str) -> int:
     """look for damage in the database and its agents"""
-    faults = list(check_database(db, check_record))
-    print(*map(printable, faults or ["no damage found"]), sep="\n")
+    faults, sizes = list(check_database(db, check_record)), list[str]()
     if not faults:
         with read_database(db) as database:
-            print(*map(printable, table_sizes(database, database_at(db).size_of)), sep="\n")
+            sizes = ["no damage found", *table_sizes(database, database_at(db).size_of)]
+    print(*map(printable, faults or sizes), sep="\n")
     return 1 if faults else 0
 
 

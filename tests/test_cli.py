@@ -428,11 +428,19 @@ def test_reader_that_left(tmp_path: Path) -> None:
             assert client.command("get_messages", agent_name="sam")["total"] > 1
 
 
-@pytest.mark.parametrize("words", [["protocol"], ["--port", "0", "--db", ":memory:"]])
-def test_full_output(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", [["protocol"], ["check"], ["--port", "0", "--db", ":memory:"]])
+def test_full_output(words: list[str], tmp_path: Path, serve: Callable[..., Any]) -> None:
     """A standard output that takes nothing more is one sentence, not a traceback."""
+    server = serve()
+    for number in range(80 if words == ["check"] else 0):  # more than a buffer holds
+        server.create_new_agent({"name": f"{number:x>64}"})
     with Path("/dev/full").open("w") as full:
-        options: dict[str, Any] = {"cwd": tmp_path, "env": environment(), "encoding": "utf-8", "timeout": 30}
+        options: dict[str, Any] = {
+            "cwd": tmp_path,
+            "env": environment({"PYTHONUNBUFFERED": ""}),
+            "encoding": "utf-8",
+            "timeout": 30,
+        }
         done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, check=False, **options)
     assert done.returncode == 2
     assert re.fullmatch(r"memws: [^\n]+No space left on device[^\n]*\n", done.stderr), done.stderr
