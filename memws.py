@@ -6809,13 +6809,6 @@ def static_row(message: Frame) -> str:
     return thought + (f'<p style="white-space: pre-wrap"><b>{who}</b> {said}</p>' if said else "")
 
 
-def static_page(agent_name: str, messages: Iterable[Frame]) -> str:
-    """The end of a conversation as HTML that needs no kernel, no style sheet and no script."""
-    rows = [static_row(message) for message in messages if message["role"] in ("user", "assistant")]
-    body = "".join(rows) or "<p>Nothing was said yet.</p>"
-    return f"<p><b>memws · {agent_name.translate(_HTML)}</b>, as it was saved</p>{body}"
-
-
 def make_widget(agent: str, compact: bool, hidden: str) -> Any:
     """The widget that shows the page's script and hides a class of its own; None where anywidget is missing."""
     try:
@@ -6955,7 +6948,7 @@ class Panel:
             widget.close()
 
     def static_html(self) -> str:
-        """The conversation as HTML that needs no kernel, no style sheet and no script."""
+        """The end of the conversation as HTML that needs no kernel, no style sheet and no script."""
         return self._thread.call(self._copy)
 
     def _ipython_display_(self, **options: Any) -> None:
@@ -6997,12 +6990,10 @@ class Panel:
         async with self._lock:
             await self._client.connect()
         if self._agent is None:
-            agents: list[Frame] = []
-            after = None
-            while page := (await self._ask("list_agents", after=after))["agents"]:
+            agents: list[Frame] = [{"agent_name": "", "last_active": ""}]  # none, before the first
+            while page := (await self._ask("list_agents", after=agents[-1]["agent_name"]))["agents"]:
                 agents += page
-                after = page[-1]["agent_name"]
-            return str(max(agents, key=lambda each: each["last_active"] or "")["agent_name"]) if agents else ""
+            return str(max(agents, key=lambda each: each["last_active"] or "")["agent_name"])
         return self._agent
 
     async def _ask(self, command: str, **arguments: Any) -> Frame:
@@ -7037,7 +7028,9 @@ class Panel:
             async with asyncio.timeout(COPY_PATIENCE):
                 name = await self._connected()
                 found = await self._ask("get_messages", agent_name=name, limit=STATIC_MESSAGES)
-            text = static_page(name, found["messages"])
+            rows = [static_row(message) for message in found["messages"] if message["role"] in ("user", "assistant")]
+            said = "".join(rows) or "<p>Nothing was said yet.</p>"
+            text = f"<p><b>memws · {name.translate(_HTML)}</b>, as it was saved</p>{said}"
         except (MemwsError, TimeoutError) as error:
             text = f"<p>memws: {(str(error) or 'the server does not answer').translate(_HTML)}</p>"
         return f'<div class="memws-static {self._mark}">{text}</div>'
