@@ -2503,10 +2503,12 @@ def copy_database(address: str, goal: str) -> Iterator[Mapping[str, int]]:
 
 def _refuse_loss(ours: dict[int, Any], theirs: dict[int, Any], path: str) -> None:
     """Raises UsageError where a copy of our agents would lose some of theirs, or what these did since."""
-    for agent, (_, name, created, last_seq, last_active, _) in theirs.items():
-        if agent not in ours or ours[agent][2] != created:
+    purged = {row[2]: row for row in ours.values() if row[5] == ""}
+    for agent, (_, name, created, last_seq, last_active, deleted) in theirs.items():
+        mine = ours.get(agent, None if deleted == "" else purged.get(created))
+        if mine is None or mine[2] != created:
             raise UsageError(f"{path!r} has an agent {name!r} of its own; copy to an empty database")
-        if last_seq > ours[agent][3] or last_active > ours[agent][4]:
+        if last_seq > mine[3] or last_active > mine[4]:
             raise UsageError(f"agent {name!r} has gone on in {path!r}; copy to an empty database")
 
 

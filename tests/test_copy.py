@@ -103,7 +103,7 @@ def test_a_copy_serves(source: str, database: str, main: Main, serve: Serve) -> 
 
 
 def test_a_later_copy(source: str, database: str, main: Main, serve: Serve) -> None:
-    """What has gone on is copied anew, also where names have changed hands; what has not is passed by."""
+    """What has gone on is copied anew, also where names have changed hands or it was purged; the rest is passed by."""
     copy(main, source, database)
     server = serve(db=source)
     with memws.connect(server.url) as client:
@@ -111,6 +111,7 @@ def test_a_later_copy(source: str, database: str, main: Main, serve: Serve) -> N
         client.ask("One thing more.", "deleted")
         for name, new_name in (("sam", "x"), ("Zoë", "sam"), ("x", "Zoë")):
             client.command("rename_agent", agent_name=name, new_name=new_name)
+        client.command("delete_agent", agent_name="deleted", purge=True)
     server.stop()
     copy(main, source, database)
     change(database, "UPDATE events SET text = 'kept' WHERE agent = 1")
