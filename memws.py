@@ -6804,10 +6804,10 @@ _HTML = str.maketrans({sign: f"&#{ord(sign)};" for sign in "&<>\"'"})  # of text
 def static_row(message: Frame) -> str:
     """A chat message as HTML: what was said, before it what was thought and called."""
     calls = [call["name"] for call in message["tool_calls"] if call["name"] != "send_message"]
-    title, is_user = " · ".join(("thought", *calls)).translate(_HTML), message["role"] == "user"
+    title = " · ".join(("thought", *calls)).translate(_HTML)
     said, text = (message[name][:STATIC_TEXT].translate(_HTML) for name in ("said", "text"))
-    thought = "" if is_user or not (text or calls) else f"<details><summary>{title}</summary>{text}</details>"
-    who = "you" if is_user else "agent"
+    thought = "" if not calls and text in ("", said) else f"<details><summary>{title}</summary>{text}</details>"
+    who = "you" if message["role"] == "user" else "agent"
     return thought + (f'<p style="white-space: pre-wrap"><b>{who}</b> {said}</p>' if said else "")
 
 
@@ -7876,7 +7876,8 @@ def message_item(message: ChatMessage, first: int) -> JSON:
         arguments = clean_value(decode_json(call["function"]["arguments"]))
         calls.append({"id": call["id"], "name": call["function"]["name"], "arguments": arguments})
     about = {"id": message.id, "seq": message.seq, "role": message.role, "time": message.time, "step": message.step}
-    about |= {"from": message.speaker.partition(" ")[2] or None, "text": message.text, "said": message.said}
+    text = message.text or ("" if calls else message.said)  # what was said without a call has no other place
+    about |= {"from": message.speaker.partition(" ")[2] or None, "text": text, "said": message.said}
     return about | {"tool_calls": calls, "turn_id": message.turn_id or None, "in_context": message.id >= first}
 
 

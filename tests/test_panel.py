@@ -116,12 +116,17 @@ def test_copy_of_the_last_agent(online: Serve, endpoint: Endpoint, open_panel: C
     server = online()
     for number in range(101):
         server.create_new_agent({"name": f"sam{number:03}"})
-    endpoint.script(Reply("plain", reasoning="why"), say("one", "two"))
-    for text in ("hi", "hello"):
+    endpoint.script(Reply("plain", reasoning="why"), Reply("bare"), say("one", "two"))
+    for text in ("hi", "go on", "hello"):
         server.run_step(text)
     copy = open_panel(server.url).static_html()
-    assert re.findall(r"memws · sam\d+|(?<=</b> )[^<]*", copy) == ["memws · sam100", "hi", "plain", "hello", "one\ntwo"]
+    said = re.findall(r"memws · sam\d+|(?<=</b> )[^<]*", copy)
+    assert said == ["memws · sam100", "hi", "plain", "go on", "bare", "hello", "one\ntwo"]
+    assert copy.count("<details>") == 1
     assert "why" in copy
+    with memws.connect(server.url) as client:
+        texts = [each["text"] for each in client.command("get_messages", agent_name="sam100")["messages"]]
+    assert "bare" in texts
 
 
 def test_token(serve: Serve, open_panel: Callable[..., memws.Panel]) -> None:
