@@ -3316,7 +3316,9 @@ class Endpoint:
 
     def __init__(self, base_url: str | None, api_key: str | None, idle_timeout: float = IDLE_TIMEOUT) -> None:
         self.base_url, self.idle_timeout = base_url, idle_timeout
-        self.key = api_key or os.environ.get("OPENAI_API_KEY") or ""
+        self.key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not re.fullmatch(r"[ -~]*", self.key):  # it is in no error
+            raise UsageError("OPENAI_API_KEY: expected a key of visible ASCII characters; copy it anew")
         self.is_chosen = bool(base_url or self.key)  # somebody has named one, or has a key for OpenAI's
         address = (base_url or "https://api.openai.com/v1").strip()
         if not _ADDRESS.fullmatch(address):
@@ -9229,6 +9231,7 @@ class Parser(argparse.ArgumentParser):
         flag, variable = f"--{word.replace('_', '-')}", f"MEMWS_{word.upper()}"
         more: JSON = {"metavar": about["word"] or word.rpartition("_")[2].upper(), "type": about["kind"]}
         more |= {"action": "append"} if default == () else {"default": os.environ.get(variable) or default}
+        more["required"] = more.get("default") == ""
         shown = f" (default {default})" if default else ""
         self.add_argument(flag, dest=name, help=f"{about['help']}{shown}; {variable}", **more)
 
@@ -9271,7 +9274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if words[0] in ("check", "vacuum", "export", "import", "backup"):
             threading.Thread(target=tell_progress, args=[words[0], over], daemon=True).start()
         status: int | None = flags.pop("run")(**flags)
-        sys.stdout.flush()
+        print(end="", flush=True)  # standard output may be closed
         return status or 0
     except MemwsError as error:
         print(f"memws: {printable(error)}", file=sys.stderr)

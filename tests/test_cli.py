@@ -190,7 +190,11 @@ REFUSALS = [
     (["--port", "0", "--base-url", ""], "base_url: expected"),
     (["export", "nobody"], "unknown agent 'nobody'"),
     (["export"], "name"),
-    *((["copy", *words], "--from or --to") for words in ([], ["--from", "memws.db"], ["--to", "copy.db"])),
+    (["copy"], "--from, --to"),
+    *(
+        (["copy", one, "memws.db"], other)
+        for one, other in (("--from", "required: --to"), ("--to", "required: --from"))
+    ),
     (["export", "sam", "missing/x"], "missing"),
     *(
         ([*words, "--db", "missing.db"], "missing.db")
@@ -212,7 +216,7 @@ WRONG = {
 REFUSALS += [(["--port", "0", flag, value], flag) for flag, values in WRONG.items() for value in values]
 
 
-def test_refusals(tmp_path: Path, main: Main) -> None:
+def test_refusals(tmp_path: Path, main: Main, monkeypatch: Patch) -> None:
     """What cannot be is one sentence that says what to do next, with exit status 2, and nothing is made or changed."""
     texts = {"text.db": "this is a diary and no database\n" * 40, "list.json": "[1]", "deep.json": "[" * 100_000}
     for name, text in (texts | {"cut.json": '{"agent": {"name": "sam"'}).items():
@@ -227,6 +231,11 @@ def test_refusals(tmp_path: Path, main: Main) -> None:
     before = content()
     for words, text in REFUSALS:
         assert text in sentence(main(*words)), words
+    for key in ("sk-ab\rcd", "sk-schlüssel"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        text = sentence(main("--port", "0"))
+        assert "OPENAI_API_KEY: expected" in text
+        assert "sk" not in text
     assert content() == before
     assert "--frobnicate" in sentence(run("--frobnicate", cwd=tmp_path))  # so does a process
 
