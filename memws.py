@@ -4744,7 +4744,8 @@ class Agent:
         if self.used() + MIN_REPLY_TOKENS > self.window:
             await self.compact(turn)
         await self._ask(turn)
-        queries = [str(call.arguments.get("query", "")) for call in turn.reply.calls if call.name in MEMORY_TOOLS]
+        calls = [call.arguments for call in turn.reply.calls if call.name in MEMORY_TOOLS]
+        queries = [str(arguments["query"]) for arguments in calls if "query" in arguments]
         with turn.interruptible():  # before the transaction: no network call happens inside of one
             vectors = {query: await self.query_vector(query) for query in queries}
         async with self._change(turn) as change:
@@ -5021,7 +5022,9 @@ class Agent:
         change.changes.request, reply = turn.request, turn.reply
         turn.calls.update({call.line for call in reply.calls})
         sizes = self._sizes([*self.memory.messages, *change.changes.messages])
-        warn = not (change.state["warned"] or turn.compactions) and sum(sizes.values()) > WARNING_FRACTION * self.window
+        is_full = sum(sizes.values()) > WARNING_FRACTION * self.window
+        warn = is_full and not (change.state["warned"] or turn.compactions)
+        change.state["warned"] = warn or (is_full and change.state["warned"])
 
         reason = "" if turn.replied else HEARTBEAT_NO_REPLY  # why another step follows (as in MemGPT 0.2.7, run_step)
         if not succeeded:
@@ -5047,7 +5050,6 @@ class Agent:
             outcome = "budget"
 
         if warn:
-            change.state["warned"] = True
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
         if reason and outcome is None:
             change.wake(reason)

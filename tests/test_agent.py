@@ -592,6 +592,18 @@ async def test_the_agent_is_warned_once_before_the_window_is_full(endpoint: Endp
     assert (len(warned), agent.record.state["warned"]) == (1, False) or size, "then it may be warned again"
 
 
+async def test_a_larger_window_is_warned_of_anew(lab: Lab) -> None:
+    """The agent is warned again where the window was less full in between."""
+    agent, warned = await lab.create(context_window=3_000), 0
+    for window in (3_000, 5_000):
+        async with memws.Transaction(agent.memory) as change:
+            change.config = change.config | {"context_window": window}
+        for _ in range(60):
+            if agent.used() < 0.76 * window:
+                warned += sum("warning" in frame for frame in (await lab.say(agent, "word " * 40)).of("context"))
+    assert warned == 2
+
+
 async def test_a_long_conversation_in_a_small_window(endpoint: Endpoint, lab: Lab) -> None:
     """Over 150 turns in 3,000 tokens each compaction makes the real prompt smaller; summaries carry on, facts stay."""
     endpoint.context_window = 3_000
