@@ -268,7 +268,7 @@ PRESSURE_WARNING = (
     "archival_memory_insert. Do not tell the user about this."
 )
 REQUEST_HEARTBEAT = "request_heartbeat"  # the argument by which a tool call asks for another step
-INTERRUPTED = "interrupted: result unknown"  # of a call that a crash or a cancel cut
+INTERRUPTED = "interrupted: result unknown"  # of a call that a crash or an error cut
 HEARTBEAT_REQUESTED = _ALERT + "A tool was called with request_heartbeat true, returning control"
 HEARTBEAT_FAILED = _ALERT + "A tool call failed, returning control"
 HEARTBEAT_NO_REPLY = _ALERT + "The user is still waiting for a reply: answer with send_message"
@@ -746,6 +746,7 @@ Event = JSON  # a frame without what its copies differ in (agent_name, id); its 
 CLASSIC_TYPES = ("internal_monologue", "assistant_message", "function_message")  # MemGPT 0.2.7's, and the default
 LIVE_TYPES = ("delta", "retry", "queue", "progress")  # not stored, without seq, never replayed
 TERMINAL_TYPES = ("agent_response_end", "agent_response_error")
+# Of a turn that the server stops: cancelled, superseded, interrupted; the agent itself ends it with the others.
 STOP_REASONS = ("done", "cancelled", "superseded", "interrupted", "max_steps", "budget", "repeated_call")
 
 _CALL = {"tool_call_id": str, "name": str}
@@ -1353,7 +1354,7 @@ class Changes:
 # to as sqlite3's. What stands below are functions of a connection: the store runs them in its transactions, so does the
 # command line.
 
-SCHEMA_VERSION = 3  # 1 and 2: the schema before memws 0.2
+SCHEMA_VERSION = 3  # 1 and 2: what earlier versions made
 APPLICATION_ID = 0x6D656D77  # "memw" in the header of the file
 SCHEMA = """
 CREATE TABLE agents (  -- deleted: when; empty for a purged one, of which only the name and its last seq are left
@@ -5015,7 +5016,8 @@ class Agent:
         change.add_message("tool", text, {"role": "tool", "tool_call_id": call.id, "content": content})
         return text
 
-    # -- ends: with the last step (_finish), within a step (_break_off), or at the next opening (_repair) --
+    # -- ends: with the last step (_finish), within a step (_break_off), at the next opening (_repair); a turn that is
+    # refused by the server never began --
 
     def _finish(self, change: Transaction, turn: Turn, succeeded: bool) -> None:
         """Decide whether another step follows, and why; otherwise end the turn in this same transaction."""
@@ -5058,6 +5060,7 @@ class Agent:
             self._counts["no_reply"] += 1
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
             change.say(reply.text, partial=bool(reply.fault))
+            change.add_message("assistant", "", {"role": "assistant", "content": reply.text}, said=reply.text)
         if outcome is not None:
             self._end(change, turn, outcome)
 

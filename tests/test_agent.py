@@ -526,6 +526,7 @@ async def test_a_turn_has_limits(
     assert (turn.end["type"], len(endpoint.requests)) == ("agent_response_end", count + steps)
     told = (["I noted your name."], ["no_reply"]) if steps == 1 else ([], [])
     assert (turn.replies, turn.corrections) == told
+    assert set(turn.replies) <= {*await recalled(lab, agent, "I noted your name.")}, "what is told is found"
     endpoint.default = greet
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
