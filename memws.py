@@ -1343,6 +1343,7 @@ class Changes:
     messages: list[ChatMessage] = field(default_factory=list)
     documents: list[Document] = field(default_factory=list)  # what becomes searchable: words said, passages
     removed: list[int] = field(default_factory=list)  # the ids of passages that are deleted
+    unsaid: list[int] = field(default_factory=list)  # of chat messages whose words are no longer searchable as stored
     request: RequestRecord | None = None
     config: JSON | None = None
     state: JSON | None = None
@@ -1872,6 +1873,8 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
         messages.append((agent, message.id, *about))
     insert_all(db, "messages", messages)
+    for item in changes.unsaid:
+        forget(db, "agent = ? AND store = 'recall' AND item = ?", agent, item)
     for document in changes.documents:
         index(db, "doc = ?", remember(db, agent, document))
     for item in changes.removed:
@@ -4077,7 +4080,8 @@ class Transaction:
     def __init__(self, memory: Memory, turn_id: str = "", step: int = 0) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step
         self.vectors: Mapping[str, bytes | None] = {}  # of the queries that will be searched for
-        self.spoke = self._open = False  # `spoke`, alone of all, outlives apart()
+        self.said: list[str] = []  # to the user; this alone outlives apart()
+        self._open = False
 
     async def __aenter__(self) -> typing.Self:
         await self.memory.lock.acquire()
@@ -4140,6 +4144,15 @@ class Transaction:
         if said:
             self.changes.documents.append(Document(number, "recall", speaker, now, said))
 
+    def correct_said(self, message: ChatMessage) -> None:
+        """Let search find a chat message by what was said in the end, in place of what was meant to be."""
+        changes, said = self.changes, "\n".join(self.said)
+        message.said = said
+        changes.unsaid.append(message.id)  # where it is stored by now
+        changes.documents = [item for item in changes.documents if (item.store, item.id) != ("recall", message.id)]
+        if said:
+            changes.documents.append(Document(message.id, "recall", message.speaker, message.time, said))
+
     def add_notice(self, kind: str, text: str, **fields: Any) -> None:
         """A chat message by which the model hears of something, packed as a user's message."""
         self.add_message("system", text, {"role": "user", "content": self.memory.pack(kind, **fields)})
@@ -4197,7 +4210,7 @@ class Transaction:
         self._add_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id, since=passage.time)
 
     def say(self, message: str, *, partial: bool = False) -> None:
-        self.spoke = True
+        self.said.append(message)
         self.add_event("assistant_message", message, **({"partial": True} if partial else {}))
 
     def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
@@ -4752,7 +4765,7 @@ class Agent:
         async with self._change(turn) as change:
             change.vectors = vectors
             succeeded = await self._take_reply(change, turn)
-            turn.unanswered = [] if change.spoke else turn.unanswered
+            turn.unanswered = [] if change.said else turn.unanswered
             self._finish(change, turn, succeeded)
 
     def _change(self, turn: Turn) -> Transaction:
@@ -4916,7 +4929,7 @@ class Agent:
     async def _take_reply(self, change: Transaction, turn: Turn) -> bool:
         """Tell and keep what the model replied, and make its calls; whether all succeeded. Text alone is for the user
         who waits; what send_message said before it was cut is kept as a call whose result says so."""
-        reply, words = turn.reply, ""
+        reply, words, message = turn.reply, "", None
         calls, monologue = reply.calls.copy(), reply.monologue
         if reply.partial:
             calls.append(ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial}))
@@ -4934,11 +4947,14 @@ class Agent:
             messages = [call.arguments.get("message") for call in calls if call.name == "send_message"]
             said = "\n".join(text for text in messages if isinstance(text, str)) or words
             change.add_message("assistant", monologue, self._body_of(reply, calls), said=said)
+            message = change.changes.messages[-1]
         results = [await self._call_tool(change, turn, call) for call in reply.calls]
         if reply.partial:
             reason = turn.stop_reason or dict(reply.corrections)[reply.fault]
             change.say(reply.partial, partial=True)
             self._add_result(change, calls[-1], ToolError(f"{reason}: the user has seen only this much"))
+        if message and message.said != "\n".join(change.said):  # some of it was not run
+            change.correct_said(message)
         return all(results)
 
     def _body_of(self, reply: Reply, calls: list[ToolCall]) -> JSON:

@@ -489,10 +489,11 @@ def test_a_first_message_has_to_be_sent(online: Callable[..., Any], endpoint: En
 async def test_three_failed_calls_in_a_row_end_the_turn(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
     """The third failure in a row is bad_output with the last of them; a success between counts anew."""
     wrong: list[tuple[str, Body]] = [("no_such_tool", {"n": number}) for number in range(4)]
-    for steps in ([[call] for call in wrong[:3]], [[*wrong[:3], APPEND, HELLO]]):
+    for replies, steps in enumerate(([[call] for call in wrong[:3]], [[*wrong[:3], APPEND, HELLO]])):
         count = len(endpoint.requests)
         turn = await lab.say(agent, "Hi", *(Reply(calls=calls) for calls in steps))
         assert (turn.end["code"], turn.stop_reason, turn.replies) == ("bad_output", "error", [])
+        assert await recalled(lab, agent, "Hello!") == ["Hello!"] * replies, "not what was not said"
         assert ("unknown tool 'no_such_tool'" in turn.end["message"], len(endpoint.requests) - count) == (
             True,
             len(steps),
