@@ -4727,7 +4727,7 @@ class Agent:
                     self.memory.stale = True
                     await self._break_off(turn, MemwsError("internal error; the server's log has it"))
         finally:
-            self.memory.stale |= not turn.over  # a tool cancelled the task it runs in
+            self.memory.stale |= not turn.over  # its end was not stored, or a tool cancelled its own task
             turn.over, self.before = True, None
 
     def _add_user_message(self, change: Transaction, turn: Turn, message: str, **fields: Any) -> None:
@@ -5050,35 +5050,37 @@ class Agent:
         elif any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in reply.calls):
             reason = HEARTBEAT_REQUESTED
 
-        outcome: str | MemwsError | None = None  # why none does
+        end: str | MemwsError | None = None  # why none does: the first that fits
         if turn.stop_reason is not None:
-            outcome = turn.stop_reason
+            end = turn.stop_reason
         elif turn.error:
-            outcome = turn.error
+            end = turn.error
         elif len(turn.failures) >= MAX_FAILED_TOOLS:  # what comes after these was not run
             problem = f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {turn.failures[MAX_FAILED_TOOLS - 1]}"
-            outcome = ModelError("bad_output", problem)
+            end = ModelError("bad_output", problem)
         elif not (reason or warn or turn.steered):
-            outcome = "done"
+            end = "done"
+        # From here on only turns that would go on.
         elif max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
-            outcome = "repeated_call"
+            end = "repeated_call"
         elif turn.step >= self.max_steps:
-            outcome = "max_steps"
+            end = "max_steps"
         elif turn.usage["input_tokens"] + turn.usage["output_tokens"] >= TURN_TOKEN_BUDGET:
-            outcome = "budget"
+            end = "budget"
 
         if warn:
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
-        if reason and outcome is None:
+        if reason and end is None:
             change.wake(reason)
         self._add_context(change, sizes, warn)
-        if isinstance(outcome, str) and not turn.replied and reply.text and turn.stop_reason is None:
+        ends_unasked = isinstance(end, str) and turn.stop_reason is None
+        if ends_unasked and reply.text and not turn.replied:
             self._counts["no_reply"] += 1
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
             change.say(reply.text, partial=bool(reply.fault))
             change.add_message("assistant", "", {"role": "assistant", "content": reply.text}, said=reply.text)
-        if outcome is not None:
-            self._end(change, turn, outcome)
+        if end is not None:
+            self._end(change, turn, end)
 
     async def _break_off(self, turn: Turn, reason: Stopped | MemwsError) -> None:
         """End a turn within a step: by a stop, which keeps what came of an answer, or an error, which closes calls."""
