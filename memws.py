@@ -3336,13 +3336,14 @@ class Endpoint:
         if "api-version" in dict(query):  # Azure
             self.options["default_headers"] = {"api-key": self.key}
         self._free = list[Any]()  # HTTP clients, each once for every request that it may take besides
+        self._certificates: Any = None  # of all clients: to read them takes 15 ms
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
 
     @contextlib.asynccontextmanager
     async def client(self) -> AsyncGenerator[Any, None]:
         """The HTTP client for one request. Raises UsageError where the openai package is missing."""
         async with self._making:
-            if not self._free:  # an import, certificates: 15 ms
+            if not self._free:
                 self._free += [await in_thread(_IMPORT_THREAD, self._make)] * CLIENT_REQUESTS
             client = self._free.pop()
         try:
@@ -3353,7 +3354,9 @@ class Endpoint:
     def _make(self) -> Any:
         """What is inside of an openai client: what that does around it and to each chunk costs a fifth of a turn."""
         openai = needed("openai", MISSING_OPENAI)
-        http = openai.DefaultAsyncHttpxClient(timeout=openai.Timeout(None, connect=CONNECT_TIMEOUT))
+        self._certificates = self._certificates or importlib.import_module("httpx").create_ssl_context()
+        timeout = openai.Timeout(None, connect=CONNECT_TIMEOUT)
+        http = openai.DefaultAsyncHttpxClient(timeout=timeout, verify=self._certificates)
         client = openai.AsyncOpenAI(**self.options, http_client=http)
         headers = {**client.auth_headers, **client.default_headers}.items()
         http.headers.update({name: value for name, value in headers if isinstance(value, str)})
