@@ -141,7 +141,8 @@ def test_serve_commands(variables: dict[str, str], words: list[str], tmp_path: P
     """Each of README's commands that serve does serve, with the model that it names."""
     with Endpoint(models=["only"]) as endpoint:
         flags = [endpoint.url if word.startswith("http") else word for word in words]
-        with Serving(*flags, cwd=tmp_path, variables=variables) as server, memws.connect(server.url) as client:
+        keys = {name: value.replace("…", "0") for name, value in variables.items()}
+        with Serving(*flags, cwd=tmp_path, variables=keys) as server, memws.connect(server.url) as client:
             about = client.hello()
             default = "only" if "--base-url" in words else memws.DEFAULT_MODEL if variables else "offline"
             assert about["model"] == (words[words.index("--model") + 1] if "--model" in words else default)
