@@ -3354,7 +3354,8 @@ class Endpoint:
     def _make(self) -> Any:
         """What is inside of an openai client: what that does around it and to each chunk costs a fifth of a turn."""
         openai = needed("openai", MISSING_OPENAI)
-        self._certificates = self._certificates or importlib.import_module("httpx").create_ssl_context()
+        httpx = sys.modules[openai.DefaultAsyncHttpxClient.__base__.__module__]  # or httpx2, by the version of openai
+        self._certificates = self._certificates or httpx.create_ssl_context()
         timeout = openai.Timeout(None, connect=CONNECT_TIMEOUT)
         http = openai.DefaultAsyncHttpxClient(timeout=timeout, verify=self._certificates)
         client = openai.AsyncOpenAI(**self.options, http_client=http)
