@@ -4367,8 +4367,8 @@ class MemoryTools(Transaction):
         return f"Pausing timed heartbeats for {minutes} min"
 
 
-_METHODS = {name: method for name, method in vars(MemoryTools).items() if inspect.iscoroutinefunction(method)}
-MEMORY_TOOLS = {name: make_tool(functools.partial(method, None)) for name, method in _METHODS.items()}
+_METHODS = {tool: method for tool, method in vars(MemoryTools).items() if inspect.iscoroutinefunction(method)}
+MEMORY_TOOLS = {tool: make_tool(functools.partial(method, None)) for tool, method in _METHODS.items()}
 
 
 # ======================================================================================================================
