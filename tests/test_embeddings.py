@@ -113,6 +113,7 @@ async def test_what_shares_no_word_is_found(start: Serve, endpoint: Endpoint) ->
         archival, recall = results(endpoint.requests[-1])[-2:]
         assert archival.index("cat sleeps") < archival.index("Rain")
         assert recall.index("caught a mouse") < recall.index("Hello!")
+        await embedded(server.options.db)
         await client.ok("create_agent", config={"name": "Rex", "human": "First name: Zoe. She likes tea."})
         await found(client, "What did Zoe tell REX about Zoe's felines?")
         await found(client, "Zoe")
