@@ -5784,7 +5784,7 @@ PANEL_STYLE: Final = r"""
     p { white-space: pre-wrap; } li > p { white-space: pre-line; margin: 0; } a { color: var(--accent); }
     h3, h4, h5, h6 { font-size: 1em; margin: 1em 0 .3em; } ul, ol { margin: .5em 0; padding-left: 1.6em; }
     code { font: 13px var(--mono); background: var(--wash); border-radius: 4px; padding: 1px 4px; }
-    blockquote { padding-left: 12px; border-left: 3px solid var(--line); color: var(--soft); }
+    blockquote { padding-left: 12px; border-left: 3px solid var(--line); color: var(--soft); } hr { opacity: .3; }
     .memws-table { overflow-x: auto; margin: .6em 0; } table { border-collapse: collapse; font-size: 14px; }
     th, td { padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
   }
