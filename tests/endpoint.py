@@ -22,21 +22,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, NoReturn, Self
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Self
+
+from pydantic import ConfigDict, Field, Json, ValidationError, create_model
 
 Body = dict[str, Any]
-
-PARAMETERS = set(
-    """
-    audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens messages
-    metadata modalities model n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention
-    reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options temperature
-    tool_choice tools top_logprobs top_p user verbosity web_search_options
-    """.split()  # noqa: SIM905 (a list of words reads better as words)
-)
-MAX_INPUTS = 2048  # texts in one request for embeddings
-ROLES = ("system", "assistant", "user", "tool", "developer")
-FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -105,86 +95,69 @@ def echo(body: Body) -> Reply:
     return say(f"you said {said[-1]['message']}")
 
 
-def _tool_calls(reply: Reply, fresh_ids: Iterator[str]) -> list[Body]:
-    calls = []
-    for position, (name, arguments) in enumerate(reply.calls):
-        if not reply.arguments_as_object and not isinstance(arguments, str):
-            arguments = _encode(arguments)
-        call: Body = {"type": "function", "function": {"name": name, "arguments": arguments}}
-        call_id = next(fresh_ids) if reply.call_ids is None else reply.call_ids[position]
-        calls.append(call if call_id is None else {"id": call_id, **call})
-    if reply.signature and calls:
-        calls[0]["extra_content"] = {"google": {"thought_signature": reply.signature}}
-    return calls
-
-
-def _call_deltas(reply: Reply, index: int, call: Body) -> list[Body]:
-    """One tool call in pieces: the first has id and name, the others only more of the arguments."""
-    place: Body = {"index": index} if reply.call_index else {}
-    if reply.whole_arguments or reply.arguments_as_object:
-        return [{"tool_calls": [place | call]}]
-    function = call["function"]
-    deltas: list[Body] = [{"tool_calls": [place | call | {"function": function | {"arguments": ""}}]}]
-    pieces = _pieces(function["arguments"], reply.chunk)
-    return deltas + [{"tool_calls": [place | {"function": {"arguments": piece}}]} for piece in pieces]
-
-
-def _text_and_calls(reply: Reply, fresh_ids: Iterator[str]) -> tuple[str | None, list[Body]]:
-    calls = _tool_calls(reply, fresh_ids)
-    if not reply.calls_as_text:
-        return reply.text, calls
-    objects = [_encode({"name": name, "arguments": arguments}) for name, arguments in reply.calls]
-    return (reply.text or "") + "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects), []
-
-
-def _completion(reply: Reply, text: str | None, calls: list[Body], finish: str) -> Body:
-    """The answer to stream=false."""
-    message: Body = {"role": "assistant", "content": text, "refusal": reply.refusal or None, **reply.more}
+def _message(reply: Reply, fresh_ids: Iterator[str]) -> Body:
+    """The message of a reply, whole."""
+    message: Body = {"role": "assistant", "content": reply.text, "refusal": reply.refusal or None, **reply.more}
     if reply.reasoning:
         message[reply.reasoning_field] = reply.reasoning
-    if calls:
-        message["tool_calls"] = calls
-    choices = [] if reply.empty_choices == "all" else [{"index": 0, "message": message, "finish_reason": finish}]
-    return {"object": "chat.completion", "choices": choices}
+    if reply.calls_as_text:
+        calls = [_encode({"name": name, "arguments": arguments}) for name, arguments in reply.calls]
+        message["content"] = (reply.text or "") + "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+    elif reply.calls:
+        message["tool_calls"] = []
+        for position, (name, arguments) in enumerate(reply.calls):
+            is_sent_as_it_is = reply.arguments_as_object or isinstance(arguments, str)
+            function = {"name": name, "arguments": arguments if is_sent_as_it_is else _encode(arguments)}
+            call_id = next(fresh_ids) if reply.call_ids is None else reply.call_ids[position]
+            call = {"type": "function", "function": function}
+            message["tool_calls"].append(call if call_id is None else {"id": call_id, **call})
+        if reply.signature:
+            message["tool_calls"][0]["extra_content"] = {"google": {"thought_signature": reply.signature}}
+    return message
 
 
-def _chunks(reply: Reply, text: str | None, calls: list[Body], finish: str) -> list[Body]:
-    """The answer to stream=true, as chunks without their common fields."""
-    deltas: list[Body] = [{"role": "assistant", "content": None if text is None else ""}]
-    deltas += [{reply.reasoning_field: piece} for piece in _pieces(reply.reasoning, reply.chunk)]
+def _deltas(reply: Reply, message: Body) -> list[Body]:
+    """A message in pieces. Of a call the first has id and name, the others only more of the arguments."""
+    deltas: list[Body] = [{"role": "assistant", "content": None if message["content"] is None else ""}]
     deltas += [reply.more] * 2 if reply.more else []
-    deltas += [{"content": piece} for piece in _pieces(text or "", reply.chunk)]
-    deltas += [{"refusal": piece} for piece in _pieces(reply.refusal, reply.chunk)]
-    for index, call in enumerate(calls):
-        deltas += _call_deltas(reply, index, call)
-    choices: list[list[Body]] = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
-    choices.append([{"index": 0, "delta": {}, "finish_reason": finish}])
-    if reply.first_without_delta:
-        choices.insert(0, [{"index": 0, "finish_reason": None}])
-    if reply.empty_choices == "first":
-        choices.insert(0, [])
-    if reply.empty_choices == "all":
-        choices = [[] for _ in choices]
-    return [{"object": "chat.completion.chunk", "choices": each} for each in choices]
+    for name in (reply.reasoning_field, "content", "refusal"):
+        deltas += [{name: piece} for piece in _pieces(message.get(name) or "", reply.chunk)]
+    for index, call in enumerate(message.get("tool_calls", ())):
+        place: Body = {"index": index} if reply.call_index else {}
+        if reply.whole_arguments or reply.arguments_as_object:
+            deltas.append({"tool_calls": [place | call]})
+            continue
+        function = call["function"]
+        deltas.append({"tool_calls": [place | call | {"function": function | {"arguments": ""}}]})
+        for piece in _pieces(function["arguments"], reply.chunk):
+            deltas.append({"tool_calls": [place | {"function": {"arguments": piece}}]})
+    return deltas
 
 
 def _answer(reply: Reply, body: Body, fresh_ids: Iterator[str]) -> Body | list[Body]:
     """The JSON of a reply: one completion, or the chunks of a stream."""
-    text, calls = _text_and_calls(reply, fresh_ids)
-    finish = reply.finish or ("tool_calls" if calls else "stop")
-    completion_id = next(fresh_ids).replace("call_", "chatcmpl-")
-    common: Body = {"id": completion_id, "created": 1_700_000_000, "model": body["model"]}
-    usage = _usage(reply, body, text) if reply.usage == "auto" else reply.usage
+    message = _message(reply, fresh_ids)
+    finish = reply.finish or ("tool_calls" if "tool_calls" in message else "stop")
+    usage = _usage(reply, body, message["content"]) if reply.usage == "auto" else reply.usage
+    common: Body = {"id": next(fresh_ids).replace("call_", "chatcmpl-"), "created": 1_700_000_000}
+    common |= {"model": body["model"], "object": "chat.completion"}
     if reply.whole or not body.get("stream"):
-        return common | _completion(reply, text, calls, finish) | ({"usage": usage} if usage is not None else {})
+        whole = [{"index": 0, "message": message, "finish_reason": finish}]
+        common["choices"] = [] if reply.empty_choices == "all" else whole
+        return common if usage is None else common | {"usage": usage}
 
-    chunks = [common | chunk for chunk in _chunks(reply, text, calls, finish)]
-    asked = (body.get("stream_options") or {}).get("include_usage", False)
+    common["object"] = "chat.completion.chunk"
+    choices: list[Body] = [{"delta": delta, "finish_reason": None} for delta in _deltas(reply, message)]
+    choices.append({"delta": {}, "finish_reason": finish})
+    choices[:0] = [{"finish_reason": None}] if reply.first_without_delta else []
+    chunks = [common | {"choices": [{"index": 0, **choice}]} for choice in choices]
+    if reply.empty_choices == "all":
+        chunks = [common | {"choices": []} for _ in choices]
+    chunks[:0] = [common | {"choices": []}] if reply.empty_choices == "first" else []
     if usage is not None and reply.usage_style == "last":
         chunks[-1]["usage"] = usage
-    elif usage is not None and asked:
-        chunks = [{**chunk, "usage": None} for chunk in chunks]
-        chunks.append(common | {"object": "chat.completion.chunk", "choices": [], "usage": usage})
+    elif usage is not None and (body.get("stream_options") or {}).get("include_usage"):
+        chunks = [*({**chunk, "usage": None} for chunk in chunks), common | {"choices": [], "usage": usage}]
     if reply.error_in_stream is not None:
         chunks[len(chunks) // 2 :] = [{"error": reply.error_in_stream}]
     return chunks
@@ -223,12 +196,6 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
 
 
-def demand(right: object, message: str, code: str | None = "invalid_value") -> None:
-    """Refuse a request that is not right."""
-    if not right:
-        raise Refusal(message, code)
-
-
 def parse(raw: bytes) -> Body:
     """The JSON object of a request's body. Raises Refusal for anything a strict parser does not read."""
 
@@ -245,47 +212,73 @@ def parse(raw: bytes) -> Body:
     return body
 
 
-def check(body: Body) -> None:
-    """Refuse what OpenAI's chat completions refuse. Raises Refusal."""
-    _check_parameters(body, PARAMETERS)
-    for name, needed in (("tool_choice", "tools"), ("parallel_tool_calls", "tools"), ("stream_options", "stream")):
+# What OpenAI's API takes. Its own models forgive some more; vLLM's and Google's do not.
+
+
+def shape(config: ConfigDict | None = None, **fields: Any) -> Any:
+    """A type of objects with these fields: (type, default) of those that may be missing."""
+    defined: dict[str, Any] = {name: kind if isinstance(kind, tuple) else (kind, ...) for name, kind in fields.items()}
+    return create_model("Shape", __config__=ConfigDict(strict=True, **(config or {})), **defined)
+
+
+def some(kind: Any, most: int | None = None) -> Any:
+    """A list of at least one."""
+    return Annotated[list[kind], Field(min_length=1, max_length=most)]
+
+
+TEXT = Annotated[str, Field(min_length=1)]
+NAME, KIND = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")], Literal["function"]
+CALL = shape(id=TEXT, type=KIND, function=shape(name=NAME, arguments=Json[dict[str, Any]]))
+MESSAGE = shape(
+    role=Literal["system", "assistant", "user", "tool", "developer"],
+    content=(str | None, None),
+    tool_calls=(some(CALL), []),
+    tool_call_id=(str, ""),
+)
+PARAMETERS = shape(type=Literal["object"], properties=dict[str, dict[str, Any]], required=(list[str], []))
+TOOL = shape(type=KIND, function=shape(name=NAME, parameters=(PARAMETERS, None)))
+OPTIONS = """
+    audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens metadata
+    modalities n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_retention
+    reasoning_effort response_format safety_identifier seed service_tier stop store stream stream_options temperature
+    tool_choice top_logprobs top_p user verbosity web_search_options
+"""
+ONLY = ConfigDict(extra="forbid")
+ANY: dict[str, Any] = dict.fromkeys(OPTIONS.split(), (Any, None))
+CHAT = shape(ONLY, model=TEXT, messages=some(MESSAGE), tools=(some(TOOL), []), **ANY)
+EMBEDDING = shape(ONLY, model=TEXT, input=TEXT | some(TEXT, 2048))  # no lists of tokens
+NEEDS = {"tool_choice": "tools", "parallel_tool_calls": "tools", "stream_options": "stream"}
+
+
+def check(body: Body, kind: Any = CHAT) -> None:
+    """Refuse what OpenAI refuses of a request of that kind. Raises Refusal."""
+    try:
+        read = kind.model_validate(body)
+    except ValidationError as error:
+        raise Refusal(str(error)) from None
+    for name, needed in NEEDS.items():
         demand(name not in body or body.get(needed), f"The '{name}' parameter is only allowed with '{needed}'.")
-    for tool in _array(body, "tools") if "tools" in body else ():
-        _check_tool(tool)
-    messages = _array(body, "messages")
-    for message in messages:
-        _check_message(message)
-    _check_pairs(messages)
+    for tool in body.get("tools", ()):
+        _check_tool(**tool["function"])
+    waiting: list[str] = []  # every tool call is answered at once and exactly once; nothing else is answered
+    for message in getattr(read, "messages", ()):
+        if message.role == "tool":
+            demand(message.tool_call_id in waiting, f"no call waits for the tool's answer {message.tool_call_id!r}")
+            waiting.remove(message.tool_call_id)
+            continue
+        demand(not waiting, f"the tool_call_ids {waiting} did not have response messages")
+        demand(message.content is not None or message.tool_calls, "a message without content and tool_calls")
+        demand(message.role == "assistant" or not message.tool_calls, f"tool_calls of the role {message.role!r}")
+        waiting = [call.id for call in message.tool_calls]
+        demand(len(set(waiting)) == len(waiting), f"ids of tool calls are not unique: {waiting}")
+    demand(not waiting, f"the tool_call_ids {waiting} did not have response messages")
 
 
-def _check_parameters(body: Body, names: set[str]) -> None:
-    unknown = ", ".join(sorted(body.keys() - names))
-    demand(not unknown, f"Unrecognized request argument supplied: {unknown}", None)
-    demand(isinstance(body.get("model"), str) and body["model"], "you must provide a model parameter", None)
-
-
-def _array(body: Body, name: str) -> list[Any]:
-    value = body.get(name)
-    demand(isinstance(value, list) and value, f"Invalid '{name}': expected an array of objects, but got {value!r}.")
-    return list(value or ())
-
-
-def _check_function(value: Any) -> None:
-    right = isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("function"), dict)
-    demand(right, f"Invalid value: expected an object of type 'function', but got {value!r}.")
-    name = str(value["function"].get("name") or "")
-    demand(
-        FUNCTION_NAME.fullmatch(name), f"Invalid function name {name!r}: it does not match '^[a-zA-Z0-9_-]{{1,64}}$'."
-    )
-
-
-def _check_tool(tool: Any) -> None:
-    _check_function(tool)
-    schema = tool["function"].get("parameters", {"type": "object", "properties": {}})
-    right = isinstance(schema, dict) and schema.get("type") == "object" and isinstance(schema.get("properties"), dict)
-    whole = right and set(schema.get("required", ())) <= schema["properties"].keys()
-    text = f"Invalid schema for function '{tool['function']['name']}': {schema!r}"
-    demand(whole and all(map(_is_typed, schema["properties"].values())), text, "invalid_function_parameters")
+def _check_tool(name: str, parameters: Body | None = None, **_: Any) -> None:
+    if parameters is not None:
+        properties = parameters["properties"]
+        is_typed = set(parameters.get("required", ())) <= properties.keys() and all(map(_is_typed, properties.values()))
+        demand(is_typed, f"Invalid schema for function '{name}': {parameters!r}")
 
 
 def _is_typed(schema: Any) -> bool:
@@ -296,42 +289,10 @@ def _is_typed(schema: Any) -> bool:
     return bool(is_known) and all(map(_is_typed, inner))
 
 
-def _check_message(message: Any) -> None:
-    demand(isinstance(message, dict) and message.get("role") in ROLES, f"Invalid role of a message: {message!r}")
-    content = message.get("content")
-    right = isinstance(content, str) or (content is None and "tool_calls" in message)
-    demand(right, f"Invalid value for 'content': expected a string, got {content!r}.")
-    if "tool_calls" in message:
-        demand(message["role"] == "assistant", f"'tool_calls' is not allowed in a message of role {message['role']!r}.")
-        _check_calls(_array(message, "tool_calls"))
-
-
-def _check_calls(calls: list[Any]) -> None:
-    for call in calls:
-        _check_function(call)
-        arguments, value = call["function"].get("arguments"), None
-        with contextlib.suppress(ValueError, TypeError):
-            value = json.loads(arguments)  # OpenAI's own models forgive some of this; vLLM's and Google's do not
-        right = isinstance(arguments, str) and isinstance(value, dict)
-        demand(right, f"Invalid arguments: expected a string that holds a JSON object, got {arguments!r}.")
-    ids = [call.get("id") for call in calls]
-    right = all(isinstance(each, str) and each for each in ids) and len(set(ids)) == len(ids)
-    demand(right, f"Invalid ids of tool calls: expected unique non-empty strings, got {ids!r}.")
-
-
-def _check_pairs(messages: list[Body]) -> None:
-    """Every tool call is answered at once and exactly once; nothing else is answered."""
-    waiting: list[str] = []
-    for message in [*messages, {"role": "end"}]:
-        if message["role"] == "tool":
-            text = "messages with role 'tool' must be a response to a preceeding message with 'tool_calls'."
-            demand(message.get("tool_call_id") in waiting, text)
-            waiting.remove(message["tool_call_id"])
-        else:
-            text = "An assistant message with 'tool_calls' must be followed by tool messages responding to each "
-            text += f"'tool_call_id'. The following tool_call_ids did not have response messages: {', '.join(waiting)}"
-            demand(not waiting, text)
-            waiting = [call["id"] for call in message.get("tool_calls", ())]
+def demand(right: object, message: str) -> None:
+    """Refuse a request that is not right."""
+    if not right:
+        raise Refusal(message, "invalid_value")
 
 
 # What particular endpoints want of a history, for `Endpoint.quirks`.
@@ -379,15 +340,6 @@ QUIRKS: dict[str, tuple[int, str, Body]] = {  # the status and words of a refusa
 }
 
 
-def check_embedding(body: Body) -> list[str]:
-    """The texts of a request for embeddings; lists of tokens are not covered. Raises Refusal as OpenAI refuses."""
-    _check_parameters(body, {"input", "model"})
-    texts = body["input"] if isinstance(body.get("input"), list) else [body.get("input")]
-    right = 0 < len(texts) <= MAX_INPUTS and all(isinstance(text, str) and text for text in texts)
-    demand(right, f"'$.input' is invalid: expected a non-empty string, or 1 to {MAX_INPUTS} of them.", "invalid_type")
-    return list(texts)
-
-
 def prompt_tokens(body: Body) -> tuple[int, int]:
     """Tokens of the messages and of the tools, as characters / 4."""
     characters = 0
@@ -431,6 +383,12 @@ class Loopback:
         await self._stopping.wait()
         server.close()
         await self._close(server)
+
+    def _wait(self, holds: Callable[[], object], told: Callable[[], str]) -> None:
+        """Block until a condition holds that news may have changed. Raises TimeoutError, with what is told then."""
+        with self._news:
+            if not self._news.wait_for(holds, 10):
+                raise TimeoutError(told())
 
     async def _listen(self) -> Any:
         """A server of asyncio or websockets that listens on 127.0.0.1."""
@@ -487,21 +445,12 @@ class Endpoint(Loopback):
     @property
     def embedded(self) -> list[str]:
         """All texts that were to be embedded, in order of arrival."""
-        given = [body.get("input", []) for body in self.embedding_requests]
-        return [text for each in given for text in (each if isinstance(each, list) else [each])]
+        return [text for body in self.embedding_requests for text in _texts(body)]
 
-    def wait_requests(self, count: int, timeout: float = 10) -> None:
-        """Block until `count` chat requests have arrived; on a loop, call it in a thread. Raises TimeoutError."""
-        self._wait(self.requests, count, timeout)
-
-    def wait_embeddings(self, count: int, timeout: float = 10) -> None:
-        """The same for requests for embeddings."""
-        self._wait(self.embedding_requests, count, timeout)
-
-    def _wait(self, requests: list[Body], count: int, timeout: float) -> None:
-        with self._news:
-            if not self._news.wait_for(lambda: len(requests) >= count, timeout):
-                raise TimeoutError(f"{len(requests)} of {count} requests arrived in {timeout} s")
+    def wait_requests(self, count: int, of: Literal["requests", "embedding_requests"] = "requests") -> None:
+        """Block until `count` such requests have arrived; on a loop, call it in a thread. Raises TimeoutError."""
+        requests = getattr(self, of)
+        self._wait(lambda: len(requests) >= count, lambda: f"{len(requests)} of {count} requests arrived")
 
     def _open_gates(self) -> None:
         for gate in self._gates:
@@ -578,7 +527,7 @@ class Endpoint(Loopback):
         body: Body = {}
         try:
             body = parse(request.raw)
-            (check if is_chat else check_embedding)(body)
+            check(body, CHAT if is_chat else EMBEDDING)
         except Refusal as refusal:
             self.refusals.append(str(refusal))
             raise
@@ -617,13 +566,13 @@ class Endpoint(Loopback):
                 self.lessons.append(name)
                 raise Refusal(text, status=status)
         tokens = sum(prompt_tokens(body))
-        text = f"This model's maximum context length is {self.context_window} tokens. However, your messages "
-        fits = self.context_window is None or tokens <= self.context_window
-        demand(fits, f"{text}resulted in {tokens} tokens. Please reduce their length.", "context_length_exceeded")
+        if self.context_window is not None and tokens > self.context_window:
+            text = f"This model's maximum context length is {self.context_window} tokens. However, your messages "
+            raise Refusal(f"{text}resulted in {tokens} tokens.", "context_length_exceeded")
 
     def _embed(self, body: Body) -> Body:
-        texts = check_embedding(body)
-        vectors: list[Any] = [self.vector(text) for text in texts]
+        texts = _texts(body)
+        vectors: list[Any] = [embedding(text, self.dimension, self.synonyms) for text in texts]
         if self.spoil is not None:
             vectors = self.spoil(vectors)
         data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
@@ -631,9 +580,11 @@ class Endpoint(Loopback):
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return {"object": "list", "data": data, "model": body["model"], "usage": usage}
 
-    def vector(self, text: str) -> Vector:
-        """The embedding of a text, as a request for it is answered now."""
-        return embedding(text, self.dimension, self.synonyms)
+
+def _texts(body: Body) -> list[str]:
+    """What a request for embeddings gives."""
+    given = body.get("input", [])
+    return given if isinstance(given, list) else [given]
 
 
 def embedding(text: str, dimension: int, synonyms: Mapping[str, str] | None = None) -> Vector:
@@ -671,32 +622,23 @@ async def _send(reply: Reply, answer: Body | list[Body], gate: asyncio.Event, st
         return True
 
     events = _events(reply, answer)
-    if reply.endless:
-        return await _send_without_end(reply, answer, writer)
     stop = next((count for count in (reply.cut_after, reply.stall_after) if count is not None), len(events))
+    if reply.endless:
+        stop = next(place for place, chunk in enumerate(answer) if chunk["choices"][0]["finish_reason"])
     head = _head(reply, "text/event-stream; charset=utf-8", "Transfer-Encoding: chunked")
     begin = head + _http_chunks(events[:stop], reply.split)
     if reply.cut_after is not None:
         await _send_and_reset(writer, begin)
         return False
     writer.write(begin)
+    while reply.endless and not writer.is_closing():
+        writer.write(_http_chunks(events[stop - 1 : stop] * 10, None))
+        await writer.drain()
     if reply.stall_after is not None and await _leaves(reader, gate.wait()):
         return False
     writer.write(_http_chunks(events[stop:], reply.split) + b"0\r\n\r\n")
     await writer.drain()
     return True
-
-
-async def _send_without_end(reply: Reply, answer: list[Body], writer: asyncio.StreamWriter) -> bool:
-    """Write a stream's deltas, and the last of them again and again, until the client leaves."""
-    deltas = [chunk for chunk in answer if chunk["choices"] and chunk["choices"][0]["finish_reason"] is None]
-    events = _events(replace(reply, done=False), deltas)
-    head = _head(reply, "text/event-stream; charset=utf-8", "Transfer-Encoding: chunked")
-    writer.write(head + _http_chunks(events, None))
-    while not writer.is_closing():
-        writer.write(_http_chunks(events[-1:] * 10, None))
-        await writer.drain()
-    return False
 
 
 def _plain_response(reply: Reply, answer: Body | list[Body]) -> bytes:

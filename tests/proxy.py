@@ -47,11 +47,9 @@ class Proxy(Loopback):
         for client in list(self._pairs):
             client.transport.abort()
 
-    def wait(self, condition: Callable[[], object], timeout: float = 10) -> None:
+    def wait(self, condition: Callable[[], object]) -> None:
         """Block until a condition on `sent`, `received` and `connected` holds. Raises TimeoutError."""
-        with self._news:
-            if not self._news.wait_for(condition, timeout):
-                raise TimeoutError(f"sent: {self.sent[-3:]}, received: {self.received[-3:]}")
+        self._wait(condition, lambda: f"sent: {self.sent[-3:]}, received: {self.received[-3:]}")
 
     async def _listen(self) -> Server:
         options: dict[str, Any] = {"compression": None, "max_size": None, "close_timeout": 0.2}

@@ -184,7 +184,7 @@ async def test_a_restart_embeds_nothing_twice_and_another_model_all(start: Serve
     server = start(embedding_model="other")
     async with wire(server) as client:
         await client.ok("load_agent", name="sam")
-        await asyncio.to_thread(endpoint.wait_embeddings, count + 1)
+        await asyncio.to_thread(endpoint.wait_requests, count + 1, "embedding_requests")
         assert kept(server.options.db) == {}
         assert await found(client, "cat") == [ANSWER]
         assert await found(client) == []
@@ -237,7 +237,7 @@ async def test_stop_while_embeddings_hang(start: Serve, endpoint: Endpoint) -> N
     server = start()
     async with wire(server, agent={}) as client:
         await fill(client)
-        await asyncio.to_thread(endpoint.wait_embeddings, 1)
+        await asyncio.to_thread(endpoint.wait_requests, 1, "embedding_requests")
         await client.request("search_memory", query="cat")
         async with asyncio.timeout(LIMIT):
             await asyncio.to_thread(server.stop)
