@@ -1341,9 +1341,9 @@ class Changes:
 
     events: list[Event] = field(default_factory=list)
     messages: list[ChatMessage] = field(default_factory=list)
-    documents: list[Document] = field(default_factory=list)  # what becomes searchable: words said, passages
+    resaid: list[ChatMessage] = field(default_factory=list)  # stored before: since then other words belong to them
+    documents: list[Document] = field(default_factory=list)  # what else becomes searchable: passages
     removed: list[int] = field(default_factory=list)  # the ids of passages that are deleted
-    unsaid: list[int] = field(default_factory=list)  # of chat messages whose words are no longer searchable as stored
     request: RequestRecord | None = None
     config: JSON | None = None
     state: JSON | None = None
@@ -1873,9 +1873,11 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
         about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
         messages.append((agent, message.id, *about))
     insert_all(db, "messages", messages)
-    for item in changes.unsaid:
-        forget(db, "agent = ? AND store = 'recall' AND item = ?", agent, item)
-    for document in changes.documents:
+    for message in changes.resaid:
+        forget(db, "agent = ? AND store = 'recall' AND item = ?", agent, message.id)
+    spoken = [each for each in [*changes.messages, *changes.resaid] if each.said]
+    documents = [Document(each.id, "recall", each.speaker, each.time, each.said) for each in spoken]
+    for document in documents + changes.documents:
         index(db, "doc = ?", remember(db, agent, document))
     for item in changes.removed:
         forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
@@ -2307,6 +2309,7 @@ _EXPORTED = {  # table: its columns in a file
 }
 _TABLES = list(_EXPORTED)[1:]  # whose rows belong to an agent
 _REFUSED = sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError  # not Operational: a full disk, a lock
+_COUNTED = schema_of(Annotated[int, 0, 10**15])  # an import's ids and seqs, from which the agent counts on
 _DAMAGE = *_REFUSED, ValueError, TypeError, LookupError, AttributeError, OverflowError
 _SERVERS = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'memws'"
 CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
@@ -2414,6 +2417,8 @@ def _convert_export(data: JSON) -> None:
 
 def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
     """Store a row of an export, without the postings of memory."""
+    for number in (value for value in row.values() if isinstance(value, (int, float))):
+        check(number, _COUNTED)
     if table == "memory":
         remember(db, agent, Document(row["item"], row["store"], row["role"], row["time"], row["text"]))
         return
@@ -2425,6 +2430,7 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
             raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
     if table == "events":
         event = clean_value(decode_json(row["text"])) | {"seq": row["seq"]}
+        check([event["type"], event.get("message_type", "")], schema_of(list[str]))
         row |= {"kind": kind_of(event), "text": encode_json(event)}
     columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
     blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
@@ -2446,7 +2452,7 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
             record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
             record.name = check_name(record.name if name is None else name)
             check_record(record)
-            record.last_seq = max([record.last_seq, *(event["seq"] for event in data["events"])])
+            record.last_seq = max([check(record.last_seq, _COUNTED), *(event["seq"] for event in data["events"])])
             agent = create_agent(db, record).id
             for table in _TABLES:
                 place = table
@@ -4084,7 +4090,9 @@ class Transaction:
     def __init__(self, memory: Memory, turn_id: str = "", step: int = 0) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step
         self.vectors: Mapping[str, bytes | None] = {}  # of the queries that will be searched for
-        self.said: list[str] = []  # to the user; this alone outlives apart()
+        # What was told to the user, and the chat message that has it; these outlive apart().
+        self.said: list[str] = []
+        self.reply: ChatMessage | None = None
         self._open = False
 
     async def __aenter__(self) -> typing.Self:
@@ -4128,7 +4136,7 @@ class Transaction:
         record.blocks = record.blocks if changes.blocks is None else changes.blocks
         record.last_seq = events[-1].seq if events else record.last_seq
         memory.last_message += len(changes.messages)
-        memory.archival += sum(document.store == "archival" for document in changes.documents) - len(changes.removed)
+        memory.archival += len(changes.documents) - len(changes.removed)
         memory.messages += changes.messages
         if is_edit:
             memory.messages = [message for message in memory.messages if message.id >= self.state["cut"]]
@@ -4142,20 +4150,12 @@ class Transaction:
 
     def add_message(self, role: str, text: str, body: JSON, said: str = "", name: str | None = None) -> None:
         """One more chat message, searchable by what was `said`, and by the name of who said it."""
-        number, now = self.memory.last_message + len(self.changes.messages) + 1, now_text()
-        packed, step, speaker = encode_json(body), self.step or 1, f"{role} {name}" if name else role
-        self.changes.messages.append(ChatMessage(number, role, now, text, packed, self.turn_id, step, said, speaker))
-        if said:
-            self.changes.documents.append(Document(number, "recall", speaker, now, said))
-
-    def correct_said(self, message: ChatMessage) -> None:
-        """Let search find a chat message by what was said in the end, in place of what was meant to be."""
-        changes, said = self.changes, "\n".join(self.said)
-        message.said = said
-        changes.unsaid.append(message.id)  # where it is stored by now
-        changes.documents = [item for item in changes.documents if (item.store, item.id) != ("recall", message.id)]
-        if said:
-            changes.documents.append(Document(message.id, "recall", message.speaker, message.time, said))
+        number, step = self.memory.last_message + len(self.changes.messages) + 1, self.step or 1
+        about = self.turn_id, step, said, f"{role} {name}" if name else role
+        message = ChatMessage(number, role, now_text(), text, encode_json(body), *about)
+        self.changes.messages.append(message)
+        if role == "assistant":
+            self.reply = message
 
     def add_notice(self, kind: str, text: str, **fields: Any) -> None:
         """A chat message by which the model hears of something, packed as a user's message."""
@@ -4214,8 +4214,12 @@ class Transaction:
         self._add_change("archival", f"passage {passage.id}", passage.text, None, id=passage.id, since=passage.time)
 
     def say(self, message: str, *, partial: bool = False) -> None:
+        """Tell the user something: what was really told is what search finds of a reply."""
         self.said.append(message)
         self.add_event("assistant_message", message, **({"partial": True} if partial else {}))
+        if self.reply:
+            self.reply.said = "\n".join(self.said)
+            self.changes.resaid = [self.reply] if self.reply.id <= self.memory.last_message else []
 
     def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
         """Tell of an edit, line by line, as a unified diff without its headers."""
@@ -4426,7 +4430,7 @@ class State:
     """What else an agent goes on from."""
 
     cut: Annotated[int, 0, 2**53] = 0  # the id of the first chat message in view
-    last_passage: int = 0  # the id of the last passage that was ever kept
+    last_passage: Annotated[int, 0, 10**15] = 0  # the id of the last passage that was ever kept
     last_user: str | None = None  # when a user spoke last
     summary: str | None = None  # of what has left the view, as a model gets it
     gist: str | None = None  # its words alone
@@ -4933,7 +4937,7 @@ class Agent:
     async def _take_reply(self, change: Transaction, turn: Turn) -> bool:
         """Tell and keep what the model replied, and make its calls; whether all succeeded. Text alone is for the user
         who waits; what send_message said before it was cut is kept as a call whose result says so."""
-        reply, words, message = turn.reply, "", None
+        reply, words = turn.reply, ""
         calls, monologue = reply.calls.copy(), reply.monologue
         if reply.partial:
             calls.append(ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial}))
@@ -4945,20 +4949,15 @@ class Agent:
             change.add_event("correction", text, what=what)
         if monologue:
             change.add_event("internal_monologue", monologue)
+        if calls or reply.text:
+            change.add_message("assistant", monologue, self._body_of(reply, calls))
         if words:
             change.say(words, partial=bool(reply.fault))
-        if calls or reply.text:
-            messages = [call.arguments.get("message") for call in calls if call.name == "send_message"]
-            said = "\n".join(text for text in messages if isinstance(text, str)) or words
-            change.add_message("assistant", monologue, self._body_of(reply, calls), said=said)
-            message = change.changes.messages[-1]
         results = [await self._call_tool(change, turn, call) for call in reply.calls]
         if reply.partial:
             reason = turn.stop_reason or dict(reply.corrections)[reply.fault]
             change.say(reply.partial, partial=True)
             self._add_result(change, calls[-1], ToolError(f"{reason}: the user has seen only this much"))
-        if message and message.said != "\n".join(change.said):  # some of it was not run
-            change.correct_said(message)
         return all(results)
 
     def _body_of(self, reply: Reply, calls: list[ToolCall]) -> JSON:
@@ -5081,8 +5080,8 @@ class Agent:
         if ends_unasked and reply.text and not turn.replied:
             self._counts["no_reply"] += 1
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
+            change.add_message("assistant", "", {"role": "assistant", "content": reply.text})
             change.say(reply.text, partial=bool(reply.fault))
-            change.add_message("assistant", "", {"role": "assistant", "content": reply.text}, said=reply.text)
         if end is not None:
             self._end(change, turn, end)
 

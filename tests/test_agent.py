@@ -1045,7 +1045,8 @@ async def test_a_store_that_fails_around_a_tool(
             assert (events[-1]["code"], "seq" in events[-1], ends) == ("store_failed", True, True)
         assert (ran, turn.over, agent.memory.stale) == ([1] * runs, True, True)
         agent = await lab.open()
-        assert (agent.blocks["human"].value, bool(agent.repairs)) == ("", not ends)
+        done = agent.blocks["human"].value, bool(agent.repairs), await recalled(lab, agent, "Hello!")
+        assert done == ("", not ends, []), "what never ran is not in recall memory"
         assert (await lab.say(agent, "And now?")).replies == ["Hello!"]
         assert ran == [1] * runs
         assert results(endpoint.requests[-1]) == ["Failed: interrupted: result unknown"] * (3 if runs else 0)

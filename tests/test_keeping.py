@@ -325,6 +325,9 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("requests",), {}, "requests: expected a list"),
     (("events", 3, "seq"), 3, "events[3]"),
     (("events", 2, "text"), "[]", "events[2]"),
+    (("events", 2, "text", "type"), 5, "events[2]: expected a string"),
+    (("agent", "last_seq"), 2**62, "agent: expected an integer from 0 to 1,000,000,000,000,000"),
+    *(((table, 1, name), 2**62, f"{table}[1]: expected") for table, name in (("memory", "item"), ("events", "seq"))),
 ]
 
 
