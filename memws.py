@@ -181,7 +181,6 @@ BUSY_TIMEOUT = 5.0  # another program may hold the database for so long before a
 CONNECT_TIMEOUT = 5.0
 LEASE_TIMEOUT = 3.0  # a server that is paused or cut off from PostgreSQL for so long may not run its agents any more
 LEASE_PULSE = 0.5  # between two questions of a server for the leases of its agents
-SETTLE_TIMEOUT = 10.0  # how long a request waits until some server runs its agent
 FIRST_TOKEN_TIMEOUT = 120.0  # local models read a long prompt slowly
 IDLE_TIMEOUT = 30.0  # the longest silence inside a model's answer
 END_PATIENCE = 1.0  # from an answer's last chunk to the end of its stream
@@ -211,7 +210,6 @@ STORES = ("recall", "archival")  # of memory, in the order of their docs
 SEARCH_PAGE = 10  # results of one page; MemGPT's five lose a tenth of the evidence
 
 # Embeddings.
-EMBEDDING_BATCH = 16  # texts in one call of an embedding model
 EMBEDDING_PATIENCE = 3.0  # seconds that a search waits for its query's vector before words alone decide
 EMBEDDING_PAUSE = 60.0  # seconds without a call after one that failed
 EMBEDDING_PULSE = 0.5  # between two looks for what has no vector yet
@@ -285,7 +283,6 @@ PROGRESS_DELAY = 2.0  # seconds until a command line at work, or a fork, says so
 # ---- what all sections share -----------------------------------------------------------------------------------------
 
 JSON = dict[str, Any]
-RequestId = str | int | None
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -5222,6 +5219,7 @@ class Agent:
 # ======================================================================================================================
 
 Frame = JSON  # one object of the wire as a client sees it: unknown types and fields of later servers pass through
+Listener = Callable[[Frame], None] | None
 BOTH_ENDS: JSON = {"compression": None, "max_size": MAX_FRAME, "logger": _ws_logger}  # of a connection
 
 
@@ -5287,7 +5285,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
     Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
     """
 
-    def __init__(self, client: Client, request: Frame, after: int | None) -> None:
+    def __init__(self, client: Client, request: Frame, after: int | None, on_event: Listener = None) -> None:
         if not client.alive:
             raise ConnectionLost(client.url)
         self.agent_name: str | None = request["agent_name"]
@@ -5297,6 +5295,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         self._cursor = after  # the highest seq taken in; None: the agent's present end
         self._has_begun = False  # since the server was last asked
         self._events = client._new_queue()  # at last comes the error, or None, that ends the iteration
+        self._deliver = on_event or self._events.put_nowait
         self._ask()
         client._streams.append(self)
 
@@ -5347,7 +5346,7 @@ class Stream(collections.abc.AsyncIterator[Frame]):
         is_new = self._has_begun and (seq is None or seq > (self._cursor or 0))
         if is_early or is_new:
             self._cursor = seq or self._cursor
-            self._events.put_nowait(event)
+            self._deliver(event)
             if is_last:
                 self._close()
 
@@ -5452,10 +5451,12 @@ class Client:
         the reply. Arguments as of `send`. Raises RemoteError."""
         return reply_text([event async for event in self.send(message, agent_name, when_busy=when_busy, **more)])
 
-    def subscribe(self, agent_name: str | None = None, after: int | None = None) -> Stream:
+    def subscribe(self, agent_name: str | None = None, after: int | None = None, on_event: Listener = None) -> Stream:
         """Follow an agent (None: the current one): events stored above `after` (0: all, None: none), then live ones.
-        It ends with the command `unsubscribe`, and where a second one of the same agent takes its place."""
-        return Stream(self, {"type": "command", "command": "subscribe", "agent_name": self._named(agent_name)}, after)
+        It ends with the command `unsubscribe`, and where a second one of the same agent takes its place. on_event gets
+        each event as it comes, on the loop's thread, in place of who iterates."""
+        request = {"type": "command", "command": "subscribe", "agent_name": self._named(agent_name)}
+        return Stream(self, request, after, on_event)
 
     def _named(self, agent_name: str | None) -> str | None:
         """The agent that a call means, spelled as the server spells it, so that its frames are recognised."""
@@ -7523,7 +7524,7 @@ class SharedAgent(LiveAgent):
     async def ready(self, mend: bool = True) -> None:
         """Wait until some server runs it. Raises StoreFailed, Refused."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLE_TIMEOUT):
+            async with asyncio.timeout(10.0):  # until some server runs the agent
                 while not (self.here or self._client or self.end or isinstance(self._problem, StoreFailed)):
                     await self.news.wait()
         if not (self.here or self._client or self.end):
@@ -7745,7 +7746,7 @@ class Agents:
             await asyncio.sleep(EMBEDDING_PULSE)
 
     async def _embed_all(self, embedder: Embedder) -> None:
-        while rows := await self.store.read(without_vector, EMBEDDING_BATCH):
+        while rows := await self.store.read(without_vector, 16):  # in one call of the model
             if (vectors := await embedder.vectors([text for _, text in rows])) is None:
                 await asyncio.sleep(embedder.paused_until - time.monotonic())
             else:
@@ -7772,7 +7773,7 @@ class Reader:
         self.cursor = live.last_seq  # the seq up to which all was sent that is wanted
         self.place: int | None = live.count  # the number of the next event in the ring; None: the store comes first
         self.floor = math.inf  # a subscription gets all events above this seq
-        self.turns: dict[str, RequestId] = {}  # own turns without their terminal frame, and the ids of their messages
+        self.turns: dict[str, Id] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: set[str] = set()  # of them those that are to be sent from their start up to the cursor
         session.readers[live] = self
         live.readers.add(self)
@@ -7785,7 +7786,7 @@ class Reader:
             self.cursor, self.place = int(floor), None
         self.live.wake()
 
-    def follow(self, turn_id: str, request_id: RequestId, item: Turn | None, *, replay: bool = False) -> None:
+    def follow(self, turn_id: str, request_id: Id, item: Turn | None, *, replay: bool = False) -> None:
         """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor. `item`:
         where it waits or runs; it may be refused, which overtakes what else is to be sent."""
         if turn_id not in self.turns and replay:
@@ -7863,7 +7864,7 @@ class Reader:
 
     async def _send(self, event: StoredEvent) -> None:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
-        request_id: RequestId = None
+        request_id: Id = None
         if event.kind in TERMINAL_TYPES or (event.turn_id in self.turns and has_entered(event)):
             request_id = self.turns.pop(event.turn_id, None)
         elif event.kind == "agent_response_start":
@@ -7921,7 +7922,7 @@ class Session:
         self.types: frozenset[str] | None = frozenset(CLASSIC_TYPES)  # the message types it wants; None: all
         self._agents = agents
         self._current: LiveAgent | None = None  # the one that this connection created or loaded last
-        self._request_id: RequestId = None  # of the request taken up last; those that run beside others read it not
+        self._request_id: Id = None  # of the request taken up last; those that run beside others read it not
 
     def failure(self, request: JSON, error: MemwsError) -> str:
         """What a request gets that fails; a server that passes it on asks the next one, where this one stops."""
@@ -8926,15 +8927,12 @@ class Chat:
             self.screen.line(f"[warning: {clipped(warning, 400)}]", "yellow")
         if previous is not None:
             self.client.command("unsubscribe", agent_name=previous)
-        events = self.client.subscribe()
+        # What a command makes the agent tell comes before its answer, and so above the next prompt.
+        self.client.subscribe(on_event=self._show_others)
 
-        def follow() -> None:
-            with contextlib.suppress(MemwsError):  # the main thread meets it as well
-                for event in events:
-                    if event.get("turn_id") not in self._own_turns:
-                        self.screen.show_line(event)
-
-        threading.Thread(target=follow, daemon=True).start()
+    def _show_others(self, event: Frame) -> None:
+        if event.get("turn_id") not in self._own_turns:
+            self.screen.show_line(event)
 
     def _block(self, label: str) -> Frame:
         """A block of core memory. Raises MemwsError with the labels."""

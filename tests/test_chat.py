@@ -241,7 +241,7 @@ def test_forks(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
         chat.line(text, f"you said {text}", "sam> ")
     chat.line("/fork kim", "[kim, model test-model]", "kim> ")
     chat.line("/rewind", " 3 ", "one", " 2 ", "two", " 1 ", "three", "kim> ")
-    chat.line("/rewind 2", "[/load kim_", " goes on as it was]", "kim> ")
+    chat.line("/rewind 2", "the agent was taken back", "[/load kim_", " goes on as it was]", "kim> ")
     chat.line("/rewind 1", " 1 ", "one", "kim> ")
     chat.line("/load sam", "[sam, model test-model]", "sam> ")
     chat.line("/rewind", " 3 ", "one", "sam> ")
