@@ -100,6 +100,12 @@ class Process:
         self.out.append(self.process.stdout.readline().rstrip("\n"))  # type: ignore[union-attr]
         return self.out[-1]
 
+    def ask(self, text: str = "") -> str:
+        """Write a line to it; the line that it prints then."""
+        self.process.stdin.write(text + "\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+        return self.line()
+
     def wait(self, timeout: float = 20) -> int:
         """Wait for its end and give the exit status."""
         status = self.process.wait(timeout)

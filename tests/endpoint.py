@@ -262,12 +262,12 @@ def check(body: Body, kind: Any = CHAT) -> None:
         _check_tool(**tool["function"])
     waiting: list[str] = []  # every tool call is answered at once and exactly once; nothing else is answered
     for message in getattr(read, "messages", ()):
+        demand(message.content is not None or message.tool_calls, "a message without content and tool_calls")
         if message.role == "tool":
             demand(message.tool_call_id in waiting, f"no call waits for the tool's answer {message.tool_call_id!r}")
             waiting.remove(message.tool_call_id)
             continue
         demand(not waiting, f"the tool_call_ids {waiting} did not have response messages")
-        demand(message.content is not None or message.tool_calls, "a message without content and tool_calls")
         demand(message.role == "assistant" or not message.tool_calls, f"tool_calls of the role {message.role!r}")
         waiting = [call.id for call in message.tool_calls]
         demand(len(set(waiting)) == len(waiting), f"ids of tool calls are not unique: {waiting}")

@@ -27,17 +27,13 @@ MESSAGE = "Please do it, and mind the gap between ä and 日"
 class Place:
     """One database and whatever serves it, one server after another; with a desk, a program with tools."""
 
-    def __init__(self, folder: Path, database: str, endpoint: Endpoint, desk_port: int | None) -> None:
+    def __init__(self, folder: Path, database: str, endpoint: Endpoint, desk_port: int) -> None:
         self.folder, self.database, self.endpoint, self.desk_port = folder, database, endpoint, desk_port
 
     def serve(self) -> Serving:
-        if self.desk_port is not None:
-            model = {"model": "test-model", "base_url": self.endpoint.url, "api_key": "sk-x"}
-            server: Serving = soaking.soak_server(self.folder, db=self.database, desk=self.desk_port, **model)
-            return server
-        flags = ["--host", "127.0.0.1", "--db", self.database]
-        flags += ["--model", "test-model", "--base-url", self.endpoint.url]
-        return Serving(*flags, cwd=self.folder, variables={"OPENAI_API_KEY": "sk-x"})
+        flags = "--db", self.database, "--model", "test-model", "--base-url", self.endpoint.url
+        server: Serving = soaking.process(self.folder, *flags, desk=self.desk_port)
+        return server
 
     def check(self) -> None:
         soaking.check_database(self.database)
@@ -94,7 +90,7 @@ async def at(
     async with soaking.Desk().opened() as desk:
         desk.says = lambda _: "Yes"
         desk.answers = lambda _: 0.0 if desk.calls.total() < stage.calls else None
-        place = Place(folder, database, endpoint, desk.port if stage.calls else None)
+        place = Place(folder, database, endpoint, desk.port if stage.calls else 0)
         with place.serve() as serving:
             async with wire(serving, "*") as client:
                 config = {"name": "sam", "tools": ["ask", "ask_later"]} if stage.calls else {"name": "sam"}

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from servers import Fleet
-from soaking import Site, Soak, client, run, site, soak_server, until
+from soaking import Site, Soak, client, run, site, until
 
 # isort: split
 from commandline import Serving
@@ -26,6 +26,7 @@ import memws
 
 WHAT, COUNT = "cancels, disconnects and messages sent again under kill -9, SIGTERM and SIGINT", 200
 CASES = {"cancels": 500, "disconnects": 500, "messages sent again": 1_000}  # of a full run
+LOADS = "agents that do not load, or need a repair after a signal"
 TEXT = "A reply that comes piece by piece, so that a client may leave in the middle of it. "
 
 
@@ -57,24 +58,21 @@ class Model:
 
 
 class Rounds(Fleet):
-    """One server after another on one file, each ended at a random point: a program with tools, or the command line."""
+    """One server after another on one file, each ended at a random point; most have tools."""
 
     restless, longest_pause, follows = 0.3, 0.2, 1
 
     def __init__(self, soak: Soak, place: Site, model: Model) -> None:
         super().__init__(soak, place, servers=1, clients=10, agents=5)
         self.model, self.config = model, {"tools": ["ask", "ask_later"], "context_window": 16_000}
-        self.ends |= {"bad_output"}  # the command line has not got the tools
+        self.ends |= {"bad_output"}  # some servers have not got the tools
         self.refusals |= {"cancelled"}  # by a server that stops
         self.hit: collections.Counter[str] = collections.Counter()
-        self.slowest = {"restart": 0.0, "end": 0.0}
+        self.slowest, self.numbers = {"restart": 0.0, "end": 0.0}, itertools.count()
 
-    def process(self) -> Serving:
-        where, model = self.place.where, self.place.model
-        if len(self.started) % 12 not in (2, 5):
-            return soak_server(where, desk=self.place.desk.port, max_steps=6, sync="full", **model)
-        flags = ("--host", "127.0.0.1", "--model", model["model"], "--base-url", model["base_url"], "--max-steps", "6")
-        return Serving(*flags, cwd=where, variables={"OPENAI_API_KEY": model["api_key"]})
+    async def start(self) -> Serving:
+        has_tools = next(self.numbers) % 12 not in (2, 5)
+        return await self.place.start("--max-steps", "6", **({} if has_tools else {"desk": 0}))
 
     async def besiege(self) -> None:
         """Two servers of three are killed, the first of them in a tool; then all goes on until enough was tried."""
@@ -99,7 +97,7 @@ class Rounds(Fleet):
         server.process.send_signal(self.rng.choice([signal.SIGTERM, signal.SIGINT]) if is_signal else signal.SIGKILL)
         await asyncio.to_thread(server.wait)
         self.note("end", begin if is_signal else time.monotonic())
-        self.place.end(server, killed=not is_signal)
+        await self.place.end(server, killed=not is_signal)
         begin = time.monotonic()
         server = await self.start()
         async with client(server) as wire:
@@ -107,8 +105,8 @@ class Rounds(Fleet):
             self.note("restart", begin)
             for log in self.logs:
                 loaded = await wire.command("load_agent", name=log.name)
-                if not loaded["ok"] or (is_signal and loaded["result"]["repaired"]):
-                    self.soak.fault("agents that do not load, or need a repair after a signal", f"{log.name}: {loaded}")
+                is_well = loaded["ok"] and not (is_signal and loaded["result"]["repaired"])
+                self.soak.demand(is_well, LOADS, log.name, loaded)
         self.servers = [server]
 
     def note(self, what: str, begin: float) -> None:
@@ -116,7 +114,7 @@ class Rounds(Fleet):
 
 
 async def main(soak: Soak) -> None:
-    soak.none("agents that do not load, or need a repair after a signal")
+    soak.none(LOADS)
     model = Model(soak.seed)
     async with site(soak, model) as place:
         place.desk.answers = lambda question: 0.3 * random.Random(question).random()

@@ -18,10 +18,9 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from soaking import GONE, Log, Site, Soak, client, run, site
+from soaking import GONE, Log, Site, Soak, client, read_all, run, site
 
 # isort: split
-from commandline import Serving
 from wire import JSON, is_terminal
 
 import memws
@@ -30,7 +29,6 @@ WHAT, COUNT = "disks that fail and damaged files", 500
 LEAK = re.compile(r'Traceback|File "|memws\.py(?! check)|site-packages')
 TALK = "My name is Ada and I like otters. What is my name?"
 ERRORS = ["disk I/O error", "database or disk is full", "attempt to write a readonly database", "database is locked"]
-OPTIONS: JSON = {"model": "offline", "base_url": None, "api_key": None, "sync": "normal"}
 HANGS, CLOSED, LEAKS = "hangs", "connections closed", "tracebacks to a client"
 UNCLEAR, STUCK = "failures without a clear error", "agents that do not go on after a failed write"
 SILENT, FALLS_OVER = "reads refused while the disk is full or locked", "check and export that fall over"
@@ -41,77 +39,27 @@ def look(soak: Soak, case: str, *frames: JSON) -> None:
     """Frames that a client got: no traceback, no failure that nobody foresaw."""
     for frame in frames:
         text = json.dumps(frame)
-        if LEAK.search(text):
-            soak.fault(LEAKS, f"{case}: {text[:500]}")
-        if "internal" in (frame.get("code"), frame.get("error", {}).get("code")):
-            soak.fault(UNCLEAR, f"{case}: {text[:500]}")
-
-
-async def failing_writes(soak: Soak, place: Site, log: Log) -> None:
-    """Each of the first writes fails once; what was refused can be sent again, what was told is kept."""
-    plan = place.where / "plan.json"
-    with place.serve(**OPTIONS, fail=True) as server:
-        async with client(server, "*") as wire:
-            for name in ("sam", "ada"):
-                await wire.ok("create_agent", config={"name": name})
-            for number in range(soak.part(200)):
-                first, text, undo = 1 + number % 40, soak.rng.choice(ERRORS), soak.rng.random() < 0.5
-                plan.write_text(json.dumps({"from": first, "to": first + 1, "text": text, "undo": undo}), "utf-8")
-                turn_id, message = log.message(f"turn {number}", TALK)
-                case = f"write {first} fails, {text!r}, undo {undo}"
-                try:
-                    frames = await wire.turn(message, agent_name="sam", turn_id=turn_id)
-                    frames.append(await wire.command("insert_passage", agent_name="sam", text=f"passage {number}"))
-                    frames.append(await wire.command("set_block", agent_name="sam", label="human", value=f"n {number}"))
-                    plan.unlink()
-                    frames += await wire.turn(message, agent_name="sam", turn_id=turn_id)
-                    other = await wire.turn("Hello", agent_name="ada")
-                except TimeoutError:
-                    soak.fault(HANGS, case)
-                    return
-                look(soak, case, *frames)
-                log.keep(*frames)
-                if "seq" not in frames[-1] or other[-1].get("stop_reason") != "done":
-                    soak.fault(STUCK, f"{case}: {frames[-1]} {other[-1]}")
-                soak.step(0.5)
-            await log.compare(wire)
-
-
-async def full_and_locked(soak: Soak, place: Site, log: Log) -> None:
-    """The disk is full, or another program holds the database, at random moments of turns of two agents."""
-    with place.serve(**OPTIONS, constants={"BUSY_TIMEOUT": 0.3}) as server:
-        async with client(server, "*") as wire:
-            for number in range(soak.part(40)):
-                turn_id, message = log.message(f"disk {number}", TALK)
-                fault = full_disk(server, place.where) if number % 2 else locked_file(place.path)
-                try:
-                    mark = await wire.say(message, agent_name="sam", turn_id=turn_id)
-                    await asyncio.sleep(soak.rng.random() * 0.02)
-                    with fault:
-                        frames = [await wire.receive()]
-                        while not (frames[-1].get("id") == mark and is_terminal(frames[-1])):
-                            frames.append(await wire.receive())
-                        frames.append(await wire.command("insert_passage", agent_name="ada", text="x"))
-                        reading = await wire.command("get_messages", agent_name="sam", limit=3)
-                    frames += await wire.turn(message, agent_name="sam", turn_id=turn_id)
-                except TimeoutError:
-                    soak.fault(HANGS, f"{fault}, then the message is sent again: {wire.frames[-3:]}")
-                    break
-                if reading.get("ok") is not True:
-                    soak.fault(SILENT, reading)
-                look(soak, turn_id, *frames)
-                log.keep(*frames)
-                if "seq" not in frames[-1]:
-                    soak.fault(STUCK, frames[-1])
-            await log.compare(wire)
+        soak.demand(not LEAK.search(text), LEAKS, case, text[:500])
+        is_internal = "internal" in (frame.get("code"), frame.get("error", {}).get("code"))
+        soak.demand(not is_internal, UNCLEAR, case, text[:500])
 
 
 @contextlib.contextmanager
-def full_disk(server: Serving, where: Path) -> Iterator[None]:
+def failing_write(place: Site, number: int) -> Iterator[None]:
+    """The write of this number from now on fails."""
+    plan, rng = place.where / "plan.json", place.soak.rng
+    fault = {"from": number, "to": number + 1, "text": rng.choice(ERRORS), "undo": rng.random() < 0.5}
+    plan.write_text(json.dumps(fault), "utf-8")
+    yield
+    plan.unlink()
+
+
+@contextlib.contextmanager
+def full_disk(place: Site) -> Iterator[None]:
     """No file of the server can grow."""
-    pid = server.process.pid
+    pid = place.running[0].process.pid
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, ((where / "memws.db-wal").stat().st_size, limits[1]))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, ((place.where / "memws.db-wal").stat().st_size, limits[1]))
     try:
         yield
     finally:
@@ -119,24 +67,64 @@ def full_disk(server: Serving, where: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked_file(path: Path) -> Iterator[None]:
+def locked_file(place: Site) -> Iterator[None]:
     """Another program is writing."""
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=5)) as connection:
+    with contextlib.closing(sqlite3.connect(place.path, isolation_level=None, timeout=5)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         yield
         connection.execute("ROLLBACK")
 
 
+async def bad_writes(place: Site) -> None:
+    """Each of the first writes fails once; the disk is full, or somebody else holds the database, at random moments.
+
+    What was refused can be sent again, what was told is kept.
+    """
+    soak, log = place.soak, Log(place.soak, "sam")
+    server = await place.start("--sync", "normal", constants={"BUSY_TIMEOUT": 0.3}, fail=True, desk=0)
+    cases = [(1 + number % 40, None) for number in range(soak.part(200))]
+    cases += [(0, (locked_file, full_disk)[number % 2]) for number in range(soak.part(40))]
+    async with client(server, "*") as wire:
+        for name in ("sam", "ada"):
+            await wire.ok("create_agent", config={"name": name})
+        for number, (first, later) in enumerate(cases):
+            turn_id, message = log.message(f"turn {number}", TALK)
+            case = f"{turn_id}, write {first} fails, {later}"
+            try:
+                with failing_write(place, first):
+                    mark = await wire.say(message, agent_name="sam", turn_id=turn_id)
+                    await asyncio.sleep(soak.rng.random() * 0.02 if later else 0)
+                    with later(place) if later else contextlib.nullcontext():
+                        frames = await wire.until(lambda told, mark=mark: told.get("id") == mark and is_terminal(told))
+                        for name in ("sam", "ada"):
+                            frames.append(await wire.command("insert_passage", agent_name=name, text="x"))
+                        frames.append(await wire.command("set_block", agent_name="sam", label="human", value=case))
+                        reading = await wire.command("get_messages", agent_name="sam", limit=3)
+                frames += await wire.turn(message, agent_name="sam", turn_id=turn_id)
+                other = await wire.turn("Hello", agent_name="ada")
+            except TimeoutError:
+                soak.fault(HANGS, f"{case}: {wire.frames[-3:]}")
+                break
+            soak.demand(reading.get("ok") is True, SILENT, case, reading)
+            look(soak, case, *frames)
+            log.keep(*frames)
+            goes_on = "seq" in frames[-1] and other[-1].get("stop_reason") == "done"
+            soak.demand(goes_on, STUCK, case, frames[-1], other[-1])
+            soak.step(0 if later else 0.5)
+        await log.compare(wire)
+
+
 async def make_database(place: Site) -> None:
     """Three agents that have talked; one is deleted."""
-    with place.serve(**OPTIONS) as server:
-        async with client(server) as wire:
-            for name in ("sam", "ada", "gone"):
-                await wire.ok("create_agent", config={"name": name})
-                for number in range(6):
-                    await wire.turn(f"{TALK} I have {number} cats.", agent_name=name)
-                    await wire.ok("insert_passage", agent_name=name, text=f"passage {number} of {name}")
-            await wire.ok("delete_agent", agent_name="gone")
+    server = await place.start("--sync", "normal", desk=0)
+    async with client(server) as wire:
+        for name in ("sam", "ada", "gone"):
+            await wire.ok("create_agent", config={"name": name})
+            for number in range(6):
+                await wire.turn(f"{TALK} I have {number} cats.", agent_name=name)
+                await wire.ok("insert_passage", agent_name=name, text=f"passage {number} of {name}")
+        await wire.ok("delete_agent", agent_name="gone")
+    await place.end(server)
     with contextlib.closing(sqlite3.connect(place.path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
@@ -145,20 +133,16 @@ async def use(soak: Soak, case: str, server: memws.WebSocketServer) -> list[bool
     """Ask for everything that two agents have, and talk to them; whether each went on."""
     went_on = []
     async with client(server, "*") as wire:
-        answers = [await wire.command("list_agents")]
         for name in ("sam", "ada"):
-            answers.append(await wire.command("load_agent", name=name))
-            for command, fields in (
-                ("get_agent", {}), ("get_messages", {}), ("search_memory", {"query": "otters"}), ("get_context", {}),
-                ("insert_passage", {"text": "new"}), ("set_block", {"label": "human", "value": "Ada"}),
-                ("subscribe", {"after": 0}), ("unsubscribe", {}), ("compact", {}),
-            ):  # fmt: skip
-                answers.append(await wire.command(command, agent_name=name, **fields))
-            answers += await wire.turn(TALK, agent_name=name)
-            went_on.append(answers[-1].get("stop_reason") == "done")
-        answers.append(await wire.command("restore_agent", agent_name="gone"))
-        answers.append(await wire.command("create_agent", config={}))
-    look(soak, case, *answers)
+            await wire.command("load_agent", name=name)
+            await read_all(wire, name)
+            await wire.command("insert_passage", agent_name=name, text="new")
+            await wire.command("set_block", agent_name=name, label="human", value="Ada")
+            await wire.command("compact", agent_name=name)
+            went_on.append((await wire.turn(TALK, agent_name=name))[-1].get("stop_reason") == "done")
+        await wire.command("restore_agent", agent_name="gone")
+        await wire.command("create_agent", config={})
+    look(soak, case, *wire.frames)
     return went_on
 
 
@@ -173,8 +157,8 @@ def check(soak: Soak, case: str, path: Path) -> bool:
             except Exception:  # a traceback of the command line is what is looked for
                 soak.fault(FALLS_OVER, f"{words}: {traceback.format_exc(limit=-2)}")
                 continue
-        if status not in (0, 1, 2) or "Traceback" in err.getvalue():
-            soak.fault(FALLS_OVER, f"{case} {words}: {status} {err.getvalue()[-300:]}")
+        is_told = status in (0, 1, 2) and "Traceback" not in err.getvalue()
+        soak.demand(is_told, FALLS_OVER, case, words, status, err.getvalue()[-300:])
         found = status != 0
     return found
 
@@ -215,34 +199,31 @@ async def serve(soak: Soak, case: str, path: Path) -> list[bool]:
     return []
 
 
-async def flips(soak: Soak, place: Site) -> None:
+async def flips(place: Site) -> None:
     """Flip bytes of a copy, check it, serve it, use it; what check did not find did no harm, and a backup has all."""
+    soak = place.soak
     await make_database(place)
     backup, path = place.where / "backup.db", place.where / "copy.db"
     with contextlib.redirect_stderr(io.StringIO()):
-        memws.main(["backup", str(backup), "--db", str(place.path)])
+        memws.main(["backup", str(backup), "--db", place.path])
     for number in range(soak.count):
-        places = damage(random.Random(f"{soak.seed} flip {number}"), place.path, path)
+        places = damage(random.Random(f"{soak.seed} flip {number}"), Path(place.path), path)
         case = f"flip {number} at {places[:4]}"
-        found = check(soak, case, path)
-        went_on = await serve(soak, case, path)
-        if not found and went_on != [True, True]:
-            soak.fault(NOT_FOUND, f"{case}: {went_on}")
+        found, went_on = check(soak, case, path), await serve(soak, case, path)
+        soak.demand(found or went_on == [True, True], NOT_FOUND, case, went_on)
         soak.step()
-    if (went_on := await serve(soak, "the backup", backup)) != [True, True]:
-        soak.fault(NO_WAY, went_on)
+    went_on = await serve(soak, "the backup", backup)
+    soak.demand(went_on == [True, True], NO_WAY, went_on)
 
 
 async def main(soak: Soak) -> None:
     soak.progress.total = soak.count + soak.part(200) / 2
     soak.none(HANGS, CLOSED, LEAKS, UNCLEAR, STUCK, SILENT, FALLS_OVER, NOT_FOUND, NO_WAY)
     async with site(soak) as place:
-        log = Log(soak, "sam")
-        await failing_writes(soak, place, log)
-        await full_and_locked(soak, place, log)
+        await bad_writes(place)
     logging.disable()  # of what servers in this process say of damage
     async with site(soak) as place:
-        await flips(soak, place)
+        await flips(place)
     logging.disable(logging.NOTSET)
 
 

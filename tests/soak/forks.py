@@ -9,22 +9,17 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import copy
 import io
 import itertools
 import random
-import signal
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from soaking import Soak, check_database, client, run
+from soaking import Site, Soak, client, run, site
 
 # isort: split
-from commandline import Serving
 from postgres import Cluster, find_programs
-from wire import JSON, Wire
+from wire import JSON, Wire, beside
 
 import memws
 
@@ -45,36 +40,32 @@ class Known:
 def then(known: Known, turn_id: str) -> Known:
     """An agent as it was at the end of a turn."""
     turns = list(known.ends)
-    ends = {each: known.ends[each] for each in turns[: turns.index(turn_id) + 1]}
-    return copy.deepcopy(Known(known.ends[turn_id], ends))
+    return Known(known.ends[turn_id], {each: known.ends[each] for each in turns[: turns.index(turn_id) + 1]})
 
 
 class World:
     """One run: a server process, a client, and what it should see."""
 
-    def __init__(self, folder: Path, database: str, rng: random.Random, moves: int) -> None:
-        self.folder, self.database, self.rng = folder, database, rng
-        self.plan = rng.choices(list(OFTEN), list(OFTEN.values()), k=moves)
+    def __init__(self, place: Site, rng: random.Random) -> None:
+        self.place, self.rng = place, rng
         self.live: dict[str, Known] = {}
         self.away: dict[str, list[Known]] = collections.defaultdict(list)
         self.number = itertools.count(1)
         self.moves: list[str] = []  # for whoever looks for a difference
-        self.stack = contextlib.AsyncExitStack()
+        self.connection = contextlib.AsyncExitStack()
         self.wire: Wire
 
-    async def play(self) -> None:
-        async with self.stack:
-            await self.start()
+    async def play(self, count: int) -> None:
+        await self.start()
+        async with self.connection:
             await self.create()
-            for move in self.plan:
+            for move in self.rng.choices(list(OFTEN), list(OFTEN.values()), k=count):
                 await getattr(self, move)(self.rng.choice(sorted(self.live)))
             await self.restart()
-        check_database(self.database, gapless=False)
 
     async def start(self) -> None:
-        flags = "--host", "127.0.0.1", "--db", self.database, "--model", "offline", "--sync", "normal"
-        self.server = self.stack.enter_context(Serving(*flags, cwd=self.folder, variables={}))
-        self.wire = await self.stack.enter_async_context(client(self.server, "*"))
+        self.server = await self.place.start("--sync", "normal", desk=0)
+        self.wire = await self.connection.enter_async_context(client(self.server, "*"))
 
     async def see(self, name: str) -> JSON:
         """All that a client can ask of an agent, but for its name and its last seq, which a name may have raised."""
@@ -88,20 +79,19 @@ class World:
         last = seen["messages"][-1] if seen["messages"] else None
         seen["request"] = last and await ask("get_request", agent_name=name, turn_id=last["turn_id"], step=1)
         sql = "SELECT seq, text FROM events JOIN agents ON id = agent WHERE name = ? AND deleted IS NULL ORDER BY seq"
-        with contextlib.closing(memws.database_at(self.database)) as database:
-            seen["events"] = [tuple(row) for row in database.connect().execute(sql, (name,)).fetchall()]
+        with beside(self.place.path) as database:
+            seen["events"] = [tuple(row) for row in database.execute(sql, (name,)).fetchall()]
         return seen
 
     async def expect(self, name: str, known: Known, told: str = "") -> None:
         """The agent of that name is as it should be, but for one event more where it was `told` of a change."""
         seen, should = await self.see(name), known.now
         more = [text for _, text in seen["events"][len(should["events"]) :]]
-        assert len(more) == bool(told), (self.moves, more)
-        assert all(f'"change":"{told}"' in text for text in more)
+        assert [f'"change":"{told}"' in text for text in more] == [True] * bool(told), (self.moves, more)
         before = {**seen, "events": seen["events"][: len(should["events"])]}
         wrong = {key: (before[key], should[key]) for key in before if before[key] != should[key]}
         assert wrong == {}, (self.moves, name, wrong)
-        self.live[name] = Known(seen, known.ends)
+        self.live[name] = Known(seen, dict(known.ends))
 
     def new_name(self) -> str:
         return f"agent{next(self.number)}"
@@ -145,7 +135,7 @@ class World:
         known, other = self.live[name], self.new_name()
         turn_id = self.rng.choice([None, *known.ends])
         await self.ask("fork_agent", name, new_name=other, **({"turn_id": turn_id} if turn_id else {}))
-        await self.expect(other, then(known, turn_id) if turn_id else copy.deepcopy(known))
+        await self.expect(other, then(known, turn_id) if turn_id else known)
         await self.expect(name, known)
 
     async def rewind(self, name: str) -> None:
@@ -183,8 +173,9 @@ class World:
     async def restart(self, _: str = "") -> None:
         """The server is killed; all is as it was."""
         self.moves.append("kill")
-        self.server.end(signal.SIGKILL)
-        await self.stack.aclose()
+        self.server.process.kill()
+        await self.connection.aclose()
+        await self.place.end(self.server, killed=True)
         await self.start()
         for name in sorted(self.live):
             await self.expect(name, self.live[name])
@@ -196,30 +187,32 @@ class World:
         await asyncio.sleep(self.rng.random() / 50)
         await self.restart()
         if other in [each["agent_name"] for each in (await self.wire.ok("list_agents"))["agents"]]:
-            await self.expect(other, copy.deepcopy(self.live[name]))
+            await self.expect(other, self.live[name])
 
     async def move(self, name: str) -> None:
         """An agent goes through a file to another name."""
         other = self.new_name()
-        file = str(self.folder / f"{other}.json")
+        file, database = str(self.place.where / f"{other}.json"), ("--db", self.place.path)
         with contextlib.redirect_stdout(io.StringIO()):
-            assert memws.main(["export", name, file, "--db", self.database]) == 0
-            self.server.end(signal.SIGKILL)
-            assert memws.main(["import", file, "--name", other, "--db", self.database]) == 0
+            assert memws.main(["export", name, file, *database]) == 0
+            self.server.process.kill()
+            self.server.wait()
+            assert memws.main(["import", file, "--name", other, *database]) == 0
         await self.restart()
-        await self.expect(other, copy.deepcopy(self.live[name]))
+        await self.expect(other, self.live[name])
 
 
 async def main(soak: Soak) -> None:
     soak.none("runs with a difference")
-    with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(Cluster()) if find_programs() else None
+    with Cluster() if find_programs() else contextlib.nullcontext() as cluster:
         for number in range(soak.count):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="memws-soak-")))
-            database = cluster.database() if cluster and number % 2 else str(folder / "memws.db")
             try:
-                rng, moves = random.Random(f"{soak.seed} {number}"), MOVES if soak.count > 9 else MOVES // 2
-                await World(folder, database, rng, moves).play()
+                async with site(soak) as place:
+                    place.gapless = False
+                    if cluster and number % 2:
+                        place.path = cluster.database()
+                    world = World(place, random.Random(f"{soak.seed} {number}"))
+                    await world.play(MOVES if soak.count > 9 else MOVES // 2)
             except (AssertionError, TimeoutError) as error:
                 soak.fault("runs with a difference", f"run {number}: {error!r}")
             soak.step()

@@ -6,17 +6,15 @@ When it reads on, each of its messages has one terminal frame, and each stored e
 
 import asyncio
 import collections
-import contextlib
 import functools
 import itertools
 import json
-import re
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from soaking import GONE, Site, Soak, client, narrow_socket, run, site, until
+from soaking import Site, Soak, client, narrow_socket, run, site, until
 
 # isort: split
 from commandline import Serving
@@ -36,22 +34,22 @@ def answer(body: Body) -> Reply:
 
 
 class Lag:
-    """One case: an agent, a client that lags behind, another one that makes events; the messages of the first."""
+    """A client that lags behind, another one that makes events, an agent, and the messages of the first."""
 
-    def __init__(self, place: Site, server: Serving, agent: str, late: Wire, other: Wire, subscribed: bool) -> None:
+    agent = "sam"
+
+    def __init__(self, place: Site, server: Serving, late: Wire, other: Wire, subscribed: bool) -> None:
         self.place, self.server, self.late, self.other, self.subscribed = place, server, late, other, subscribed
-        self.agent, self.count = agent, place.soak.count
         self.sent: dict[str, tuple[str, str]] = {}  # by turn_id: the text, the request's id
 
-    async def say(self, text: str) -> None:
-        turn_id = f"turn {len(self.sent)}"
+    async def say(self, text: str, turn_id: str = "") -> None:
+        turn_id = turn_id or f"turn {len(self.sent)}"
         self.sent[turn_id] = text, await self.late.say(text, agent_name=self.agent, turn_id=turn_id)
 
     async def fall_behind(self, waiting: int) -> None:
         """A turn runs until it is released, others wait behind it; then nothing more fits, and events come."""
-        asked = len(self.place.endpoint.requests)
         await self.say(HELD)
-        await asyncio.to_thread(self.place.endpoint.wait_requests, asked + 1)
+        await asyncio.to_thread(self.place.endpoint.wait_requests, 1)
         for number in range(waiting):
             await self.say(f"And then {number}?")
         for _ in range(FILLING // 60_000):
@@ -60,7 +58,7 @@ class Lag:
 
     async def events(self) -> None:
         """So many events more, by another client."""
-        for number in range(self.count):
+        for number in range(self.place.soak.count):
             value = f"Number {len(self.other.frames)} {number}"
             await self.other.ok("set_block", agent_name=self.agent, label="human", value=value)
 
@@ -88,7 +86,7 @@ async def cancel(lag: Lag) -> None:
 async def leave(lag: Lag) -> None:
     """It sends its messages once more and unsubscribes, far behind; then all goes on."""
     for turn_id, (text, _) in lag.sent.items():
-        lag.sent[turn_id] = text, await lag.late.say(text, agent_name=lag.agent, turn_id=turn_id)
+        await lag.say(text, turn_id)
     await lag.late.command("unsubscribe", agent_name=lag.agent)
     lag.subscribed = False
     await go_on(lag)
@@ -129,45 +127,37 @@ KINDS |= {"rewind": (1, rewind), "stop": (1, stop), "failed store": (1, fail_to_
 ENDS, TWICE = "messages without exactly one terminal frame", "events twice, missing, or not in order"
 
 
-@contextlib.asynccontextmanager
-async def serving(soak: Soak) -> AsyncIterator[tuple[Site, Serving]]:
-    """A server, with an agent whose one passage fills what the system takes for a client."""
+async def case(soak: Soak, kind: str, subscribed: bool) -> None:
+    """Lag behind, read on, and look at what came."""
+    name, (waiting, happens) = f"{kind}, {'subscribed' if subscribed else 'sender only'}", KINDS[kind]
     constants: JSON = {"READER_PATIENCE": 600.0, "PING_TIMEOUT": 600.0, "RING": min(256, soak.count - 20)}
     async with site(soak, answer) as place:
-        with place.serve(constants=constants, fail=True, sync="normal") as server:
-            async with client(server, agent={"name": "filler"}) as wire:
-                await wire.ok("insert_passage", text="x" * 60_000)
-            yield place, server
-
-
-async def case(place: Site, server: Serving, kind: str, subscribed: bool) -> tuple[str, Lag]:
-    """Lag behind, read on, and look at what came; the case's name, and the case."""
-    soak, name = place.soak, f"{kind}, {'subscribed' if subscribed else 'sender only'}"
-    waiting, happens = KINDS[kind]
-    line, agent = await narrow_socket(server.port), re.sub(r"\W+", "-", name)
-    async with client(server, "*", sock=line, max_queue=1) as late, client(server, "*", agent={"name": agent}) as other:
-        await other.ok("subscribe", agent_name=agent)
-        if subscribed:
-            await late.ok("subscribe", agent_name=agent, after=0)
-        lag = Lag(place, server, agent, late, other, subscribed)
-        try:
-            await lag.fall_behind(waiting)
-            await happens(lag)
-            line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
-            await (read_to_the_end(lag) if happens is stop else read_on(lag))
-        except (TimeoutError, AssertionError) as error:
-            soak.fault(ENDS, f"{name}: {error!r}")
-        look_at_ends(soak, name, lag)
-        look_at_events(soak, name, lag)
-    soak.step()
-    return name, lag
-
-
-async def read_to_the_end(lag: Lag) -> None:
-    """Read all that comes from a server that stops."""
-    with contextlib.suppress(*GONE):
-        while True:
-            await lag.late.receive()
+        server = await place.start("--sync", "normal", constants=constants, fail=True)
+        line = await narrow_socket(server.port)
+        late_one, other_one = (
+            client(server, "*", sock=line, max_queue=1),
+            client(server, "*", agent={"name": Lag.agent}),
+        )
+        async with late_one as late, other_one as other:
+            await other.ok("create_agent", config={"name": "filler"})
+            await other.ok("insert_passage", agent_name="filler", text="x" * 60_000)  # fills what the system takes
+            await other.ok("subscribe", agent_name=Lag.agent)
+            if subscribed:
+                await late.ok("subscribe", agent_name=Lag.agent, after=0)
+            lag = Lag(place, server, late, other, subscribed)
+            try:
+                await lag.fall_behind(waiting)
+                await happens(lag)
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**20)
+                await (late.closed() if happens is stop else read_on(lag))
+            except (TimeoutError, AssertionError) as error:
+                soak.fault(ENDS, f"{name}: {error!r}")
+            look_at_ends(soak, name, lag)
+            look_at_events(soak, name, lag)
+        if happens is stop:
+            await asyncio.to_thread(server.wait)
+            await place.end(server)
+            await send_again(soak, name, await place.start(), lag)
 
 
 async def read_on(lag: Lag) -> None:
@@ -193,23 +183,21 @@ def look_at_ends(soak: Soak, name: str, lag: Lag) -> None:
         ends = [frame for frame in mine if is_terminal(frame)]
         if lag.subscribed and len(ends) == 2 and "seq" not in ends[0] and "id" not in ends[1]:
             mine.remove(ends.pop())  # how a turn that was refused ended on disk: who subscribed sees it
-        if len(ends) != 1 and not (name.startswith("stop") and not ends):
-            soak.fault(ENDS, f"{name} {turn_id}: {ends or 'none'}")
-        if ends and (mine[-1] is not ends[-1] or ends[0].get("id") != request_id):
-            soak.fault(ENDS, f"{name} {turn_id}: {mine[-1]}, without its id or not last")
-        if sum(frame["type"] == "agent_response_start" for frame in mine) > 1:
-            soak.fault(TWICE, f"{name} {turn_id}: two starts")
+        soak.demand(len(ends) == 1 or (name.startswith("stop") and not ends), ENDS, name, turn_id, ends or "none")
+        is_last = not ends or (mine[-1] is ends[-1] and ends[0].get("id") == request_id)
+        soak.demand(is_last, ENDS, name, turn_id, "without its id or not last:", mine[-1:])
+        starts = sum(frame["type"] == "agent_response_start" for frame in mine)
+        soak.demand(starts <= 1, TWICE, name, turn_id, "two starts")
     ends_of = collections.Counter(frame["turn_id"] for frame in lag.other.frames if is_terminal(frame))
-    if twice := [turn_id for turn_id, times in ends_of.items() if times > 1]:
-        soak.fault(ENDS, f"{name}: who kept up was told twice of {twice}")
+    twice = [turn_id for turn_id, times in ends_of.items() if times > 1]
+    soak.demand(not twice, ENDS, name, "who kept up was told twice of", twice)
 
 
 def look_at_events(soak: Soak, name: str, lag: Lag) -> None:
     """No event twice, all in order; and for who subscribed none is missing."""
     found = seqs(lag.late.frames)
-    missing = set(range(1, max(found, default=0) + 1)) - set(found) if lag.subscribed else ()
-    if found != sorted(set(found)) or missing:
-        soak.fault(TWICE, f"{name}: {len(found)} events, {len(set(found))} seqs: {found[-5:]}")
+    expected = range(1, max(found, default=0) + 1) if lag.subscribed else sorted(set(found))
+    soak.demand(found == list(expected), TWICE, name, len(found), "events", len(expected), "expected", found[-5:])
 
 
 async def send_again(soak: Soak, name: str, server: Serving, lag: Lag) -> None:
@@ -218,8 +206,8 @@ async def send_again(soak: Soak, name: str, server: Serving, lag: Lag) -> None:
         for turn_id, (text, _) in lag.sent.items():
             ends = list(filter(is_terminal, await wire.turn(text, agent_name=lag.agent, turn_id=turn_id)))
             before = [frame for frame in lag.late.frames if frame.get("turn_id") == turn_id and is_terminal(frame)]
-            if len(ends) != 1 or (before and "seq" in before[0] and before[0]["seq"] != ends[0].get("seq")):
-                soak.fault(ENDS, f"{name} {turn_id}, sent again: {before} {ends}")
+            is_same = not before or "seq" not in before[0] or before[0]["seq"] == ends[0].get("seq")
+            soak.demand(len(ends) == 1 and is_same, ENDS, name, turn_id, "sent again:", before, ends)
 
 
 async def main(soak: Soak) -> None:
@@ -228,16 +216,9 @@ async def main(soak: Soak) -> None:
     if soak.count < soak.full:  # in turn subscribed and not
         cases = [each for number, each in enumerate(cases) if number % 4 in (0, 3)]
     soak.progress.total = len(cases)
-    async with serving(soak) as (place, server):
-        for kind, subscribed in cases:
-            if kind != "stop":
-                await case(place, server, kind, subscribed)
-    for subscribed in (subscribed for kind, subscribed in cases if kind == "stop"):
-        async with serving(soak) as (place, server):
-            name, lag = await case(place, server, "stop", subscribed)
-            await asyncio.to_thread(server.wait)
-            with place.serve() as again:
-                await send_again(soak, name, again, lag)
+    for kind, subscribed in cases:
+        await case(soak, kind, subscribed)
+        soak.step()
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from wire import EVENTS, JSON, Wire, beside, is_terminal
 WHAT, COUNT = "kill -9 of servers that share a database, pauses, restarts of the database", 40
 SERVERS, CLIENTS, AGENTS, PAUSES, RESTARTS = (3, 2), (24, 4), (60, 6), (4, 1), (2, 1)
 """How many of each a full run has, and any at least."""
-OPTIONS = ("--host", "127.0.0.1", "--model", "test-model", "--context-window", "12000", "--max-steps", "6")
+OPTIONS = ("--context-window", "12000", "--max-steps", "6")
 LEASE = 3.0  # seconds after which a server that is paused has lost its agents
 PATIENCE = 4.0, 30.0  # seconds without an end after which clients try another server; longer nobody need wait
 TAKEOVER = 5.0
@@ -87,7 +87,7 @@ class Takeover(NamedTuple):
 class Fleet:
     """Servers of one database, the clients that talk to its agents, and what was said.
 
-    How a server is started, `process`, and what befalls it, `besiege`, those say that derive from it.
+    How a server is started, `start`, and what befalls it, `besiege`, those say that derive from it.
     """
 
     restless, longest_pause, follows = 0.1, 1.0, 5
@@ -100,7 +100,6 @@ class Fleet:
         soak.none("passages lost or doubled")
         self.logs = [Log(soak, f"agent-{number}") for number in range(agents)]
         self.clients = [Client(self, number, clients) for number in range(clients)]
-        self.started: list[Serving] = []
         self.servers: list[Serving] = []
         self.config: JSON = {}  # of all agents
         self.refusals = {"store_failed"}  # why a message may become no turn, and a command fail
@@ -112,50 +111,40 @@ class Fleet:
     def hear(self, told: Client, name: str, seq: int) -> None:
         """A client was told an event."""
 
-    async def start(self) -> Serving:
-        """A server more."""
-        self.started.append(server := self.process())
-        await asyncio.to_thread(server.__enter__)
-        if not server.url:
-            await asyncio.to_thread(server.wait)
-            raise RuntimeError(f"a server did not start: {server.log}")
-        return server
-
     async def query(self, sql: str) -> list[Any]:
         def ask() -> list[Any]:
-            with beside(str(self.place.path)) as database:
+            with beside(self.place.path) as database:
                 return list(database.execute(sql).fetchall())
 
         return await asyncio.to_thread(ask)
 
     async def run(self) -> None:
         """Make the agents, let the clients talk to them while servers come and go, and look at what is left."""
-        try:
-            self.servers = [await self.start() for _ in range(self.size)]
-            async with client(self.servers[0]) as wire:
-                for log in self.logs:
-                    await wire.ok("create_agent", config={"name": log.name, **self.config})
-            working = [asyncio.create_task(each.work()) for each in self.clients]
-            await self.besiege()
-            self.over = True
-            _, late = await asyncio.wait(working, timeout=3 * max(PATIENCE))
-            for task in late:
-                task.cancel()
-            for each in self.clients:
-                for turn_id, log in each.open.items():
-                    self.soak.fault("messages without an end", f"{turn_id} to {log.name}: {each.refusals.get(turn_id)}")
-            await asyncio.gather(*working, return_exceptions=bool(late))
-            await self.compare()
-            for server in self.servers:
-                await asyncio.to_thread(self.place.end, server)
-        finally:
-            for server in self.started:
-                if hasattr(server, "process"):
-                    server.__exit__()
+        self.servers = [await self.start() for _ in range(self.size)]
+        async with client(self.servers[0]) as wire:
+            for log in self.logs:
+                await wire.ok("create_agent", config={"name": log.name, **self.config})
+        working = [asyncio.create_task(each.work()) for each in self.clients]
+        await self.besiege()
+        self.over = True
+        _, late = await asyncio.wait(working, timeout=3 * max(PATIENCE))
+        for task in late:
+            task.cancel()
+        for each in self.clients:
+            for turn_id, log in each.open.items():
+                self.soak.fault("messages without an end", f"{turn_id} to {log.name}: {each.refusals.get(turn_id)}")
+        await asyncio.gather(*working, return_exceptions=bool(late))
+        await self.compare()
         events = [event for log in self.logs for event in log.events.values()]
         cut = sum(event.get("stop_reason") == "interrupted" for event in events)
         turns = sum(len(log.sent) for log in self.logs)
         self.soak.notes.append(f"turns: {turns:,}, interrupted {cut:,}; events {len(events):,}; {dict(self.counts)}")
+
+    async def start(self) -> Serving:
+        raise NotImplementedError
+
+    async def besiege(self) -> None:
+        raise NotImplementedError
 
     async def compare(self) -> None:
         """What is stored is what each client was told; turns do not overlap; what was acknowledged is there once."""
@@ -163,14 +152,15 @@ class Fleet:
             for log in self.logs:
                 running = ""
                 for seq, event in (await log.compare(wire)).items():
-                    if event["type"] == "agent_response_start" and running:
-                        self.soak.fault("turns of one agent that overlap", f"{log.name} {seq}: {running}, {event}")
-                    if event["type"] == "agent_response_start" or is_terminal(event):
-                        running = "" if is_terminal(event) else event["turn_id"]
+                    is_start = event["type"] == "agent_response_start"
+                    overlaps = is_start and running
+                    self.soak.demand(not overlaps, "turns of one agent that overlap", log.name, seq, running, event)
+                    if is_start or is_terminal(event):
+                        running = event["turn_id"] if is_start else ""
         found = dict(await self.query(PASSAGES_SQL))
         for text, is_acknowledged in [item for each in self.clients for item in each.passages.items()]:
-            if found.get(text, 0) not in ({1} if is_acknowledged else {0, 1}):
-                self.soak.fault("passages lost or doubled", f"{text}: {found.get(text, 0)}, {is_acknowledged}")
+            is_right = found.get(text, 0) in ({1} if is_acknowledged else {0, 1})
+            self.soak.demand(is_right, "passages lost or doubled", text, found.get(text, 0), is_acknowledged)
 
 
 class Sharing(Fleet):
@@ -185,10 +175,9 @@ class Sharing(Fleet):
         self.stopped: set[Serving] = set()  # those that are paused now
         self._resuming: set[asyncio.Task[None]] = set()
 
-    def process(self) -> Serving:
-        key = f"sk-{len(self.started)}"
-        flags = (*OPTIONS, "--db", str(self.place.path), "--base-url", self.place.endpoint.url)
-        server = Serving(*flags, cwd=self.place.where, variables={"OPENAI_API_KEY": key})
+    async def start(self) -> Serving:
+        key = f"sk-{len(self.keys)}"
+        server = await self.place.start(*OPTIONS, desk=0, variables={"OPENAI_API_KEY": key})
         self.keys[server] = f"Bearer {key}"
         return server
 
@@ -212,7 +201,7 @@ class Sharing(Fleet):
         """Kill a server, which may be paused, and start another in its place."""
         place = self.rng.randrange(len(self.servers))
         await self.strike(self.servers[place], signal.SIGKILL)
-        self.place.end(self.servers[place], killed=True)
+        await self.place.end(self.servers[place], killed=True)
         self.servers[place] = await self.start()
 
     async def pause(self) -> None:

@@ -1,7 +1,6 @@
 """What the soak scripts share: a run and its figures, servers, what those ask, clients, and what these were told.
 
-Linux only: memory, descriptors and threads are read in /proc. `python soaking.py serve` and `python soaking.py probe`
-are the processes that the scripts start.
+Linux only: memory, descriptors and threads are read in /proc.
 """
 # ruff: noqa: E402 (scripts find the module and the helpers of the tests by the path that is set first)
 
@@ -9,19 +8,15 @@ import argparse
 import asyncio
 import collections
 import contextlib
-import functools
 import json
-import logging
-import os
 import random
 import signal
 import socket
 import sqlite3
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -29,7 +24,7 @@ from typing import Any, Self
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from commandline import Serving
+from commandline import Process, Serving, environment
 from endpoint import Answer, Endpoint
 from measure import Progress, machine, percentile
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -38,6 +33,7 @@ from wire import JSON, UPGRADE, Wire, bare, beside, events_of, is_terminal, mess
 import memws
 
 GONE = (ConnectionClosed, InvalidHandshake, OSError)  # what a client meets when its server has died
+SERVER = Path(__file__).with_name("serving.py")
 
 
 class Soak:
@@ -61,14 +57,20 @@ class Soak:
     def step(self, steps: float = 1) -> None:
         self.progress.step("with faults" if any(self.faults.values()) else "no faults", steps)
 
-    def fault(self, kind: str, detail: object) -> None:
-        """Note that a figure is missed, and by what."""
-        self.faults[kind].append(str(detail)[:2_000])
-
     def none(self, *kinds: str) -> None:
         """Figures: no fault of each of these kinds."""
         for kind in kinds:
             self.faults.setdefault(kind, [])
+
+    def fault(self, kind: str, detail: object) -> None:
+        """Note that a figure is missed, and by what."""
+        self.faults[kind].append(str(detail)[:2_000])
+
+    def demand(self, right: object, kind: str, *details: object) -> None:
+        """A figure: nothing of this kind is not right."""
+        self.none(kind)
+        if not right:
+            self.fault(kind, " ".join(map(str, details)))
 
     def figure(self, what: str, value: float, limit: float, *, least: bool = False, is_time: bool = False) -> None:
         """A figure: a value that is at most, or at `least`, the limit."""
@@ -123,21 +125,6 @@ async def until(holds: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def soak_server(
-    where: Path,
-    *,
-    constants: JSON | None = None,
-    desk: int = 0,
-    fail: bool = False,
-    debug: bool = False,
-    **options: Any,
-) -> Serving:
-    """A server process with `constants` of memws set, the tools of a desk, and writes that `fail` as Faulty says."""
-    options = {"host": "127.0.0.1", "port": 0, "db": str(where / "memws.db"), **options}
-    settings = {"options": options, "constants": constants or {}, "desk": desk, "fail": fail, "debug": debug}
-    return Serving(cwd=where, program=Path(__file__), variables={"SOAK": json.dumps(settings)})
-
-
 def check_database(address: str | Path, *, gapless: bool = True) -> None:
     """The database is whole, each turn in it has one start and at most one end, and no seq is missing."""
     assert list(memws.check_database(str(address), memws.check_record)) == []
@@ -152,7 +139,7 @@ def check_database(address: str | Path, *, gapless: bool = True) -> None:
 
 
 class Desk:
-    """Where the tools `ask` and `ask_later` of soak servers ask: counts the calls, answers each when told to."""
+    """Where the tools `ask` and `ask_later` of servers ask: counts the calls, answers each when told to."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -170,10 +157,9 @@ class Desk:
             async with self.came:
                 self.calls[question] += 1
                 self.came.notify_all()
-            pause = self.answers(question)
             leaving = asyncio.ensure_future(reader.read())
             self.open += 1
-            await asyncio.wait({leaving}, timeout=pause)
+            await asyncio.wait({leaving}, timeout=self.answers(question))
             self.open -= 1
             if not leaving.done():
                 writer.write(f"{self.says(question)}\n".encode())
@@ -186,47 +172,57 @@ class Desk:
             yield self
 
 
+def process(
+    where: Path,
+    *flags: str,
+    desk: int = 0,
+    constants: JSON | None = None,
+    fail: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> Serving:
+    """A server process in this folder; see serving.py."""
+    added = {"desk": desk, "constants": constants or {}, "fail": fail}
+    variables = {"OPENAI_API_KEY": "sk-x", "SOAK": json.dumps(added), **(variables or {})}
+    return Serving("--host", "127.0.0.1", *flags, cwd=where, program=SERVER, variables=variables)
+
+
 class Site:
     """A folder with a database that servers of a run serve, one after another, and what those ask: models and tools."""
 
-    def __init__(self, soak: Soak, where: Path, endpoint: Endpoint, desk: Desk) -> None:
-        self.soak, self.where, self.endpoint, self.desk = soak, where, endpoint, desk
-        self.path: Path | str = where / "memws.db"
+    def __init__(self, soak: Soak, where: Path, endpoint: Endpoint, desk: Desk, *flags: str) -> None:
+        self.soak, self.where, self.endpoint, self.desk, self.flags = soak, where, endpoint, desk, flags
+        self.path = str(where / "memws.db")
         self.gapless = True  # names are not used again, whose seqs would go on
-        self.model: JSON = {"model": "test-model", "api_key": "sk-x", "base_url": endpoint.url}
+        self.running: list[Serving] = []
+        self.processes = contextlib.ExitStack()
 
-    @contextlib.contextmanager
-    def serve(self, *, killed: bool = False, **options: Any) -> Iterator[Serving]:
-        """A server process, see soak_server; `killed`: it is not expected to end by itself."""
-        with soak_server(self.where, desk=self.desk.port, **(self.model | options)) as server:
-            if not server.url:
-                server.wait()
-                raise RuntimeError(f"the server did not start: {server.log}")
-            yield server
-            self.end(server, killed=killed)
+    async def start(self, *flags: str, **options: Any) -> Serving:
+        """A server process, see above, which goes on until `end` or until the site's end."""
+        server = process(self.where, "--db", self.path, *self.flags, *flags, **({"desk": self.desk.port} | options))
+        await asyncio.to_thread(self.processes.enter_context, server)
+        if not server.url:
+            server.wait()
+            raise RuntimeError(f"the server did not start: {server.log}")
+        self.running.append(server)
+        return server
 
-    @contextlib.contextmanager
-    def command_line(self, *flags: str, **variables: str) -> Iterator[Serving]:
-        """A server process as `python memws.py serve` starts it."""
-        with Serving("--host", "127.0.0.1", *flags, cwd=self.where, variables=variables) as server:
-            yield server
-            self.end(server)
-
-    def end(self, server: Serving, *, killed: bool = False) -> None:
-        """End a server if it still runs; it ends cleanly and has logged no traceback."""
-        status = server.end() if server.process.poll() is None else server.wait()
-        if status != (-signal.SIGKILL if killed else 0):
-            self.soak.fault("servers that crash", f"exit status {status}: {server.log[-500:]}")
+    async def end(self, server: Serving, *, killed: bool = False) -> None:
+        """End a server if it still runs; it ends cleanly, unless it was killed, and has logged no traceback."""
+        self.running.remove(server)
+        status = await asyncio.to_thread(server.end if server.process.poll() is None else server.wait)
+        is_clean = status == (-signal.SIGKILL if killed else 0)
+        self.soak.demand(is_clean, "servers that crash", f"exit status {status}: {server.log[-500:]}")
         for part in server.log.split("Traceback")[1:]:
             self.soak.fault("tracebacks in logs", part[:1_500])
 
-    def check(self) -> None:
-        """What must be true when all servers have ended."""
+    async def check(self) -> None:
+        """End all servers; then all of it is as it should be."""
+        for server in list(self.running):
+            await self.end(server)
         for refusal in self.endpoint.refusals:
             self.soak.fault("requests that a strict endpoint refuses", refusal)
         for question, calls in self.desk.calls.items():
-            if calls > 1:
-                self.soak.fault("tools called twice for one call", question)
+            self.soak.demand(calls == 1, "tools called twice for one call", question)
         try:
             check_database(self.path, gapless=self.gapless)
         except (AssertionError, sqlite3.Error) as error:
@@ -235,15 +231,17 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site(soak: Soak, model: Answer | None = None, **options: Any) -> AsyncIterator[Site]:
-    """A site whose endpoint answers as `model` does; at the end all of it is as it should be."""
+    """A site whose endpoint answers as `model` does, or whose servers are offline; at its end it is checked."""
     soak.none("servers that crash", "tracebacks in logs", "requests that a strict endpoint refuses")
     soak.none("tools called twice for one call", "damage in databases")
     with tempfile.TemporaryDirectory(prefix="memws-soak-") as name, Endpoint(**options) as endpoint:
         endpoint.default = model or endpoint.default
+        flags = ("--model", "test-model", "--base-url", endpoint.url) if model else ("--model", "offline")
         async with Desk().opened() as desk:
-            place = Site(soak, Path(name), endpoint, desk)
-            yield place
-            place.check()
+            place = Site(soak, Path(name), endpoint, desk, *flags)
+            with place.processes:
+                yield place
+                await place.check()
 
 
 def client(server: Any, *types: str, **options: Any) -> contextlib.AbstractAsyncContextManager[Wire]:
@@ -265,19 +263,21 @@ def handshake(*headers: str, line: str = "GET / HTTP/1.1") -> bytes:
     return "\r\n".join([line, *headers, *UPGRADE, "", ""]).encode("latin-1", "replace")
 
 
-async def knock(port: int, data: bytes) -> tuple[str, bytes]:
-    """Send this on a connection of its own; the HTTP status and the head of the answer. Raises TimeoutError."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    reply = b""
-    with contextlib.suppress(ConnectionError):
-        writer.write(data)
-        async with asyncio.timeout(20):
-            while b"\r\n\r\n" not in reply and (more := await reader.read(65_536)):
-                reply += more
-    writer.close()
-    with contextlib.suppress(ConnectionError):
-        await writer.wait_closed()
-    return reply.split(b" ", 2)[1].decode() if reply.startswith(b"HTTP/1.1 ") else "closed", reply
+READS: list[tuple[str, JSON]] = [
+    ("get_agent", {}), ("get_context", {}), ("get_messages", {"limit": 200}), ("list_agents", {}),
+    ("search_memory", {"query": "secret canary otters", "limit": 50}),
+    ("search_memory", {"query": "canary", "store": "archival", "limit": 50}),
+    ("subscribe", {"after": 0}), ("unsubscribe", {}),
+]  # fmt: skip
+
+
+async def read_all(wire: Wire, agent: str) -> None:
+    """Ask for all that a client can ask of an agent; what comes is in `frames`."""
+    for command, fields in READS:
+        await wire.command(command, agent_name=agent, **fields)
+    steps = dict.fromkeys((frame.get("turn_id"), frame.get("step")) for frame in wire.frames)
+    for turn_id, step in [each for each in steps if all(each)][:200]:
+        await wire.command("get_request", agent_name=agent, turn_id=turn_id, step=step)
 
 
 def stored(frames: list[JSON]) -> dict[int, JSON]:
@@ -303,8 +303,8 @@ class Log:
     def keep(self, *frames: JSON) -> None:
         """Note what a client was told; the same seq is never told otherwise."""
         for seq, event in stored([frame for frame in frames if frame.get("agent_name") == self.name]).items():
-            if (known := self.events.setdefault(seq, event)) != event:
-                self.soak.fault("events told otherwise later", f"{known} {event}")
+            known = self.events.setdefault(seq, event)
+            self.soak.demand(known == event, "events told otherwise later", known, event)
 
     async def compare(self, wire: Wire) -> dict[int, JSON]:
         """What is stored: all that was told, each message once, each turn with one start and one end, nothing else."""
@@ -314,38 +314,30 @@ class Log:
             self.soak.fault("gaps in what is told or stored", f"{self.name}: {error!r:.300}")
             return {}
         for seq, event in self.events.items():
-            if events.get(seq) != event:
-                self.soak.fault("events told otherwise later", f"{self.name} {seq}: {event} {events.get(seq)}")
+            found = events.get(seq)
+            self.soak.demand(found == event, "events told otherwise later", self.name, seq, event, found)
         texts, sent = collections.Counter(await messages_of(wire, self.name)), collections.Counter(self.sent.values())
         for kind, difference in (("messages lost", sent - texts), ("messages doubled", texts - sent)):
-            for text in difference:
-                self.soak.fault(kind, f"{self.name}: {text}")
+            self.soak.demand(not difference, kind, self.name, *difference)
         starts = sorted(event["turn_id"] for event in events.values() if event["type"] == "agent_response_start")
         ends = sorted(event["turn_id"] for event in events.values() if is_terminal(event))
-        if not starts == ends == sorted(self.sent):
-            text = f"{self.name}: {len(starts)} starts and {len(ends)} ends of {len(self.sent)}"
-            self.soak.fault("turns without exactly one start and terminal frame", text)
+        counts = f"{self.name}: {len(starts)} starts and {len(ends)} ends of {len(self.sent)}"
+        is_whole = starts == ends == sorted(self.sent)
+        self.soak.demand(is_whole, "turns without exactly one start and terminal frame", counts)
         return events
 
 
 @contextlib.contextmanager
-def healthy_client(soak: Soak, url: str, token: str = "") -> Iterator[None]:
+def healthy_client(place: Site, server: Serving, token: str = "") -> Iterator[None]:
     """A healthy client in a process of its own, which asks all the time; how long its answers took are figures."""
-    soak.none("healthy clients that fail")
-    command = [sys.executable, __file__, "probe", url, token]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()  # it is connected
-        try:
-            yield
-        finally:
-            out, _ = process.communicate("", timeout=60)
-    times, error = json.loads(out or '[[], "it died"]')
-    if error:
-        soak.fault("healthy clients that fail", error)
-    soak.figure("healthy client's p99, ms", 1000 * percentile(times, 0.99), 100, is_time=True)
-    soak.figure("healthy client's slowest answer, ms", 1000 * max(times, default=9.0), 1000, is_time=True)
-    soak.notes.append(f"healthy client's answers: {len(times):,}")
+    words = sys.executable, __file__, server.url, token
+    with Process(*words, cwd=place.where, variables=environment()) as process:  # its first line: it is connected
+        yield
+        times, error = json.loads(process.ask() or '[[], "it died"]')
+    place.soak.demand(not error, "healthy clients that fail", error)
+    place.soak.figure("healthy client's p99, ms", 1000 * percentile(times, 0.99), 100, is_time=True)
+    place.soak.figure("healthy client's slowest answer, ms", 1000 * max(times, default=9.0), 1000, is_time=True)
+    place.soak.notes.append(f"healthy client's answers: {len(times):,}")
 
 
 async def probe(url: str, token: str) -> None:
@@ -371,80 +363,5 @@ async def probe(url: str, token: str) -> None:
     print(json.dumps([times, error]))
 
 
-WRITES = ("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE", "COMMIT")
-
-
-class Faulty(sqlite3.Connection):
-    """A connection whose writes fail while plan.json is there: {"from": n, "to": m, "text": …, "undo": bool}."""
-
-    plan = Path("plan.json")
-    writes = 0
-    writer = False  # it has begun to write: a reader's COMMIT is no write
-
-    def _count(self, sql: str) -> None:
-        self.writer = self.writer or sql == "BEGIN IMMEDIATE"
-        if not self.writer or not sql.lstrip().upper().startswith(WRITES):
-            return
-        if not self.plan.exists():
-            Faulty.writes = 0
-            return
-        Faulty.writes += 1
-        plan = json.loads(self.plan.read_text("utf-8"))
-        if plan["from"] <= Faulty.writes < plan["to"]:
-            if plan["undo"] and self.in_transaction:  # as SQLite does when the disk is full
-                super().execute("ROLLBACK")
-            raise sqlite3.OperationalError(plan["text"])
-
-    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
-        self._count(sql)
-        return super().execute(sql, *arguments)
-
-    def executemany(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
-        self._count(sql)
-        return super().executemany(sql, *arguments)
-
-
-async def serve(settings: JSON) -> None:
-    """The process of a server, see soak_server."""
-    for name, value in settings["constants"].items():
-        assert hasattr(memws, name), name
-        setattr(memws, name, value)
-    if settings["debug"]:
-        logging.getLogger("memws").setLevel(logging.DEBUG)
-    if settings["fail"]:
-        sqlite3.connect = functools.partial(sqlite3.connect, factory=Faulty)  # type: ignore[assignment]
-    sys.setswitchinterval(memws.SWITCH_INTERVAL)  # as the command line does
-    server = memws.WebSocketServer(**settings["options"])
-    port = settings["desk"]
-    if port:
-
-        @server.tool
-        def ask(question: str) -> str:
-            """Ask the desk."""
-            with socket.create_connection(("127.0.0.1", port)) as line:
-                line.sendall(question.encode() + b"\n")
-                return line.makefile().readline().strip()
-
-        @server.tool
-        async def ask_later(question: str) -> str:
-            """Ask the desk without a thread."""
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            try:
-                writer.write(question.encode() + b"\n")
-                return (await reader.readline()).decode().strip()
-            finally:
-                writer.close()
-
-    serving = asyncio.create_task(server.start_server())
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await serving
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "probe":
-        asyncio.run(probe(*sys.argv[2:]))
-    else:
-        logging.basicConfig(level=logging.INFO)
-        asyncio.run(serve(json.loads(os.environ["SOAK"])))
+    asyncio.run(probe(*sys.argv[1:]))
