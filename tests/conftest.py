@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import Lab
+from agents import Lab, Tools
 from commandline import Main, call
 from endpoint import Endpoint
 from postgres import Cluster, find_programs
@@ -99,9 +99,15 @@ def online(serve: Callable[..., Any], endpoint: Endpoint) -> Callable[..., Any]:
 
 
 @pytest.fixture
-async def lab(endpoint: Endpoint) -> AsyncIterator[Lab]:
+def tools() -> Tools:
+    """A user's tools, which agents of the lab are offered: none, unless a test is parametrized with some."""
+    return ()
+
+
+@pytest.fixture
+async def lab(endpoint: Endpoint, tools: Tools) -> AsyncIterator[Lab]:
     """A database in memory and the models of the endpoint."""
-    async with Lab(endpoint) as lab:
+    async with Lab(endpoint, tools=tools) as lab:
         yield lab
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,6 @@ def beat(name: str, /, **arguments: Any) -> tuple[str, Body]:
 
 
 NOTE = beat("core_memory_append", **APPEND[1])
-
-
-def another_search(body: Body) -> Reply:
-    """A search that was not made before, and a wish for the next one."""
-    return Reply(calls=[beat("conversation_search", query=str(len(body["messages"])))])
 
 
 ran: list[int] = []
@@ -243,183 +238,169 @@ async def test_a_turn_without_a_message(endpoint: Endpoint, lab: Lab, agent: Age
     assert (await lab.say(agent, None, reason=reason)).replies == ["Hello!"]
 
 
+"""What is seen of a turn that has an answer at once. The table names what is different."""
+
+
 CUT = '{"name": "human", "old_content": "Zoe", "new_content": "'
-LADDER: dict[str, tuple[Reply, list[str]]] = {
-    "as it should be, and not counted": (Reply(calls=[HELLO], usage=None), []),
-    "plain text after thoughts in tags": (Reply("<think>A greeting.</think>\n\nHello!"), ["plain_text"]),
-    "plain text after reasoning": (Reply("Hello!", reasoning="A greeting."), ["plain_text"]),
-    "a call as text": (Reply("I greet.\n", calls=[HELLO], calls_as_text=True), ["text_call"]),
-    "a name with a prefix": (Reply(calls=[("functions.send_message", {"message": "Hello!"})]), ["tool_name"]),
-    "too many": (Reply(calls=[("send_message", {**HELLO[1], "mood": 1, "inner_thoughts": "Hm."})]), ["arguments"]),
-    "a long id": (Reply(calls=[HELLO], call_ids=["x" * 2_000]), []),
-    "no id": (Reply(calls=[HELLO], call_ids=[None]), []),
-}
+COUNT = '<tool_call>{"name": "count", "arguments": {"number": 3}}</tool_call>'
+GREETING = '<tool_call>{"name": "send_message", "arguments": {"message": "Hello!"}}</tool_call>'
+SEARCH = ("conversation_search", {"query": "x"})
+SEARCH_ON = Reply(calls=[beat(SEARCH[0], **SEARCH[1])])
+OPTIONS: Body = {"temperature": 0.5, "top_p": 0.5, "seed": 1}
+HALF_BUDGET = {"prompt_tokens": memws.TURN_TOKEN_BUDGET // 2, "completion_tokens": 0}
+WRONG = [("no_such_tool", {"n": number}) for number in range(4)]
+MENDED: Body = {"asked": 2, "retries": [("bad_output", 1, 1, 0)]}
+FAILED: Body = {"end": "bad_output", "replies": []}
+THOUGHT_ONLY: Body = FAILED | MENDED | {"says": "only thought .*; raise max_tokens or lower reasoning_effort$"}
+TWICE = [("model_unavailable", 1, 2, 0), ("model_unavailable", 2, 2, 0)]
+PAUSES = [Reply(status=429, headers={"Retry-After": "0.03"}), Reply(status=503, headers={"Retry-After": "0.02"})]
+PAUSED = [("model_rate_limit", 1, 2, 30), ("model_unavailable", 2, 2, 20)]
+WORDS, LONG = (
+    "Jinja Exception: roles must not be like this; see line 25 of it",
+    "prompt is too long: 9000 > 8000 maximum",
+)
+UNKNOWN = "unknown tool 'no_such_tool'"
 
 
-@pytest.mark.parametrize(("answer", "corrections"), LADDER.values(), ids=LADDER.keys())
-async def test_a_reply_that_can_be_read_reaches_the_user(
-    endpoint: Endpoint, lab: Lab, agent: Agent, answer: Reply, corrections: list[str]
-) -> None:
-    """Whatever rung of the ladder reads an answer, the user gets it once, each correction is told, and all goes on."""
-    turn = await lab.say(agent, "Hi", answer)
-    assert (turn.replies, turn.corrections) == (["Hello!"], corrections)
-    assert (turn.stop_reason, len(endpoint.requests)) == ("done", 1)
-    assert not any("Hello!" in text or "think>" in text for text in turn.texts("internal_monologue"))
-    usage, real = turn.end["usage"], sum(prompt_tokens(endpoint.requests[0]))
-    assert (usage["estimated"], usage["output_tokens"] > 0) == (answer.usage is None, True)
-    assert real / 2 < usage["input_tokens"] < real * 2
-    assert "partial" not in turn.of("assistant_message")[0]
-    assert (await lab.say(agent, "Again")).replies == ["Hello!"]
-    assert "Hello!" in endpoint.bodies[1].decode(), "the agent sees its own words again"
-    assert await recalled(lab, agent, "Hello") == ["Hello!"] * 2
+def another_search(body: Body) -> Reply:
+    """A search that was not made before, and a wish for the next one."""
+    return Reply(calls=[beat("conversation_search", query=str(len(body["messages"])))])
 
 
+def dear_search(body: Body) -> Reply:
+    return replace(another_search(body), usage=HALF_BUDGET, usage_style="last")
+
+
+def outcome(*answers: Answer, **different: Any) -> tuple[Sequence[Answer], Body]:
+    """What a model answers, after which it greets, and what is different then from a turn with an answer at once."""
+    at_once = {"end": "done", "asked": 1, "replies": ["Hello!"], "partial": [], "corrections": [], "retries": []}
+    return answers, at_once | {"ran": [], "human": "Zoe"} | different
+
+
+WIDE = {"context_window": 100_000}
+FINISHES = {"length": "length", "error": "broken", "content_filter": "filtered"}
+LAST_STEP: Body = {"config": {"max_steps": 1}, "end": "max_steps", "human": "Zoe\nName: Zoe"}
 ONCE = "Once upon a"
 HALF_CALL = ("send_message", f'{{"message": "{ONCE}')
 HALF_TEXT = f'{{"name": "send_message", "arguments": {HALF_CALL[1]}'
-HALVES: dict[str, tuple[Reply, str]] = {
-    "text, length": (Reply(ONCE, finish="length"), "length"),
-    "text, content_filter": (Reply(ONCE, finish="content_filter"), "filtered"),
-    "text, error": (Reply(ONCE, finish="error"), "broken"),
-    "text, a reset": (Reply("<think>Hm.</think>" + ONCE + " time", chunk=29, cut_after=2), "broken"),
-    "text, an error": (Reply(ONCE + " time", chunk=11, error_in_stream={"message": "oh"}), "broken"),
-    "text, a stall": (Reply(ONCE + " time", chunk=11, stall_after=2), "broken"),
-    "a call, MAX_TOKENS": (Reply(calls=[HALF_CALL], finish="MAX_TOKENS"), "length"),
-    "a call, a reset": (Reply(calls=[HALF_CALL], chunk=99, cut_after=3), "broken"),
-    "a call as text, length": (Reply(HALF_TEXT, finish="length"), "length"),
-    "a call after a whole one, length": (Reply(calls=[APPEND, HALF_CALL], finish="length"), "length"),
+HALVES: list[tuple[str, str, Reply]] = [  # corrections, the code of a retry, and the answer that breaks off
+    ("length plain_text", "bad_output", Reply(ONCE, finish="length")),
+    ("filtered plain_text", "model_refused", Reply(ONCE, finish="content_filter")),
+    ("broken plain_text", "model_unavailable", Reply(ONCE, finish="error")),
+    ("broken plain_text", "model_unavailable", Reply(f"<think>Hm.</think>{ONCE} time", chunk=29, cut_after=2)),
+    ("broken plain_text", "model_unavailable", Reply(f"{ONCE} time", chunk=11, error_in_stream={"message": "oh"})),
+    ("broken plain_text", "model_timeout", Reply(f"{ONCE} time", chunk=11, stall_after=2)),
+    ("broken", "model_unavailable", Reply(calls=[HALF_CALL], chunk=99, cut_after=3)),
+    ("length", "bad_output", Reply(calls=[HALF_CALL], finish="MAX_TOKENS")),
+    ("length", "bad_output", Reply(HALF_TEXT, finish="length")),
+    ("length", "bad_output", Reply(calls=[APPEND, HALF_CALL], finish="length")),
+]
+OUTCOMES = {
+    "as it should be, and not counted": outcome(Reply(calls=[HELLO], usage=None)),
+    "thoughts in tags": outcome(Reply("<think>A greeting.</think>\n\nHello!"), corrections=["plain_text"]),
+    "reasoning": outcome(Reply("Hello!", reasoning="A greeting."), corrections=["plain_text"]),
+    "a call as text": outcome(Reply("I greet.\n", calls=[HELLO], calls_as_text=True), corrections=["text_call"]),
+    "a name with a prefix": outcome(Reply(calls=[("functions.send_message", HELLO[1])]), corrections=["tool_name"]),
+    "too many arguments": outcome(Reply(calls=[(HELLO[0], HELLO[1] | {"mood": 1})]), corrections=["arguments"]),
+    "a long id": outcome(Reply(calls=[HELLO], call_ids=["x" * 2_000])),
+    "no id": outcome(Reply(calls=[HELLO], call_ids=[None])),
+    "refused options": outcome(config={"settings": OPTIONS}, refuse={"stream_options", *OPTIONS}, asked=5,
+                               retries=[("model_refused", 1, 1, 0)] * 4),
+    # What somebody pasted and the model repeats among words runs nothing.
+    "markup alone": outcome(Reply(f"<think>3?</think>{COUNT}<|im_end|>"), asked=2, ran=[3], corrections=["text_call"]),
+    "markup after words": outcome(Reply(f"You wrote {COUNT}"), **MENDED),
+    "markup before words": outcome(Reply(f"{COUNT}\nThat is what you wrote."), **MENDED),
+    "JSON before words": outcome(Reply(f"{COUNT[11:-12]} is what you wrote."), **MENDED),
+    "markup beside a memory tool's": outcome(Reply(f"Look: {GREETING}{COUNT}"), **MENDED),
+    "quoted markup": outcome(Reply(f"Say `{COUNT}`."), replies=[f"Say `{COUNT}`."], corrections=["plain_text"]),
+    # What cannot be read is asked for once more.
+    "nothing": outcome(Reply(), **MENDED),
+    "an edit that is cut": outcome(Reply(calls=[("core_memory_replace", CUT)]), **MENDED),
+    "a call before one that is cut": outcome(Reply(calls=[APPEND, ("count", '{"number": 1')], finish="stop"), **MENDED),
+    "a call as text that is cut": outcome(Reply(GREETING[11:-15]), **MENDED),
+    "nothing, twice": outcome(Reply(), Reply(), **FAILED, **MENDED),
+    "an edit that is cut, twice": outcome(*[Reply(calls=[("core_memory_replace", CUT)])] * 2, **FAILED, **MENDED),
+    "thoughts up to max_tokens": outcome(*[Reply(reasoning="Hm.", finish="length")] * 2, **THOUGHT_ONLY),
+    "thoughts in tags up to max_tokens": outcome(*[Reply("<think>Hm.", finish="max_tokens")] * 2, **THOUGHT_ONLY),
+    "unseen thoughts": outcome(*[Reply(finish="length", usage={"completion_tokens": 99})] * 2, **THOUGHT_ONLY),
+    "thoughts to their own end": outcome(*[Reply(reasoning="Hm.")] * 2, **THOUGHT_ONLY),
+    # What a second attempt may mend gets two more, after the pause that was asked for; what none can mend gets none.
+    "429 and 503": outcome(*PAUSES, asked=3, retries=PAUSED),
+    "503 three times": outcome(BUSY, BUSY, BUSY, end="model_unavailable", asked=3, replies=[], retries=TWICE),
+    "429 for long": outcome(Reply(status=429, headers={"Retry-After": "100"}), end="model_rate_limit", replies=[]),
+    "503 for long": outcome(Reply(status=503, headers={"Retry-After": "100"}), end="model_unavailable", replies=[]),
+    "401": outcome(Reply(status=401), end="model_auth", replies=[]),
+    "a refusal": outcome(Reply(refusal="I can't help."), end="model_refused", replies=[], says="I can't help"),
+    "its words": outcome(Reply(status=400, body={"error": WORDS}), end="model_refused", replies=[], says=WORDS),
+    "nothing to cut": outcome(Reply(status=400, body={"error": LONG}), end="context_overflow", replies=[], says=LONG),
+    # Limits of a turn; what is done is done, also by a call that is made for the third time.
+    "repeated_call": outcome(*[SEARCH_ON] * 3, end="repeated_call", asked=3, replies=[]),
+    "repeated, and a reply": outcome(SEARCH_ON, SEARCH_ON, Reply(calls=[SEARCH, HELLO]), asked=3),
+    "max_steps": outcome(*[another_search] * 5, config={"max_steps": 5}, end="max_steps", asked=5, replies=[]),
+    "max_steps by default": outcome(*[another_search] * 20, config=WIDE, end="max_steps", asked=20, replies=[]),
+    "words of the last step": outcome(Reply("I noted it.", calls=[APPEND]), replies=["I noted it."],
+                                      corrections=["no_reply"], **LAST_STEP),
+    "budget": outcome(dear_search, dear_search, end="budget", asked=2, replies=[]),
+    "three failures": outcome(*(Reply(calls=[call]) for call in WRONG[:3]), **FAILED, asked=3, says=UNKNOWN),
+    "three failures in a step": outcome(Reply(calls=[*WRONG[:3], APPEND, HELLO]), **FAILED, says=UNKNOWN),
+    "two failures, twice": outcome(*(Reply(calls=[call]) for call in (*WRONG[:2], NOTE, *WRONG[2:])),
+                                   asked=6, human="Zoe\nName: Zoe"),
 }  # fmt: skip
+for mended, code, answer in HALVES:
+    # It is asked for again; where no try brings more, what was said is told as partial, and why.
+    name, of = f"half an answer, {len(OUTCOMES)}", 1 if code == "bad_output" else 2
+    again = [(code, attempt, of, 0) for attempt in range(1, of + 1)]
+    half: Body = {"replies": [ONCE], "partial": [ONCE], "corrections": mended.split(), "retries": again}
+    half |= {"end": code if "broken" in mended else "done", "human": "Zoe" + "\nName: Zoe" * (APPEND in answer.calls)}
+    OUTCOMES[name] = outcome(answer, asked=2, retries=again[:1])
+    OUTCOMES[f"{name}, ever"] = outcome(*[answer] * (of + 1), asked=of + 1, **half)
+for finish, fault in FINISHES.items():
+    # A call that is whole before an answer breaks off says all that it says; text that stands in for one is partial.
+    half = {"replies": [ONCE], "partial": [ONCE], "corrections": [fault, "no_reply"]}
+    OUTCOMES[f"a whole call, {finish}"] = outcome(Reply(calls=[HELLO], finish=finish), corrections=[fault])
+    OUTCOMES[f"no reply, {finish}"] = outcome(Reply(ONCE, calls=[NOTE], finish=finish), **LAST_STEP, **half)
 
 
-@pytest.mark.parametrize(("answer", "fault"), HALVES.values(), ids=HALVES)
-async def test_half_an_answer_is_never_told_as_a_whole_one(
-    lab: Lab, agent: Agent, monkeypatch: Patch, answer: Reply, fault: str
+@pytest.mark.parametrize("tools", [[count]], ids=[""])
+@pytest.mark.parametrize(("answers", "expected"), OUTCOMES.values(), ids=OUTCOMES)
+async def test_what_comes_of_an_answer(
+    lab: Lab, caplog: Log, monkeypatch: Patch, answers: Sequence[Answer], expected: Body
 ) -> None:
-    """It is asked for again; where no try brings more, what was said is told as partial, and why; then talk goes on."""
+    """What can be read reaches the user, once; what cannot runs nothing; each correction is told, and talk goes on."""
+    ran.clear()
     monkeypatch.setattr(memws, "RETRY_PAUSE", 0.0)
-    lab.models.endpoint.idle_timeout = 0.05 if answer.stall_after else 30.0
-    turn = await lab.say(agent, "Tell me a story", answer)
-    assert (turn.replies, turn.corrections, turn.stop_reason) == (["Hello!"], [], "done")
-    assert (len(turn.of("retry")), len(packed(lab.endpoint.requests[-1], "system_alert"))) == (1, fault == "length")
-    assert ONCE not in lab.endpoint.bodies[-1].decode(), "what was broken leaves no trace"
-    turn = await lab.say(agent, "Tell me another", *[answer] * (2 if fault == "length" else 3))
-    (said,) = turn.of("assistant_message")
-    assert (said["message"], said["partial"], turn.corrections[0]) == (ONCE, True, fault)
-    broken = "model_timeout" if answer.stall_after else "model_unavailable"
-    assert turn.end.get("code", turn.stop_reason) == (broken if fault == "broken" else "done")
-    assert agent.blocks["human"].value == "Name: Zoe" * (APPEND in answer.calls)
-    assert (await lab.say(agent, "Hi")).replies == ["Hello!"]
-    assert ONCE in lab.endpoint.bodies[-1].decode(), "the agent knows what the user has seen"
-
-
-@pytest.mark.parametrize("finish", ["length", "error", "content_filter"])
-async def test_a_whole_call_of_half_an_answer_is_whole(lab: Lab, agent: Agent, finish: str) -> None:
-    """What a call says before an answer breaks off is all that it says; text that stands in for it is partial."""
-    lab.endpoint.script(Reply(calls=[HELLO], finish=finish), Reply(ONCE, calls=[NOTE], finish=finish))
-    (said,) = (await lab.say(agent, "Hi")).of("assistant_message")
-    assert (said["message"], said.get("partial")) == ("Hello!", None)
-    agent.max_steps = 1
-    (said,) = (await lab.say(agent, "Hi")).of("assistant_message")
-    assert (said["message"], said["partial"]) == (ONCE, True)
-
-
-SILENCES = {
-    "until max_tokens": Reply(reasoning="Hm.", finish="length"),
-    "in tags": Reply("<think>Hm.", finish="max_tokens"),
-    "unseen": Reply(finish="length", usage={"prompt_tokens": 9, "completion_tokens": 99}),
-    "to its own end": Reply(reasoning="Hm."),
-}
-
-
-@pytest.mark.parametrize("answer", SILENCES.values(), ids=SILENCES)
-async def test_a_model_that_only_thinks_is_told_of(lab: Lab, agent: Agent, answer: Reply) -> None:
-    """It is asked once more; the error says that it only thought, and what to change."""
-    turn = await lab.say(agent, "Hi", answer, answer)
-    assert (turn.end["code"], turn.replies, len(turn.of("retry"))) == ("bad_output", [], 1)
-    assert re.search("only thought .*; raise max_tokens or lower reasoning_effort$", turn.end["message"])
-
-
-TAGGED = '<tool_call>{"name": "send_message", "arguments": {"message": "Hello!"}}</tool_call>'
-COUNT = '<tool_call>{"name": "count", "arguments": {"number": 3}}</tool_call>'
-PASTES = {
-    "all of it is markup": (f"<think>Count.</think>{COUNT}<|im_end|>", [3], []),
-    "after words": (f"You wrote {COUNT}", [], ["bad_output"]),
-    "before words": (f"{COUNT}\nThat is what you wrote.", [], ["bad_output"]),
-    "JSON before words": (f"{COUNT[11:-12]} is what you wrote.", [], ["bad_output"]),
-    "beside a memory tool after words": (f"Look: {TAGGED}{COUNT}", [], ["bad_output"]),
-    "quoted": (f"You wrote `{COUNT}`.", [], []),
-}
-
-
-@pytest.mark.parametrize(("text", "numbers", "retries"), PASTES.values(), ids=PASTES)
-async def test_a_users_tool_is_called_only_by_what_is_all_markup(
-    endpoint: Endpoint, text: str, numbers: list[int], retries: list[str]
-) -> None:
-    """What somebody pasted and the model repeats among words runs nothing; the turn ends with a reply all the same."""
-    ran.clear()
-    async with Lab(endpoint, tools=[count]) as lab:
-        agent = await lab.create()
-        turn = await lab.say(agent, "Hi", Reply(text))
-        assert (ran, [frame["code"] for frame in turn.of("retry")]) == (numbers, retries)
-        assert (len(turn.replies), turn.stop_reason) == (1, "done")
-        deltas = "".join(frame["message"] for frame in turn.of("delta"))
-        assert ("<tool_call>" in deltas) == ("`" in text and not retries)
-
-
-UNREADABLE: dict[str, Reply] = {
-    "nothing": Reply(),
-    "an edit that would delete": Reply(calls=[("core_memory_replace", CUT)]),
-    "a whole call before one that is cut": Reply(calls=[APPEND, ("count", '{"number": 1')], finish="stop"),
-    "a call as text, cut": Reply('{"name": "send_message", "arguments": {"message": "Hel'),
-}
-
-
-@pytest.mark.parametrize("answer", UNREADABLE.values(), ids=UNREADABLE)
-async def test_what_no_rung_reads_or_is_cut_is_asked_for_again_once(endpoint: Endpoint, answer: Reply) -> None:
-    """Such an answer runs nothing and is sent back once with the problem, outside of the history; then bad_output."""
-    ran.clear()
-    async with Lab(endpoint, tools=[count]) as lab:
-        agent = await lab.create(human="Zoe")
-        turn = await lab.say(agent, "Hi", answer)
-        assert (turn.replies, turn.stop_reason) == (["Hello!"], "done")
-        (retry,) = turn.of("retry")
-        assert (retry["code"], retry["attempt"], retry["of"], retry["delay_ms"]) == ("bad_output", 1, 1, 0)
-        (alert,) = packed(endpoint.requests[1], "system_alert")
-        assert "Your last answer could not be used" in alert["message"]
-        assert [frame["name"] for frame in turn.of("tool_call")] == ["send_message"]
-        await lab.say(agent, "Again")
-        assert packed(endpoint.requests[2], "system_alert") == []
-        turn = await lab.say(agent, "Once more", answer, answer)
-        assert (turn.end["type"], turn.end["code"]) == ("agent_response_error", "bad_output")
-        assert (turn.stop_reason, turn.replies, len(endpoint.requests)) == ("error", [], 5)
-        assert (agent.blocks["human"].value, agent.memory.archival, ran) == ("Zoe", 0, [])
-        assert (await lab.say(agent, "And now?")).replies == ["Hello!"]
-
-
-WORDS = ["Jinja Exception: roles must not be like this; see line 25 of it", "prompt is too long: 9000 > 8000 maximum"]
-FINAL = {
-    "a refusal": (Reply(refusal="I can't help with that."), "model_refused"),
-    "the words of an endpoint": (Reply(status=400, body={"error": WORDS[0]}), "model_refused"),
-    "a prompt too long, with nothing to cut": (Reply(status=400, body={"error": WORDS[1]}), "context_overflow"),
-    "401": (Reply(status=401), "model_auth"),
-    "429": (Reply(status=429, headers={"Retry-After": "100"}), "model_rate_limit"),
-    "503": (Reply(status=503, headers={"Retry-After": "100"}), "model_unavailable"),
-}
-
-
-@pytest.mark.parametrize(("answer", "code"), FINAL.values(), ids=FINAL)
-async def test_a_failure_that_is_final(lab: Lab, agent: Agent, caplog: Log, answer: Reply, code: str) -> None:
-    """What no second attempt can mend ends the turn with its code after one call; the endpoint's words are kept."""
-    endpoint, words = lab.endpoint, str(answer.body["error"]) if isinstance(answer.body, dict) else ""
-    turn = await lab.say(agent, "Hi", answer)
-    assert (turn.end["type"], turn.end["code"], turn.stop_reason) == ("agent_response_error", code, "error")
-    assert turn.end["usage"]["model_calls"] == len(endpoint.requests) == 1
-    assert turn.of("retry") == []
-    got = await sent_for(agent, "turn-1", 1)
-    assert (got["response"]["error"]["code"], memws.encode_json(got["request"]).encode()) == (code, endpoint.bodies[0])
-    assert all(words in told for told in (turn.end["message"], got["response"]["error"]["message"], caplog.text))
+    expected, endpoint = dict(expected), lab.endpoint
+    endpoint.refuse, words = expected.pop("refuse", set()), expected.pop("says", "")
+    agent = await lab.create(human="Zoe", **expected.pop("config", {}))
+    lab.models.endpoint.idle_timeout = 0.05 if "stall_after=2" in str(answers) else 30.0
+    turn = await lab.say(agent, "Hi", *answers)
+    said, retries, failure = turn.of("assistant_message"), turn.of("retry"), turn.end.get("message", "")
+    seen = {
+        "end": turn.end.get("code", turn.stop_reason), "asked": len(endpoint.requests), "replies": turn.replies,
+        "partial": [frame["message"] for frame in said if frame.get("partial")], "corrections": turn.corrections,
+        "retries": [(frame["code"], frame["attempt"], frame["of"], frame["delay_ms"]) for frame in retries],
+        "ran": ran, "human": agent.blocks["human"].value,
+    }  # fmt: skip
+    assert seen == expected
+    assert re.search(words, failure)
+    assert turn.end["type"] == ("agent_response_error" if failure else "agent_response_end")
+    assert turn.end["usage"]["model_calls"] == seen["asked"]
+    alerts = str(packed(endpoint.requests[-1], "system_alert"))
+    assert alerts.count("last answer could not be used") == str(retries).count("bad_output")
+    got = await sent_for(agent, "turn-1", max(event.get("step", 1) for event in turn.events))
+    assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
+    assert ONCE not in endpoint.bodies[-1].decode(), "what was broken leaves no trace"
+    if failure and not (turn.replies or turn.of("tool_return")):
+        assert (got["response"]["error"], failure in caplog.text) == ({"code": seen["end"], "message": failure}, True)
+    assert not re.search("Hello!|think>|tool_call>", "".join(turn.texts("internal_monologue")))
+    assert ("tool_call>" in "".join(turn.texts("delta"))) == ("tool_call>" in str(turn.replies))
+    assert await recalled(lab, agent, str(turn.replies or "Hello!")) == turn.replies
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
     assert [message["message"] for message in packed(endpoint.requests[-1], "user_message")] == ["Hi", "Again"]
+    assert all(reply.split("`")[0] in str(endpoint.requests[-1]) for reply in turn.replies), (
+        "it sees its own words again"
+    )
+    assert packed(endpoint.requests[-1], "system_alert") == []
 
 
 async def test_a_fault_of_ours_ends_its_turn_alone(lab: Lab, agent: Agent, monkeypatch: Patch, caplog: Log) -> None:
@@ -484,73 +465,6 @@ def test_a_first_message_has_to_be_sent(online: Callable[..., Any], endpoint: En
         count, told = len(endpoint.requests), Told(server.run_step("Hi", **options))
         assert (told.replies, len(endpoint.requests) - count, told.corrections) == (replies, calls, corrections)
         assert (told.stop_reason, bool(told.of("memory_change"))) == ("done", len(answers[0].calls) == 2)
-
-
-async def test_three_failed_calls_in_a_row_end_the_turn(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """The third failure in a row is bad_output with the last of them; a success between counts anew."""
-    wrong: list[tuple[str, Body]] = [("no_such_tool", {"n": number}) for number in range(4)]
-    for replies, steps in enumerate(([[call] for call in wrong[:3]], [[*wrong[:3], APPEND, HELLO]])):
-        count = len(endpoint.requests)
-        turn = await lab.say(agent, "Hi", *(Reply(calls=calls) for calls in steps))
-        assert (turn.end["code"], turn.stop_reason, turn.replies) == ("bad_output", "error", [])
-        assert await recalled(lab, agent, "Hello!") == ["Hello!"] * replies, "not what was not said"
-        assert ("unknown tool 'no_such_tool'" in turn.end["message"], len(endpoint.requests) - count) == (
-            True,
-            len(steps),
-        )
-        assert (await lab.say(agent, "Again")).replies == ["Hello!"]
-    turn = await lab.say(agent, "Hi", *(Reply(calls=[call]) for call in (*wrong[:2], NOTE, *wrong[2:])))
-    assert (turn.replies, turn.stop_reason, agent.blocks["human"].value) == (["Hello!"], "done", "Name: Zoe")
-
-
-HALF = {"prompt_tokens": memws.TURN_TOKEN_BUDGET // 2, "completion_tokens": 0}
-LIMITS: dict[str, tuple[Answer, Body, int]] = {
-    "repeated_call": (Reply(calls=[beat("conversation_search", query="x")]), {}, 3),
-    "max_steps": (another_search, {"max_steps": 5}, 5),
-    "max_steps by default": (another_search, {"context_window": 100_000}, 20),
-    "max_steps without a reply": (Reply("I noted your name.", calls=[APPEND]), {"max_steps": 1}, 1),
-    "budget": (lambda body: Reply(calls=another_search(body).calls, usage=HALF, usage_style="last"), {}, 2),
-}
-
-
-@pytest.mark.parametrize(("answer", "config", "steps"), LIMITS.values(), ids=LIMITS)
-async def test_a_turn_has_limits(
-    endpoint: Endpoint, lab: Lab, answer: Answer, config: Body, steps: int, request: pytest.FixtureRequest
-) -> None:
-    """Repeated calls, steps and tokens end a turn with their reason; the last step's words are told as the reply."""
-    endpoint.refuse = {"stream_options", "temperature", "top_p", "seed"}
-    agent = await lab.create(settings={"temperature": 0.5, "top_p": 0.5, "seed": 1}, **config)
-    assert (await lab.say(agent, "Hi")).replies == ["Hello!"], "what an endpoint refuses is learned within the turn"
-    count, endpoint.default = len(endpoint.requests), answer
-    turn = await lab.say(agent, "Hi")
-    assert turn.stop_reason in request.node.name
-    assert (turn.end["type"], len(endpoint.requests)) == ("agent_response_end", count + steps)
-    told = (["I noted your name."], ["no_reply"]) if steps == 1 else ([], [])
-    assert (turn.replies, turn.corrections) == told
-    assert set(turn.replies) <= {*await recalled(lab, agent, "I noted your name.")}, "what is told is found"
-    endpoint.default = greet
-    assert (await lab.say(agent, "Again")).replies == ["Hello!"]
-
-
-async def test_what_is_done_ends_as_done(lab: Lab, agent: Agent) -> None:
-    """Also where its last step makes a call for the third time."""
-    again = Reply(calls=[beat("conversation_search", query="x")])
-    turn = await lab.say(agent, "Hi", again, again, Reply(calls=[("conversation_search", {"query": "x"}), HELLO]))
-    assert (turn.replies, turn.stop_reason) == (["Hello!"], "done")
-
-
-async def test_a_failed_call_is_made_again_twice(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """A transport failure is told and tried again, twice, after the pause asked for; the third ends the turn."""
-    first, second = {"Retry-After": "0.03"}, {"Retry-After": "0.02"}
-    turn = await lab.say(agent, "Hi", Reply(status=429, headers=first), Reply(status=503, headers=second))
-    assert turn.replies == ["Hello!"]
-    keys = ("code", "attempt", "of", "delay_ms", "seq")
-    retries = [tuple(frame.get(key) for key in keys) for frame in turn.of("retry")]
-    assert retries == [("model_rate_limit", 1, 2, 30, None), ("model_unavailable", 2, 2, 20, None)]
-    assert (turn.end["usage"]["model_calls"], len(endpoint.requests)) == (3, 3)
-    turn = await lab.say(agent, "Hi", BUSY, BUSY, BUSY)
-    assert (turn.end["code"], len(endpoint.requests)) == ("model_unavailable", 6)
-    assert (await lab.say(agent, "Again")).replies == ["Hello!"]
 
 
 async def test_a_failing_turn_makes_at_most_eight_calls(endpoint: Endpoint, lab: Lab) -> None:
@@ -752,15 +666,6 @@ async def test_what_fills_the_window_alone(endpoint: Endpoint) -> None:
         assert f"Ada speaks. {memws.WAITING_NOTE}What is the magic word?" in endpoint.bodies[-1].decode()
 
 
-async def test_a_turn_may_fill_the_window_often(endpoint: Endpoint, lab: Lab) -> None:
-    """It goes on as long as each compaction gains something."""
-    agent, numbers = await lab.create(context_window=3_000, max_steps=30), itertools.count()
-    endpoint.default = lambda body: Reply(calls=[beat("conversation_search", query=f"{next(numbers)}{' word' * 150}")])
-    turn = await lab.say(agent, "Hi")
-    assert (turn.stop_reason, len(turn.of("compaction")) > 3) == ("max_steps", True)
-    assert all(frame["tokens_after"] < 2_000 for frame in turn.of("compaction"))
-
-
 async def test_a_compaction_names_what_waits(endpoint: Endpoint, lab: Lab) -> None:
     """Of what was said in a turn, that which left the view and has no answer yet."""
     agent, turn, asked = await lab.create(context_window=3_000), lab.turn("First?"), itertools.count()
@@ -794,6 +699,9 @@ async def test_estimates_are_calibrated_within_bounds(endpoint: Endpoint, lab: L
     """Sections add up to what is used; the endpoint's counts pull the estimate, from half to twice at most."""
     for _ in range(3):
         (frame,) = (await lab.say(agent, "Hi")).of("context")
+    usage = (await lab.say(agent, "Hi", Reply(calls=[HELLO], usage=None))).end["usage"]
+    assert (usage["estimated"], usage["output_tokens"] > 0) == (True, True)
+    assert 0.5 < usage["input_tokens"] / sum(prompt_tokens(endpoint.requests[-1])) < 2
     names = ["system", "tools", "core_memory", "summary", "messages"]
     assert ([section["name"] for section in frame["sections"]], frame["window"]) == (names, 8_192)
     assert abs(sum(section["tokens"] for section in frame["sections"]) - frame["used"]) <= 10

@@ -108,13 +108,11 @@ AGENT = """
   test_a_broken_history_is_mended_and_told test_a_store_that_fails_around_a_tool
 2 compaction: agent test_a_long_conversation_in_a_small_window test_the_agent_is_warned_once_before_the_window_is_full
   test_an_overflow_that_only_the_endpoint_sees test_an_endpoint_that_cuts_prompts_silently_is_noticed
-3 a turn ends: agent test_a_turn_has_limits test_three_failed_calls_in_a_row_end_the_turn
-  test_a_failing_turn_makes_at_most_eight_calls
+3 a turn ends: agent test_what_comes_of_an_answer test_a_failing_turn_makes_at_most_eight_calls
 4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_between_two_waits; misbehaviour
   test_whatever_happens_talk_goes_on
-5 the ladder; half an answer: agent test_a_reply_that_can_be_read_reaches_the_user
-  test_half_an_answer_is_never_told_as_a_whole_one test_a_whole_call_of_half_an_answer_is_whole
-  test_a_model_that_only_thinks_is_told_of; llm test_a_finish_reason_says_whether_the_answer_is_whole
+5 the ladder; half an answer: agent test_what_comes_of_an_answer; llm
+  test_a_finish_reason_says_whether_the_answer_is_whole
 6 nothing sent is executed: layers test_memws; tools test_conversation_search_pages_through_the_past
 7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
   test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them
@@ -148,7 +146,7 @@ internal: errors test_codes_and_sentences_are_those_of_the_contract; agent test_
 queue_full: server test_eight_messages_of_a_connection_wait
 model_auth, model_refused, context_overflow, model_rate_limit, model_timeout, model_unavailable: llm
   test_a_failure_has_its_code
-bad_output: agent test_three_failed_calls_in_a_row_end_the_turn
+bad_output: agent test_what_comes_of_an_answer
 """
 TABLES = (COMMAND_LINE, PYTHON, WIRE, BAD_INPUT, EVENTS, AGENT, CODES)
 LINES = [line for line in "".join(TABLES).replace("\n  ", " ").splitlines() if line]
