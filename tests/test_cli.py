@@ -26,6 +26,8 @@ from websockets.sync.client import connect
 import memws
 
 Patch = pytest.MonkeyPatch
+TALK: list[dict[str, Any]] = [{"type": "command", "command": "create_agent", "config": {}}]
+TALK += [{"type": "user_message", "message": "hi \x1b[31m\u202e"}]
 BLOCK = """
 import sys
 for name in {names}:
@@ -34,11 +36,11 @@ for name in {names}:
 PACKAGES = ["openai", "httpx", "pydantic", "pydantic_core", "anyio", "json_repair", "ipywidgets", "nest_asyncio"]
 
 
-def without(folder: Path, *names: str) -> dict[str, str]:
-    """The environment of a Python that lacks these packages."""
-    (folder / "blocked").mkdir()
-    (folder / "blocked" / "sitecustomize.py").write_text(BLOCK.format(names=list(names)), "utf-8")
-    return {"PYTHONPATH": str(folder / "blocked")}
+def customized(folder: Path, code: str) -> dict[str, str]:
+    """The environment of a Python that begins with this code."""
+    (folder / "customized").mkdir()
+    (folder / "customized" / "sitecustomize.py").write_text(code, "utf-8")
+    return {"PYTHONPATH": str(folder / "customized")}
 
 
 def requested(url: str, command: str, **fields: Any) -> Any:
@@ -191,15 +193,10 @@ REFUSALS = [
     (["export", "nobody"], "unknown agent 'nobody'"),
     (["export"], "name"),
     (["copy"], "--from, --to"),
-    *(
-        (["copy", one, "memws.db"], other)
-        for one, other in (("--from", "required: --to"), ("--to", "required: --from"))
-    ),
+    (["copy", "--from", "memws.db"], "required: --to"),
+    (["copy", "--to", "memws.db"], "required: --from"),
     (["export", "sam", "missing/x"], "missing"),
-    *(
-        ([*words, "--db", "missing.db"], "missing.db")
-        for words in (["export", "sam"], ["check"], ["vacuum"], ["backup", "copy.db"])
-    ),
+    *(([*word.split(), "--db", "missing.db"], "missing.db") for word in ("export sam", "check", "vacuum", "backup x")),
     *(([command, "--db", "text.db"], "text.db") for command in ("check", "vacuum")),
     *((["vacuum", "--keep-requests", days], "--keep-requests") for days in ("-1", "nan", "1e9", "inf", "many", "")),
     (["backup", "missing/copy.db"], "missing"),
@@ -249,10 +246,9 @@ def test_refusals(tmp_path: Path, main: Main, monkeypatch: Patch) -> None:
 )  # fmt: skip
 def test_missing_package(flags: str, package: str, tmp_path: Path) -> None:
     """What needs a package that is not there names the command that installs it."""
-    variables = {**without(tmp_path, package), "OPENAI_API_KEY": "k"}
+    variables = {**customized(tmp_path, BLOCK.format(names=[package])), "OPENAI_API_KEY": "k"}
     said = sentence(run("--port", "0", *flags.split(), cwd=tmp_path, variables=variables))
-    assert re.search(rf"pip install .*{package}", said)
-    assert "secret" not in said
+    assert (bool(re.search(rf"pip install .*{package}", said)), "secret" in said) == (True, False)
 
 
 CHOICES: list[tuple[Any, str]] = [  # the models of an endpoint, or what it answers instead
@@ -276,62 +272,34 @@ def test_endpoint_without_a_choice(models: Any, text: str, tmp_path: Path, main:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_copied_alone(tmp_path: Path) -> None:
-    """The file alone, renamed, in an empty folder, without any package but websockets: serves, chats and imports."""
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    program = Path(shutil.copy(PROGRAM, folder / "agentd.py"))
-    bare = without(tmp_path, *PACKAGES)
-    with Serving(cwd=folder, program=program, variables=bare) as server:
-        words = ("chat", "--url", server.url, "--agent", "ada")
-        done = run(*words, cwd=folder, text="I love otters", program=program, variables=bare)
-        assert done.returncode == 0
-        assert "otters" in done.stdout
-        assert server.end() == 0
-    code = """
-import agentd
-server = agentd.WebSocketServer(port=0, db='memws.db').start()
-with agentd.connect(server.url) as client:
-    client.load_agent('ada')
-    print(client.ask('What do I love?'))
-server.stop()
-"""
-    done = run(code, program=Path("-c"), cwd=folder, variables=bare, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "otters" in done.stdout
-
-
-def test_two_copies_in_one_process(tmp_path: Path) -> None:
-    """Two copies of the file in one process serve side by side and do not meet."""
-    for name in ("one.py", "two.py"):
-        shutil.copy(PROGRAM, tmp_path / name)
-    code = """
+COPIES = """
 import one, two
-first = one.WebSocketServer(port=0, db='one.db').start()
+first = one.WebSocketServer(port=0, db='memws.db').start()
 second = two.WebSocketServer(port=0, db='two.db').start()
-first.create_new_agent({'name': 'ada'})
 second.create_new_agent({'name': 'bob'})
 for module, server in ((two, first), (one, second)):
     with module.connect(server.url) as client:
-        print([agent['agent_name'] for agent in client.command('list_agents')['agents']])
-first.stop()
-with one.connect(second.url) as client:
-    client.load_agent('bob')
-    print(bool(client.ask('hi')))
-second.stop()
+        (agent,) = client.command('list_agents')['agents']
+        client.load_agent(agent['agent_name'])
+        print(agent['agent_name'], client.ask('What do I love?'))
+    server.stop()
 """
-    done = run(code, program=Path("-c"), cwd=tmp_path, timeout=60)
-    assert done.stdout.splitlines() == ["['ada']", "['bob']", "True"], done.stderr
 
 
-def test_protocol(main: Main) -> None:
-    """protocol prints the JSON Schema that all frames of these tests are checked by (wire.py)."""
-    done = main("protocol")
-    assert (done.returncode, json.loads(done.stdout), done.stderr) == (
-        0,
-        memws.protocol_schema(memws.known_commands()),
-        "",
-    )
+def test_copied_alone(tmp_path: Path) -> None:
+    """The file alone, renamed, in an empty folder, without any package but websockets: serves, chats and imports; two
+    copies in one process serve side by side and do not meet."""
+    folder, alone = tmp_path / "empty", customized(tmp_path, BLOCK.format(names=PACKAGES))
+    folder.mkdir()
+    program, _ = (Path(shutil.copy(PROGRAM, folder / name)) for name in ("one.py", "two.py"))
+    with Serving(cwd=folder, program=program, variables=alone) as server:
+        words = ("chat", "--url", server.url, "--agent", "ada")
+        done = run(*words, cwd=folder, text="I love otters", program=program, variables=alone)
+        assert (done.returncode, "otters" in done.stdout, server.end()) == (0, True, 0)
+    done = run(COPIES, program=Path("-c"), cwd=folder, variables=alone, timeout=60)
+    assert done.returncode == 0, done.stderr
+    ada, bob = done.stdout.splitlines()
+    assert (ada[:4], "otters" in ada, bob[:4], "otters" in bob) == ("ada ", True, "bob ", False)
 
 
 def test_logs(tmp_path: Path) -> None:
@@ -348,8 +316,8 @@ def test_logs(tmp_path: Path) -> None:
             for path, headers in (("/?token=canary-token", {}), ("/", {"Authorization": "Bearer canary-token"})):
                 with connect(server.url + path, proxy=None, additional_headers=headers) as client:
                     client.send("\x1b[2Jno json canary\nforged")
-                    client.send(json.dumps({"type": "command", "command": "create_agent", "config": {}}))
-                    client.send(json.dumps({"type": "user_message", "message": "hi \x1b[31m\u202e"}))
+                    for frame in TALK:
+                        client.send(json.dumps(frame))
                     while not frames or '"agent_response_error"' not in frames[-1]:
                         frames.append(str(client.recv(timeout=20)))
                     frames.append("")
@@ -413,28 +381,35 @@ def test_pipe_of_an_error(tmp_path: Path, endpoint: Endpoint) -> None:
 
 def test_chat_flags_and_variables(tmp_path: Path) -> None:
     """Every flag of chat has a variable, and wins over it; without a server or the token it says what to do."""
+    nowhere = "ws://127.0.0.1:1"
     with Serving("--token", "right", cwd=tmp_path) as server:
-        good = {"--url": server.url, "--agent": "ada", "--token": "right"}
-        bad = {"--url": "ws://127.0.0.1:1", "--agent": "bob", "--token": "wrong"}
-        first = run("chat", cwd=tmp_path, text="hi", variables={variable(flag): value for flag, value in good.items()})
+
+        def chat(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+            return run("chat", *flags, cwd=tmp_path, text="hi", variables=variables)
+
+        first = chat(MEMWS_URL=server.url, MEMWS_AGENT="ada", MEMWS_TOKEN="right")
         assert first.stderr == "there was no agent 'ada'; it has been created\n"
-        words = [word for flag, value in good.items() for word in (flag, value)]
-        contrary = {variable(flag): value for flag, value in bad.items()}
-        second = run("chat", *words, cwd=tmp_path, text="hi", variables=contrary)
+        flags = ("--url", server.url, "--agent", "ada", "--token", "right")
+        second = chat(*flags, MEMWS_URL=nowhere, MEMWS_AGENT="bob", MEMWS_TOKEN="wrong")
         assert (second.returncode, second.stderr) == (0, "")
-        wrong = run("chat", "--url", server.url, cwd=tmp_path, text="hi", variables={"MEMWS_TOKEN": "wrong"})
+        wrong = chat("--url", server.url, MEMWS_TOKEN="wrong")
         assert "--token or MEMWS_TOKEN" in sentence(wrong)
-    assert "start the server with `python memws.py`" in sentence(run("chat", "--url", bad["--url"], cwd=tmp_path))
+        assert "start the server with `python memws.py`" in sentence(chat("--url", nowhere))
 
 
-def test_reader_that_left(tmp_path: Path) -> None:
+def shell(words: list[str], then: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A command line with something behind it, which gets `hi` to read."""
+    options: dict[str, Any] = {"env": environment({"PYTHONUNBUFFERED": ""}), "encoding": "utf-8", "timeout": 30}
+    line = f"{shlex.join(command(*words))} {then}"
+    return subprocess.run(["/bin/sh", "-c", line], cwd=cwd, input="hi", capture_output=True, check=False, **options)
+
+
+def test_reader_that_left(tmp_path: Path, serve: Callable[..., Any]) -> None:
     """chat whose reader has left ends without a traceback, and has sent what it was given."""
-    with Serving(cwd=tmp_path) as server:
-        words = ["/bin/sh", "-c", shlex.join(command("chat", "--url", server.url, "--agent", "sam")) + " | true"]
-        done = subprocess.run(words, cwd=tmp_path, env=environment(), input=b"hi", capture_output=True, check=False)
-        assert b"Traceback" not in done.stderr
-        with memws.connect(server.url) as client:
-            assert client.command("get_messages", agent_name="sam")["total"] > 1
+    server = serve()
+    assert "Traceback" not in shell(["chat", "--url", server.url, "--agent", "sam"], "| true", tmp_path).stderr
+    with memws.connect(server.url) as client:
+        assert client.command("get_messages", agent_name="sam")["total"] > 1
 
 
 @pytest.mark.parametrize("words", [["protocol"], ["check"], ["--port", "0", "--db", ":memory:"]])
@@ -443,16 +418,7 @@ def test_full_output(words: list[str], tmp_path: Path, serve: Callable[..., Any]
     server = serve()
     for number in range(80 if words == ["check"] else 0):  # more than a buffer holds
         server.create_new_agent({"name": f"{number:x>64}"})
-    with Path("/dev/full").open("w") as full:
-        options: dict[str, Any] = {
-            "cwd": tmp_path,
-            "env": environment({"PYTHONUNBUFFERED": ""}),
-            "encoding": "utf-8",
-            "timeout": 30,
-        }
-        done = subprocess.run(command(*words), stdout=full, stderr=subprocess.PIPE, check=False, **options)
-    assert done.returncode == 2
-    assert re.fullmatch(r"memws: [^\n]+No space left on device[^\n]*\n", done.stderr), done.stderr
+    assert "No space left on device" in sentence(shell(words, "> /dev/full", tmp_path))
 
 
 # What Windows has not, and Ctrl-Break, with which programs stop others there.
@@ -469,14 +435,11 @@ for name in ("fcntl", "readline", "resource", "termios"):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_stop_as_on_windows(number: int, tmp_path: Path, endpoint: Endpoint) -> None:
     """Without Unix' modules and signal handlers a stop, too, interrupts turns, closes with 1001 and frees the files."""
-    (tmp_path / "windows").mkdir()
-    (tmp_path / "windows" / "sitecustomize.py").write_text(WINDOWS, "utf-8")
     endpoint.script(Reply("never told", hold=True))
-    variables = {"PYTHONPATH": str(tmp_path / "windows")}
-    serving = Serving("--base-url", endpoint.url, cwd=tmp_path, variables=variables)
+    serving = Serving("--base-url", endpoint.url, cwd=tmp_path, variables=customized(tmp_path, WINDOWS))
     with serving as server, connect(server.url, proxy=None) as client:
-        client.send(json.dumps({"type": "command", "command": "create_agent", "config": {}}))
-        client.send(json.dumps({"type": "user_message", "message": "hi"}))
+        for frame in TALK:
+            client.send(json.dumps(frame))
         endpoint.wait_requests(1)
         assert server.end(number) == 0
         assert json.loads(list(client)[-1])["stop_reason"] == "interrupted"

@@ -19,8 +19,8 @@ check, export, import, backup, beside a server: keeping test_damage test_an_impo
 former exports are read, a former database is refused: store test_a_former_export_is_read
   test_what_is_no_database_of_ours_is_left_alone
 record and replay: tape test_faults test_agents_at_once test_changed_prompts test_secrets test_files test_vectors
-the file alone serves; two copies do not meet: cli test_copied_alone test_two_copies_in_one_process
-the protocol as JSON Schema: cli test_protocol; wire test_the_protocol_is_that_of_the_contract
+the file alone serves; two copies do not meet: cli test_copied_alone
+the protocol as JSON Schema: wire test_the_protocol_is_that_of_the_contract
 """
 PYTHON = """
 start, stop, what is left: python_api test_start_and_stop test_stop_leaves_nothing_of_a_busy_server

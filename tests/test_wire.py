@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from commandline import Main
 from wire import JSON, SCHEMA
 
 import memws
@@ -214,8 +215,9 @@ progress"""
 LISTED_REASONS = "done cancelled superseded interrupted max_steps budget repeated_call"
 
 
-def test_the_protocol_is_that_of_the_contract() -> None:
-    """Commands, types and stop reasons are exactly the contract's, and a valid JSON Schema describes each of them."""
+def test_the_protocol_is_that_of_the_contract(main: Main) -> None:
+    """Commands, types and stop reasons are exactly the contract's; `protocol` prints a JSON Schema of each of them."""
+    assert json.loads(main("protocol").stdout) == SCHEMA
     assert sorted(COMMANDS) == sorted(LISTED_COMMANDS.split())
     assert sorted(memws.EVENTS) == sorted(LISTED_TYPES.split())
     assert memws.CLASSIC_TYPES == ("internal_monologue", "assistant_message", "function_message")
