@@ -47,7 +47,8 @@ no frame over 1 MiB; replies are cut at 100,000 characters: server test_a_long_r
   test_an_event_is_its_frame; agent test_a_reply_without_end_is_cut
 pages and too_large: server test_lists_hold_what_a_frame_can_hold test_an_answer_over_a_frame_is_too_large
   test_get_context_and_get_request_page_their_messages
-requests are taken up in order, compact beside them: server test_answers_come_in_the_order_sent test_compact; embeddings
+requests are taken up in order, compact beside them: server test_a_flood_is_answered_and_others_are_served_in_between
+  test_compact; embeddings
   test_a_search_waits_beside_its_session
 id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused
 agent_name, agent_id: server test_naming_an_agent_does_not_switch test_without_an_agent_nothing_is_current

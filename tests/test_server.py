@@ -4,8 +4,8 @@ import asyncio
 import json
 import threading
 import unicodedata
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -14,7 +14,8 @@ import openai  # noqa: F401 (half a second, once, and not in the turn of some te
 import pytest
 from agents import packed, results
 from endpoint import Endpoint, Reply, say
-from wire import JSON, LIMIT, Wire, bare, beside, is_terminal, messages_of, of_kind, seqs, shape, wire
+from test_wire import needed
+from wire import JSON, LIMIT, Wire, bare, beside, is_terminal, message_pages, messages_of, of_kind, seqs, shape, wire
 
 import memws
 
@@ -179,51 +180,40 @@ async def test_bad_configs_change_nothing(server: Server) -> None:
         for code, configs in (("bad_config", BAD_CONFIGS), ("block_limit", OVER_LIMIT)):
             for config in configs:
                 error = await client.refused("create_agent", config=config)
-                assert error["code"] == code, config
-                assert next(iter(config)).removesuffix("s") in error["message"]
-        for other in list[Any]([None, [], "sam", 1]):
-            answer = await client.misread({"type": "command", "command": "create_agent", "id": 1, "config": other})
-            assert (answer["code"], answer["id"], "config" in answer["message"]) == ("bad_field", 1, True)
+                assert (error["code"], next(iter(config)).removesuffix("s") in error["message"]) == (code, True), config
         assert (await client.ok("list_agents"))["total"] == 0
 
 
-AGENT_COMMANDS: list[tuple[str, JSON]] = [
-    ("get_agent", {}), ("update_agent", {"config": {}}), ("rename_agent", {"new_name": "b"}), ("delete_agent", {}),
-    ("get_messages", {}), ("search_memory", {"query": "tea"}), ("get_context", {}), ("cancel", {}), ("wake", {}),
-    ("get_request", {"turn_id": "t", "step": 1}), ("set_block", {"label": "human", "value": "x"}), ("compact", {}),
-    ("insert_passage", {"text": "x"}), ("delete_passage", {"passage_id": 1}), ("subscribe", {}), ("unsubscribe", {}),
-]  # fmt: skip
+OF_NO_AGENT = {"user_message", "hello", "list_agents", "create_agent", "load_agent", "restore_agent"}
+OF_AN_AGENT = sorted(memws.known_commands().keys() - OF_NO_AGENT)
 
 
 async def test_an_unknown_agent_is_told_with_the_nearest(server: Server) -> None:
     """The refusal of an unknown name lists the ten nearest and the count, and the current agent stays."""
     async with wire(server) as client:
-        error = await client.refused("load_agent", name="sam")
-        assert (error["code"], "there are none yet" in error["message"]) == ("unknown_agent", True)
+        assert "there are none yet" in (await client.refused("load_agent", name="sam"))["message"]
         for number in range(12):
             await client.ok("create_agent", config={"name": f"agent-{number:02}"})
         error = await client.refused("load_agent", name="agent-05x")
-        assert error["code"] == "unknown_agent"
-        assert "12 known: 'agent-05'" in error["message"]
+        assert (error["code"], "12 known: 'agent-05'" in error["message"]) == ("unknown_agent", True)
         assert error["message"].count("'agent-") == 11
         assert (await client.ok("get_agent"))["agent_name"] == "agent-11"
-        for command, more in AGENT_COMMANDS:
-            assert (await client.refused(command, agent_name="nobody", **more))["code"] == "unknown_agent"
 
 
-async def test_without_an_agent_nothing_is_current(client: Wire, server: Server) -> None:
-    """A connection that has created and loaded nothing has no agent, whatever other connections have."""
+@pytest.mark.parametrize("named", [{}, {"agent_name": None}, {"agent_name": "nobody"}])
+async def test_without_an_agent_nothing_is_current(client: Wire, server: Server, named: JSON) -> None:
+    """A connection that has created and loaded nothing has no agent, whatever others have; nor has an unknown name."""
+    code = "unknown_agent" if named.get("agent_name") else "no_agent"
     async with wire(server) as other:
-        for command, more in AGENT_COMMANDS:
-            for name in ({}, {"agent_name": None}):
-                assert (await other.refused(command, **name, **more))["code"] == "no_agent"
-        (refusal,) = await other.turn("hi", turn_id="t")
-        assert (refusal["type"], refusal["code"], refusal["turn_id"]) == ("agent_response_error", "no_agent", "t")
+        for command in OF_AN_AGENT:
+            assert (await other.refused(command, **needed(command), **named))["code"] == code
+        (refusal,) = await other.turn("hi", turn_id="t", **named)
+        assert (refusal["type"], refusal["code"], refusal["turn_id"]) == ("agent_response_error", code, "t")
 
 
 @on_both
 async def test_naming_an_agent_does_not_switch(client: Wire) -> None:
-    """Loading an agent, by either field, switches to it, naming one does not; agent_id must be a text that agrees."""
+    """Loading an agent, by either field, switches to it, naming one does not; agent_id must agree with agent_name."""
     await client.ok("create_agent", config={"name": "ada"})
     await client.ok("load_agent", agent_name="sam")
     assert (await client.ok("get_agent"))["agent_name"] == "sam"
@@ -231,7 +221,6 @@ async def test_naming_an_agent_does_not_switch(client: Wire) -> None:
     assert (await client.misread({"type": "command", "command": "load_agent"}))["code"] == "missing_field"
     expected = {"agent_name": "sam", "model": "offline", "last_seq": 0, "repaired": [], "warnings": []}
     assert await client.ok("load_agent", name="sam") == expected
-    assert (await client.ok("get_agent", agent_name="ada"))["agent_name"] == "ada"
     for fields, name in (
         ({"agent_name": "ada"}, "ada"), ({"agent_id": "ada"}, "ada"), ({"agent_name": None}, "sam"), ({}, "sam"),
         ({"agent_id": "ada", "agent_name": None}, "ada"), ({"agent_id": None}, "sam"),
@@ -240,35 +229,31 @@ async def test_naming_an_agent_does_not_switch(client: Wire) -> None:
         assert {frame["agent_name"] for frame in await client.until(is_terminal)} == {name}
         await client.send_raw({"type": "command", "command": "get_agent", **fields})
         assert (await client.receive())["result"]["agent_name"] == name
-    for fields in ({"agent_id": "ada", "agent_name": "sam"}, {"agent_id": 5}, {"agent_id": ["ada"]}):
-        for head in ({"type": "user_message", "message": "hi"}, {"type": "command", "command": "get_agent"}):
-            assert (await client.misread(head | fields))["code"] == "bad_field"
+    for head in ({"type": "user_message", "message": "hi"}, {"type": "command", "command": "get_agent"}):
+        assert (await client.misread(head | {"agent_id": "ada", "agent_name": "sam"}))["code"] == "bad_field"
 
 
 async def test_hello_and_the_message_types(server: Server) -> None:
     """hello tells what the server is; each list of message types replaces the one before; unknown ones are told."""
-    async with wire(server) as client:
+    async with wire(server, agent={}) as client:
         told = await client.ok("hello")
         assert (told["version"], told["protocol"], told["model"]) == (memws.__version__, 1, "offline")
         assert (told["offline"], told["unknown"], "offline" in told["models"]) == (True, [], True)
         assert set(told["commands"]) == memws.known_commands().keys() - {"user_message"}
         assert told["message_types"] == list(memws.EVENTS)
         assert told["limits"]["max_frame"] == 1024 * 1024
-        await client.ok("create_agent", config={})
-
-        async def kinds() -> set[str | None]:
-            return {frame.get("message_type") for frame in await client.turn("My name is Ada")}
-
-        assert await kinds() <= {None, *memws.CLASSIC_TYPES}
-        await client.ok("hello", message_types=["tool_call", "tool_return"])
-        assert await kinds() == {None, "tool_call", "tool_return"}
-        assert (await client.ok("hello", message_types=["user_message", "smell"]))["unknown"] == ["smell"]
-        await client.ok("hello")
-        assert await kinds() == {None, "user_message"}
-        await client.ok("hello", message_types=[])
-        assert await kinds() == {None}
-        await client.ok("hello", message_types=["*", "smell"])
-        assert await kinds() >= {None, *memws.CLASSIC_TYPES, "user_message", "tool_call", "tool_return", "context"}
+        calls, said, classic = {"tool_call", "tool_return"}, {"user_message"}, {*memws.CLASSIC_TYPES}
+        for asks, unknown, least, most in (
+            ({}, [], {"assistant_message"}, classic),
+            ({"message_types": [*calls]}, [], calls, calls),
+            ({"message_types": [*said, "smell"]}, ["smell"], said, said),
+            ({}, [], said, said),
+            ({"message_types": []}, [], set[str](), set[str]()),
+            ({"message_types": ["*", "smell"]}, ["smell"], {*classic, *calls, *said, "context"}, {*memws.EVENTS}),
+        ):
+            assert (await client.ok("hello", **asks))["unknown"] == unknown
+            kinds = {frame["message_type"] for frame in await client.turn("My name is Ada") if "message_type" in frame}
+            assert least <= kinds <= most
 
 
 async def test_hello_counts_what_each_model_needed(client: Wire, endpoint: Endpoint) -> None:
@@ -441,11 +426,7 @@ async def test_get_messages_pages_backwards(client: Wire) -> None:
     messages = whole["messages"]
     assert (len(messages), whole["more"]) == (whole["total"], False)
     assert [message["id"] for message in messages] == list(range(1, whole["total"] + 1))
-    pages, before, more = list[JSON](), None, True
-    while more:
-        page = await client.ok("get_messages", limit=2, before=before)
-        pages[:0], before, more = page["messages"], page["messages"][0]["id"], page["more"]
-    assert pages == messages
+    assert [message for page in await message_pages(client, limit=2) for message in page] == messages
     assert (await client.ok("get_messages", before=1))["messages"] == []
     keys = ("text", "turn_id", "step", "seq")  # a message has the seq of the last event that was stored with it
     said = [tuple(message[key] for key in keys) for message in messages if message["role"] == "user"]
@@ -483,10 +464,6 @@ async def test_a_message_says_who_speaks(server: Server, endpoint: Endpoint) -> 
             again = (await client.turn("Mine", turn_id="t", **({"from": name} if name else {})))[-1]
             assert again["code"] == "turn_id_reused"
         assert (await client.turn("Mine", turn_id="t", **{"from": "Ada"}))[-1]["stop_reason"] == "done"
-        for wrong in ("", "x" * 65, 5, ["Ada"]):
-            error = await client.misread({"type": "user_message", "message": "hi", "from": wrong})
-            assert (error["code"], "from" in error["message"]) == ("bad_field", True)
-        assert (await client.turn("hi", **{"from": "x" * 64}))[-1]["stop_reason"] == "done"
 
 
 @on_both
@@ -521,7 +498,7 @@ async def test_search_memory(client: Wire) -> None:
         days = [str(local + timedelta(days=days)) for days in (-1, 0, 1)]
         assert [bool((await search(**{"from": day, "to": day}))["total"]) for day in days] == [False, True, False]
         assert [bool((await search(query=day))["total"]) for day in days] == [True, True, False]  # and the day after
-    for wrong in ({"from": "today"}, {"to": "2026-02-30"}, {"store": "core"}, {"limit": 51}, {"page": 0}):
+    for wrong in ({"from": "today"}, {"to": "2026-02-30"}):
         answer = await client.misread({"type": "command", "command": "search_memory", "query": "x", **wrong})
         assert (answer["code"], next(iter(wrong)) in answer["message"]) == ("bad_field", True)
     assert (await client.ok("search_memory", query="zebra"))["items"] == []
@@ -644,53 +621,42 @@ async def test_timed_heartbeats(server: Server, endpoint: Endpoint, monkeypatch:
         assert timer is None or timer.cancelled()  # it rests until a user speaks
 
 
+ANSWERED: list[tuple[JSON, list[str]]] = [  # a request, and the frames that carry its id
+    ({"type": "command", "command": "create_agent", "config": {}}, ["command_response"]),
+    ({"type": "command", "command": "sudo"}, ["server_error"]),
+    ({"type": "user_message", "message": "hi"}, ["agent_response_start", "agent_response_end"]),
+    ({"type": "user_message", "message": "hi", "agent_name": "nobody"}, ["agent_response_error"]),
+    ({"type": "command", "command": "load_agent", "name": "nobody"}, ["command_response"]),
+]
+
+
 @pytest.mark.parametrize("request_id", ["", "x" * 128, "\u20ac" * 128, 0, -(2**53), 2**53, None])
 async def test_an_id_is_on_answers_starts_terminals_and_refusals(server: Server, request_id: Any) -> None:
     """An id comes back as it was sent on everything that answers its request, and on nothing else; null is none."""
     async with wire(server, "*") as client:
-
-        def marks(frames: list[JSON]) -> list[Any]:
-            return [(frame["type"], frame["id"]) for frame in frames if "id" in frame]
-
-        def expected(*kinds: str) -> list[Any]:
-            return [] if request_id is None else [(kind, request_id) for kind in kinds]
-
-        await client.send(type="command", command="create_agent", config={}, id=request_id)
-        assert marks([await client.receive()]) == expected("command_response")
-        answer = await client.misread({"type": "command", "command": "sudo", "id": request_id})
-        assert marks([answer]) == expected("server_error")
-        await client.say("hi", id=request_id)
-        assert marks(await client.until(is_terminal)) == expected("agent_response_start", "agent_response_end")
-        await client.say("hi", agent_name="nobody", id=request_id)
-        assert marks([await client.receive()]) == expected("agent_response_error")
-        await client.send(type="command", command="load_agent", name="nobody", id=request_id)
-        assert marks([await client.receive()]) == expected("command_response")
-        for frame in ("", "{", "[]"):
-            assert (await client.misread(frame))["id"] is None
-
-
-async def test_answers_come_in_the_order_sent(server: Server) -> None:
-    """Commands, messages that are refused, and frames that are no requests are all answered in the order sent."""
-    async with wire(server) as client:
-        sent: list[JSON] = [{"command": "create_agent", "config": {}, "colour": "red"}, {"command": "sudo"}]
-        sent += [{"type": "user_message", "message": "hi", "agent_name": "nobody"}, {"command": "get_context"}]
-        sent += [{"command": "insert_passage", "text": "x"}, {"command": "set_block", "label": "human"}]
-        sent += [{"command": "cancel"}, {"command": "delete_agent"}, {"type": "user_message", "message": "hi"}]
-        sent += [{"command": "list_agents"}]
-        for number, frame in enumerate(sent):
-            await client.send_raw({"type": "command", **frame, "id": number})
-        answers = [await client.receive() for _ in sent]
-        assert [answer["id"] for answer in answers] == list(range(len(sent)))
-        assert answers[-1]["result"]["total"] == 0
+        for request, kinds in ANSWERED:
+            await client.send_raw(request | {"id": request_id})
+            frames = await client.until(lambda frame, last=kinds[-1]: frame["type"] == last)  # type: ignore[misc]
+            marks = [(frame["type"], frame["id"]) for frame in frames if "id" in frame]
+            assert marks == [(kind, request_id) for kind in kinds if request_id is not None]
+        for text in ("", "{", "[]"):
+            assert (await client.misread(text))["id"] is None
 
 
 async def test_a_flood_is_answered_and_others_are_served_in_between(server: Server) -> None:
-    """Thousands of requests sent at once are all answered in order, and another client gets its answers meanwhile."""
+    """Commands, refused messages and what is no request, thousands sent at once, are answered in the order sent, and
+    another client gets its answers meanwhile."""
+    sent: list[JSON] = [{"command": "create_agent", "config": {}, "colour": "red"}, {"command": "sudo"}]
+    sent += [{"type": "user_message", "message": "hi", "agent_name": "nobody"}, {"command": "get_context"}]
+    sent += [{"command": "insert_passage", "text": "x"}, {"command": "set_block", "label": "human"}]
+    sent += [{"command": "cancel"}, {"command": "delete_agent"}, {"type": "user_message", "message": "hi"}]
+    sent += [{"command": "hello"}] * 2_000
     async with wire(server) as client, wire(server, agent={}) as other:
-        for number in range(2_000):
-            await client.send_raw({"type": "command", "command": "hello", "id": number})
+        for number, frame in enumerate(sent):
+            await client.send_raw({"type": "command", **frame, "id": number})
         assert (await other.turn("hi"))[-1]["stop_reason"] == "done"
-        assert [(await client.receive())["id"] for _ in range(2_000)] == list(range(2_000))
+        assert [(await client.receive())["id"] for _ in sent] == list(range(len(sent)))
+        assert (await client.ok("list_agents"))["total"] == 1
 
 
 async def test_frames_in_fragments_and_of_the_largest_size(client: Wire) -> None:
@@ -890,15 +856,14 @@ async def test_a_running_turn_sent_again(server: Server, endpoint: Endpoint, sub
     """A message sent again while it runs gets its frames so far and then the live ones, once each, to the newest id."""
     edit = ("core_memory_append", {"name": "human", "content": "x", "request_heartbeat": True})
     endpoint.script(Reply(calls=[edit]), HELD)
-    async with wire(server, *memws.CLASSIC_TYPES, "user_message") as client, wire(server) as other:
-        await client.ok("create_agent", config={"name": "sam"})
+    types = (*memws.CLASSIC_TYPES, "user_message")
+    async with wire(server, *types, agent={"name": "sam"}) as client, wire(server) as other:
         if subscribed:
             await other.ok("subscribe", agent_name="sam")
         await client.say("hi", turn_id="t", id="one")
         await asked(endpoint, 2)
         mine = await client.until(lambda frame: frame.get("message") == "Success: None")
-        refusal = (await other.turn("different", turn_id="t", agent_name="sam"))[-1]
-        assert refusal["code"] == "turn_id_reused"
+        assert (await other.turn("different", turn_id="t", agent_name="sam"))[-1]["code"] == "turn_id_reused"
         before = len(other.frames)
         await other.say("hi", turn_id="t", id="two", agent_name="sam")
         await client.say("hi", turn_id="t", id="three")
@@ -909,10 +874,9 @@ async def test_a_running_turn_sent_again(server: Server, endpoint: Endpoint, sub
         mine += await client.until(is_terminal)
         again = other.frames[before:]
         assert (again[0]["type"], again[0]["seq"]) == ("agent_response_start", 1)
-        for frames in (again, mine):
+        for frames, ids in ((again, ["two", "two"]), (mine, ["one", "three"])):
             assert seqs(frames) == sorted(set(seqs(frames)))
-        assert [again[0].get("id"), again[-1].get("id")] == ["two", "two"]
-        assert [mine[0].get("id"), mine[-1].get("id")] == ["one", "three"]
+            assert [frames[0].get("id"), frames[-1].get("id")] == ids
         assert (len(endpoint.requests), await messages_of(client, "sam")) == (2, ["hi"])
 
 
@@ -926,17 +890,24 @@ LEAVING: list[tuple[str, JSON, Any]] = [  # command, arguments, what is seen of 
 ]
 
 
+@contextmanager
+def locked(server: Server) -> Iterator[None]:
+    """Another program holds a lock while the block lasts: edits wait for it."""
+    with beside(server.options.db) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("UPDATE agents SET name = name")
+        yield
+        connection.execute("ROLLBACK")
+
+
 @on_both
 async def test_an_edit_that_waits_for_a_deletion_is_told_of_it(client: Wire, server: Server) -> None:
     async with wire(server) as other:
-        with beside(server.options.db) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # another program holds a lock: the deletion waits for it
-            connection.execute("UPDATE agents SET name = name")
+        with locked(server):
             await other.request("delete_agent", agent_name="sam")
             await asyncio.wait_for(await other.websocket.ping(), LIMIT)
             await client.request("insert_passage", text="tea")
             await asyncio.wait_for(await client.websocket.ping(), LIMIT)
-            connection.execute("ROLLBACK")
         assert (await client.receive())["error"]["code"] == "unknown_agent"
 
 
@@ -950,9 +921,7 @@ async def test_a_command_of_a_client_that_leaves_is_done_wholly(
         await client.turn(f"{number} " + "long story " * 100)
     last = (await client.ok("subscribe"))["last_seq"]
     async with wire(server) as leaving:
-        with beside(server.options.db) as connection:
-            connection.execute("BEGIN IMMEDIATE")  # another program holds a lock: the command waits for it
-            connection.execute("UPDATE agents SET name = name")
+        with locked(server):
             await leaving.send(type="command", command=command, agent_name="sam", **more)
             await asyncio.wait_for(await leaving.websocket.ping(), LIMIT)
             for _ in range(20):
@@ -960,7 +929,6 @@ async def test_a_command_of_a_client_that_leaves_is_done_wholly(
             leaving.websocket.transport.abort()
             await leaving.closed()
             await client.ok("hello")
-            connection.execute("ROLLBACK")
     if command != "compact":
         event = await client.receive()
         assert (event["seq"], event["message_type"] in ("memory_change", "agent_change")) == (last + 1, True)
@@ -1058,13 +1026,9 @@ async def test_lists_hold_what_a_frame_can_hold(online: Serve, endpoint: Endpoin
     async with wire(server, agent={}) as client:
         for number in range(20):
             await client.turn(f"{number}" + "\u20ac" * 20_000, turn_id=f"t{number}")
-        seen, before, pages = 0, None, 0
-        while True:
-            page = await client.ok("get_messages", limit=200, before=before)
-            seen, pages, before = seen + len(page["messages"]), pages + 1, page["messages"][0]["id"]
-            if not page["more"]:
-                break
-        assert (seen, pages > 1) == (page["total"], True)
+        pages = await message_pages(client, limit=200)
+        assert len(pages) > 1
+        assert sum(map(len, pages)) == (await client.ok("get_messages"))["total"]
         found = await client.ok("search_memory", query="", limit=50)
         assert (found["more"], 0 < len(found["items"]) < 50) == (True, True)
         context = await client.ok("get_context")

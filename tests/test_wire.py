@@ -100,7 +100,10 @@ def test_a_refusal_says_what_fits() -> None:
     """The sentence names the values or the bounds that a field has."""
     for kind, name, words in (
         ("user_message", "when_busy", "one of 'queue', 'reject', 'interrupt'"), ("hello", "message_types", "a list "),
-        ("user_message", "message", "a string from 0 to "), ("list_agents", "limit", "an integer from 1 to "),
+        ("user_message", "message", "a string from 0 to "), ("user_message", "from", "a string from 1 to 64 characters"),
+        ("list_agents", "limit", "an integer from 1 to 100,"), ("search_memory", "limit", "an integer from 1 to 50,"),
+        ("search_memory", "page", "an integer from 1 to "), ("create_agent", "config", "an object,"),
+        ("search_memory", "store", "one of 'all', 'recall', 'archival',"),
     ):  # fmt: skip
         told = refused(json.dumps(frame_of(kind, **needed(kind)) | {name: -1}))["message"]
         assert told.startswith(f"{name}: expected {words}"), told

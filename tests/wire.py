@@ -235,13 +235,19 @@ async def events_of(client: Wire, name: str = "sam") -> list[JSON]:
     return frames
 
 
-async def messages_of(client: Wire, name: str) -> list[str]:
-    """What an agent's users have said, oldest first."""
-    texts: list[str] = []
+async def message_pages(client: Wire, **fields: Any) -> list[list[JSON]]:
+    """All messages of an agent, oldest first, in the pages that get_messages gives."""
+    pages: list[list[JSON]] = []
     before = None
     while True:
-        page = await client.ok("get_messages", agent_name=name, limit=200, before=before)
-        texts[:0] = [message["text"] for message in page["messages"] if message["role"] == "user"]
+        page = await client.ok("get_messages", before=before, **fields)
+        pages.insert(0, page["messages"])
         if not page["more"]:
-            return texts
+            return pages
         before = page["messages"][0]["id"]
+
+
+async def messages_of(client: Wire, name: str) -> list[str]:
+    """What an agent's users have said, oldest first."""
+    pages = await message_pages(client, agent_name=name, limit=200)
+    return [message["text"] for page in pages for message in page if message["role"] == "user"]
