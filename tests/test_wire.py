@@ -103,7 +103,7 @@ def test_a_refusal_says_what_fits() -> None:
         ("user_message", "message", "a string from 0 to "), ("user_message", "from", "a string from 1 to 64 characters"),
         ("list_agents", "limit", "an integer from 1 to 100,"), ("search_memory", "limit", "an integer from 1 to 50,"),
         ("search_memory", "page", "an integer from 1 to "), ("create_agent", "config", "an object,"),
-        ("search_memory", "store", "one of 'all', 'recall', 'archival',"),
+        ("search_memory", "store", "one of 'all', 'recall', 'archival', but"),
     ):  # fmt: skip
         told = refused(json.dumps(frame_of(kind, **needed(kind)) | {name: -1}))["message"]
         assert told.startswith(f"{name}: expected {words}"), told
