@@ -34,7 +34,7 @@ first_message, no_verify: agent test_a_first_message_has_to_be_sent
 blocking calls from any thread, before start, not on the own loop: python_api test_blocking_calls_work_before_start
   test_blocking_calls_work_from_any_thread test_blocking_calls_are_refused_on_the_servers_own_loop
 a cell that runs again, reload, a held port: python_api test_a_cell_that_runs_again_takes_over
-  test_a_reloaded_module_takes_over test_what_is_held_is_named
+  test_what_is_held_is_named
 server.tool: tools test_the_decorator_registers_and_replaces test_tools_in_a_turn
 Client, connect: client test_ask test_blocking test_reconnect_resumes
 memory_index: memory test_positions_are_the_turns test_any_turns_are_indexed

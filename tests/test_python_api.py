@@ -173,8 +173,7 @@ async def test_run_step_gives_the_turns_events(serve: Serve) -> None:
     server = serve()
     agent = server.create_new_agent({"name": "sam"})
     assert (agent.name, server.agent, server.agent_name) == ("sam", agent, "sam")
-    async with wire(server) as client:
-        await client.ok("hello", message_types=["*"])
+    async with wire(server, "*") as client:
         await client.ok("subscribe", agent_name="sam")
         events = await asyncio.to_thread(server.run_step, "My name is Ada")
         assert events == [frame for frame in await client.until(is_terminal) if "seq" in frame]
@@ -182,7 +181,24 @@ async def test_run_step_gives_the_turns_events(serve: Serve) -> None:
     assert (events[-1]["type"], events[-1]["stop_reason"], len(said(events))) == ("agent_response_end", "done", 1)
 
 
-async def test_blocking_calls_work_before_start(make: Serve) -> None:
+@contextlib.asynccontextmanager
+async def running(server: Server, form: str = "start_server") -> AsyncIterator["asyncio.Task[None]"]:
+    """start_server on this loop, or the thread form, cancelled or stopped at the end unless it has ended."""
+    task = asyncio.create_task(server.start_server() if form == "start_server" else asyncio.to_thread(server.start))
+    try:
+        async with asyncio.timeout(LIMIT):
+            while not server._listeners and not task.done():  # noqa: ASYNC110 (the server has no event for it)
+                await asyncio.sleep(0)
+        if task.done():
+            task.result()
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.mark.parametrize("form", ["start", "start_server"])
+def test_blocking_calls_work_before_start(make: Serve, form: str) -> None:
     """Agents are made, loaded and talked to before start, on a loop that does not listen, and are there after it."""
     server = make()
     server.create_new_agent({"name": "sam"})
@@ -190,10 +206,13 @@ async def test_blocking_calls_work_before_start(make: Serve) -> None:
     server.load_agent("sam")
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", server.port or 1), timeout=LIMIT)
-    server.start()
-    async with wire(server) as client:
-        assert (await client.ok("load_agent", name="sam"))["last_seq"] == first[-1]["seq"]
-    assert server.run_step("again")[0]["seq"] == first[-1]["seq"] + 1
+
+    async def go_on() -> None:
+        async with running(server, form), wire(server) as client:
+            assert (await client.ok("load_agent", name="sam"))["last_seq"] == first[-1]["seq"]
+            assert (await asyncio.to_thread(server.run_step, "again"))[0]["seq"] == first[-1]["seq"] + 1
+
+    asyncio.run(go_on())
 
 
 def test_blocking_calls_work_from_any_thread(online: Serve, endpoint: Endpoint) -> None:
@@ -290,59 +309,34 @@ def test_only_python_names_an_endpoint(serve: Serve, endpoint: Endpoint, tmp_pat
     assert "secret-key" not in endpoint.headers[-1]["authorization"]
 
 
-@pytest.mark.parametrize("blocking", [False, True])
-async def test_a_cell_that_runs_again_takes_over(make: Serve, port: int, blocking: bool) -> None:
-    """A new object for the same address, at its first call, stops the old server; clients find the same agents."""
-    first = make(port=port).start()
+@pytest.mark.parametrize("way", ["start", "a blocking call", "a reload"])
+async def test_a_cell_that_runs_again_takes_over(
+    make: Serve, port: int, way: str, monkeypatch: Patch, tmp_path: Path
+) -> None:
+    """A new object for the same address, also after importlib.reload, at its first call, stops the old server; clients
+    find the same agents."""
+    shutil.copy(MODULE, tmp_path / "memws_reloaded.py")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("memws_reloaded") if way == "a reload" else memws
+    first = make(module, port=port).start()
     first.create_new_agent({"name": "sam"})
     async with wire(first) as client:
         await client.ok("load_agent", name="sam")
-        second = make(port=port, max_steps=3)
-        if blocking:
+        if way == "a reload":
+            importlib.reload(module)
+        second = make(module, port=port, max_steps=3)
+        if way == "a blocking call":
             await asyncio.to_thread(second.load_agent, "sam")
             assert second.run_step("hi")[-1]["stop_reason"] == "done"
         await asyncio.to_thread(second.start)
         assert await client.closed() == 1001
-    assert second.port == port
+    assert (second.port, type(second) is type(first)) == (port, way != "a reload")
     assert [thread.name for thread in threading.enumerate()].count("memws") == 1
     first.stop()
     async with wire(second) as client:
         assert (await client.ok("get_agent", agent_name="sam"))["settings"]["max_steps"] == 3
     second.stop()
     assert is_free(port)
-
-
-async def test_a_reloaded_module_takes_over(make: Serve, port: int, monkeypatch: Patch, tmp_path: Path) -> None:
-    """After importlib.reload a new object for the same address ends the old server and serves the same agents."""
-    shutil.copy(MODULE, tmp_path / "memws_reloaded.py")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    module = importlib.import_module("memws_reloaded")
-    first = make(module, port=port).start()
-    first.create_new_agent({"name": "sam"})
-    importlib.reload(module)
-    second = make(module, port=port).start()
-    assert [thread.name for thread in threading.enumerate()].count("memws") == 1
-    assert type(second) is not type(first)
-    assert second.load_agent("sam").name == "sam"
-    first.stop()
-    async with wire(second) as client:
-        assert (await client.ok("list_agents"))["total"] == 1
-
-
-@contextlib.asynccontextmanager
-async def running(server: Server) -> AsyncIterator["asyncio.Task[None]"]:
-    """start_server on this loop, cancelled at the end unless it has ended."""
-    task = asyncio.create_task(server.start_server())
-    try:
-        async with asyncio.timeout(LIMIT):
-            while not server._listeners and not task.done():  # noqa: ASYNC110 (the server has no event for it)
-                await asyncio.sleep(0)
-        if task.done():
-            task.result()
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
 
 
 async def test_start_server_serves_until_cancelled(make: Serve, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,26 +356,16 @@ async def test_start_server_serves_until_cancelled(make: Serve, capsys: pytest.C
         assert (asyncio.all_tasks(), is_free(port)) == (tasks, True)
 
 
-@pytest.mark.parametrize("initialized", [False, True])
-def test_what_came_before_start_server(make: Serve, capsys: pytest.CaptureFixture[str], initialized: bool) -> None:
-    """What blocking calls made is served by start_server, on the port that initialize_server has bound and told."""
+def test_what_came_before_start_server(make: Serve, capsys: pytest.CaptureFixture[str]) -> None:
+    """start_server serves on the port that initialize_server has bound and told."""
     server = make()
-    if initialized:
-        server.initialize_server()
-        assert f"listening on ws://127.0.0.1:{server.port}\n" in capsys.readouterr().out
-    else:
-        server.create_new_agent({"name": "sam"})
-        server.run_step("before")
+    server.initialize_server()
     port = server.port
+    assert f"listening on ws://127.0.0.1:{port}\n" in capsys.readouterr().out
 
     async def serve_on() -> None:
-        async with running(server), wire(server) as client:
-            assert not initialized or server.port == port
-            assert (await client.ok("list_agents"))["total"] == 1 - initialized
-            await client.ok("create_agent", config={})
-            assert (await client.turn("hi"))[-1]["stop_reason"] == "done"
-            if not initialized:
-                assert (await asyncio.to_thread(server.run_step, "from a thread"))[-1]["stop_reason"] == "done"
+        async with running(server), wire(server, agent={}) as client:
+            assert ((await client.turn("hi"))[-1]["stop_reason"], server.port) == ("done", port)
 
     asyncio.run(serve_on())
     assert is_free(port)

@@ -100,7 +100,7 @@ def test_a_refusal_says_what_fits() -> None:
     """The sentence names the values or the bounds that a field has."""
     for kind, name, words in (
         ("user_message", "when_busy", "one of 'queue', 'reject', 'interrupt'"), ("hello", "message_types", "a list "),
-        ("user_message", "message", "a string from 0 to "), ("user_message", "from", "a string from 1 to 64 characters"),
+        ("user_message", "message", "a string from 0 to "), ("user_message", "from", "a string from 1 to 64 "),
         ("list_agents", "limit", "an integer from 1 to 100,"), ("search_memory", "limit", "an integer from 1 to 50,"),
         ("search_memory", "page", "an integer from 1 to "), ("create_agent", "config", "an object,"),
         ("search_memory", "store", "one of 'all', 'recall', 'archival', but"),
