@@ -1443,8 +1443,6 @@ _POSTGRES_SCHEMA = {  # what the schema says otherwise there; times and names ar
     "BLOB": "BYTEA",
     "TEXT": 'TEXT COLLATE "C"',
 }
-
-
 _POSTGRES_BEGIN = {"BEGIN IMMEDIATE": "BEGIN", "BEGIN": "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"}
 
 
@@ -1621,10 +1619,10 @@ def store_error(error: Exception) -> MemwsError:
     return StoreFailed(f"the database refused: {error}")
 
 
-def insert(db: SqlConnection, table: str, **values: Any) -> None:
-    """Store a row; objects and lists as JSON."""
+def insert(db: SqlConnection, table: str, ending: str = "", /, **values: Any) -> Any:
+    """Store a row, objects and lists as JSON; what `ending` is to return."""
     row = [encode_json(value) if isinstance(value, (dict, list)) else value for value in values.values()]
-    db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))})", row)
+    return db.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(row))}) {ending}", row)
 
 
 def insert_all(db: SqlConnection, table: str, rows: Sequence[tuple[object, ...]]) -> None:
@@ -2018,12 +2016,13 @@ def claim(db: SqlConnection, name: str) -> int:
     return int(last_seq)
 
 
-def name_agent(db: SqlConnection, agent: int, name: str, least: int = 0) -> int:
-    """Give an agent, live or deleted, the name; its last seq there, at least so much. Raises Refused (name_taken)."""
+def name_agent(db: SqlConnection, agent: int, name: str, least: int = 0) -> AgentRecord:
+    """Give an agent, live or deleted, the name; its last seq is at least so much. Raises Refused (name_taken)."""
     sql = """UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END
-        WHERE id = ? RETURNING last_seq"""
+        WHERE id = ?"""
     last_seq = max(claim(db, name), least)
-    return int(db.execute(sql, (name, last_seq, last_seq, agent)).fetchone()[0])
+    db.execute(sql, (name, last_seq, last_seq, agent))
+    return find_agent(db, name)
 
 
 def _leave_name(db: SqlConnection, agent: int) -> None:
@@ -2033,18 +2032,19 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
     db.execute(sql, (agent,))
 
 
-def create_agent(db: SqlConnection, record: AgentRecord) -> AgentRecord:
-    """A new agent; its last seq is at least that of its name. Raises Refused (name_taken)."""
-    row = vars(record) | {"last_seq": max(record.last_seq, claim(db, record.name))}
+def create_agent(db: SqlConnection, record: AgentRecord, is_copy: bool = False) -> AgentRecord:
+    """A new agent, its last seq at least that of its name; a copy is to get the name later. Raises Refused
+    (name_taken)."""
+    record = replace(record, last_seq=max(record.last_seq, claim(db, record.name)))
+    row = vars(record) | ({"name": "", "deleted": ""} if is_copy else {})
     del row["id"]
-    insert(db, "agents", **row)
-    return find_agent(db, record.name)
+    return replace(record, id=insert(db, "agents", "RETURNING id", **row).fetchone()[0])
 
 
 def rename_agent(db: SqlConnection, agent: int, name: str, owner: str | None) -> tuple[list[StoredEvent], int]:
     """Give the agent another name; the event of it, stored, and its last seq. Raises Refused (name_taken)."""
     event = response("agent_change", f"the agent is now {name!r}", change="renamed", new_name=name)
-    return commit(db, agent, Changes([event]), owner), name_agent(db, agent, name)
+    return commit(db, agent, Changes([event]), owner), name_agent(db, agent, name).last_seq
 
 
 def delete_agent(
@@ -2074,8 +2074,7 @@ def restore_agent(db: SqlConnection, name: str, new_name: str | None) -> AgentRe
     agent = find_agent(db, name, deleted=True)
     if new_name not in (None, agent.name):
         _leave_name(db, agent.id)
-    name_agent(db, agent.id, new_name or agent.name)
-    return find_agent(db, new_name or agent.name)
+    return name_agent(db, agent.id, new_name or agent.name)
 
 
 class MemoryIndex:
@@ -2326,13 +2325,6 @@ def read_database(path: str) -> Iterator[SqlConnection]:
             yield connection
 
 
-def backup_database(path: str, target: str) -> None:
-    """Copy a database into an empty file, as of one moment, also while a server writes. Raises UsageError."""
-    advice = "name another file for the copy"
-    with read_database(path), usable(target, advice), contextlib.closing(Sqlite(path)) as database:
-        database.connect().execute("VACUUM INTO ?", (target,))
-
-
 def vacuum_database(path: str, keep_requests: float) -> int:
     """Give back the space of what was purged and of exact requests older than so many days; the bytes given back.
     Raises UsageError, also where a server uses the SQLite file; on PostgreSQL servers go on meanwhile."""
@@ -2557,13 +2549,6 @@ def find_turn_end(db: SqlConnection, record: AgentRecord, turn_id: str) -> Agent
     return replace(record, config=config, state=state, blocks=blocks, last_seq=seq)
 
 
-def begin_copy(db: SqlConnection, record: AgentRecord) -> int:
-    """The id of a copy that is to get the record's name. Raises Refused (name_taken)."""
-    copy = create_agent(db, record).id
-    db.execute("UPDATE agents SET name = '', deleted = '' WHERE id = ?", (copy,))
-    return copy
-
-
 def _put_back(db: SqlConnection, agent: int, copy: int, record: AgentRecord) -> None:
     """Undo in the copy what passages were deleted after the record's last seq, by what the events of it tell."""
     sql = "SELECT text FROM events WHERE agent = ? AND seq > ? AND kind = 'memory_change' AND text LIKE ?"
@@ -2577,10 +2562,6 @@ def _put_back(db: SqlConnection, agent: int, copy: int, record: AgentRecord) -> 
 
 def _fetch(db: SqlConnection, sql: str, *values: object) -> list[Any]:
     return db.execute(sql, values).fetchall()
-
-
-def _insert_postings(db: SqlConnection, postings: list[tuple[str, int]]) -> None:
-    db.executemany("INSERT INTO postings VALUES (?, ?)", postings)
 
 
 async def copy_steps(store: Store, agent: int, copy: int, record: AgentRecord) -> AsyncGenerator[Step, None]:
@@ -2610,7 +2591,7 @@ async def copy_steps(store: Store, agent: int, copy: int, record: AgentRecord) -
     postings = ((term, doc) for term in sorted(docs) for doc in docs[term])  # neighbours share a page
     total = sum(map(len, docs.values()))
     for first in range(1, total + 1, COPY_WORDS):
-        await store.write(_insert_postings, list(itertools.islice(postings, COPY_WORDS)))
+        await store.write(insert_all, "postings", list(itertools.islice(postings, COPY_WORDS)))
         yield "words", min(first + COPY_WORDS - 1, total), total
     await store.write(_put_back, agent, copy, record)
 
@@ -3845,13 +3826,11 @@ Rule = bool | Callable[[JSON], bool]  # whether a call, by its arguments, waits 
 
 
 @dataclass
-class Tool:
+class Tool(Function):
     """A function that a model may call."""
 
-    name: str
-    function: Function
-    spec: str  # the encoded entry of a request's tools
-    timeout: float  # seconds
+    spec: str = ""  # the encoded entry of a request's tools
+    timeout: float = TOOL_TIMEOUT  # seconds
     approve: Rule = False
 
 
@@ -3923,7 +3902,7 @@ def make_tool(call: Callable[..., Any], name: str = "", timeout: float = TOOL_TI
         parameters["properties"][REQUEST_HEARTBEAT] = schema_of(Annotated[bool, "run again right after this call"])
     about = {"name": function.name, "description": function.doc, "parameters": parameters}
     spec = clean_text(encode_json({"type": "function", "function": about}))
-    return Tool(function.name, function, spec, timeout, approve)
+    return Tool(**vars(function), spec=spec, timeout=timeout, approve=approve)
 
 
 def needs_approval(tool: Tool, arguments: JSON) -> bool:
@@ -3965,7 +3944,7 @@ async def call_tool(tool: Tool, arguments: JSON) -> str:
 
 
 async def _run_tool(tool: Tool, arguments: JSON) -> str:
-    call = functools.partial(tool.function.call, **arguments)
+    call = functools.partial(tool.call, **arguments)
     is_async = inspect.iscoroutinefunction(call)  # others may run their code as soon as they are called
     result = call() if is_async else await in_thread(f"memws-tool-{tool.name}", lambda: result_text(call()))
     while not isinstance(result, str):
@@ -4262,15 +4241,10 @@ def find_zone(name: str | None) -> datetime.tzinfo | None:
         raise Refused("bad_config", text) from None
 
 
-def date_range(start: str, end: str, zone: datetime.tzinfo | None) -> tuple[str, str]:
-    """(first time, time after the last), in UTC, of days or times from `start` to `end`. Raises InvalidRequest."""
-    return _moment(start, zone), _moment(end, zone, is_end=True) or "~"
-
-
-def _moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> str:
-    """The UTC time at which a day or time begins, or has ended; "" for an empty text."""
+def moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> str:
+    """The UTC time at which a day or time begins, or has ended; of an empty text all time. Raises InvalidRequest."""
     if not text.strip():
-        return ""
+        return "~" if is_end else ""
     try:
         when = datetime.datetime.fromisoformat(text.strip().replace("/", "-"))
         if is_end:
@@ -4351,7 +4325,8 @@ class MemoryTools(Transaction):
 
     async def conversation_search_date(self, start_date: _Day, end_date: _Day, page: int = 0) -> str:
         """List what the user and you said between two days, the newest first."""
-        return await self.search("recall", "", page, *date_range(start_date, end_date, self.memory.zone))
+        zone = self.memory.zone
+        return await self.search("recall", "", page, moment(start_date, zone), moment(end_date, zone, is_end=True))
 
     async def archival_memory_insert(self, content: str) -> None:
         """Keep a passage in archival memory, worded so that a search will find it."""
@@ -4548,10 +4523,6 @@ class Turn:
     steered: list[Turn] = field(default_factory=list)  # messages that enter this turn before its next step
     done: asyncio.Future[None] = field(default_factory=asyncio.Future)  # ends with it, or with why it will not be
     _task: asyncio.Task[Any] | None = None
-
-    @property
-    def replied(self) -> bool:  # or nobody waits for a reply
-        return not self.unanswered
 
     def stop(self, reason: str) -> None:
         """End the turn as soon as it can: at once where it waits for a model, a pause or a tool."""
@@ -4823,7 +4794,7 @@ class Agent:
         reply.final = True
         with contextlib.suppress(ModelError):
             self._read(turn)
-            if not turn.replied and reply.fault != "cut" and (reply.partial or not reply.calls):
+            if turn.unanswered and reply.fault != "cut" and (reply.partial or not reply.calls):
                 turn.error = error if reply.fault == "broken" else None
                 return
         raise error
@@ -4832,7 +4803,7 @@ class Agent:
         """Read the reply. Raises ModelError for one that says nothing, or only half of it, to a user who waits."""
         reply = turn.reply
         read_reply(reply, self.tools, self.tools.keys() - MEMORY_TOOLS)
-        if turn.replied or reply.partial:
+        if reply.partial or not turn.unanswered:
             return
         if not (reply.calls or reply.text) and (reply.fault == "length" or (reply.reasoning and not reply.fault)):
             text = "the model only thought and said nothing; raise max_tokens or lower reasoning_effort"
@@ -4938,7 +4909,7 @@ class Agent:
         calls, monologue = reply.calls.copy(), reply.monologue
         if reply.partial:
             calls.append(ToolCall(secrets.token_hex(5)[:9], "send_message", arguments={"message": reply.partial}))
-        elif reply.text and not (calls or turn.replied or turn.stop_reason):
+        elif reply.text and turn.unanswered and not (calls or turn.stop_reason):
             words, monologue = reply.text, reply.reasoning
             reply.corrections.append(("plain_text", "plain text was taken as the reply"))
         self._counts.update(list(dict(reply.corrections)))
@@ -4994,8 +4965,8 @@ class Agent:
             raise ToolError(call.problem)
         if (tool := self.tools.get(call.name)) is None:
             raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
-        arguments = tool.function.bind(call.arguments, lenient=True)
-        if surplus := without_heartbeat(call.arguments).keys() - tool.function.parameters["properties"].keys():
+        arguments = tool.bind(call.arguments, lenient=True)
+        if surplus := without_heartbeat(call.arguments).keys() - tool.parameters["properties"].keys():
             self._counts["arguments"] += 1
             text = f"{call.name} is called without {quote(', '.join(sorted(surplus)))}, which it does not take"
             change.add_event("correction", text, what="arguments")
@@ -5009,7 +4980,7 @@ class Agent:
             with turn.interruptible():
                 if waits:
                     arguments, note = await self._allowed(tool, arguments, about)
-                return note + await call_tool(tool, arguments | dict.fromkeys(tool.function.filled, self))
+                return note + await call_tool(tool, arguments | dict.fromkeys(tool.filled, self))
 
     async def _allowed(self, tool: Tool, arguments: JSON, about: JSON) -> tuple[JSON, str]:
         """Wait until a call may run; the arguments to take, and a note of them. Raises ToolError."""
@@ -5044,7 +5015,7 @@ class Agent:
         warn = is_full and not (change.state["warned"] or turn.compactions)
         change.state["warned"] = warn or (is_full and change.state["warned"])
 
-        reason = "" if turn.replied else HEARTBEAT_NO_REPLY  # why another step follows (as in MemGPT 0.2.7, run_step)
+        reason = HEARTBEAT_NO_REPLY if turn.unanswered else ""  # why another step follows (MemGPT 0.2.7, run_step)
         if not succeeded:
             reason = HEARTBEAT_FAILED
         elif any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in reply.calls):
@@ -5074,7 +5045,7 @@ class Agent:
             change.wake(reason)
         self._add_context(change, sizes, warn)
         ends_unasked = isinstance(end, str) and turn.stop_reason is None
-        if ends_unasked and reply.text and not turn.replied:
+        if ends_unasked and reply.text and turn.unanswered:
             self._counts["no_reply"] += 1
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
             change.add_message("assistant", "", {"role": "assistant", "content": reply.text})
@@ -7714,7 +7685,7 @@ class Agents:
         """A copy of what the agent had stored up to the record's last seq, forgotten if the block gives it no name; its
         id. Raises Refused (name_taken, unknown_agent), Stopped where the item is stopped."""
         agent, store, told = live.id, self.store, time.monotonic()
-        copy = await store.write(begin_copy, replace(record, last_active=now_text()))
+        copy = (await store.write(create_agent, replace(record, last_active=now_text()), is_copy=True)).id
         self.api_keys[copy] = self.api_keys.get(agent)
         try:
             with item.interruptible():
@@ -8208,8 +8179,7 @@ class Session:
         record = await agents.store.read(find_turn_end, agent.record, turn_id) if turn_id else now
         record = replace(record, name=name, created=now_text())
         async with agents.copied(live, record, Turn("", None)) as copy, agents.lock:
-            await agents.store.write(name_agent, copy, name)
-            fork = await agents.use(await agents.store.read(find_agent, name))
+            fork = await agents.use(await agents.store.write(name_agent, copy, name))
         return {"agent_name": fork.name, "last_seq": fork.last_seq}
 
     async def rewind_agent(self, live: LiveAgent, agent: Agent, turn_id: TurnId, keep_as: AgentName = None) -> JSON:
@@ -8251,7 +8221,7 @@ class Session:
         """Search recall and archival memory; an empty query lists the newest first. from, to: its days or times,
         inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages, more}."""
         zone, vector = agent.memory.zone, await agent.query_vector(query)
-        since, until = date_range(from_ or "", to or "", zone)
+        since, until = moment(from_ or "", zone), moment(to or "", zone, is_end=True)
         stores = STORES if store == "all" else (store,)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
         documents, total = await self._agents.store.read(search, agent.record.id, wanted)
@@ -8329,7 +8299,7 @@ class Session:
         elif arguments is None:
             decision.set_result(None)
         else:
-            bound, edited = tool.function.bind(arguments, lenient=True), encode_json(without_heartbeat(arguments))
+            bound, edited = tool.bind(arguments, lenient=True), encode_json(without_heartbeat(arguments))
             decision.set_result((bound, f"a person had it run with {edited}: "))
         return {}
 
@@ -9176,8 +9146,8 @@ def backup_command(file: str, *, db: str) -> None:
     database = database_at(db)
     if isinstance(database, Postgres):
         raise UsageError(f"a program of PostgreSQL makes its backups; run {database.dump_command(file)}")
-    with new_file(file) as path:
-        backup_database(db, str(path))
+    with new_file(file) as path, read_database(db), usable(file, "name another file"), contextlib.closing(database):
+        database.connect().execute("VACUUM INTO ?", (str(path),))
     print(f"{db} is copied to {file}", file=sys.stderr)
 
 

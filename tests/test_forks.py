@@ -145,7 +145,7 @@ def test_what_a_crash_leaves_of_a_copy(database: str, serve: Serve) -> None:
     with contextlib.closing(memws.database_at(database)) as opened:
         db = opened.open()
         record = memws.find_agent(db, "sam")
-        copy = memws.begin_copy(db, memws.replace(record, name="kim", last_active="2026"))
+        copy = memws.create_agent(db, memws.replace(record, name="kim", last_active="2026"), is_copy=True).id
         columns = "id, role, time, text, body, turn_id, step, seq"
         db.execute(f"INSERT INTO messages SELECT ?, {columns} FROM messages", (copy,))  # noqa: S608
     with memws.connect(serve().url) as client:

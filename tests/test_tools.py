@@ -78,10 +78,10 @@ def test_a_tool_is_its_function() -> None:
     bare, part = make_tool([].clear, "other-name", 3), make_tool(functools.partial(book, nights=2), "book_two")
     specs = [json.loads(each.spec) for each in (tool, bare, part, *MEMORY_TOOLS.values())]
     assert specs[1]["function"]["parameters"]["properties"] == {"request_heartbeat": HEARTBEAT}
-    assert (bare.timeout, bare.function.usage) == (3, "other-name()")
+    assert (bare.timeout, bare.usage) == (3, "other-name()")
     assert specs[2]["function"]["parameters"]["required"] == ["city"]
     check({"model": "m", "tools": specs, "messages": [{"role": "user", "content": "x"}]})
-    assert [tool.function.usage for tool in MEMORY_TOOLS.values()] == USAGES
+    assert [tool.usage for tool in MEMORY_TOOLS.values()] == USAGES
     for about in (spec["function"] for spec in specs[3:]):
         asks = "request_heartbeat" in about["parameters"]["properties"]
         assert (asks, bool(about["description"])) == (about["name"] not in ("send_message", "pause_heartbeats"), True)
@@ -195,7 +195,7 @@ def test_any_hint_is_a_schema_and_a_value(hint: Any, schema: Body | None, pairs:
     check({"model": "m", "tools": [spec], "messages": [{"role": "user", "content": "x"}]})
     assert spec["function"]["parameters"]["properties"]["value"] == schema or schema is None
     for sent, meant in pairs:
-        (value,) = made.function.bind({"value": sent}, lenient=True).values()
+        (value,) = made.bind({"value": sent}, lenient=True).values()
         assert (value, type(value)) == (meant, type(meant))
 
 
@@ -215,7 +215,7 @@ def test_a_wrong_argument_is_told_in_words() -> None:
     """A model reads which argument is wrong, what was expected there and what came, and nothing of pydantic's."""
     for hint, sent, words in WRONG:
         with pytest.raises(memws.InvalidRequest) as caught:
-            tool_of(hint).function.bind({"value": sent}, lenient=True)
+            tool_of(hint).bind({"value": sent}, lenient=True)
         assert str(caught.value).startswith(words)
         assert not re.search("http|pydantic|validation|Input should", str(caught.value))
 
@@ -225,8 +225,8 @@ def test_null_is_the_default() -> None:
 
     def tool(a: int = 5, b: str = "x", c: int | None = 3, d: Room = Room.SMALL) -> None: ...
 
-    assert make_tool(lambda a=math.inf: a, "endless").function.usage == "endless(a?)"  # and no JSON says that default
-    bind = make_tool(tool).function.bind
+    assert make_tool(lambda a=math.inf: a, "endless").usage == "endless(a?)"  # and no JSON says that default
+    bind = make_tool(tool).bind
     for sent in (None, "null", "None"):
         assert bind(dict.fromkeys("abd", sent), lenient=True) == {}
     assert bind({"c": None}, lenient=True) == bind({"c": "null"}, lenient=True) == {"c": None}
@@ -272,8 +272,8 @@ def test_objects_are_tools_and_what_no_model_can_call_is_none(monkeypatch: pytes
     """Methods of objects and objects that are called work, with all that their authors wrote; the rest says why not."""
     tools = [make_tool(each) for each in (Desk(), Desk().ring, functools.partial(Desk().ring, times=2))]
     assert [tool.name for tool in tools] == ["Desk", "ring", "ring"]
-    assert [tool.function.usage for tool in tools] == ["Desk(guest)", *["ring(times?)"] * 2]
-    assert [tool.function.doc for tool in tools] == ["A desk that is called.", *[inspect.getdoc(Desk.ring)] * 2]
+    assert [tool.usage for tool in tools] == ["Desk(guest)", *["ring(times?)"] * 2]
+    assert [tool.doc for tool in tools] == ["A desk that is called.", *[inspect.getdoc(Desk.ring)] * 2]
     for function, words in REFUSED:
         with pytest.raises(memws.UsageError, match=words):
             make_tool(function)
@@ -283,7 +283,7 @@ def test_objects_are_tools_and_what_no_model_can_call_is_none(monkeypatch: pytes
         with pytest.raises(memws.UsageError, match="timeout: expected seconds, more than 0, but got"):
             make_tool(book, timeout=timeout)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "pydantic", None)
-    assert make_tool(book).function.parameters["required"] == ["city", "nights"]
+    assert make_tool(book).parameters["required"] == ["city", "nights"]
     with pytest.raises(memws.UsageError, match=r"'sized': size: .*Size.* needs pydantic: pip install pydantic"):
         make_tool(sized)
 
