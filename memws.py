@@ -1602,7 +1602,7 @@ def transaction(connection: SqlConnection, begin: str = "BEGIN IMMEDIATE") -> It
         connection.execute(begin)
         yield
         connection.execute("COMMIT")
-    except Exception as error:
+    except Exception as error:  # whatever fails inside, nothing of it may stay
         with contextlib.suppress(sqlite3.Error):
             connection.execute("ROLLBACK")
         raise store_error(error) from error
@@ -2125,7 +2125,7 @@ class Store:
         self._database = database
         try:
             self._connection = database.open()
-        except BaseException:
+        except BaseException:  # an interrupt too leaves no lock behind
             database.close()
             raise
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
@@ -2184,7 +2184,7 @@ class Store:
                 for (_, done), result in zip(jobs, results, strict=True):
                     done.set_result(result)
                 return
-            except Exception as error:
+            except Exception as error:  # a fault of a job too is for whoever waits for it, not for this thread
                 for _, done in running:
                     done.set_exception(error)
                 jobs = [job for job in jobs if job not in running]
@@ -4082,7 +4082,7 @@ class Transaction:
         try:
             if kind is None:
                 await self._store()
-        except BaseException:
+        except BaseException:  # a cancel too: whether it is on disk is not known
             self.memory.stale = True
             raise
         finally:
