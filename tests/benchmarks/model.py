@@ -14,16 +14,10 @@ _MODEL = re.compile(rb'"model": ?"([^"]+)"')
 _THOUGHT = ("I ", "greet ", "the ", "user ", "and ", "keep ", "it ", "short", ".")
 
 
-def event(delta: dict[str, object], finish: str | None = None, usage: bool = False) -> bytes:
+def event(**fields: object) -> bytes:
     """One chunk of the stream, as a server-sent event in a chunk of HTTP's."""
-    chunk: dict[str, object] = {
-        "id": "chatcmpl-1",
-        "object": "chat.completion.chunk",
-        "created": 1_700_000_000,
-        "model": "fake",
-        "choices": [] if usage else [{"index": 0, "delta": delta, "finish_reason": finish}],
-        "usage": {"prompt_tokens": 1000, "completion_tokens": 20, "total_tokens": 1020} if usage else None,
-    }
+    common = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1_700_000_000, "model": "fake"}
+    chunk = common | {"usage": None, **fields}
     return chunked(b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n")
 
 
@@ -31,24 +25,27 @@ def chunked(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def arguments(piece: str) -> bytes:
-    return event({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+def delta(finish: str | None = None, **fields: object) -> bytes:
+    return event(choices=[{"index": 0, "delta": fields, "finish_reason": finish}])
+
+
+def arguments(text: str) -> bytes:
+    """Arguments of a call in pieces of four characters."""
+    pieces = [text[start : start + 4] for start in range(0, len(text), 4)]
+    return b"".join(delta(tool_calls=[{"index": 0, "function": {"arguments": piece}}]) for piece in pieces)
 
 
 def call(name: str) -> bytes:
     function = {"name": name, "arguments": ""}
-    return event({"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]})
+    return delta(tool_calls=[{"index": 0, "id": "call_1", "type": "function", "function": function}])
 
 
-def pieces(text: str, size: int) -> list[str]:
-    return [text[start : start + size] for start in range(0, len(text), size)]
-
-
-_BEGIN = event({"role": "assistant", "content": ""}) + b"".join(event({"content": word}) for word in _THOUGHT)
-_SAY = call("send_message") + b"".join(map(arguments, pieces('{"message": "', 4)))
-_END = event({}, "tool_calls") + event({}, usage=True) + chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
-_PLAIN = event({"role": "assistant", "content": ""}) + event({"content": "They talked, and all went well."}) + _END
-_CLOSE = arguments('"}')
+_FIRST = delta(role="assistant", content="")
+_BEGIN = _FIRST + b"".join(delta(content=word) for word in _THOUGHT)
+_SAY = call("send_message") + arguments('{"message": "')
+_USAGE = event(choices=[], usage={"prompt_tokens": 1000, "completion_tokens": 20, "total_tokens": 1020})
+_END = delta("tool_calls") + _USAGE + chunked(b"data: [DONE]\n\n") + b"0\r\n\r\n"
+_PLAIN = _FIRST + delta(content="They talked, and all went well.") + _END
 
 
 class Model(asyncio.Protocol):
@@ -56,20 +53,14 @@ class Model(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._got = bytearray()
+        self._transport, self._got = transport, b""
 
     def data_received(self, data: bytes) -> None:
         self._got += data
-        end = self._got.find(b"\r\n\r\n")
-        if end < 0:
-            return
-        head = bytes(self._got[:end])
+        head, end, body = self._got.partition(b"\r\n\r\n")
         length = re.search(rb"(?i)content-length: *(\d+)", head)
-        size = end + 4 + (int(length[1]) if length else 0)
-        if len(self._got) >= size:
-            body = bytes(self._got[end + 4 : size])
-            del self._got[:size]
+        if end and len(body) >= int(length[1] if length else 0):
+            self._got = b""
             self._answer(body)
 
     def _answer(self, body: bytes) -> None:
@@ -80,17 +71,12 @@ class Model(asyncio.Protocol):
         mark = body[at : body.find(b">>", at) + 2].decode() if at >= 0 else "<<>>"
         if b'"tools":' not in body:
             self._write(_HEAD + _PLAIN)
-        elif kind == "never":
-            pass
         elif kind == "tool" and body.rfind(b'"role":"tool"') < at:
             self._write(_HEAD + _BEGIN + call(number) + arguments("{}") + _END)
-        else:
-            said = b"".join(map(arguments, pieces(f"You said {mark}", 4)))
-            answer = _HEAD + _BEGIN + _SAY + said + _CLOSE + _END
-            if kind == "ms":
-                asyncio.get_running_loop().call_later(int(number) / 1000, self._write, answer)
-            else:
-                self._write(answer)
+        elif kind != "never":
+            answer = _HEAD + _BEGIN + _SAY + arguments(f'You said {mark}"}}') + _END
+            pause = int(number) / 1000 if kind == "ms" else 0
+            asyncio.get_running_loop().call_later(pause, self._write, answer)
 
     def _write(self, data: bytes) -> None:
         if not self._transport.is_closing():

@@ -1,7 +1,6 @@
 """The processes beside the one that measures, each with one part, so that no part's CPU counts as another's.
 
-    python peers.py PART …   model | echo | serve FLAGS… | serve-tool FLAGS… | bare URL | crowd
-                             search FILE DATA… | bystander URL ECHO AGENT
+    python peers.py model | echo | serve FLAGS… | bare URL | crowd | search FILE DATA… | bystander URL ECHO AGENT
 
 A part prints its address, or an empty line, then answers each line of JSON on standard input with one on standard
 output.
@@ -12,12 +11,10 @@ import gc
 import json
 import os
 import resource
-import runpy
 import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,15 +89,7 @@ def compute() -> str:
 
 
 def serve_memws(*flags: str) -> None:
-    """`python memws.py serve FLAGS…`, which also tells what it uses."""
-    threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
-    program = find_spec("memws")
-    sys.argv = [str(program and program.origin), "serve", *flags]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def serve_with_tool(*flags: str) -> None:
-    """The same command line with a tool that computes, which only Python can register."""
+    """`python memws.py serve FLAGS…`, which also tells what it uses, with a tool that only Python can register."""
     import memws
 
     threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
@@ -118,20 +107,17 @@ def serve_search(file: str, *data: str) -> None:
     sys.path.insert(0, str(Path(file).absolute().parent))
     from retrieval import Filled, grown, load
 
-    filled: Filled | None = None
+    say()
+    filled = Filled(json.loads(sys.stdin.readline())["path"], grown(load(data)))
+    say("[]")
 
     def answer(request: JSON) -> list[float]:
-        nonlocal filled
-        if "path" in request:
-            filled = Filled(request["path"], grown(load(data)))
-        assert filled is not None
         if "rows" in request:
             return [filled.insert(request["rows"] - filled.rows)]
         if "insert" in request:
             return [filled.insert(1) for _ in range(request["insert"])]
-        return [filled.search(query) for query in request.get("query", ())]
+        return [filled.search(query) for query in request["query"]]
 
-    say()
     answer_requests(answer)
 
 
@@ -148,27 +134,27 @@ def bare(url: str) -> None:
             pass
         return time.perf_counter() - start
 
-    async def some(request: JSON) -> JSON:
+    async def some(calls: int, body: JSON) -> JSON:
         cpu = time.process_time()
-        seconds = [await ask(request["body"]) for _ in range(request["calls"])]
+        seconds = [await ask(body) for _ in range(calls)]
         return {"seconds": seconds, "cpu": (time.process_time() - cpu) / len(seconds)}
 
-    async def many(request: JSON) -> JSON:
+    async def many(clients: int, seconds: float, body: JSON) -> JSON:
         count, begin = 0, time.monotonic() + 1.0
 
         async def one(number: int) -> None:
             nonlocal count
-            await asyncio.sleep(0.2 * number / request["clients"])
-            while time.monotonic() < begin + request["seconds"]:
-                await ask(request["body"])
-                count += begin <= time.monotonic() < begin + request["seconds"]
+            await asyncio.sleep(0.2 * number / clients)
+            while time.monotonic() < begin + seconds:
+                await ask(body)
+                count += begin <= time.monotonic() < begin + seconds
 
-        await asyncio.gather(*map(one, range(request["clients"])))
+        await asyncio.gather(*map(one, range(clients)))
         return {"count": count}
 
     loop = asyncio.new_event_loop()
     say()
-    answer_requests(lambda request: loop.run_until_complete((many if "clients" in request else some)(request)))
+    answer_requests(lambda request: loop.run_until_complete((many if "clients" in request else some)(**request)))
 
 
 def bystander(url: str, echo_url: str, agent: str) -> None:
@@ -198,13 +184,13 @@ def bystander(url: str, echo_url: str, agent: str) -> None:
 
 
 def crowd() -> None:
-    """Many quiet connections: {url, count} opens them, {} closes them."""
+    """Many quiet connections: {url, count} opens so many more."""
     from websockets.asyncio.client import ClientConnection, connect
 
     loop = asyncio.new_event_loop()
     connections: list[ClientConnection] = []
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
 
     async def fill(url: str, count: int) -> int:
         for _ in range(0, count, 20):
@@ -212,18 +198,12 @@ def crowd() -> None:
             connections.extend(await asyncio.gather(*some))
         return len(connections)
 
-    async def leave() -> int:
-        for connection in connections:
-            connection.transport.abort()
-        connections.clear()
-        return 0
-
     say()
-    answer_requests(lambda request: loop.run_until_complete(fill(**request) if request else leave()))
+    answer_requests(lambda request: loop.run_until_complete(fill(**request)))
 
 
 PARTS: dict[str, Callable[..., None]] = {"model": serve_model, "echo": serve_echo, "serve": serve_memws, "bare": bare}
-PARTS |= {"serve-tool": serve_with_tool, "bystander": bystander, "crowd": crowd, "search": serve_search}
+PARTS |= {"bystander": bystander, "crowd": crowd, "search": serve_search}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*sys.argv[2:])

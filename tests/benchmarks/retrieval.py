@@ -55,6 +55,15 @@ def grown(stores: Stores, seed: int = 3) -> Iterator[str]:
         yield " ".join(word if pick.random() < 0.8 else pick.choice(rare) for word in words)
 
 
+def texts() -> Iterator[str]:
+    """Endless texts of 20 made-up words, common and rare ones as in a language; "maru" is in about every second."""
+    pick, syllables = random.Random(1), [a + b for a in "bdfgklmnprstvz" for b in ("a", "e", "i", "o", "u", "ai", "on")]
+    words = ["maru", *("".join(pick.choices(syllables, k=pick.randint(2, 4))) for _ in range(30_000))]
+    weights = [0.2 + sum_ for sum_ in itertools.accumulate(1 / (rank + 2) ** 0.9 for rank in range(len(words)))]
+    while True:
+        yield " ".join(pick.choices(words, cum_weights=weights, k=20))
+
+
 class Filled:
     """A database file with one agent's memory, filled up in steps, on the connection that writes."""
 
