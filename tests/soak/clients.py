@@ -11,50 +11,19 @@ import itertools
 import random
 import signal
 import time
-from typing import Any
 
-from servers import Fleet
+from servers import Fleet, Model
 from soaking import Site, Soak, client, run, site, until
 
 # isort: split
 from commandline import Serving
-from endpoint import Body, Reply
 from measure import percentile
-from wire import JSON
 
 import memws
 
 WHAT, COUNT = "cancels, disconnects and messages sent again under kill -9, SIGTERM and SIGINT", 200
 CASES = {"cancels": 500, "disconnects": 500, "messages sent again": 1_000}  # of a full run
 LOADS = "agents that do not load, or need a repair after a signal"
-TEXT = "A reply that comes piece by piece, so that a client may leave in the middle of it. "
-
-
-class Model:
-    """Answers at random: memory tools, tools that take their time, streams of many pieces; some stop for good."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(f"model {seed}")
-        self.fresh = itertools.count(1)
-        self.stalls = True
-
-    def __call__(self, body: Body) -> Reply:
-        if "tools" not in body:
-            return Reply("They talked.")
-        asks = self.rng.choice([0, 0, 1, 1, 2, 3]) if body["messages"][-1]["role"] == "user" else 0
-        calls = [self.call() for _ in range(asks)]
-        more: JSON = {"delay": self.rng.choice([0, 0, 0.02])}
-        if self.stalls and self.rng.random() < 0.1:
-            more["stall_after"] = self.rng.randrange(4, 40)
-        if calls:
-            calls[-1][1]["request_heartbeat"] = True
-            return Reply("I look into it.", calls=calls, chunk=4, **more)
-        message = TEXT * self.rng.randrange(1, 8)
-        return Reply("I answer.", [("send_message", {"message": message})], chunk=3, **more)
-
-    def call(self) -> tuple[str, Any]:
-        tool = self.rng.choice(["ask", "ask_later", "ask_later", "archival_memory_insert"])
-        return tool, {"content" if tool == "archival_memory_insert" else "question": f"q{next(self.fresh)}"}
 
 
 class Rounds(Fleet):
@@ -81,7 +50,7 @@ class Rounds(Fleet):
         for number in range(count):
             await self.round(is_signal=number % 3 == 2, in_tool=number % 3 == 0)
             self.soak.step()
-        self.model.stalls = False
+        self.model.stalls = 0
         self.place.desk.answers = lambda question: 0.05 * random.Random(question).random()
         await until(lambda: all(self.counts[what] >= self.soak.part(whole) for what, whole in CASES.items()), 600)
 
@@ -115,7 +84,7 @@ class Rounds(Fleet):
 
 async def main(soak: Soak) -> None:
     soak.none(LOADS)
-    model = Model(soak.seed)
+    model = Model(soak, ["ask", "ask_later", "ask_later", "archival_memory_insert"], [0, 0, 0.02], stalls=0.1)
     async with site(soak, model) as place:
         place.desk.answers = lambda question: 0.3 * random.Random(question).random()
         rounds = Rounds(soak, place, model)

@@ -15,6 +15,7 @@ import random
 import re
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from soaking import GONE, Log, Site, Soak, client, run, site, until
@@ -40,31 +41,38 @@ PASSAGES_SQL = "SELECT text, count(*) FROM memory WHERE store = 'archival' AND t
 
 
 class Model:
-    """Answers after a while, sometimes in several steps; sees which requests are open, by agent."""
+    """Answers at random after a while, sometimes with tools first; sees which requests are open, by agent.
 
-    def __init__(self, soak: Soak) -> None:
-        self.soak, self.rng = soak, random.Random(f"model {soak.seed}")
+    tools: of which it calls up to three at once; delays: seconds; stalls: how often an answer stops for good.
+    """
+
+    def __init__(self, soak: Soak, tools: Sequence[str], delays: Sequence[float], stalls: float = 0) -> None:
+        self.soak, self.tools, self.delays, self.stalls = soak, tools, delays, stalls
+        self.rng = random.Random(f"model {soak.seed}")
         self.fresh = itertools.count(1)
         self.open: dict[str, dict[int, tuple[str, float]]] = collections.defaultdict(dict)  # whose, and since when
         self.paused: dict[str, float] = {}  # by the key of a server: when it was stopped last
 
     def __call__(self, body: Body) -> Reply:
-        pause = self.rng.choice([0.0, 0.1, 0.3, 1.0, 2.0])
+        more: JSON = {"delay": self.rng.choice(self.delays), "chunk": 4}
         if "tools" not in body:
-            return Reply("They talked.", delay=pause)
-        if body["messages"][-1]["role"] == "user" and self.rng.random() < 0.4:
-            note = {"content": f"note {next(self.fresh)}", "request_heartbeat": True}
-            return Reply("I keep it.", calls=[("archival_memory_insert", note)], delay=pause)
-        return Reply("I answer.", [("send_message", {"message": "It is so, and so on. " * 4})], chunk=20, delay=pause)
+            return Reply("They talked.", **more)
+        if self.rng.random() < self.stalls:
+            more["stall_after"] = self.rng.randrange(4, 40)
+        asks = self.rng.choice([0, 0, 1, 1, 2, 3]) if body["messages"][-1]["role"] == "user" else 0
+        calls: list[Any] = []
+        for tool in self.rng.choices(self.tools, k=asks):
+            name = "content" if tool == "archival_memory_insert" else "question"
+            calls.append((tool, {name: f"q{next(self.fresh)}", "request_heartbeat": True}))
+        message = "A reply that comes piece by piece, so that a client may leave. " * self.rng.randrange(1, 8)
+        return Reply("I see.", calls=calls or [("send_message", {"message": message})], **more)
 
     def watch(self, request: Request, is_over: bool) -> None:
         """Two servers ask for one agent at once only where one was paused, which goes on with what it had begun."""
         named = re.findall(rb"of (agent-\d+)", request.raw)
-        if not named:
-            return
-        open_ones, key, now = self.open[named[-1].decode()], request.headers["authorization"], time.monotonic()
-        if is_over:
-            del open_ones[id(request)]
+        open_ones, key, now = self.open[str(named[-1:])], request.headers["authorization"], time.monotonic()
+        if is_over or not named:
+            open_ones.pop(id(request), None)
             return
         for number, (other, since) in open_ones.items():
             if self.paused.get(other, 0.0) <= since:
@@ -131,20 +139,13 @@ class Fleet:
         for task in late:
             task.cancel()
         for each in self.clients:
-            for turn_id, log in each.open.items():
-                self.soak.fault("messages without an end", f"{turn_id} to {log.name}: {each.refusals.get(turn_id)}")
+            self.soak.demand(not each.open, "messages without an end", *each.open, each.frame)
         await asyncio.gather(*working, return_exceptions=bool(late))
         await self.compare()
         events = [event for log in self.logs for event in log.events.values()]
         cut = sum(event.get("stop_reason") == "interrupted" for event in events)
         turns = sum(len(log.sent) for log in self.logs)
         self.soak.notes.append(f"turns: {turns:,}, interrupted {cut:,}; events {len(events):,}; {dict(self.counts)}")
-
-    async def start(self) -> Serving:
-        raise NotImplementedError
-
-    async def besiege(self) -> None:
-        raise NotImplementedError
 
     async def compare(self) -> None:
         """What is stored is what each client was told; turns do not overlap; what was acknowledged is there once."""
@@ -268,7 +269,6 @@ class Client:
         self.last = dict.fromkeys(self.logs, 0)  # the newest seq that it was told
         self.fresh = itertools.count(1)
         self.open: dict[str, Log] = {}  # by turn_id: messages whose end it was not told
-        self.refusals: dict[str, JSON] = {}  # why a message became no turn the last time
         self.cancelled: set[str] = set()
         self.cancels: dict[str, float] = {}  # when each was cancelled on this connection
         self.frame: JSON = {}  # what it was told last
@@ -317,8 +317,7 @@ class Client:
             await self.ask(wire, "insert_passage", agent_name=self.rng.choice([*self.logs]), text=text)
             self.passages[text] = True
         fresh = 0 if self.fleet.over or len(self.open) > 2 else self.rng.choice([1, 1, 2, 3])
-        for _ in range(fresh):
-            log = self.rng.choice([*self.logs.values()])
+        for log in self.rng.choices([*self.logs.values()], k=fresh):
             self.open[log.message(f"{self.number}-{next(self.fresh)}")[0]] = log
         for turn_id, log in self.open.items():
             way = self.rng.choice(["queue"] * 9 + ["interrupt"])
@@ -357,8 +356,8 @@ class Client:
 
     def keep(self, name: str, seq: int, event: JSON) -> None:
         """Stored events come one after another; those of a turn that was said again may come again."""
-        if seq > self.last[name] + 1:
-            self.soak.fault("gaps in what is told or stored", f"{name}: {seq} after {self.last[name]}, {event}")
+        is_next = seq <= self.last[name] + 1
+        self.soak.demand(is_next, "gaps in what is told or stored", name, seq, "after", self.last[name], event)
         self.last[name] = max(seq, self.last[name])
         self.logs[name].keep(event)
 
@@ -375,13 +374,11 @@ class Client:
             self.soak.fault("turns that end for no reason", frame)
         elif "seq" in frame:
             del self.open[turn_id]
-        else:
-            self.refusals[turn_id] = frame
 
 
 async def main(soak: Soak) -> None:
     soak.none("model requests of one agent at once")
-    model = Model(soak)
+    model = Model(soak, ["archival_memory_insert"], [0.0, 0.1, 0.3, 1.0, 2.0])
     with Cluster() as cluster:
         async with site(soak, model) as place:
             place.endpoint.watch, place.path = model.watch, cluster.database()
