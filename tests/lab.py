@@ -11,7 +11,7 @@ import threading
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import nbformat
 from playwright.sync_api import Browser, Locator, Page, Route
@@ -42,31 +42,24 @@ def jupyterlab(folder: Path) -> Iterator[str]:
     options = [f"--port={port}", "--ip=127.0.0.1", "--no-browser", "--allow-root", "--expose-app-in-browser",
                "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]  # fmt: skip
     command = [sys.executable, "-m", "jupyterlab", *options]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert server.stderr is not None
-    lines: list[bytes] = []
-    listens = threading.Event()
-
-    def read(log: IO[bytes]) -> None:
-        with log:
-            for line in log:
-                lines.append(line)
-                if f"{url}/lab".encode() in line:
-                    listens.set()
-        listens.set()  # it has ended
-
-    threading.Thread(target=read, args=(server.stderr,), daemon=True).start()
-    try:
-        if not listens.wait(60) or server.poll() is not None:
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as server:
+        lines, late = list[bytes](), threading.Timer(60, server.kill)
+        late.start()
+        for line in server.stderr:
+            lines.append(line)
+            if f"{url}/lab".encode() in line:
+                break
+        else:
             raise RuntimeError(b"".join(lines).decode())
-        yield url
-    finally:
-        server.terminate()
+        late.cancel()
+        reader = threading.Thread(target=server.stderr.read, daemon=True)
+        reader.start()
         try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
+            yield url
+        finally:
+            server.terminate()
+            reader.join(20)
             server.kill()
-            server.wait()
 
 
 class Window:
@@ -82,11 +75,11 @@ class Window:
         self.page.set_default_timeout(20_000)
 
     def _block(self, route: Route) -> None:
-        if not route.request.url.startswith(("data:", "blob:")):
+        if route.request.url.startswith(("data:", "blob:")):
+            route.continue_()
+        else:
             self.faults.append(route.request.url)
             route.abort()
-        else:
-            route.continue_()
 
     def _hear(self, text: str) -> None:
         if "Content Security Policy" in text or "Trusted" in text:
@@ -103,10 +96,10 @@ class Window:
         self.await_status(status)
 
     def open_notebook(self, folder: Path, jupyter: str) -> None:
-        cells = [nbformat.v4.new_code_cell("")]  # type: ignore[no-untyped-call]
+        cells = [nbformat.v4.new_code_cell("")]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        content = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})  # type: ignore[no-untyped-call]
-        nbformat.write(content, folder / "notebook.ipynb")  # type: ignore[no-untyped-call]
+        content = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
+        nbformat.write(content, folder / "notebook.ipynb")
         self.page.goto(f"{jupyter}/lab/tree/notebook.ipynb")
         loaded = "window.jupyterapp?.shell?.currentWidget?.content?.widgets?.length > 0"
         self.page.wait_for_function(loaded, timeout=60_000)

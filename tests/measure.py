@@ -1,6 +1,5 @@
 """What benchmarks and soak scripts share: a progress bar, percentiles, the memory of a process, the machine, tables."""
 
-import contextlib
 import math
 import os
 import platform
@@ -11,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,29 +57,14 @@ def memory(process: int | str = "self") -> float:
 
 
 def machine() -> str:
-    """What figures depend on, in one line."""
+    """What figures depend on, in one line; a + follows the commit where files differ from it."""
+    commit = subprocess.run([shutil.which("git") or "true", "describe", "--always", "--dirty=+"], cwd=FOLDER,
+                            capture_output=True, text=True, check=False).stdout.strip()  # fmt: skip
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = [f"{datetime.now(UTC):%Y-%m-%d}", f"commit {commit()}"]
-    facts += [f"{platform.system()} {platform.machine()}", f"{cores} cores"]
-    facts += [f"load {os.getloadavg()[0]:.1f}"] if hasattr(os, "getloadavg") else []
+    facts = [f"{datetime.now(UTC):%Y-%m-%d}", f"commit {commit or 'unknown'}"]
+    facts += [f"{platform.system()} {platform.machine()}", f"{cores} cores", f"load {os.getloadavg()[0]:.1f}"]
     facts += [f"Python {platform.python_version()}", f"SQLite {sqlite3.sqlite_version}"]
-    for package in ("websockets", "openai"):
-        with contextlib.suppress(PackageNotFoundError):
-            facts.append(f"{package} {version(package)}")
-    return ", ".join(facts)
-
-
-def commit() -> str:
-    """The commit that is measured; a + where memws.py differs from it."""
-    git = shutil.which("git")
-    if git is None:
-        return "unknown"
-
-    def ask(*words: str) -> str:
-        return subprocess.run([git, *words], cwd=FOLDER, capture_output=True, text=True, check=False).stdout.strip()
-
-    name, changes = ask("rev-parse", "--short", "HEAD"), ask("status", "--porcelain", "memws.py")
-    return f"{name or 'unknown'}{'+' if changes else ''}"
+    return ", ".join([*facts, *(f"{package} {version(package)}" for package in ("websockets", "openai"))])
 
 
 def rows_of(table: Sequence[Sequence[Any]]) -> str:

@@ -47,22 +47,16 @@ def alone() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A clone's notebooks/ below its memws.py, without what the notebooks leave there."""
-    shutil.copy(ROOT / "memws.py", tmp_path)
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
-
-
-def run(path: Path, folder: Path) -> Any:
-    """The notebook after all its cells ran in `folder`."""
-    notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+def run(path: Path, clone: Path) -> Any:
+    """The notebook after all its cells ran in notebooks/ of a clone, without what the notebooks leave there."""
+    shutil.copy(ROOT / "memws.py", clone)
+    (clone / "notebooks").mkdir()
+    notebook = nbformat.read(path, as_version=4)
     foreign = ("OPENAI_", "MEMWS_", "PYTHONPATH")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-    settings = {"IPYTHONDIR": str(folder / ".ipython"), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    settings = {"IPYTHONDIR": str(clone / ".ipython"), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     client = NotebookClient(notebook, timeout=60, kernel_name="python3", store_widget_state=False,
-                            resources={"metadata": {"path": str(folder)}})  # fmt: skip
+                            resources={"metadata": {"path": str(clone / "notebooks")}})  # fmt: skip
     client.execute(env=clean | settings)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
@@ -71,20 +65,16 @@ def run(path: Path, folder: Path) -> Any:
 
 
 def printed(notebook: Any) -> list[str]:
-    """What each cell put out, in whatever pieces, without what differs from run to run; of pictures only that they are
-    there."""
-    return ["".join(text for output in cell.get("outputs", ()) for text in kind(output)) for cell in notebook.cells]
+    """What each cell put out, in whatever pieces, without what differs from run to run."""
+    return [fixed("".join(map(text_of, cell.get("outputs", ())))) for cell in notebook.cells]
 
 
-def kind(output: Any) -> Iterator[str]:
-    if output.output_type == "stream":
-        yield fixed(output.text)
-    elif output.output_type == "error":
-        yield f"{output.ename}: {output.evalue}"
-    else:
-        for mime, data in sorted(output.data.items()):
-            text = data if isinstance(data, str) else json.dumps(data, sort_keys=True)
-            yield f"{mime}: {'' if mime.startswith('image/') else fixed(text)}\n"
+def text_of(output: Any) -> str:
+    """An output as text; of pictures only that they are there."""
+    if output.output_type in ("stream", "error"):
+        return str(output.get("text") or f"{output.ename}: {output.evalue}")
+    data = {mime: "" if mime.startswith("image/") else data for mime, data in output.data.items()}
+    return json.dumps(data, sort_keys=True, indent=1)
 
 
 def fixed(text: str) -> str:
@@ -94,15 +84,15 @@ def fixed(text: str) -> str:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_outputs(path: Path, folder: Path) -> None:
-    assert printed(run(path, folder)) == printed(nbformat.read(path, as_version=4))  # type: ignore[no-untyped-call]
+def test_outputs(path: Path, tmp_path: Path) -> None:
+    assert printed(run(path, tmp_path)) == printed(nbformat.read(path, as_version=4))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_saved(path: Path) -> None:
     """A notebook is saved with outputs, runs in order, names no machine's path, and says how to use a real model."""
     text = path.read_text("utf-8")
-    notebook = nbformat.reads(text, as_version=4)  # type: ignore[no-untyped-call]
+    notebook = nbformat.reads(text, as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(bool(cell.outputs) for cell in code) >= 3
@@ -116,7 +106,5 @@ def test_saved(path: Path) -> None:
 if __name__ == "__main__" and sys.argv[1:] == ["--save"]:
     for each in NOTEBOOKS:
         with tempfile.TemporaryDirectory() as clone:
-            shutil.copy(ROOT / "memws.py", clone)
-            (Path(clone) / "notebooks").mkdir()
-            nbformat.write(run(each, Path(clone) / "notebooks"), each)
+            nbformat.write(run(each, Path(clone)), each)
             print(f"saved {each.name}")
