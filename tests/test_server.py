@@ -45,7 +45,7 @@ HELD = say("held", hold=True)
 
 async def asked(endpoint: Endpoint, count: int) -> None:
     """Wait until the model has been asked `count` times in all."""
-    await asyncio.to_thread(endpoint.wait_requests, count, LIMIT)
+    await asyncio.to_thread(endpoint.wait_requests, count)
 
 
 async def hold(client: Wire, endpoint: Endpoint, message: str = "runs", **fields: Any) -> JSON:
