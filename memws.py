@@ -920,11 +920,11 @@ class Document(NamedTuple):
     role: str  # "user Ada" where a user gave a name; of a passage empty
     time: str
     text: str
-    doc: int = 0  # turns that lend each other words have theirs side by side, see section 5
+    doc: int = 0  # messages that lend each other words have theirs side by side, see section 5
     terms: str = ""
     words: int = 0
     asking: float = 0.0  # the share of its sentences that are questions, less 1 where it says "I"
-    asked: int = 0  # 1: the turn before, of the same session, asks; -1: it is the first of its session
+    asked: int = 0  # 1: the message before, of the same session, asks; -1: it is the first of its session
     score: float = 0.0
 
 
@@ -1158,35 +1158,35 @@ def asking(text: str) -> float:
 
 # ---- how they are ranked ---------------------------------------------------------------------------------------------
 
-TURN_WORDS = 80  # Only turns of at most so many words lend words to those beside them; longer ones sink by PRIOR
+SHORT_WORDS = 80  # Only messages of at most so many words lend words to those beside them; longer ones sink by PRIOR
 SESSION_GAP = 3600.0  # Seconds of silence after which a session begins: no words are lent across it
 QUERY_CHARACTERS, QUERY_TERMS = 20_000, 128  # What of a query is read. 128 terms against 64: 0 / 0 / +1.8 / 0
 POSTINGS = 20_000  # Read for one query, the rarest terms first, the newest first: what bounds its time
 COUNTED = 4 * POSTINGS  # Postings of one term that are counted to find out which are the rarest
-LENDERS = 1_000  # Documents, the best by their own terms, whose terms count for the turns around them too
+LENDERS = 1_000  # Documents, the best by their own terms, whose terms count for the messages around them too
 CANDIDATES = 200  # The best by the weights of their terms alone, which are ranked in full. 400: +.1 / 0 / 0 / 0
 SCANNED = 100_000  # Documents, the newest, in which a text that the index does not know is looked for as it stands
 
-# What a term counts that stands so many turns before (-) or after. +16.7 / 0 / 0 / 0; only -2 and -1: +13.3
+# What a term counts that stands so many messages before (-) or after. +16.7 / 0 / 0 / 0; only -2 and -1: +13.3
 CONTEXT = {-5: 0.15, -4: 0.2, -3: 0.25, -2: 0.35, -1: 0.5, 1: 0.4, 2: 0.2}
 ASKED = 0.3  # What a term counts more in a question just before: answers seldom repeat it. +.3, MRR +2.3 / 0 / 0 / 0
-# What a turn loses that only asks, and gains that says "I": people look for what is told of oneself. +1.5, MRR +2.6 / 0
-# / 0 / 0; own long-answer sets (LoCoMo asked by "I", by names; MADial): +.3 / 0 / -1.0
+# What a message loses that only asks, and gains that says "I": people look for what is told of oneself. +1.5, MRR +2.6
+# / 0 / 0 / 0; own long-answer sets (LoCoMo asked by "I", by names; MADial): +.3 / 0 / -1.0
 ASKING = 0.15
-SPEAKER = 0.2  # What the turns of a speaker gain whom the query names, "you": the assistant. +1.9, MRR +1.9 / 0 / 0 / 0
+SPEAKER = 0.2  # What messages of a speaker gain whom the query names, "you": the assistant. +1.9, MRR +1.9 / 0 / 0 / 0
 NAMED = 0.5  # What a speaker's name counts as a word: others address him by it. +.4, MRR +.3 / 0 / 0 / 0
-OPENING = 0.2  # What the first turn of a session gains: no turn before it lends it words. +.5, MRR +1.2 / 0 / 0 / 0
+OPENING = 0.2  # What the first message of a session gains: none before it lends it words. +.5, MRR +1.2 / 0 / 0 / 0
 FAINT = 0.3  # What a word counts that says little. +.2 / -.2, MRR +1.4 / 0 / 0; own long-answer sets: +1.3 / +.5 / +2.5
 AGAIN = 0.4  # What a word gains by being said twice (* log). 0 / +.9, MRR +2.4 / 0, MRR +1.4 / 0; long: 0 / 0 / +1.9
 DATED, DAYS = 2.0, 4  # What a date counts of a word as rare; how many are read. +1.5, MRR +.9 / 0 / 0 / 0
-PRIOR = 0.8  # Exponent of min(1, TURN_WORDS / words), of recall. 0 / 0 / 0 / 0; own long-answer set: +3.3, MRR +23
+PRIOR = 0.8  # Exponent of min(1, SHORT_WORDS / words), of recall. 0 / 0 / 0 / 0; own long-answer set: +3.3, MRR +23
 K1, B = 1.2, 0.2  # BM25: how soon repeated terms count no more, how much length counts. B .75: -1.2 / -1.3 / -1.8 / -.1
 
 # Reciprocal rank fusion (Cormack et al. 2009): what a place by vectors counts of one by words, how soon both fade.
 # all-MiniLM-L6-v2, a small English model: +1.6 / +1.5 / -.7 / -.1; at .5 +1.4 / +2.2 / -.2 / 0, with MRR -1.8 / +7.5 /
 # -7.6 / -7.2 for +.7 / +3.9 / -1.1 / -4.3 at .3. Vectors that are weaker than words (LSA) cost .6, at .5 1.5.
 NEAR, NEAR_PLACE = 0.3, 20
-NEAR_BESIDE = 0.2  # What the likeness of the turns beside counts for a turn. With MiniLM +.2 / 0 / 0 / 0
+NEAR_BESIDE = 0.2  # What the likeness of those beside counts for a message. With MiniLM +.2 / 0 / 0 / 0
 VECTOR_BLOCK = 4_096  # Vectors that a search has in memory at once
 
 _FAINT = """mention discuss conversation chat session describe explain list order aspect topic detail item thing
@@ -1233,7 +1233,7 @@ def rough_scores(holders: dict[str, set[int]], weights: dict[str, float]) -> tup
 
 
 def score_row(row: Document, holders: dict[str, set[int]], weights: dict[str, float], length: float) -> float:
-    """BM25 of the row's own terms and, lower, of those in the turns around it, times what its length and form say."""
+    """BM25 of the row's own terms and, lower, of the messages around it, times what its length and form say."""
     counts = collections.Counter(row.terms.split())
     norm = 1 - B + B * counts.total() / max(1.0, length)
     score = 0.0
@@ -1246,7 +1246,7 @@ def score_row(row: Document, holders: dict[str, set[int]], weights: dict[str, fl
         score += weights[term] * count * (K1 + 1) / (count + K1)
     if row.store == "archival":
         return score
-    score *= math.pow(min(1.0, TURN_WORDS / max(1, row.words)), PRIOR) * (1 - ASKING * row.asking)
+    score *= math.pow(min(1.0, SHORT_WORDS / max(1, row.words)), PRIOR) * (1 - ASKING * row.asking)
     return score * (1 + OPENING) if row.asked < 0 and row.asking < 1 else score
 
 
@@ -1269,7 +1269,7 @@ def pack_vector(values: Sequence[float]) -> bytes:
 
 
 def unnamed(query: str, names: Iterable[str]) -> str:
-    """The query without names: vectors draw a name to the turns that mention it, not to what its owner said."""
+    """The query without names: vectors draw a name to the messages that mention it, not to what its owner said."""
     parts = [re.escape(part) for name in names for part in name.split() if len(part) > 1]
     pattern = rf"\b(?:{'|'.join(parts)})(?:['\u2019]s)?\b" if parts else "(?!)"
     return re.sub(pattern, " ", query, flags=re.IGNORECASE).strip() or query
@@ -1638,9 +1638,9 @@ def write_setting(db: SqlConnection, name: str, value: str) -> None:
 
 
 # ---- memory, its search, its vectors ---------------------------------------------------------------------------------
-# A doc is a number made of agent, store and place. Turns of a session that lend each other words have places side by
-# side, others stand APART, farther than CONTEXT reaches: the turns around a turn are found by arithmetic, and a range
-# of docs is one agent's memory, whose terms a search reads and counts without those of others.
+# A doc is a number made of agent, store and place. Messages of a session that lend each other words have places side by
+# side, others stand APART, farther than CONTEXT reaches: those around a message are found by arithmetic, and a range of
+# docs is one agent's memory, whose terms a search reads and counts without those of others.
 
 PLACES, APART = 1 << 32, 8
 _DOCUMENT = "item, store, role, time, text, doc, terms, words, asking, asked"
@@ -1659,7 +1659,7 @@ def remember(db: SqlConnection, agent: int, document: Document, joined: bool | N
     doc, asked = low, -1
     if last is not None:
         joined = seconds_between(last[1], moment) <= SESSION_GAP if joined is None else joined
-        beside = joined and document.store == "recall" and words <= TURN_WORDS and last[2] <= TURN_WORDS
+        beside = joined and document.store == "recall" and words <= SHORT_WORDS and last[2] <= SHORT_WORDS
         doc = last[0] + (1 if beside else APART)
         asked = int(beside and asking(last[3]) > 0) if joined else -1
         moment = max(moment, last[1])  # a clock may be set back; searches by time rely on the order of docs
@@ -1733,8 +1733,8 @@ def _rows(db: SqlConnection, docs: list[int]) -> dict[int, Document]:
 
 
 def _ranked(db: SqlConnection, agent: int, query: Query, spans: list[Span]) -> list[tuple[int, float]]:
-    """(doc, score) of the documents that hold a word of the query or are of its days, and of the turns beside the best.
-    The best CANDIDATES are ranked in full; the others follow, with score 0, in order where the page reaches them."""
+    """(doc, score) of the documents that hold a word of the query or are of its days, and of those beside the best. The
+    best CANDIDATES are ranked in full; the others follow, with score 0, in order where the page reaches them."""
     terms = dict(itertools.islice(collections.Counter(split_terms(query.text)).items(), QUERY_TERMS))
     days = _dated(db, agent, query)
     holders = _holders(db, terms, spans) | days
@@ -1771,7 +1771,7 @@ def _newest(db: SqlConnection, spans: list[Span], limit: int, part: str = "") ->
 
 
 def nearest(db: SqlConnection, spans: list[Span], vector: bytes) -> list[int]:
-    """The CANDIDATES docs whose vectors are most like the query's, a turn's with those of the turns beside it."""
+    """The CANDIDATES docs whose vectors are most like the query's, each with those of the messages beside it."""
     numpy: Any = importlib.import_module("numpy")  # the embedder needed it
     query = numpy.frombuffer(vector, numpy.float16).astype(numpy.float32)
     sql = "SELECT doc, vector FROM memory WHERE doc BETWEEN ? AND ? AND length(vector) = ? ORDER BY doc"
