@@ -101,7 +101,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import astuple, dataclass, field, fields, is_dataclass, replace
 from typing import Annotated, Any, Concatenate, Final, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 try:
@@ -902,9 +902,9 @@ class ChatMessage:
     body: str  # what a model gets: an encoded JSON object
     turn_id: str = ""
     step: int = 0
+    seq: int = 0  # of the last event that was stored with it
     said: str = ""  # what recall memory has of it: the user's words, or what the agent said with send_message
     speaker: str = ""  # "user Ada" where a user gave a name, else the role
-    seq: int = 0  # of the last event that was stored with it
 
     tokens: int = field(init=False, compare=False)  # estimated
 
@@ -1862,12 +1862,9 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
         for seq, event in enumerate(changes.events, row[0] - count + 1)
     ]
     insert_all(db, "events (agent, seq, kind, turn_id, text)", [(agent, *event) for event in stored])
-    messages = []
     for message in changes.messages:
         message.seq = row[0]
-        about = message.role, message.time, message.text, message.body, message.turn_id, message.step, message.seq
-        messages.append((agent, message.id, *about))
-    insert_all(db, "messages", messages)
+    insert_all(db, "messages", [(agent, *astuple(message)[:8]) for message in changes.messages])
     for message in changes.resaid:
         forget(db, "agent = ? AND store = 'recall' AND item = ?", agent, message.id)
     spoken = [each for each in [*changes.messages, *changes.resaid] if each.said]
@@ -1893,8 +1890,8 @@ def read_messages(
     db: SqlConnection, agent: int, before: int | None = None, limit: int = 2**53, first: int = 0
 ) -> list[ChatMessage]:
     """The newest `limit` chat messages from id `first` on and before another, oldest first."""
-    names = "id, messages.role, messages.time, messages.text, body, turn_id, step"
-    sql = f"""SELECT {names}, coalesce(memory.text, ''), coalesce(memory.role, messages.role), seq FROM messages
+    names = "id, messages.role, messages.time, messages.text, body, turn_id, step, seq"
+    sql = f"""SELECT {names}, coalesce(memory.text, ''), coalesce(memory.role, messages.role) FROM messages
         LEFT JOIN memory ON memory.agent = messages.agent AND store = 'recall' AND item = messages.id
         WHERE messages.agent = ? AND id >= ? AND id < ? ORDER BY id DESC LIMIT ?"""
     rows = db.execute(sql, (agent, first, 2**53 if before is None else before, limit))
@@ -4101,15 +4098,13 @@ class Transaction:
 
     async def _store(self) -> None:
         memory, record, changes = self.memory, self.memory.record, self.changes
-        if self.blocks != memory.blocks:
-            changes.blocks = [vars(block) for block in self.blocks.values()]
-        changes.config = self.config if self.config != record.config else None
-        is_edit = changes.blocks is not None or changes.config or self.state["cut"] != record.state["cut"]
-        self.state |= memory.tokens
-        changes.state = self.state if self.state != record.state else None
-        events = await memory.store.write(commit, record.id, changes, memory.owner)
-        record.config, record.state, memory.blocks = self.config, self.state, self.blocks
-        record.blocks = record.blocks if changes.blocks is None else changes.blocks
+        blocks = [vars(block) for block in self.blocks.values()]
+        now: JSON = {"config": self.config, "state": self.state | memory.tokens, "blocks": blocks}
+        changed = {name: value for name, value in now.items() if value != getattr(record, name)}
+        is_edit = "config" in changed or "blocks" in changed or self.state["cut"] != record.state["cut"]
+        events = await memory.store.write(commit, record.id, replace(changes, **changed), memory.owner)
+        vars(record).update(changed)
+        memory.blocks = self.blocks
         record.last_seq = events[-1].seq if events else record.last_seq
         memory.last_message += len(changes.messages)
         memory.archival += len(changes.documents) - len(changes.removed)
@@ -4127,7 +4122,7 @@ class Transaction:
     def add_message(self, role: str, text: str, body: JSON, said: str = "", name: str | None = None) -> None:
         """One more chat message, searchable by what was `said`, and by the name of who said it."""
         number, step = self.memory.last_message + len(self.changes.messages) + 1, self.step or 1
-        about = self.turn_id, step, said, f"{role} {name}" if name else role
+        about = self.turn_id, step, 0, said, f"{role} {name}" if name else role
         message = ChatMessage(number, role, now_text(), text, encode_json(body), *about)
         self.changes.messages.append(message)
         if role == "assistant":
