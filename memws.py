@@ -1413,10 +1413,10 @@ class Sqlite:
             is_new = not has_schema(self, connection)  # what is not ours is left as it is
             if not self.memory:  # a lock on a file beside it, which ends with the process, keeps other servers off
                 self.connect(".lock").executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
-            if is_new:
+            if is_new:  # a power cut can take nothing yet: the switch to WAL is what puts all of it on disk
                 marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
-                connection.executescript(f"BEGIN; {SCHEMA}; {marks}; COMMIT")
-            settings = f"PRAGMA journal_mode = WAL; PRAGMA synchronous = {self._sync}; PRAGMA foreign_keys = ON"
+                connection.executescript(f"PRAGMA synchronous = OFF; BEGIN; {SCHEMA}; {marks}; COMMIT")
+            settings = f"PRAGMA synchronous = {self._sync}; PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON"
             connection.executescript(settings)
         return connection
 
