@@ -594,7 +594,7 @@ def from_text(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@dataclass
+@dataclass(eq=False, repr=False)  # here and below: what nothing needs would only make each start longer
 class Function:
     """A function that may be called by name with JSON arguments: a command of clients, a tool of models."""
 
@@ -1304,7 +1304,7 @@ class StoredEvent(NamedTuple):
     text: str  # its frame with seq and time, but without agent_name: names change
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class RequestRecord:
     """One model call as sent, by reference to chat messages, which never change, and as answered."""
 
@@ -1332,7 +1332,7 @@ class RequestRecord:
         return f'{self.head[:-1]},"messages":[{",".join(bodies)}]{tools}}}'
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, repr=False)
 class Changes:
     """What one transaction stores for one agent: a step, a part of one, or an edit from outside."""
 
@@ -3822,7 +3822,7 @@ class Models:
 Rule = bool | Callable[[JSON], bool]  # whether a call, by its arguments, waits until somebody allows it
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Tool(Function):
     """A function that a model may call."""
 
@@ -4019,7 +4019,7 @@ def plain(value: Any, room: Iterator[bool], inside: tuple[int, ...] = ()) -> Any
 # ---- memory and its transactions -------------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Memory:
     """An agent's memory as it is on disk; only a transaction changes it."""
 
@@ -4363,7 +4363,7 @@ def apply(call: Callable[..., T], values: JSON, place: str = "") -> T:
         raise Refused("bad_config", f"{place}: {error}" if place else str(error)) from None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Settings:
     """How a model samples; None: as it does by itself."""
 
@@ -4374,7 +4374,7 @@ class Settings:
     reasoning_effort: Annotated[str, 1, 20] | None = None
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Config:
     """How an agent works, as it is stored; None: the default of its server, or of its model."""
 
@@ -4392,7 +4392,7 @@ class Config:
         self.settings = {name: value for name, value in vars(settings).items() if value is not None}
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class State:
     """What else an agent goes on from."""
 
@@ -4492,7 +4492,7 @@ class Stopped(Exception):
     """A turn was asked to stop; its text is the turn's stop reason."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Turn:
     """One turn while it waits and runs: what it may still do, and what it has done."""
 
@@ -7054,7 +7054,7 @@ def option(default: T, meaning: str, kind: type = str, word: str = "") -> T:
     return field(default=default, metadata={"help": meaning, "kind": kind, "word": word})
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Options:
     """What a server can be told; the command line's flags are these fields. Raises UsageError, Refused (bad_config)."""
 
