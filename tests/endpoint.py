@@ -20,9 +20,9 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, Json, ValidationError, create_model
 
@@ -37,8 +37,7 @@ class Reply:
     calls: Sequence[tuple[str, Body | str]] = ()  # (name, arguments); a str goes out as it is, so it may be broken JSON
     call_ids: Sequence[str | None] | None = None  # None in the list leaves the field out; None: fresh ones
     reasoning: str = ""  # the model's private text
-    # as DeepSeek and llama.cpp, or as OpenRouter and Ollama
-    reasoning_field: Literal["reasoning_content", "reasoning"] = "reasoning_content"
+    reasoning_field: str = "reasoning_content"  # as DeepSeek and llama.cpp; "reasoning": as OpenRouter and Ollama
     signature: str = ""  # of the first tool call, as Gemini sends it in extra_content
     more: Body = field(default_factory=dict)  # more fields of the message; in a stream they come twice
     refusal: str = ""  # the refusal field, as OpenAI sends it in place of content
@@ -96,7 +95,6 @@ def echo(body: Body) -> Reply:
 
 
 def _message(reply: Reply, fresh_ids: Iterator[str]) -> Body:
-    """The message of a reply, whole."""
     message: Body = {"role": "assistant", "content": reply.text, "refusal": reply.refusal or None, **reply.more}
     if reply.reasoning:
         message[reply.reasoning_field] = reply.reasoning
@@ -196,16 +194,10 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
 
 
-def parse(raw: bytes) -> Body:
-    """The JSON object of a request's body. Raises Refusal for anything a strict parser does not read."""
-
-    def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
+def parse(raw: bytes) -> Any:
+    """The JSON of a request's body. Raises Refusal for anything a strict parser does not read."""
     try:
-        body = json.loads(raw.decode(), parse_constant=no_constant)
-        if not isinstance(body, dict):
-            raise ValueError("not an object")
+        body = json.loads(raw.decode(), parse_constant=int)  # which takes neither NaN nor Infinity
         _encode(body).encode()  # raises on a lone surrogate
     except ValueError as error:
         raise Refusal(f"We could not parse the JSON body of your request. ({error})") from None
@@ -258,8 +250,10 @@ def check(body: Body, kind: Any = CHAT) -> None:
         raise Refusal(str(error)) from None
     for name, needed in NEEDS.items():
         demand(name not in body or body.get(needed), f"The '{name}' parameter is only allowed with '{needed}'.")
-    for tool in body.get("tools", ()):
-        _check_tool(**tool["function"])
+    for function in [tool["function"] for tool in body.get("tools", ())]:
+        schema = {"type": "object", **function.get("parameters", {})}
+        whole = set(schema.get("required", ())) <= schema.get("properties", {}).keys() and _is_typed(schema)
+        demand(whole, f"Invalid schema for function '{function['name']}': {schema!r}")
     waiting: list[str] = []  # every tool call is answered at once and exactly once; nothing else is answered
     for message in getattr(read, "messages", ()):
         demand(message.content is not None or message.tool_calls, "a message without content and tool_calls")
@@ -272,13 +266,6 @@ def check(body: Body, kind: Any = CHAT) -> None:
         waiting = [call.id for call in message.tool_calls]
         demand(len(set(waiting)) == len(waiting), f"ids of tool calls are not unique: {waiting}")
     demand(not waiting, f"the tool_call_ids {waiting} did not have response messages")
-
-
-def _check_tool(name: str, parameters: Body | None = None, **_: Any) -> None:
-    if parameters is not None:
-        properties = parameters["properties"]
-        is_typed = set(parameters.get("required", ())) <= properties.keys() and all(map(_is_typed, properties.values()))
-        demand(is_typed, f"Invalid schema for function '{name}': {parameters!r}")
 
 
 def _is_typed(schema: Any) -> bool:
@@ -377,12 +364,14 @@ class Loopback:
 
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        server = await self._listen()
-        self.port = server.sockets[0].getsockname()[1]
-        self._started.set()
-        await self._stopping.wait()
-        server.close()
-        await self._close(server)
+        async with self._listening() as server:
+            self.port = server.sockets[0].getsockname()[1]
+            self._started.set()
+            await self._stopping.wait()
+
+    def _listening(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """A server of asyncio or websockets that listens on 127.0.0.1; at the end its connections are ended."""
+        raise NotImplementedError
 
     def _wait(self, holds: Callable[[], object], told: Callable[[], str]) -> None:
         """Block until a condition holds that news may have changed. Raises TimeoutError, with what is told then."""
@@ -390,20 +379,12 @@ class Loopback:
             if not self._news.wait_for(holds, 10):
                 raise TimeoutError(told())
 
-    async def _listen(self) -> Any:
-        """A server of asyncio or websockets that listens on 127.0.0.1."""
-        raise NotImplementedError
-
-    async def _close(self, server: Any) -> None:
-        """End the connections, once no new ones come."""
-        raise NotImplementedError
-
 
 class Endpoint(Loopback):
     """An OpenAI-compatible endpoint on a free loopback port, while the `with` block lasts."""
 
     def __init__(self, models: Sequence[str] = ("test-model",), api_key: str | None = None) -> None:
-        self.models, self.api_key = list(models), api_key  # None: any key
+        self.models, self.api_key = [{"id": name, "object": "model"} for name in models], api_key  # None: any key
         # What endpoints with such limits refuse is no fault of the client, so it is not among the `refusals`.
         self.context_window: int | None = None  # approximate tokens; None: any
         self.refuse: set[str] = set()  # names of parameters, such as stream_options, max_tokens, tools
@@ -457,10 +438,11 @@ class Endpoint(Loopback):
             gate.set()
         self._gates.clear()
 
-    async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
-
-    async def _close(self, server: asyncio.Server) -> None:
+    @contextlib.asynccontextmanager
+    async def _listening(self) -> AsyncIterator[asyncio.Server]:
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=1024)
+        yield server
+        server.close()
         for _ in range(5):  # what was accepted just now gets its task
             await asyncio.sleep(0)
         while self._connections:
@@ -502,9 +484,16 @@ class Endpoint(Loopback):
 
     def _route(self, request: Request) -> tuple[Reply, Body | list[Body]]:
         """The reply to a request and its JSON. Raises Refusal."""
-        route = (request.method, request.path)
-        is_chat, is_embedding = route == ("POST", "/v1/chat/completions"), route == ("POST", "/v1/embeddings")
-        body = self._record(request, is_chat) if is_chat or is_embedding else {}
+        routes: dict[str, Callable[[Body], tuple[Reply, Body | list[Body]]]] = {
+            "POST /v1/chat/completions": self._chat,
+            "POST /v1/embeddings": self._embed,
+            "GET /v1/models": lambda _: (
+                Reply(),
+                {"object": "list", "data": self.models},
+            ),
+        }
+        route = f"{request.method} {request.path}"
+        body = self._record(request) if request.method == "POST" and route in routes else {}
         if self.api_key is not None and request.headers.get("authorization") != f"Bearer {self.api_key}":
             raise Refusal("Incorrect API key provided.", code="invalid_api_key", status=401)
         override = self.overrides.get(request.path)
@@ -512,19 +501,15 @@ class Endpoint(Loopback):
             override = override(body)
         if override is not None and (override.status != 200 or override.body is not None):
             return override, {}
-        if is_chat:
-            reply, answer = self._chat(body)
-            return override or reply, answer
-        if is_embedding:
-            return override or Reply(), self._embed(body)
-        if route == ("GET", "/v1/models"):
-            models = [{"id": name, "object": "model", "created": 0, "owned_by": "test"} for name in self.models]
-            return override or Reply(), {"object": "list", "data": models}
-        raise Refusal(f"Invalid URL ({request.method} {request.path})", status=404)
+        if route not in routes:
+            raise Refusal(f"Invalid URL ({route})", status=404)
+        reply, answer = routes[route](body)
+        return override or reply, answer
 
-    def _record(self, request: Request, is_chat: bool) -> Body:
+    def _record(self, request: Request) -> Body:
         """The body of a request, which is listed, and so is what is wrong with it. Raises Refusal."""
         body: Body = {}
+        is_chat = request.path == "/v1/chat/completions"
         try:
             body = parse(request.raw)
             check(body, CHAT if is_chat else EMBEDDING)
@@ -547,7 +532,7 @@ class Endpoint(Loopback):
             reply = answer if isinstance(answer, Reply) else answer(body)
         except Exception as error:  # a fault of the test's own code: show it there, keep the connection's task alive
             self.refusals.append(f"the script raised {error!r}")
-            raise Refusal(f"the script raised {error!r}", status=500) from error
+            raise Refusal(self.refusals[-1], status=500) from error
         for name in self.quirks:
             reply = replace(reply, **QUIRKS[name][2])
         return reply, _answer(reply, body, self._fresh_ids)
@@ -570,7 +555,7 @@ class Endpoint(Loopback):
             text = f"This model's maximum context length is {self.context_window} tokens. However, your messages "
             raise Refusal(f"{text}resulted in {tokens} tokens.", "context_length_exceeded")
 
-    def _embed(self, body: Body) -> Body:
+    def _embed(self, body: Body) -> tuple[Reply, Body]:
         texts = _texts(body)
         vectors: list[Any] = [embedding(text, self.dimension, self.synonyms) for text in texts]
         if self.spoil is not None:
@@ -578,11 +563,10 @@ class Endpoint(Loopback):
         data = [{"object": "embedding", "index": index, "embedding": vector} for index, vector in enumerate(vectors)]
         tokens = sum(map(len, texts)) // 4
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": body["model"], "usage": usage}
+        return Reply(), {"object": "list", "data": data, "model": body["model"], "usage": usage}
 
 
 def _texts(body: Body) -> list[str]:
-    """What a request for embeddings gives."""
     given = body.get("input", [])
     return given if isinstance(given, list) else [given]
 
@@ -642,14 +626,12 @@ async def _send(reply: Reply, answer: Body | list[Body], gate: asyncio.Event, st
 
 
 def _plain_response(reply: Reply, answer: Body | list[Body]) -> bytes:
-    content = reply.body
-    if content is None and reply.status == 200:
-        content = _encode(answer)
-    elif content is None:
+    content: Any = answer if reply.body is None else reply.body
+    if reply.body is None and reply.status != 200:
         content = {"error": {"message": _phrase(reply.status), "type": "server_error", "param": None, "code": None}}
-    kind = "text/html" if isinstance(reply.body, str) else "application/json"
     text = content if isinstance(content, str | bytes) else _encode(content)
     raw = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
+    kind = "text/html" if isinstance(reply.body, str) else "application/json"
     return _head(reply, kind, f"Content-Length: {len(raw)}") + raw
 
 

@@ -6,7 +6,7 @@ A test may block on it; in async tests, call `wait` through `asyncio.to_thread`.
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from endpoint import Loopback
@@ -51,11 +51,12 @@ class Proxy(Loopback):
         """Block until a condition on `sent`, `received` and `connected` holds. Raises TimeoutError."""
         self._wait(condition, lambda: f"sent: {self.sent[-3:]}, received: {self.received[-3:]}")
 
-    async def _listen(self) -> Server:
+    @contextlib.asynccontextmanager
+    async def _listening(self) -> AsyncIterator[Server]:
         options: dict[str, Any] = {"compression": None, "max_size": None, "close_timeout": 0.2}
-        return await serve(self._connection, "127.0.0.1", 0, process_request=self._gate, **options)
-
-    async def _close(self, server: Server) -> None:
+        server = await serve(self._connection, "127.0.0.1", 0, process_request=self._gate, **options)
+        yield server
+        server.close()
         self.abort()
         await server.wait_closed()
 
