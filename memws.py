@@ -67,6 +67,7 @@ import difflib
 import enum
 import errno
 import functools
+import gc
 import hashlib
 import heapq
 import importlib.util
@@ -109,7 +110,7 @@ try:
     from websockets import http11
     from websockets.asyncio.connection import Connection, broadcast
     from websockets.asyncio.server import ServerConnection
-    from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+    from websockets.exceptions import ConnectionClosed, InvalidState, InvalidStatus, InvalidURI, WebSocketException
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -2107,7 +2108,15 @@ memory_index = MemoryIndex
 # ---- the store -------------------------------------------------------------------------------------------------------
 
 Job = Callable[Concatenate[SqlConnection, P], T]
-WriteJob = tuple[Job[[], Any], concurrent.futures.Future[Any]]
+WriteJob = tuple[Job[[], Any], asyncio.Future[Any]]
+
+
+def _settle(futures: Iterable[asyncio.Future[Any]], outcomes: Iterable[Any]) -> None:
+    """Give those who still wait their results or errors."""
+    for done, outcome in zip(futures, outcomes, strict=True):
+        if not done.done():
+            tell = done.set_exception if isinstance(outcome, Exception) else done.set_result
+            tell(outcome)
 
 
 class Store:
@@ -2127,7 +2136,6 @@ class Store:
             raise
         self.settings: dict[str, str] = dict(self._connection.execute("SELECT name, value FROM settings").fetchall())
         self._jobs: queue.SimpleQueue[WriteJob | None] = queue.SimpleQueue()  # None: there will be no more
-        self._jobs.put((forget_copies, concurrent.futures.Future()))
         self._local = threading.local()  # .connection: of a reader's thread
         self._readers = concurrent.futures.ThreadPoolExecutor(READERS, "memws-reader")
         self._closed = False
@@ -2145,10 +2153,9 @@ class Store:
         """What the job gives, once all that it wrote is on disk. Raises StoreFailed, and as the job does."""
         if self._closed:
             raise StoreFailed("the database is closed")
-        done: concurrent.futures.Future[T] = concurrent.futures.Future()
-        done.set_running_or_notify_cancel()  # a caller that is cancelled does not take it back
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._jobs.put((lambda db: job(db, *values, **named), done))
-        return await asyncio.wrap_future(done)
+        return await done  # a caller that is cancelled does not take it back
 
     def _read(self, job: Job[[], T]) -> T:
         try:
@@ -2161,6 +2168,8 @@ class Store:
 
     def _write_all(self) -> None:
         """The writer's thread: take what waits, and store it together."""
+        with contextlib.suppress(MemwsError), transaction(self._connection):
+            forget_copies(self._connection)
         jobs: list[WriteJob | None] = []
         while None not in jobs:
             jobs = [self._jobs.get()]
@@ -2171,20 +2180,18 @@ class Store:
     def _write_batch(self, jobs: list[WriteJob]) -> None:
         """What fails with a job, fails that alone; what fails with the transaction, all."""
         while jobs:
-            results, running = list[Any](), jobs
+            outcomes, running = list[Any](), jobs
             try:
                 with transaction(self._connection):
                     for job in jobs:
                         running = [job]
-                        results.append(job[0](self._connection))
+                        outcomes.append(job[0](self._connection))
                     running = jobs
-                for (_, done), result in zip(jobs, results, strict=True):
-                    done.set_result(result)
-                return
             except Exception as error:  # a fault of a job too is for whoever waits for it, not for this thread
-                for _, done in running:
-                    done.set_exception(error)
-                jobs = [job for job in jobs if job not in running]
+                outcomes = [error] * len(running)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                jobs[0][1].get_loop().call_soon_threadsafe(_settle, [done for _, done in running], outcomes)
+            jobs = [] if running is jobs else [job for job in jobs if job not in running]
 
     async def close(self) -> None:
         """Finish what is queued and let go of the files."""
@@ -7741,6 +7748,7 @@ class Reader:
         self.floor = math.inf  # a subscription gets all events above this seq
         self.turns: dict[str, Id] = {}  # own turns without their terminal frame, and the ids of their messages
         self._replays: set[str] = set()  # of them those that are to be sent from their start up to the cursor
+        self._unwritten = 0  # characters of frames that wait to be written
         session.readers[live] = self
         live.readers.add(self)
         self.task = live.agents.spawn(self._serve())
@@ -7772,7 +7780,7 @@ class Reader:
         self.live.wake()
 
     async def _serve(self) -> None:
-        with contextlib.suppress(ConnectionClosed):
+        with contextlib.suppress(ConnectionClosed, InvalidState):
             try:
                 await self._read()
                 error: MemwsError | None = self.live.end
@@ -7805,10 +7813,13 @@ class Reader:
                 event = live.ring[self.place - live.count]  # counted from the newest
                 self.place += 1
                 await self._deliver(event)
+            elif self._unwritten:
+                await self._write()
             elif live.end:
                 return
             else:
                 await live.news.wait()
+        await self._write()
 
     async def _deliver(self, event: StoredEvent) -> None:
         """Send an event, if it is new and wanted here."""
@@ -7837,7 +7848,17 @@ class Reader:
             request_id = self.turns.get(event.turn_id)
         elif self.session.types is not None and event.kind not in self.session.types:
             return
-        await self.session.websocket.send(event.text if request_id is None else with_fields(event.text, id=request_id))
+        text = event.text if request_id is None else with_fields(event.text, id=request_id)
+        self.session.websocket.protocol.send_text(text.encode())
+        self._unwritten += len(text)
+        if self._unwritten > MAX_TEXT:
+            await self._write()
+
+    async def _write(self) -> None:
+        """Write the frames of a step at once: each write costs as much as all else that is done to send a frame."""
+        websocket, self._unwritten = self.session.websocket, 0
+        async with websocket.send_context():
+            websocket.transport.write(b"".join(websocket.protocol.data_to_send()))
 
 
 # ---- sessions and their commands -------------------------------------------------------------------------------------
@@ -9089,6 +9110,9 @@ def serve_command(*, log_level: str, **options: Any) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(options["max_connections"] + 256, hard)), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
+    gc.set_threshold(
+        2_000, 10, 100
+    )  # by default all waits every few seconds, up to 0.1 s, until it has seen everything
     for name in ("allow_origin", "allow_host"):
         options[name] = options[name] or os.environ.get(f"MEMWS_{name.upper()}") or ()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
