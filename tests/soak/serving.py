@@ -77,7 +77,7 @@ class Server(memws.WebSocketServer):
 
 
 if __name__ == "__main__":
-    SOAK = json.loads(os.environ["SOAK"])
+    SOAK = {"constants": {}, "desk": 0, "fail": False, **json.loads(os.environ["SOAK"])}
     for name, value in SOAK["constants"].items():
         assert hasattr(memws, name), name
         setattr(memws, name, value)

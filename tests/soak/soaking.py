@@ -172,16 +172,8 @@ class Desk:
             yield self
 
 
-def process(
-    where: Path,
-    *flags: str,
-    desk: int = 0,
-    constants: JSON | None = None,
-    fail: bool = False,
-    variables: Mapping[str, str] | None = None,
-) -> Serving:
-    """A server process in this folder; see serving.py."""
-    added = {"desk": desk, "constants": constants or {}, "fail": fail}
+def process(where: Path, *flags: str, variables: Mapping[str, str] | None = None, **added: Any) -> Serving:
+    """A server process in this folder, with what is `added`; see serving.py."""
     variables = {"OPENAI_API_KEY": "sk-x", "SOAK": json.dumps(added), **(variables or {})}
     return Serving("--host", "127.0.0.1", *flags, cwd=where, program=SERVER, variables=variables)
 
