@@ -63,14 +63,10 @@ class Lab:
     """A database and the models of one endpoint, or the offline model, while the `async with` block lasts."""
 
     def __init__(
-        self,
-        endpoint: Endpoint | None,
-        path: Path | str = ":memory:",
-        tools: Tools = (),
-        timeout: float = memws.TOOL_TIMEOUT,
+        self, endpoint: Endpoint | None, path: Path | str = ":memory:", tools: Tools = (), **rules: Any
     ) -> None:
         self.endpoint, self.path = endpoint, str(path)
-        own = [memws.make_tool(tool, timeout=timeout) for tool in tools]
+        own = [memws.make_tool(tool, **rules) for tool in tools]
         self.tools = memws.MEMORY_TOOLS | {tool.name: tool for tool in own}
         self._numbers = itertools.count(1)
 
@@ -107,7 +103,7 @@ class Lab:
             self.endpoint.script(*answers)
         return await self.run(agent, self.turn(message, **options))
 
-    async def run(self, agent: memws.Agent, turn: memws.Turn, on_event: OnEvent | None = None) -> Told:
+    async def run(self, agent: memws.Agent, turn: memws.Turn, on_event: OnEvent = lambda _: None) -> Told:
         """Run a turn in a task of its own, as the server does, and check what must be true of every turn."""
         before = agent.record.last_seq
         events: list[Body] = []
@@ -115,8 +111,7 @@ class Lab:
         def emit(*stored: Any) -> None:
             for event in stored:
                 events.append(json.loads(event.text))
-                if on_event is not None:
-                    on_event(events[-1])
+                on_event(events[-1])
 
         agent.memory.emit = emit
         await asyncio.wait_for(asyncio.create_task(agent.turn(turn)), LIMIT)

@@ -28,13 +28,10 @@ class Terminal:
     """A program on a terminal of 120 columns, while the `with` block lasts."""
 
     def __init__(self, words: Sequence[str], *, cwd: Path, variables: Mapping[str, str]) -> None:
-        self.words = words
-        self.cwd = cwd
-        self.variables = {**variables, "TERM": variables.get("TERM", "xterm")}
+        self.words, self.cwd, self.variables = words, cwd, {"TERM": "xterm", **variables}
         self.seen = ""  # all that the program has written
         self._read_to = 0
-        self._news = threading.Condition()
-        self._over = False
+        self._news, self._over = threading.Condition(), False
 
     def __enter__(self) -> Self:
         self._master, terminal = pty.openpty()
