@@ -7174,10 +7174,8 @@ class Gate:
             return 403, "pages of this Origin may not connect; allow them with --allow-origin"
         token = self._token
         if token is not None and not any(secrets.compare_digest(secret, token) for secret in _secrets(request)):
-            return (
-                401,
-                "a token is needed: --token or MEMWS_TOKEN, Authorization: Bearer, subprotocol memws, or ?token=",
-            )
+            ways = "--token or MEMWS_TOKEN, Authorization: Bearer, subprotocol memws, or ?token="
+            return 401, f"a token is needed: {ways}"
         return None
 
     def _may(self, value: str) -> bool:
@@ -7203,6 +7201,7 @@ def _secrets(request: http11.Request) -> list[bytes]:
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
 WhenBusy = Literal["queue", "reject", "interrupt", "steer"]
+READING = "get_agent", "get_messages", "search_memory", "get_context", "get_request", "cancel"  # also while writes fail
 
 
 def name_like(name: str) -> str:
@@ -7215,9 +7214,9 @@ def new_turn_id() -> str:
 
 
 class Elsewhere(Refused):
-    """Another server runs the agent: `forward` gives what that one answers to a request."""
+    """Another server runs the agent: `forward` gives what that one answers to a command; None: ask again."""
 
-    def __init__(self, name: str, forward: Callable[[JSON], Coroutine[Any, Any, JSON]]) -> None:
+    def __init__(self, name: str, forward: Callable[[JSON], Coroutine[Any, Any, JSON | None]]) -> None:
         super().__init__("busy", f"another server runs agent {name!r}; talk to it through a client")
         self.forward = forward
 
@@ -7376,38 +7375,35 @@ class LiveAgent:
             with contextlib.suppress(MemwsError):
                 await self._mend()  # the end may be on disk by now, as that of an interrupted turn
             if item.step == 0 or self.agent.memory.stale:
-                self.refuse(item, error if isinstance(error, MemwsError) else cancelled())
+                self.dismiss(item, error if isinstance(error, MemwsError) else cancelled())
         finally:
             self._leave(item)
 
     def _leave(self, item: Turn) -> None:
-        if not (item.done.done() or item in self.waiting):
-            item.done.set_result(None)
+        if item not in self.waiting:
+            self.dismiss(item)
         self.waiting.extendleft(reversed(item.steered))  # it ended before it took them in
         self.current = None
         self.wake()
         self.go_on()
 
-    def refuse(self, item: Turn, error: MemwsError) -> None:
-        """Tell whoever waits for a turn that it will not be."""
+    def dismiss(self, item: Turn, error: MemwsError | None = None) -> None:
+        """Let nobody wait for a turn any longer: it is over, or will not be for this reason."""
         for line in (self.waiting, self.current.steered if self.current else []):
             if item in line:
                 line.remove(item)
-        item.done.set_exception(error)
-        item.done.exception()  # nobody may wait for it
+        if error:
+            item.done.set_exception(error)
+            item.done.exception()  # nobody may wait for it
+        elif not item.done.done():
+            item.done.set_result(None)
 
-    async def stop_turns(self, reason: str, error: Refused) -> None:
-        """Stop what runs and refuse what waits, until nothing does."""
+    async def stop_turns(self, reason: str, error: Refused | None = None) -> None:
+        """Stop what runs, and with an error refuse what waits, until nothing runs."""
         while self.current:
-            for item in self.queued:
-                self.refuse(item, error)
-            await self.stop_current(reason)
-
-    async def stop_current(self, reason: str) -> None:
-        """Stop what runs, and wait until it has ended."""
-        item = self.current
-        while item and self.current is item:
-            item.stop(reason)
+            for item in self.queued if error else ():
+                self.dismiss(item, error)
+            self.current.stop(reason)
             await self.news.wait()
 
     @contextlib.asynccontextmanager
@@ -7435,7 +7431,7 @@ class LiveAgent:
         """Refuse what waits and comes, let go of the timer, and of readers once they have read all."""
         self.end = error
         for item in self.queued:
-            self.refuse(item, error)
+            self.dismiss(item, error)
         self.wake()
         self.go_on()
 
@@ -7471,7 +7467,7 @@ class SharedAgent(LiveAgent):
         """Run the agent where this server has the lease, else follow the server that has, until there is another."""
         async with self._settling:
             self.go_on()
-            await self.stop_current("interrupted")
+            await self.stop_turns("interrupted")
             while True:
                 try:
                     await self.look_up()
@@ -7521,16 +7517,10 @@ class SharedAgent(LiveAgent):
         await self.open(record)
         for item in list(self.waiting):
             if await self.agents.store.read(find_turn, self.id, item.turn_id):
-                self._ended_elsewhere(item)
+                self.dismiss(item)  # it has run elsewhere: its readers get its end as an event
         self.here, self._problem = True, None
         self.wake()
         self.go_on()
-
-    def _ended_elsewhere(self, item: Turn) -> None:
-        """It has run elsewhere: its readers get its end as an event."""
-        if item in self.waiting:
-            self.waiting.remove(item)
-            item.done.set_result(None)
 
     # -- run by another --
 
@@ -7578,15 +7568,20 @@ class SharedAgent(LiveAgent):
         with contextlib.suppress(ConnectionLost):  # it is sent again
             async for event in turn:
                 if event["type"] == "agent_response_error" and "seq" not in event and item in self.waiting:
-                    self.refuse(item, RemoteError(event["message"], event["code"]))
-            self._ended_elsewhere(item)
+                    self.dismiss(item, RemoteError(event["message"], event["code"]))
+            self.dismiss(item)
 
-    async def _forward(self, client: Client, request: JSON) -> JSON:
-        """What the other server answers to a command. Raises RemoteError, StoreFailed where it is lost meanwhile."""
+    async def _forward(self, client: Client, request: JSON) -> JSON | None:
+        """What the other server answers to a command; None where it was lost, and no harm is in asking again. Raises
+        RemoteError, Refused, StoreFailed."""
         arguments = {name: value for name, value in request.items() if name not in ("type", "command", "id")}
         try:
             result = await client.command(request["command"], **arguments | {"agent_name": self.name})
         except ConnectionLost as error:
+            self._client = None
+            await self.ready()  # the agent may be gone, too
+            if request["command"] in READING:
+                return None
             raise StoreFailed("the server that ran the agent was lost; see what is stored, then ask again") from error
         if request["command"] == "rewind_agent":
             await self.look_up()  # whoever has the answer finds the agent as it is by now
@@ -7874,8 +7869,6 @@ Reason = Annotated[str, 0, MAX_QUERY]
 Count = Annotated[int, 1, 10_000]
 MessageId = Annotated[int, 0, 2**53] | None
 Moment = Annotated[str, 0, 40] | None
-READING = "get_agent", "get_messages", "search_memory", "get_context", "get_request", "cancel"  # also while writes fail
-GIVEN = {"live", "agent"}  # parameters of commands that need an agent; with `agent` one that this server runs
 
 
 def fitting(items: list[Any], beside: Any = None) -> list[Any]:
@@ -7956,18 +7949,24 @@ class Session:
 
     async def _call(self, function: Function, arguments: JSON, request: JSON) -> JSON | None:
         """Run a command, here or on the server that runs its agent."""
-        names = function.call.__annotations__.keys() & GIVEN
-        live = await self._live(arguments.pop("agent_name", None)) if names else None
-        try:
-            if live and "agent" in names:
-                arguments["agent"] = await live.fresh(function.name not in READING)
-            if live and "live" in names:
-                arguments["live"] = live
-            result: JSON | None = await function.call(self, **arguments)
-        except Elsewhere as elsewhere:
-            result = await elsewhere.forward(request)
-        except StoreFailed as error:
-            raise error if live is None else live.end or error from None
+        live = await self._live(arguments.pop("agent_name", None)) if function.filled else None
+        while True:
+            try:
+                if live and "live" in function.filled:
+                    arguments["live"] = live
+                if live and "agent" in function.filled:
+                    arguments["agent"] = await live.fresh(function.name not in READING)
+                result: JSON | None = await function.call(self, **arguments)
+                break
+            except Elsewhere as elsewhere:
+                if (result := await elsewhere.forward(request)) is not None:
+                    break
+            except LeaseLost:  # nothing was stored: it is done where the agent will run
+                if live is None:
+                    raise
+                live.here = False
+            except StoreFailed as error:
+                raise error if live is None else live.end or error from None
         if live and result and function.name == "wake":  # its turn is told as that of a message
             reader, turn_id = self._reader(live), result["turn_id"]
             reader.follow(turn_id, None, live.find(turn_id), replay=reader.floor == math.inf)
@@ -8029,7 +8028,7 @@ class Session:
         if item is not live.current:
             async with agent.memory.lock:  # where it enters a turn just now, it has done so then
                 if item in live.queued:
-                    live.refuse(item, Refused("cancelled", "cancelled before it ran"))
+                    live.dismiss(item, Refused("cancelled", "cancelled before it ran"))
                     return {"state": "removed"}
         item.stop("cancelled")
         return {"state": "cancelling" if item is live.current else "over"}
@@ -8323,10 +8322,11 @@ class Session:
 @functools.cache
 def known_commands() -> dict[str, Function]:
     """What a client may ask for, by name."""
-    calls = {name: call for name, call in vars(Session).items() if inspect.iscoroutinefunction(call) and name[0] != "_"}
-    found = {name: function_of(call, skip={"self", *GIVEN}) for name, call in calls.items()}
-    for name in (name for name, call in calls.items() if call.__annotations__.keys() & GIVEN):
-        found[name].parameters["properties"]["agent_name"] = schema_of(AgentName)
+    calls = [call for name, call in vars(Session).items() if inspect.iscoroutinefunction(call) and name[0] != "_"]
+    found = {call.__name__: function_of(call, skip=["self"], other=lambda *_: None) for call in calls}
+    for function in found.values():
+        if function.filled:  # with the agent that a request names
+            function.parameters["properties"]["agent_name"] = schema_of(AgentName)
     return found
 
 

@@ -5,10 +5,11 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import Serving
-from endpoint import Endpoint, say
+from endpoint import Endpoint, Reply, say
 from postgres import Cluster
 from wire import Wire, events_of, is_terminal, messages_of, of_kind, wire
 
@@ -16,6 +17,7 @@ import memws
 
 pytestmark = pytest.mark.anyio
 Online = Callable[..., memws.WebSocketServer]
+END_LEASES = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT id, owner FROM%'"
 
 
 @pytest.fixture
@@ -138,12 +140,43 @@ async def test_a_text_enters_a_turn_that_runs_elsewhere(pair: tuple[Wire, Wire],
 async def test_a_message_to_a_server_that_has_lost_the_lease(
     pair: tuple[Wire, Wire], postgres: Cluster, postgres_address: str
 ) -> None:
-    """It waits for the next owner, also where the server hears of the loss from the message alone."""
+    """It waits for the next owner, also where the server hears of the loss from the message, or an edit, alone."""
     postgres.run("UPDATE agents SET owner = 'ws://127.0.0.1:1#another'", postgres_address.rpartition("/")[2])
+    await pair[0].request("insert_passage", text="Tea")
     await pair[0].say("Still there?", turn_id="t1")
-    await pair[0].ok("list_agents")
-    postgres.run("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT id, owner FROM%'")
+    postgres.run(END_LEASES)
+    assert (await pair[0].until(lambda frame: "ok" in frame))[-1]["ok"]
     assert (await pair[0].ended())["stop_reason"] == "done"
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+async def test_what_a_lost_server_was_asked_is_asked_again(
+    postgres: Cluster, postgres_address: str, online: Online, endpoint: Endpoint, is_deleted: bool
+) -> None:
+    """A search that waits there is done by the next owner, unless the agent was deleted."""
+    servers, held = [online(db=postgres_address, embedding_model="m") for _ in range(2)], asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def hold(body: Any) -> Reply | None:
+        if "query" not in body["input"]:  # of the background
+            return None
+        del endpoint.overrides["/v1/embeddings"]
+        loop.call_soon_threadsafe(held.set)
+        return Reply(hold=True)
+
+    async with wire(servers[0], agent={"name": "sam"}) as owner, wire(servers[1]) as other:
+        await owner.turn("Tea")
+        await other.ok("load_agent", name="sam")
+        await asyncio.to_thread(endpoint.wait_embeddings, 1)
+        endpoint.overrides["/v1/embeddings"] = hold
+        await other.request("search_memory", query="query", agent_name="sam")
+        await held.wait()
+        if is_deleted:
+            await owner.ok("delete_agent")
+        else:
+            postgres.run(END_LEASES)
+        answer = await other.receive()
+        assert answer.get("error", {}).get("code") == ("unknown_agent" if is_deleted else None)
 
 
 async def test_what_a_paused_server_has_half_written_holds_up_nobody(postgres_address: str, online: Online) -> None:
