@@ -7226,19 +7226,26 @@ def cancelled() -> Refused:
     return Refused("cancelled", "cancelled before it ran; send the message again later")
 
 
+BY_SERVER = "?server"  # ends the path of a connection that passes on what other connections ask for
+
+
 class LiveAgent:
     """One agent in use: its turns one after another, its events for any number of readers, its timed heartbeats.
 
     A turn waits, in `waiting` or in `steered` of the one that it is to enter; then it is `current`; over it is with a
     result of its `done`, or, where its start or end was not stored, with an error. The newest events are in a ring, all
     stored ones in the store, too: who falls behind misses only what is live.
+
+    Of several servers on a database one runs it, which has the lease; the others follow that one: a client of it feeds
+    their readers, and is given the messages, whose turn_id keeps them from running twice. Once that server is gone, the
+    one that gets the lease goes on with them.
     """
 
     def __init__(self, agents: Agents, record: AgentRecord) -> None:
         self.agents, self.name, self.id = agents, record.name, record.id
-        self.agent: Agent  # set by open()
-        self.here = True  # whether this server runs it
-        self.lease: str | None = None  # by what lease; "": it has none, see SharedAgent
+        self.agent: Agent  # as it is opened here
+        self.here = False  # whether this server runs it
+        self.lease: str | None = None  # by what lease; None: the database has no other server
         self.waiting: collections.deque[Turn] = collections.deque()
         self.current: Turn | None = None  # what runs: a turn, or a compaction that a client asked for
         self.end: Refused | None = None  # why there will be no more turns and events
@@ -7248,14 +7255,12 @@ class LiveAgent:
         self.readers = weakref.WeakSet[Any]()  # what connections get of it
         self._timer: asyncio.TimerHandle | None = None
         self._beats = 0  # timed heartbeats since a user spoke
-
-    async def open(self, record: AgentRecord) -> None:
-        """Load the agent, and repair what a crash left. Raises StoreFailed."""
-        agents, memory = self.agents, Memory(self.agents.store, record, self.publish, self.hears, self.lease)
-        options = (agents.options.max_steps, agents.api_keys.get(record.id), agents.timezone)
-        self.agent = await Agent(memory, agents.models, agents.tools, *options).open()
-        if self.agent.repairs:
-            logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
+        self._owner: str | None = None  # the lease under which some server runs it, "": none does
+        self._client: Client | None = None  # of that server, where it is followed
+        self._sent = set[Turn]()  # what that one has been given of what waits
+        self._problem: MemwsError | None = None  # why it is neither run nor followed
+        self._work: asyncio.Task[None] | None = None  # runs or follows it
+        self._settling = asyncio.Lock()  # of one such task at a time
 
     def take_name(self, name: str | None) -> None:
         """Be known under the name from now on; None: under none."""
@@ -7263,6 +7268,57 @@ class LiveAgent:
             del self.agents.live[self.name]
         if name is not None:
             self.agents.live[name], self.name = self, name
+
+    async def run(self, record: AgentRecord) -> None:
+        """Run it on this server from now on, with what waits. Raises StoreFailed."""
+        self.ring.clear()  # it misses what other servers stored: readers find that in the store
+        self.count, self.last_seq = self.count + 1, record.last_seq
+        await self._open(record)
+        for item in list(self.waiting):
+            if await self.agents.store.read(find_turn, self.id, item.turn_id):
+                self.dismiss(item)  # it has run elsewhere: its readers get its end as an event
+        self.here, self._problem = True, None
+        self.wake()
+        self.go_on()
+
+    async def _open(self, record: AgentRecord) -> None:
+        """Load the agent, and repair what a crash left. Raises StoreFailed."""
+        agents, memory = self.agents, Memory(self.agents.store, record, self.publish, self.hears, self.lease)
+        options = (agents.options.max_steps, agents.api_keys.get(record.id), agents.timezone)
+        self.agent = await Agent(memory, agents.models, agents.tools, *options).open()
+        if self.agent.repairs:
+            logger.warning("agent %s: %s", record.name, "; ".join(self.agent.repairs))
+
+    async def _mend(self) -> None:
+        """Open it anew after a failed transaction; once, whoever asks for it."""
+        async with self.agent.memory.lock:
+            if self.agent.memory.stale and self.here:
+                await self._open(await self.agents.store.read(find_agent, self.name))
+
+    async def ready(self, mend: bool = True) -> None:
+        """Wait until some server runs it; here let it be as it is on disk, unless something runs. Raises StoreFailed,
+        Refused."""
+        if not self.here:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(10.0):  # until some server runs the agent
+                    while not (self.here or self._client or self.end or isinstance(self._problem, StoreFailed)):
+                        await self.news.wait()
+        if mend and self.here and not (self.current or self.end):
+            await self._mend()
+        if self.end:
+            raise self.end
+        if not (self.here or self._client):
+            reason = f" ({self._problem})" if self._problem else ""
+            raise StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
+
+    async def fresh(self, mend: bool = True) -> Agent:
+        """The agent, which this server runs. Raises StoreFailed, Refused, Elsewhere."""
+        await self.ready(mend)
+        if self._client:
+            raise Elsewhere(self.name, functools.partial(self._forward, self._client))
+        return self.agent
+
+    # -- its events --
 
     def publish(self, *events: StoredEvent) -> None:
         for event in events:
@@ -7287,23 +7343,7 @@ class LiveAgent:
                     yield event._replace(text=with_fields(event.text, agent_name=self.name))
             after = page[-1].seq if page else until
 
-    async def ready(self, mend: bool = True) -> None:
-        """Let the agent be as it is on disk, unless something runs. Raises StoreFailed, Refused."""
-        if mend and self.here and not (self.current or self.end):
-            await self._mend()
-        if self.end:
-            raise self.end
-
-    async def fresh(self, mend: bool = True) -> Agent:
-        """The agent, which this server runs. Raises StoreFailed, Refused, Elsewhere."""
-        await self.ready(mend)
-        return self.agent
-
-    async def _mend(self) -> None:
-        """Open it anew after a failed transaction; once, whoever asks for it."""
-        async with self.agent.memory.lock:
-            if self.agent.memory.stale and self.here:
-                await self.open(await self.agents.store.read(find_agent, self.name))
+    # -- its turns --
 
     @property
     def queued(self) -> list[Turn]:
@@ -7350,6 +7390,8 @@ class LiveAgent:
         """Begin what waits, or else set the timer of the next heartbeat; nothing of it while something runs."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._client:
+            self._pass_on(self._client)
         if self.current or self.end or self.agents.stopping or not self.here:
             return
         record = self.agent.record
@@ -7435,35 +7477,18 @@ class LiveAgent:
         self.wake()
         self.go_on()
 
+    # -- run by one of several servers --
 
-BY_SERVER = "?server"  # ends the path of a connection that passes on what other connections ask for
-
-
-class SharedAgent(LiveAgent):
-    """An agent that several servers share: this one runs it while it has the lease, else it follows the one that does.
-
-    A client of that server feeds the readers here, and is given the messages; their turn_id keeps those from running
-    twice. Once that server is gone and this one has the lease, it goes on with them.
-    """
-
-    def __init__(self, agents: Agents, record: AgentRecord, leases: Leases) -> None:
-        super().__init__(agents, record)
-        self.here, self.lease = False, ""
-        self._client: Client | None = None  # of the server that is followed
-        self._sent: set[Turn]  # what it has been given of what waits
-        self._problem: MemwsError | None = None  # why it is neither run nor followed
-        self._leases, self._owner, self._settling = leases, "", asyncio.Lock()
-        self._work = agents.spawn(self._settle())
-
-    def take_owner(self, owner: str) -> None:
+    def take_owner(self, owner: str, leases: Leases) -> None:
         """Be run by the server that has that lease, or has had it; "": by none."""
         if owner != self._owner:
-            self._owner, self.lease = owner, owner if owner == self._leases.lease else ""
+            self._owner, self.lease = owner, owner if owner == leases.lease else ""
             self.here, self._problem = False, None
-            self._work.cancel()
-            self._work = self.agents.spawn(self._settle())
+            if self._work:
+                self._work.cancel()
+            self._work = self.agents.spawn(self._settle(owner.rpartition("#")[0], leases))
 
-    async def _settle(self) -> None:
+    async def _settle(self, address: str, leases: Leases) -> None:
         """Run the agent where this server has the lease, else follow the server that has, until there is another."""
         async with self._settling:
             self.go_on()
@@ -7472,9 +7497,8 @@ class SharedAgent(LiveAgent):
                 try:
                     await self.look_up()
                     if self.lease:
-                        return await self._run_here()
-                    address = self._owner.rpartition("#")[0]
-                    if address not in ("", self._leases.address):
+                        return await self.run(await self.agents.store.read(find_agent, self.name))
+                    if address not in ("", leases.address):
                         await self._follow(address)
                 except Refused as error:
                     self.take_name(None)
@@ -7489,40 +7513,6 @@ class SharedAgent(LiveAgent):
         """Take id and name as the database has them. Raises StoreFailed, Refused."""
         self.id, name, _ = await self.agents.store.read(find_name, self.id, self.name)
         self.take_name(name)
-
-    async def ready(self, mend: bool = True) -> None:
-        """Wait until some server runs it. Raises StoreFailed, Refused."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10.0):  # until some server runs the agent
-                while not (self.here or self._client or self.end or isinstance(self._problem, StoreFailed)):
-                    await self.news.wait()
-        if not (self.here or self._client or self.end):
-            reason = f" ({self._problem})" if self._problem else ""
-            raise StoreFailed(f"no server runs agent {self.name!r} now{reason}; send it again later")
-        await super().ready(mend)
-
-    async def fresh(self, mend: bool = True) -> Agent:
-        await self.ready(mend)
-        if self._client:
-            raise Elsewhere(self.name, functools.partial(self._forward, self._client))
-        return self.agent
-
-    # -- run by this server --
-
-    async def _run_here(self) -> None:
-        """Open the agent, whose turn another server may have left open, and go on with what waits."""
-        record = await self.agents.store.read(find_agent, self.name)
-        self.ring.clear()  # it misses what others stored: readers find that in the store
-        self.count, self.last_seq = self.count + 1, record.last_seq
-        await self.open(record)
-        for item in list(self.waiting):
-            if await self.agents.store.read(find_turn, self.id, item.turn_id):
-                self.dismiss(item)  # it has run elsewhere: its readers get its end as an event
-        self.here, self._problem = True, None
-        self.wake()
-        self.go_on()
-
-    # -- run by another --
 
     async def _follow(self, address: str) -> None:
         """Follow a server until the agent is deleted. Raises ConnectFailed, ConnectionLost, RemoteError."""
@@ -7554,14 +7544,13 @@ class SharedAgent(LiveAgent):
         if frame.get("change") == "renamed":
             self.take_name(frame["new_name"])
 
-    def go_on(self) -> None:
-        super().go_on()
-        for item in list(self.waiting):
-            if self._client and item not in self._sent:
-                self._sent.add(item)
-                with contextlib.suppress(ConnectionLost):  # the next one gets it
-                    about = item.message or "", self.name, item.turn_id, item.when_busy, item.speaker or ""
-                    self.agents.spawn(self._hear(item, self._client.send(*about)))
+    def _pass_on(self, client: Client) -> None:
+        """Give what waits to the server that runs the agent."""
+        for item in [each for each in self.waiting if each not in self._sent]:
+            self._sent.add(item)
+            with contextlib.suppress(ConnectionLost):  # the next one gets it
+                about = item.message or "", self.name, item.turn_id, item.when_busy, item.speaker or ""
+                self.agents.spawn(self._hear(item, client.send(*about)))
 
     async def _hear(self, item: Turn, turn: Stream) -> None:
         """Wait for the end of a turn, or for why it will not be."""
@@ -7636,18 +7625,18 @@ class Agents:
 
     async def use(self, record: AgentRecord) -> LiveAgent:
         """The agent, opened; to be called under the lock."""
-        if self.leases:
-            known = next((live for live in self.live.values() if live.id == record.id), None)
-            if isinstance(known, SharedAgent):
-                await known.look_up()
-            shared = known if known and known.id == record.id else SharedAgent(self, record, self.leases)
-            shared.take_name(record.name)
-            self.leases.ask()
-            return shared
-        live = LiveAgent(self, record)
-        await live.open(record)
+        live = next((each for each in self.live.values() if each.id == record.id), None)
+        if live:  # another server has renamed it, or taken it back
+            await live.look_up()
+        if live is None or live.id != record.id:
+            live = LiveAgent(self, record)
+            if self.leases:
+                live.take_owner("", self.leases)
+            else:
+                await live.run(record)
         live.take_name(record.name)
-        live.go_on()
+        if self.leases:
+            self.leases.ask()
         return live
 
     def _in_use(self) -> set[int]:
@@ -7656,8 +7645,8 @@ class Agents:
 
     def _hear(self, owners: dict[int, str]) -> None:
         for live in list(self.live.values()):
-            if isinstance(live, SharedAgent) and live.id in owners:
-                live.take_owner(owners[live.id])
+            if self.leases and live.id in owners:
+                live.take_owner(owners[live.id], self.leases)
         self._embeds = bool(owners.get(0, self._embeds))
 
     async def create(self, values: JSON, base_url: str | None, api_key: str | None) -> tuple[LiveAgent, list[str]]:
