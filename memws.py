@@ -7350,8 +7350,19 @@ class LiveAgent:
         """What waits for its turn, or for the next step of the one that runs."""
         return [*(self.current.steered if self.current else ()), *self.waiting]
 
-    def find(self, turn_id: str) -> Turn | None:
+    def _find(self, turn_id: str) -> Turn | None:
         return next((item for item in (self.current, *self.queued) if item and item.turn_id == turn_id), None)
+
+    async def find(self, turn_id: str) -> Turn | None:
+        """The turn of that id as it waits or runs, or else as it is stored, which is `over`. Raises StoreFailed."""
+        item, stored = self._find(turn_id), None
+        if item is None:
+            stored = await self.agents.store.read(find_turn, self.id, turn_id)
+            item = self._find(turn_id)  # it may have been sent meanwhile
+        if stored and item is None:
+            event = decode_json(stored.get("user_message", "{}"))
+            item = Turn(turn_id, event.get("message"), speaker=event.get("from"), over=True)
+        return item
 
     def enqueue(self, item: Turn) -> None:
         """Let a turn wait for its time, which may be now. Raises Refused where it may not."""
@@ -7811,17 +7822,12 @@ class Reader:
             return
         self.cursor = event.seq or self.cursor
         if event.kind == "agent_change" and decode_json(event.text).get("change") == "rewound":
-            await self._end_lost()
+            for turn_id in list(self.turns):
+                if not await self.live.find(turn_id):  # the agent never had it, so there is no terminal frame
+                    self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
         turn_ids = {event.turn_id, decode_json(event.text)["turn_id"] if has_entered(event) else event.turn_id}
         if turn_ids & self.turns.keys() or (event.seq or self.cursor + 1) > self.floor:
             await self._send(event)
-
-    async def _end_lost(self) -> None:
-        """Turns that the agent never had, since it was rewound, will have no terminal frame."""
-        for turn_id in list(self.turns):
-            stored = await self.live.agents.store.read(find_turn, self.live.id, turn_id)
-            if not (stored or self.live.find(turn_id)):
-                self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
 
     async def _send(self, event: StoredEvent) -> None:
         """Send an event of a type that the client asked for; starts and terminals of its own turns with their id."""
@@ -7957,8 +7963,8 @@ class Session:
             except StoreFailed as error:
                 raise error if live is None else live.end or error from None
         if live and result and function.name == "wake":  # its turn is told as that of a message
-            reader, turn_id = self._reader(live), result["turn_id"]
-            reader.follow(turn_id, None, live.find(turn_id), replay=reader.floor == math.inf)
+            item, reader = await live.find(result["turn_id"]), self._reader(live)
+            reader.follow(result["turn_id"], None, item, replay=reader.floor == math.inf)
         return result
 
     async def _live(self, name: str | None) -> LiveAgent:
@@ -7983,36 +7989,23 @@ class Session:
     ) -> None:
         """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
         await live.ready()
-        if turn_id is not None and await self._follow_again(live, turn_id, message, from_):
-            return
-        item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender, when_busy=when_busy)
-        live.enqueue(item)
-        self._reader(live).follow(item.turn_id, self._request_id, item)
-        if live.here and item in live.waiting and when_busy in ("queue", "steer"):
-            live.agent.emit_live(item, "queue", "waits for its turn", position=len(live.waiting))
-
-    async def _follow_again(self, live: LiveAgent, turn_id: str, message: str, speaker: str | None) -> bool:
-        """Whether there is a turn of that id, which then is followed from its start. Raises Refused."""
-        item = live.find(turn_id)
-        stored = {} if item else await self._agents.store.read(find_turn, live.id, turn_id)
-        item = item or live.find(turn_id)  # another connection may have sent it meanwhile
-        if not (item or stored):
-            return False
-        event = decode_json(stored.get("user_message", "{}"))
-        if (message, speaker) != ((item.message, item.speaker) if item else (event.get("message"), event.get("from"))):
+        item = await live.find(turn_id) if turn_id else None
+        if item and (item.message, item.speaker) != (message, from_):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
-        if item is None and "agent_response_start" not in stored:
-            await self._reply(with_fields(stored["user_message"], agent_name=live.name, id=self._request_id))
-        else:
-            self._reader(live).follow(turn_id, self._request_id, item, replay=True)
-        return True
+        is_new = item is None
+        if item is None:
+            item = Turn(turn_id or new_turn_id(), message, speaker=from_, sender=self.sender, when_busy=when_busy)
+            live.enqueue(item)
+        self._reader(live).follow(item.turn_id, self._request_id, item, replay=not is_new)
+        if is_new and live.here and item in live.waiting and when_busy in ("queue", "steer"):
+            live.agent.emit_live(item, "queue", "waits for its turn", position=len(live.waiting))
 
     async def cancel(self, live: LiveAgent, agent: Agent, turn_id: TurnId | None = None) -> JSON:
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
-        item = live.find(turn_id) if turn_id else live.current
+        item = await live.find(turn_id) if turn_id else live.current
+        if item is None and turn_id:
+            raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
         if item is None:
-            if turn_id and not await self._agents.store.read(find_turn, live.id, turn_id):
-                raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
             return {"state": "over"}
         if item is not live.current:
             async with agent.memory.lock:  # where it enters a turn just now, it has done so then
