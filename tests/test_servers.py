@@ -5,7 +5,6 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 from commandline import Serving
@@ -154,29 +153,21 @@ async def test_what_a_lost_server_was_asked_is_asked_again(
     postgres: Cluster, postgres_address: str, online: Online, endpoint: Endpoint, is_deleted: bool
 ) -> None:
     """A search that waits there is done by the next owner, unless the agent was deleted."""
-    servers, held = [online(db=postgres_address, embedding_model="m") for _ in range(2)], asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def hold(body: Any) -> Reply | None:
-        if "query" not in body["input"]:  # of the background
-            return None
-        del endpoint.overrides["/v1/embeddings"]
-        loop.call_soon_threadsafe(held.set)
-        return Reply(hold=True)
-
+    servers = online(db=postgres_address, embedding_model="m"), online(db=postgres_address)
     async with wire(servers[0], agent={"name": "sam"}) as owner, wire(servers[1]) as other:
-        await owner.turn("Tea")
+        await owner.ok("insert_passage", text="Tea")
         await other.ok("load_agent", name="sam")
         await asyncio.to_thread(endpoint.wait_embeddings, 1)
-        endpoint.overrides["/v1/embeddings"] = hold
-        await other.request("search_memory", query="query", agent_name="sam")
-        await held.wait()
+        endpoint.overrides["/v1/embeddings"] = Reply(hold=True)
+        await other.request("search_memory", query="drinks")
+        await asyncio.to_thread(endpoint.wait_embeddings, 2)
+        endpoint.overrides.clear()
         if is_deleted:
             await owner.ok("delete_agent")
         else:
             postgres.run(END_LEASES)
-        answer = await other.receive()
-        assert answer.get("error", {}).get("code") == ("unknown_agent" if is_deleted else None)
+        error = (await other.receive()).get("error", {})
+        assert error.get("code") == ("unknown_agent" if is_deleted else None)
 
 
 async def test_what_a_paused_server_has_half_written_holds_up_nobody(postgres_address: str, online: Online) -> None:
