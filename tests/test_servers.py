@@ -157,10 +157,10 @@ async def test_what_a_lost_server_was_asked_is_asked_again(
     async with wire(servers[0], agent={"name": "sam"}) as owner, wire(servers[1]) as other:
         await owner.ok("insert_passage", text="Tea")
         await other.ok("load_agent", name="sam")
-        await asyncio.to_thread(endpoint.wait_embeddings, 1)
+        await asyncio.to_thread(endpoint.wait_requests, 1, "embedding_requests")
         endpoint.overrides["/v1/embeddings"] = Reply(hold=True)
         await other.request("search_memory", query="drinks")
-        await asyncio.to_thread(endpoint.wait_embeddings, 2)
+        await asyncio.to_thread(endpoint.wait_requests, 2, "embedding_requests")
         endpoint.overrides.clear()
         if is_deleted:
             await owner.ok("delete_agent")
