@@ -7350,15 +7350,15 @@ class LiveAgent:
         """What waits for its turn, or for the next step of the one that runs."""
         return [*(self.current.steered if self.current else ()), *self.waiting]
 
-    def _find(self, turn_id: str) -> Turn | None:
+    def find(self, turn_id: str) -> Turn | None:
         return next((item for item in (self.current, *self.queued) if item and item.turn_id == turn_id), None)
 
-    async def find(self, turn_id: str) -> Turn | None:
+    async def find_anywhere(self, turn_id: str) -> Turn | None:
         """The turn of that id as it waits or runs, or else as it is stored, which is `over`. Raises StoreFailed."""
-        item, stored = self._find(turn_id), None
+        item, stored = self.find(turn_id), None
         if item is None:
             stored = await self.agents.store.read(find_turn, self.id, turn_id)
-            item = self._find(turn_id)  # it may have been sent meanwhile
+            item = self.find(turn_id)  # it may have been sent meanwhile
         if stored and item is None:
             event = decode_json(stored.get("user_message", "{}"))
             item = Turn(turn_id, event.get("message"), speaker=event.get("from"), over=True)
@@ -7823,7 +7823,7 @@ class Reader:
         self.cursor = event.seq or self.cursor
         if event.kind == "agent_change" and decode_json(event.text).get("change") == "rewound":
             for turn_id in list(self.turns):
-                if not await self.live.find(turn_id):  # the agent never had it, so there is no terminal frame
+                if not await self.live.find_anywhere(turn_id):  # the agent never had it, so there is no terminal frame
                     self._refuse(turn_id, Refused("cancelled", "the agent was rewound to before this turn"))
         turn_ids = {event.turn_id, decode_json(event.text)["turn_id"] if has_entered(event) else event.turn_id}
         if turn_ids & self.turns.keys() or (event.seq or self.cursor + 1) > self.floor:
@@ -7963,7 +7963,7 @@ class Session:
             except StoreFailed as error:
                 raise error if live is None else live.end or error from None
         if live and result and function.name == "wake":  # its turn is told as that of a message
-            item, reader = await live.find(result["turn_id"]), self._reader(live)
+            item, reader = live.find(result["turn_id"]), self._reader(live)
             reader.follow(result["turn_id"], None, item, replay=reader.floor == math.inf)
         return result
 
@@ -7989,7 +7989,7 @@ class Session:
     ) -> None:
         """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
         await live.ready()
-        item = await live.find(turn_id) if turn_id else None
+        item = await live.find_anywhere(turn_id) if turn_id else None
         if item and (item.message, item.speaker) != (message, from_):
             raise Refused("turn_id_reused", f"turn {quote(turn_id)} was another message; use a new turn_id")
         is_new = item is None
@@ -8002,7 +8002,7 @@ class Session:
 
     async def cancel(self, live: LiveAgent, agent: Agent, turn_id: TurnId | None = None) -> JSON:
         """End the running turn, or take a waiting message back. Result: {state: cancelling | removed | over}."""
-        item = await live.find(turn_id) if turn_id else live.current
+        item = await live.find_anywhere(turn_id) if turn_id else live.current
         if item is None and turn_id:
             raise Refused("unknown_turn", f"agent {live.name!r} never had a turn {quote(turn_id)}")
         if item is None:
