@@ -579,10 +579,8 @@ def check(value: Any, schema: JSON) -> Any:
 
 
 def from_text(value: Any) -> Any:
-    """What a model may have meant by a value, or what is inside of it, that does not fit:
-
-    '5' and 5.0 are 5, 'True' is true, 'None' is null, "['tea']" is ["tea"], ['5'] is [5], {"a": null} is {}
-    """
+    """What a model may have meant by a value, or what is inside of it, that does not fit: '5' and 5.0 are 5, 'True' is
+    true, 'None' is null, "['tea']" is ["tea"], ['5'] is [5], {"a": null} is {}."""
     if isinstance(value, list):
         return [from_text(item) for item in value]
     if isinstance(value, dict):
@@ -800,8 +798,7 @@ def answer(request: JSON, result: JSON) -> str:
 
 
 def failure(request: JSON | None, error: MemwsError) -> str:
-    """The bad answer: to a frame that could not be read (no request), to one that is no valid request, to a command, to
-    a message that never became a turn."""
+    """The bad answer: to a frame that is no (valid) request, to a command, to a message that never became a turn."""
     problem = {"code": error.code, "message": str(error), **error.details}
     if request is None or isinstance(error, InvalidRequest):
         frame = {"type": "server_error", **({"id": None} if request is None else {}), **problem}
@@ -3013,8 +3010,7 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
 
 
 def _plain(match: re.Match[str]) -> str:
-    """What a piece of markup stands for: a text, the name of a tool, arguments as JSON, or nothing. A call in Python's
-    syntax is parsed and never evaluated."""
+    """What a piece of markup stands for; a call in Python's syntax is parsed and never evaluated."""
     kind = match.lastgroup or ""
     if kind == "quoted":
         return encode_json(match["inner"])
@@ -5519,8 +5515,7 @@ class Client:
         raise ConnectionLost(self.url)
 
     def _post(self, request: Frame, answer: Callable[[Frame | MemwsError], None] = lambda answer: None) -> None:
-        """Send a request. `answer` gets the result or the error, before the next frame is read; for a message only an
-        error. Raises Refused (too_large, too_deep)."""
+        """Send a request; `answer` gets the result (of a message none) or the error, before the next frame is read."""
         request = {"id": next(self._ids), **request}
         text = encode_json(request)
         if (size := len(text.encode())) > MAX_FRAME:
@@ -5608,7 +5603,7 @@ class BlockingClient:
         "Close the connection and end the thread, within 3 s; whatever waits gets ConnectionLost."
         try:
             self._thread.call(self.client.connect)
-        except BaseException:
+        except BaseException:  # also an interrupt
             self.close()
             raise
 
@@ -5656,10 +5651,9 @@ class BlockingStream(Iterator[Frame]):
 
     def cancel(self) -> None:
         """Ask the server to end this turn, without waiting for it: fit for any thread and for signal handlers."""
-        about = {"turn_id": self.turn_id, "agent_name": self._stream.agent_name}
-        request = {"type": "command", "command": "cancel", **about}
+        about = {"command": "cancel", "turn_id": self.turn_id, "agent_name": self._stream.agent_name}
         with contextlib.suppress(RuntimeError):  # the client is closed
-            self._client._thread.loop.call_soon_threadsafe(self._client.client._post, request)
+            self._client._thread.loop.call_soon_threadsafe(self._client.client._post, {"type": "command", **about})
 
 
 # ======================================================================================================================
@@ -8704,8 +8698,9 @@ FORMS = {  # how events are shown: by message type, or type, the line and its st
     "tool_return": ("< {message}", "dim"),
     "memory_change": ("[{label}, changed by the {by}]", "dim"),
     "context": ("[context: {warning}]", "yellow"),
-    **dict.fromkeys(("compaction", "heartbeat", "retry", "correction"), ("[{kind}: {message}]", "dim")),
-    **dict.fromkeys(("queue", "progress"), ("[{kind}: {message}]", "dim")),
+    **dict.fromkeys(
+        ("compaction", "heartbeat", "retry", "correction", "queue", "progress"), ("[{kind}: {message}]", "dim")
+    ),
     "agent_change": ("[{agent_name}: {message}]", "dim"),
     "agent_response_end": ("[{stop_reason}]", "yellow"),
     "agent_response_error": ("error: {text}", "red"),
@@ -9060,14 +9055,11 @@ def chat_command(*, url: str, agent: str | None, token: str | None) -> None:
 
 
 class _LogFormatter(logging.Formatter):
-    """One line a record (tracebacks aside), control characters escaped, without what looks like a key or the token."""
+    """Control characters escaped, further lines indented, and without what looks like a key or the token."""
 
     def __init__(self, token: str | None) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
         self._secrets = [secret for secret in (token, os.environ.get("OPENAI_API_KEY")) if secret]
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
-        return super().formatMessage(record).replace("\n", "\\n")
 
     def format(self, record: logging.LogRecord) -> str:
         text = printable(super().format(record)).replace("\n", "\n    ")
