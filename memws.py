@@ -789,15 +789,15 @@ def own_turn_id(event: Event) -> str:
     return str(event.get("steered") or event.get("turn_id", ""))
 
 
-def answer(request: JSON, result: JSON) -> str:
+def result_frame(request: JSON, result: JSON) -> str:
     """The good answer to a command."""
     command = request["command"]
     status = {"create_agent": "Agent initialized", "load_agent": f"Agent {result.get('agent_name')!r} loaded"}
     about = {"status": f"OK: {status.get(command, command)}", "ok": True, "command": command}
-    return _encode_answer({"type": "command_response", **about, "result": result}, request)
+    return _with_id({"type": "command_response", **about, "result": result}, request)
 
 
-def failure(request: JSON | None, error: MemwsError) -> str:
+def error_frame(request: JSON | None, error: MemwsError) -> str:
     """The bad answer: to a frame that is no (valid) request, to a command, to a message that never became a turn."""
     problem = {"code": error.code, "message": str(error), **error.details}
     if request is None or isinstance(error, InvalidRequest):
@@ -808,10 +808,10 @@ def failure(request: JSON | None, error: MemwsError) -> str:
     else:
         names = {key: request[key] for key in ("turn_id", "agent_name") if 0 < len(request.get(key) or "") <= MAX_ID}
         frame = {"type": "agent_response_error", **problem, "stop_reason": "error", "time": now_text(), **names}
-    return _encode_answer(frame, request or {})
+    return _with_id(frame, request or {})
 
 
-def _encode_answer(frame: JSON, request: JSON) -> str:
+def _with_id(frame: JSON, request: JSON) -> str:
     return encode_json(frame | ({"id": request["id"]} if request.get("id") is not None else {}))
 
 
@@ -3439,12 +3439,12 @@ class OpenAIModel:
     async def _chunks(self, client: Any, body: str) -> AsyncGenerator[Any, None]:
         """The chunks of the answer to a request, of which there is one where the endpoint does not stream."""
         await self.endpoint.step_aside()
-        async with client.stream("POST", self.endpoint.chat_url, content=body.encode()) as response:
-            if not response.is_success:
-                await response.aread()
-                raise self._refusal(response.text, body, response.status_code, response.headers)
-            is_packed = "content-encoding" in response.headers
-            pieces, data, rest, text = aiter(response.aiter_bytes() if is_packed else response.stream), b"\n", b"", b""
+        async with client.stream("POST", self.endpoint.chat_url, content=body.encode()) as incoming:
+            if not incoming.is_success:
+                await incoming.aread()
+                raise self._refusal(incoming.text, body, incoming.status_code, incoming.headers)
+            is_packed = "content-encoding" in incoming.headers
+            pieces, data, rest, text = aiter(incoming.aiter_bytes() if is_packed else incoming.stream), b"\n", b"", b""
             page: bytes | None = b""  # what comes before the first event; None: there was one
             while data:
                 data = await anext(pieces, b"")
@@ -5192,7 +5192,7 @@ Listener = Callable[[Frame], None] | None
 BOTH_ENDS: JSON = {"compression": None, "max_size": MAX_FRAME, "logger": _ws_logger}  # of a connection
 
 
-def outcome(future: concurrent.futures.Future[T]) -> T:
+def result_of(future: concurrent.futures.Future[T]) -> T:
     """The result of a future; an interrupt of the wait cancels it."""
     try:
         while os.name == "nt" and not concurrent.futures.wait([future], 0.2).done:
@@ -5224,7 +5224,7 @@ class LoopThread:
             if self._over:
                 raise concurrent.futures.CancelledError
             future = asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self.loop)
-        return outcome(future)
+        return result_of(future)
 
     def stop(self) -> None:
         """Cancel what runs there, and end loop and thread; nothing happens where they have ended."""
@@ -7895,7 +7895,7 @@ class Session:
 
     def failure(self, request: JSON, error: MemwsError) -> str:
         """What a request gets that fails; a server that passes it on asks the next one, where this one stops."""
-        return "" if self.sender is None and self._agents.stopping else failure(request, error)
+        return "" if self.sender is None and self._agents.stopping else error_frame(request, error)
 
     async def _reply(self, text: str) -> None:
         """Send a frame, if there is one, to a client that may have left."""
@@ -7908,7 +7908,7 @@ class Session:
         try:
             request = decode_request(frame)
         except InvalidRequest as error:
-            await self._reply(failure(None, error))
+            await self._reply(error_frame(None, error))
             return
         asks_model = request.get("command") == "search_memory" and self._agents.models.embedder is not None
         if request.get("command") == "compact" or asks_model:
@@ -7923,7 +7923,7 @@ class Session:
         try:
             function, arguments = resolve(request, known_commands())
             result = await self._call(function, arguments, request)
-            text = "" if result is None else answer(request, result)
+            text = "" if result is None else result_frame(request, result)
             if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
         except Exception as error:
@@ -8025,7 +8025,7 @@ class Session:
         if after is not None and (type(after) is not int or not 0 <= after <= last_seq):
             text = f"after: expected a seq from 0 to {last_seq}, but got {quote(after)}"
             raise Refused("unknown_seq", text, last_seq=last_seq)
-        await self._reply(answer({"command": "subscribe", "id": self._request_id}, {"last_seq": last_seq}))
+        await self._reply(result_frame({"command": "subscribe", "id": self._request_id}, {"last_seq": last_seq}))
         self._reader(live).subscribe(last_seq if after is None else after)
 
     async def unsubscribe(self, live: LiveAgent) -> JSON:
@@ -8674,7 +8674,7 @@ class WebSocketServer:
             self._loop = self._thread.loop
         elif running_loop() is self._loop:
             raise UsageError(f"this call would block the server's own loop; there, await {function.__name__}")
-        return outcome(asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self._loop))
+        return result_of(asyncio.run_coroutine_threadsafe(function(*args, **kwargs), self._loop))
 
 
 # ======================================================================================================================

@@ -82,8 +82,8 @@ def test_an_answer_to_any_error_fits_in_4_kib(letter: str) -> None:
     message = {"type": "user_message", "turn_id": long_id, "agent_name": letter * memws.MAX_NAME, "id": long_id}
     command = {"type": "command", "command": "get_agent", "id": long_id}
     error = memws.MemwsError(letter * 5_000)
-    frames = [memws.failure(command, error), memws.failure(message, error)]
-    frames.append(memws.failure(command, memws.InvalidRequest("bad_field", str(error))))
+    frames = [memws.error_frame(command, error), memws.error_frame(message, error)]
+    frames.append(memws.error_frame(command, memws.InvalidRequest("bad_field", str(error))))
     assert max(len(frame.encode()) for frame in frames) <= 4096
     assert str(error).endswith("…")
     assert str(memws.MemwsError("x" * 1_000)) == "x" * 1_000

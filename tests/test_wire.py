@@ -31,7 +31,7 @@ def answer(frame: str | bytes, error: memws.InvalidRequest) -> JSON:
         request = memws.decode_request(frame)
     except memws.InvalidRequest:
         request = None
-    text = memws.failure(request, error)
+    text = memws.error_frame(request, error)
     assert len(text.encode()) <= 4096
     told: JSON = memws.decode_json(text)
     assert (told["type"], told["code"] in CODES, told["message"] != "") == ("server_error", True, True)
