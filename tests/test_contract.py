@@ -35,7 +35,7 @@ blocking calls from any thread, before start, not on the own loop: python_api te
   test_blocking_calls_work_from_any_thread test_blocking_calls_are_refused_on_the_servers_own_loop
 a cell that runs again, reload, a held port: python_api test_a_cell_that_runs_again_takes_over
   test_what_is_held_is_named
-server.tool: tools test_the_decorator_registers_and_replaces test_tools_in_a_turn
+server.tool: tools test_the_decorator_registers_and_replaces
 Client, connect: client test_ask test_blocking test_reconnect_resumes
 memory_index: memory test_positions_are_the_turns test_any_turns_are_indexed
 import needs websockets alone: counts test_importing_and_serving_needs_websockets_alone; cli test_copied_alone

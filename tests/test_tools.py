@@ -35,6 +35,7 @@ from memws import MEMORY_TOOLS, Agent, ToolError, make_tool
 pytestmark = pytest.mark.anyio
 
 LIMIT = 20.0  # seconds after which a tool that does not end fails its test
+MARKS = {"OK": "Success", "Failed": "Error"}
 SAID = ("send_message", {"message": "Wait."})
 HEARTBEAT = {"type": "boolean", "description": "run again right after this call"}
 
@@ -349,13 +350,6 @@ async def test_results_become_text(result: object, text: str | None) -> None:
         assert await outcome(lambda: result) == await outcome(later, flag=False) == text
 
 
-async def test_long_results_are_cut() -> None:
-    """A result has up to 8,000 characters and a note that the rest is not kept."""
-    for long in ("x" * 1_000_000, ["word"] * 200_000, "日" * 8_001):
-        told = await outcome(lambda long=long: long)
-        assert (8_000 <= len(told) <= 8_100, "characters left out here; they are not kept" in told) == (True, True)
-
-
 async def one() -> Any:
     await asyncio.sleep(0)
     return 1
@@ -397,6 +391,7 @@ class Waiting:
 
 
 PIECES = '[1,"2026-01-31"]'
+LEFT_OUT = "characters left out here; they are not kept"
 PENDING: list[tuple[Callable[..., Any], str]] = [
     (decorated, "1"), (lambda: one(), "1"), (functools.partial(decorated), "1"), (promised, "1"),
     (Waiting(), "1"), (lambda: asyncio.sleep(0, one()), "1"), (pieces, PIECES), (slow_pieces, PIECES),
@@ -409,12 +404,22 @@ async def test_a_result_that_has_yet_to_run_is_run() -> None:
     """Whatever is to be awaited or iterated is, as far as a result holds it; what hides in a list fails."""
     for function, text in PENDING:
         assert await outcome(function) == text, function
-    for function in (itertools.count, endless, lambda: WEB):
-        told = await outcome(lambda function=function: function())
-        assert ("… and more" in told, len(told) < 8_200) == (True, True)
     hidden = one()
     assert "the result holds a coroutine that was never awaited" in await failure(lambda: [hidden])
     hidden.close()
+
+
+LONG: list[tuple[Callable[[], Any], str]] = [
+    (itertools.count, "… and more"), (endless, "… and more"), (lambda: WEB, "… and more"),
+    (lambda: "x" * 1_000_000, LEFT_OUT), (lambda: ["word"] * 200_000, LEFT_OUT), (lambda: "日" * 8_001, LEFT_OUT),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "sign"), LONG)
+async def test_a_long_result_is_cut(function: Callable[[], Any], sign: str) -> None:
+    """A result has up to 8,000 characters, and a note that there was more."""
+    told = await outcome(lambda: function())
+    assert (sign in told, 8_000 <= len(told) <= 8_200) == (True, True)
 
 
 async def test_a_tool_that_blocks_is_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -458,44 +463,6 @@ async def test_whatever_a_tool_raises_is_advice(error: BaseException, words: str
         assert memws.encode_json(text).encode()
 
 
-async def test_tools_in_a_turn(endpoint: Endpoint) -> None:
-    """Tools get checked arguments; results, and errors as advice, go to model and client; wrong calls run none."""
-    ran: list[Any] = []
-
-    def add(a: int, b: int = 2) -> Body:
-        """Add two numbers."""
-        ran.append((a, b))
-        return {"sum": a + b}
-
-    async def shout(text: str) -> str:
-        await asyncio.to_thread(ran.append, text)
-        return text.upper()
-
-    def broken(x: int) -> None:
-        raise LookupError(f"no {x}")
-
-    expected: list[tuple[str, Body, str, str]] = [
-        ("add", {"a": "40"}, "OK", '{"sum":42}'),
-        ("add", {"a": "many"}, "Failed", "a: expected an integer, but got 'many'; add(a, b?)"),
-        ("shout", {"text": "hey"}, "OK", "HEY"),
-        ("broken", {"x": 5}, "Failed", "LookupError: no 5"),
-        ("ad", {}, "Failed", f"unknown tool 'ad'; tools: {', '.join(MEMORY_TOOLS)}, add, shout, broken"),
-    ]
-    async with Lab(endpoint, tools=[add, shout, broken]) as lab:
-        endpoint.script(Reply("I try.", calls=[(name, arguments) for name, arguments, _, _ in expected]))
-        turn = await lab.say(await lab.create(), "Hi")
-        said = [(f"Running {name}({arguments})", text) for name, arguments, _, text in expected]
-        told = turn.texts("function_message")[:10]
-        assert list(zip(told[::2], (text.partition(": ")[2] for text in told[1::2]), strict=True)) == said
-        assert [text.partition(": ")[0] for text in told[1::2]] == ["Success", "Error", "Success", "Error", "Error"]
-        returns = [(frame["status"], frame["message"]) for frame in turn.of("tool_return") if frame["duration_ms"] >= 0]
-        assert returns[:5] == [row[2:] for row in expected]
-        assert results(endpoint.requests[1]) == [f"{status}: {text}" for _, _, status, text in expected]
-        assert (ran, turn.texts("heartbeat"), turn.replies) == ([(40, 2), "hey"], [memws.HEARTBEAT_FAILED], ["Hello!"])
-        (function,) = (each["function"] for each in endpoint.requests[0]["tools"] if each["function"]["name"] == "add")
-        assert (function["description"], function["parameters"]["required"]) == ("Add two numbers.", ["a"])
-
-
 async def test_tools_that_are_late_or_gone(endpoint: Endpoint) -> None:
     """A tool given up, or not registered any more, fails its call and no turn; a thread goes on, its result dropped."""
     release, threads, ended = threading.Event(), list[threading.Thread](), list[bool]()
@@ -535,30 +502,53 @@ async def test_tools_that_are_late_or_gone(endpoint: Endpoint) -> None:
 
 
 def test_the_decorator_registers_and_replaces(online: Callable[..., Any], endpoint: Endpoint) -> None:
-    """@server.tool leaves the function as it is; agents in use call the newest of a name; memory tools stay."""
-    server = online()
+    """@server.tool leaves the function as it is; its results, and errors as advice, go to model and client.
+
+    Wrong calls run none; agents in use call the newest tool of a name; memory tools stay.
+    """
+    server, ran = online(), list[Any]()
 
     @server.tool
-    def double(number: int) -> int:
-        """Double a number."""
-        return 2 * number
+    def add(a: int, b: int = 2) -> Body:
+        """Add two numbers."""
+        ran.append((a, b))
+        return {"sum": a + b}
 
-    async def halve(number: int) -> float:
-        """Halve a number."""
-        return number / 2
+    @server.tool
+    def broken(x: int) -> None:
+        raise LookupError(f"no {x}")
 
-    assert server.tool(name="half", timeout=5)(halve) is halve
-    assert double(2) == 4
+    async def shout(text: str) -> str:
+        await asyncio.to_thread(ran.append, text)
+        return text.upper()
+
+    assert server.tool(name="loud", timeout=5)(shout) is shout
+    assert add(1) == {"sum": 3}
     with pytest.raises(memws.UsageError, match="'send_message' is a memory tool"):
-        server.tool(double, name="send_message")
-    calls = [("double", {"number": 4}), ("half", {"number": 3})]
-    endpoint.script(Reply(calls=calls), Reply("It is 8 and 1.5."), Reply(calls=calls))
-    server.create_new_agent({"name": "sam", "tools": ["double", "half"]})
-    assert Told(server.run_step("Go")).replies == ["It is 8 and 1.5."]
-    assert results(endpoint.requests[1]) == ["OK: 8", "OK: 1.5"]
-    server.tool(lambda number: "new", name="half")
-    server.run_step("Go")
-    assert results(endpoint.requests[3])[-2:] == ["OK: 8", "OK: new"]
+        server.tool(add, name="send_message")
+    expected: list[tuple[str, Body, str, str]] = [
+        ("add", {"a": "40"}, "OK", '{"sum":42}'),
+        ("add", {"a": "many"}, "Failed", "a: expected an integer, but got 'many'; add(a, b?)"),
+        ("loud", {"text": "hey"}, "OK", "HEY"),
+        ("broken", {"x": 5}, "Failed", "LookupError: no 5"),
+        ("ad", {}, "Failed", f"unknown tool 'ad'; tools: {', '.join(MEMORY_TOOLS)}, add, broken, loud"),
+    ]
+    server.create_new_agent({"name": "sam", "tools": ["add", "broken", "loud"]})
+    endpoint.script(Reply("I try.", calls=[row[:2] for row in expected]))
+    turn = Told(server.run_step("Go"))
+    words = [(f"Running {name}({given})", f"{MARKS[status]}: {text}") for name, given, status, text in expected]
+    assert turn.texts("function_message")[:10] == list(itertools.chain(*words))
+    returns = [(frame["status"], frame["message"]) for frame in turn.of("tool_return") if frame["duration_ms"] >= 0]
+    assert returns[:5] == [row[2:] for row in expected]
+    assert results(endpoint.requests[1]) == [f"{status}: {text}" for _, _, status, text in expected]
+    assert (ran, turn.texts("heartbeat")) == ([(1, 2), (40, 2), "hey"], [memws.HEARTBEAT_FAILED])
+    assert turn.replies == ["Hello!"]
+    (function,) = (each["function"] for each in endpoint.requests[0]["tools"] if each["function"]["name"] == "add")
+    assert (function["description"], function["parameters"]["required"]) == ("Add two numbers.", ["a"])
+    server.tool(lambda text: "new", name="loud")
+    endpoint.script(Reply(calls=[("loud", {"text": "hey"})]))
+    server.run_step("Go on")
+    assert results(endpoint.requests[-1])[-1] == "OK: new"
 
 
 def test_a_tool_knows_its_agent(online: Callable[..., Any], endpoint: Endpoint) -> None:
@@ -723,15 +713,14 @@ async def test_archival_memory(lab: Lab, agent: Agent) -> None:
     assert max(len(item["text"]) for item in listed(result)) < memws.SEARCH_TEXT_LIMIT + 100
 
 
-async def test_what_tools_returned_is_no_recall_memory(endpoint: Endpoint) -> None:
+@pytest.mark.parametrize("tools", [[book]], ids=["book"])
+async def test_what_tools_returned_is_no_recall_memory(lab: Lab, agent: Agent) -> None:
     """A search finds what was said, as the prompt says, and what a tool returned only where somebody said it."""
-    async with Lab(endpoint, tools=[book]) as lab:
-        agent = await lab.create()
-        await lab.say(agent, "Book it", Reply(calls=[("book", {"city": "Bergen", "nights": 2})]), Reply("Done!"))
-        await lab.say(agent, "Where?", Reply("In Bergen."))
-        _, result = await call(lab, agent, "conversation_search", query="Bergen")
-        assert (listed(result)[0]["role"], listed(result)[0]["text"]) == ("assistant", "In Bergen.")
-        assert {item["role"] for item in listed(result)} == {"assistant", "user"}
+    await lab.say(agent, "Book it", Reply(calls=[("book", {"city": "Bergen", "nights": 2})]), Reply("Done!"))
+    await lab.say(agent, "Where?", Reply("In Bergen."))
+    _, result = await call(lab, agent, "conversation_search", query="Bergen")
+    assert (listed(result)[0]["role"], listed(result)[0]["text"]) == ("assistant", "In Bergen.")
+    assert {item["role"] for item in listed(result)} == {"assistant", "user"}
     assert "Recall memory is all that the user and you have said" in memws.SYSTEM_PROMPT
 
 
