@@ -23,6 +23,7 @@ from terminal import Terminal
 
 import memws
 
+Start = Callable[..., Terminal]
 CTRL_C, CTRL_D = "\x03", "\x04"
 PASTE, PASTE_END = "\x1b[200~", "\x1b[201~"  # what a terminal sets around a paste
 PASTES, PASTES_NO_MORE = "\x1b[?2004h", "\x1b[?2004l"  # by which a program asks for it
@@ -37,20 +38,29 @@ def proxy(online: Callable[..., memws.WebSocketServer], endpoint: Endpoint) -> I
 
 
 @pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
-    """Start chat on a terminal; a new agent sam is created where the flags name it."""
+def start(tmp_path: Path, proxy: Proxy) -> Iterator[Start]:
+    """Starts chat on a terminal, and answers whether to create the agent sam; at its prompt Ctrl-D leaves."""
+    chats: list[Terminal] = []
     with contextlib.ExitStack() as stack:
 
-        def start(url: str, *flags: str, **variables: str) -> Terminal:
-            words = command("chat", "--url", url, *flags)
+        def begin(answer: str = "y", **variables: str) -> Terminal:
             settings = environment({"HOME": str(tmp_path), **variables})
-            chat = stack.enter_context(Terminal(words, cwd=tmp_path, variables=settings))
-            if "sam" in flags:
-                chat.expect("there is no agent 'sam'; create it? [Y/n] ")
-                chat.line("y", "sam> ")
+            chat = Terminal(command("chat", "--url", proxy.url), cwd=tmp_path, variables=settings)
+            chats.append(stack.enter_context(chat))
+            chat.expect("there is no agent 'sam'; create it? [Y/n] ")
+            chat.line(answer, "> ")
             return chat
 
-        yield start
+        yield begin
+        for chat in chats:
+            chat.type(CTRL_D)
+            assert chat.wait() == 0
+
+
+@pytest.fixture
+def chat(start: Start) -> Terminal:
+    """A chat with a new agent sam."""
+    return start()
 
 
 def frame(kind: str, text: Any = "", **more: Any) -> dict[str, Any]:
@@ -58,20 +68,17 @@ def frame(kind: str, text: Any = "", **more: Any) -> dict[str, Any]:
     return {**event, "step": 1, **more}
 
 
-def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint: Endpoint, tmp_path: Path) -> None:
+BANNER = f"memws {memws.__version__} at ws://127.0.0.1:\\d+.*model test-model; /help lists the commands"
+
+
+def test_conversation(start: Start, endpoint: Endpoint, tmp_path: Path) -> None:
     """Banner, an offer to create, the streamed reply, what lies behind it dimmed, memory as a diff, history kept."""
     remember = {"name": "human", "content": "Name: Ana\x1b[2J", "request_heartbeat": True}
     endpoint.script(Reply("I think\x1b[2J", calls=[("core_memory_append", remember)]), say("Hello, Ana"))
-    chat = terminal(proxy.url)
-    chat.expect("[Y/n] ")
-    chat.line("n", "> ")
+    chat = start("n")
+    assert re.search(BANNER, chat.seen)
     chat.line("hi", "no agent yet: /new NAME creates one, /load NAME loads one", "> ")
-    chat.type(CTRL_D)
-    assert chat.wait() == 0
-    chat = terminal(proxy.url)
-    chat.expect(f"memws {memws.__version__} at ws://127.0.0.1:", "model test-model; /help lists the commands")
-    chat.expect("there is no agent 'sam'; create it? [Y/n] ")
-    chat.line("", "sam> ")
+    chat = start("")
     chat.line("hi", "\x1b[1m~ \x1b[0m\x1b[2mI think\\x1b", "\x1b[2m> core_memory_append(")
     chat.expect("human, changed by the agent", "\x1b[32m+ Name: Ana\\x1b[2J", "\x1b[1msam: \x1b[0mHello, ", "sam> ")
     chat.line("/quit")
@@ -83,19 +90,16 @@ def test_conversation(terminal: Callable[..., Terminal], proxy: Proxy, endpoint:
 
 
 @pytest.mark.parametrize(("variables", "mark"), [({"NO_COLOR": "1"}, "\x1b[2m"), ({"TERM": "dumb"}, "\x1b[2")])
-def test_no_colour(variables: dict[str, str], mark: str, terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+def test_no_colour(variables: dict[str, str], mark: str, start: Start) -> None:
     """NO_COLOR takes the colours, and so does a dumb terminal."""
-    chat = terminal(proxy.url, "--agent", "sam", **variables)
+    chat = start(**variables)
     chat.line("hi", "sam: you said hi", "sam> ")
-    chat.type(CTRL_D)
-    assert chat.wait() == 0
     assert mark not in chat.seen
 
 
-def test_slash_commands(terminal: Callable[..., Terminal], proxy: Proxy, endpoint: Endpoint) -> None:
+def test_slash_commands(chat: Terminal, endpoint: Endpoint) -> None:
     """Each command of the help answers; what is no command gets the help."""
     endpoint.script(say("noted"), Reply(status=401))
-    chat = terminal(proxy.url, "--agent", "sam")
     for line, answer in [
         ("otters are fine", "noted"),
         ("hi", "error: "),
@@ -121,14 +125,11 @@ def test_slash_commands(terminal: Callable[..., Terminal], proxy: Proxy, endpoin
             chat.expect("sam> ")
     helped = re.findall(r"^/(\w+) +\S", chat.seen.replace(f"{PASTES_NO_MORE}\r", ""), re.MULTILINE)
     assert sorted(set(helped)) == sorted(name[3:] for name in dir(memws.Chat) if name.startswith("do_"))
-    chat.type(CTRL_D)
-    assert chat.wait() == 0
 
 
-def test_interrupts_of_turns(terminal: Callable[..., Terminal], endpoint: Endpoint, proxy: Proxy) -> None:
+def test_interrupts_of_turns(chat: Terminal, endpoint: Endpoint, proxy: Proxy) -> None:
     """Ctrl-C cancels a running turn, and talk goes on; where cancelling does not help, a second one leaves."""
     endpoint.script(say("a long story", hold=True), say("hello"), say("a longer story", hold=True))
-    chat = terminal(proxy.url, "--agent", "sam")
     chat.line("tell")
     endpoint.wait_requests(1)
     chat.type(CTRL_C)
@@ -152,13 +153,13 @@ def get_line_buffer(): return ""
 
 
 @pytest.mark.parametrize("library", ["GNU readline", "libedit"])
-def test_paste(library: str, terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
+def test_paste(library: str, start: Start, proxy: Proxy, tmp_path: Path) -> None:
     """Pasted lines are one message, sent with the Enter that follows, also where they look like commands."""
     (tmp_path / "stand-in").mkdir()
     if library == "libedit":
         (tmp_path / "stand-in" / "readline.py").write_text(LIBEDIT)
     home = {"HOME": "/dev/null"} if library == "libedit" else {}  # no history can be kept there
-    chat = terminal(proxy.url, "--agent", "sam", PYTHONPATH=str(tmp_path / "stand-in"), **home)
+    chat = start(PYTHONPATH=str(tmp_path / "stand-in"), **home)
     assert PASTES in chat.seen
     pastes = ["one\rtwo\rthree", "/quit\r/memory", "//x\ny", "one line"]
     for text in pastes:
@@ -172,53 +173,45 @@ def test_paste(library: str, terminal: Callable[..., Terminal], proxy: Proxy, tm
     assert told == [*(text.replace("\r", "\n") for text in pastes), "So: a\nb and c\nd.", "/typed"]
 
 
-EDITORS = {  # what $EDITOR does to the file of a block: what becomes of the block
-    "sed -i s/Ada/Eve/": ("Name: Eve\nZo\u00eb", "+ Name: Eve"),
-    "true": ("Name: Ada\nZo\u00eb", ""),
-    "false": ("Name: Ada\nZo\u00eb", "set EDITOR to another one; what you wrote is in "),
-    "no-such-editor": ("Name: Ada\nZo\u00eb", "set EDITOR to another one"),
-    "truncate -s 0": ("", "- Name: Ada"),
-    "truncate -s 9000": ("Name: Ada\nZo\u00eb", "2,000"),
-    "cp latin": ("Name: Ada\nZo\u00eb", "what you wrote is in "),
+ADA, ADVICE = "Name: Ada\nZo\u00eb", "set EDITOR to another one"
+FILE = f"{ADA}\n".encode()
+EDITORS = {  # what $EDITOR does to a block's file: the block then, what is shown, the files that are kept
+    "sed -i s/Ada/Eve/": ("Name: Eve\nZo\u00eb", "+ Name: Eve", []),
+    "true": (ADA, "", []),
+    "false": (ADA, f"{ADVICE}; what you wrote is in ", [FILE]),
+    "no-such-editor": (ADA, ADVICE, [FILE]),
+    "truncate -s 0": ("", "- Name: Ada", []),
+    "truncate -s 9000": (ADA, "2,000", [FILE.ljust(9_000, b"\0")]),
+    "cp latin": (ADA, "what you wrote is in ", [b"Zo\xeb"]),
+    "sh meddler": ("Theirs", "what you wrote is in ", [b"Mine"]),  # somebody else changes the block meanwhile
 }
 
 
 @pytest.mark.parametrize("editor", EDITORS)
-def test_edit(editor: str, terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
+def test_edit(editor: str, start: Start, proxy: Proxy, tmp_path: Path) -> None:
     """/edit opens a block in an editor and stores what it left; where that cannot be, nothing is lost."""
+    meddling = f"memws.connect({proxy.url!r}).command('set_block', agent_name='sam', label='human', value='Theirs')"
+    code = f"import pathlib, sys, memws; {meddling}; pathlib.Path(sys.argv[1]).write_text('Mine')"
+    (tmp_path / "meddler").write_text(f'{sys.executable} -c {shlex.quote(code)} "$1"')
     (tmp_path / "latin").write_bytes(b"Zo\xeb")
-    value, shown = EDITORS[editor]
+    value, shown, kept = EDITORS[editor]
     folder = tmp_path / "a folder"
     folder.mkdir()
-    chat = terminal(proxy.url, "--agent", "sam", EDITOR=editor, TMPDIR=str(folder))
+    both = {"VISUAL": editor, "EDITOR": "false"} if editor == "sh meddler" else {"EDITOR": editor}
+    chat = start(TMPDIR=str(folder), **both)
     with memws.connect(proxy.url) as other:
-        other.command("set_block", agent_name="sam", label="human", value="Name: Ada\nZo\u00eb")
+        other.command("set_block", agent_name="sam", label="human", value=ADA)
         chat.expect("human, changed by the client", "sam> ")
         chat.line("/edit nothing", "there is no block 'nothing'; name one of persona, human", "sam> ")
         chat.line("/edit human", shown, "sam> ")
         chat.line("/memory human", "human (", "sam> ")  # the prompt before may have been an earlier one's
         blocks = {each["label"]: each["value"] for each in other.command("get_agent", agent_name="sam")["blocks"]}
-    assert blocks["human"] == value
-    assert len(list(folder.iterdir())) == ("in " in shown or "an" in shown or "2" in shown)
-
-
-def test_edit_of_a_changed_block(terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
-    """What somebody else changed meanwhile is not overwritten; the own text is kept in its file."""
-    editor = tmp_path / "editor"
-    change = f"memws.connect({proxy.url!r}).command('set_block', agent_name='sam', label='human', value='Theirs')"
-    code = f"import pathlib, sys, memws; {change}; pathlib.Path(sys.argv[1]).write_text('Mine')"
-    editor.write_text(f"PYTHONPATH={Path(memws.__file__).parent} {sys.executable} -c {shlex.quote(code)} $1")
-    chat = terminal(proxy.url, "--agent", "sam", VISUAL=f"sh {editor}", EDITOR="false", TMPDIR=str(tmp_path))
-    chat.line("/edit human", "Theirs", "what you wrote is in ", "sam> ")
-    (kept,) = tmp_path.glob("tmp*.txt")
-    assert kept.read_text() == "Mine"
-    chat.line("/memory human", "human (6 of 2000 characters)", "Theirs", "sam> ")
+    assert (blocks["human"], [path.read_bytes() for path in folder.iterdir()]) == (value, kept)
     assert chat.seen.count("persona (") == 0
 
 
-def test_names(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+def test_names(chat: Terminal) -> None:
     """/rename and /delete ask what they must and say how to go back; /restore goes back."""
-    chat = terminal(proxy.url, "--agent", "sam")
     chat.line("/rename bob", "bob> ")
     chat.line("/rename a/b", "name", "bob> ")
     chat.line("/delete", "delete bob? [y/N] ")
@@ -234,9 +227,8 @@ def test_names(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     chat.line("hi", "you said hi", "bob> ")
 
 
-def test_forks(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+def test_forks(chat: Terminal) -> None:
     """/fork goes on with a copy; /rewind lists turns, takes some back, and says where they are."""
-    chat = terminal(proxy.url, "--agent", "sam")
     for text in ("one", "two", "three"):
         chat.line(text, f"you said {text}", "sam> ")
     chat.line("/fork kim", "[kim, model test-model]", "kim> ")
@@ -247,10 +239,9 @@ def test_forks(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
     chat.line("/rewind", " 3 ", "one", "sam> ")
 
 
-def test_local_times(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+def test_local_times(start: Start, proxy: Proxy) -> None:
     """Times are those of the agent's zone, those of no agent the machine's."""
-    chat = terminal(proxy.url, TZ="Asia/Kolkata")
-    chat.line("n", "> ")
+    chat = start("n", TZ="Asia/Kolkata")
     with memws.connect(proxy.url) as other:
         other.create_agent("sam", timezone="Pacific/Kiritimati")
         other.command("insert_passage", text="Otters")
@@ -258,7 +249,7 @@ def test_local_times(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
         moment = datetime.datetime.fromisoformat(item["time"])
     chat.line("/load sam", "sam> ")
     chat.line("/search Otters", f"[archival {moment.astimezone(ZoneInfo('Pacific/Kiritimati')):%Y-%m-%d %H:%M}] Otters")
-    chat.line("/agents", f"{moment.astimezone(ZoneInfo('Asia/Kolkata')):%Y-%m-%d %H}:")
+    chat.line("/agents", f"{moment.astimezone(ZoneInfo('Asia/Kolkata')):%Y-%m-%d %H}:", "sam> ")
 
 
 def test_windows(serve: Callable[..., memws.WebSocketServer]) -> None:
@@ -297,9 +288,8 @@ def interrupt(chat: Terminal, answer: str) -> None:
     chat.expect(answer)
 
 
-def test_interrupts_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy) -> None:
+def test_interrupts_at_the_prompt(chat: Terminal, proxy: Proxy) -> None:
     """At the prompt Ctrl-C drops the line and says how to leave; a line in between starts over; a second one leaves."""
-    chat = terminal(proxy.url, "--agent", "sam")
     chat.type("half a line")
     chat.expect("half a line")
     interrupt(chat, "[Ctrl-C again, or Ctrl-D, leaves]")
@@ -316,21 +306,19 @@ def test_interrupts_at_the_prompt(terminal: Callable[..., Terminal], proxy: Prox
     assert [sent["message"] for sent in proxy.sent if sent["type"] == "user_message"] == ["hi"]
 
 
-def test_reconnect(terminal: Callable[..., Terminal], endpoint: Endpoint, proxy: Proxy) -> None:
+def test_reconnect(chat: Terminal, endpoint: Endpoint, proxy: Proxy) -> None:
     """A lost connection is shown, and the whole reply follows."""
     endpoint.script(say("a reply that is cut in its middle", stall_after=7))
-    chat = terminal(proxy.url, "--agent", "sam")
     chat.line("go on", "sam: \x1b[0ma ")
     proxy.cut()
     chat.expect("[connection lost]", "[connection restored]")
     endpoint.release()
     chat.expect("middle\r\n", "sam> ")
-    chat.line("again", "you said again")
+    chat.line("again", "you said again", "sam> ")
 
 
-def test_others_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy, tmp_path: Path) -> None:
+def test_others_at_the_prompt(chat: Terminal, proxy: Proxy, tmp_path: Path) -> None:
     """What others say to the agent appears, and the prompt comes again with the line being typed."""
-    chat = terminal(proxy.url, "--agent", "sam")
     chat.type("half a li")
     chat.expect("half a li")
     assert run("chat", "--url", proxy.url, "--agent", "sam", cwd=tmp_path, text="from afar").returncode == 0
@@ -338,7 +326,7 @@ def test_others_at_the_prompt(terminal: Callable[..., Terminal], proxy: Proxy, t
     with memws.connect(proxy.url) as other:
         other.ask("by name", "sam", from_="Ada")
     chat.expect("Ada: by name", "sam> half a li")
-    chat.line("ne", "you said half a line")
+    chat.line("ne", "you said half a line", "sam> ")
 
 
 MONOLOGUE = {"of": "internal_monologue"}
