@@ -112,8 +112,7 @@ AGENT = """
 3 a turn ends: agent test_what_comes_of_an_answer test_a_failing_turn_makes_at_most_eight_calls
 4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_between_two_waits; misbehaviour
   test_whatever_happens_talk_goes_on
-5 the ladder; half an answer: agent test_what_comes_of_an_answer; llm
-  test_a_finish_reason_says_whether_the_answer_is_whole
+5 the ladder; half an answer: agent test_what_comes_of_an_answer; llm test_what_is_read_of_a_reply
 6 nothing sent is executed: layers test_memws; tools test_conversation_search_pages_through_the_past
 7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
   test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them

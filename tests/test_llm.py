@@ -605,29 +605,73 @@ def reply_of(text: str = "", *calls: str, name: str = "send_message", finish: st
     return reply
 
 
-LADDER: dict[str, tuple[memws.Reply, list[str]]] = {
-    "as it should be": (reply_of("", json.dumps(HELLO)), []),
-    "line breaks in a text": (reply_of("", '{"message": "Hello!", "a": "\n\t"}'), []),
-    "a call as text without its end": (reply_of(TAGGED.removesuffix("\n</tool_call>")), ["text_call"]),
-    "a comma too many": (reply_of("", '{"message": "Hello!",}'), ["arguments"]),
-    "a comma too many after a quoted brace": (reply_of("", '{"message": "Hello!", "a": "\\" {",}'), ["arguments"]),
-    "words around it": (reply_of("", 'OK: {"message": "Hello!"} done'), ["arguments"]),
-    "Python's quotes": (reply_of("", "{'message': 'Hello!', 'request_heartbeat': False}"), ["arguments"]),
-    "encoded twice": (reply_of("", json.dumps(json.dumps(HELLO))), ["arguments"]),
-    "another parameter's name": (reply_of("", '{"text": "Hello!"}'), ["arguments"]),
-    "a name with a prefix": (reply_of("", json.dumps(HELLO), name="functions.send_message"), ["tool_name"]),
+TOKENS = (
+    " Hello! ", "<|im_start|>assistant\nHello!<|im_end|>", "Hello!</s>", "Hello!<|eot_id|>", "Hello!<end_of_turn>\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\nHello!", "Hello!<｜end▁of▁sentence｜>", "Hello!</tool_call>",
+    "<|channel|>final<|message|>Hello!<|return|>", "<|START_RESPONSE|>Hello!<|END_RESPONSE|>",
+    "Hello!<|im_end|>\n<|im_start|>user\nAnd you?",
+)  # fmt: skip
+THOUGHTS = (
+    "<think>Hm.</think>", "Hm.\n</think>\n", "<thinking>Hm.</thinking>", "<thought>Hm.</thought>", "[THINK]Hm.[/THINK]",
+    "<|START_THINKING|>Hm.<|END_THINKING|>", "◁think▷Hm.◁/think▷", "<seed:think>Hm.</seed:think>", "Hm.◁/think▷", "",
+    "<|channel|>analysis<|message|>Hm.<|end|>", "Hm.[/THINK]", "Hm.</thought>", "<scratch_pad>Hm.</scratch_pad>",
+    "<|open|>think<|sep|>Hm.<|close|>think<|sep|><|open|>response<|sep|>", "<longcat_think>Hm.</longcat_think>",
+    "<|begin_of_thought|>Hm.<|end_of_thought|>", "<antThinking>Hm.</antThinking>", "Hm.[BEGIN FINAL RESPONSE]",
+)  # fmt: skip
+FINISHES = {  # what an answer is that ends so
+    "": "stop STOP tool_calls function_call end_turn eos_token stop_sequence COMPLETE tool_use normal pause_turn",
+    "length": "length max_tokens MAX_TOKENS model_length model_context_window_exceeded TOKEN_LIMIT truncated",
+    "filtered": "content_filter SAFETY BLOCKLIST sensitive refusal guardrail_intervened RECITATION jailbreak censored",
+    "broken": "error network_error abort cancelled TIMEOUT insufficient_system_resource ERROR_TOXIC OTHER preempted"
+    " function_call_filter:_MALFORMED_FUNCTION_CALL TOO_MANY_TOOL_CALLS repetition interrupted LANGUAGE",
 }
+SENT = "Running send_message({'message': 'Hello!'"
 
 
-@pytest.mark.parametrize(("reply", "corrections"), LADDER.values(), ids=LADDER.keys())
-def test_a_call_is_read_on_some_rung(reply: memws.Reply, corrections: list[str]) -> None:
-    """Whatever form a call has, it is read as one, each correction is noted, and none of it stays in the texts."""
-    memws.read_reply(reply, TOOLS)
-    (call,) = reply.calls
-    assert (call.name, call.arguments["message"], call.problem, reply.partial) == ("send_message", "Hello!", "", "")
-    assert call.line.startswith("Running send_message({'message': 'Hello!'")
-    assert [what for what, _ in reply.corrections] == corrections
-    assert not [text for text in (reply.text, reply.monologue) if "Hello!" in text or "<" in text or "```" in text]
+def said(text: str, thoughts: str = "", **different: Any) -> Body:
+    """What is read of a reply without calls."""
+    monologue = "\n".join(filter(None, (thoughts, text)))
+    return {"calls": [], "text": text, "monologue": monologue, "corrections": []} | different
+
+
+def called(*corrections: str, line: str = SENT) -> Body:
+    return {"calls": [line], "text": "", "monologue": "", "corrections": list(corrections)}
+
+
+READ: dict[str, tuple[memws.Reply, Body]] = {
+    "as it should be": (reply_of("", json.dumps(HELLO)), called()),
+    "line breaks in a text": (reply_of("", '{"message": "Hello!", "a": "\n\t"}'), called()),
+    "a call as text without its end": (reply_of(TAGGED.removesuffix("\n</tool_call>")), called("text_call")),
+    "a comma too many": (reply_of("", '{"message": "Hello!",}'), called("arguments")),
+    "a comma too many, a quoted brace": (reply_of("", '{"message": "Hello!", "a": "\\" {",}'), called("arguments")),
+    "words around it": (reply_of("", 'OK: {"message": "Hello!"} done'), called("arguments")),
+    "Python's quotes": (reply_of("", "{'message': 'Hello!', 'request_heartbeat': False}"), called("arguments")),
+    "encoded twice": (reply_of("", json.dumps(json.dumps(HELLO))), called("arguments")),
+    "another parameter's name": (reply_of("", '{"text": "Hello!"}'), called("arguments")),
+    "a name with a prefix": (reply_of("", json.dumps(HELLO), name="functions.send_message"), called("tool_name")),
+    "no arguments": (reply_of("<function=look>\n</function>"), called("text_call", line="Running look({})")),
+    "no parameters": (reply_of('<invoke name="look"></invoke>'), called("text_call", line="Running look({})")),
+    "a name alone": (reply_of("<tool_call>look</tool_call>"), called("text_call", line="Running look({})")),
+    "thoughts without an end": (reply_of("<think>Hm. I"), said("", "Hm. I")),
+    "a reply before thoughts": (reply_of("Hi.<|open|>think<|sep|>Hm."), said("Hi.", "Hm.")),
+    "Functionary's channel": (reply_of(">>>all\nHello!"), said("Hello!")),
+    "what no text can hold": (reply_of("a\ud800\x00"), said("a\ufffd\ufffd")),
+}  # fmt: skip
+for thought, token in itertools.product(THOUGHTS, TOKENS):
+    READ[thought + token] = reply_of(thought + token), said("Hello!", "Hm." * bool(thought))
+for fault, finishes in FINISHES.items():
+    half: Body = {"corrections": [fault] * bool(fault), "fault": fault}
+    READ |= {finish: (reply_of("Hel", finish=finish), said("Hel", **half)) for finish in finishes.split()}
+
+
+@pytest.mark.parametrize(("reply", "expected"), READ.values(), ids=READ)
+def test_what_is_read_of_a_reply(reply: memws.Reply, expected: Body) -> None:
+    """A call in any form is one; thoughts and special tokens are no reply; half an answer is known as such."""
+    memws.read_reply(reply, (*TOOLS, "look"))
+    seen = {"calls": [call.line[: len(SENT)] for call in reply.calls], "text": reply.text, "fault": reply.fault}
+    seen |= {"monologue": reply.monologue, "corrections": [what for what, _ in reply.corrections]}
+    assert seen == {"fault": ""} | expected
+    assert ([call.problem for call in reply.calls if call.problem], reply.partial) == ([], "")
 
 
 ARGUMENTS = '{"message": "Hello!"}'
@@ -730,13 +774,6 @@ def test_the_markup_of_any_model_is_a_call(markup: str) -> None:
             assert {call.arguments.get("message") for call in reply.calls} <= {"Hello!"}
 
 
-def test_a_call_without_arguments() -> None:
-    """A tool that is named without any arguments is called without them."""
-    for form in ("<function=look>\n</function>", '<invoke name="look"></invoke>', "<tool_call>look</tool_call>"):
-        memws.read_reply(reply := reply_of(form), ["look"])
-        assert ([(call.name, call.arguments) for call in reply.calls], reply.text) == ([("look", {})], "")
-
-
 QUOTED = {
     "inline": f"Hermes writes `{TAGGED}` around it.".replace("\n", ""),
     "in quotes": "The tag \"<tool_call>\" opens it, '<|python_tag|>' too.",
@@ -788,60 +825,6 @@ def test_markup_inside_an_argument_is_only_text(text: str) -> None:
     memws.read_reply(reply, TOOLS)
     (call,) = reply.calls
     assert (call.name, PASTED in call.arguments["message"]) == ("send_message", True)
-
-
-TOKENS = (
-    " Hello! ",
-    "<|im_start|>assistant\nHello!<|im_end|>", "Hello!</s>", "Hello!<|eot_id|>", "Hello!<end_of_turn>\n",
-    "<|start_header_id|>assistant<|end_header_id|>\n\nHello!", "Hello!<｜end▁of▁sentence｜>", "Hello!</tool_call>",
-    "<|channel|>final<|message|>Hello!<|return|>", "<|START_RESPONSE|>Hello!<|END_RESPONSE|>",
-    "Hello!<|im_end|>\n<|im_start|>user\nAnd you?",
-)  # fmt: skip
-THOUGHTS = (
-    "<think>Hm.</think>", "Hm.\n</think>\n", "<thinking>Hm.</thinking>", "<thought>Hm.</thought>", "[THINK]Hm.[/THINK]",
-    "<|START_THINKING|>Hm.<|END_THINKING|>", "◁think▷Hm.◁/think▷", "<seed:think>Hm.</seed:think>", "Hm.◁/think▷", "",
-    "<|channel|>analysis<|message|>Hm.<|end|>", "Hm.[/THINK]", "Hm.</thought>", "<scratch_pad>Hm.</scratch_pad>",
-    "<|open|>think<|sep|>Hm.<|close|>think<|sep|><|open|>response<|sep|>", "<longcat_think>Hm.</longcat_think>",
-    "<|begin_of_thought|>Hm.<|end_of_thought|>", "<antThinking>Hm.</antThinking>", "Hm.[BEGIN FINAL RESPONSE]",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("thought", THOUGHTS)
-@pytest.mark.parametrize("text", TOKENS)
-def test_thoughts_and_special_tokens_are_no_reply(thought: str, text: str) -> None:
-    """Thoughts in any tags are the monologue, also where their beginning stood in the prompt; tokens are taken off."""
-    reply = reply_of(thought + text)
-    memws.read_reply(reply, TOOLS)
-    assert (reply.text, reply.reasoning, reply.calls) == ("Hello!", "Hm." * bool(thought), [])
-    assert (reply.monologue, reply.corrections) == ("Hm.\n" * bool(thought) + "Hello!", [])
-
-
-def test_a_text_without_calls_is_kept() -> None:
-    """Thoughts without an end are the monologue, Functionary has a channel, and what no text can hold is U+FFFD."""
-    texts = [("<think>Hm. I", "", "Hm. I"), ("a\ud800\x00", *["a\ufffd\ufffd"] * 2)]
-    texts += [(">>>all\nHello!", "Hello!", "Hello!"), ("Hi.<|open|>think<|sep|>Hm.", "Hi.", "Hm.\nHi.")]
-    for text, told, monologue in texts:
-        memws.read_reply(reply := reply_of(text), TOOLS)
-        assert (reply.text, reply.monologue, reply.calls, reply.corrections) == (told, monologue, [], [])
-
-
-FINISHES = {
-    "": "stop STOP tool_calls function_call end_turn eos_token stop_sequence COMPLETE tool_use normal pause_turn",
-    "length": "length max_tokens MAX_TOKENS model_length model_context_window_exceeded TOKEN_LIMIT truncated",
-    "filtered": "content_filter SAFETY BLOCKLIST sensitive refusal guardrail_intervened RECITATION jailbreak censored",
-    "broken": "error network_error abort cancelled TIMEOUT insufficient_system_resource ERROR_TOXIC OTHER preempted"
-    " function_call_filter:_MALFORMED_FUNCTION_CALL TOO_MANY_TOOL_CALLS repetition interrupted LANGUAGE",
-}
-
-
-@pytest.mark.parametrize("fault", FINISHES)
-def test_a_finish_reason_says_whether_the_answer_is_whole(fault: str) -> None:
-    """Whatever an endpoint calls the end of an answer, it is known whether, and why, that is only a part of it."""
-    for finish in FINISHES[fault].split():
-        reply = reply_of("Hel", finish=finish)
-        memws.read_reply(reply, TOOLS)
-        corrections = [what for what, _ in reply.corrections]
-        assert (reply.text, reply.fault, corrections) == ("Hel", fault, [fault] * bool(fault))
 
 
 CUT = '{"name": "human", "old_content": "Ada", "new_content": "'
