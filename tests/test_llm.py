@@ -277,7 +277,22 @@ TOO_LONG = {  # what real endpoints say, and the window that stands there
     "429 Request too large on tokens per min (TPM): Limit 30000, Requested 132819. It must be reduced.": 30_000,
     "429 Rate limit reached on tokens per minute (TPM): Limit 6000, Used 0, Requested 7000. Try again in 9s.": 6_000,
 }
-NOT_TOO_LONG = {  # and what looks alike
+
+
+async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, model: Model) -> None:
+    """In whatever words, it is context_overflow, and a window in them is learned, only downwards."""
+    for words, window in TOO_LONG.items():
+        status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
+        for answer in (refusal(words, status=status), in_stream(words, status)):
+            for known, told in ((0, window), (10_000_000, window or 10_000_000), (2_000, 2_000)):
+                model.learned = memws.Learned(["m"], window=known)
+                endpoint.script(answer)
+                error = await fail(model)
+                assert (error.code, model.learned.window) == ("context_overflow", told)
+                assert words in str(error)
+
+
+REFUSALS = {  # what else endpoints say, after a status that is not 400, and what it is
     "429 Rate limit reached on TPM: Limit 30000, Used 29000, Requested 1500. Try again in 1s.": "model_rate_limit",
     "429 Too many tokens, please wait before trying again.": "model_rate_limit",
     "429 This request would exceed your organization's rate limit of 30,000 input tokens": "model_rate_limit",
@@ -290,52 +305,41 @@ NOT_TOO_LONG = {  # and what looks alike
     "tools[0].function.description: string too long. Expected maximum length 1024": "model_refused",
     "400 Your credit balance is too low to access the API.": "model_rate_limit",
     "request timed out: exceeded 60s waiting for the first token": "model_refused",
-    "Failed to call a function. See 'failed_generation' for more.": "bad_output",
     "gemma3:latest does not support tools": "model_refused",
     "404 No endpoints found that support tool use": "model_refused",
     "500 tools param requires --jinja flag": "model_refused",
     "401 token expired": "model_auth",
     "API key not valid. Please pass a valid API key.": "model_auth",
+    "Failed to call a function. See 'failed_generation' for more.": "bad_output",
+    "500 tool_use_failed": "bad_output",
+    "500 error parsing tool call: raw='{' err=unexpected end": "bad_output",
+    "500 Failed to parse input at 0": "bad_output",
+    "503 error loading model: no such file": "model_unavailable",
 }
-
-
-async def test_an_endpoint_that_finds_the_prompt_too_long(endpoint: Endpoint, model: Model) -> None:
-    """In whatever words, it is context_overflow, and a window in them is learned, only downwards; the like is not."""
-    for words, window in TOO_LONG.items():
-        status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
-        for answer in (refusal(words, status=status), in_stream(words, status)):
-            for known, told in ((0, window), (10_000_000, window or 10_000_000), (2_000, 2_000)):
-                model.learned = memws.Learned(["m"], window=known)
-                endpoint.script(answer)
-                error = await fail(model)
-                assert (error.code, model.learned.window) == ("context_overflow", told)
-                assert words in str(error)
-    for words, code in NOT_TOO_LONG.items():
-        status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
-        endpoint.script(refusal(words, status=status))
-        assert ((await fail(model)).code, model.learned.window) == (code, 2_000), words
-
-
 LOADING = ["Model x is being loaded", "The worker is still initializing", "Loading model", "The model is warming up"]
 LOADING += ["Model x is currently loading", "model not ready, try later", "warm-up in progress", "scaled to 0"]
 KEYLESS = ["Country, region, or territory not supported", "Key limit exceeded (total limit)", "Quota exceeded"]
 KEYLESS += ["<!DOCTYPE html><html><title>Just a moment...</title></html>", "The model is not open in your location"]
+REFUSALS |= dict.fromkeys((f"503 {words}" for words in LOADING), "loading")
+REFUSALS |= dict.fromkeys((f"403 {words}" for words in KEYLESS), "model_refused")
 
 
-async def test_what_a_refusal_advises(endpoint: Endpoint, model: Model) -> None:
-    """A 403 that is not about the key does not say it is, a page says what to check, a model that loads is known."""
-    for words in KEYLESS:
-        endpoint.script(Reply(status=403, body=words))
-        error = await fail(model)
-        assert (error.code, "OPENAI_API_KEY" in str(error)) == ("model_refused", False)
-    for status in (200, 404):
-        endpoint.script(Reply(status=status, body="<html><head><title>Sign in &amp; go</title></head></html>"))
-        error = await fail(model)
-        assert ("end with /v1?" in str(error), "Sign in & go" in str(error)) == (True, True)
-    for words in [*LOADING, "error loading model: no such file"]:
-        endpoint.script(refusal(words, status=503))
-        error = await fail(model)
-        assert (error.code, error.retry, error.loading) == ("model_unavailable", True, "error" not in words), words
+@pytest.mark.parametrize(("words", "code"), REFUSALS.items())
+async def test_what_a_refusal_means(endpoint: Endpoint, model: Model, words: str, code: str) -> None:
+    """No window is learned of it, what is not about the key does not say it is, and a model that loads is known."""
+    status, words = (int(words[:3]), words[4:]) if words[:3].isdigit() else (400, words)
+    endpoint.script(Reply(status=403, body=words) if status == 403 else refusal(words, status=status))
+    error, loads = await fail(model), code == "loading"
+    assert (error.code, error.loading) == ("model_unavailable" if loads else code, loads)
+    assert error.retry or status != 503
+    assert (model.learned.window, "OPENAI_API_KEY" in str(error)) == (0, code == "model_auth")
+
+
+@pytest.mark.parametrize("status", [200, 404])
+async def test_a_page_says_what_to_check(endpoint: Endpoint, model: Model, status: int) -> None:
+    endpoint.script(Reply(status=status, body="<html><head><title>Sign in &amp; go</title></head></html>"))
+    error = str(await fail(model))
+    assert ("end with /v1?" in error, "Sign in & go" in error) == (True, True)
 
 
 SCHEMA = "Invalid schema for function 'f': In context=('properties', 'temperature'), schema must have a 'type' key."
@@ -407,16 +411,12 @@ GENERATIONS += ['<tool_call>{"name": "send_message", "arguments": {"message": "H
 
 
 async def test_a_generation_that_the_endpoint_could_not_read(endpoint: Endpoint, model: Model) -> None:
-    """It is an answer, from an error's body as from inside a stream; without one the call may be corrected."""
+    """It is an answer, from an error's body as from inside a stream."""
     for written in GENERATIONS:
         for answer in ({"status": 400, "body": {"error": {**FAILED, "failed_generation": written}}},
                        {"error_in_stream": {**FAILED, "failed_generation": written}}):  # fmt: skip
             endpoint.script(Reply("", **answer))
             assert (await ask(model)).text == (written if isinstance(written, str) else memws.encode_json(written))
-    raw = "error parsing tool call: raw='{' err=unexpected end"
-    for words in ("tool_use_failed", raw, "Failed to parse input at 0"):
-        endpoint.script(refusal(words, status=500))
-        assert (await fail(model)).code == "bad_output"
 
 
 ADDRESSES = {  # a base URL, and the path of its requests
