@@ -1411,9 +1411,10 @@ class Sqlite:
             is_new = not has_schema(self, connection)  # what is not ours is left as it is
             if not self.memory:  # a lock on a file beside it, which ends with the process, keeps other servers off
                 self.connect(".lock").executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
-            if is_new:  # a power cut can take nothing yet: the switch to WAL is what puts all of it on disk
+            if is_new:  # a power cut can take nothing yet: one wait for the disk is enough, at the switch to WAL
                 marks = f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}"
                 connection.executescript(f"PRAGMA synchronous = OFF; BEGIN; {SCHEMA}; {marks}; COMMIT")
+                connection.execute("PRAGMA journal_mode = MEMORY")
             settings = f"PRAGMA synchronous = {self._sync}; PRAGMA journal_mode = WAL; PRAGMA foreign_keys = ON"
             connection.executescript(settings)
         return connection
@@ -8442,9 +8443,8 @@ class WebSocketServer:
     def initialize_server(self) -> None:
         """Open the store, bind the address and print it. Raises UsageError."""
         self._bind()
-        print(f"memws {__version__} listening on {self.url}", flush=True)
-        print(f"open {page_address(self.url)}", flush=True)
-        print(f"model: {self.open().models.described}; agents: {self.open().database.path}", flush=True)
+        about = f"model: {self.open().models.described}; agents: {self.open().database.path}"
+        print(f"memws {__version__} listening on {self.url}\nopen {page_address(self.url)}\n{about}", flush=True)
 
     async def listen(self) -> None:
         """Accept connections on the running loop. Raises UsageError."""
