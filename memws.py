@@ -1277,6 +1277,65 @@ def unnamed(query: str, names: Iterable[str]) -> str:
 # 5. Store: agents, chat messages, memory and events in a database; its search; one agent as a file
 # ======================================================================================================================
 
+_function_of = functools.cache(function_of)
+
+
+def apply(call: Callable[..., T], values: JSON, place: str = "") -> T:
+    """What `call` makes of values that somebody sent; null: the default. With a `place`, which errors then name, no
+    others may be there. Raises Refused (bad_config)."""
+    function = _function_of(call)
+    if place and (unknown := values.keys() - function.parameters["properties"].keys()):
+        raise Refused("bad_config", f"{place}: unknown {quote(min(unknown))}; expected {function.usage}")
+    try:
+        return call(**function.bind({key: value for key, value in values.items() if value is not None}))
+    except InvalidRequest as error:
+        raise Refused("bad_config", f"{place}: {error}" if place else str(error)) from None
+
+
+@dataclass(eq=False, repr=False)
+class Settings:
+    """How a model samples; None: as it does by itself."""
+
+    temperature: Annotated[float, 0, 2] | None = None
+    top_p: Annotated[float, 0, 1] | None = None
+    max_tokens: Annotated[int, 1, 10_000_000] | None = None
+    seed: Annotated[int, -(2**53), 2**53] | None = None
+    reasoning_effort: Annotated[str, 1, 20] | None = None
+
+
+@dataclass(eq=False, repr=False)
+class Config:
+    """How an agent works, as it is stored; None: the default of its server, or of its model."""
+
+    model: Annotated[str, 1, MAX_MODEL_NAME] | None = None
+    context_window: Annotated[int, 1, 100_000_000] | None = None  # tokens
+    tools: Annotated[list[str], 1, 1_000] | None = None  # None: the memory tools
+    system: Annotated[str, 1, 20_000] | None = None
+    max_steps: Annotated[int, 1, 1_000] | None = None
+    heartbeat_interval: Annotated[int, 60, 10_000_000] | Literal[0] = 0  # seconds; 0: none
+    timezone: Annotated[str, 1, MAX_NAME] | None = None  # an IANA name
+    settings: dict[str, Any] = field(default_factory=dict)  # those of Settings that are not None
+
+    def __post_init__(self) -> None:
+        settings = apply(Settings, self.settings, "settings")
+        self.settings = {name: value for name, value in vars(settings).items() if value is not None}
+
+
+@dataclass(eq=False, repr=False)
+class State:
+    """What else an agent goes on from."""
+
+    cut: Annotated[int, 0, 2**53] = 0  # the id of the first chat message in view
+    last_passage: Annotated[int, 0, 10**15] = 0  # the id of the last passage that was ever kept
+    last_user: str | None = None  # when a user spoke last
+    summary: str | None = None  # of what has left the view, as a model gets it
+    gist: str | None = None  # its words alone
+    warned: bool = False  # whether the model was told that its window is nearly full
+    paused_until: float = 0.0  # timed heartbeats rest until then
+    turn: str | None = None  # the turn that runs
+    input_tokens: int = 0  # of all model calls, also those of failed turns and compactions
+    output_tokens: int = 0
+
 
 @dataclass
 class AgentRecord:
@@ -1291,6 +1350,22 @@ class AgentRecord:
     last_active: str = field(default_factory=now_text)
     last_seq: int = 0
     id: int = 0
+
+    def decode(self) -> typing.Self:
+        """A row's record, its JSON read. What is damaged becomes what no agent opens with: a backup is the way back."""
+        damaged = {"damaged": True}
+        for column, instead in (("config", damaged), ("state", damaged), ("blocks", [damaged])):
+            value = None
+            with contextlib.suppress(ValueError, TypeError, AttributeError):
+                value = decode_json(getattr(self, column))
+            setattr(self, column, value if isinstance(value, type(instead)) else instead)
+        return self
+
+    def check(self) -> None:
+        """Complete config, state and blocks. Raises Refused for what no agent can go on from."""
+        self.config = vars(apply(Config, self.config, "agent.config"))
+        self.state = vars(apply(State, self.state, "agent.state"))
+        self.blocks = [vars(apply(Block, values, "agent.blocks")) for values in self.blocks]
 
 
 class StoredEvent(NamedTuple):
@@ -1427,6 +1502,10 @@ class Sqlite:
         connection = sqlite3.connect(file, timeout=timeout, isolation_level=None, check_same_thread=False)
         connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")  # a bad byte ends nothing
         return self._connections.enter_context(contextlib.closing(connection))
+
+    def back_up(self, file: str) -> None:
+        """Copy the database into an empty file, as of one moment, also while a server writes."""
+        self.connect().execute("VACUUM INTO ?", (file,))
 
     def close(self) -> None:
         self._connections.close()
@@ -1864,14 +1943,13 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     for message in changes.messages:
         message.seq = row[0]
     insert_all(db, "messages", [(agent, *astuple(message)[:8]) for message in changes.messages])
-    for message in changes.resaid:
-        forget(db, "agent = ? AND store = 'recall' AND item = ?", agent, message.id)
+    gone = [*(("recall", message.id) for message in changes.resaid), *(("archival", item) for item in changes.removed)]
+    for place in gone:
+        forget(db, "agent = ? AND store = ? AND item = ?", agent, *place)
     spoken = [each for each in [*changes.messages, *changes.resaid] if each.said]
     documents = [Document(each.id, "recall", each.speaker, each.time, each.said) for each in spoken]
     for document in documents + changes.documents:
         index(db, "doc = ?", remember(db, agent, document))
-    for item in changes.removed:
-        forget(db, "agent = ? AND store = 'archival' AND item = ?", agent, item)
     if changes.request:
         request = vars(changes.request) | {"response": clean_value(changes.request.response)}
         pieces = _packed(encode_json([request.pop(name) for name in _PIECES]))
@@ -1970,23 +2048,12 @@ _AGENT_COLUMNS = ", ".join(column.name for column in fields(AgentRecord))
 _LIVE, _DELETED = "deleted IS NULL", "deleted <> ''"
 
 
-def _decoded(record: AgentRecord) -> AgentRecord:
-    """A row's record, its JSON read. What is damaged becomes what no agent opens with: a backup is the way back."""
-    damaged = {"damaged": True}
-    for column, instead in (("config", damaged), ("state", damaged), ("blocks", [damaged])):
-        value = None
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            value = decode_json(getattr(record, column))
-        setattr(record, column, value if isinstance(value, type(instead)) else instead)
-    return record
-
-
 def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentRecord:
     """The agent of that name, or the one deleted last under it. Raises Refused (unknown_agent): with the nearest."""
     where, name = _DELETED if deleted else _LIVE, unicodedata.normalize("NFC", name)
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE name = ? AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     if row := db.execute(sql, (name,)).fetchone():
-        return _decoded(AgentRecord(*row))
+        return AgentRecord(*row).decode()
     names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where}")]
     nearest = [repr(each) for each in difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0)]
     nearest += ["…"] if len(names) > len(nearest) else []
@@ -2000,7 +2067,7 @@ def list_agents(db: SqlConnection, after: str, limit: int, deleted: bool = False
     last = f"SELECT id FROM agents AS other WHERE name = agents.name AND {where} ORDER BY deleted DESC, id DESC LIMIT 1"
     sql = f"SELECT {_AGENT_COLUMNS} FROM agents WHERE {where} AND name > ? AND id = ({last}) ORDER BY name LIMIT ?"
     total = db.execute(f"SELECT count(DISTINCT name) FROM agents WHERE {where}").fetchone()[0]
-    return [_decoded(AgentRecord(*row)) for row in db.execute(sql, (after, limit))], total
+    return [AgentRecord(*row).decode() for row in db.execute(sql, (after, limit))], total
 
 
 def claim(db: SqlConnection, name: str) -> int:
@@ -2310,7 +2377,6 @@ _REFUSED = sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DataError  
 _COUNTED = schema_of(Annotated[int, 0, 10**15])  # an import's ids and seqs, from which the agent counts on
 _DAMAGE = *_REFUSED, ValueError, TypeError, LookupError, AttributeError, OverflowError
 _SERVERS = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND application_name = 'memws'"
-CheckRecord = Callable[[AgentRecord], None]  # raises a MemwsError for an agent that cannot be opened
 
 
 @contextlib.contextmanager
@@ -2354,7 +2420,7 @@ def table_sizes(db: SqlConnection, size_of: str) -> Iterator[str]:
         yield f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"
 
 
-def check_database(path: str, check_record: CheckRecord) -> Iterator[str]:
+def check_database(path: str) -> Iterator[str]:
     """What is damaged in a database, by its own checks and by opening every agent. Raises UsageError."""
     try:
         with read_database(path) as db:
@@ -2364,7 +2430,7 @@ def check_database(path: str, check_record: CheckRecord) -> Iterator[str]:
                     yield f"the file: row {row} of {table} belongs to no agent"
             for record in list_agents(db, "", 2**53)[0]:
                 try:
-                    check_record(record)
+                    record.check()
                     messages = read_messages(db, record.id, first=record.state["cut"])
                     yield from (f"agent {record.name}: {fault}" for _, fault in history_faults(messages)[0])
                 except (MemwsError, ValueError, TypeError, AttributeError) as error:
@@ -2428,7 +2494,7 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
     insert(db, table, agent=agent, **columns | blobs)
 
 
-def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: str | None = None) -> str:
+def import_agent(db: SqlConnection, data: Any, name: str | None = None) -> str:
     """Store what export_agent gave, also that of an earlier memws, under its name or another one; the name. Raises
     UsageError with the place of what is damaged, Refused; then nothing is stored."""
     if not isinstance(data, dict) or data.get("memws_agent") not in (1, EXPORT_FORMAT):
@@ -2439,10 +2505,10 @@ def import_agent(db: SqlConnection, data: Any, check_record: CheckRecord, name: 
             if data["memws_agent"] != EXPORT_FORMAT:
                 _convert_export(data)
             place = "agent"
-            record = _decoded(AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}))
+            record = AgentRecord(**{name: data["agent"][name] for name in _EXPORTED["agents"].split(", ")}).decode()
             record.config, record.state, record.blocks = clean_value([record.config, record.state, record.blocks])
             record.name = check_name(record.name if name is None else name)
-            check_record(record)
+            record.check()
             record.last_seq = max([check(record.last_seq, _COUNTED), *(event["seq"] for event in data["events"])])
             agent = create_agent(db, record).id
             for table in _TABLES:
@@ -4350,74 +4416,7 @@ MEMORY_TOOLS = {tool: make_tool(functools.partial(method, None)) for tool, metho
 # 8. Agent: a turn is a loop of steps
 # ======================================================================================================================
 
-# ---- configuration: the fields say what may be set -------------------------------------------------------------------
-
-_function_of = functools.cache(function_of)
-
-
-def apply(call: Callable[..., T], values: JSON, place: str = "") -> T:
-    """What `call` makes of values that somebody sent; null: the default. With a `place`, which errors then name, no
-    others may be there. Raises Refused (bad_config)."""
-    function = _function_of(call)
-    if place and (unknown := values.keys() - function.parameters["properties"].keys()):
-        raise Refused("bad_config", f"{place}: unknown {quote(min(unknown))}; expected {function.usage}")
-    try:
-        return call(**function.bind({key: value for key, value in values.items() if value is not None}))
-    except InvalidRequest as error:
-        raise Refused("bad_config", f"{place}: {error}" if place else str(error)) from None
-
-
-@dataclass(eq=False, repr=False)
-class Settings:
-    """How a model samples; None: as it does by itself."""
-
-    temperature: Annotated[float, 0, 2] | None = None
-    top_p: Annotated[float, 0, 1] | None = None
-    max_tokens: Annotated[int, 1, 10_000_000] | None = None
-    seed: Annotated[int, -(2**53), 2**53] | None = None
-    reasoning_effort: Annotated[str, 1, 20] | None = None
-
-
-@dataclass(eq=False, repr=False)
-class Config:
-    """How an agent works, as it is stored; None: the default of its server, or of its model."""
-
-    model: Annotated[str, 1, MAX_MODEL_NAME] | None = None
-    context_window: Annotated[int, 1, 100_000_000] | None = None  # tokens
-    tools: Annotated[list[str], 1, 1_000] | None = None  # None: the memory tools
-    system: Annotated[str, 1, 20_000] | None = None
-    max_steps: Annotated[int, 1, 1_000] | None = None
-    heartbeat_interval: Annotated[int, 60, 10_000_000] | Literal[0] = 0  # seconds; 0: none
-    timezone: Annotated[str, 1, MAX_NAME] | None = None  # an IANA name
-    settings: dict[str, Any] = field(default_factory=dict)  # those of Settings that are not None
-
-    def __post_init__(self) -> None:
-        settings = apply(Settings, self.settings, "settings")
-        self.settings = {name: value for name, value in vars(settings).items() if value is not None}
-
-
-@dataclass(eq=False, repr=False)
-class State:
-    """What else an agent goes on from."""
-
-    cut: Annotated[int, 0, 2**53] = 0  # the id of the first chat message in view
-    last_passage: Annotated[int, 0, 10**15] = 0  # the id of the last passage that was ever kept
-    last_user: str | None = None  # when a user spoke last
-    summary: str | None = None  # of what has left the view, as a model gets it
-    gist: str | None = None  # its words alone
-    warned: bool = False  # whether the model was told that its window is nearly full
-    paused_until: float = 0.0  # timed heartbeats rest until then
-    turn: str | None = None  # the turn that runs
-    input_tokens: int = 0  # of all model calls, also those of failed turns and compactions
-    output_tokens: int = 0
-
-
-def check_record(record: AgentRecord) -> None:
-    """Complete a stored agent's config, state and blocks. Raises Refused for what no agent can go on from."""
-    record.config = vars(apply(Config, record.config, "agent.config"))
-    record.state = vars(apply(State, record.state, "agent.state"))
-    record.blocks = [vars(apply(Block, values, "agent.blocks")) for values in record.blocks]
-
+# ---- configuration ---------------------------------------------------------------------------------------------------
 
 BlockItems = Annotated[list[JSON], 1, MAX_BLOCKS] | None
 
@@ -4588,7 +4587,7 @@ class Agent:
     async def open(self) -> typing.Self:
         """Load the agent and repair what a crash left; itself. Raises StoreFailed."""
         try:
-            check_record(self.record)
+            self.record.check()
             await self.memory.load()
             self.configure()
             if told := self.model.learned.window:
@@ -9097,7 +9096,7 @@ def serve_command(*, log_level: str, **options: Any) -> None:
 
 def check_command(*, db: str) -> int:
     """look for damage in the database and its agents"""
-    faults, sizes = list(check_database(db, check_record)), list[str]()
+    faults, sizes = list(check_database(db)), list[str]()
     if not faults:
         with read_database(db) as database:
             sizes = ["no damage found", *table_sizes(database, database_at(db).size_of)]
@@ -9130,7 +9129,7 @@ def import_command(file: str, *, name: str | None, db: str) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot read {file!r} ({error}); give a file that export wrote") from None
     with contextlib.closing(database_at(db)) as database:
-        name = import_agent(database.open(), data, check_record, name)
+        name = import_agent(database.open(), data, name)
     print(f"agent {name!r} is in {database.path}")
 
 
@@ -9140,7 +9139,7 @@ def backup_command(file: str, *, db: str) -> None:
     if isinstance(database, Postgres):
         raise UsageError(f"a program of PostgreSQL makes its backups; run {database.dump_command(file)}")
     with new_file(file) as path, read_database(db), usable(file, "name another file"), contextlib.closing(database):
-        database.connect().execute("VACUUM INTO ?", (str(path),))
+        database.back_up(str(path))
     print(f"{db} is copied to {file}", file=sys.stderr)
 
 

@@ -1101,7 +1101,7 @@ async def test_only_its_maker_gets_back_what_it_made(endpoint: Endpoint, tmp_pat
             await check(lab, agent, is_maker)
         data = await lab.store.read(memws.export_agent, agent.name)
     with contextlib.closing(memws.Sqlite(str(tmp_path / "other.db"))) as database:
-        memws.import_agent(database.open(), data, memws.check_record)
+        memws.import_agent(database.open(), data)
     async with Lab(endpoint, tmp_path / "other.db") as lab:
         await check(lab, agent := await lab.open(), is_maker=True)
         ratio = agent.ratio

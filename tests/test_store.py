@@ -356,7 +356,7 @@ async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bring(path: str | Path, data: Any) -> str:
     with closing(memws.database_at(str(path), "normal")) as base:
-        return memws.import_agent(base.open(), data, memws.check_record)
+        return memws.import_agent(base.open(), data)
 
 
 def take(path: Path, name: str = "sam") -> Any:
@@ -387,7 +387,7 @@ async def test_a_former_export_is_read(database: str, tmp_path: Path) -> None:
         assert len(await find(store, agent, "otters")) == 3
         for number in (1, 2):
             await store.read(memws.find_request, agent.id, turn_id, number)  # which compares it with its digest
-    assert list(memws.check_database(database, memws.check_record)) == []
+    assert list(memws.check_database(database)) == []
     for damage in ({"passages": [{}]}, {"parts": []}):
         with pytest.raises(memws.MemwsError, match="damaged: the former format: '"):
             bring(tmp_path / "other.db", data | damage)
@@ -404,7 +404,7 @@ async def test_an_import_is_whole_and_text(tmp_path: Path) -> None:
         connection = base.open()
         connection.execute(f"PRAGMA max_page_count = {connection.execute('PRAGMA page_count').fetchone()[0]}")
         with pytest.raises(memws.StoreFailed, match="the database refused: database or disk is full"):
-            memws.import_agent(connection, data | {"messages": [row | {"text": "x" * 99_999}]}, memws.check_record)
+            memws.import_agent(connection, data | {"messages": [row | {"text": "x" * 99_999}]})
         assert connection.execute("SELECT count(*) FROM agents").fetchone() == (0,)
     odd = data["agent"] | {"name": "\u0065\u0301mile", "config": '{"model":"\\ud800"}'}
     row |= {"body": '{"role":"user","content":"\\ud800"}'}
