@@ -2406,18 +2406,20 @@ def vacuum_database(path: str, keep_requests: float) -> int:
         return max(0, int(before - db.execute(database.size).fetchone()[0]))
 
 
-def table_sizes(db: SqlConnection, size_of: str) -> Iterator[str]:
-    """A line for each agent: by table its rows and the bytes of their values."""
+def table_sizes(path: str) -> Iterator[str]:
+    """A line for each agent: by table its rows and the bytes of their values. Raises UsageError."""
+    size_of = database_at(path).size_of
     sql = f"SELECT id, name, deleted FROM agents WHERE {_LIVE} OR {_DELETED} ORDER BY name, id"
-    for agent, name, deleted in db.execute(sql).fetchall():
-        sizes = []
-        for table in _TABLES:
-            columns = [column[0] for column in db.execute(f"SELECT * FROM {table} LIMIT 0").description]
-            size = " + ".join(map(size_of.format, columns))
-            sql = f"SELECT count(*), coalesce(sum({size}), 0) FROM {table} WHERE agent = ?"
-            count, total = db.execute(sql, (agent,)).fetchone()
-            sizes.append(f"{count:,} {table} ({total / 1000:,.1f} kB)")
-        yield f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"
+    with read_database(path) as db:
+        for agent, name, deleted in db.execute(sql).fetchall():
+            sizes = []
+            for table in _TABLES:
+                columns = [column[0] for column in db.execute(f"SELECT * FROM {table} LIMIT 0").description]
+                size = " + ".join(map(size_of.format, columns))
+                sql = f"SELECT count(*), coalesce(sum({size}), 0) FROM {table} WHERE agent = ?"
+                count, total = db.execute(sql, (agent,)).fetchone()
+                sizes.append(f"{count:,} {table} ({total / 1000:,.1f} kB)")
+            yield f"{name}{' (deleted)' if deleted else ''}: {', '.join(sizes)}"
 
 
 def check_database(path: str) -> Iterator[str]:
@@ -8697,9 +8699,8 @@ FORMS = {  # how events are shown: by message type, or type, the line and its st
     "tool_return": ("< {message}", "dim"),
     "memory_change": ("[{label}, changed by the {by}]", "dim"),
     "context": ("[context: {warning}]", "yellow"),
-    **dict.fromkeys(
-        ("compaction", "heartbeat", "retry", "correction", "queue", "progress"), ("[{kind}: {message}]", "dim")
-    ),
+    **dict.fromkeys(("compaction", "heartbeat", "retry", "correction"), ("[{kind}: {message}]", "dim")),
+    **dict.fromkeys(("queue", "progress"), ("[{kind}: {message}]", "dim")),
     "agent_change": ("[{agent_name}: {message}]", "dim"),
     "agent_response_end": ("[{stop_reason}]", "yellow"),
     "agent_response_error": ("error: {text}", "red"),
@@ -9096,11 +9097,8 @@ def serve_command(*, log_level: str, **options: Any) -> None:
 
 def check_command(*, db: str) -> int:
     """look for damage in the database and its agents"""
-    faults, sizes = list(check_database(db)), list[str]()
-    if not faults:
-        with read_database(db) as database:
-            sizes = ["no damage found", *table_sizes(database, database_at(db).size_of)]
-    print(*map(printable, faults or sizes), sep="\n")
+    faults = list(check_database(db))
+    print(*map(printable, faults or ("no damage found", *table_sizes(db))), sep="\n")
     return 1 if faults else 0
 
 
