@@ -1953,8 +1953,6 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     if changes.request:
         request = vars(changes.request) | {"response": clean_value(changes.request.response)}
         pieces = _packed(encode_json([request.pop(name) for name in _PIECES]))
-        sql = "DELETE FROM requests WHERE agent = ? AND turn_id = ? AND step = ?"  # of several in a step the last stays
-        db.execute(sql, (agent, request["turn_id"], request["step"]))
         insert(db, "requests", agent=agent, time=now, pieces=pieces, **request)
     if stored and stored[-1].kind in TERMINAL_TYPES:
         pieces = zlib.compress(f"[{','.join(row[1:])}]".encode(), 1)
@@ -4767,10 +4765,7 @@ class Agent:
                 elif turn.failed_calls >= MAX_FAILED_CALLS:
                     return self._take_half(turn, error)
                 elif error.code == "context_overflow":
-                    try:
-                        await self.compact(turn)
-                    except ModelError as problem:
-                        raise ModelError(error.code, f"{error}; {problem}") from None
+                    await self.compact(turn, f"{error}; ")
                     continue
                 elif error.code == "bad_output" and not extra:
                     self._counts["bad_output"] += 1
@@ -4957,12 +4952,10 @@ class Agent:
 
     async def _run(self, change: Transaction, turn: Turn, call: ToolCall) -> str:
         """A call's result. Raises ToolError, Refused, Stopped, StoreFailed."""
-        if turn.stop_reason is not None:
-            raise ToolError(f"{turn.stop_reason} before it ran")
-        if len(turn.failures) >= MAX_FAILED_TOOLS:
-            raise ToolError("not run: the calls before it failed")
-        if call.problem:
-            raise ToolError(call.problem)
+        stopped = f"{turn.stop_reason} before it ran" if turn.stop_reason else ""
+        failed = "not run: the calls before it failed" if len(turn.failures) >= MAX_FAILED_TOOLS else ""
+        if problem := stopped or failed or call.problem:
+            raise ToolError(problem)
         if (tool := self.tools.get(call.name)) is None:
             raise ToolError(f"unknown tool {quote(call.name)}; tools: {', '.join(self.tools)}")
         arguments = tool.bind(call.arguments, lenient=True)
@@ -5021,23 +5014,18 @@ class Agent:
         elif any(call.arguments.get(REQUEST_HEARTBEAT) in (True, "true") for call in reply.calls):
             reason = HEARTBEAT_REQUESTED
 
-        end: str | MemwsError | None = None  # why none does: the first that fits
-        if turn.stop_reason is not None:
-            end = turn.stop_reason
-        elif turn.error:
-            end = turn.error
-        elif len(turn.failures) >= MAX_FAILED_TOOLS:  # what comes after these was not run
-            problem = f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {turn.failures[MAX_FAILED_TOOLS - 1]}"
-            end = ModelError("bad_output", problem)
-        elif not (reason or warn or turn.steered):
-            end = "done"
-        # From here on only turns that would go on.
-        elif max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS:
-            end = "repeated_call"
-        elif turn.step >= self.max_steps:
-            end = "max_steps"
-        elif turn.usage["input_tokens"] + turn.usage["output_tokens"] >= TURN_TOKEN_BUDGET:
-            end = "budget"
+        failed = turn.failures[:MAX_FAILED_TOOLS]  # what comes after these was not run
+        problem = f"{MAX_FAILED_TOOLS} tool calls in a row failed; the last: {''.join(failed[-1:])}"
+        tokens = turn.usage["input_tokens"] + turn.usage["output_tokens"]
+        ends: list[tuple[str | MemwsError, bool]] = [  # why none does: the first that fits
+            (ModelError("bad_output", problem), len(failed) == MAX_FAILED_TOOLS),
+            ("done", not (reason or warn or turn.steered)),
+            # From here on only turns that would go on.
+            ("repeated_call", max(turn.calls.values(), default=0) >= MAX_REPEATED_CALLS),
+            ("max_steps", turn.step >= self.max_steps),
+            ("budget", tokens >= TURN_TOKEN_BUDGET),
+        ]
+        end = turn.stop_reason or turn.error or next((end for end, fits in ends if fits), None)
 
         if warn:
             change.add_notice("system_alert", PRESSURE_WARNING, message=PRESSURE_WARNING)
@@ -5116,12 +5104,12 @@ class Agent:
         tokens, most = estimate_tokens(text) * self.ratio, max(128, room // 3)
         return text if tokens <= most else excerpt(text, int(len(text) * most / tokens), advice)
 
-    async def compact(self, turn: Turn) -> JSON:
+    async def compact(self, turn: Turn, reason: str = "") -> JSON:
         """Replace the oldest chat messages by a summary: the prompt gets strictly smaller; else raises ModelError."""
         memory, sizes = self.memory, self._sizes(self.memory.messages)
         before = sum(sizes.values())
         text = ", ".join(f"{name} {tokens:,}" for name, tokens in sizes.items())
-        text = f"the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({text})"
+        text = f"{reason}the prompt needs {before:,} of {self.window:,} tokens and cannot be made smaller ({text})"
         room = (sizes["messages"] - max(0, before - self.window)) / self.ratio  # for messages, before calibration
         cut = self._cut_at(room * KEEP_FRACTION / 2**turn.compactions)
         if cut == 0:
