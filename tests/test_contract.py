@@ -35,13 +35,13 @@ blocking calls from any thread, before start, not on the own loop: python_api te
   test_blocking_calls_work_from_any_thread test_blocking_calls_are_refused_on_the_servers_own_loop
 a cell that runs again, reload, a held port: python_api test_a_cell_that_runs_again_takes_over
   test_what_is_held_is_named
-server.tool: tools test_the_decorator_registers_and_replaces
+server.tool: tools test_the_decorator_registers_and_replaces test_tools_in_a_turn
 Client, connect: client test_ask test_blocking test_reconnect_resumes
 memory_index: memory test_positions_are_the_turns test_any_turns_are_indexed
 import needs websockets alone: counts test_importing_and_serving_needs_websockets_alone; cli test_copied_alone
 """
 WIRE = """
-healthz; other methods 405: gate test_healthz_needs_the_right_host_only test_other_methods_get_405
+healthz; other methods 405: gate test_plain_http
 MemGPT 0.2.7's protocol: server test_the_flow_of_memgpt_0_2_7
 no frame over 1 MiB; replies are cut at 100,000 characters: server test_a_long_reply_is_cut; wire
   test_an_event_is_its_frame; agent test_a_reply_without_end_is_cut
@@ -77,8 +77,7 @@ a flood: server test_a_flood_is_answered_and_others_are_served_in_between
 a taken name, a bad config, a text over a limit, an unknown agent: server test_names_are_words
   test_bad_configs_change_nothing test_edits_of_memory test_an_unknown_agent_is_told_with_the_nearest
 a reader that does not read: soak test_every_figure_is_met
-a foreign Origin or Host: gate test_hosts test_origins test_what_is_allowed_passes;
-  soak test_every_figure_is_met
+a foreign Origin or Host: gate test_hosts test_origins test_what_is_allowed_passes; soak test_every_figure_is_met
 tokens: gate test_tokens test_with_a_token_addresses_are_right test_beyond_loopback_needs_a_token; python_api
   test_on_a_jupyterhub_a_token_is_made
 connection number 4,097: gate test_one_connection_too_many_gets_503
@@ -112,7 +111,8 @@ AGENT = """
 3 a turn ends: agent test_what_comes_of_an_answer test_a_failing_turn_makes_at_most_eight_calls
 4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_between_two_waits; misbehaviour
   test_whatever_happens_talk_goes_on
-5 the ladder; half an answer: agent test_what_comes_of_an_answer; llm test_what_is_read_of_a_reply
+5 the ladder; half an answer: agent test_what_comes_of_an_answer; llm
+  test_a_finish_reason_says_whether_the_answer_is_whole
 6 nothing sent is executed: layers test_memws; tools test_conversation_search_pages_through_the_past
 7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
   test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them

@@ -1,7 +1,10 @@
 """The gate of section 11: who may open a connection, decided before the upgrade, over raw TCP."""
 
+import base64
+import hashlib
 import json
 import logging
+import re
 import socket
 import struct
 from collections.abc import Callable
@@ -17,6 +20,7 @@ import memws
 Serve = Callable[..., memws.WebSocketServer]
 TOKEN = "Secret-token_1~"
 BEARER = f"Authorization: Bearer {TOKEN}"
+LOCAL, EVIL, FOREIGNER = "Host: localhost", "Host: evil.example", "Origin: http://evil.example"
 
 
 def words(text: str) -> list[str]:
@@ -94,12 +98,14 @@ FOREIGN = [f"http://{host}" for host in ("192.168.0.1", "0.0.0.0", "[0:0:0:0:0:0
 
 
 def test_hosts(serve: Serve) -> None:
-    """Loopback names pass as Host with any port; any other gets 403 before the upgrade; none, and several, get 400."""
+    """Loopback names pass as Host with any port; any other Host gets 403 before the upgrade, malformed ones too; none,
+    or several, get 400, for the page and a health check too."""
     server = serve()
     all_get(server, 101, "Host", GOOD_HOSTS)
     all_get(server, 403, "Host", [*BAD_HOSTS, *ADDRESSES])
-    for hosts in ([], ["Host: localhost"] * 2, ["Host: localhost", "Host: evil.example"]):
-        assert [ask(server, *hosts, path=path).status for path in ("/", "/healthz")] == [400, 400]
+    for hosts in ([], [LOCAL, LOCAL], [LOCAL, EVIL]):
+        for path, upgrade in (("/", True), ("/", False), ("/healthz", True)):
+            assert ask(server, *hosts, path=path, upgrade=upgrade).status == 400
 
 
 def test_origins(serve: Serve) -> None:
@@ -177,41 +183,37 @@ def test_tokens(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     assert TOKEN not in caplog.text
 
 
-def test_healthz_needs_the_right_host_only(serve: Serve) -> None:
-    """GET /healthz tells status, version and whether a token is needed, also where all connections are taken."""
-    server = serve(token=TOKEN, max_connections=1)
+def test_plain_http(serve: Serve) -> None:
+    """The page and /healthz are behind the Host check, without a token, whatever the Origin, also where all connections
+    are taken; another method than GET gets 405; /healthz tells status, version and whether a token is needed."""
+    server, about = serve(token=TOKEN, max_connections=1), {"status": "ok", "version": memws.__version__}
     with Tcp(server) as first:
-        assert first.ask("Host: localhost", BEARER).status == 101
-        for path in ("/healthz", "/healthz?verbose=1"):
-            answer = ask(server, "Host: localhost", path=path, upgrade=False)
-            assert (answer.status, "\r\nContent-Type: application/json\r\n" in answer.head) == (200, True)
-            assert json.loads(answer.body) == {"status": "ok", "version": memws.__version__, "token": True}
-    assert ask(server, "Host: evil.example", path="/healthz", upgrade=False).status == 403
-    body = ask(serve(db=":memory:"), "Host: localhost", path="/healthz", upgrade=False).body
-    assert json.loads(body) == {"status": "ok", "version": memws.__version__}
-
-
-def test_other_methods_get_405(serve: Serve) -> None:
-    """Another method than GET gets 405, behind the Host check."""
-    server = serve()
-    for method in ("HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"):
-        for host, status in (("localhost", 405), ("evil.example", 403)):
-            for path in ("/healthz", "/"):
-                assert ask(server, f"Host: {host}", path=path, method=method, upgrade=False).status == status
+        assert first.ask(LOCAL, BEARER).status == 101
+        for path in ("/", "/?token=x", "/healthz", "/healthz?verbose=1"):
+            for method in words("GET HEAD POST PUT DELETE OPTIONS PATCH"):
+                for headers, status in (((EVIL,), 403), ((LOCAL, FOREIGNER), 200 if method == "GET" else 405)):
+                    assert ask(server, *headers, path=path, method=method, upgrade=False).status == status
+        for each, more in ((server, {"token": True}), (serve(db=":memory:"), {})):
+            answer = ask(each, LOCAL, path="/healthz", upgrade=False)
+            assert json.loads(answer.body) == about | more
+            assert "\r\nContent-Type: application/json\r\n" in answer.head
 
 
 def test_the_page(serve: Serve) -> None:
-    """GET / is the page: behind the Host check, without a token, whatever the Origin; its policy names the Host."""
-    server = serve(token=TOKEN)
-    answer = ask(server, "Host: localhost:8282", "Origin: http://evil.example", upgrade=False)
-    assert (answer.status, answer.body.startswith(b"<!doctype html>")) == (200, True)
-    assert "connect-src 'self' ws://localhost:8282 wss://localhost:8282;" in answer.head
-    assert "Content-Type: text/html; charset=utf-8\r\n" in answer.head
-    assert TOKEN.encode() not in answer.body
-    for path in ("/?token=x", "/?"):
-        assert ask(server, "Host: localhost", path=path, upgrade=False).status == 200
-    assert ask(server, "Host: evil.example", upgrade=False).status == 403
-    assert ask(server, upgrade=False).status == 400
+    """GET / is the page, which holds no token; its policy lets its own script and style run, talks to its own host
+    alone, and makes no HTML of texts."""
+    answer = ask(serve(token=TOKEN), "Host: localhost:8282", upgrade=False)
+    text, headers = answer.body.decode(), dict(re.findall(r"^([\w-]+): (.*)\r$", answer.head, re.MULTILINE))
+    assert (text.startswith("<!doctype html>"), TOKEN in text) == (True, False)
+    policy = dict(part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";"))
+    for tag in ("script", "style"):
+        (inner,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
+        assert policy[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["trusted-types"] == "'none'"
+    assert policy["connect-src"] == "'self' ws://localhost:8282 wss://localhost:8282"
+    assert policy["require-trusted-types-for"] == "'script'"
+    assert (headers["X-Content-Type-Options"], headers["Content-Type"]) == ("nosniff", "text/html; charset=utf-8")
 
 
 def test_a_page_that_is_no_websocket_is_told_so(serve: Serve) -> None:

@@ -1,7 +1,5 @@
 """The panel without a browser: its page as the server gives it, its script, and the widget without a kernel."""
 
-import base64
-import hashlib
 import json
 import re
 import subprocess
@@ -48,7 +46,7 @@ def test_script(tmp_path: Path) -> None:
     """The script is JavaScript that makes no HTML and no code of texts; script and style fit their page."""
     script, style = memws.PANEL_SCRIPT, memws.PANEL_STYLE
     forbidden = (
-        r"(inner|outer)HTML|insertAdjacentHTML|document\.write|srcdoc|\beval\b|\bFunction\(|import\(|fetch\(\"http"
+        r"""(inner|outer)HTML|insertAdjacentHTML|document\.write|srcdoc|\beval\b|\bFunction\(|import\(|fetch\("http"""
     )
     assert re.search(forbidden, script) is None
     assert "</" not in script + style
@@ -61,21 +59,6 @@ def test_script(tmp_path: Path) -> None:
     node = Path(playwright.__file__).parent / "driver" / "node"
     (tmp_path / "panel.mjs").write_text(script, "utf-8")
     subprocess.run([node, "--check", tmp_path / "panel.mjs"], check=True, timeout=60)
-
-
-def test_page_is_closed_to_all_but_its_own() -> None:
-    """The page's policy lets its own script and style run, talks to its own host alone, and makes no HTML of texts."""
-    text, headers = memws.page("localhost:8282")
-    policy = dict(part.strip().partition(" ")[::2] for part in headers["Content-Security-Policy"].split(";"))
-    for tag, directive in (("script", "script-src"), ("style", "style-src")):
-        (inner,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", text, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-        assert policy[directive] == f"'sha256-{digest}'"
-    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
-    assert policy["connect-src"] == "'self' ws://localhost:8282 wss://localhost:8282"
-    assert policy["require-trusted-types-for"] == "'script'"
-    assert policy["trusted-types"] == "'none'"
-    assert headers["X-Content-Type-Options"] == "nosniff"
 
 
 def test_page_address() -> None:
