@@ -29,7 +29,6 @@ Show = Callable[..., Window]
 TOKEN = "Secret-token_1~"
 AGAIN = {"request_heartbeat": True}
 NOTED = ("core_memory_append", {"name": "human", "content": "Name: Ada\nLikes: tea", **AGAIN})
-TEA = [Reply("I keep that.", [NOTED]), *[say("Nice to meet you, **Ada**!")]]
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +61,23 @@ def page(browser: Browser) -> Iterator[Window]:
 def show(request: pytest.FixtureRequest) -> Show:
     """Shows the panel of a server, once on the page and once in the notebook."""
 
-    def start(server: memws.WebSocketServer, agent: str = "sam", token: str | None = None) -> Window:
+    def start(server: memws.WebSocketServer, agent: str = "sam") -> Window:
+        window: Window = request.getfixturevalue(request.param)
         if agent:
             server.create_new_agent({"name": agent})
-        window: Window = request.getfixturevalue(request.param)
         if request.param == "page":
-            window.open(server.url, f"#agent={agent}" + (f"&token={token}" if token else ""))
+            window.open(server.url, f"#agent={agent}")
         else:
-            window.run(f"import memws\nmemws.Panel({server.url!r}, {agent or None!r}, token={token!r}, name='test')")
-        window.await_status("connected")
+            window.run(f"import memws\nmemws.Panel({server.url!r}, {agent or None!r}, name='test')")
+            window.await_status("connected")
         return window
 
     return start
+
+
+def with_sam(server: memws.WebSocketServer, **config: Any) -> memws.WebSocketServer:
+    server.create_new_agent({"name": "sam", **config})
+    return server
 
 
 def test_first_conversation(serve: Serve, show: Show) -> None:
@@ -103,10 +107,8 @@ def test_first_conversation(serve: Serve, show: Show) -> None:
 
 def test_what_is_new_glows(serve: Serve, page: Window) -> None:
     """For six seconds, and stands there then."""
-    server = serve()
-    server.create_new_agent({"name": "sam"})
     page.page.clock.install()
-    page.open(server.url)
+    page.open(with_sam(serve()).url)
     page.say("I like tea")
     page.await_turns(1)
     expect(page.mind.locator("ins")).to_have_text("I like tea")
@@ -196,8 +198,7 @@ def test_calls_are_allowed(online: Serve, endpoint: Endpoint, show: Show) -> Non
         spent.append((amount, what))
         return f"spent {amount} on {what}"
 
-    server.create_new_agent({"name": "sam", "tools": ["spend"]})
-    window = show(server, agent="")
+    window = show(with_sam(server, tools=["spend"]), agent="")
     card = window.log.locator(".memws-card", has_text="May spend run?")
 
     def ask(**then: bool) -> None:
@@ -278,8 +279,7 @@ def test_a_request_after_a_reload(online: Serve, endpoint: Endpoint, page: Windo
     """A call that waits stands there again, and runs as it was asked."""
     server = online()
     server.tool(lambda amount: f"spent {amount}", name="spend", approve=True)
-    server.create_new_agent({"name": "sam", "tools": ["spend"]})
-    page.open(server.url)
+    page.open(with_sam(server, tools=["spend"]).url)
     endpoint.script(Reply(calls=[("spend", {"amount": 50})]), say("So be it."))
     page.say("spend it")
     page.button("Allow").wait_for()
@@ -521,28 +521,18 @@ def lose(page: Window, word: str) -> list[str]:
     return lost
 
 
-def test_what_was_on_its_way(serve: Serve, page: Window) -> None:
-    """A message that is lost with its connection is sent again, once."""
-    server = serve()
-    server.create_new_agent({"name": "sam"})
-    lost = lose(page, '"user_message"')
-    page.open(server.url)
-    page.say("I like tea")
-    page.await_turns(1)
-    assert len(lost) == 1
-    expect(page.log.locator(".memws-bubble")).to_have_text(["I like tea"])
-
-
-@pytest.mark.parametrize("word", ["load_agent", "get_agent", "subscribe"])
-def test_lost_while_it_opens(serve: Serve, page: Window, word: str) -> None:
-    """A page whose connection is lost while it opens an agent shows it as soon as there is another connection."""
-    server = serve()
-    server.create_new_agent({"name": "sam"})
+@pytest.mark.parametrize("word", ["load_agent", "get_agent", "subscribe", "user_message"])
+def test_what_was_on_its_way(serve: Serve, page: Window, word: str) -> None:
+    """What is lost with its connection, of opening an agent or of a message, is sent again with the next one, once."""
+    server = with_sam(serve())
     server.run_step("I like tea")
     lost = lose(page, f'"{word}"')
     page.open(server.url)
     page.sees("I like tea")
     expect(page.mind.get_by_role("region")).to_have_count(1)
+    page.say("I like cake")
+    page.await_turns(2)
+    expect(page.log.locator(".memws-bubble")).to_have_text(["I like tea", "I like cake"])
     assert len(lost) == 1
 
 
@@ -612,38 +602,27 @@ def test_texts_stay_texts(online: Serve, endpoint: Endpoint, show: Show) -> None
     assert is_harmless(window)
 
 
-def test_a_table(online: Serve, endpoint: Endpoint, page: Window) -> None:
-    """A table is one, also while it is made."""
-    endpoint.script(
-        say("Prices:\n\n| What | *Cost* |\n|---|---:|\n| tea \\| milk | 2 |\n| cake | **3** |\n\nThat is all.")
-    )
-    server = online()
-    server.create_new_agent({"name": "sam"})
-    page.open(server.url)
-    page.say("prices")
-    page.sees("That is all.")
-    cells = page.log.locator("table").locator("th, td")
-    expect(cells).to_have_text(["What", "Cost", "tea | milk", "2", "cake", "3"])
-    expect(cells.last.locator("strong")).to_have_count(1)
+TABLE = "Prices:\n\n| What | *Cost* |\n|---|---:|\n| tea \\| milk | 2 |\n| cake | **3** |\n\nThat is the end."
 
 
 def test_markdown_of_any_kind(online: Serve, endpoint: Endpoint, page: Window) -> None:
-    """Any mixture of Markdown's signs becomes nothing but plain elements, with all its words."""
+    """A table is one; any mixture of Markdown's signs becomes nothing but plain elements, with all its words."""
     draw = random.Random(7)
     signs = ["`", "```", "**", "*", "_", "# ", "> ", "- ", "1. ", "| ", "|-|-|", "\n", "\n\n", "    ", "[x](", ")", "]"]
     signs += ["\\", "~~~", "\n\n---\n", "https://a.example/b", "javascript:x", "<b>", "&amp;"]
     signs += ["\u202e", "word ", "é", "漢字 ", HOSTILE]
     texts = ["".join(draw.choices(signs, k=draw.randrange(1, 60))) + " end" for _ in range(36)]
     alone = ("[", "**a ", "`", "> ", ">", "- ", "_a", "|", "https://", "![](", "  - a\n")
-    replies = [texts[start : start + 12] for start in range(0, len(texts), 12)]
+    replies = [[TABLE], *(texts[start : start + 12] for start in range(0, len(texts), 12))]
     replies += [[sign * 2_000 + " end"] for sign in alone]
-    server = online()
-    server.create_new_agent({"name": "sam", "context_window": 1_000_000})
-    page.open(server.url, "#agent=sam")
+    page.open(with_sam(online(), context_window=1_000_000).url)
     for number, reply in enumerate(replies, 1):
         endpoint.script(say(*reply))
         page.say(f"number {number}")
         page.await_turns(sum(map(len, replies[:number])))
+    cells = page.log.locator("table").first.locator("th, td")
+    expect(cells).to_have_text(["What", "Cost", "tea | milk", "2", "cake", "3"])
+    expect(cells.last.locator("strong")).to_have_count(1)
     prose = page.log.locator(".memws-agent .memws-prose")
     expect(prose.locator(f"*:not({PLAIN})")).to_have_count(0)
     assert [text for text in prose.all_text_contents() if "end" not in text] == []
@@ -655,8 +634,7 @@ def test_the_page_asks_for_the_token(serve: Serve, page: Window) -> None:
     only one that is no subprotocol goes as part of one."""
     addresses: list[str] = []
     page.page.on("websocket", lambda socket: addresses.append(socket.url))
-    server = serve(token=TOKEN)
-    server.create_new_agent({"name": "sam"})
+    server = with_sam(serve(token=TOKEN))
     page.open(server.url, status="offline")
     for token in ("wrong", TOKEN):
         page.await_status("offline")
@@ -695,10 +673,8 @@ CONTRASTS = f"""(root) => {{
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_contrast(online: Serve, endpoint: Endpoint, browser: Browser, theme: Any) -> None:
     """All that can be read stands out from its ground by 4.5 at least, in every view."""
-    server = online()
-    server.create_new_agent({"name": "sam"})
     window = Window(browser, color_scheme=theme, reduced_motion="reduce")
-    window.open(server.url, "#agent=sam")
+    window.open(with_sam(online()).url)
     bad = ("core_memory_replace", {"name": "human", "old_content": "x", "new_content": "y", **AGAIN})
     endpoint.script(
         Reply("I keep that.", [NOTED, bad]), say("# Ada\n\n> `tea` and [more](https://a.example)\n\n|a|\n|-|\n|b|")
@@ -764,10 +740,8 @@ def test_keyboard_alone(serve: Serve, page: Window) -> None:
 
 def test_narrow(serve: Serve, browser: Browser) -> None:
     """In a narrow window the mind stands below the conversation, and nothing is wider than the window."""
-    server = serve()
-    server.create_new_agent({"name": "sam"})
     window = Window(browser, viewport={"width": 400, "height": 800})
-    window.open(server.url)
+    window.open(with_sam(serve()).url)
     window.say("a word of " + "w" * 300)
     window.await_turns(1)
     entry = window.button("what the model saw")
@@ -797,9 +771,8 @@ def test_narrow(serve: Serve, browser: Browser) -> None:
 
 def test_in_a_notebook(serve: Serve, notebook: Window) -> None:
     """Two panels of a notebook live side by side while a cell is busy; their copies hide; a dead kernel is told."""
-    server = serve()
-    for name in ("sam", "ada"):
-        server.create_new_agent({"name": name})
+    server = with_sam(serve())
+    server.create_new_agent({"name": "ada"})
     with socket.create_server(("127.0.0.1", 0)) as gate:
         shown = f"for name in ('sam', 'ada'): display(memws.Panel({server.url!r}, name, compact=name == 'ada'))"
         busy = f"socket.create_connection({gate.getsockname()!r}).recv(1)"
