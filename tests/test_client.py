@@ -6,16 +6,18 @@ import gc
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import threading
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
 from agents import packed
-from endpoint import Body, Endpoint, Reply, echo, say
+from endpoint import Endpoint, Reply, echo, say
 from proxy import Proxy
 from wire import seqs
 
@@ -29,11 +31,6 @@ Frame = dict[str, Any]
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconnects do not wait half a second."""
     monkeypatch.setattr(memws, "RECONNECT_DELAY", 0.02)
-
-
-def remember(number: int) -> tuple[str, Body]:
-    """A call after which the model goes on."""
-    return "core_memory_append", {"name": "human", "content": f"fact {number}", "request_heartbeat": True}
 
 
 @pytest.fixture
@@ -62,10 +59,6 @@ class States(asyncio.Queue[str]):
 async def within(work: Awaitable[Any]) -> Any:
     """The result of something that is bound to end."""
     return await asyncio.wait_for(work, 15)
-
-
-async def until(proxy: Proxy, condition: Callable[[], object]) -> None:
-    await asyncio.to_thread(proxy.wait, condition)
 
 
 def texts(events: list[Frame], kind: str) -> str:
@@ -263,7 +256,7 @@ async def test_reconnect_resumes(proxy: Proxy, endpoint: Endpoint) -> None:
         proxy.received.clear()
         await asyncio.to_thread(proxy.cut)
         await states.reach("restored")
-        await until(proxy, lambda: "user_message" in sent(proxy))
+        await asyncio.to_thread(proxy.wait, lambda: "user_message" in sent(proxy))
         assert sent(proxy) == ["hello", "load_agent", "subscribe", "user_message"]
         assert (proxy.sent[0]["message_types"], proxy.sent[2]["after"]) == (["*"], max(seqs(first)))
         endpoint.release()
@@ -276,7 +269,8 @@ async def test_reconnect_resumes(proxy: Proxy, endpoint: Endpoint) -> None:
 
 async def test_many_cuts(proxy: Proxy, endpoint: Endpoint) -> None:
     """A turn whose connection is cut at each of its stored events is still whole, and runs once."""
-    endpoint.script(*(Reply(f"thought {n}", calls=[remember(n)]) for n in range(3)), say("done"))
+    searches = [("archival_memory_search", {"query": f"tea {n}", "request_heartbeat": True}) for n in range(3)]
+    endpoint.script(*(Reply(f"thought {n}", calls=[call]) for n, call in enumerate(searches)), say("done"))
     seen: set[int] = set()
 
     def cut(frame: Frame) -> list[str | bytes] | None:
@@ -323,7 +317,7 @@ async def test_nobody_hangs(proxy: Proxy, endpoint: Endpoint, reconnect: bool | 
     proxy.on_sent = lambda frame: frame.get("command") != "list_agents"
     calls = (client.command("list_agents"), client.ask("hi"), anext(client.subscribe("idle")))
     waiting = [asyncio.ensure_future(call) for call in calls]
-    await until(proxy, lambda: "list_agents" in sent(proxy))
+    await asyncio.to_thread(proxy.wait, lambda: "list_agents" in sent(proxy))
     await asyncio.to_thread(endpoint.wait_requests, 1)
     proxy.refuses = status
     proxy.cut()
@@ -427,7 +421,7 @@ def test_blocking_ends_with_its_last_reference(server: memws.WebSocketServer) ->
 def test_interrupt_cancels(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
     """An interrupt that meets a turn being waited for cancels it."""
     endpoint.script(say("slow", hold=True))
-    with memws.connect(server.url) as client:
+    with memws.connect(server.url) as client, ThreadPoolExecutor(1) as threads:
         client.create_agent("sam")
         turn = client.send("hi")
         assert next(turn)["type"] == "agent_response_start"
@@ -439,11 +433,10 @@ def test_interrupt_cancels(server: memws.WebSocketServer, endpoint: Endpoint) ->
             assert waits.wait(10)
             os.kill(os.getpid(), signal.SIGINT)
 
-        interrupting = threading.Thread(target=interrupt)
-        interrupting.start()
+        interrupting = threads.submit(interrupt)
         with pytest.raises(KeyboardInterrupt):
             next(turn)
-        interrupting.join()
+        interrupting.result()
         assert list(turn)[-1]["stop_reason"] == "cancelled"
 
 
@@ -452,38 +445,23 @@ def test_close_from_another_thread(server: memws.WebSocketServer, endpoint: Endp
     endpoint.script(say("slow", hold=True))
     client = memws.connect(server.url)
     client.create_agent("sam")
-    errors: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            client.ask("hi")
-        except memws.ConnectionLost as error:
-            errors.append(error)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    endpoint.wait_requests(1)
-    client.close()
-    asking.join(5)
-    assert len(errors) == 1
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(client.ask, "hi")
+        endpoint.wait_requests(1)
+        client.close()
+        assert isinstance(asking.exception(5), memws.ConnectionLost)
 
 
 def test_no_call_on_its_own_thread(proxy: Proxy) -> None:
     """A blocking call from the client's own thread is an error that names the awaitable one, not a deadlock."""
-    errors: list[str] = []
-    asked = threading.Event()
+    told: queue.Queue[str] = queue.Queue()
 
     def call(state: str) -> None:
         for ask in (client.hello, lambda: client.send("hi")):
-            with contextlib.suppress(memws.ConnectionLost):
-                try:
-                    ask()
-                except memws.UsageError as error:
-                    errors.append(str(error))
-        asked.set()
+            with pytest.raises(memws.UsageError) as caught:
+                ask()
+            told.put(str(caught.value).rpartition(" ")[2])
 
-    client = memws.connect(proxy.url, on_state=call)
-    proxy.cut()
-    assert asked.wait(10)
-    client.close()
-    assert [error.rpartition(" ")[2] for error in errors[:2]] == ["hello", "send"]
+    with memws.connect(proxy.url, on_state=call) as client:
+        proxy.cut()
+        assert [told.get(timeout=10), told.get(timeout=10)] == ["hello", "send"]

@@ -136,12 +136,6 @@ async def queued(*jobs: Any) -> list[asyncio.Future[Any]]:
     return tasks
 
 
-async def fails(job: Any, words: str = "the database refused") -> None:
-    with pytest.raises(memws.StoreFailed) as caught:
-        await job
-    assert words in str(caught.value)
-
-
 class Recorder:
     """A connection that notes what it is told to do."""
 
