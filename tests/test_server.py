@@ -467,27 +467,37 @@ async def test_a_message_says_who_speaks(server: Server, endpoint: Endpoint) -> 
 
 
 @on_both
-async def test_search_memory(client: Wire) -> None:
-    """search_memory finds words in recall and archival memory, by store, in pages, best first."""
-    for number in range(5):
+@pytest.mark.parametrize("words", ["walrus", "", "alrus ", "walrus of 7 November, 2026"])
+async def test_search_memory(client: Wire, server: Server, words: str) -> None:
+    """A search for words, a part of one, a day or nothing is narrowed by store, days and page, best first; what another
+    agent has, or was deleted, changes neither hits nor scores."""
+    for number in range(6):
         await client.ok("insert_passage", text=f"The walrus number {number} swims")
     await client.turn("Yesterday I saw a walrus")
 
     async def search(**fields: Any) -> JSON:
-        return await client.ok("search_memory", **({"query": "walrus"} | fields))
+        return await client.ok("search_memory", **({"query": words, "limit": 50} | fields))
 
-    everything = await search(limit=50)
-    assert (everything["total"], everything["page"], everything["pages"]) == (len(everything["items"]), 1, 1)
-    scores = [item["score"] for item in everything["items"]]
+    await client.ok("delete_passage", passage_id=6)
+    everything = await search()
+    found = everything["items"]
+    assert (everything["total"], everything["page"], everything["pages"]) == (len(found), 1, 1)
+    scores = [item["score"] for item in found]
     assert scores == sorted(scores, reverse=True)
-    archival = (await search(store="archival"))["items"]
-    assert [(item["store"], item["role"]) for item in archival] == [("archival", None)] * 5
-    recall = (await search(store="recall"))["items"]
+    async with wire(server, agent={}) as other:
+        for number in range(9):
+            await other.ok("insert_passage", text=f"The walrus number {number} of another")
+    assert await search() == everything
+    archival, recall = [(await search(store=store))["items"] for store in ("archival", "recall")]
+    texts = {f"The walrus number {number} swims" for number in range(5)}
+    assert {(item["store"], item["role"], item["text"]) for item in archival} == {
+        ("archival", None, text) for text in texts
+    }
     assert ("user", "Yesterday I saw a walrus") in [(item["role"], item["text"]) for item in recall]
-    pages = [await search(limit=2, page=page) for page in (1, 2, 3, 4)]
-    found = [item for page in pages for item in page["items"]]
-    assert found == everything["items"][: len(found)]
-    assert {page["pages"] for page in pages} == {-(-everything["total"] // 2)}
+    assert sorted(item["id"] for item in archival + recall) == sorted(item["id"] for item in found)
+    pages = [await search(limit=2, page=page) for page in range(1, len(found) + 1)]
+    assert [item for page in pages for item in page["items"]] == found
+    assert {page["pages"] for page in pages} == {-(-len(found) // 2)}
     day, moment = archival[0]["time"][:10], archival[0]["time"]
     spans: list[JSON] = [{"from": day, "to": day}, {"from": moment, "to": moment}, {"to": "1999-12-31"}]
     totals = [(await search(store="archival", **when))["total"] for when in spans]
@@ -501,7 +511,7 @@ async def test_search_memory(client: Wire) -> None:
     for wrong in ({"from": "today"}, {"to": "2026-02-30"}):
         answer = await client.misread({"type": "command", "command": "search_memory", "query": "x", **wrong})
         assert (answer["code"], next(iter(wrong)) in answer["message"]) == ("bad_field", True)
-    assert (await client.ok("search_memory", query="zebra"))["items"] == []
+    assert (await search(query="zebra"))["items"] == []
 
 
 @on_both

@@ -192,35 +192,6 @@ async def test_a_damaged_event_breaks_no_replay(store: Store, text: str) -> None
     assert all("this event is damaged on disk" in event.text for event in events[1::2])
 
 
-@pytest.mark.parametrize("text", ["cake", "", "ake ", "cake of 7 November, 2026"])
-async def test_search_is_filtered(store: Store, text: str) -> None:
-    """Store, time, page and the newest narrow any search; what another agent has changes neither hits nor scores."""
-    agent, other = await new_agent(store), await new_agent(store, "ada")
-    days = [f"2026-11-{day:02}T12:00:00.000Z" for day in range(1, 21)]
-    spoken = [words(n, f"cake {n}", day, "user" if n % 2 else "assistant") for n, day in enumerate(days, 1)]
-    passages = [passage(n, f"cake passage {n}", "2026-12-01T00:00:00.000Z") for n in (1, 2, 3)]
-    await store.write(commit, agent.id, Changes(documents=[*spoken, *passages]))
-    before = await store.read(memws.search, agent.id, Query(text, limit=50))
-    await store.write(commit, other.id, Changes(documents=[words(n, f"cake of another {n}") for n in range(1, 99)]))
-    assert await store.read(memws.search, agent.id, Query(text, limit=50)) == before
-    every = [hit.text for hit in before[0]]
-    assert sorted(every) == sorted([document.text for document in (*spoken, *passages)])
-    assert sorted(await find(store, agent, text, "archival")) == [document.text for document in passages]
-    between = {"since": "2026-11-05T00:00:00.000Z", "until": "2026-11-08T00:00:00.000Z"}
-    assert sorted(await find(store, agent, text, **between)) == ["cake 5", "cake 6", "cake 7"]
-    for by in ({"since": "2027"}, {"until": "2026"}, {"limit": 0}, {"offset": 10**6}):
-        assert await find(store, agent, text, **by) == [], by
-    assert sorted(await find(store, agent, text, "recall", newest=3)) == ["cake 1", "cake 2", "cake 3"]
-    assert await find(store, agent, text, "recall", newest=0) == []
-    queries = [Query(text, limit=7, offset=offset) for offset in range(0, 30, 7)]
-    pages = [await store.read(memws.search, agent.id, query) for query in queries]
-    assert ([hit.text for page, _ in pages for hit in page], {total for _, total in pages}) == (every, {23})
-    await store.write(commit, agent.id, Changes(removed=[2, 99]))
-    assert sorted(await find(store, agent, text, "archival")) == ["cake passage 1", "cake passage 3"]
-    assert await store.read(memws.find_passage, agent.id, 2) is None
-    assert await find(store, agent, "zeppelin") == []
-
-
 async def test_times_of_turns(store: Store) -> None:
     """Times are found although the clock was set back; a turn over an hour after another takes no words from it."""
     agent = await new_agent(store)
