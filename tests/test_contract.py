@@ -35,7 +35,7 @@ blocking calls from any thread, before start, not on the own loop: python_api te
   test_blocking_calls_work_from_any_thread test_blocking_calls_are_refused_on_the_servers_own_loop
 a cell that runs again, reload, a held port: python_api test_a_cell_that_runs_again_takes_over
   test_what_is_held_is_named
-server.tool: tools test_the_decorator_registers_and_replaces test_tools_in_a_turn
+server.tool: tools test_the_decorator_registers_and_replaces
 Client, connect: client test_ask test_blocking test_reconnect_resumes
 memory_index: memory test_positions_are_the_turns test_any_turns_are_indexed
 import needs websockets alone: counts test_importing_and_serving_needs_websockets_alone; cli test_copied_alone
@@ -111,8 +111,7 @@ AGENT = """
 3 a turn ends: agent test_what_comes_of_an_answer test_a_failing_turn_makes_at_most_eight_calls
 4 cancel: agent test_cancel_while_the_model_answers test_cancel_in_a_tool test_cancel_between_two_waits; misbehaviour
   test_whatever_happens_talk_goes_on
-5 the ladder; half an answer: agent test_what_comes_of_an_answer; llm
-  test_a_finish_reason_says_whether_the_answer_is_whole
+5 the ladder; half an answer: agent test_what_comes_of_an_answer; llm test_what_is_read_of_a_reply
 6 nothing sent is executed: layers test_memws; tools test_conversation_search_pages_through_the_past
 7 the prompt only grows at its end: agent test_the_prompt_only_grows_at_its_end
   test_the_system_message_is_rebuilt_by_an_edit_a_load_and_a_compaction test_messages_are_packed_as_0_2_7_packed_them
