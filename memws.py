@@ -7545,9 +7545,9 @@ class LiveAgent:
             self._sent.add(item)
             with contextlib.suppress(ConnectionLost):  # the next one gets it
                 about = item.message or "", self.name, item.turn_id, item.when_busy, item.speaker or ""
-                self.agents.spawn(self._hear(item, client.send(*about)))
+                self.agents.spawn(self._wait_for_end(item, client.send(*about)))
 
-    async def _hear(self, item: Turn, turn: Stream) -> None:
+    async def _wait_for_end(self, item: Turn, turn: Stream) -> None:
         """Wait for the end of a turn, or for why it will not be."""
         with contextlib.suppress(ConnectionLost):  # it is sent again
             async for event in turn:
@@ -7589,7 +7589,9 @@ class Agents:
         self.live: dict[str, LiveAgent] = {}
         self.api_keys: dict[int, str | None] = {}  # of agents that Python made with one; never stored
         self.lock = asyncio.Lock()  # held while a name changes hands
-        self.leases = Leases(self.database, self._in_use, self._hear) if isinstance(self.database, Postgres) else None
+        self.leases = (
+            Leases(self.database, self._in_use, self._take_owners) if isinstance(self.database, Postgres) else None
+        )
         self._embeds = self.leases is None  # whether this server gives vectors, which one does for all
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -7638,7 +7640,7 @@ class Agents:
         """The agents to be run here, for any thread; 0: to embed."""
         return {live.id for live in list(self.live.values())} | ({0} if self.models.embedder else set())
 
-    def _hear(self, owners: dict[int, str]) -> None:
+    def _take_owners(self, owners: dict[int, str]) -> None:
         for live in list(self.live.values()):
             if self.leases and live.id in owners:
                 live.take_owner(owners[live.id], self.leases)
@@ -7893,7 +7895,7 @@ class Session:
             if text:
                 await self.websocket.send(text)
 
-    async def _take(self, frame: str | bytes) -> None:
+    async def _take_frame(self, frame: str | bytes) -> None:
         """Answer a request; what waits for a model is answered beside the others that follow."""
         try:
             request = decode_request(frame)
@@ -7916,9 +7918,9 @@ class Session:
             text = "" if result is None else result_frame(request, result)
             if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
-        except Exception as error:
+        except Exception as error:  # also a fault of ours is one request's trouble, not the connection's
             refusal = error if isinstance(error, MemwsError) else MemwsError("internal error; the server's log has it")
-            if refusal is not error:  # a fault of ours is one request's trouble, not the connection's
+            if refusal is not error:
                 logger.exception("connection %s: a request failed", self.websocket.id)
             turn = {} if request.get("type") == "command" else {"turn_id": request.get("turn_id") or new_turn_id()}
             text = self.failure(request | turn, refusal)
@@ -8185,8 +8187,7 @@ class Session:
         {messages: [{id, seq, role, time, from, text, said, tool_calls, turn_id, step, in_context}], total, more}."""
         memory = agent.memory
         messages = await self._agents.store.read(read_messages, agent.record.id, before, limit)
-        first = memory.messages[0].id if memory.messages else memory.last_message + 1
-        items = fitting([message_item(message, first) for message in reversed(messages)])[::-1]
+        items = fitting([message_item(message, memory.record.state["cut"]) for message in messages[::-1]])[::-1]
         return {"messages": items, "total": memory.last_message, "more": bool(items) and items[0]["id"] > 1}
 
     async def search_memory(
@@ -8299,14 +8300,15 @@ def known_commands() -> dict[str, Function]:
 # ---- the server ------------------------------------------------------------------------------------------------------
 
 
-def bind_sockets(host: str, port: int) -> list[socket.socket]:
-    """Listening sockets on one port: for localhost of both families, where there is IPv6. Raises UsageError."""
+def bind_sockets(host: str, port: int, stack: contextlib.ExitStack) -> list[socket.socket]:
+    """Listening sockets on one port, for localhost of both families, where there is IPv6; the stack closes them. Raises
+    UsageError."""
     sockets: list[socket.socket] = []
     try:
         for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
             address = name, sockets[0].getsockname()[1] if sockets else port
             family = socket.AF_INET6 if ":" in name else socket.AF_INET
-            sockets.append(socket.create_server(address, family=family, backlog=1024))
+            sockets.append(stack.enter_context(socket.create_server(address, family=family, backlog=1024)))
             # Accepted sockets inherit it; asyncio leaves it out here, and a turn would wait 40 ms for a delayed ACK.
             sockets[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
@@ -8314,8 +8316,6 @@ def bind_sockets(host: str, port: int) -> list[socket.socket]:
         if error.errno == errno.EADDRINUSE:
             text = f"port {port} on {host} is held by another program; stop it, or choose port=0 for a free one"
         if not sockets or (port and error.errno == errno.EADDRINUSE):
-            for bound in sockets:
-                bound.close()
             raise UsageError(text) from None
     return sockets
 
@@ -8350,8 +8350,6 @@ class WebSocketServer:
             options["token"] = process_wide("token", secrets.token_urlsafe(32))
         self.options = Options(host, port, **options)
         self.tools: dict[str, Tool] = dict(MEMORY_TOOLS)
-        self._servers: Any = process_wide("servers", weakref.WeakValueDictionary())  # by address; for a cell's next run
-        self._address = __name__, self.options.host.lower(), self.options.port
         self._gate = Gate(self.options)
         self._thread: LoopThread | None = None
         self.host, self.port = host, port
@@ -8420,13 +8418,12 @@ class WebSocketServer:
     def _bind(self) -> None:
         """Bind, then open: a start that fails on its port makes no database. Raises UsageError."""
         self.claim()
-        sockets = self._sockets or bind_sockets(self.options.host, self.options.port)
-        try:
+        if self._sockets:
+            return
+        with contextlib.ExitStack() as stack:
+            sockets = bind_sockets(self.options.host, self.options.port, stack)
             self.open()
-        except BaseException:
-            for bound in sockets:
-                bound.close()
-            raise
+            stack.pop_all()
         self._sockets, (self.host, self.port) = sockets, sockets[0].getsockname()[:2]
 
     def initialize_server(self) -> None:
@@ -8519,7 +8516,7 @@ class WebSocketServer:
         try:
             with contextlib.suppress(ConnectionClosed):
                 async for frame in websocket:
-                    await session._take(frame)
+                    await session._take_frame(frame)
         finally:
             for reader in session.readers.values():
                 reader.task.cancel()
@@ -8558,8 +8555,9 @@ class WebSocketServer:
 
     def claim(self) -> None:
         """Stop the server of the same address that an earlier run of the cell left, in this copy of the module."""
-        previous = self._servers.get(self._address, self)
-        self._servers[self._address] = self
+        servers: Any = process_wide("servers", weakref.WeakValueDictionary())
+        address = __name__, self.options.host.lower(), self.options.port
+        previous, servers[address] = servers.get(address, self), self
         if previous is not self and self.options.port:
             previous.stop()
 
