@@ -7280,8 +7280,7 @@ class LiveAgent:
                 await self._open(await self.agents.store.read(find_agent, self.name))
 
     async def ready(self, mend: bool = True) -> None:
-        """Wait until some server runs it; here let it be as it is on disk, unless something runs. Raises StoreFailed,
-        Refused."""
+        """Wait until some server runs it; here mend it, unless something runs. Raises StoreFailed, Refused."""
         if not self.here:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(10.0):  # until some server runs the agent
@@ -7445,8 +7444,7 @@ class LiveAgent:
 
     @contextlib.asynccontextmanager
     async def occupied(self, what: str, force: Refused | None = None) -> AsyncGenerator[Turn, None]:
-        """Around what is no turn and goes on beside none; stopped as one. With `force`, which those get that wait, all
-        is ended first. Raises Refused (busy, cancelled)."""
+        """Around what goes on beside no turn, and is stopped as one. `force` ends all first, what waits with that."""
         if force:
             await self.stop_turns("cancelled", force)
         if self.current or self.end:
@@ -7556,8 +7554,7 @@ class LiveAgent:
             self.dismiss(item)
 
     async def _forward(self, client: Client, request: JSON) -> JSON | None:
-        """What the other server answers to a command; None where it was lost, and no harm is in asking again. Raises
-        RemoteError, Refused, StoreFailed."""
+        """What the other server answers to a command; None: it was lost, and no harm is in asking again."""
         arguments = {name: value for name, value in request.items() if name not in ("type", "command", "id")}
         try:
             result = await client.command(request["command"], **arguments | {"agent_name": self.name})
@@ -7665,8 +7662,7 @@ class Agents:
 
     @contextlib.asynccontextmanager
     async def copied(self, live: LiveAgent, record: AgentRecord, item: Turn) -> AsyncGenerator[int, None]:
-        """A copy of what the agent had stored up to the record's last seq, forgotten if the block gives it no name; its
-        id. Raises Refused (name_taken, unknown_agent), Stopped where the item is stopped."""
+        """The id of a copy of what the agent had stored up to the record's last seq; forgotten if it gets no name."""
         agent, store, told = live.id, self.store, time.monotonic()
         copy = (await store.write(create_agent, replace(record, last_active=now_text()), is_copy=True)).id
         self.api_keys[copy] = self.api_keys.get(agent)
@@ -7742,8 +7738,8 @@ class Reader:
         self.live.wake()
 
     def follow(self, turn_id: str, request_id: Id, item: Turn | None, *, replay: bool = False) -> None:
-        """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor. `item`:
-        where it waits or runs; it may be refused, which overtakes what else is to be sent."""
+        """Get the frames of a turn of one's own, under the newest id; `replay`: also those before the cursor. Where it
+        waits or runs, as `item`, it may be refused, which overtakes what else is to be sent."""
         if turn_id not in self.turns and replay:
             self._replays.add(turn_id)
         if turn_id not in self.turns and item is not None:
@@ -8301,8 +8297,7 @@ def known_commands() -> dict[str, Function]:
 
 
 def bind_sockets(host: str, port: int, stack: contextlib.ExitStack) -> list[socket.socket]:
-    """Listening sockets on one port, for localhost of both families, where there is IPv6; the stack closes them. Raises
-    UsageError."""
+    """Sockets on one port, which the stack closes; for localhost of both families, where there is IPv6."""
     sockets: list[socket.socket] = []
     try:
         for name in ("127.0.0.1", "::1") if host.lower() == "localhost" else (host.strip("[]"),):
