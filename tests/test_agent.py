@@ -208,26 +208,6 @@ async def test_the_events_of_a_step_are_in_the_order_of_0_2_7(endpoint: Endpoint
     assert await lab.events(agent) == [frame for frame in turn.events if "seq" in frame]
 
 
-HEARTBEATS: dict[str, tuple[list[Any], str]] = {
-    "asked for": ([HELLO, beat("conversation_search", query="x")], memws.HEARTBEAT_REQUESTED),
-    "asked for as text": ([HELLO, (APPEND[0], APPEND[1] | {"request_heartbeat": "true"})], memws.HEARTBEAT_REQUESTED),
-    "a failed call, also after a reply": ([HELLO, ("core_memory_append", {"name": "dog", "content": "x"})],
-                                          memws.HEARTBEAT_FAILED),
-    "no reply yet": ([APPEND], memws.HEARTBEAT_NO_REPLY),
-    "a reply, and nothing asked for": ([APPEND, HELLO, ("conversation_search", {"query": "x", "page": 0})], ""),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("calls", "reason"), HEARTBEATS.values(), ids=HEARTBEATS)
-async def test_why_a_step_follows(endpoint: Endpoint, lab: Lab, agent: Agent, calls: list[Any], reason: str) -> None:
-    """A heartbeat that was asked for, a failed call and a missing reply wake the agent again, with the reason."""
-    turn = await lab.say(agent, "I am Zoe", Reply(calls=calls))
-    assert (turn.stop_reason, turn.texts("heartbeat")) == ("done", [reason] if reason else [])
-    assert len(endpoint.requests) == 1 + bool(reason)
-    assert [beat["reason"] for beat in packed(endpoint.requests[-1], "heartbeat")] == turn.texts("heartbeat")
-    assert turn.replies == ["Hello!"] * ((HELLO in calls) + bool(reason))
-
-
 @pytest.mark.parametrize("reason", [memws.HEARTBEAT_TIMER, memws.HEARTBEAT_WAKE])
 async def test_a_turn_without_a_message(endpoint: Endpoint, lab: Lab, agent: Agent, reason: str) -> None:
     """A timed heartbeat and a wake start with a heartbeat; nobody waits for a reply, so plain text is monologue."""
@@ -259,6 +239,9 @@ WORDS, LONG = (
     "Jinja Exception: roles must not be like this; see line 25 of it",
     "prompt is too long: 9000 > 8000 maximum",
 )
+ASKED_FOR, AFTER_FAILURE, NO_REPLY = memws.HEARTBEAT_REQUESTED, memws.HEARTBEAT_FAILED, memws.HEARTBEAT_NO_REPLY
+BOTH = ["Hello!", "Hello!"]
+AS_TEXT = (SEARCH[0], SEARCH[1] | {"request_heartbeat": "true"})
 UNKNOWN = "unknown tool 'no_such_tool'"
 
 
@@ -306,6 +289,12 @@ OUTCOMES = {
     "no id": outcome(Reply(calls=[HELLO], call_ids=[None])),
     "refused options": outcome(config={"settings": OPTIONS}, refuse={"stream_options", *OPTIONS}, asked=5,
                                retries=[("model_refused", 1, 1, 0)] * 4),
+    # A heartbeat that was asked for, a failed call and a missing reply wake the agent again, with the reason.
+    "a heartbeat": outcome(Reply(calls=[HELLO, *SEARCH_ON.calls]), asked=2, replies=BOTH, heartbeats=[ASKED_FOR]),
+    "a heartbeat as text": outcome(Reply(calls=[HELLO, AS_TEXT]), asked=2, replies=BOTH, heartbeats=[ASKED_FOR]),
+    "a failed call": outcome(Reply(calls=[HELLO, WRONG[0]]), asked=2, replies=BOTH, heartbeats=[AFTER_FAILURE]),
+    "no reply yet": outcome(Reply(calls=[APPEND]), asked=2, human="Zoe\nName: Zoe", heartbeats=[NO_REPLY]),
+    "a reply, and none asked for": outcome(Reply(calls=[SEARCH, APPEND, HELLO]), human="Zoe\nName: Zoe", heartbeats=[]),
     # What somebody pasted and the model repeats among words runs nothing.
     "markup alone": outcome(Reply(f"<think>3?</think>{COUNT}<|im_end|>"), asked=2, ran=[3], corrections=["text_call"]),
     "markup after words": outcome(Reply(f"You wrote {COUNT}"), **MENDED),
@@ -379,14 +368,15 @@ async def test_what_comes_of_an_answer(
         "end": turn.end.get("code", turn.stop_reason), "asked": len(endpoint.requests), "replies": turn.replies,
         "partial": [frame["message"] for frame in said if frame.get("partial")], "corrections": turn.corrections,
         "retries": [(frame["code"], frame["attempt"], frame["of"], frame["delay_ms"]) for frame in retries],
-        "ran": ran, "human": agent.blocks["human"].value,
+        "ran": ran, "human": agent.blocks["human"].value, "heartbeats": turn.texts("heartbeat"),
     }  # fmt: skip
-    assert seen == expected
+    assert seen == {"heartbeats": seen["heartbeats"]} | expected
     assert re.search(words, failure)
     assert turn.end["type"] == ("agent_response_error" if failure else "agent_response_end")
     assert turn.end["usage"]["model_calls"] == seen["asked"]
     alerts = str(packed(endpoint.requests[-1], "system_alert"))
     assert alerts.count("last answer could not be used") == str(retries).count("bad_output")
+    assert [event["reason"] for event in packed(endpoint.requests[-1], "heartbeat")] == seen["heartbeats"]
     got = await sent_for(agent, "turn-1", max(event.get("step", 1) for event in turn.events))
     assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
     assert ONCE not in endpoint.bodies[-1].decode(), "what was broken leaves no trace"
