@@ -61,7 +61,7 @@ hello, list, get, update: server test_hello_and_the_message_types test_hello_cou
 rename, delete, restore, purge: machine test_whatever_clients_do; client test_rename_and_delete; store
   test_a_purged_agent_is_gone
 messages and search: server test_get_messages_pages_backwards test_search_memory
-blocks and passages: server test_edits_of_memory test_blocks_are_reshaped; tools test_the_one_place_is_edited_or_none
+blocks and passages: server test_edits_of_memory test_blocks_are_reshaped; tools test_core_memory_is_edited
 wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_message
 """
 BAD_INPUT = """
