@@ -552,29 +552,23 @@ def schema_of(hint: Any) -> JSON:
     return {"type": _NAMES[hint if origin is dict and hint != JSON else origin]} if hint is not Any else {}
 
 
-def describe(schema: JSON) -> str:
-    """What a value has to be, in words."""
-    if "anyOf" in schema:
-        return " or ".join(map(describe, schema["anyOf"]))
-    if "enum" in schema:
-        return f"one of {', '.join(map(repr, schema['enum']))}"
-    _, words, low, high, unit = _KINDS[schema["type"]]
-    return f"{words} from {schema[low]:,} to {schema[high]:,}{unit}" if high in schema else words
-
-
 def check(value: Any, schema: JSON) -> Any:
     """`value`, if it fits. Raises ValueError: "expected …"."""
+    expected = list[str]()
     for alternative in schema.get("anyOf", ()):
-        with contextlib.suppress(ValueError):
+        try:
             return check(value, alternative)
+        except ValueError as error:
+            expected.append(str(error).removeprefix("expected "))
+    if "enum" in schema and repr(value) not in map(repr, schema["enum"]):  # false is not 0
+        expected.append(f"one of {', '.join(map(repr, schema['enum']))}")
     if "type" in schema:
-        python, _, low, high, unit = _KINDS[schema["type"]]
+        python, words, low, high, unit = _KINDS[schema["type"]]
         fits = isinstance(value, python) and isinstance(value, bool) == (python is bool)
-        fits = fits and (high not in schema or schema[low] <= (len(value) if unit else value) <= schema[high])
-    else:
-        fits = "anyOf" not in schema and repr(value) in map(repr, schema.get("enum", (value,)))  # false is not 0
-    if not fits:
-        raise ValueError(f"expected {describe(schema)}")
+        if not fits or (high in schema and not schema[low] <= (len(value) if unit else value) <= schema[high]):
+            expected.append(f"{words} from {schema[low]:,} to {schema[high]:,}{unit}" if high in schema else words)
+    if expected:
+        raise ValueError(f"expected {' or '.join(expected)}")
     return [check(item, schema["items"]) for item in value] if "items" in schema else value
 
 
@@ -844,11 +838,8 @@ def protocol_schema(commands: Mapping[str, Function]) -> JSON:
     for name, (doc, row) in _FRAMES.items():
         definitions[name] = _object_schema(doc, {"type": name}, row)
     for name, (doc, own) in EVENTS.items():
-        row = _EVENT | {f"{field}?": hint for field, hint in own.items()}
-        if name in LIVE_TYPES:
-            doc += " (live: not stored, no seq)"
-        else:
-            row["seq"] = int
+        row = _EVENT | {f"{field}?": hint for field, hint in own.items()} | ({} if name in LIVE_TYPES else {"seq": int})
+        doc += " (live: not stored, no seq)" if name in LIVE_TYPES else ""
         definitions[f"event_{name}"] = _object_schema(doc, {"type": "agent_response", "message_type": name}, row)
     definitions |= {"request": _any_of(commands), "event": _any_of(definitions.keys() - commands.keys())}
     about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "memws protocol", "version": PROTOCOL}
