@@ -3353,7 +3353,7 @@ class Tape:
 
 MISSING_OPENAI = "a model other than offline needs the openai package: pip install -U openai"
 _IMPORT_THREAD = "memws-import"
-_ADDRESS = re.compile(r"https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?", re.IGNORECASE)
+_ADDRESS = r"(?i)https?://([^\s/?#@]*@)?(\[[\da-f:.]+\]|[^\s/?#\[\]:@]+)(:\d{1,5})?([/?#]\S*)?"
 _DONE: JSON = {"choices": []}  # the last chunk: [DONE]
 
 
@@ -3367,7 +3367,7 @@ class Endpoint:
             raise UsageError("OPENAI_API_KEY: expected a key of visible ASCII characters; copy it anew")
         self.is_chosen = bool(base_url or self.key)  # somebody has named one, or has a key for OpenAI's
         address = (base_url or "https://api.openai.com/v1").strip()
-        if not _ADDRESS.fullmatch(address):
+        if base_url and not re.fullmatch(_ADDRESS, address):
             raise UsageError(f"--base-url: expected one like http://localhost:11434/v1, but got {quote(address)}")
         parts = urllib.parse.urlsplit(address)
         path, query = parts.path.rstrip("/").removesuffix("/chat/completions"), urllib.parse.parse_qsl(parts.query)
@@ -9056,9 +9056,8 @@ def serve_command(*, log_level: str, **options: Any) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(options["max_connections"] + 256, hard)), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    gc.set_threshold(
-        2_000, 10, 100
-    )  # by default all waits every few seconds, up to 0.1 s, until it has seen everything
+    # By default all waits every few seconds, up to 0.1 s, until it has seen everything.
+    gc.set_threshold(2_000, 10, 100)
     for name in ("allow_origin", "allow_host"):
         options[name] = options[name] or os.environ.get(f"MEMWS_{name.upper()}") or ()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
