@@ -1406,9 +1406,7 @@ class Changes:
     documents: list[Document] = field(default_factory=list)  # what else becomes searchable: passages
     removed: list[int] = field(default_factory=list)  # the ids of passages that are deleted
     request: RequestRecord | None = None
-    config: JSON | None = None
-    state: JSON | None = None
-    blocks: list[JSON] | None = None
+    columns: JSON = field(default_factory=dict)  # config, state, blocks, where they have changed
 
 
 # ---- the database ----------------------------------------------------------------------------------------------------
@@ -1917,11 +1915,10 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     seq. Raises StoreFailed where the agent is gone, LeaseLost."""
     now, count = now_text(), len(changes.events)
     fence, owners = ("", ()) if owner is None else ("AND owner = ?", (owner,))
-    sql = f"""UPDATE agents SET config = coalesce(?, config), state = coalesce(?, state), blocks = coalesce(?, blocks),
-        last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL {fence}
-        RETURNING last_seq, config, state, blocks"""
-    columns = changes.config, changes.state, changes.blocks
-    texts = [None if value is None else encode_json(value) for value in columns]
+    columns = "".join(f"{name} = ?, " for name in changes.columns)
+    sql = f"""UPDATE agents SET {columns} last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL
+        {fence} RETURNING last_seq, config, state, blocks"""
+    texts = map(encode_json, changes.columns.values())
     row = db.execute(sql, (*texts, count, now, agent, *owners)).fetchone()
     if row is None:
         lost = LeaseLost("another server runs the agent by now; send it again")
@@ -4160,11 +4157,11 @@ class Transaction:
     async def _store(self) -> None:
         memory, record, changes = self.memory, self.memory.record, self.changes
         blocks = [vars(block) for block in self.blocks.values()]
-        now: JSON = {"config": self.config, "state": self.state | memory.tokens, "blocks": blocks}
-        changed = {name: value for name, value in now.items() if value != getattr(record, name)}
-        is_edit = "config" in changed or "blocks" in changed or self.state["cut"] != record.state["cut"]
-        events = await memory.store.write(commit, record.id, replace(changes, **changed), memory.owner)
-        vars(record).update(changed)
+        columns = {"config": self.config, "state": self.state | memory.tokens, "blocks": blocks}
+        changes.columns = {name: value for name, value in columns.items() if value != getattr(record, name)}
+        is_edit = changes.columns.keys() & {"config", "blocks"} or self.state["cut"] != record.state["cut"]
+        events = await memory.store.write(commit, record.id, changes, memory.owner)
+        vars(record).update(changes.columns)
         memory.blocks = self.blocks
         record.last_seq = events[-1].seq if events else record.last_seq
         memory.last_message += len(changes.messages)

@@ -112,7 +112,7 @@ async def test_a_login_precedes_a_message_after_an_hour_of_silence(endpoint: End
     logins = []
     for last in (None, None, "2020-01-02T03:04:05.678Z", None):
         if last is not None:
-            changes = memws.Changes(state={**agent.record.state, "last_user": last})
+            changes = memws.Changes(columns={"state": {**agent.record.state, "last_user": last}})
             await lab.store.write(memws.commit, agent.record.id, changes)
             agent = await lab.open()
         await lab.say(agent, "Hi")
@@ -126,7 +126,8 @@ async def test_a_login_precedes_a_message_after_an_hour_of_silence(endpoint: End
 async def test_a_timezone_that_this_machine_does_not_know(lab: Lab, agent: Agent) -> None:
     """An agent from a machine that knows more timezones opens, says so, and reads the server's clock."""
     config = agent.record.config | {"timezone": "Mars/Base"}
-    await lab.store.write(memws.commit, agent.record.id, memws.Changes([memws.response("context", "")], config=config))
+    changes = memws.Changes([memws.response("context", "")], columns={"config": config})
+    await lab.store.write(memws.commit, agent.record.id, changes)
     agent = await lab.open()
     assert ["Mars/Base" in warning for warning in agent.warnings] == [True]
     assert (await lab.say(agent, "Hi")).replies == ["Hello!"]

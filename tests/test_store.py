@@ -83,14 +83,13 @@ async def new_agent(store: Store, name: str = "sam") -> AgentRecord:
 
 def step(number: int = 1, turn_id: str = "t1") -> Changes:
     """Something of everything."""
+    blocks = [BLOCKS[0], BLOCKS[1] | {"value": f"Name: Ada {number}", "version": number + 1}]
     return Changes(
         events=[start(turn_id), tell(f"told {number}", turn_id)],
         messages=[say(number, f"said {number}", turn_id=turn_id)],
         documents=[words(number, f"said {number}"), passage(number, f"kept {number}")],
         request=asked(turn_id, 1, 1, number),
-        state={"cut": number},
-        config={"model": f"model {number}"},
-        blocks=[BLOCKS[0], BLOCKS[1] | {"value": f"Name: Ada {number}", "version": number + 1}],
+        columns={"state": {"cut": number}, "config": {"model": f"model {number}"}, "blocks": blocks},
     )
 
 
@@ -169,7 +168,7 @@ async def test_what_arrives_together_shares_a_transaction(store: Store) -> None:
     before = await everything(store, agents[1].id)
     async with held_writer(store):
         jobs: list[Any] = [store.write(commit, agents[0].id, step()), new_agent(store, "agent2")]
-        wrong = [(agents[1].id, Changes([tell("first")], removed=[1], state={"x": float("inf")})), (10**6, step())]
+        wrong = [(agents[1].id, Changes([tell("first")], removed=[1], columns={"state": 1e999})), (10**6, step())]
         jobs += [store.write(commit, *each) for each in (*wrong, (agents[2].id, step()))]
         tasks = await queued(*jobs)
         ran.clear()
@@ -340,12 +339,12 @@ async def test_a_former_export_is_read(database: str, tmp_path: Path) -> None:
         assert agent.config | {"embedding": None} == data["agent"]["config"] | {"timezone": None}
         assert [block["value"] for block in agent.blocks] == [block["value"] for block in data["blocks"]]
         messages, counts = await store.read(memws.load_messages, agent.id, 0)
-        read = [{"id": message.id, "body": message.body} for message in messages]
-        assert read == [{key: row[key] for key in ("id", "body")} for row in data["messages"]]
+        assert [(each.id, each.body) for each in messages] == [(row["id"], row["body"]) for row in data["messages"]]
         assert counts == (len(messages), 1, 1)
         assert memws.history_faults(messages) == ([], {})
-        events = await store.read(read_events, agent.id, 0, 100)
-        assert [event.text for event in events] == [row["text"] for row in data["events"]]
+        assert [row["text"] for row in data["events"]] == [
+            event.text for event in await store.read(read_events, agent.id, 0, 100)
+        ]
         turn_id = data["turns"][0]["turn_id"]
         stored = await store.read(memws.find_turn, agent.id, turn_id)
         assert json.loads(stored["user_message"])["message"] == "My name is Ada and I keep otters."
