@@ -2082,8 +2082,7 @@ def _leave_name(db: SqlConnection, agent: int) -> None:
 
 
 def create_agent(db: SqlConnection, record: AgentRecord, is_copy: bool = False) -> AgentRecord:
-    """A new agent, its last seq at least that of its name; a copy is to get the name later. Raises Refused
-    (name_taken)."""
+    """A new agent, its last seq at least its name's; a copy is named later. Raises Refused (name_taken)."""
     record = replace(record, last_seq=max(record.last_seq, claim(db, record.name)))
     row = vars(record) | ({"name": "", "deleted": ""} if is_copy else {})
     del row["id"]
@@ -4114,9 +4113,8 @@ class Memory:
 
 
 class Transaction:
-    """What is stored and then told at once at the end of `async with Transaction(memory) as change:`, a step, a part of
-    one, an edit from outside; after an exception nothing has happened. Raises StoreFailed: then the memory is stale,
-    and the agent has to be opened anew."""
+    """A step, a part of one or an edit: stored, then told at the end of `async with Transaction(memory) as change:`, or
+    after an exception not at all. Raises StoreFailed: then the memory is stale, the agent has to be opened anew."""
 
     def __init__(self, memory: Memory, turn_id: str = "", step: int = 0) -> None:
         self.memory, self.turn_id, self.step = memory, turn_id, step

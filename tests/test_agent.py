@@ -126,8 +126,7 @@ async def test_a_login_precedes_a_message_after_an_hour_of_silence(endpoint: End
 async def test_a_timezone_that_this_machine_does_not_know(lab: Lab, agent: Agent) -> None:
     """An agent from a machine that knows more timezones opens, says so, and reads the server's clock."""
     config = agent.record.config | {"timezone": "Mars/Base"}
-    changes = memws.Changes([memws.response("context", "")], columns={"config": config})
-    await lab.store.write(memws.commit, agent.record.id, changes)
+    await lab.store.write(memws.commit, agent.record.id, memws.Changes(columns={"config": config}))
     agent = await lab.open()
     assert ["Mars/Base" in warning for warning in agent.warnings] == [True]
     assert (await lab.say(agent, "Hi")).replies == ["Hello!"]

@@ -326,8 +326,10 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("events", 3, "seq"), 3, "events[3]"),
     (("events", 2, "text"), "[]", "events[2]"),
     (("events", 2, "text", "type"), 5, "events[2]: expected a string"),
-    (("agent", "last_seq"), 2**62, "agent: expected an integer from 0 to 1,000,000,000,000,000"),
-    *(((table, 1, name), 2**62, f"{table}[1]: expected") for table, name in (("memory", "item"), ("events", "seq"))),
+    *(
+        (at, 2**62, "expected an integer")
+        for at in (("agent", "last_seq"), ("memory", 1, "item"), ("events", 1, "seq"))
+    ),
 ]
 
 
