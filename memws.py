@@ -7171,7 +7171,8 @@ def _secrets(request: http11.Request) -> list[bytes]:
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
 WhenBusy = Literal["queue", "reject", "interrupt", "steer"]
-READING = "get_agent", "get_messages", "search_memory", "get_context", "get_request", "cancel"  # also while writes fail
+# What is answered also while writes fail, and asked again where a server that it was passed on to is lost.
+READING = "get_agent", "get_messages", "search_memory", "get_context", "get_request", "cancel"
 
 
 def name_like(name: str) -> str:
@@ -7654,12 +7655,12 @@ class Agents:
         self.api_keys[copy] = self.api_keys.get(agent)
         try:
             with item.interruptible():
-                async for step in copy_steps(store, agent, copy, record):
+                async for what, done, total in copy_steps(store, agent, copy, record):
                     if live.end or self.stopping:
                         raise live.end or cancelled()
                     if time.monotonic() - told > PROGRESS_DELAY:
-                        text = "copied {1:,} of {2:,} {0}".format(*step)
-                        live.agent.emit_live(item, "progress", text, done=step[1], total=step[2])
+                        text = f"copied {done:,} of {total:,} {what}"
+                        live.agent.emit_live(item, "progress", text, done=done, total=total)
                         told = time.monotonic()
             yield copy
         finally:
@@ -8258,7 +8259,7 @@ class Session:
             raise Refused("not_found", text)
         _, tool, decision = waiting
         if not allow:
-            why = f" ({clean_text(reason)})" if reason else ""
+            why = f" ({reason})" if reason else ""
             decision.set_exception(ToolError(f"not run: a person denied it{why}"))
         elif arguments is None:
             decision.set_result(None)
@@ -8602,8 +8603,8 @@ class WebSocketServer:
         live, warnings = await self.open().create(values, values.pop("base_url", None), values.pop("api_key", None))
         for warning in warnings:
             logger.warning("agent %s: %s", live.name, warning)
-        self.agent = live.agent
-        return live.agent
+        self.agent = await live.fresh()
+        return self.agent
 
     def load_agent(self, agent_name: str) -> Agent:
         """The agent of that name. Raises Refused with the ten nearest names."""
