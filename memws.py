@@ -63,7 +63,6 @@ import collections.abc
 import concurrent.futures
 import contextlib
 import datetime
-import difflib
 import enum
 import errno
 import functools
@@ -1084,10 +1083,7 @@ _IRREGULAR = {  # "When did she go?" asks for "I went": +.9, MRR +1.7 / +2.8 / 0
     """.replace("\n", "|").split("|")
     for form in forms.split()[1:]
 }  # fmt: skip
-_ENDINGS = [
-    ("ingly", ""), ("edly", ""), ("ings", ""), ("ing", ""), ("ied", "y"), ("ies", "y"), ("ed", ""),
-    ("sses", "ss"), ("ss", "ss"), ("us", "us"), ("es", "e"), ("s", ""), ("ly", ""),
-]  # fmt: skip
+_ENDINGS = re.findall(r"(\w+):(\w*)", "ingly: edly: ings: ing: ied:y ies:y ed: sses:ss ss:ss us:us es:e s: ly:")
 _ARABIC = "^(?:[\u0648\u0641]?(?:[\u0628\u0643]?\u0627\u0644|\u0644\u0644)|\u0648)(?=...)"
 _ARABIC_END = "(?<=...)(?:\u0647\u0627|[\u0627\u0648\u064a]\u0646|\u0627\u062a|\u064a?[\u0647\u0629]|[\u064a\u0649])$"
 
@@ -2041,6 +2037,8 @@ def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentReco
     if row := db.execute(sql, (name,)).fetchone():
         return AgentRecord(*row).decode()
     names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where}")]
+    import difflib  # which no start needs
+
     nearest = [repr(each) for each in difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0)]
     nearest += ["…"] if len(names) > len(nearest) else []
     known = f"{len(names)} known: {', '.join(nearest)}" if names else "there are none yet"
@@ -4250,6 +4248,8 @@ class Transaction:
 
     def _add_change(self, what: str, name: str, before: str | None, after: str | None, **fields: Any) -> None:
         """Tell of an edit, line by line, as a unified diff without its headers."""
+        import difflib
+
         lines = difflib.unified_diff((before or "").splitlines(), (after or "").splitlines(), lineterm="", n=0)
         diff = "\n".join(line for line in [*lines][2:] if not line.startswith("@@"))
         fields |= {"before": before, "after": after, "diff": diff, "by": "agent" if self.turn_id else "client"}
@@ -4329,6 +4329,8 @@ def edit_text(text: str, old: str, new: str) -> str:
     (signs, places), (old, _) = _signs(text), _signs(unicodedata.normalize("NFC", old))
     old = old if old in signs and old.strip() else old.strip()
     if not old or old not in signs:
+        import difflib
+
         line = next((line for line in old.split("\n") if line not in signs), "")[:300]
         near = difflib.get_close_matches(line, [each[:300] for each in text.split("\n")], 1, 0.0)
         hint = f"; the nearest line is: {near[0]}" if old and text else ", from what the block holds"
@@ -9052,8 +9054,7 @@ def serve_command(*, log_level: str, **options: Any) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(options["max_connections"] + 256, hard)), hard))
     sys.setswitchinterval(SWITCH_INTERVAL)
-    # By default all waits every few seconds, up to 0.1 s, until it has seen everything.
-    gc.set_threshold(2_000, 10, 100)
+    gc.set_threshold(2_000, 10, 100)  # by default all waits up to 0.1 s every few seconds, until it has seen all
     for name in ("allow_origin", "allow_host"):
         options[name] = options[name] or os.environ.get(f"MEMWS_{name.upper()}") or ()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for what runs in the background
