@@ -17,15 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from soaking import GONE, Soak, handshake, healthy_client, run, site, until
+from soaking import GONE, Soak, client, handshake, healthy_client, run, site, until
 
 # isort: split
 from commandline import Serving
 from measure import memory
 from test_gate import ADDRESSES, BAD_HOSTS, BAD_ORIGINS, BREACHES, FOREIGN, TOKEN, WRONG_TOKENS
 from test_wire import COMMANDS, HOSTILE, candidates, frame_of, needed
-from websockets.asyncio.client import ClientConnection, connect
-from wire import JSON, MAX_ERROR_BYTES, TERMINALS, check_event
+from websockets.asyncio.client import ClientConnection
+from wire import JSON, MAX_ERROR_BYTES, TERMINALS, Wire, check_event
 
 import memws
 
@@ -218,20 +218,18 @@ class Attack:
         for start in range(0, cases, 1_000):
             part = min(cases - start, 1_000)
             frames, broken = round(part * 0.9), round(part * 0.03)
-            async with self.connection() as websocket:
+            async with self.connection() as wire:
                 for first in range(0, frames, BATCH):
                     batch = [maker.frame() for _ in range(min(BATCH, frames - first))]
-                    if not await self.is_answered(websocket, batch, next(maker.ids)):
+                    if not await self.is_answered(wire.websocket, batch, next(maker.ids)):
                         break
                     self.soak.step(len(batch))
             for _ in range(broken):
                 await self.violate(violation(rng))
             await self.knock(LET_IN, rng, part - frames - broken)
 
-    def connection(self) -> connect:
-        headers = {"Authorization": f"Bearer {TOKEN}"}
-        return connect(self.server.url, additional_headers=headers, compression=None, max_size=None, max_queue=None,
-                       ping_interval=None, close_timeout=2)  # fmt: skip
+    def connection(self) -> contextlib.AbstractAsyncContextManager[Wire]:
+        return client(self.server, additional_headers={"Authorization": f"Bearer {TOKEN}"}, close_timeout=2)
 
     def read(self, text: str | bytes) -> JSON:
         """A reply, looked at."""
@@ -279,14 +277,13 @@ class Attack:
 
     async def violate(self, data: bytes) -> None:
         """Break the WebSocket protocol; the connection is closed with a code of the protocol's."""
-        async with self.connection() as websocket:
-            websocket.transport.write(data)
-            websocket.transport.write_eof()
+        async with self.connection() as wire:
+            wire.websocket.transport.write(data)
+            wire.websocket.transport.write_eof()
             with contextlib.suppress(*GONE):
-                async with asyncio.timeout(15):
-                    while True:
-                        self.read(await websocket.recv())
-        self.soak.demand(websocket.close_code != 1011, CLOSED, data)
+                while True:
+                    self.read(await asyncio.wait_for(wire.websocket.recv(), 15))
+        self.soak.demand(wire.websocket.close_code != 1011, CLOSED, data)
         self.soak.step()
 
     async def knock(self, kind: str, rng: random.Random, cases: int) -> None:

@@ -240,20 +240,17 @@ class Sharing(Fleet):
 
     def hear(self, told: Client, name: str, seq: int) -> None:
         """A client was told an event: of the new server, or one that the victim had stored."""
-        takeover = self.pending.get((told, name))
-        if takeover and seq > takeover.floor and told.server is not takeover.victim:
-            self.taken(told, name)
-        elif takeover and name not in told.waits():
-            del self.pending[told, name]
-
-    def taken(self, told: Client, name: str) -> None:
-        self.takeovers.append(time.monotonic() - self.pending.pop((told, name)).begin)
+        if takeover := self.pending.get((told, name)):
+            is_taken = seq > takeover.floor and told.server is not takeover.victim
+            if is_taken:
+                self.takeovers.append(time.monotonic() - takeover.begin)
+            if is_taken or name not in told.waits():
+                del self.pending[told, name]
 
     def forget(self) -> None:
         """What comes now may hold up a takeover that is not late yet."""
-        for place, takeover in list(self.pending.items()):
-            if time.monotonic() - takeover.begin > TAKEOVER:
-                self.taken(*place)
+        waited = [time.monotonic() - takeover.begin for takeover in self.pending.values()]
+        self.takeovers += [seconds for seconds in waited if seconds > TAKEOVER]
         self.pending.clear()
 
 
@@ -341,39 +338,39 @@ class Client:
         await asyncio.sleep(self.fleet.longest_pause * self.rng.random())
 
     def hear(self, frame: JSON) -> None:
-        """Take note of a frame. Raises ConnectionError for a subscription that ends because the database is away."""
-        self.frame, is_event = frame, frame["type"] in EVENTS and "seq" in frame
-        if is_event:
-            self.keep(frame["agent_name"], frame["seq"], frame)
-        elif not frame.get("ok", True) and frame["error"]["code"] not in {"unknown_turn", *self.fleet.refusals}:
-            self.soak.fault("commands that are refused", frame)
+        """Take note of a frame. Raises ConnectionError for a subscription that ends because the database is away.
+
+        Stored events come one after another; those of a turn that was said again may come again.
+        """
+        self.frame, is_stored = frame, frame["type"] in EVENTS and "seq" in frame
+        if is_stored:
+            name, seq = frame["agent_name"], frame["seq"]
+            is_next = seq <= self.last[name] + 1
+            self.soak.demand(is_next, "gaps in what is told or stored", name, "after", self.last[name], frame)
+            self.last[name] = max(seq, self.last[name])
+            self.logs[name].keep(frame)
+        elif not frame.get("ok", True):
+            is_known = frame["error"]["code"] in {"unknown_turn", *self.fleet.refusals}
+            self.soak.demand(is_known, "commands that are refused", frame)
         if is_terminal(frame) and "id" in frame:
             self.end(frame)
-        elif is_terminal(frame) and not is_event:
+        elif is_terminal(frame) and not is_stored:
             raise ConnectionError(frame["message"])
-        if is_event:
-            self.fleet.hear(self, frame["agent_name"], frame["seq"])
-
-    def keep(self, name: str, seq: int, event: JSON) -> None:
-        """Stored events come one after another; those of a turn that was said again may come again."""
-        is_next = seq <= self.last[name] + 1
-        self.soak.demand(is_next, "gaps in what is told or stored", name, seq, "after", self.last[name], event)
-        self.last[name] = max(seq, self.last[name])
-        self.logs[name].keep(event)
+        if is_stored:
+            self.fleet.hear(self, name, seq)
 
     def end(self, frame: JSON) -> None:
         """Exactly one frame ends what was said, or says why it was not taken."""
-        turn_id = self.marks.pop(frame["id"], None)
-        reason = frame.get("code") or frame["stop_reason"]
+        turn_id = self.marks.pop(frame["id"], "")
+        self.soak.demand(turn_id, "ends told twice", frame)
         if turn_id in self.cancels:
             self.fleet.cancels.append(time.monotonic() - self.cancels.pop(turn_id))
         expected = self.fleet.ends if "seq" in frame else self.fleet.refusals
-        if turn_id is None:
-            self.soak.fault("ends told twice", frame)
-        elif reason not in expected | ({"cancelled"} if turn_id in self.cancelled else set()):
-            self.soak.fault("turns that end for no reason", frame)
-        elif "seq" in frame:
-            del self.open[turn_id]
+        expected = expected | ({"cancelled"} if turn_id in self.cancelled else set())
+        reason = frame.get("code") or frame["stop_reason"]
+        self.soak.demand(reason in expected or not turn_id, "turns that end for no reason", frame)
+        if "seq" in frame and reason in expected:
+            self.open.pop(turn_id, None)
 
 
 async def main(soak: Soak) -> None:
