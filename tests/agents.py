@@ -90,7 +90,6 @@ class Lab:
         return await self.open(name)
 
     async def open(self, name: str = "sam") -> memws.Agent:
-        """The agent as its database has it."""
         record = await self.store.read(memws.find_agent, name)
         return await memws.Agent(memws.Memory(self.store, record), self.models, self.tools).open()
 
@@ -135,7 +134,6 @@ class Lab:
         assert record.state.get("turn") is None
 
     async def events(self, agent: memws.Agent, turn_id: str | None = None) -> list[Body]:
-        """The stored events of an agent, or of one of its turns."""
         found: list[Body] = []
         reading = memws.read_events, agent.record.id
         while page := await self.store.read(*reading, found[-1]["seq"] if found else 0, 1_000, turn_id):
@@ -144,7 +142,6 @@ class Lab:
 
 
 def request_of(head: str, messages: Iterable[str], tools: str = "") -> str:
-    """A chat-completions request of encoded messages."""
     return memws.RequestRecord("", 1, head, "", "", tools, "", 1, 0).body(messages)
 
 

@@ -42,8 +42,6 @@ def run(
 
 
 class Done(NamedTuple):
-    """What a call of the command line came to."""
-
     returncode: int
     stdout: str
     stderr: str
@@ -96,7 +94,6 @@ class Process:
         self.wait()
 
     def line(self) -> str:
-        """The next line that it prints; an empty one where there is none."""
         self.out.append(self.process.stdout.readline().rstrip("\n"))  # type: ignore[union-attr]
         return self.out[-1]
 
@@ -107,7 +104,6 @@ class Process:
         return self.line()
 
     def wait(self, timeout: float = 20) -> int:
-        """Wait for its end and give the exit status."""
         status = self.process.wait(timeout)
         if not self._log.closed:
             self.out += self.process.stdout.read().splitlines()  # type: ignore[union-attr]
@@ -131,6 +127,5 @@ class Serving(Process):
         return int(self.url.rpartition(":")[2])
 
     def end(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
-        """Send a signal and give the exit status."""
         self.process.send_signal(number)
         return self.wait(timeout)

@@ -40,7 +40,6 @@ def endpoint() -> Iterator[Endpoint]:
 
 @pytest.fixture
 def main(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Main:
-    """Calls the command line in this process, in the test's folder."""
     monkeypatch.chdir(tmp_path)
     return functools.partial(call, capsys)
 
@@ -57,7 +56,6 @@ def postgres() -> Iterator[Cluster]:
 
 @pytest.fixture
 def postgres_address(postgres: Cluster) -> Iterator[str]:
-    """An empty database there."""
     address = postgres.database()
     yield address
     postgres.give_back(address)
@@ -106,7 +104,6 @@ def tools() -> Tools:
 
 @pytest.fixture
 async def lab(endpoint: Endpoint, tools: Tools) -> AsyncIterator[Lab]:
-    """A database in memory and the models of the endpoint."""
     async with Lab(endpoint, tools=tools) as lab:
         yield lab
 
@@ -123,7 +120,6 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """In CI a skip is a failure."""
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     skips = [str(report.longrepr) for report in reporter.stats.get("skipped", ())]
     if CI and not all(BARE and "could not import" in reason for reason in skips):

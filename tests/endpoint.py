@@ -214,7 +214,6 @@ def shape(config: ConfigDict | None = None, **fields: Any) -> Any:
 
 
 def some(kind: Any, most: int | None = None) -> Any:
-    """A list of at least one."""
     return Annotated[list[kind], Field(min_length=1, max_length=most)]
 
 
@@ -277,7 +276,6 @@ def _is_typed(schema: Any) -> bool:
 
 
 def demand(right: object, message: str) -> None:
-    """Refuse a request that is not right."""
     if not right:
         raise Refusal(message, "invalid_value")
 
@@ -582,7 +580,6 @@ def embedding(text: str, dimension: int, synonyms: Mapping[str, str] | None = No
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Request:
-    """Raises IncompleteReadError when the client has left."""
     head = await reader.readuntil(b"\r\n\r\n")
     line, *fields = head.decode("latin-1").rstrip().split("\r\n")
     method, path, _ = line.split(" ")

@@ -86,7 +86,6 @@ class Window:
             self.faults.append(text)
 
     def close(self) -> None:
-        """Close the window. Fails for what it should not have done."""
         self.context.close()
         # JupyterLab itself complains so of what a kernel that ends has not answered.
         assert [fault for fault in self.faults if "Canceled future for" not in fault] == []
@@ -146,7 +145,6 @@ class Window:
             self.panel.get_by_label(name, exact=True).fill(value)
 
     def await_status(self, word: str) -> None:
-        """Wait until the status says exactly this."""
         self.panel.locator(".memws-status").get_by_text(word, exact=True).wait_for()
 
     def sees(self, *texts: str) -> None:

@@ -102,7 +102,6 @@ class Cluster:
         assert self.process.poll() is None, "\n".join(self.log)
 
     def _read(self, stderr: Any, ready: threading.Event) -> None:
-        """Keep the log, which ends with the last process of the cluster."""
         for line in stderr:
             self.log.append(line.rstrip("\n"))
             if "database system is ready to accept connections" in line:

@@ -68,7 +68,6 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def wait(self, timeout: float = 15) -> int:
-        """Wait for the program's end and give its exit status."""
         status = self.process.wait(timeout)
         self._reader.join(timeout)
         return status

@@ -38,8 +38,6 @@ WINDOW = 200_000  # tokens of the context window of the agents here: none of the
 
 
 class Peer(Process):
-    """A process of peers.py, while a `with` block lasts."""
-
     def __init__(self, *command: str, folder: Path) -> None:
         super().__init__(sys.executable, str(HERE / "peers.py"), *command, cwd=folder, variables=environment())
 
@@ -126,7 +124,6 @@ def milliseconds(seconds: float) -> str:
 
 
 async def talk(server: Peer, names: list[str], per_agent: int) -> list[float]:
-    """Seconds of turns, one after another."""
     async with client(server) as connection:
         return [await turn(connection, name, "And how is it now?") for name in names for _ in range(per_agent)]
 

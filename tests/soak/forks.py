@@ -163,7 +163,6 @@ class World:
             await self.expect(name, self.live[name])
 
     async def restart(self, _: str = "") -> None:
-        """The server is killed; all is as it was."""
         self.moves.append("kill")
         self.server.process.kill()
         await self.connection.aclose()

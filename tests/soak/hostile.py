@@ -206,14 +206,12 @@ class Attack:
         self.answers = 0
 
     async def work(self, name: str, cases: int, part: Callable[[random.Random, str, int], Any]) -> None:
-        """So many cases, by all clients at once."""
         async with asyncio.TaskGroup() as group:
             for number in range(WORKERS):
                 share = cases // WORKERS + (number < cases % WORKERS)
                 group.create_task(part(random.Random(f"{self.soak.seed} {name} {number}"), f"{name}{number}", share))
 
     async def mixed(self, rng: random.Random, mark: str, cases: int) -> None:
-        """Frames for the most part, on a few connections, one after another."""
         maker = Maker(rng, mark)
         for start in range(0, cases, 1_000):
             part = min(cases - start, 1_000)
@@ -232,7 +230,6 @@ class Attack:
         return client(self.server, additional_headers={"Authorization": f"Bearer {TOKEN}"}, close_timeout=2)
 
     def read(self, text: str | bytes) -> JSON:
-        """A reply, looked at."""
         self.answers += 1
         demand, begin = self.soak.demand, text[:300]
         try:

@@ -34,7 +34,6 @@ AGAIN: JSON = {"request_heartbeat": True}
 
 
 def canary(agent: str) -> str:
-    """What only one agent knows."""
     return f"canary{agent}zz{sum(map(ord, agent))}"
 
 
@@ -133,7 +132,6 @@ async def inject(soak: Soak, wire: Wire, agent: str, number: int, carrier: str) 
 
 
 def rows(path: str) -> dict[str, dict[str, Any]]:
-    """All rows of each agent, by table."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
         connection.create_function("unpacked", 1, lambda data: zlib.decompress(data).decode(), deterministic=True)
         found: dict[str, dict[str, Any]] = {}
@@ -146,7 +144,6 @@ def rows(path: str) -> dict[str, dict[str, Any]]:
 
 
 async def attack(soak: Soak, server: Serving, model: Model, agent: str, numbers: range) -> None:
-    """One agent reads one injected text after another."""
     rng = random.Random(f"{soak.seed} {agent}")
     async with client(server, "*", additional_headers=HEADERS) as wire:
         await wire.ok("subscribe", agent_name=agent, after=0)

@@ -58,7 +58,6 @@ class Lag:
         await self.events()
 
     async def events(self) -> None:
-        """So many events more, by another client."""
         for number in range(self.place.soak.count):
             value = f"Number {len(self.other.frames)} {number}"
             await self.other.ok("set_block", agent_name=self.agent, label="human", value=value)

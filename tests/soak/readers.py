@@ -50,7 +50,6 @@ class Slow:
         self.held: float | None = None
 
     async def begin(self) -> None:
-        """Send what this kind sends."""
         loop, opening = asyncio.get_running_loop(), handshake(f"Host: 127.0.0.1:{self.line.getpeername()[1]}")
         if self.kind == "half handshake":
             await loop.sock_sendall(self.line, opening[: self.rng.randrange(len(opening) - 60)])
@@ -167,7 +166,6 @@ async def besiege(place: Site, server: Serving, wire: Wire, model: Writer, limit
 
 
 def judge(soak: Soak, model: Writer, frames: list[JSON]) -> None:
-    """A turn whose answer had no end: cut, told as a part, and over."""
     soak.demand(frames[-1].get("stop_reason") == "done", CUT, frames[-1])
     said = [told["message"] for told in of_kind(frames, "assistant_message") if told.get("partial") is True]
     is_cut = len(said) == 1 and model.is_cut(said[0])  # beside it may stand what a warning of the window brings

@@ -219,7 +219,6 @@ class Sharing(Fleet):
         self._resuming.add(asyncio.create_task(resume()))
 
     async def restart(self) -> None:
-        """Restart the database, as if it had been killed."""
         self.forget()
         await asyncio.to_thread(self.cluster.stop)
         await asyncio.to_thread(self.cluster.start)
@@ -274,7 +273,6 @@ class Client:
         self.marks: dict[str, str] = {}  # of what it waits for on this connection: the turn_id by the id
 
     def waits(self) -> set[str]:
-        """The agents from which it waits for an end."""
         return {self.open[turn_id].name for turn_id in self.marks.values()}
 
     async def work(self) -> None:

@@ -63,7 +63,6 @@ class Soak:
             self.faults.setdefault(kind, [])
 
     def fault(self, kind: str, detail: object) -> None:
-        """Note that a figure is missed, and by what."""
         self.faults[kind].append(str(detail)[:2_000])
 
     def demand(self, right: object, kind: str, *details: object) -> None:
@@ -237,7 +236,6 @@ async def site(soak: Soak, model: Answer | None = None, **options: Any) -> Async
 
 
 def client(server: Any, *types: str, **options: Any) -> contextlib.AbstractAsyncContextManager[Wire]:
-    """A connection whose frames are not checked."""
     return wire(server, *types, checks=False, **({"ping_interval": None} | options))
 
 
@@ -251,7 +249,6 @@ async def narrow_socket(port: int) -> socket.socket:
 
 
 def handshake(*headers: str, line: str = "GET / HTTP/1.1") -> bytes:
-    """A request that opens a WebSocket, if these headers are right."""
     return "\r\n".join([line, *headers, *UPGRADE, "", ""]).encode("latin-1", "replace")
 
 
@@ -273,7 +270,6 @@ async def read_all(wire: Wire, agent: str) -> None:
 
 
 def stored(frames: list[JSON]) -> dict[int, JSON]:
-    """The stored events among frames, by seq."""
     return {frame["seq"]: bare(frame) for frame in frames if "seq" in frame}
 
 
@@ -288,7 +284,6 @@ class Log:
         self.events: dict[int, JSON] = {}  # stored ones by seq
 
     def message(self, turn_id: str, text: str = "message") -> tuple[str, str]:
-        """A message to be sent: its turn_id and its text."""
         self.sent[turn_id] = f"{text} {turn_id} of {self.name}"
         return turn_id, self.sent[turn_id]
 
