@@ -75,33 +75,24 @@ class Proxy(Loopback):
         with self._news:
             self.connected += 1
             self._news.notify_all()
-        pumps = [asyncio.create_task(self._forth(client, server)), asyncio.create_task(self._back(client, server))]
+        forth = self._pump(client, server, self.sent, lambda frame: None if self.on_sent(frame) else [])
+        back = self._pump(server, client, self.received, lambda frame: self.on_received(frame))
+        pumps = [asyncio.create_task(forth), asyncio.create_task(back)]
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         code = server.close_code or client.close_code or 1000
         self._pairs.pop(client, None)
         await asyncio.gather(client.close(code if code in range(1000, 1004) or code == 1013 else 1000), server.close())
         await asyncio.gather(*pumps)
 
-    async def _forth(self, client: ServerConnection, server: ClientConnection) -> None:
+    async def _pump(self, source: Any, sink: Any, frames: list[Frame], hook: Callable[[Frame], Pass]) -> None:
         with contextlib.suppress(ConnectionClosed):
-            async for text in client:
+            async for text in source:
                 frame = json.loads(text)
-                passes = self.on_sent(frame)
-                with self._news:
-                    self.sent.append(frame)
-                    self._news.notify_all()
-                if passes:
-                    await server.send(text)
-
-    async def _back(self, client: ServerConnection, server: ClientConnection) -> None:
-        with contextlib.suppress(ConnectionClosed):
-            async for text in server:
-                frame = json.loads(text)
-                instead = self.on_received(frame)
-                if client.transport.is_closing():
+                instead = hook(frame)
+                if sink.transport.is_closing():
                     return  # cut by the hook
                 for each in [text] if instead is None else instead:
-                    await client.send(each)
+                    await sink.send(each)
                 with self._news:
-                    self.received.append(frame)
+                    frames.append(frame)
                     self._news.notify_all()

@@ -132,7 +132,7 @@ def turns(bench: Bench) -> Iterator[str]:
     """A persisted, streaming turn of one step beside the openai client's own streaming call, and its CPU."""
     sizes = {10: ("≤ 0.7", 20, 2), 100: ("≤ 0.2", 10, 5), 500: ("≤ 0.1", 10, 10)}
     "The goal, the turns of a repetition, and how many of them an agent takes, which makes its history longer."
-    got: dict[int, list[JSON]] = {size: [] for size in sizes}
+    got: dict[int, list[tuple[float, ...]]] = {size: [] for size in sizes}
     with bench.serve() as server, bench.peer("bare", bench.model.url) as bare:
         for size, (_, calls, per_agent) in sizes.items():
             asyncio.run(seed(server, {f"a{size}-{n}": size for n in range(bench.repeat * calls // per_agent)}))
@@ -146,15 +146,14 @@ def turns(bench: Bench) -> Iterator[str]:
                 seconds = asyncio.run(talk(server, names, per_agent))
                 cpu = (server.get()["cpu"] - before) / len(seconds)
                 floor = bare.get(calls=calls, body=bench.model.get())
-                middle = {"turn": median(seconds), "bare": median(floor["seconds"])}
-                got[size].append({**middle, "cpu": cpu, "bare_cpu": floor["cpu"]})
+                got[size].append((median(seconds), cpu, median(floor["seconds"]), floor["cpu"]))
                 yield f"turns: {size} messages"
     for size, (goal, _, _) in sizes.items():
-        middle = {key: milliseconds(median(each[key] for each in got[size])) for key in got[size][0]}
+        took, cpu, bare_took, bare_cpu = (milliseconds(median(column)) for column in zip(*got[size], strict=True))
         what = f"turn of one step with {size} messages in the window / bare `AsyncOpenAI` streaming call"
-        told, floor = (f"{middle[key]} ({middle[cpu]} CPU)" for key, cpu in (("turn", "cpu"), ("bare", "bare_cpu")))
-        bench.add(what, told, floor, [each["turn"] / each["bare"] for each in got[size]], goal)
-    short, long = ([1000 * each["cpu"] for each in got[size]] for size in (10, 500))
+        shares = [each[0] / each[2] for each in got[size]]
+        bench.add(what, f"{took} ({cpu} CPU)", f"{bare_took} ({bare_cpu} CPU)", shares, goal)
+    short, long = ([1000 * each[1] for each in got[size]] for size in (10, 500))
     longest = f"with 500: {median(long):.2f} ms"
     bench.add("CPU of a turn, 10 messages in the window", f"{median(short):.2f} ms", longest, short, "≤ 3", " ms")
 
