@@ -13,16 +13,14 @@ import itertools
 import os
 import random
 import secrets
+import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any, Self
 
-LIMIT = 30.0  # seconds after which a cluster that does not start or end fails its test
 ICU = ("--encoding=UTF8", "--locale=C", "--locale-provider=icu", "--icu-locale=en")
 SETTINGS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
 """What a process that is killed has written is kept by the kernel: only the machine's end needs fsync."""
@@ -54,7 +52,6 @@ class Cluster:
     def __init__(self, **settings: object) -> None:
         self.settings = {**SETTINGS, **settings}
         self.password = secrets.token_hex()
-        self.log: list[str] = []  # what it has written so far
         self._numbers = itertools.count(1)
         self._free: list[str] = []
 
@@ -62,12 +59,16 @@ class Cluster:
         programs = find_programs()
         if programs is None:
             raise FileNotFoundError("PostgreSQL is missing; apt-get install postgresql")
-        self._programs, self._home = programs, Path(tempfile.mkdtemp(prefix="memws-postgres-"))
-        user: Any = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.getuid() == 0 else {}
-        environment = {"PATH": os.defpath, "LC_ALL": "C"}
-        self._options: Any = {**user, "cwd": self._home, "env": environment, "encoding": "utf-8"}
+        self._programs, self._home, self.port = programs, Path(tempfile.mkdtemp(prefix="memws-postgres-")), free_port()
+        secret = self._home / "password"
+        secret.write_text(self.password)
+        self._user: Any = {}
+        if os.getuid() == 0:
+            self._user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+            for path in (self._home, secret):
+                shutil.chown(path, "postgres", "postgres")
         try:
-            self._create()
+            self._call("initdb", "-U", "postgres", "-A", "scram-sha-256", "--pwfile=password", "--no-sync", *ICU)
             self.start()
             self.run(f"CREATE ROLE memws LOGIN PASSWORD '{self.password}'")
         except BaseException:
@@ -79,43 +80,23 @@ class Cluster:
         self.stop()
         shutil.rmtree(self._home)
 
-    def _create(self) -> None:
-        secret = self._home / "password"
-        secret.write_text(self.password)
-        if "user" in self._options:
-            for path in (self._home, secret):
-                shutil.chown(path, "postgres", "postgres")
-        words = ["-D", "data", "-U", "postgres", "-A", "scram-sha-256", "--pwfile=password", "--no-sync", *ICU]
-        done = subprocess.run([self._programs / "initdb", *words], **self._options, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr
-        self.port = free_port()
+    def _call(self, program: str, *words: str) -> None:
+        command, environment = [self._programs / program, "-D", "data", *words], {"PATH": os.defpath, "LC_ALL": "C"}
+        # Not through a pipe, which the server would hold open.
+        with (self._home / "said").open("w+") as said:
+            options: Any = {"cwd": self._home, "env": environment, "stdout": said, "stderr": said, **self._user}
+            status = subprocess.run(command, check=False, **options).returncode
+        assert status == 0, (self._home / "said").read_text()
 
     def start(self) -> None:
         settings = {**self.settings, "port": self.port}
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        command = [str(self._programs / "postgres"), "-D", "data", *words]
-        self.process = subprocess.Popen(command, **self._options, stderr=subprocess.PIPE)
-        ready = threading.Event()
-        self._reader = threading.Thread(target=self._read, args=(self.process.stderr, ready), daemon=True)
-        self._reader.start()
-        assert ready.wait(LIMIT)
-        assert self.process.poll() is None, "\n".join(self.log)
-
-    def _read(self, stderr: Any, ready: threading.Event) -> None:
-        for line in stderr:
-            self.log.append(line.rstrip("\n"))
-            if "database system is ready to accept connections" in line:
-                ready.set()
-        self.process.wait()
-        stderr.close()
-        ready.set()
+        self._call("pg_ctl", "start", "-l", "log", "-o", shlex.join(words))
 
     def stop(self) -> None:
         """End all of its processes, whatever they do, and leave the rest to the next start."""
-        if hasattr(self, "process"):
-            self.process.send_signal(signal.SIGQUIT)
-            self._reader.join(LIMIT)
-            assert not self._reader.is_alive()
+        if (self._home / "data" / "postmaster.pid").exists():
+            self._call("pg_ctl", "stop", "-m", "immediate")
 
     def run(self, sql: str, database: str = "postgres") -> list[Any]:
         """Run a statement as the superuser, outside transactions; its rows."""
