@@ -879,7 +879,7 @@ class Block:
             raise Refused("block_limit", f"{text}; shorten it, or keep part of it in archival memory")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class ChatMessage:
     """One entry of the context window, never changed once stored."""
 
@@ -1324,7 +1324,7 @@ class State:
     output_tokens: int = 0
 
 
-@dataclass
+@dataclass(repr=False)
 class AgentRecord:
     """The agent's row: what is known of it beside its messages, memory and events."""
 
@@ -2668,7 +2668,7 @@ def finish_rewind(
 CLIENT_REQUESTS = 8  # requests at once that share an openai client: its pool looks at all of them for each
 
 
-@dataclass
+@dataclass(repr=False)
 class Learned:
     """What an endpoint has taught of a model, as it is stored; where more is learned, another takes its place."""
 
@@ -2771,7 +2771,7 @@ def without_heartbeat(arguments: JSON) -> JSON:
     return {name: value for name, value in arguments.items() if name != REQUEST_HEARTBEAT}
 
 
-@dataclass(slots=True)
+@dataclass(repr=False)
 class ToolCall:
     """A tool call: its arguments as the model writes them, then what they were read as."""
 
