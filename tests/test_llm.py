@@ -438,6 +438,11 @@ async def test_addresses(endpoint: Endpoint) -> None:
         async with closing(memws.Models("m", url, KEY)) as models:
             for model in (models.get(None)[0], models.get(None, None, "another key")[0]):
                 assert (await ask(model)).text == "Hi"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens there
+        async with closing(memws.Models("m", f"http://127.0.0.1:{taken.getsockname()[1]}/v1", KEY)) as models:
+            error = await fail(models.get(None)[0])
+    assert (error.code, error.retry, "--base-url" in str(error)) == ("model_unavailable", True, True)
     for wrong in ("localhost:11434/v1", "example.com", "ftp://localhost/v1", "http:///v1", "/v1", "http://[::1/v1"):
         with pytest.raises(memws.UsageError, match="like http://localhost:11434/v1"):
             memws.Models("m", wrong, KEY)
@@ -480,15 +485,6 @@ async def test_silence(endpoint: Endpoint, monkeypatch: Patch, answer: Reply, ti
         error = await fail(models.get(None)[0])
     assert (error.code, error.retry) == ("model_timeout", "again" in words)
     assert words.partition(",")[0] in str(error)
-
-
-async def test_where_nobody_listens() -> None:
-    """It says so, and what to check."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        async with closing(memws.Models("m", f"http://127.0.0.1:{taken.getsockname()[1]}/v1", KEY)) as models:
-            error = await fail(models.get(None)[0])
-    assert (error.code, error.retry, "--base-url" in str(error)) == ("model_unavailable", True, True)
 
 
 LEAKS = [

@@ -550,7 +550,10 @@ def test_the_decorator_registers_and_replaces(online: Callable[..., Any], endpoi
 
 
 def test_a_tool_knows_its_agent(online: Callable[..., Any], endpoint: Endpoint) -> None:
-    """A parameter for the agent is filled in and no model sees it: the to-do lists of two agents are two."""
+    """A parameter for the agent is filled in and no model sees it: the to-do lists of two agents are two.
+
+    A tool that begins a turn of its agent is refused; one that cancels its task ends its turn, and no other.
+    """
     server, todo = online(), collections.defaultdict[str, list[str]](list)
 
     @server.tool
@@ -563,36 +566,27 @@ def test_a_tool_knows_its_agent(online: Callable[..., Any], endpoint: Endpoint) 
     async def count(agent: "memws.Agent | None" = None) -> int:
         return len(todo[agent.name]) if agent else -1
 
-    for name in ("ada", "bob"):
-        server.create_new_agent({"name": name, "human": f"I am {name}", "tools": ["add", "count"]})
-        endpoint.script(Reply(calls=[("add", {"item": "tea", "agent": "eve"}), ("count", {})]))
-        server.run_step("Go")
-        assert results(endpoint.requests[-1]) == [f"OK: {name}: ['tea'], I am {name}", "OK: 1"]
-    specs = {tool["function"]["name"]: tool["function"]["parameters"] for tool in endpoint.requests[0]["tools"]}
-    assert (specs["add"]["required"], list(specs["count"]["properties"])) == (["item"], ["request_heartbeat"])
-
-
-def test_a_tool_cannot_harm_the_turn_that_calls_it(online: Callable[..., Any], endpoint: Endpoint) -> None:
-    """A tool that begins a turn of its agent is refused; one that cancels its task ends its turn, and no other."""
-    server = online()
-
     @server.tool
     async def nest(agent: memws.Agent) -> None:
         await agent.turn(memws.Turn("nested", "Hi"))
 
     @server.tool
     async def cancel() -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
+        asyncio.current_task().cancel()  # type: ignore[union-attr]
         await asyncio.sleep(0)
 
-    server.create_new_agent({"name": "sam", "tools": ["nest", "cancel"]})
+    for name in ("ada", "bob"):
+        server.create_new_agent({"name": name, "human": f"I am {name}", "tools": ["add", "count", "nest", "cancel"]})
+        endpoint.script(Reply(calls=[("add", {"item": "tea", "agent": "eve"}), ("count", {})]))
+        server.run_step("Go")
+        assert results(endpoint.requests[-1]) == [f"OK: {name}: ['tea'], I am {name}", "OK: 1"]
+    specs = {tool["function"]["name"]: tool["function"]["parameters"] for tool in endpoint.requests[0]["tools"]}
+    assert (specs["add"]["required"], list(specs["count"]["properties"])) == (["item"], ["request_heartbeat"])
     endpoint.script(Reply(calls=[("nest", {})]), Reply(calls=[("cancel", {})]))
     assert Told(server.run_step("Go")).stop_reason == "interrupted"
     assert Told(server.run_step("Go on")).replies == ["Hello!"]
-    nested = "Failed: Refused: agent 'sam' is in a turn; wait for its end"
-    assert results(endpoint.requests[-1]) == [nested, "Failed: interrupted: result unknown"]
+    nested = "Failed: Refused: agent 'bob' is in a turn; wait for its end"
+    assert results(endpoint.requests[-1])[-2:] == [nested, "Failed: interrupted: result unknown"]
 
 
 async def call(lab: Lab, agent: Agent, name: str, /, **arguments: Any) -> tuple[Told, str]:
