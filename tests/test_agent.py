@@ -208,16 +208,6 @@ async def test_the_events_of_a_step_are_in_the_order_of_0_2_7(endpoint: Endpoint
     assert await lab.events(agent) == [frame for frame in turn.events if "seq" in frame]
 
 
-@pytest.mark.parametrize("reason", [memws.HEARTBEAT_TIMER, memws.HEARTBEAT_WAKE])
-async def test_a_turn_without_a_message(endpoint: Endpoint, lab: Lab, agent: Agent, reason: str) -> None:
-    """A timed heartbeat and a wake start with a heartbeat; nobody waits for a reply, so plain text is monologue."""
-    turn = await lab.say(agent, None, Reply("Nothing to do."), reason=reason)
-    assert [content["reason"] for content in packed(endpoint.requests[0], "heartbeat")] == [reason]
-    assert turn.kinds == ["heartbeat", "internal_monologue", "context"]
-    assert (turn.stop_reason, len(endpoint.requests), packed(endpoint.requests[0], "login")) == ("done", 1, [])
-    assert (await lab.say(agent, None, reason=reason)).replies == ["Hello!"]
-
-
 """What is seen of a turn that has an answer at once. The table names what is different."""
 
 
@@ -240,7 +230,7 @@ WORDS, LONG = (
     "prompt is too long: 9000 > 8000 maximum",
 )
 ASKED_FOR, AFTER_FAILURE, NO_REPLY = memws.HEARTBEAT_REQUESTED, memws.HEARTBEAT_FAILED, memws.HEARTBEAT_NO_REPLY
-BOTH = ["Hello!", "Hello!"]
+TIMER, WAKE, BOTH = memws.HEARTBEAT_TIMER, memws.HEARTBEAT_WAKE, ["Hello!", "Hello!"]
 AS_TEXT = (SEARCH[0], SEARCH[1] | {"request_heartbeat": "true"})
 UNKNOWN = "unknown tool 'no_such_tool'"
 
@@ -295,6 +285,10 @@ OUTCOMES = {
     "a failed call": outcome(Reply(calls=[HELLO, WRONG[0]]), asked=2, replies=BOTH, heartbeats=[AFTER_FAILURE]),
     "no reply yet": outcome(Reply(calls=[APPEND]), asked=2, human="Zoe\nName: Zoe", heartbeats=[NO_REPLY]),
     "a reply, and none asked for": outcome(Reply(calls=[SEARCH, APPEND, HELLO]), human="Zoe\nName: Zoe", heartbeats=[]),
+    # Where nobody waits for a reply, plain text is monologue.
+    "a timer": outcome(Reply("Hm."), reason=TIMER, replies=[], heartbeats=[TIMER], thoughts=["Hm."]),
+    "a wake": outcome(Reply("Hm."), reason=WAKE, replies=[], heartbeats=[WAKE], thoughts=["Hm."]),
+    "a wake and a reply": outcome(reason=WAKE, heartbeats=[WAKE]),
     # What somebody pasted and the model repeats among words runs nothing.
     "markup alone": outcome(Reply(f"<think>3?</think>{COUNT}<|im_end|>"), asked=2, ran=[3], corrections=["text_call"]),
     "markup after words": outcome(Reply(f"You wrote {COUNT}"), **MENDED),
@@ -362,31 +356,35 @@ async def test_what_comes_of_an_answer(
     endpoint.refuse, words = expected.pop("refuse", set()), expected.pop("says", "")
     agent = await lab.create(human="Zoe", **expected.pop("config", {}))
     lab.models.endpoint.idle_timeout = 0.05 if "stall_after=2" in str(answers) else 30.0
-    turn = await lab.say(agent, "Hi", *answers)
+    reason = expected.pop("reason", "")
+    turn = await lab.say(agent, None if reason else "Hi", *answers, reason=reason)
     said, retries, failure = turn.of("assistant_message"), turn.of("retry"), turn.end.get("message", "")
     seen = {
         "end": turn.end.get("code", turn.stop_reason), "asked": len(endpoint.requests), "replies": turn.replies,
         "partial": [frame["message"] for frame in said if frame.get("partial")], "corrections": turn.corrections,
         "retries": [(frame["code"], frame["attempt"], frame["of"], frame["delay_ms"]) for frame in retries],
         "ran": ran, "human": agent.blocks["human"].value, "heartbeats": turn.texts("heartbeat"),
+        "thoughts": turn.texts("internal_monologue"),
     }  # fmt: skip
-    assert seen == {"heartbeats": seen["heartbeats"]} | expected
+    assert seen == {"heartbeats": seen["heartbeats"], "thoughts": seen["thoughts"]} | expected
     assert re.search(words, failure)
     assert turn.end["type"] == ("agent_response_error" if failure else "agent_response_end")
     assert turn.end["usage"]["model_calls"] == seen["asked"]
     alerts = str(packed(endpoint.requests[-1], "system_alert"))
     assert alerts.count("last answer could not be used") == str(retries).count("bad_output")
     assert [event["reason"] for event in packed(endpoint.requests[-1], "heartbeat")] == seen["heartbeats"]
+    assert bool(packed(endpoint.requests[-1], "login")) == (reason == "")
     got = await sent_for(agent, "turn-1", max(event.get("step", 1) for event in turn.events))
     assert memws.encode_json(got["request"]).encode() == endpoint.bodies[-1]
     assert ONCE not in endpoint.bodies[-1].decode(), "what was broken leaves no trace"
     if failure and not (turn.replies or turn.of("tool_return")):
         assert (got["response"]["error"], failure in caplog.text) == ({"code": seen["end"], "message": failure}, True)
-    assert not re.search("Hello!|think>|tool_call>", "".join(turn.texts("internal_monologue")))
+    assert not re.search("Hello!|think>|tool_call>", str(seen["thoughts"]))
     assert ("tool_call>" in "".join(turn.texts("delta"))) == ("tool_call>" in str(turn.replies))
     assert await recalled(lab, agent, str(turn.replies or "Hello!")) == turn.replies
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
-    assert [message["message"] for message in packed(endpoint.requests[-1], "user_message")] == ["Hi", "Again"]
+    texts = [message["message"] for message in packed(endpoint.requests[-1], "user_message")]
+    assert texts == ["Hi", "Again"][bool(reason) :]
     assert all(reply.split("`")[0] in str(endpoint.requests[-1]) for reply in turn.replies), (
         "it sees its own words again"
     )

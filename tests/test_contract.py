@@ -62,7 +62,7 @@ rename, delete, restore, purge: machine test_whatever_clients_do; client test_re
   test_a_purged_agent_is_gone
 messages and search: server test_get_messages_pages_backwards test_search_memory
 blocks and passages: server test_edits_of_memory test_blocks_are_reshaped; tools test_core_memory_is_edited
-wake, heartbeats: server test_timed_heartbeats; agent test_a_turn_without_a_message
+wake, heartbeats: server test_timed_heartbeats; agent test_what_comes_of_an_answer
 """
 BAD_INPUT = """
 not JSON, no object, wrong types, too deep, huge numbers, NaN: wire test_hostile_frames_get_one_named_error
