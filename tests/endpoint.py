@@ -5,7 +5,7 @@ It refuses with HTTP 400 what the real API refuses, and misbehaves on demand as 
     with Endpoint() as endpoint:
         endpoint.script(Reply("Hello", cut_after=2), Reply(status=429, headers={"Retry-After": "1"}), Reply("Hello"))
 
-It runs on a daemon thread of its own, so a test may block on it. Not covered: TLS, HTTP/2, chunked requests.
+It runs on a thread of its own, so a test may block on it. Not covered: TLS, HTTP/2, chunked requests.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mappin
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
+from anyio.from_thread import start_blocking_portal
 from pydantic import ConfigDict, Field, Json, ValidationError, create_model
 
 Body = dict[str, Any]
@@ -343,29 +344,19 @@ class Request(NamedTuple):
 
 
 class Loopback:
-    """What serves a free loopback port on the loop of its own daemon thread, while the `with` block lasts."""
-
-    port = 0
+    """What serves a free loopback port on the loop of a thread of its own, while the `with` block lasts."""
 
     def __enter__(self) -> Self:
-        self._news = threading.Condition()
-        self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self._thread.start()
-        self._started.wait()
+        self._news, self._stack = threading.Condition(), contextlib.ExitStack()
+        portal = self._stack.enter_context(start_blocking_portal())
+        self._loop = portal.call(asyncio.get_running_loop)
+        server = self._stack.enter_context(portal.wrap_async_context_manager(self._listening()))
+        self.port: int = server.sockets[0].getsockname()[1]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         """Reset every connection and free the port."""
-        self._loop.call_soon_threadsafe(self._stopping.set)
-        self._thread.join()
-
-    async def _serve(self) -> None:
-        self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
-        async with self._listening() as server:
-            self.port = server.sockets[0].getsockname()[1]
-            self._started.set()
-            await self._stopping.wait()
+        self._stack.close()
 
     def _listening(self) -> contextlib.AbstractAsyncContextManager[Any]:
         """A server of asyncio or websockets that listens on 127.0.0.1; at the end its connections are ended."""
