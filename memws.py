@@ -7717,7 +7717,7 @@ class Reader:
         self._unwritten = 0  # characters of frames that wait to be written
         session.readers[live] = self
         live.readers.add(self)
-        self.task = live.agents.spawn(self._serve())
+        self.task = live.agents.spawn(self._send_to_end())
 
     def subscribe(self, floor: float) -> None:
         """Get all events above that seq; infinity ends the subscription."""
@@ -7745,10 +7745,10 @@ class Reader:
         self.live.agents.spawn(self.session._reply(text))
         self.live.wake()
 
-    async def _serve(self) -> None:
+    async def _send_to_end(self) -> None:
         with contextlib.suppress(ConnectionClosed, InvalidState):
             try:
-                await self._read()
+                await self._send_wanted()
                 error: MemwsError | None = self.live.end
             except StoreFailed as failure:
                 logger.error("agent %s cannot be replayed: %s", self.live.name, failure)
@@ -7759,7 +7759,7 @@ class Reader:
             for turn_id in list(self.turns):
                 self._refuse(turn_id, error)
 
-    async def _read(self) -> None:
+    async def _send_wanted(self) -> None:
         """Send what is wanted until nothing is, or the agent is no longer in use. Raises StoreFailed."""
         live = self.live
         while self.floor < math.inf or self.turns:
@@ -7899,7 +7899,7 @@ class Session:
         self._request_id = request.get("id")
         try:
             function, arguments = resolve(request, known_commands())
-            result = await self._call(function, arguments, request)
+            result = await self._run_command(function, arguments, request)
             text = "" if result is None else result_frame(request, result)
             if len(text.encode()) > MAX_FRAME:
                 raise Refused("too_large", f"the answer has more than {MAX_FRAME:,} bytes; ask for less at a time")
@@ -7913,9 +7913,9 @@ class Session:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first
             await self._reply(text)
 
-    async def _call(self, function: Function, arguments: JSON, request: JSON) -> JSON | None:
+    async def _run_command(self, function: Function, arguments: JSON, request: JSON) -> JSON | None:
         """Run a command, here or on the server that runs its agent."""
-        live = await self._live(arguments.pop("agent_name", None)) if function.filled else None
+        live = await self._find_live(arguments.pop("agent_name", None)) if function.filled else None
         while True:
             try:
                 if live and "live" in function.filled:
@@ -7938,7 +7938,7 @@ class Session:
             reader.follow(result["turn_id"], None, item, replay=reader.floor == math.inf)
         return result
 
-    async def _live(self, name: str | None) -> LiveAgent:
+    async def _find_live(self, name: str | None) -> LiveAgent:
         """The agent that a request means. Raises Refused (no_agent, unknown_agent)."""
         live = self._current if name is None else await self._agents.get(name)
         if live is None or (name is None and live.end and not self._agents.stopping):
@@ -8023,7 +8023,7 @@ class Session:
         Result: {agent_name, model, last_seq, repaired, warnings}."""
         if name is None and agent_name is None:
             raise InvalidRequest("missing_field", "load_agent needs the field 'name'")
-        live = self._current = await self._live(agent_name if name is None else name)
+        live = self._current = await self._find_live(agent_name if name is None else name)
         agent = await live.fresh()
         repairs, agent.repairs = agent.repairs, []
         about = {"agent_name": live.name, "model": agent.settings()["model"], "last_seq": live.last_seq}
@@ -8114,7 +8114,7 @@ class Session:
         purge: forget the agent for ever instead."""
         store = self._agents.store
         try:
-            live = await self._live(agent_name)
+            live = await self._find_live(agent_name)
         except Refused as error:
             if not purge or error.code != "unknown_agent":
                 raise
@@ -8550,13 +8550,13 @@ class WebSocketServer:
         Raises UsageError where the port or the database is taken."""
         if not self._listeners:
             self._bind()
-            self._call(self.listen)
+            self._run_on_loop(self.listen)
         return self
 
     def stop(self) -> None:
         """End turns cleanly, free the port, leave no thread or task but a tool that will not end, which is named."""
         if self.agents is not None:
-            self._call(self.close)
+            self._run_on_loop(self.close)
         if self._thread is not None:
             self._thread.stop()
             self._thread = None
@@ -8598,7 +8598,7 @@ class WebSocketServer:
 
     def create_new_agent(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Agent:
         """A new agent: a name, config or keywords as in create_agent, plus base_url and api_key. Raises Refused."""
-        return self._call(self.create_new_agent_async, config, **more)
+        return self._run_on_loop(self.create_new_agent_async, config, **more)
 
     async def create_new_agent_async(self, config: str | Mapping[str, Any] | None = None, **more: Any) -> Agent:
         values = {**(config if isinstance(config, Mapping) else {"name": config}), **more}
@@ -8610,7 +8610,7 @@ class WebSocketServer:
 
     def load_agent(self, agent_name: str) -> Agent:
         """The agent of that name. Raises Refused with the ten nearest names."""
-        return self._call(self.load_agent_async, agent_name)
+        return self._run_on_loop(self.load_agent_async, agent_name)
 
     async def load_agent_async(self, agent_name: str) -> Agent:
         self.agent = await (await self.open().get(agent_name)).fresh()
@@ -8622,7 +8622,7 @@ class WebSocketServer:
         first_message asks that the first reply goes through send_message, and tries again where it does not; no_verify
         skips that. Raises Refused (no_agent), or with the code of a message that never became a turn.
         """
-        return self._call(self.run_step_async, user_message, first_message, no_verify)
+        return self._run_on_loop(self.run_step_async, user_message, first_message, no_verify)
 
     async def run_step_async(
         self, user_message: str, first_message: bool = False, no_verify: bool = False
@@ -8636,7 +8636,7 @@ class WebSocketServer:
         await asyncio.shield(item.done)  # a caller that waits no longer does not end it
         return [decode_json(event.text) async for event in live.events(0, live.last_seq, item.turn_id)]
 
-    def _call(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    def _run_on_loop(self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
         """The result of a coroutine function on the server's loop, which is made where there is none yet."""
         if self._loop is None:
             self.claim()
