@@ -948,21 +948,21 @@ def read_body(role: str, text: str) -> JSON | None:
 
 
 def history_faults(messages: Sequence[ChatMessage]) -> tuple[list[tuple[int, str]], dict[str, str]]:
-    """(index, fault) of the places before which a prompt may not begin; of the calls at the end that are still open the
+    """(place, fault) of those before which a prompt may not begin; of the calls at the end that are still open the
     ids, each with its tool."""
     faults: list[tuple[int, str]] = []
     waiting: dict[str, str] = {}
-    for index, message in enumerate(messages):
+    for place, message in enumerate(messages):
         body = read_body(message.role, message.body)
         if body is None:
-            faults.append((index + 1, f"chat message {message.id} is damaged"))
+            faults.append((place + 1, f"chat message {message.id} is damaged"))
             waiting = {}
         elif message.role == "tool":
             if waiting.pop(body["tool_call_id"], None) is None:
-                faults.append((index + 1, f"chat message {message.id} answers a call that is not there"))
+                faults.append((place + 1, f"chat message {message.id} answers a call that is not there"))
         else:
             if waiting:
-                faults.append((index, f"calls before chat message {message.id} have no result: {', '.join(waiting)}"))
+                faults.append((place, f"calls before chat message {message.id} have no result: {', '.join(waiting)}"))
             waiting = {call["id"]: call["function"]["name"] for call in body.get("tool_calls", ())}
     return faults, waiting
 
@@ -1589,10 +1589,9 @@ class PostgresConnection:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        driver = self._database.driver
         try:
             yield
-        except driver.Error as error:  # both have the names of the standard (PEP 249)
+        except self._database.driver.Error as error:  # both have the names of the standard (PEP 249)
             kind = next(each.__name__ for each in type(error).__mro__ if hasattr(sqlite3, each.__name__))
             text = error.diag.message_primary or str(error)
             raise getattr(sqlite3, kind)(" ".join(text.split())) from error
@@ -1714,8 +1713,7 @@ Span = tuple[int, int]
 def remember(db: SqlConnection, agent: int, document: Document, joined: bool | None = None) -> int:
     """Store what a search is to find once it is indexed; its doc. joined: to the session before it, where known."""
     low = (agent * 2 + STORES.index(document.store)) * PLACES
-    sql = """SELECT doc, time, words, text FROM memory WHERE doc BETWEEN ? AND ? AND item < ?
-        ORDER BY doc DESC LIMIT 1"""
+    sql = "SELECT doc, time, words, text FROM memory WHERE doc BETWEEN ? AND ? AND item < ? ORDER BY doc DESC LIMIT 1"
     last = db.execute(sql, (low, low + PLACES - 1, document.id)).fetchone()
     text, moment = clean_text(document.text), clean_text(document.time)
     words, terms = len(re.findall(_WORD, text)), split_terms(text)
@@ -1914,8 +1912,7 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     columns = "".join(f"{name} = ?, " for name in changes.columns)
     sql = f"""UPDATE agents SET {columns} last_seq = last_seq + ?, last_active = ? WHERE id = ? AND deleted IS NULL
         {fence} RETURNING last_seq, config, state, blocks"""
-    texts = map(encode_json, changes.columns.values())
-    row = db.execute(sql, (*texts, count, now, agent, *owners)).fetchone()
+    row = db.execute(sql, (*map(encode_json, changes.columns.values()), count, now, agent, *owners)).fetchone()
     if row is None:
         lost = LeaseLost("another server runs the agent by now; send it again")
         raise lost if owners else StoreFailed("the agent was deleted or rewound meanwhile")
@@ -1983,11 +1980,11 @@ def read_events(db: SqlConnection, agent: int, after: int, limit: int, turn_id: 
     turn, values = ("", ()) if turn_id is None else (span, (agent, turn_id) * 2)
     sql = f"SELECT seq, kind, turn_id, text FROM events WHERE {turn} agent = ? AND seq > ? ORDER BY seq LIMIT ?"
     rows, size = db.execute(sql, (*values, agent, after, limit)), 0
-    page: list[StoredEvent] = []
+    events: list[StoredEvent] = []
     while size < EVENT_PAGE and (row := rows.fetchone()):
-        page.append(_whole(StoredEvent(*row)))
-        size += len(page[-1].text)
-    return page
+        events.append(_whole(StoredEvent(*row)))
+        size += len(events[-1].text)
+    return events
 
 
 def find_turn(db: SqlConnection, agent: int, turn_id: str) -> dict[str, str]:
@@ -2006,7 +2003,7 @@ def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> JSON
     if row is None:
         reason = "there was none, or vacuum --keep-requests has dropped it"
         raise Refused("not_found", f"no model call of turn {quote(turn_id)}, step {step} is kept: {reason}")
-    pieces, first, last, digest, response, usage, first_token_ms, total_ms = row
+    pieces, first, last, digest, answered, usage, first_token_ms, total_ms = row
     texts = dict(zip(_PIECES, decode_json(zlib.decompress(pieces)), strict=False))  # the former format has no shape
     request = RequestRecord(turn_id, step, first=first, last=last, **texts)
     sql = "SELECT body FROM messages WHERE agent = ? AND id BETWEEN ? AND ? ORDER BY id"
@@ -2014,7 +2011,7 @@ def find_request(db: SqlConnection, agent: int, turn_id: str, step: int) -> JSON
     if hashlib.sha256(body.encode()).digest() != digest:
         raise StoreFailed("the stored request does not match the digest of what was sent; run memws.py check")
     times = {"first_token_ms": first_token_ms, "total_ms": total_ms}
-    return {"request": decode_json(body), "response": decode_json(response), "usage": decode_json(usage), **times}
+    return {"request": decode_json(body), "response": decode_json(answered), "usage": decode_json(usage), **times}
 
 
 def find_passage(db: SqlConnection, agent: int, item: int) -> Document | None:
@@ -2039,9 +2036,9 @@ def find_agent(db: SqlConnection, name: str, deleted: bool = False) -> AgentReco
     names = [row[0] for row in db.execute(f"SELECT DISTINCT name FROM agents WHERE {where}")]
     import difflib  # which no start needs
 
-    nearest = [repr(each) for each in difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0)]
-    nearest += ["…"] if len(names) > len(nearest) else []
-    known = f"{len(names)} known: {', '.join(nearest)}" if names else "there are none yet"
+    alike = [repr(each) for each in difflib.get_close_matches(name[:MAX_NAME], names[:5000], 10, 0.0)]
+    alike += ["…"] if len(names) > len(alike) else []
+    known = f"{len(names)} known: {', '.join(alike)}" if names else "there are none yet"
     raise Refused("unknown_agent", f"unknown agent {quote(name)}; {known}; send create_agent first")
 
 
@@ -2065,10 +2062,9 @@ def claim(db: SqlConnection, name: str) -> int:
 
 def name_agent(db: SqlConnection, agent: int, name: str, least: int = 0) -> AgentRecord:
     """Give an agent, live or deleted, the name; its last seq is at least so much. Raises Refused (name_taken)."""
-    sql = """UPDATE agents SET name = ?, deleted = NULL, last_seq = CASE WHEN last_seq > ? THEN last_seq ELSE ? END
-        WHERE id = ?"""
     last_seq = max(claim(db, name), least)
-    db.execute(sql, (name, last_seq, last_seq, agent))
+    db.execute("UPDATE agents SET name = ?, deleted = NULL WHERE id = ?", (name, agent))
+    db.execute("UPDATE agents SET last_seq = ? WHERE id = ? AND last_seq < ?", (last_seq, agent, last_seq))
     return find_agent(db, name)
 
 
@@ -2139,8 +2135,7 @@ class MemoryIndex:
             self._agent = create_agent(self._connection, AgentRecord("", {}, [])).id
             for item, (speaker, date, text) in enumerate(turns, 1):
                 moment = next((f"{day}T12" for day, _ in named_days(date, datetime.date.min)), "")
-                document = Document(item, kind, speaker, moment, text)
-                remember(self._connection, self._agent, document, date == before)
+                remember(self._connection, self._agent, Document(item, kind, speaker, moment, text), date == before)
                 before = date
             index(self._connection, "agent = ?", self._agent)
 
@@ -4292,7 +4287,7 @@ def find_zone(name: str | None) -> datetime.tzinfo | None:
         raise Refused("bad_config", text) from None
 
 
-def moment(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> str:
+def moment_of(text: str, zone: datetime.tzinfo | None, is_end: bool = False) -> str:
     """The UTC time at which a day or time begins, or has ended; of an empty text all time. Raises InvalidRequest."""
     if not text.strip():
         return "~" if is_end else ""
@@ -4379,7 +4374,9 @@ class MemoryTools(Transaction):
     async def conversation_search_date(self, start_date: _Day, end_date: _Day, page: int = 0) -> str:
         """List what the user and you said between two days, the newest first."""
         zone = self.memory.zone
-        return await self.search("recall", "", page, moment(start_date, zone), moment(end_date, zone, is_end=True))
+        return await self.search(
+            "recall", "", page, moment_of(start_date, zone), moment_of(end_date, zone, is_end=True)
+        )
 
     async def archival_memory_insert(self, content: str) -> None:
         """Keep a passage in archival memory, worded so that a search will find it."""
@@ -5020,8 +5017,7 @@ class Agent:
         if reason and end is None:
             change.wake(reason)
         self._add_context(change, sizes, warn)
-        ends_unasked = isinstance(end, str) and turn.stop_reason is None
-        if ends_unasked and reply.text and turn.unanswered:
+        if isinstance(end, str) and turn.stop_reason is None and reply.text and turn.unanswered:
             self._counts["no_reply"] += 1
             change.add_event("correction", "the turn ended without send_message", what="no_reply")
             change.add_message("assistant", "", {"role": "assistant", "content": reply.text})
@@ -5129,12 +5125,12 @@ class Agent:
     def _cut_at(self, keep: float) -> int:
         """Where to cut: the index of the first message kept, never between a call and its result; 0: nowhere."""
         tokens, best, messages = 0, 0, self.memory.messages
-        for index in range(len(messages) - 1, 0, -1):
-            tokens += messages[index].tokens
+        for place in range(len(messages) - 1, 0, -1):
+            tokens += messages[place].tokens
             if tokens > keep and best:
                 break
-            if messages[index].role != "tool":
-                best = index
+            if messages[place].role != "tool":
+                best = place
         return best
 
     async def _summarize(self, turn: Turn, hidden: Sequence[ChatMessage]) -> str:
@@ -8188,7 +8184,7 @@ class Session:
         """Search recall and archival memory; an empty query lists the newest first. from, to: its days or times,
         inclusive. Result: {items: [{id, store, role, from, time, text, score}], total, page, pages, more}."""
         zone, vector = agent.memory.zone, await agent.query_vector(query)
-        since, until = moment(from_ or "", zone), moment(to or "", zone, is_end=True)
+        since, until = moment_of(from_ or "", zone), moment_of(to or "", zone, is_end=True)
         stores = STORES if store == "all" else (store,)
         wanted = Query(query, stores, since, until, limit, (page - 1) * limit, vector=vector, zone=zone)
         documents, total = await self._agents.store.read(search, agent.record.id, wanted)
