@@ -12,12 +12,11 @@ import random
 import signal
 import time
 
-from servers import Fleet, Model
-from soaking import Site, Soak, client, run, site, until
-
-# isort: split
+import soaking
 from commandline import Serving
 from measure import percentile
+from servers import Fleet, Model
+from soaking import Site, Soak, client, site, until
 
 import memws
 
@@ -101,4 +100,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

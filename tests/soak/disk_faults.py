@@ -18,9 +18,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from soaking import GONE, Log, Site, Soak, client, read_all, run, site
-
-# isort: split
+import soaking
+from soaking import GONE, Log, Site, Soak, client, read_all, site
 from wire import JSON, is_terminal
 
 import memws
@@ -228,4 +227,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

@@ -14,10 +14,9 @@ import itertools
 import random
 from typing import Any, NamedTuple
 
-from soaking import Site, Soak, client, run, site
-
-# isort: split
+import soaking
 from postgres import Cluster, find_programs
+from soaking import Site, Soak, client, site
 from wire import JSON, beside
 
 import memws
@@ -209,4 +208,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

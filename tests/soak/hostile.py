@@ -17,11 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from soaking import GONE, Soak, client, handshake, healthy_client, run, site, until
-
-# isort: split
+import soaking
 from commandline import Serving
 from measure import memory
+from soaking import GONE, Soak, client, handshake, healthy_client, site, until
 from test_gate import ADDRESSES, BAD_HOSTS, BAD_ORIGINS, BREACHES, FOREIGN, TOKEN, WRONG_TOKENS
 from test_wire import COMMANDS, HOSTILE, candidates, frame_of, needed
 from websockets.asyncio.client import ClientConnection
@@ -353,4 +352,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

@@ -13,11 +13,10 @@ import sqlite3
 import zlib
 from typing import Any
 
-from soaking import Site, Soak, client, read_all, run, site
-
-# isort: split
+import soaking
 from commandline import Serving
 from endpoint import Body, Reply
+from soaking import Site, Soak, client, read_all, site
 from wire import JSON, Wire, is_terminal
 
 WHAT, COUNT = "injected text that a model obeys", 200
@@ -219,4 +218,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

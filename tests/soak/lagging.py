@@ -11,11 +11,10 @@ import json
 import signal
 import socket
 
-from soaking import Site, Soak, client, narrow_socket, run, site, until
-
-# isort: split
+import soaking
 from commandline import Serving
 from endpoint import Body, Reply, greet
+from soaking import Site, Soak, client, narrow_socket, site, until
 from wire import JSON, Wire, is_terminal, seqs
 
 WHAT, COUNT = "a reader that lags behind at every kind of event", 300
@@ -217,4 +216,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

@@ -8,9 +8,8 @@ import asyncio
 import logging
 
 import hypothesis
-from soaking import Soak, run
-
-# isort: split
+import soaking
+from soaking import Soak
 from test_misbehaviour import BOUNDED, Trial, answers, bench_on, failures, slow, windows, wrongs
 
 WHAT, COUNT = "faults of the model", 1_000
@@ -43,4 +42,4 @@ async def main(soak: Soak) -> None:
 
 if __name__ == "__main__":
     logging.disable()  # of what becomes of each fault
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

@@ -13,12 +13,11 @@ import socket
 import time
 from pathlib import Path
 
-from soaking import Site, Soak, client, handshake, healthy_client, narrow_socket, run, site, until
-
-# isort: split
+import soaking
 from commandline import Serving
 from endpoint import Body, Reply, greet
 from measure import memory
+from soaking import Site, Soak, client, handshake, healthy_client, narrow_socket, site, until
 from websockets.frames import Frame, Opcode
 from wire import JSON, Wire, events_of, is_terminal, of_kind
 
@@ -196,4 +195,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)

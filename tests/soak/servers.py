@@ -18,13 +18,12 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from soaking import GONE, Log, Site, Soak, client, run, site, until
-
-# isort: split
+import soaking
 from commandline import Serving
 from endpoint import Body, Reply, Request
 from measure import percentile
 from postgres import Cluster
+from soaking import GONE, Log, Site, Soak, client, site, until
 from wire import EVENTS, JSON, Wire, beside, is_terminal
 
 WHAT, COUNT = "kill -9 of servers that share a database, pauses, restarts of the database", 40
@@ -384,4 +383,4 @@ async def main(soak: Soak) -> None:
 
 
 if __name__ == "__main__":
-    run(main, WHAT, COUNT)
+    soaking.run(main, WHAT, COUNT)
