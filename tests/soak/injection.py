@@ -197,7 +197,6 @@ def look_at_files(soak: Soak, place: Site) -> None:
 
 
 async def main(soak: Soak) -> None:
-    soak.none(ROWS, SEEN, SECRETS, TOOLS, ENDS)
     model = Model(soak)
     flags = "--max-steps", "6", "--sync", "normal", "--log-level", "debug"
     variables = {"OPENAI_API_KEY": KEY, "MEMWS_TOKEN": TOKEN}

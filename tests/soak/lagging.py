@@ -205,7 +205,6 @@ async def case(soak: Soak, kind: str, subscribed: bool) -> None:
 
 
 async def main(soak: Soak) -> None:
-    soak.none(ENDS, TWICE)
     cases = list(itertools.product(KINDS, (True, False)))
     if soak.count < soak.full:  # in turn subscribed and not
         cases = [each for number, each in enumerate(cases) if number % 4 in (0, 3)]

@@ -174,7 +174,6 @@ def judge(soak: Soak, model: Writer, frames: list[JSON]) -> None:
 
 
 async def main(soak: Soak) -> None:
-    soak.none(CUT, STAY, FAILED)
     model, limits = Writer(soak.rng), HASTE if soak.count < soak.full else FULL
     async with site(soak, model) as place:
         server = await place.start("--context-window", "200000", constants=limits)

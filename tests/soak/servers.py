@@ -102,9 +102,7 @@ class Fleet:
 
     def __init__(self, soak: Soak, place: Site, servers: int, clients: int, agents: int) -> None:
         self.soak, self.place, self.rng, self.size = soak, place, soak.rng, servers
-        soak.none("turns of one agent that overlap", "ends told twice", "messages without an end")
-        soak.none("clients that wait too long", "turns that end for no reason", "commands that are refused")
-        soak.none("passages lost or doubled")
+        soak.none("clients that wait too long", "commands that are refused", "passages lost or doubled")
         self.logs = [Log(soak, f"agent-{number}") for number in range(agents)]
         self.clients = [Client(self, number, clients) for number in range(clients)]
         self.servers: list[Serving] = []
