@@ -2660,8 +2660,6 @@ def finish_rewind(
 # 6. LLM: what a model answers, OpenAI-compatible endpoints, the offline model
 # ======================================================================================================================
 
-CLIENT_REQUESTS = 8  # requests at once that share an openai client: its pool looks at all of them for each
-
 
 @dataclass(repr=False)
 class Learned:
@@ -2697,7 +2695,8 @@ _PARAMETER = rf"""
     (.*?)\n?</[^<>\s]{{0,20}}?(?:param(?:eter)?|arg(?:ument|_value)?)>"""
 # Compiled when they are first needed, and kept by re: that would be 8 ms of every import.
 _IN_PROSE = rf"""
-    (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
+    (?=[^\w\s]|assistant|functools|to=|commentary|{_AT_START})  # else nothing of this begins here
+    (?: (?P<quoted> `[^`\n]+` | (?<![\w\\])"(?:[^"\\\n]|\\.)*+" | (?<!\w)'[^'\n]*'(?!\w) | “[^“”\n]*” | ^>\ [^\n]*
         | ^```(?:(?!^```).)*+^```(?!\s*(?:```|<[|｜/]|\Z)))  # a block of code that other text follows
     | (?P<thought> (?:[<◁]\|?(?!end_){_THOUGHT}(?:_start)?\|?[>▷] | (?-i:\[THINK\]) | <\|channel>thought
         | <\|open\|>think<\|sep\|> | <\|channel\|>analysis<\|message\|>)
@@ -2719,7 +2718,7 @@ _IN_PROSE = rf"""
     | (?P<token> {_MADE_UP} | {_TURN}(?:assistant|model) | <\|(?:channel|open|close)\|>\w+<\|(?:message|sep)\|>
         | <[|｜][^<>|｜\s]{{1,60}}[|｜]> | \A\s*<s> | </s>(?=\s*\Z) | <[be]os> | <end_of_turn> | <turn\|> | ^>>>all\n
         | </[^<>\s]{{0,20}}(?:tool|function)(?:_?call)?s?> | </?(?:answer|response)> | <role>\w+</role>
-        | \[END\ FINAL\ RESPONSE\] | </?[|｜\w:]*\Z)
+        | \[END\ FINAL\ RESPONSE\] | </?[|｜\w:]*\Z))
 """
 _UNSURE = rf"""(?mx)(?:  # what may become one of these, at the end of a text:
     (?:{_AT_START}|<\|channel\|>)(?:Action:.*|\[?(?:Calling|Tool|TOOL|Function)[_ ]\w*:?|(?:```|>>>)?[a-z_]*:?)\s*[!-~]*
@@ -3366,7 +3365,7 @@ class Endpoint:
         self.options["base_url"] = f"{parts.scheme}://{parts.netloc}{path}"
         if "api-version" in dict(query):  # Azure
             self.options["default_headers"] = {"api-key": self.key}
-        self._free = list[Any]()  # HTTP clients, each once for every request that it may take besides
+        self._free = list[Any]()  # HTTP clients, one for each request at once: a pool looks at all its connections
         self._certificates: Any = None  # of all clients: to read them takes 15 ms
         self._making, self._order = asyncio.Lock(), asyncio.Lock()
 
@@ -3375,7 +3374,7 @@ class Endpoint:
         """The HTTP client for one request. Raises UsageError where the openai package is missing."""
         async with self._making:
             if not self._free:
-                self._free += [await in_thread(_IMPORT_THREAD, self._make)] * CLIENT_REQUESTS
+                self._free.append(await in_thread(_IMPORT_THREAD, self._make))
             client = self._free.pop()
         try:
             yield client
@@ -3424,7 +3423,7 @@ class Endpoint:
         """Close the clients; an import that is under way is waited for, as threads outlive their loop."""
         for thread in (each for each in threading.enumerate() if each.name == _IMPORT_THREAD):
             thread.join()
-        for client in set(self._free):
+        for client in self._free:
             await client.aclose()
 
 
