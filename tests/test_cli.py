@@ -2,11 +2,13 @@
 
 import json
 import logging
+import random
 import re
 import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -183,7 +185,7 @@ REFUSALS = [
     *(([*words, "frobnicate"], "frobnicate") for words in ([], ["protocol"])),
     (["--port"], "--port"),
     (["--port", "0", "--db", "missing/x.db"], "No such file or directory"),
-    (["--port", "0", "--db", "text.db"], "file is not a database"),
+    (["--port", "0", "--db", "."], "cannot use the database '.' (unable to open database file); stop the memws server"),
     (["--port", "0", "--host", "nowhere.invalid", "--token", "x"], "choose another host or port"),
     (["--port", "0", "--host", "192.0.2.1", "--token", "x"], "choose another host or port"),
     *((["--port", "0", "--model", name], "--base-url") for name in ("gpt-5.4-mini", "claude-opus-5-5", "qwen3:8b")),
@@ -197,7 +199,7 @@ REFUSALS = [
     (["copy", "--to", "memws.db"], "required: --from"),
     (["export", "sam", "missing/x"], "missing"),
     *(([*word.split(), "--db", "missing.db"], "missing.db") for word in ("export sam", "check", "vacuum", "backup x")),
-    *(([command, "--db", "text.db"], "text.db") for command in ("check", "vacuum")),
+    (["vacuum", "--db", "text.db"], "text.db"),
     *((["vacuum", "--keep-requests", days], "--keep-requests") for days in ("-1", "nan", "1e9", "inf", "many", "")),
     (["backup", "missing/copy.db"], "missing"),
     (["backup", "memws.db"], "memws.db"),
@@ -208,8 +210,16 @@ WRONG = {
     "--allow-origin": ["nonsense", "", ",", "*", "https://", "https://*", "https://lab.example/app", "lab.example"],
     "--allow-host": ["", "http://lab.example", "*", "a b", "a/b"],
     "--base-url": ["localhost:1/v1", "file:///etc/passwd", "http://", "http://127.0.0.1:1/v1", "http://[::1"],
-    "--db": [".", "text.db/x", ""],
+    "--db": ["text.db/x", ""],
 }
+NOT_OURS = {
+    "text.db": "cannot use the database 'text.db' (file is not a database",
+    "junk.db": "cannot use the database 'junk.db' (",
+    "foreign.db": "'foreign.db' is a database of another program; name another",
+    "v2.db": "'v2.db' was written by another memws (schema 2, not 3); name another one",
+    "v99.db": "'v99.db' was written by another memws (schema 99, not 3); name another one",
+}
+REFUSALS += [([command, "--db", name], text) for name, text in NOT_OURS.items() for command in ("serve", "check")]
 REFUSALS += [(["--port", "0", flag, value], flag) for flag, values in WRONG.items() for value in values]
 
 
@@ -218,16 +228,21 @@ def test_refusals(tmp_path: Path, main: Main, monkeypatch: Patch) -> None:
     texts = {"text.db": "this is a diary and no database\n" * 40, "list.json": "[1]", "deep.json": "[" * 100_000}
     for name, text in (texts | {"cut.json": '{"agent": {"name": "sam"'}).items():
         (tmp_path / name).write_text(text, "utf-8")
+    (tmp_path / "junk.db").write_bytes(random.Random(1).randbytes(50_000))
+    ours = "PRAGMA application_id = 0x6D656D77; PRAGMA user_version = "
+    for name, sql in {"foreign.db": "", "v2.db": f"{ours} 2;", "v99.db": f"{ours} 99;"}.items():
+        with closing(sqlite3.connect(name)) as connection:
+            connection.executescript(f"{sql} CREATE TABLE agents (x)")
     with closing(memws.Sqlite("memws.db")) as database:
         memws.create_agent(database.open(), memws.AgentRecord("sam", {}, []))
 
     def content() -> dict[str, bytes]:
-        paths = [path for path in tmp_path.iterdir() if not re.search(r"-wal$|-shm$|\.lock$", path.name)]
+        paths = [path for path in tmp_path.iterdir() if not path.name.startswith(("memws.db-", "memws.db."))]
         return {path.name: path.read_bytes() for path in paths}
 
     before = content()
     for words, text in REFUSALS:
-        assert text in sentence(main(*words)), words
+        assert text in sentence(main(*words, variables={"MEMWS_PORT": "0"})), words
     for key in ("sk-ab\rcd", "sk-schlüssel"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         text = sentence(main("--port", "0"))

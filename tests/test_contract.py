@@ -16,8 +16,7 @@ one sentence, exit 2, no traceback: cli test_refusals test_missing_package; pyth
 chat: cli test_pipe test_interrupted_chat; chat test_conversation test_slash_commands
 check, export, import, backup, beside a server: keeping test_damage test_an_imported_agent_is_the_exported_one
   test_beside_turns
-former exports are read, a former database is refused: store test_a_former_export_is_read
-  test_what_is_no_database_of_ours_is_left_alone
+former exports are read, a former database is refused: store test_a_former_export_is_read; cli test_refusals
 record and replay: tape test_faults test_agents_at_once test_changed_prompts test_secrets test_files test_vectors
 the file alone serves; two copies do not meet: cli test_copied_alone
 the protocol as JSON Schema: wire test_the_protocol_is_that_of_the_contract

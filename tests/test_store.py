@@ -6,11 +6,10 @@ Every test of what a store keeps runs on a file, in memory and in PostgreSQL.
 import asyncio
 import json
 import os
-import random
 import sqlite3
 import stat
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
@@ -258,38 +257,6 @@ async def test_a_store_survives_being_opened_again(tmp_path: Path, sync: str, le
     async with opened(path) as store:
         assert await everything(store, agent.id) == before
         assert [event.seq for event in await store.write(commit, agent.id, step(2, "t2"))] == [3, 4]
-
-
-def script(sql: str) -> Callable[[Path], None]:
-    def make(path: Path) -> None:
-        with closing(sqlite3.connect(path)) as connection:
-            connection.executescript(sql)
-
-    return make
-
-
-OURS = "PRAGMA application_id = 0x6D656D77; CREATE TABLE agents (x); PRAGMA user_version = "
-REFUSED: dict[str, Callable[[Path], object]] = {  # the beginning of the sentence: what makes the file
-    "{path!r} is a database of another program; name another": script("CREATE TABLE agents (x)"),
-    "{path!r} was written by another memws (schema 99, not 3); name another one": script(f"{OURS} 99"),
-    "{path!r} was written by another memws (schema 2, not 3); name another one": script(f"{OURS} 2"),
-    "cannot use the database {path!r} (file is not a database": lambda path: path.write_text("notes\n" * 1000),
-    "cannot use the database {path!r} (": lambda path: path.write_bytes(random.Random(1).randbytes(50_000)),
-    "cannot use the database {path!r} (unable to open database file); stop the memws server": Path.mkdir,
-}
-
-
-@pytest.mark.parametrize("start", REFUSED)
-def test_what_is_no_database_of_ours_is_left_alone(tmp_path: Path, start: str) -> None:
-    """A file of another program, of another schema or of no database is refused by a sentence, and stays as it is."""
-    path = tmp_path / "memws.db"
-    REFUSED[start](path)
-    before = path.read_bytes() if path.is_file() else None
-    assert open_and_fail(path).startswith(start.format(path=str(path)))
-    with pytest.raises(memws.UsageError), memws.read_database(str(path)):
-        pass
-    assert (path.read_bytes() if path.is_file() else None) == before
-    assert list(modes_in(tmp_path)) == ["memws.db"]
 
 
 async def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
