@@ -51,7 +51,7 @@ requests are taken up in order, compact beside them: server test_a_flood_is_answ
   test_a_search_waits_beside_its_session
 id: server test_an_id_is_on_answers_starts_terminals_and_refusals; wire test_a_bad_id_is_refused
 agent_name, agent_id: server test_naming_an_agent_does_not_switch test_without_an_agent_nothing_is_current
-when_busy: server test_when_busy
+when_busy: machine test_whatever_clients_do
 every command: wire test_the_protocol_is_that_of_the_contract test_schema_and_check_agree_on_every_field
 create, load, config, names: server test_create_agent test_naming_an_agent_does_not_switch test_names_are_words
   test_create_agent_warns_of_what_it_ignores
@@ -135,7 +135,7 @@ text_too_long: server test_frames_in_fragments_and_of_the_largest_size; python_a
   test_python_calls_refuse_what_the_wire_refuses
 turn_id_reused: machine test_whatever_clients_do
 too_large: server test_an_answer_over_a_frame_is_too_large
-busy: server test_when_busy
+busy: machine test_whatever_clients_do
 conflict, not_found: server test_edits_of_memory
 unknown_turn, cancelled: machine test_whatever_clients_do
 unknown_seq: server test_an_unknown_seq_subscribes_nothing

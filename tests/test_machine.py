@@ -19,7 +19,7 @@ from typing import Any
 import openai  # noqa: F401 (half a second, once, and not in some move)
 import pytest
 from endpoint import Body, Endpoint, Reply, greet
-from wire import JSON, LIMIT, Wire, is_terminal, messages_of, wire
+from wire import JSON, LIMIT, Wire, is_terminal, messages_of, of_kind, wire
 
 import memws
 
@@ -75,6 +75,7 @@ class Someone:
     running: Sent | None = None
     waiting: list[Sent] = field(default_factory=list)
     order: list[str] = field(default_factory=list)  # its turns as they had to begin
+    superseded: set[str] = field(default_factory=set)  # those that another message has ended
 
     @property
     def last_seq(self) -> int:
@@ -233,6 +234,7 @@ class World:
                 assert event["message"] == agent.sent[event["turn_id"]].text
         assert running == (agent.running and agent.running.turn_id)
         assert begun == agent.order
+        assert {each["turn_id"] for each in agent.events if each.get("stop_reason") == "superseded"} == agent.superseded
 
     async def settle(self, agent: Someone) -> None:
         """Wait until an agent whose turn is stopped or over has nothing to do; whoever waited has had their turn."""
@@ -418,7 +420,10 @@ class World:
             agent.sent[sent.turn_id] = sent
             agent.waiting.append(sent)
             await person.wire.ok("list_agents", limit=1)
+            told = [frame["position"] for frame in of_kind(person.wire.before_answer, "queue")]
+            assert told == [len(agent.waiting)] * bool(person.types)
         else:
+            agent.superseded |= {agent.running.turn_id} if agent.running else set()
             agent.running, agent.sent[sent.turn_id] = None, sent
             agent.order.append(sent.turn_id)
             if kind == HELD:

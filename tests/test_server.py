@@ -776,21 +776,6 @@ async def test_what_cannot_be_read_is_read_later(client: Wire, server: Server) -
     assert (await client.receive())["seq"] == 1
 
 
-async def test_when_busy(client: Wire, endpoint: Endpoint) -> None:
-    """when_busy rejects, waits and tells the place, or supersedes and goes first (test_machine.py has every order)."""
-    await hold(client, endpoint, id="runs", when_busy="reject")
-    refusal = (await client.turn("rejected", when_busy="reject", turn_id="t"))[-1]
-    assert (refusal["code"], refusal["turn_id"]) == ("busy", "t")
-    for number in (1, 2):
-        await client.say(f"waits {number}", id=number)
-    await client.say("interrupts", id="interrupts", when_busy="interrupt")
-    frames = await client.until(lambda frame: is_terminal(frame) and frame["id"] == 2)
-    assert [(frame["position"], "seq" in frame) for frame in of_kind(frames, "queue")] == [(1, False), (2, False)]
-    assert list(ends_of(frames).items()) == [("runs", "superseded"), ("interrupts", "done"), (1, "done"), (2, "done")]
-    assert await messages_of(client, "sam") == ["runs", "interrupts", "waits 1", "waits 2"]
-    assert (await client.turn("idle now", when_busy="interrupt"))[-1]["stop_reason"] == "done"
-
-
 @on_both
 async def test_a_rename_by_force_ends_what_runs_first(client: Wire, endpoint: Endpoint) -> None:
     """Without force it is busy; with it the turn that runs is cancelled, as is what waits, and the name is changed."""
