@@ -87,8 +87,7 @@ classic types in their order: server test_the_flow_of_memgpt_0_2_7; agent
 more types: server test_hello_and_the_message_types test_deltas_are_live
 a turn: machine test_whatever_clients_do; kill test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
 exactly one terminal frame, whatever befalls a reader: soak test_every_figure_is_met
-a message that never becomes a turn: server test_eight_messages_of_a_connection_wait
-  test_thirty_two_messages_wait_for_an_agent; machine test_whatever_clients_do
+a message that never becomes a turn: machine test_whatever_clients_do
 seq: store test_a_purged_agent_is_gone; machine test_whatever_clients_do; soak test_every_figure_is_met
 a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool;
   soak test_every_figure_is_met
@@ -97,8 +96,7 @@ a turn_id sent again: server test_a_waiting_turn_sent_again test_a_running_turn_
   test_whatever_clients_do; soak test_every_figure_is_met
 a crash: kill test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
   test_a_repair_is_made_once_and_before_all_else; soak test_every_figure_is_met
-subscribe: server test_an_unknown_seq_subscribes_nothing test_what_cannot_be_read_is_read_later; machine
-  test_whatever_clients_do
+subscribe: server test_what_cannot_be_read_is_read_later; machine test_whatever_clients_do
 turns never overlap, agents never wait for each other: server test_a_blocking_tool_stops_nobody; machine
   test_whatever_clients_do
 """
@@ -138,10 +136,10 @@ too_large: server test_an_answer_over_a_frame_is_too_large
 busy: machine test_whatever_clients_do
 conflict, not_found: server test_edits_of_memory
 unknown_turn, cancelled: machine test_whatever_clients_do
-unknown_seq: server test_an_unknown_seq_subscribes_nothing
+unknown_seq: machine test_whatever_clients_do
 store_failed: server test_a_message_that_cannot_be_stored_is_refused
 internal: errors test_codes_and_sentences_are_those_of_the_contract; agent test_a_fault_of_ours_ends_its_turn_alone
-queue_full: server test_eight_messages_of_a_connection_wait
+queue_full: machine test_whatever_clients_do
 model_auth, model_refused, context_overflow, model_rate_limit, model_timeout, model_unavailable: llm
   test_a_failure_has_its_code
 bad_output: agent test_what_comes_of_an_answer

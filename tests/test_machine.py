@@ -339,7 +339,7 @@ class World:
                 frames += await person.unread()
             top = max([top, *(f["seq"] for f in frames if f.get("agent_name") == agent.name and "seq" in f)])
             assert len([frame for frame in frames if frame.get("message_type") == "agent_change"]) == told
-            self.check_ends(agent, person, frames, "unknown_agent")
+            self.check_ends(agent, person, frames, "cancelled", "unknown_agent")
             person.subscribed.discard(agent)
             person.current = None if person.current is agent else person.current
         agent.lose()
@@ -347,13 +347,12 @@ class World:
         if not purge:
             self.aside.setdefault(agent.name, []).append(agent)
 
-    def check_ends(self, agent: Someone, person: Person, frames: list[JSON], code: str) -> None:
+    def check_ends(self, agent: Someone, person: Person, frames: list[JSON], reason: str, code: str) -> None:
         """A client is told how its turns end when an agent or server goes: what ran is stored, what waited refused."""
         for item in (agent.running, *agent.waiting):
             if item is not None and item.sender is person:
                 (end,) = [frame for frame in frames if is_terminal(frame) and frame["turn_id"] == item.turn_id]
                 assert ("seq" in end) == (item is agent.running)
-                reason = "cancelled" if code == "unknown_agent" else "interrupted"
                 assert end.get("code", end["stop_reason"]) == (reason if item is agent.running else code)
 
     async def restore(self) -> None:
@@ -381,13 +380,17 @@ class World:
         await wire.ok("unsubscribe", agent_name=name)
 
     async def rename(self) -> None:
-        person, name, new_name = self.somebody(), self.named(), self.rng.choice(NAMES)
+        person, name, new_name, force = self.somebody(), self.named(), self.rng.choice(NAMES), self.chance()
         agent = self.live.get(name)
-        arguments = {"agent_name": name, "new_name": new_name}
-        if agent is None or agent.running or new_name in self.live:
-            code = "unknown_agent" if agent is None else "busy" if agent.running else "name_taken"
+        arguments = {"agent_name": name, "new_name": new_name, "force": force}
+        if agent is None or (agent.running and not force) or new_name in self.live:
+            code = "unknown_agent" if agent is None else "busy" if agent.running and not force else "name_taken"
             return await person.refused("rename_agent", code, **arguments)
         await person.wire.ok("rename_agent", **arguments)
+        for each in self.present:
+            await each.wire.ok("list_agents", limit=1)
+            self.check_ends(agent, each, each.wire.frames[each.read :], "cancelled", "cancelled")
+        agent.lose()
         await self.read_change(agent, new_name, "renamed")
         del self.live[name]
         await self.named_anew(agent, new_name)
@@ -411,7 +414,8 @@ class World:
         if agent is None:
             code = "unknown_agent" if name else "no_agent"
         elif agent.running:
-            code = "busy" if busy == "reject" else "queue_full" if waits == memws.MAX_WAITING_SESSION else None
+            is_full = waits == memws.MAX_WAITING_SESSION or len(agent.waiting) == memws.MAX_WAITING_AGENT
+            code = "busy" if busy == "reject" else "queue_full" if is_full else None
         if agent is None or code:
             frame = (await person.wire.until(lambda frame: frame.get("id") == sent.request_id))[-1]
             assert (frame["type"], frame["code"], frame["turn_id"]) == ("agent_response_error", code, sent.turn_id)
@@ -485,8 +489,9 @@ class World:
         agent = self.live.get(name)
         if agent is None:
             return await person.refused("subscribe", "unknown_agent", agent_name=name)
-        if self.chance(0.15):
-            return await person.refused("subscribe", "unknown_seq", agent_name=name, after=10**9)
+        for after in (-1, 10**9, 2**60, "0", 1.5, True, [], {}) if self.chance(0.15) else ():
+            error = await person.wire.refused("subscribe", agent_name=name, after=after)
+            assert (error["code"], error["last_seq"] >= agent.last_seq) == ("unknown_seq", True)
         seq = self.rng.choice([None, self.rng.randint(0, agent.last_seq)])
         answer = await person.wire.ok("subscribe", agent_name=name, **({} if seq is None else {"after": seq}))
         assert answer["last_seq"] >= agent.last_seq
@@ -559,12 +564,16 @@ class World:
             await person.wire.closed()
         assert person.wire.websocket.close_code == 1001
         for agent in self.live.values():
-            self.check_ends(agent, person, person.wire.frames[person.read :], "cancelled")
+            self.check_ends(agent, person, person.wire.frames[person.read :], "interrupted", "cancelled")
 
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("seed", range(SEEDS))
-async def test_whatever_clients_do(seed: int, endpoint: Endpoint, tmp_path: Path) -> None:
+async def test_whatever_clients_do(
+    seed: int, endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every request is answered as the protocol says, nothing is lost, doubled or out of order, across restarts too."""
     endpoint.default = answer
+    monkeypatch.setattr(memws, "MAX_WAITING_SESSION", 2)
+    monkeypatch.setattr(memws, "MAX_WAITING_AGENT", 3)
     await World(endpoint, tmp_path, seed).play()
