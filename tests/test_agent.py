@@ -225,10 +225,7 @@ THOUGHT_ONLY: Body = FAILED | MENDED | {"says": "only thought .*; raise max_toke
 TWICE = [("model_unavailable", 1, 2, 0), ("model_unavailable", 2, 2, 0)]
 PAUSES = [Reply(status=429, headers={"Retry-After": "0.03"}), Reply(status=503, headers={"Retry-After": "0.02"})]
 PAUSED = [("model_rate_limit", 1, 2, 30), ("model_unavailable", 2, 2, 20)]
-WORDS, LONG = (
-    "Jinja Exception: roles must not be like this; see line 25 of it",
-    "prompt is too long: 9000 > 8000 maximum",
-)
+WORDS, LONG = "Jinja Exception: roles must not be like this; see line 25", "prompt is too long: 9000 > 8000 maximum"
 ASKED_FOR, AFTER_FAILURE, NO_REPLY = memws.HEARTBEAT_REQUESTED, memws.HEARTBEAT_FAILED, memws.HEARTBEAT_NO_REPLY
 TIMER, WAKE, BOTH = memws.HEARTBEAT_TIMER, memws.HEARTBEAT_WAKE, ["Hello!", "Hello!"]
 AS_TEXT = (SEARCH[0], SEARCH[1] | {"request_heartbeat": "true"})
@@ -253,21 +250,22 @@ def outcome(*answers: Answer, **different: Any) -> tuple[Sequence[Answer], Body]
 WIDE = {"context_window": 100_000}
 FINISHES = {"length": "length", "error": "broken", "content_filter": "filtered"}
 LAST_STEP: Body = {"config": {"max_steps": 1}, "end": "max_steps", "human": "Zoe\nName: Zoe"}
-ONCE = "Once upon a"
+ONCE, LATER = "Once upon a", "Once upon a time"
 HALF_CALL = ("send_message", f'{{"message": "{ONCE}')
 HALF_TEXT = f'{{"name": "send_message", "arguments": {HALF_CALL[1]}'
-HALVES: list[tuple[str, str, Reply]] = [  # corrections, the code of a retry, and the answer that breaks off
-    ("length plain_text", "bad_output", Reply(ONCE, finish="length")),
-    ("filtered plain_text", "model_refused", Reply(ONCE, finish="content_filter")),
-    ("broken plain_text", "model_unavailable", Reply(ONCE, finish="error")),
-    ("broken plain_text", "model_unavailable", Reply(f"<think>Hm.</think>{ONCE} time", chunk=29, cut_after=2)),
-    ("broken plain_text", "model_unavailable", Reply(f"{ONCE} time", chunk=11, error_in_stream={"message": "oh"})),
-    ("broken plain_text", "model_timeout", Reply(f"{ONCE} time", chunk=11, stall_after=2)),
-    ("broken", "model_unavailable", Reply(calls=[HALF_CALL], chunk=99, cut_after=3)),
-    ("length", "bad_output", Reply(calls=[HALF_CALL], finish="MAX_TOKENS")),
-    ("length", "bad_output", Reply(HALF_TEXT, finish="length")),
-    ("length", "bad_output", Reply(calls=[APPEND, HALF_CALL], finish="length")),
-]
+PLAIN, DOWN = "broken plain_text", "model_unavailable"
+HALVES: dict[str, tuple[str, str, Reply]] = {  # corrections, the code of a retry, and the answer that breaks off
+    "text, length": ("length plain_text", "bad_output", Reply(ONCE, finish="length")),
+    "text, filtered": ("filtered plain_text", "model_refused", Reply(ONCE, finish="content_filter")),
+    "text, error": (PLAIN, DOWN, Reply(ONCE, finish="error")),
+    "text, a reset": (PLAIN, DOWN, Reply(f"<think>Hm.</think>{LATER}", chunk=29, cut_after=2)),
+    "text, an error": (PLAIN, DOWN, Reply(LATER, chunk=11, error_in_stream={"message": "oh"})),
+    "text, a stall": (PLAIN, "model_timeout", Reply(LATER, chunk=11, stall_after=2)),
+    "a call, a reset": ("broken", DOWN, Reply(calls=[HALF_CALL], chunk=99, cut_after=3)),
+    "a call, MAX_TOKENS": ("length", "bad_output", Reply(calls=[HALF_CALL], finish="MAX_TOKENS")),
+    "a call as text": ("length", "bad_output", Reply(HALF_TEXT, finish="length")),
+    "a call after a whole one": ("length", "bad_output", Reply(calls=[APPEND, HALF_CALL], finish="length")),
+}
 OUTCOMES = {
     "as it should be, and not counted": outcome(Reply(calls=[HELLO], usage=None)),
     "thoughts in tags": outcome(Reply("<think>A greeting.</think>\n\nHello!"), corrections=["plain_text"]),
@@ -329,14 +327,14 @@ OUTCOMES = {
     "two failures, twice": outcome(*(Reply(calls=[call]) for call in (*WRONG[:2], NOTE, *WRONG[2:])),
                                    asked=6, human="Zoe\nName: Zoe"),
 }  # fmt: skip
-for mended, code, answer in HALVES:
+for name, (mended, code, answer) in HALVES.items():
     # It is asked for again; where no try brings more, what was said is told as partial, and why.
-    name, of = f"half an answer, {len(OUTCOMES)}", 1 if code == "bad_output" else 2
+    of = 1 if code == "bad_output" else 2
     again = [(code, attempt, of, 0) for attempt in range(1, of + 1)]
     half: Body = {"replies": [ONCE], "partial": [ONCE], "corrections": mended.split(), "retries": again}
     half |= {"end": code if "broken" in mended else "done", "human": "Zoe" + "\nName: Zoe" * (APPEND in answer.calls)}
-    OUTCOMES[name] = outcome(answer, asked=2, retries=again[:1])
-    OUTCOMES[f"{name}, ever"] = outcome(*[answer] * (of + 1), asked=of + 1, **half)
+    OUTCOMES[f"half of {name}"] = outcome(answer, asked=2, retries=again[:1])
+    OUTCOMES[f"half of {name}, ever"] = outcome(*[answer] * (of + 1), asked=of + 1, **half)
 for finish, fault in FINISHES.items():
     # A call that is whole before an answer breaks off says all that it says; text that stands in for one is partial.
     half = {"replies": [ONCE], "partial": [ONCE], "corrections": [fault, "no_reply"]}
@@ -385,9 +383,7 @@ async def test_what_comes_of_an_answer(
     assert (await lab.say(agent, "Again")).replies == ["Hello!"]
     texts = [message["message"] for message in packed(endpoint.requests[-1], "user_message")]
     assert texts == ["Hi", "Again"][bool(reason) :]
-    assert all(reply.split("`")[0] in str(endpoint.requests[-1]) for reply in turn.replies), (
-        "it sees its own words again"
-    )
+    assert all(reply.split("`")[0] in str(endpoint.requests[-1]) for reply in turn.replies), "it knows its words"
     assert packed(endpoint.requests[-1], "system_alert") == []
 
 
