@@ -71,22 +71,20 @@ async def recalled(lab: Lab, agent: Agent, text: str, role: str = "assistant") -
     return [document.text for document in found if document.role == role]
 
 
-async def test_what_the_prompt_costs(endpoint: Endpoint, lab: Lab, agent: Agent) -> None:
-    """Creating and loading send nothing; system prompt and tools cost at most 1,400 tokens by any estimate."""
-    assert ((await lab.open()).name, endpoint.requests) == (agent.name, [])
-    tools = ",".join(tool.spec for tool in memws.MEMORY_TOOLS.values())
-    assert memws.estimate_tokens(memws.SYSTEM_PROMPT) + memws.estimate_tokens(tools) <= 1_400
-    await lab.say(agent, "Hi")
-    (request,) = endpoint.requests
-    assert len(request["messages"][0]["content"]) // 4 + prompt_tokens(request)[1] <= 1_400
-
-
 async def test_messages_are_packed_as_0_2_7_packed_them(endpoint: Endpoint, lab: Lab) -> None:
-    """The system message shows core memory and sizes; events and results are JSON with type or status, and time."""
-    agent = await lab.create(human="Name: Zoe", blocks=[{"label": "plan", "value": "rest", "limit": 50}])
+    """The system message shows core memory and sizes; events and results are JSON with type or status, and time.
+
+    Creating and loading send nothing; system prompt and tools cost at most 1,400 tokens by any estimate.
+    """
+    await lab.create(human="Name: Zoe", blocks=[{"label": "plan", "value": "rest", "limit": 50}])
+    agent = await lab.open()
+    assert endpoint.requests == []
     endpoint.script(Reply(calls=[beat("core_memory_append", name="plan", content="run")]))
     await lab.say(agent, 'Hi "you"')
+    tools = ",".join(tool.spec for tool in memws.MEMORY_TOOLS.values())
+    assert memws.estimate_tokens(memws.SYSTEM_PROMPT) + memws.estimate_tokens(tools) <= 1_400
     prompt = endpoint.requests[0]["messages"][0]
+    assert len(prompt["content"]) // 4 + prompt_tokens(endpoint.requests[0])[1] <= 1_400
     assert (prompt["role"], prompt["content"].startswith(memws.SYSTEM_PROMPT.rstrip())) == ("system", True)
     core = '<human characters="9/2000">\nName: Zoe\n</human>\n<plan characters="4/50">\nrest\n</plan>'
     assert core in prompt["content"]
