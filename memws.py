@@ -507,14 +507,13 @@ def read_json(text: str) -> tuple[Any, str]:
 
 def _repair_json(text: str) -> Any:
     """What was meant by JSON with text around it, of another language, or with brackets missing; None: nothing."""
-    if text.count("{") + text.count("[") > MAX_DEPTH * 16:
-        return None  # its time grows with their square
-    with contextlib.suppress(ValueError, RecursionError, ImportError):
-        import json_repair
+    value = None
+    if text.count("{") + text.count("[") <= MAX_DEPTH * 16:  # its time grows with their square
+        with contextlib.suppress(ValueError, RecursionError, ImportError):
+            import json_repair
 
-        value = json_repair.loads(text[:MAX_REPLY])
-        return value if isinstance(value, (dict, list)) and value else None
-    return None
+            value = json_repair.loads(text[:MAX_REPLY])
+    return value if isinstance(value, (dict, list)) and value else None
 
 
 # ---- functions that are called from afar: the signature is the JSON Schema, and the schema is the check --------------
@@ -8649,8 +8648,8 @@ class WebSocketServer:
 
 # ---- the terminal client ---------------------------------------------------------------------------------------------
 
-# Input is read on the main thread, because only there an interrupt reaches a line being typed; the connection and what
-# others make the agent do are on threads of their own.
+# Input is read on the main thread, because only there an interrupt reaches a line being typed; what others make the
+# agent do is shown by the connection's thread.
 
 EDITORS = "sensible-editor", "nano", "vi", "notepad"
 PASTE = "\x1b[200~", "\x1b[201~"  # what a terminal sets around what is pasted, where it is asked to
