@@ -671,7 +671,7 @@ def test_what_is_read_of_a_reply(reply: memws.Reply, expected: Body) -> None:
 
 
 ARGUMENTS = '{"message": "Hello!"}'
-XML = "<function=send_message>\n<parameter=message>\nHello!\n</parameter>\n</function>"
+XML = "<function=send_message>\n<parameter=message>\nHello!\n</parameter>\n<parameter=a>\nb\n</parameter>\n</function>"
 DSML = """<｜DSML｜function_calls>
 <｜DSML｜invoke name="send_message">
 <｜DSML｜parameter name="message" string="true">Hello!</｜DSML｜parameter>
