@@ -1,5 +1,6 @@
 """What benchmarks and soak scripts share: a progress bar, percentiles, the memory of a process, the machine, tables."""
 
+import asyncio
 import math
 import os
 import platform
@@ -8,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +41,21 @@ class Progress:
     def end(self) -> None:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+async def finished(clients: int, seconds: float, one: Callable[[int], Awaitable[Any]]) -> int:
+    """How much so many clients, begun over 200 ms, each one thing after another, finish within seconds, from 1 s on."""
+    count, begin = 0, time.monotonic() + 1.0
+
+    async def client(number: int) -> None:
+        nonlocal count
+        await asyncio.sleep(0.2 * number / clients)
+        while time.monotonic() < begin + seconds:
+            await one(number)
+            count += begin <= time.monotonic() < begin + seconds
+
+    await asyncio.gather(*map(client, range(clients)))
+    return count
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).absolute().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
-from measure import memory  # noqa: E402
+from measure import finished, memory  # noqa: E402
 
 JSON = dict[str, Any]
 
@@ -140,17 +140,7 @@ def bare(url: str) -> None:
         return {"seconds": seconds, "cpu": (time.process_time() - cpu) / len(seconds)}
 
     async def many(clients: int, seconds: float, body: JSON) -> JSON:
-        count, begin = 0, time.monotonic() + 1.0
-
-        async def one(number: int) -> None:
-            nonlocal count
-            await asyncio.sleep(0.2 * number / clients)
-            while time.monotonic() < begin + seconds:
-                await ask(body)
-                count += begin <= time.monotonic() < begin + seconds
-
-        await asyncio.gather(*map(one, range(clients)))
-        return {"count": count}
+        return {"count": await finished(clients, seconds, lambda _: ask(body))}
 
     loop = asyncio.new_event_loop()
     say()

@@ -28,7 +28,7 @@ HERE = Path(__file__).absolute().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent), str(HERE)]
 
 from commandline import PROGRAM, Process, environment  # noqa: E402
-from measure import Progress, machine, memory, percentile, rows_of  # noqa: E402
+from measure import Progress, finished, machine, memory, percentile, rows_of  # noqa: E402
 from postgres import Cluster  # noqa: E402
 from retrieval import STEP, Filled, load, quality, texts  # noqa: E402
 from websockets.asyncio.client import connect  # noqa: E402
@@ -165,21 +165,13 @@ async def turns_a_second(servers: Sequence[Peer], clients: int, prefix: str, sec
         connections = [await stack.enter_async_context(client(server)) for server in places]
         for number, connection in enumerate(connections):
             await create(connection, f"{prefix}-{number}", model="ms-200")
-        count, begin = 0, time.monotonic() + 1.0
+        fresh = itertools.count()
 
-        async def one(number: int, connection: Wire) -> None:
-            nonlocal count
-            await asyncio.sleep(0.2 * number / clients)
-            name = f"{prefix}-{number}"
-            for place in itertools.count():
-                if time.monotonic() >= begin + seconds:
-                    return
-                mark = f"<<{name} {place}>>"
-                await turn(connection, name, f"How are you? {mark}", mark)
-                count += begin <= time.monotonic() < begin + seconds
+        async def one(number: int) -> None:
+            mark = f"<<{prefix} {next(fresh)}>>"
+            await turn(connections[number], f"{prefix}-{number}", f"How are you? {mark}", mark)
 
-        await asyncio.gather(*itertools.starmap(one, enumerate(connections)))
-        return count
+        return await finished(clients, seconds, one)
 
 
 def throughput(bench: Bench) -> Iterator[str]:
