@@ -1,5 +1,6 @@
 """The command line as a process of its own (`run` to its end, `Serving` while a `with` block lasts), or a call."""
 
+import contextlib
 import os
 import re
 import signal
@@ -98,9 +99,9 @@ class Process:
         return self.out[-1]
 
     def ask(self, text: str = "") -> str:
-        """Write a line to it; the line that it prints then."""
-        self.process.stdin.write(text + "\n")  # type: ignore[union-attr]
-        self.process.stdin.flush()  # type: ignore[union-attr]
+        """Write a line to it; the line that it prints then, an empty one where it has ended."""
+        with contextlib.suppress(BrokenPipeError):
+            print(text, file=self.process.stdin, flush=True)
         return self.line()
 
     def wait(self, timeout: float = 20) -> int:
