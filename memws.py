@@ -789,6 +789,10 @@ def result_frame(request: JSON, result: JSON) -> str:
     return _with_id({"type": "command_response", **about, "result": result}, request)
 
 
+def new_turn_id() -> str:
+    return f"turn_{secrets.token_hex(12)}"
+
+
 def error_frame(request: JSON | None, error: MemwsError) -> str:
     """The bad answer: to a frame that is no (valid) request, to a command, to a message that never became a turn."""
     problem = {"code": error.code, "message": str(error), **error.details}
@@ -799,7 +803,8 @@ def error_frame(request: JSON | None, error: MemwsError) -> str:
         frame = {"type": "command_response", **about, "error": problem}
     else:
         names = {key: request[key] for key in ("turn_id", "agent_name") if 0 < len(request.get(key) or "") <= MAX_ID}
-        frame = {"type": "agent_response_error", **problem, "stop_reason": "error", "time": now_text(), **names}
+        about = {"stop_reason": "error", "time": now_text(), "turn_id": new_turn_id()}
+        frame = {"type": "agent_response_error", **problem, **about, **names}
     return _with_id(frame, request or {})
 
 
@@ -7176,10 +7181,6 @@ def name_like(name: str) -> str:
     return f"{name[: MAX_NAME - 9]}_{secrets.token_hex(4)}"
 
 
-def new_turn_id() -> str:
-    return f"turn_{secrets.token_hex(12)}"
-
-
 class Elsewhere(Refused):
     """Another server runs the agent: `forward` gives what that one answers to a command; None: ask again."""
 
@@ -7901,8 +7902,7 @@ class Session:
             refusal = error if isinstance(error, MemwsError) else MemwsError("internal error; the server's log has it")
             if refusal is not error:
                 logger.exception("connection %s: a request failed", self.websocket.id)
-            turn = {} if request.get("type") == "command" else {"turn_id": request.get("turn_id") or new_turn_id()}
-            text = self.failure(request | turn, refusal)
+            text = self.failure(request, refusal)
         if text:
             await asyncio.sleep(0)  # what the request made an agent tell goes out first
             await self._reply(text)
@@ -8481,8 +8481,7 @@ class WebSocketServer:
         return found
 
     def register_client(self, websocket: ServerConnection) -> Session:
-        session = self.clients[websocket] = Session(self.open(), websocket)
-        return session
+        return self.clients.setdefault(websocket, Session(self.open(), websocket))
 
     def unregister_client(self, websocket: ServerConnection) -> None:
         self.clients.pop(websocket, None)
