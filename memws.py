@@ -2579,7 +2579,6 @@ def _copy_agent(source: SqlConnection, target: SqlConnection, agent: int) -> Ite
 # ---- copies of agents ------------------------------------------------------------------------------------------------
 # They are made piece by piece, so that others get in between, and are nobody's until they are given a name.
 
-Step = tuple[str, int, int]  # how far a copy is: what was copied, up to which number, and of how many
 COPY_STEP, COPY_WORDS = 300, 3_000  # rows and words that are copied at once: so long others wait
 _COPIED = _EXPORTED | {"memory": "doc, store, item, role, time, text, terms, words, asking, asked, vector"}
 
@@ -2601,10 +2600,10 @@ def find_turn_end(db: SqlConnection, record: AgentRecord, turn_id: str) -> Agent
     return replace(record, config=config, state=state, blocks=blocks, last_seq=seq)
 
 
-def _put_back(db: SqlConnection, agent: int, copy: int, record: AgentRecord) -> None:
+def _put_back(db: SqlConnection, record: AgentRecord, copy: int) -> None:
     """Undo in the copy what passages were deleted after the record's last seq, by what the events of it tell."""
     sql = "SELECT text FROM events WHERE agent = ? AND seq > ? AND kind = 'memory_change' AND text LIKE ?"
-    events = [decode_json(text) for (text,) in db.execute(sql, (agent, record.last_seq, '%"after":null%'))]
+    events = [decode_json(text) for (text,) in db.execute(sql, (record.id, record.last_seq, '%"after":null%'))]
     gone = [event for event in events if event["what"] == "archival" and event["id"] <= record.state["last_passage"]]
     for event in sorted(gone, key=lambda event: event["id"]):
         if find_passage(db, copy, event["id"]) is None:  # there is room for it among those that it has
@@ -2616,9 +2615,9 @@ def _fetch(db: SqlConnection, sql: str, *values: object) -> list[Any]:
     return db.execute(sql, values).fetchall()
 
 
-async def copy_steps(store: Store, agent: int, copy: int, record: AgentRecord) -> AsyncGenerator[Step, None]:
-    """Copy all that an agent had stored up to the record's last seq, a step at a time. Raises StoreFailed."""
-    seq, shift = record.last_seq, f"doc + {(copy - agent) * 2 * PLACES}"
+async def copy_steps(store: Store, record: AgentRecord, copy: int) -> AsyncGenerator[tuple[str, int, int], None]:
+    """Copy what an agent had stored up to the record's last seq; gives (what, done, total). Raises StoreFailed."""
+    agent, seq, shift = record.id, record.last_seq, f"doc + {(copy - record.id) * 2 * PLACES}"
     ((last,),) = await store.read(_fetch, "SELECT coalesce(max(id), 0) FROM messages WHERE agent = ?", agent)
     newest = f"(SELECT max(id) FROM messages WHERE agent = {copy})"
     docs = collections.defaultdict[str, list[int]](list)  # by term
@@ -2645,7 +2644,7 @@ async def copy_steps(store: Store, agent: int, copy: int, record: AgentRecord) -
     for first in range(1, total + 1, COPY_WORDS):
         await store.write(insert_all, "postings", list(itertools.islice(postings, COPY_WORDS)))
         yield "words", min(first + COPY_WORDS - 1, total), total
-    await store.write(_put_back, agent, copy, record)
+    await store.write(_put_back, record, copy)
 
 
 def finish_rewind(
@@ -7647,12 +7646,12 @@ class Agents:
     @contextlib.asynccontextmanager
     async def copied(self, live: LiveAgent, record: AgentRecord, item: Turn) -> AsyncGenerator[int, None]:
         """The id of a copy of what the agent had stored up to the record's last seq; forgotten if it gets no name."""
-        agent, store, told = live.id, self.store, time.monotonic()
+        store, told = self.store, time.monotonic()
         copy = (await store.write(create_agent, replace(record, last_active=now_text()), is_copy=True)).id
-        self.api_keys[copy] = self.api_keys.get(agent)
+        self.api_keys[copy] = self.api_keys.get(live.id)
         try:
             with item.interruptible():
-                async for what, done, total in copy_steps(store, agent, copy, record):
+                async for what, done, total in copy_steps(store, record, copy):
                     if live.end or self.stopping:
                         raise live.end or cancelled()
                     if time.monotonic() - told > PROGRESS_DELAY:
