@@ -1929,8 +1929,8 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
         message.seq = row[0]
     insert_all(db, "messages", [(agent, *astuple(message)[:8]) for message in changes.messages])
     gone = [*(("recall", message.id) for message in changes.resaid), *(("archival", item) for item in changes.removed)]
-    for place in gone:
-        forget(db, "agent = ? AND store = ? AND item = ?", agent, *place)
+    for store, item in gone:
+        forget(db, "agent = ? AND store = ? AND item = ?", agent, store, item)
     spoken = [each for each in [*changes.messages, *changes.resaid] if each.said]
     documents = [Document(each.id, "recall", each.speaker, each.time, each.said) for each in spoken]
     for document in documents + changes.documents:
@@ -4173,8 +4173,8 @@ class Transaction:
     def add_message(self, role: str, text: str, body: JSON, said: str = "", name: str | None = None) -> None:
         """One more chat message, searchable by what was `said`, and by the name of who said it."""
         number, step = self.memory.last_message + len(self.changes.messages) + 1, self.step or 1
-        about = self.turn_id, step, 0, said, f"{role} {name}" if name else role
-        message = ChatMessage(number, role, now_text(), text, encode_json(body), *about)
+        speaker = f"{role} {name}" if name else role
+        message = ChatMessage(number, role, now_text(), text, encode_json(body), self.turn_id, step, 0, said, speaker)
         self.changes.messages.append(message)
         if role == "assistant":
             self.reply = message
