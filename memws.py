@@ -5617,9 +5617,9 @@ class BlockingStream(Iterator[Frame]):
 
     def __next__(self) -> Frame:
         try:
-            while os.name == "nt" and self._stream._events.empty():
-                time.sleep(0.05)  # Windows notices an interrupt only between two waits
-            return self._stream._read(self._stream._events.get(), StopIteration)
+            while True:
+                with contextlib.suppress(queue.Empty):  # one that comes as a wait begins is noticed at its end
+                    return self._stream._read(self._stream._events.get(timeout=0.2), StopIteration)
         except KeyboardInterrupt:
             if self.turn_id:
                 self.cancel()

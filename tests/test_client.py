@@ -425,8 +425,8 @@ def test_interrupt_cancels(server: memws.WebSocketServer, endpoint: Endpoint) ->
         client.create_agent("sam")
         turn = client.send("hi")
         assert next(turn)["type"] == "agent_response_start"
-        waits, events = threading.Event(), turn._stream._events
-        turn._stream._events = types.SimpleNamespace(get=lambda: waits.set() or events.get(), put_nowait=events.put)
+        waits, stream, events = threading.Event(), turn._stream, turn._stream._events
+        stream._events = types.SimpleNamespace(get=lambda **to: waits.set() or events.get(**to), put_nowait=events.put)
 
         def interrupt() -> None:
             endpoint.wait_requests(1)
