@@ -516,14 +516,13 @@ async def test_no_key_is_in_any_message(endpoint: Endpoint, monkeypatch: Patch, 
                 assert ("\n" in error, len(error) < 1_200) == (False, True)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _no_environment(monkeypatch: Patch) -> None:
     """No key and no endpoint in the environment."""
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.usefixtures("_no_environment")
 def test_the_default_model(endpoint: Endpoint) -> None:
     """What is named, else DEFAULT_MODEL with a key, an endpoint's only one, or offline, with a warning for others."""
     url = endpoint.url
@@ -545,7 +544,6 @@ def test_the_default_model(endpoint: Endpoint) -> None:
     assert KEY not in str(caught.value)
 
 
-@pytest.mark.usefixtures("_no_environment")
 def test_one_model_object_per_name_and_endpoint() -> None:
     """What is learned is shared by all agents with that model at that endpoint; model families have their window."""
     models = memws.Models("a", "http://127.0.0.1:9/v1", KEY)

@@ -174,7 +174,6 @@ def test_days_are_found(days: str, found: list[int], kind: str) -> None:
 
 
 def test_a_day_without_a_year_is_the_last_one() -> None:
-    """A day or month without a year is the last that has come."""
     days = [datetime.now(UTC).date() - timedelta(days=ago) for ago in (665, 400, 40, 3)]
     index = memory_index([("u", str(day), "We bake") for day in days])
     assert index.search(f"bake on {days[2]:%d %B}")[0] == 2

@@ -340,5 +340,4 @@ HOSTILE += ["/call x " + "{" * 60_000, "what is my name and " * 3_000, "你好" 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
 async def test_hostile_texts_get_a_reply(begin: Begin, text: str) -> None:
-    """Any text, up to 65,536 characters, gets its one reply."""
     assert await (await begin(context_window=200_000)).say(text)

@@ -63,7 +63,6 @@ USAGES = [
 
 
 def test_a_tool_is_its_function() -> None:
-    """A tool's schema is its signature and docstring."""
     tool = make_tool(book)
     assert (tool.name, tool.timeout) == ("book", memws.TOOL_TIMEOUT)
     properties = {
