@@ -246,6 +246,8 @@ def outcome(*answers: Answer, **different: Any) -> tuple[Sequence[Answer], Body]
 
 
 WIDE = {"context_window": 100_000}
+FLOOD, HELLO_ON = "Words" * 1_000, Reply(calls=[HELLO, *SEARCH_ON.calls])
+FLOODED: Body = {"asked": 2, "config": {"context_window": 200_000}, "corrections": ["cut"], "thoughts": [FLOOD * 20]}
 FINISHES = {"length": "length", "error": "broken", "content_filter": "filtered"}
 LAST_STEP: Body = {"config": {"max_steps": 1}, "end": "max_steps", "human": "Zoe\nName: Zoe"}
 ONCE, LATER = "Once upon a", "Once upon a time"
@@ -273,10 +275,12 @@ OUTCOMES = {
     "too many arguments": outcome(Reply(calls=[(HELLO[0], HELLO[1] | {"mood": 1})]), corrections=["arguments"]),
     "a long id": outcome(Reply(calls=[HELLO], call_ids=["x" * 2_000])),
     "no id": outcome(Reply(calls=[HELLO], call_ids=[None])),
+    "words without end": outcome(HELLO_ON, Reply(FLOOD, endless=True, chunk=5_000), **FLOODED),
+    "thoughts without end": outcome(HELLO_ON, Reply(reasoning=FLOOD, endless=True, chunk=5_000), **FLOODED),
     "refused options": outcome(config={"settings": OPTIONS}, refuse={"stream_options", *OPTIONS}, asked=5,
                                retries=[("model_refused", 1, 1, 0)] * 4),
     # A heartbeat that was asked for, a failed call and a missing reply wake the agent again, with the reason.
-    "a heartbeat": outcome(Reply(calls=[HELLO, *SEARCH_ON.calls]), asked=2, replies=BOTH, heartbeats=[ASKED_FOR]),
+    "a heartbeat": outcome(HELLO_ON, asked=2, replies=BOTH, heartbeats=[ASKED_FOR]),
     "a heartbeat as text": outcome(Reply(calls=[HELLO, AS_TEXT]), asked=2, replies=BOTH, heartbeats=[ASKED_FOR]),
     "a failed call": outcome(Reply(calls=[HELLO, WRONG[0]]), asked=2, replies=BOTH, heartbeats=[AFTER_FAILURE]),
     "no reply yet": outcome(Reply(calls=[APPEND]), asked=2, human="Zoe\nName: Zoe", heartbeats=[NO_REPLY]),
@@ -395,7 +399,6 @@ async def test_a_fault_of_ours_ends_its_turn_alone(lab: Lab, agent: Agent, monke
     assert (await lab.say(await lab.open(), "Again")).replies == ["Hello!"]
 
 
-FLOOD = "Words" * 1_000
 FLOODS: dict[str, tuple[Reply, int, int]] = {
     "plain text": (Reply(FLOOD), 100_000, 0),
     "a message": (Reply("Hi.", calls=[("send_message", '{"message": "' + FLOOD)]), 95_000, 0),
@@ -425,11 +428,6 @@ async def test_a_reply_without_end_is_cut(endpoint: Endpoint, lab: Lab, answer: 
         if "send_message" in dict(answer.calls) and window == 200_000:
             cut = "Failed: the model's answer was cut at 100,000 characters: "
             assert results(endpoint.requests[-1])[-1].startswith(cut)
-    agent, endpoint.context_window = await lab.create("ada", context_window=200_000), None
-    for thought in (Reply(FLOOD, endless=True, chunk=5_000), Reply(reasoning=FLOOD, endless=True, chunk=5_000)):
-        turn = await lab.say(agent, "Hi", Reply(calls=[HELLO, beat("conversation_search", query="x")]), thought)
-        assert (turn.replies, turn.corrections, turn.stop_reason) == (["Hello!"], ["cut"], "done")
-        assert len(turn.texts("internal_monologue")[-1]) == 100_000
 
 
 def test_a_first_message_has_to_be_sent(online: Callable[..., Any], endpoint: Endpoint) -> None:
