@@ -4738,9 +4738,12 @@ class Agent:
         """Call the model until its reply can be used, or half of one has to do. Raises ModelError, Stopped."""
         extra, failures, waited = "", 0, 0.0
         while True:
+            messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
+            texts = head, self._system_body, self._sections["summary"], self._sections["tools"], extra
+            request = RequestRecord(turn.turn_id, turn.step, *texts, messages[0].id, messages[-1].id)
+            request.shape, turn.request, turn.reply = self.model.learned.shape, request, Reply()
             try:
-                turn.request, turn.reply = self._new_request(turn, extra), Reply()
-                await self._call_model(turn, turn.request, turn.reply, self.memory.messages)
+                await self._call_model(turn, request, turn.reply, messages)
                 return self._read(turn, has_to_send=turn.verify and not extra)
             except ModelError as error:
                 attempt, of, pause = 1, 1, 0.0
@@ -4799,13 +4802,6 @@ class Agent:
         """Tell something that is not stored, at once."""
         event = response(kind, text, turn.turn_id, turn.step, **fields)
         self.memory.emit(StoredEvent(0, kind, turn.turn_id, encode_json(event | {"time": now_text()})))
-
-    def _new_request(self, turn: Turn, extra: str) -> RequestRecord:
-        """What will be sent, by reference to the chat messages in view."""
-        messages, head = self.memory.messages, self.model.head(self.record.config["settings"])
-        texts = (head, self._system_body, self._sections["summary"], self._sections["tools"], extra)
-        span = messages[0].id, messages[-1].id
-        return RequestRecord(turn.turn_id, turn.step, *texts, *span, shape=self.model.learned.shape)
 
     async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
