@@ -5571,8 +5571,7 @@ class BlockingClient:
         self.client = Client(url, token, **{"reconnect": 60.0, **options})  # it belongs to this object's thread
         self.client._new_queue = queue.SimpleQueue
         self._thread = LoopThread("memws client")
-        self.close = weakref.finalize(self, self._thread.stop)
-        "Close the connection and end the thread, within 3 s; whatever waits gets ConnectionLost."
+        self.close = weakref.finalize(self, self._thread.stop)  # within 3 s; whatever waits gets ConnectionLost
         try:
             self._thread.call(self.client.connect)
         except BaseException:  # also an interrupt
