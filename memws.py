@@ -7071,6 +7071,8 @@ class Options:
         is_loopback = self.host.lower() == "localhost" or (address is not None and address.is_loopback)
         if not is_loopback and self.token is None:
             raise UsageError(f"listening on {self.host!r} lets others in: set --token SECRET, or use --host localhost")
+        is_any = address is not None and address.is_unspecified
+        self.own_name = socket.gethostname() if is_any else url_host(self.host)  # by which other machines know it
         find_zone(self.timezone)
         if self.context_window is not None:  # at least an agent without any words of its own has to fit into it
             check_window(vars(Config()), self.context_window, MEMORY_TOOLS, core_memory("", ""))
@@ -7090,13 +7092,6 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def url_host(host: str) -> str:
     """A host as a URL has it: IPv6 addresses in brackets."""
     return f"[{host}]" if host.count(":") > 1 and not host.startswith("[") else host
-
-
-def advertised(options: Options, host: str, port: int) -> str:
-    """The address under which other servers of the database reach this one, which listens there."""
-    address = _address(host)
-    name = socket.gethostname() if address is not None and address.is_unspecified else url_host(host)
-    return options.advertise or f"ws://{name}:{port}"
 
 
 def _host_of(value: str) -> str:
@@ -7120,7 +7115,7 @@ class Gate:
         for name, host in names.items():
             if not _host_of(host):
                 raise UsageError(f"expected --allow-host HOST or --allow-origin https://HOST, but got {quote(name)}")
-        own = urllib.parse.urlsplit(advertised(options, options.host, 0)).netloc
+        own = urllib.parse.urlsplit(options.advertise or f"ws://{options.own_name}").netloc
         hosts = ("localhost", "127.0.0.1", "[::1]", url_host(options.host), own, *names.values())
         self._hosts = {*map(_host_of, hosts)} - {""}
 
@@ -8409,7 +8404,7 @@ class WebSocketServer:
         self._bind()
         self._loop, agents = asyncio.get_running_loop(), self.open()
         if agents.leases:
-            agents.leases.address = advertised(self.options, self.host, self.port)
+            agents.leases.address = self.options.advertise or f"ws://{self.options.own_name}:{self.port}"
             agents.leases.ask()
         for bound in self._sockets:
             listener = await websockets.asyncio.server.serve(
