@@ -1631,10 +1631,7 @@ class PostgresConnection:
         self._connection.close()
 
 
-Database = Sqlite | Postgres
-
-
-def database_at(address: str, sync: str = "full") -> Database:
+def database_at(address: str, sync: str = "full") -> Sqlite | Postgres:
     """The database of a file name, ":memory:" or a postgresql:// address. Raises UsageError without its driver."""
     return Postgres(address) if address.startswith(POSTGRES) else Sqlite(address, sync)
 
@@ -1649,7 +1646,7 @@ def usable(path: str, advice: str) -> Iterator[None]:
         raise UsageError(f"cannot use the database {path!r} ({reason}); {advice}") from error
 
 
-def has_schema(database: Database, connection: SqlConnection) -> bool:
+def has_schema(database: Sqlite | Postgres, connection: SqlConnection) -> bool:
     """Whether there are tables; a new database has none. Raises UsageError for those of another program or version."""
     row = connection.execute(database.mark).fetchone()
     program, _, version = row[0].partition(" ") if row else ("memws", "", SCHEMA_VERSION)
@@ -2173,7 +2170,7 @@ class Store:
     fsync, and none of them on an event loop. Where one fails, the others are run again without it. Other threads read.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Sqlite | Postgres) -> None:
         """Open the database. Raises UsageError where it cannot be used."""
         self._database = database
         try:
@@ -3872,6 +3869,7 @@ class Models:
 
 
 Rule = bool | Callable[[JSON], bool]  # whether a call, by its arguments, waits until somebody allows it
+ANYTHING = schema_of(str | float | bool | dict | list[str])  # some endpoints refuse {}
 
 
 @dataclass(eq=False, repr=False)
@@ -3881,10 +3879,6 @@ class Tool(Function):
     spec: str = ""  # the encoded entry of a request's tools
     timeout: float = TOOL_TIMEOUT  # seconds
     approve: Rule = False
-
-
-_TYPES = [{"type": json_type} for json_type in ("string", "number", "boolean", "object")]
-ANYTHING: JSON = {"anyOf": [*_TYPES, {"type": "array", "items": {"type": "string"}}]}  # some endpoints refuse {}
 
 
 def _reader_of(hint: Any, place: str) -> tuple[JSON, Callable[[Any, JSON], Any]] | None:
