@@ -5214,11 +5214,9 @@ def reply_text(events: Iterable[Frame]) -> str:
 
 
 class Stream(collections.abc.AsyncIterator[Frame]):
-    """The events of an agent, without end, or those of one turn, from its start or refusal to its terminal frame.
-
-    They come in order, each stored one once, also after a broken connection; live events of that time are lost.
-    Iteration raises RemoteError where the server refuses, ConnectionLost where the client gives up.
-    """
+    """The events of an agent, without end, or those of one turn, from its start or refusal to its terminal frame: in
+    order, each stored one once, also after a broken connection (live events of that time are lost). Iteration raises
+    RemoteError where the server refuses, ConnectionLost where the client gives up."""
 
     def __init__(self, client: Client, request: Frame, after: int | None, on_event: Listener = None) -> None:
         if not client.alive:
@@ -5556,10 +5554,8 @@ def _blocking(method: Callable[Concatenate[Client, P], Any]) -> Callable[Concate
 
 class BlockingClient:
     """A Client on a loop of its own daemon thread; its calls work from any other thread, also inside a running loop.
-
     Use it with `with`; it ends also when nothing refers to it any more. All is as in Client, but reconnect is 60 s, and
-    turns and subscriptions are ordinary iterators.
-    """
+    turns and subscriptions are ordinary iterators."""
 
     def __init__(self, url: str = f"ws://localhost:{DEFAULT_PORT}", token: str | None = None, **options: Any) -> None:
         self.client = Client(url, token, **{"reconnect": 60.0, **options})  # it belongs to this object's thread
