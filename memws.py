@@ -7150,7 +7150,7 @@ def _secrets(request: http11.Request) -> list[bytes]:
 
 # ---- an agent in use -------------------------------------------------------------------------------------------------
 
-WhenBusy = Literal["queue", "reject", "interrupt", "steer"]
+BY_SERVER = "?server"  # ends the path of a connection that passes on what other connections ask for
 # What is answered also while writes fail, and asked again where a server that it was passed on to is lost.
 READING = "get_agent", "get_messages", "search_memory", "get_context", "get_request", "cancel"
 
@@ -7171,9 +7171,6 @@ class Elsewhere(Refused):
 def cancelled() -> Refused:
     """What a message gets that waits, or comes, when all is ended."""
     return Refused("cancelled", "cancelled before it ran; send the message again later")
-
-
-BY_SERVER = "?server"  # ends the path of a connection that passes on what other connections ask for
 
 
 class LiveAgent:
@@ -7301,14 +7298,13 @@ class LiveAgent:
 
     async def find_anywhere(self, turn_id: str) -> Turn | None:
         """The turn of that id as it waits or runs, or else as it is stored, which is `over`. Raises StoreFailed."""
-        item, stored = self.find(turn_id), None
-        if item is None:
-            stored = await self.agents.store.read(find_turn, self.id, turn_id)
-            item = self.find(turn_id)  # it may have been sent meanwhile
-        if stored and item is None:
-            event = decode_json(stored.get("user_message", "{}"))
-            item = Turn(turn_id, event.get("message"), speaker=event.get("from"), over=True)
-        return item
+        item = self.find(turn_id)
+        stored = {} if item else await self.agents.store.read(find_turn, self.id, turn_id)
+        item = item or self.find(turn_id)  # it may have been sent meanwhile
+        if item or not stored:
+            return item
+        event = decode_json(stored.get("user_message", "{}"))
+        return Turn(turn_id, event.get("message"), speaker=event.get("from"), over=True)
 
     def enqueue(self, item: Turn) -> None:
         """Let a turn wait for its time, which may be now. Raises Refused where it may not."""
@@ -7928,7 +7924,7 @@ class Session:
         live: LiveAgent,
         message: Text,
         turn_id: TurnId | None = None,
-        when_busy: WhenBusy = "queue",
+        when_busy: Literal["queue", "reject", "interrupt", "steer"] = "queue",
         from_: Annotated[str, 1, MAX_NAME] | None = None,
     ) -> None:
         """Say something to an agent (`from`: who speaks); its receipt is agent_response_start, its end one terminal."""
