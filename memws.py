@@ -1707,8 +1707,7 @@ def write_setting(db: SqlConnection, name: str, value: str) -> None:
 
 PLACES, APART = 1 << 32, 8
 _DOCUMENT = "item, store, role, time, text, doc, terms, words, asking, asked"
-
-Span = tuple[int, int]
+Span = tuple[int, int]  # the first and the last doc
 
 
 def remember(db: SqlConnection, agent: int, document: Document, joined: bool | None = None) -> int:
@@ -4090,6 +4089,7 @@ class Memory:
         self.last_message, self.archival, last_passage = counts
         self.blocks = {block["label"]: Block(**block) for block in self.record.blocks}
         state["last_passage"] = max(last_passage, state["last_passage"])
+        state["cut"] = min(state["cut"], self.last_message + 1)  # that of an import may be anything
         self.tokens = {name: state[name] for name in ("input_tokens", "output_tokens")}
 
     def clock(self, moment: str = "", style: str = "%Y-%m-%d %I:%M:%S %p %Z%z") -> str:

@@ -303,10 +303,9 @@ def put(data: Any, path: tuple[Any, ...], value: Any) -> Any:
     if isinstance(data, str):
         return json.dumps(put(json.loads(data), path, value))
     changed = copy.copy(data)
-    if value is ... and len(path) == 1:
+    changed[path[0]] = put(data[path[0]], path[1:], value)
+    if changed[path[0]] is ...:
         del changed[path[0]]
-    else:
-        changed[path[0]] = put(data[path[0]], path[1:], value) if len(path) > 1 else value
     return changed
 
 
@@ -326,10 +325,8 @@ DAMAGES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("events", 3, "seq"), 3, "events[3]"),
     (("events", 2, "text"), "[]", "events[2]"),
     (("events", 2, "text", "type"), 5, "events[2]: expected a string"),
-    *(
-        (at, 2**62, "expected an integer")
-        for at in (("agent", "last_seq"), ("memory", 1, "item"), ("events", 1, "seq"))
-    ),
+    (("memory", 1, "item"), 2**62, "memory[1]: expected an integer from 0 to 1,000,000,000,000,000"),
+    (("agent", "last_seq"), 2**62, "agent: expected an integer"),
 ]
 
 

@@ -735,7 +735,7 @@ async def test_conversation_search_date_lists_days(lab: Lab, agent: Agent) -> No
     """Messages are listed by day, both days inclusive, the newest first; the state says until when heartbeats rest."""
     when, words = "2024-05-06T23:59:00.000Z", "Old words"
     old = memws.ChatMessage(1, "user", when, words, '{"role":"user","content":"{}"}', said=words)
-    await lab.store.write(memws.commit, agent.record.id, memws.Changes([], [old], columns={"state": {"cut": 2}}))
+    await lab.store.write(memws.commit, agent.record.id, memws.Changes([], [old], columns={"state": {"cut": 2**53}}))
     agent = await lab.open()
     await lab.say(agent, "New words")
     for first, last, expected in (
@@ -752,8 +752,9 @@ async def test_conversation_search_date_lists_days(lab: Lab, agent: Agent) -> No
         before = time.time()
         _, result = await call(lab, agent, "pause_heartbeats", minutes=minutes)
         assert result == f"OK: Pausing timed heartbeats for {paused} min"
-        until = (await lab.open()).record.state["paused_until"]
-        assert before + 60 * paused <= until <= time.time() + 60 * paused
+        kept = (await lab.open()).memory
+        assert kept.messages
+        assert before + 60 * paused <= kept.record.state["paused_until"] <= time.time() + 60 * paused
 
 
 DAYS = {  # timezone: a day, its first minute and its last in UTC
