@@ -178,10 +178,9 @@ def damage(rng: random.Random, original: Path, path: Path) -> list[int]:
 
 async def serve(soak: Soak, case: str, path: Path) -> list[bool]:
     """Serve a file and use it; whether each of the two agents went on, nothing where it is not served."""
-    server = None
+    server = memws.WebSocketServer("127.0.0.1", 0, db=str(path), model="offline")
     try:
         async with asyncio.timeout(30):
-            server = memws.WebSocketServer("127.0.0.1", 0, db=str(path), model="offline")
             await asyncio.to_thread(server.start)
             return await use(soak, case, server)
     except memws.UsageError:
@@ -193,8 +192,7 @@ async def serve(soak: Soak, case: str, path: Path) -> list[bool]:
     except Exception:  # start, stop and check raise UsageError and nothing else
         soak.fault(UNCLEAR, f"{case}: {traceback.format_exc(limit=-2)}")
     finally:
-        if server is not None:
-            await asyncio.to_thread(server.stop)
+        await asyncio.to_thread(server.stop)
     return []
 
 

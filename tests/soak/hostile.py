@@ -24,7 +24,7 @@ from soaking import GONE, Soak, client, handshake, healthy_client, site, until
 from test_gate import ADDRESSES, BAD_HOSTS, BAD_ORIGINS, BREACHES, FOREIGN, TOKEN, WRONG_TOKENS
 from test_wire import COMMANDS, HOSTILE, candidates, frame_of, needed
 from websockets.asyncio.client import ClientConnection
-from wire import JSON, MAX_ERROR_BYTES, TERMINALS, Wire, check_event
+from wire import JSON, MAX_ERROR_BYTES, TERMINALS, Wire, check_event, is_small
 
 import memws
 
@@ -242,8 +242,7 @@ class Attack:
         demand(not found, LEAKS, found, begin)
         codes = frame.get("code"), frame.get("error", {}).get("code")
         demand("internal" not in codes, INTERNAL, begin)
-        is_error = frame["type"] in ("server_error", "agent_response_error") or frame.get("ok") is False
-        demand(not is_error or "conflict" in codes or len(text.encode()) <= MAX_ERROR_BYTES, LARGE, begin)  # type: ignore[union-attr]
+        demand(is_small(frame, str(text)), LARGE, begin)
         return frame
 
     async def is_answered(self, websocket: ClientConnection, batch: list[str | bytes], hello: str) -> bool:
