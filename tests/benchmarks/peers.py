@@ -1,6 +1,6 @@
 """The processes beside the one that measures, each with one part, so that no part's CPU counts as another's.
 
-    python peers.py model | echo | serve FLAGS… | bare URL | crowd | search FILE DATA… | bystander URL ECHO AGENT
+    python peers.py model | echo | serve FLAGS… | bare URL | search FILE DATA… | bystander URL ECHO AGENT
 
 A part prints its address, or an empty line, then answers each line of JSON on standard input with one on standard
 output.
@@ -10,7 +10,6 @@ import asyncio
 import gc
 import json
 import os
-import resource
 import sys
 import threading
 import time
@@ -173,27 +172,8 @@ def bystander(url: str, echo_url: str, agent: str) -> None:
     asyncio.run(main())
 
 
-def crowd() -> None:
-    """Many quiet connections: {url, count} opens so many more."""
-    from websockets.asyncio.client import ClientConnection, connect
-
-    loop = asyncio.new_event_loop()
-    connections: list[ClientConnection] = []
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-
-    async def fill(url: str, count: int) -> int:
-        for _ in range(0, count, 20):
-            some = (connect(url, compression=None, ping_interval=None) for _ in range(20))
-            connections.extend(await asyncio.gather(*some))
-        return len(connections)
-
-    say()
-    answer_requests(lambda request: loop.run_until_complete(fill(**request)))
-
-
 PARTS: dict[str, Callable[..., None]] = {"model": serve_model, "echo": serve_echo, "serve": serve_memws, "bare": bare}
-PARTS |= {"bystander": bystander, "crowd": crowd, "search": serve_search}
+PARTS |= {"bystander": bystander, "search": serve_search}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*sys.argv[2:])

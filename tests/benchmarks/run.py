@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -297,22 +298,26 @@ def bystanders(bench: Bench) -> Iterator[str]:
         bench.add(f"p99 of somebody's command during {name}", measured, floor, p99, SCENES[name][1], " ms")
 
 
+async def grown(server: Peer, count: int) -> float:
+    """The KB of memory that each of so many quiet connections takes, after some others."""
+    async with contextlib.AsyncExitStack() as stack:
+        sizes = []
+        for more in (20, count):
+            for _ in range(0, more, 20):
+                some = [connect(server.url, compression=None, ping_interval=None) for _ in range(20)]
+                await asyncio.gather(*map(stack.enter_async_context, some))
+            sizes.append(server.get(collect=True)["memory"])
+    return float((sizes[1] - sizes[0]) / count * 2**20 / 1000)
+
+
 def idle(bench: Bench) -> Iterator[str]:
     """The memory of connections that do nothing, beside bare websockets with the same compression."""
-    count = 1000
-    got: list[tuple[float, float]] = []
-
-    def grown(server: Peer) -> float:
-        with bench.peer("crowd") as crowd:
-            crowd.get(url=server.url, count=20)
-            before = server.get(collect=True)["memory"]
-            crowd.get(url=server.url, count=count)
-            after = server.get(collect=True)["memory"]
-        return float((after - before) / count * 2**20 / 1000)
-
+    count, got = 1000, []
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, most), most))
     for _ in range(bench.repeat):
         with bench.peer("echo") as echo, bench.serve(":memory:", "--model", "offline") as server:
-            got.append((grown(server), grown(echo)))
+            got.append([asyncio.run(grown(each, count)) for each in (server, echo)])
         yield f"idle: {count} connections"
     ours, floors = (f"{median(column):.1f} KB" for column in zip(*got, strict=True))
     shares = [mine / floor for mine, floor in got]
