@@ -1,6 +1,7 @@
 """The processes beside the one that measures, each with one part, so that no part's CPU counts as another's.
 
-    python peers.py model | echo | serve FLAGS… | bare URL | search FILE DATA… | bystander URL ECHO AGENT
+    python peers.py model | echo | serve FLAGS… | serve-tool FLAGS…
+                    bare URL | search FILE DATA… | bystander URL ECHO AGENT
 
 A part prints its address, or an empty line, then answers each line of JSON on standard input with one on standard
 output.
@@ -10,6 +11,7 @@ import asyncio
 import gc
 import json
 import os
+import runpy
 import sys
 import threading
 import time
@@ -88,7 +90,14 @@ def compute() -> str:
 
 
 def serve_memws(*flags: str) -> None:
-    """`python memws.py serve FLAGS…`, which also tells what it uses, with a tool that only Python can register."""
+    """`python memws.py serve FLAGS…`, a script that is compiled anew, which also tells what it uses."""
+    threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
+    sys.argv = [str(HERE.parents[1] / "memws.py"), "serve", *flags]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def serve_with_tool(*flags: str) -> None:
+    """The same command line with a tool that computes, which only Python can register."""
     import memws
 
     threading.Thread(target=answer_requests, args=(look_inside,), daemon=True).start()
@@ -173,7 +182,7 @@ def bystander(url: str, echo_url: str, agent: str) -> None:
 
 
 PARTS: dict[str, Callable[..., None]] = {"model": serve_model, "echo": serve_echo, "serve": serve_memws, "bare": bare}
-PARTS |= {"bystander": bystander, "search": serve_search}
+PARTS |= {"serve-tool": serve_with_tool, "bystander": bystander, "search": serve_search}
 
 if __name__ == "__main__":
     PARTS[sys.argv[1]](*sys.argv[2:])

@@ -75,9 +75,9 @@ class Bench:
         return str(self.folder / f"bench-{next(self._numbers)}.db")
 
     @contextlib.contextmanager
-    def serve(self, path: str = "", *flags: str) -> Iterator[Peer]:
+    def serve(self, path: str = "", *flags: str, part: str = "serve") -> Iterator[Peer]:
         flags = ("--port", "0", "--db", path or self.database(), "--base-url", self.model.url, "--model", "now", *flags)
-        with Peer("serve", *flags, folder=self.folder) as server:
+        with Peer(part, *flags, folder=self.folder) as server:
             for _ in ("page", "model"):
                 server.line()
             yield server
@@ -278,7 +278,7 @@ def bystanders(bench: Bench) -> Iterator[str]:
         yield f"bystander: {archive.rows:,} rows indexed"
     archive.database.close()
     got: dict[str, list[JSON]] = {name: [] for name in SCENES}
-    with bench.peer("echo") as echo, bench.serve(path) as server:
+    with bench.peer("echo") as echo, bench.serve(path, part="serve-tool") as server:
 
         async def play(work: Callable[[Peer, Wire, int], Any], number: int) -> None:
             async with client(server) as connection:
