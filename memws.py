@@ -8049,8 +8049,7 @@ class Session:
             approvals = [about for about, *_ in agent.approvals.values()]
             turn = {"turn_id": running.turn_id, "step": running.step, "approvals": approvals}
         about: JSON = {"agent_name": live.name, "settings": agent.settings(), "counts": counts | memory.tokens}
-        about["blocks"] = agent.record.blocks
-        return about | {"last_seq": live.last_seq, "turn": turn}
+        return about | {"blocks": agent.record.blocks, "last_seq": live.last_seq, "turn": turn}
 
     async def update_agent(self, live: LiveAgent, agent: Agent, config: dict[str, Any]) -> JSON:
         """Change an agent's settings; its `blocks` add blocks and change limits, {label, delete: true} takes one away.
