@@ -3035,7 +3035,7 @@ def _calls_in(markup: str, tools: Collection[str], is_marked: bool) -> tuple[lis
     for pattern, plain in _SPELLINGS:
         markup = re.sub(pattern, plain, markup)
     if re.match(r"(?:<tool_call>\s*)?<function=(?!.*</parameter>)", markup, re.DOTALL):  # all lack their ends
-        markup = re.sub(r"(?<!\n)\n?(?=</function|<parameter=)", "</parameter>", markup)
+        markup = re.sub(r"(?<!\s)\s*(?=</function|<parameter=)", "</parameter>", markup)
     text, start = re.sub(_IN_MARKUP, _plain, markup, flags=_VERBOSE), 0
     calls, words = list[ToolCall](), list[str]()
     while (begin := text.find("{", start)) >= 0 and len(words) < 200:  # more than that is no markup
