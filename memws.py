@@ -7896,10 +7896,10 @@ class Session:
             except Elsewhere as elsewhere:
                 if (result := await elsewhere.forward(request)) is not None:
                     break
-            except LeaseLost:  # nothing was stored: it is done where the agent will run
+            except LeaseLost:  # nothing was stored: it is done where the agent will run, or under the lease that is new
                 if live is None:
                     raise
-                live.here = False
+                live.here &= live.agent is not arguments.get("agent")
             except StoreFailed as error:
                 raise error if live is None else live.end or error from None
         if live and result and function.name == "wake":  # its turn is told as that of a message

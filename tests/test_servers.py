@@ -181,3 +181,29 @@ async def test_what_a_paused_server_has_half_written_holds_up_nobody(postgres_ad
         writing.execute("UPDATE agents SET owner = 'ws://127.0.0.1:1#paused' RETURNING id").fetchone()
         async with wire(online(db=postgres_address), agent={"name": "other"}) as client:
             assert (await client.turn("Hello", agent_name="sam"))[-1]["stop_reason"] == "done"
+
+
+async def test_an_edit_whose_lease_has_ended_meanwhile(
+    postgres: Cluster, postgres_address: str, online: Online
+) -> None:
+    """It is made under the next lease, also where the agent is in use under that one already, and stays so."""
+    server, sql = online(db=postgres_address), "SELECT owner FROM agents ORDER BY name"
+    async with wire(server, agent={"name": "sam"}) as client, wire(server, agent={"name": "tom"}) as other:
+        with closing(memws.database_at(postgres_address)) as database:
+            beside = database.open()
+            (before,), _ = beside.execute(sql).fetchall()
+            beside.execute("BEGIN IMMEDIATE")
+            beside.execute("LOCK TABLE settings")  # which the last part of an update writes
+            await other.request("update_agent", config={"max_steps": 5})
+            while not beside.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchall():
+                pass
+            await client.request("insert_passage", text="Tea")
+            async with wire(server) as third:
+                await third.ok("get_agent", agent_name="sam")
+                postgres.run(END_LEASES)
+                while before in {owner for (owner,) in beside.execute(sql).fetchall()}:
+                    pass
+                await third.ok("get_agent", agent_name="sam")
+            beside.execute("ROLLBACK")
+        assert (await client.receive())["ok"]
+        assert (await client.turn("Hello"))[-1]["stop_reason"] == "done"
