@@ -198,7 +198,10 @@ async def test_core_memory_may_have_it_in_other_words(begin: Begin, statement: s
     assert (f'"{statement}"' in reply, "found nothing" in reply, "No encontré" in reply) == (True, False, False)
 
 
-LANGUAGES = [
+WHO_IT_IS = "I am memws's offline stand-in: rules, not a language model. For one see --model, --base-url"
+NOTHING_TO_DO = ["What are you?", "who are you", "Are you an AI?", "hello", "It rains.", "Forget my name", ""]
+REPLIES = [
+    *((text, WHO_IT_IS) for text in [*NOTHING_TO_DO, "Bonjour !"]),
     ("Mi color favorito es el azul", "Anoté en la memoria central: Mi color favorito es el azul."),
     ("¿Cuál es mi talla?", "En la memoria central: I live in Rome. No encontré nada sobre 'Cuál es mi talla'."),
     ("¿Dónde vivo?", 'En la memoria central: "I live in Rome".'),
@@ -209,13 +212,15 @@ LANGUAGES = [
     ("Je m'appelle Luc et j'habite à Lyon.", "I noted in core memory: Je m'appelle Luc et j'habite à Lyon."),
     ("Меня зовут Ада", "I noted in core memory: Меня зовут Ада."),
     ("我叫小明，住在上海", "I noted in core memory: 我叫小明，住在上海."),
-    ("Bonjour !", "I am memws's offline stand-in"),
 ]
 
 
-@pytest.mark.parametrize(("text", "reply"), LANGUAGES)
+@pytest.mark.parametrize(("text", "reply"), REPLIES)
 async def test_it_answers_in_the_language_it_was_spoken_to(begin: Begin, text: str, reply: str) -> None:
-    """Sentences are Spanish to who speaks that, else English; facts stay in the words in which they were told."""
+    """Sentences are Spanish to who speaks that, else English; facts stay in the words in which they were told.
+
+    Asked what it is, and where it has nothing to keep or to look up, it says that it is no language model.
+    """
     assert (await (await begin("I live in Rome")).say(text)).startswith(reply)
 
 
@@ -241,16 +246,6 @@ async def test_what_does_not_fit_goes_to_archival_memory(begin: Begin) -> None:
         change.insert("My brother plays the oboe")
     reply = await talk.say("What does my brother play?")
     assert 'In archival memory since 2026-11-24: "My brother plays the oboe".' in reply
-
-
-NOTHING_TO_DO = ["What are you?", "who are you", "Are you an AI?", "hello", "It rains.", "Forget my name", ""]
-
-
-@pytest.mark.parametrize("text", NOTHING_TO_DO)
-async def test_it_says_what_it_is(begin: Begin, text: str) -> None:
-    """Asked what it is, and where it has nothing to keep or to look up, it says that it is no language model."""
-    reply = await (await begin()).say(text)
-    assert ("not a language model" in reply, "--base-url" in reply) == (True, True)
 
 
 async def test_a_tool_is_called_by_name(begin: Begin) -> None:
