@@ -303,7 +303,7 @@ def put(data: Any, path: tuple[Any, ...], value: Any) -> Any:
     if isinstance(data, str):
         return json.dumps(put(json.loads(data), path, value))
     changed = copy.copy(data)
-    changed[path[0]] = put(data[path[0]], path[1:], value)
+    changed[path[0]] = put(data[path[0]], path[1:], value) if path[1:] else value
     if changed[path[0]] is ...:
         del changed[path[0]]
     return changed
