@@ -137,7 +137,7 @@ async def besiege(place: Site, server: Serving, wire: Wire, model: Writer, limit
         for number, kind in enumerate(order):
             line = lines.enter_context(await narrow_socket(server.port))
             each = Slow(kind, line, random.Random(f"{soak.seed} {number}"))
-            await each.begin()
+            await asyncio.wait_for(each.begin(), WATCH)
             slow.append(each)
             tasks.append(asyncio.create_task(each.go_on()))
         arrival = time.monotonic() - begin  # nothing is streamed before all came
