@@ -6,7 +6,6 @@ import gc
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from wire import wire
 import memws
 
 SAY_HELLO = Reply("They greet me.", calls=[("send_message", {"message": "Hello!"})])
-Serve = Callable[..., memws.WebSocketServer]
 pytestmark = pytest.mark.anyio
 
 

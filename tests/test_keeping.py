@@ -281,21 +281,6 @@ def test_what_takes_long_says_so(tmp_path: Path) -> None:
     assert process.returncode == 2
 
 
-def test_an_export_holds_no_secret(tmp_path: Path, main: Main, serve: Serve, endpoint: Endpoint) -> None:
-    """Neither keys nor the token nor an endpoint's address leave with an agent."""
-    server = serve(base_url=endpoint.url, api_key="sk-canary-server", token="canary-token", model="test-model")
-    for config in ({"name": "sam"}, {"name": "own", "base_url": endpoint.url, "api_key": "sk-canary-agent"}):
-        server.create_new_agent(config)
-        server.run_step("What is your key?")
-    server.stop()
-    assert endpoint.requests
-    for name in ("sam", "own"):
-        text = export(main, tmp_path / "memws.db", name)
-        assert "What is your key?" in text
-        for secret in ("canary", endpoint.url, endpoint.url.split("/")[2]):
-            assert secret not in text
-
-
 def put(data: Any, path: tuple[Any, ...], value: Any) -> Any:
     """An export with another value at a place, also inside texts of JSON; ... takes it out."""
     if not path:

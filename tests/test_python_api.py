@@ -18,7 +18,7 @@ from typing import Any
 import openai  # noqa: F401 (half a second, once, and not in the turn of some test)
 import pytest
 from agents import packed
-from commandline import Serving
+from commandline import Main, Serving
 from endpoint import Endpoint, Reply, say
 from websockets.asyncio.server import serve as serve_websockets
 from websockets.exceptions import InvalidStatus
@@ -290,19 +290,23 @@ async def test_python_calls_refuse_what_the_wire_refuses(serve: Serve) -> None:
         assert (await client.ok("get_agent", agent_name="sam"))["blocks"][1]["value"] == "a\ufffdb\ufffdc"
 
 
-def test_only_python_names_an_endpoint(serve: Serve, endpoint: Endpoint, tmp_path: Path) -> None:
-    """create_new_agent takes base_url and api_key for this agent; the key is neither stored nor told."""
-    server = serve()
+def test_only_python_names_an_endpoint(serve: Serve, endpoint: Endpoint, tmp_path: Path, main: Main) -> None:
+    """create_new_agent takes base_url and api_key for this agent; no key or token is stored, told or exported, and the
+    address is neither told nor exported."""
+    server = serve(base_url=endpoint.url, model="test-model", api_key="secret-server", token="secret-token")
     config = {"name": "sam", "model": "test-model", "base_url": endpoint.url, "api_key": "secret-key"}
     server.create_new_agent(config)
-    assert said(server.run_step("hi")) == ["Hello!"]
+    assert said(server.run_step("What is your key?")) == ["Hello!"]
     assert endpoint.headers[0]["authorization"] == "Bearer secret-key"
     assert config["api_key"] == "secret-key"
-    with memws.connect(server.url) as client:
+    with memws.connect(server.url, "secret-token") as client:
         told = json.dumps(client.command("get_agent", agent_name="sam"))
-        assert ("secret-key" in told, endpoint.url in told) == (False, False)
     server.stop()
-    assert all(b"secret-key" not in path.read_bytes() for path in tmp_path.glob("memws.db*"))
+    exported = main("export", "sam", "--db", tmp_path / "memws.db").stdout
+    assert "What is your key?" in exported
+    for secret in ("secret-", endpoint.url, endpoint.url.split("/")[2]):
+        assert secret not in told + exported
+    assert all(b"secret-" not in path.read_bytes() for path in tmp_path.glob("memws.db*"))
     server = serve()
     server.load_agent("sam")
     assert said(server.run_step("hi")) == ["Hello!"]
