@@ -14,7 +14,7 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,8 @@ def test_bad_values(main: Main) -> None:
 def test_serving(tmp_path: Path) -> None:
     """The first lines tell address, model and database; localhost and /healthz answer; files are their owner's only."""
     addresses = ["127.0.0.1"]
-    with socket.socket(socket.AF_INET6) as probe:
-        try:
-            probe.bind(("::1", 0))
-            addresses.append("[::1]")
-        except OSError:
-            pass  # no IPv6 here
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        addresses.append("[::1]")  # where there is IPv6
     with Serving(cwd=tmp_path, variables={"MEMWS_MAX_STEPS": "", "MEMWS_TOKEN": ""}) as server:
         assert re.fullmatch(rf"memws {memws.__version__} listening on ws://127\.0\.0\.1:[1-9]\d*", server.out[0])
         for address in addresses:

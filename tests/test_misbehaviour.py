@@ -214,8 +214,8 @@ class Bench:
 def bench_on(database: str, patience: float = LIMIT) -> Iterator[Bench]:
     """The lab that all examples share."""
     with Endpoint() as endpoint, asyncio.Runner() as runner, pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RETRY_PAUSE": 0.0, "FIRST_TOKEN_TIMEOUT": LIMIT}.items():
-            patch.setattr(memws, name, value)
+        patch.setattr(memws, "RETRY_PAUSE", 0.0)
+        patch.setattr(memws, "FIRST_TOKEN_TIMEOUT", LIMIT)
         bench = Bench(endpoint, runner, database, patience)
         runner.run(bench.lab.__aenter__())
         yield bench

@@ -434,7 +434,7 @@ async def test_a_message_says_who_speaks(server: Server, endpoint: Endpoint) -> 
     async with wire(server, "*", agent={"name": "sam"}) as client:
         await hold(client, endpoint, "The night train is late", **{"from": "Ada"})
         for when_busy, name in (("queue", "Zoë 日本"), ("queue", None), ("interrupt", "Bob")):
-            await client.say(f"The night train of {when_busy}", when_busy=when_busy, **({"from": name} if name else {}))
+            await client.say(f"The night train of {when_busy}", when_busy=when_busy, **{"from": name})
         while len([frame for frame in client.frames if is_terminal(frame)]) < 4:
             await client.receive()
         events = of_kind(client.frames, "user_message")
@@ -454,10 +454,8 @@ async def test_a_message_says_who_speaks(server: Server, endpoint: Endpoint) -> 
         assert '"role":"user Ada"' in results(endpoint.requests[-1])[-1]
         await client.say("Mine", turn_id="t", **{"from": "Ada"})
         await client.ended()
-        for name in ("Bob", None):
-            again = (await client.turn("Mine", turn_id="t", **({"from": name} if name else {})))[-1]
-            assert again["code"] == "turn_id_reused"
-        assert (await client.turn("Mine", turn_id="t", **{"from": "Ada"}))[-1]["stop_reason"] == "done"
+        for name, code in (("Bob", "turn_id_reused"), (None, "turn_id_reused"), ("Ada", None)):
+            assert (await client.turn("Mine", turn_id="t", **{"from": name}))[-1].get("code") == code
 
 
 @on_both
@@ -898,11 +896,9 @@ async def test_a_blocking_tool_stops_nobody(server: Server, endpoint: Endpoint) 
         await client.ok("create_agent", config={"name": "sam", "tools": ["wait"]})
         await client.say("hi")
         await asyncio.to_thread(entered.wait, LIMIT)
-        for _ in range(10):
-            await asyncio.wait_for(await client.websocket.ping(), LIMIT)
+        await asyncio.wait_for(await client.websocket.ping(), LIMIT)
         await other.ok("create_agent", config={"name": "ada"})
-        for _ in range(3):
-            assert (await other.turn("hi"))[-1]["stop_reason"] == "done"
+        assert (await other.turn("hi"))[-1]["stop_reason"] == "done"
         assert (await client.ok("get_agent"))["turn"]["step"] == 1
         told = of_kind(client.frames, "tool_call", "tool_return")
         assert [(event["message_type"], event["name"]) for event in told] == [("tool_call", "wait")]
