@@ -1,11 +1,12 @@
 """The wire: signatures as schemas and checks, what a frame is read as, what bad ones get, how events are written."""
 
+import contextlib
 import json
 from typing import Any
 
 import pytest
 from commandline import Main
-from wire import JSON, SCHEMA
+from wire import JSON, SCHEMA, check_event, validator
 
 import memws
 
@@ -13,10 +14,6 @@ jsonschema = pytest.importorskip("jsonschema")
 
 COMMANDS = memws.known_commands()
 CODES = {"not_json", "not_object", "bad_type", "bad_field", "missing_field", "too_deep", "unknown_command"}
-
-
-SCHEMAS = {name: {"$ref": f"#/$defs/{name}", "$defs": SCHEMA["$defs"]} for name in SCHEMA["$defs"]}
-VALIDATORS = {name: jsonschema.Draft202012Validator(schema) for name, schema in SCHEMAS.items()}
 
 
 def read(frame: str | bytes) -> tuple[str, JSON]:
@@ -27,15 +24,11 @@ def read(frame: str | bytes) -> tuple[str, JSON]:
 
 def answer(frame: str | bytes, error: memws.InvalidRequest) -> JSON:
     """The server_error of an error, if it is a good one: strict JSON, small, of a known code, in the schema."""
-    try:
+    request = None
+    with contextlib.suppress(memws.InvalidRequest):
         request = memws.decode_request(frame)
-    except memws.InvalidRequest:
-        request = None
-    text = memws.error_frame(request, error)
-    assert len(text.encode()) <= 4096
-    told: JSON = memws.decode_json(text)
+    told = check_event(memws.error_frame(request, error))
     assert (told["type"], told["code"] in CODES, told["message"] != "") == ("server_error", True, True)
-    VALIDATORS["server_error"].validate(told)
     return told
 
 
@@ -78,12 +71,12 @@ def needed(kind: str) -> JSON:
 def test_schema_and_check_agree_on_every_field(kind: str) -> None:
     """What the check of a field takes or refuses, the JSON Schema takes or refuses too, bounds included."""
     whole = frame_of(kind, **needed(kind))
-    VALIDATORS[kind].validate(whole)
+    validator(kind).validate(whole)
     assert read(json.dumps(whole)) == (kind, needed(kind))
     for name, schema in COMMANDS[kind].parameters["properties"].items():
         for value in candidates(schema):
             frame = whole | {name: value}
-            good = VALIDATORS[kind].is_valid(frame)
+            good = validator(kind).is_valid(frame)
             if good and not (name == "agent_id" or "agent_id" in frame):
                 assert read(json.dumps(frame))[1] == needed(kind) | {f"{name}_" if name == "from" else name: value}
             elif not good:
@@ -91,7 +84,7 @@ def test_schema_and_check_agree_on_every_field(kind: str) -> None:
                 assert (error["code"], error["message"].startswith(f"{name}: expected ")) == ("bad_field", True)
     for name in COMMANDS[kind].parameters["required"]:
         frame = {key: value for key, value in whole.items() if key != name}
-        assert not VALIDATORS[kind].is_valid(frame)
+        assert not validator(kind).is_valid(frame)
         error = refused(json.dumps(frame))
         assert (error["code"], repr(name) in error["message"]) == ("missing_field", True)
 
@@ -135,7 +128,7 @@ def test_a_bad_id_is_refused(mark: Any) -> None:
     """An id of another type or beyond its bounds is a bad field, and is not sent back."""
     error = refused(json.dumps({"type": "command", "command": "hello", "id": mark}))
     assert (error["code"], error["id"], error["message"][:14]) == ("bad_field", None, "id: expected a")
-    assert not VALIDATORS["hello"].is_valid({"type": "command", "command": "hello", "id": mark})
+    assert not validator("hello").is_valid({"type": "command", "command": "hello", "id": mark})
 
 
 DEEP = 100_000
@@ -236,7 +229,7 @@ def test_the_protocol_is_that_of_the_contract(main: Main) -> None:
     assert all(definitions[name]["description"] for name in definitions.keys() - {"request", "event"})
     frame = {"type": "agent_response_end", "agent_name": "a", "turn_id": "t", "seq": 1, "time": "x", "usage": {}}
     for reason in (*memws.STOP_REASONS, "finished"):
-        assert VALIDATORS["agent_response_end"].is_valid(frame | {"stop_reason": reason}) is (reason != "finished")
+        assert validator("agent_response_end").is_valid(frame | {"stop_reason": reason}) is (reason != "finished")
 
 
 @pytest.mark.parametrize("message_type", memws.EVENTS)
@@ -247,9 +240,7 @@ def test_an_event_is_its_frame(message_type: str) -> None:
     assert (event, memws.kind_of(event)) == (expected, message_type)
     more: JSON = {"time": "2026-11-24T10:00:00.000Z", "agent_name": "sam"}
     more |= {} if message_type in memws.LIVE_TYPES else {"seq": 7}
-    sent = memws.decode_json(memws.with_fields(memws.encode_json(event), **more))
-    assert sent == expected | more
-    VALIDATORS[f"event_{message_type}"].validate(sent)
+    assert check_event(memws.with_fields(memws.encode_json(event), **more)) == expected | more
     assert memws.response(message_type, "hi") == {key: expected[key] for key in ("type", "message_type", "message")}
     for letter in ("x", '"', "\\", "\x01", "\x7f", "日", "\U0001f600"):
         event = memws.response(message_type, letter * memws.MAX_REPLY, "\x01" * 128, 1, seq=2**53, time="x" * 24)

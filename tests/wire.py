@@ -26,13 +26,13 @@ _DEFINITIONS = SCHEMA["$defs"]
 
 
 @functools.cache
-def _validator(name: str) -> Any:
+def validator(name: str) -> Any:
     return pytest.importorskip("jsonschema").Draft202012Validator(_DEFINITIONS[name])
 
 
 def _check(frame: JSON, direction: str, name: str) -> None:
     assert {"$ref": f"#/$defs/{name}"} in _DEFINITIONS[direction]["anyOf"]
-    _validator(name).validate(frame)
+    validator(name).validate(frame)
     undescribed = frame.keys() - _DEFINITIONS[name]["properties"].keys()
     assert not undescribed, f"{name} has fields that the protocol does not describe: {undescribed}"
 
