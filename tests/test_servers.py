@@ -136,16 +136,21 @@ async def test_a_text_enters_a_turn_that_runs_elsewhere(pair: tuple[Wire, Wire],
     assert await messages_of(other, "sam") == ["Hello", "go", "tea"]
 
 
+@pytest.mark.parametrize("edits", [False, True])
 async def test_a_message_to_a_server_that_has_lost_the_lease(
-    pair: tuple[Wire, Wire], postgres: Cluster, postgres_address: str
+    pair: tuple[Wire, Wire], postgres: Cluster, postgres_address: str, edits: bool
 ) -> None:
     """It waits for the next owner, also where the server hears of the loss from the message, or an edit, alone."""
     postgres.run("UPDATE agents SET owner = 'ws://127.0.0.1:1#another'", postgres_address.rpartition("/")[2])
-    await pair[0].request("insert_passage", text="Tea")
+    if edits:
+        await pair[0].request("insert_passage", text="Tea")
     await pair[0].say("Still there?", turn_id="t1")
+    if not edits:
+        await pair[0].ok("list_agents")  # the turn has begun
     postgres.run(END_LEASES)
-    assert (await pair[0].until(lambda frame: "ok" in frame))[-1]["ok"]
-    assert (await pair[0].ended())["stop_reason"] == "done"
+    frames = await pair[0].until(is_terminal)
+    assert [frame["ok"] for frame in frames if "ok" in frame] == [True] * edits
+    assert frames[-1]["stop_reason"] == "done"
 
 
 @pytest.mark.parametrize("is_deleted", [False, True])
