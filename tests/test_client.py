@@ -169,24 +169,15 @@ async def test_errors(server: memws.WebSocketServer, endpoint: Endpoint) -> None
         assert await client.ask("again") == "you said again"
 
 
-async def test_a_turn_sent_again_is_the_same_turn(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
-    """Also by the same client, and after its start: as where an interrupt has met the first call."""
-    endpoint.script(say("held", hold=True))
-    async with memws.Client(server.url) as client:
-        await client.create_agent("sam")
-        await within(anext(client.send("hi", turn_id="t1")))
-        again = client.send("hi", turn_id="t1")
-        await client.command("cancel", turn_id="t1")
-        assert [event async for event in again][-1]["stop_reason"] == "cancelled"
-
-
 async def test_cancel(server: memws.WebSocketServer, endpoint: Endpoint) -> None:
-    """A message that waits tells its place; taken back, it alone is refused; a running turn ends as cancelled."""
+    """A message that waits tells its place; taken back, it alone is refused; a running turn, which the same client may
+    send again, as where an interrupt has met the first call, ends as cancelled."""
     endpoint.script(say("a long story", stall_after=2))
     async with talking(server.url) as client:
         subscription = client.subscribe()
         running = client.send("hi")
         await within(anext(running))
+        assert client.send("hi", turn_id=running.turn_id) is running
         waiting = client.send("ho")
         assert (await within(anext(waiting)))["position"] == 1
         assert await waiting.cancel() == {"state": "removed"}
