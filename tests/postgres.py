@@ -13,14 +13,16 @@ import itertools
 import os
 import random
 import secrets
-import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, Self
 
+READY = "database system is ready to accept connections"
 ICU = ("--encoding=UTF8", "--locale=C", "--locale-provider=icu", "--icu-locale=en")
 SETTINGS = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
 """What a process that is killed has written is kept by the kernel: only the machine's end needs fsync."""
@@ -62,13 +64,15 @@ class Cluster:
         self._programs, self._home, self.port = programs, Path(tempfile.mkdtemp(prefix="memws-postgres-")), free_port()
         secret = self._home / "password"
         secret.write_text(self.password)
-        self._user: Any = {}
+        self._options: Any = {"cwd": self._home, "env": {"PATH": os.defpath, "LC_ALL": "C"}, "encoding": "utf-8"}
         if os.getuid() == 0:
-            self._user = {"user": "postgres", "group": "postgres", "extra_groups": []}
+            self._options |= {"user": "postgres", "group": "postgres", "extra_groups": []}
             for path in (self._home, secret):
                 shutil.chown(path, "postgres", "postgres")
         try:
-            self._call("initdb", "-U", "postgres", "-A", "scram-sha-256", "--pwfile=password", "--no-sync", *ICU)
+            words = ["-D", "data", "-U", "postgres", "-A", "scram-sha-256", "--pwfile=password", "--no-sync", *ICU]
+            done = subprocess.run([programs / "initdb", *words], **self._options, capture_output=True, check=False)
+            assert done.returncode == 0, done.stderr
             self.start()
             self.run(f"CREATE ROLE memws LOGIN PASSWORD '{self.password}'")
         except BaseException:
@@ -80,23 +84,28 @@ class Cluster:
         self.stop()
         shutil.rmtree(self._home)
 
-    def _call(self, program: str, *words: str) -> None:
-        command, environment = [self._programs / program, "-D", "data", *words], {"PATH": os.defpath, "LC_ALL": "C"}
-        # Not through a pipe, which the server would hold open.
-        with (self._home / "said").open("w+") as said:
-            options: Any = {"cwd": self._home, "env": environment, "stdout": said, "stderr": said, **self._user}
-            status = subprocess.run(command, check=False, **options).returncode
-        assert status == 0, (self._home / "said").read_text()
-
     def start(self) -> None:
         settings = {**self.settings, "port": self.port}
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        self._call("pg_ctl", "start", "-l", "log", "-o", shlex.join(words))
+        command = [self._programs / "postgres", "-D", "data", *words]
+        self.process: Any = subprocess.Popen(command, **self._options, stderr=subprocess.PIPE)
+        lines = []
+        for line in self.process.stderr:
+            lines.append(line)
+            if READY in line:
+                break
+        self._reader = threading.Thread(target=self.process.stderr.read, daemon=True)
+        self._reader.start()
+        assert READY in "".join(lines), "".join(lines)
 
     def stop(self) -> None:
         """End all of its processes, whatever they do, and leave the rest to the next start."""
-        if (self._home / "data" / "postmaster.pid").exists():
-            self._call("pg_ctl", "stop", "-m", "immediate")
+        if hasattr(self, "process"):
+            self.process.send_signal(signal.SIGQUIT)
+            self._reader.join(30)  # the log ends with the last of them
+            assert not self._reader.is_alive()
+            self.process.wait()
+            self.process.stderr.close()
 
     def run(self, sql: str, database: str = "postgres") -> list[Any]:
         """Run a statement as the superuser, outside transactions; its rows."""
