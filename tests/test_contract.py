@@ -92,7 +92,7 @@ seq: store test_a_purged_agent_is_gone; machine test_whatever_clients_do; soak t
 a step is one transaction, then told: counts test_commits_of_a_turn; agent test_a_store_that_fails_around_a_tool;
   soak test_every_figure_is_met
 who gets what: server test_a_command_of_a_client_that_leaves_is_done_wholly; machine test_whatever_clients_do
-a turn_id sent again: server test_a_waiting_turn_sent_again test_a_running_turn_sent_again; machine
+a turn_id sent again: server test_a_running_turn_sent_again; machine
   test_whatever_clients_do; soak test_every_figure_is_met
 a crash: kill test_whatever_ends_a_server_a_turn_is_whole_and_never_runs_twice
   test_a_repair_is_made_once_and_before_all_else; soak test_every_figure_is_met

@@ -62,6 +62,7 @@ class Sent:
     text: str | None
     sender: "Person | None"
     request_id: Any = None
+    followers: set["Person"] = field(default_factory=set)  # who has sent it again while it waited
 
 
 @dataclass(eq=False)
@@ -207,7 +208,10 @@ class World:
         marked = {frame["id"] for frame in frames if "id" in frame and frame["type"] != "agent_response"}
         assert marked <= person.wire.ids
         for agent in self.live.values():
-            own = {turn_id for turn_id, sent in agent.sent.items() if sent.sender is person}
+            followed = {turn_id for turn_id, sent in agent.sent.items() if person in sent.followers}
+            ends = [frame for frame in frames if frame.get("turn_id") in followed and frame["type"] != "agent_response"]
+            assert all("id" in frame for frame in ends)
+            own = followed | {turn_id for turn_id, sent in agent.sent.items() if sent.sender is person}
             new = [event for event in agent.events if event["seq"] > person.cursor.get(agent, 0)]
             mine = new if agent in person.subscribed else [event for event in new if event.get("turn_id") in own]
             due = [event for event in mine if person.wants(event)]
@@ -443,6 +447,12 @@ class World:
 
     async def resend(self) -> None:
         agent = self.live.get(self.named())
+        if agent and agent.waiting and self.chance():
+            person, chosen = self.somebody(), self.rng.choice(agent.waiting)
+            chosen.followers.add(person)
+            await person.wire.say(str(chosen.text), agent_name=agent.name, turn_id=chosen.turn_id)
+            await person.wire.nothing_more()
+            return
         sent = [turn for turn in agent.sent.values() if turn.text and turn not in agent.waiting] if agent else []
         if agent is None or not sent:
             return

@@ -768,22 +768,6 @@ async def test_what_cannot_be_read_is_read_later(client: Wire, server: Server) -
     assert (await client.receive())["seq"] == 1
 
 
-async def test_a_waiting_turn_sent_again(server: Server, endpoint: Endpoint) -> None:
-    """A message sent again while it waits, from another connection too, runs once and answers both."""
-    async with wire(server, agent={"name": "sam"}) as client, wire(server) as other:
-        await hold(client, endpoint)
-        await client.say("again", turn_id="t", id="one")
-        await other.say("again", turn_id="t", id="two", agent_name="sam")
-        await other.nothing_more()
-        endpoint.release()
-        mine = await client.until(lambda frame: is_terminal(frame) and frame["turn_id"] == "t")
-        mine = [frame for frame in mine if frame["turn_id"] == "t"]
-        theirs = await other.until(is_terminal)
-        assert [bare(frame) for frame in mine] == [bare(frame) for frame in theirs]
-        assert [frame["id"] for frame in (mine[0], mine[-1], theirs[0], theirs[-1])] == ["one"] * 2 + ["two"] * 2
-        assert (len(endpoint.requests), await messages_of(client, "sam")) == (2, ["runs", "again"])
-
-
 @on_both
 @pytest.mark.parametrize("subscribed", [False, True])
 async def test_a_running_turn_sent_again(server: Server, endpoint: Endpoint, subscribed: bool) -> None:
