@@ -58,7 +58,6 @@ import argparse
 import ast
 import asyncio
 import base64
-import codecs
 import collections.abc
 import concurrent.futures
 import contextlib
@@ -1381,7 +1380,7 @@ class RequestRecord:
     extra: str  # an encoded message that was sent once and not kept (a request to correct), or empty
     first: int  # the ids of the chat messages between summary and extra
     last: int
-    digest: bytes = b""  # SHA-256 of the body sent
+    sent: str = ""  # the body, until its digest is stored
     response: JSON = field(default_factory=dict)
     usage: JSON = field(default_factory=dict)
     first_token_ms: int | None = None
@@ -1934,7 +1933,8 @@ def commit(db: SqlConnection, agent: int, changes: Changes, owner: str | None = 
     if changes.request:
         request = vars(changes.request) | {"response": clean_value(changes.request.response)}
         pieces = _packed(encode_json([request.pop(name) for name in _PIECES]))
-        insert(db, "requests", agent=agent, time=now, pieces=pieces, **request)
+        digest = hashlib.sha256(request.pop("sent").encode()).digest()
+        insert(db, "requests", agent=agent, time=now, pieces=pieces, digest=digest, **request)
     if stored and stored[-1].kind in TERMINAL_TYPES:
         pieces = zlib.compress(f"[{','.join(row[1:])}]".encode(), 1)
         end: JSON = {"turn_id": stored[-1].turn_id, "step": 0, "time": now, "pieces": pieces, "digest": b""}
@@ -2815,7 +2815,8 @@ class Reply:
     @property
     def fault(self) -> str:
         """Why it is not whole: one of _FAULTS, or "cut" by us; empty: it is."""
-        faults = (fault for fault, words in _FAULTS.items() if re.search(words, str(self.finish), re.IGNORECASE))
+        finish = "" if self.finish in (None, "stop", "tool_calls") else str(self.finish)
+        faults = (fault for fault, words in _FAULTS.items() if finish and re.search(words, finish, re.IGNORECASE))
         return next(faults, "cut" if self.final else "")
 
     def problem(self, text: str) -> ModelError:
@@ -3460,13 +3461,13 @@ class OpenAIModel:
                         raise self._refusal(chunk, body)
                     if not has_words:
                         await self.endpoint.step_aside()
-                    choices = chunk.get("choices") or ()
-                    for failed in (each for each in choices if each.get("error")):
-                        yield chunk
-                        raise self._refusal(failed, body)
-                    has_words = has_words or bool(choices)
-                    ends = (each.get("finish_reason") or "message" in each for each in choices)
-                    is_over = is_over or any(ends) or (chunk is _DONE and has_words)
+                    choices, ends = chunk.get("choices") or (), chunk is _DONE and has_words
+                    for choice in choices:
+                        if choice.get("error"):
+                            yield chunk
+                            raise self._refusal(choice, body)
+                        ends = ends or choice.get("finish_reason") or "message" in choice
+                    has_words, is_over = has_words or bool(choices), is_over or bool(ends)
                     patience = END_PATIENCE if is_over else self.endpoint.idle_timeout
                     if has_words and abs((limit.when() or 0.0) - now() - patience) > END_PATIENCE / 2:
                         limit.reschedule(now() + patience)
@@ -3496,7 +3497,7 @@ class OpenAIModel:
                 lines = (rest + (data or b"\n\n")).splitlines(keepends=True)
                 rest = b"" if lines[-1].endswith(b"\n") else lines.pop()  # one after CR may still come
                 for line in lines:
-                    if line.startswith((b"data:", codecs.BOM_UTF8 + b"data:")):
+                    if line.startswith((b"data:", b"\xef\xbb\xbfdata:")):  # there may be a BOM
                         text += line.partition(b":")[2].strip()
                     elif text and not line.strip():
                         yield _DONE if text == b"[DONE]" else decode_json(text.decode())
@@ -4800,8 +4801,8 @@ class Agent:
     async def _call_model(self, turn: Turn, request: RequestRecord, reply: Reply, messages: list[ChatMessage]) -> None:
         """One model call; the text of the turn's reply is told while it arrives. Raises ModelError, Stopped."""
         bodies = [message.body for message in messages]
-        body, learned, loads = request.body(bodies), self.model.learned, False
-        request.digest = hashlib.sha256(body.encode()).digest()
+        request.sent = body = request.body(bodies)
+        learned, loads = self.model.learned, False
         loop, timer = asyncio.get_running_loop(), None
         with turn.interruptible():
             self._counts["calls"] += 1

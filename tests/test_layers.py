@@ -29,7 +29,7 @@ TABLE: dict[int, tuple[str, set[int]]] = {
 }
 # JSON and events are everybody's: sections without the rest of Wire may name these.
 CODEC = {"encode_json", "decode_json", "Event"}
-LINES, LONGEST, NINE_IN_TEN, MEDIAN = 7_824, 60, 30, 8
+LINES, LONGEST, NINE_IN_TEN, MEDIAN = 7_825, 60, 30, 8
 """Lines of the file without the panel's section, and of its functions."""
 NEVER = {"TYPE_CHECKING", "globals", "eval", "exec", "compile", "__import__"}
 CODE_PACKAGES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "code"}

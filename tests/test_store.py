@@ -73,7 +73,7 @@ def passage(number: int, text: str, time: str = NOW) -> memws.Document:
 def asked(turn_id: str = "t1", step: int = 1, first: int = 1, last: int = 1, **texts: str) -> memws.RequestRecord:
     """A model call over the messages `first` to `last`."""
     pieces: Any = {"head": '{"model":"m"}', "system": '{"s":1}', "summary": "", "tools": "[]", "extra": ""} | texts
-    return memws.RequestRecord(turn_id, step, **pieces, first=first, last=last, digest=b"?", response={"r": 1})
+    return memws.RequestRecord(turn_id, step, **pieces, first=first, last=last, sent="?", response={"r": 1})
 
 
 async def new_agent(store: Store, name: str = "sam") -> AgentRecord:
