@@ -549,7 +549,7 @@ def schema_of(hint: Any) -> JSON:
     return {"type": _NAMES[hint if origin is dict and hint != JSON else origin]} if hint is not Any else {}
 
 
-def check(value: Any, schema: JSON) -> Any:
+def check(value: Any, schema: JSON, problem: str = "expected ") -> Any:
     """`value`, if it fits. Raises ValueError: "expected …"."""
     expected = list[str]()
     for alternative in schema.get("anyOf", ()):
@@ -565,8 +565,9 @@ def check(value: Any, schema: JSON) -> Any:
         if not fits or (high in schema and not schema[low] <= (len(value) if unit else value) <= schema[high]):
             expected.append(f"{words} from {schema[low]:,} to {schema[high]:,}{unit}" if high in schema else words)
     if expected:
-        raise ValueError(f"expected {' or '.join(expected)}")
-    return [check(item, schema["items"]) for item in value] if "items" in schema else value
+        raise ValueError(problem + " or ".join(expected))
+    items = schema.get("items")
+    return [check(item, items, "expected a list, each item ") for item in value] if items else value
 
 
 def from_text(value: Any) -> Any:
@@ -2467,7 +2468,8 @@ def _import_row(db: SqlConnection, agent: int, table: str, row: JSON) -> None:
             raise ValueError(f"expected a chat message, but got {quote(row['body'])}")
     if table == "events":
         event = clean_value(decode_json(row["text"])) | {"seq": row["seq"]}
-        check([event["type"], event.get("message_type", "")], schema_of(list[str]))
+        for text in (event["type"], event.get("message_type", "")):
+            check(text, schema_of(str))
         row |= {"kind": kind_of(event), "text": encode_json(event)}
     columns = {name: row[name] for name in _EXPORTED[table].split(", ")}
     blobs = {name: bytes.fromhex(row[name]) for name in ("pieces", "digest") if name in columns}
@@ -4371,9 +4373,8 @@ class MemoryTools(Transaction):
     async def conversation_search_date(self, start_date: _Day, end_date: _Day, page: int = 0) -> str:
         """List what the user and you said between two days, the newest first."""
         zone = self.memory.zone
-        return await self.search(
-            "recall", "", page, moment_of(start_date, zone), moment_of(end_date, zone, is_end=True)
-        )
+        start, end = moment_of(start_date, zone), moment_of(end_date, zone, is_end=True)
+        return await self.search("recall", "", page, start, end)
 
     async def archival_memory_insert(self, content: str) -> None:
         """Keep a passage in archival memory, worded so that a search will find it."""
