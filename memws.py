@@ -8424,10 +8424,10 @@ class WebSocketServer:
                     pass
 
     async def _close_stalled(self, agents: Agents) -> None:
-        looks: dict[tuple[ServerConnection, int], int] = {}  # by client and bytes that wait for it: how often seen
+        looks: dict[tuple[ServerConnection, int], int] = {}  # by client and kB that wait for it: how often seen
         while True:
             await asyncio.sleep(READER_PATIENCE / READER_LOOKS)
-            sizes = [(each, each.transport.get_write_buffer_size()) for each in self.clients]
+            sizes = [(each, each.transport.get_write_buffer_size() // 1024) for each in self.clients]  # pings are small
             looks = {each: looks.get(each, 0) + 1 for each in sizes if each[1]}
             for (websocket, _), count in looks.items():
                 if count > READER_LOOKS:
