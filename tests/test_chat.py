@@ -199,10 +199,10 @@ def test_edit(editor: str, start: Start, proxy: Proxy, tmp_path: Path) -> None:
     folder.mkdir()
     both = {"VISUAL": editor, "EDITOR": "false"} if editor == "sh meddler" else {"EDITOR": editor}
     chat = start(TMPDIR=str(folder), **both)
+    chat.line("/edit nothing", "there is no block 'nothing'; name one of persona, human", "sam> ")  # so it listens
     with memws.connect(proxy.url) as other:
         other.command("set_block", agent_name="sam", label="human", value=ADA)
         chat.expect("human, changed by the client", "sam> ")
-        chat.line("/edit nothing", "there is no block 'nothing'; name one of persona, human", "sam> ")
         chat.line("/edit human", shown, "sam> ")
         chat.line("/memory human", "human (", "sam> ")  # the prompt before may have been an earlier one's
         blocks = {each["label"]: each["value"] for each in other.command("get_agent", agent_name="sam")["blocks"]}
